@@ -1,0 +1,257 @@
+"""Every setting of a run, once.
+
+A recipe is a YAML file with these sections; a dotted option overrides one value:
+`rethinker train easy_vqa_cpu --train.max_steps 20`. `--print_config` prints the resolved settings with these docs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A mistake in the settings or the data they name; its message says which setting to change and to what."""
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and who watches it."""
+
+    dir: str = "runs"
+    """Folder that holds the run folders."""
+    name: str | None = None
+    """Name of the run's folder; by default the recipe's name and the time."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    """Where metrics go besides metrics.jsonl."""
+    save_completions: bool = True
+    """Write every episode's completions to completions/*.parquet."""
+
+
+@dataclass
+class DataConfig:
+    """The questions: which data set, which columns, which prompt."""
+
+    train: str = "easy_vqa"
+    """`easy_vqa`, a Hugging Face data set name or folder, or a .parquet / .jsonl file."""
+    train_split: str = "train"
+    """Split of a Hugging Face data set to train on."""
+    validation: str | None = "easy_vqa"
+    """Held-out questions, named as `train` is; null trains without validation."""
+    validation_split: str = "test"
+    """Split of a Hugging Face data set to validate on."""
+    fields: dict[str, str] = field(
+        default_factory=lambda: {"question": "question", "answer": "answer", "images": "images", "id": "id"}
+    )
+    """Which column holds the question, the answer, the images (a path, a list, or bytes) and the id."""
+    image_root: str | None = None
+    """Folder that relative image paths start from; by default the data file's own folder."""
+    prompt: str = "{question}\nPut your final answer within \\boxed{}."
+    """Prompt template; `{question}` stands for the question."""
+    system: str | None = None
+    """System message, if any."""
+    max_prompt_tokens: int = 2048
+    """Queries with longer prompts are left out, whole, and counted."""
+    min_pixels: int = 256 * 28 * 28
+    """Smaller images are enlarged to this many pixels."""
+    max_pixels: int = 1280 * 28 * 28
+    """Larger images are reduced to this many pixels."""
+    max_images: int = 8
+    """Queries with more images are left out and counted."""
+    category_weights: dict[str, float] = field(default_factory=dict)
+    """Share of each `metadata["category"]` in the order of training; by default as the data has them."""
+
+
+@dataclass
+class WarmupConfig:
+    """The short supervised stage that gives the embedded tiny model its first words. Only for `policy.model: tiny`."""
+
+    steps: int = 300
+    """Optimizer steps of the warm-up."""
+    batch_size: int = 64
+    """Question-answer pairs per step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate (cosine)."""
+    data_fraction: float = 0.25
+    """Share of the training images that the warm-up may see."""
+    seed: int = 0
+    """Seed of the tiny model's weights and of the warm-up's data order."""
+
+
+@dataclass
+class PolicyConfig:
+    """The model that is trained."""
+
+    model: str = "tiny"
+    """`tiny` (built and warmed up here), or a Hugging Face model name or folder."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the weights in the forward pass; the optimizer keeps fp32 masters."""
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """Kernel of the shared-prompt attention: auto takes flex on CUDA and sdpa elsewhere."""
+    freeze_vision: bool = False
+    """Train the language model only."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more compute."""
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    """The tiny model's supervised stage."""
+
+
+@dataclass
+class RolloutConfig:
+    """How responses are sampled."""
+
+    backend: Literal["vllm", "hf", "recorded"] = "vllm"
+    """`vllm`; `hf` (transformers' generate); or `recorded`: read them from another run's completions."""
+    recording: str | None = None
+    """Folder `runs/<name>/completions` that the `recorded` backend reads."""
+    group_size: int = 8
+    """Responses per query (G)."""
+    max_new_tokens: int = 2048
+    """Longest response, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs are of the tempered distribution. The whole distribution is sampled: no top-k/p."""
+    gpu_memory_utilization: float = 0.4
+    """Share of the GPU that vLLM may hold beside the trainer."""
+    kv_cache_gb: float = 1.0
+    """Size of vLLM's key-value cache on CPU, GiB."""
+    tensor_parallel_size: int = 1
+    """GPUs per vLLM engine."""
+    sleep: bool = True
+    """Free vLLM's GPU memory while the policy trains (CUDA only)."""
+    check_sync: bool = False
+    """After every weight sync compare a checksum of every tensor on both sides."""
+    timeout_s: float = 1800.0
+    """Deadline of one rollout or one weight sync; after it the run stops and says what hung."""
+
+
+@dataclass
+class RewardConfig:
+    """How a response is judged."""
+
+    function: str = "boxed"
+    """`boxed` (the last \\boxed{} against the answer), or `path/to/file.py:function` taking (response, answer, query)."""
+    workers: int = 2
+    """Answer-checking processes."""
+    timeout_s: float = 10.0
+    """Deadline of one check; a check that exceeds it is killed, scores 0 and is counted."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """The learning rule (METHOD: GRPO, filter, SSR)."""
+
+    name: Literal["grpo", "filter", "ssr"] = "ssr"
+    """`grpo` keeps all samples, `filter` drops those without advantage, `ssr` refills the batch from replay."""
+    advantage_scale: Literal["std", "none", "batch"] = "std"
+    """Divide centred rewards by the group's standard deviation, by nothing, or by the batch's."""
+    clip_low: float = 0.2
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped above 1 + clip_high."""
+    dual_clip: float | None = None
+    """Bound c > 1 on the surrogate of negative advantages (dual-clip PPO)."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference policy; 0 loads no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL."""
+    importance: Literal["token", "sequence"] = "token"
+    """Ratio per token (GRPO) or per sequence (GSPO)."""
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """Mean over all tokens, mean of per-sequence means, or sum over a constant length (Dr. GRPO)."""
+    rollout_correction: float | None = None
+    """Cap of the truncated importance weight between rollout and trainer log-probs; null switches it off."""
+
+
+@dataclass
+class ReplayConfig:
+    """Selective Sample Replay."""
+
+    alpha: float = 1.0
+    """Draw with probability proportional to |advantage|^alpha; 0 is uniform."""
+    capacity: int = 65536
+    """Most samples kept; the oldest leave first."""
+    clear_every_episode: bool = True
+    """Empty the buffer when an episode ends."""
+    max_age: int | None = None
+    """If kept across episodes: drop samples older than this many policy versions."""
+    replacement: bool = True
+    """Whether one draw may return a sample twice."""
+    importance_exponent: float = 0.0
+    """Weight draws by (1 / (n P(j)))^exponent, as prioritised experience replay does; 0 is off."""
+
+
+@dataclass
+class TrainConfig:
+    """The optimizer and the geometry of a step."""
+
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; by default `epochs` decides."""
+    epochs: float = 3.0
+    """Passes over the training queries."""
+    episode_queries: int = 1024
+    """Queries rolled out between two weight syncs."""
+    batch_pairs: int = 512
+    """Query-response pairs per optimizer step (N)."""
+    micro_batch_tokens: int = 16384
+    """Most tokens per forward pass and rank, shared prompts counted once."""
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Learning rate after its warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises."""
+    min_lr_ratio: float = 0.0
+    """Where the schedule ends, as a share of the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm here."""
+    deepspeed: dict = field(default_factory=dict)
+    """Entries merged over the ZeRO-3 configuration this project writes."""
+
+
+@dataclass
+class ValidationConfig:
+    """Greedy pass@1 on held-out questions."""
+
+    every: int = 1
+    """Validate after every this many episodes, and always before the first and after the last step."""
+    size: int = 512
+    """How many held-out questions (the first ones of a seeded shuffle)."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Models in Hugging Face format that vLLM and transformers load as they are."""
+
+    every: int | None = None
+    """Also save every this many steps; best and last are always saved."""
+
+
+@dataclass
+class ProfileConfig:
+    """Looking inside a step."""
+
+    steps: str | None = None
+    """`3:5` writes a torch profiler trace of steps 3 and 4."""
+
+
+@dataclass
+class Config:
+    """All settings of a run."""
+
+    seed: int = 0
+    """Seed of data order, sampling and replay."""
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

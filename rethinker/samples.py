@@ -1,0 +1,132 @@
+"""The nouns of the trainer: what a question, an answer and a training example are.
+
+Everything that moves between the parts (rollout, reward, advantage, replay, packing) is one of these plain
+dataclasses. They hold references to images, never pixels, so they are cheap to keep, to pickle and to send.
+
+Shapes: L tokens of one response, T tokens of a packed row, R response tokens of a row, S responses of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question about zero or more images.
+
+    `question` marks the place of each image with `<image>`; without marks the images come first.
+    `images` are references: a path, or `{"bytes": ...}` / `{"path": ...}` as Hugging Face data sets store them.
+    """
+
+    id: str
+    question: str
+    answer: str
+    images: tuple[Any, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A query as the model reads it.
+
+    `token_ids` are what the policy's forward sees: each image stands as one placeholder id per image token.
+    `compact_ids` are what the rollout engine takes: one placeholder id per image, which it expands itself.
+    `images` are the decoded RGB images, in order of appearance.
+    """
+
+    query_id: str
+    token_ids: list[int]
+    compact_ids: list[int]
+    images: list[Any]
+
+
+@dataclass(frozen=True)
+class Rethought:
+    """Where the parts of a rethought response lie: y1 = [0, trigger_start), y2 = [trigger_end, L)."""
+
+    trigger_start: int
+    trigger_end: int
+    name: str
+
+
+@dataclass
+class Completion:
+    """One response: L sampled token ids, its end token included when it ended by itself.
+
+    `logprobs[i]` is the behaviour policy's log-probability of `token_ids[i]` under the distribution that was
+    sampled (fp32 nats; NaN for a token that was forced). `finish_reason` is "stop" or "length".
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    finish_reason: str
+    rethought: Rethought | None = None
+
+
+@dataclass
+class Group:
+    """One query and its G completions, with a reward and an advantage each once they are known."""
+
+    query: Query
+    completions: list[Completion]
+    policy_version: int
+    rewards: list[float] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
+
+    @property
+    def effective(self) -> bool:
+        """Whether the rewards differ: only then does the query carry a gradient."""
+        return bool(self.rewards) and max(self.rewards) != min(self.rewards)
+
+
+@dataclass
+class Sample:
+    """One query-response pair with its advantage: the unit of replay and of training.
+
+    `policy_version` counts weight syncs: the version whose log-probs `completion.logprobs` are.
+    `weight` multiplies the sample's surrogate (1, or an importance weight of prioritised replay).
+    """
+
+    query: Query
+    completion: Completion
+    advantage: float
+    policy_version: int
+    reward: float = 0.0
+    weight: float = 1.0
+
+
+@dataclass
+class PackedBatch:
+    """One row of shared-prompt sequences: `[prompt][r1]..[rG] [next prompt]...` (see policy/packing.py).
+
+    Response tokens are listed in sample order: entry r of the [R] tensors is one response token, S samples in all.
+    """
+
+    input_ids: torch.Tensor  # [1, T] int64
+    position_ids: torch.Tensor  # [3, 1, T] int64, M-RoPE (temporal, height, width)
+    prompt_id: torch.Tensor  # [T] int64: which prompt a token belongs to
+    response_id: torch.Tensor  # [T] int64: 0 in the prompt, 1.. in its responses
+    source_index: torch.Tensor  # [R] int64: the row position whose hidden state predicts the token
+    target_ids: torch.Tensor  # [R] int64: the response tokens
+    old_logps: torch.Tensor  # [R] fp32: behaviour log-probs
+    advantages: torch.Tensor  # [S] fp32
+    weights: torch.Tensor  # [S] fp32, 0 for padding that only keeps the ranks in step
+    loss_mask: torch.Tensor  # [R] bool: False where a token carries no policy gradient
+    cu_seqlens: torch.Tensor  # [S + 1] int32: response boundaries within [R]
+    pixel_values: torch.Tensor | None  # [patches, channels * patch area]
+    image_grid_thw: torch.Tensor | None  # [images, 3] int64
+
+    @property
+    def tokens(self) -> int:
+        """T: tokens the model processes, shared prompts counted once."""
+        return self.input_ids.shape[1]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on another device."""
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
+        return PackedBatch(**moved)
