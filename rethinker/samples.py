@@ -66,6 +66,7 @@ class Completion:
     text: str
     finish_reason: str
     rethought: Rethought | None = None
+    trainer_logprobs: list[float] | None = None  # the same from the trainer's forward, when algorithm.rollout_correction
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Group:
     query: Query
     completions: list[Completion]
     policy_version: int
+    prompt_tokens: int = 0  # length of the prompt's token_ids: what packing plans with
     rewards: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
 
@@ -82,6 +84,13 @@ class Group:
     def effective(self) -> bool:
         """Whether the rewards differ: only then does the query carry a gradient."""
         return bool(self.rewards) and max(self.rewards) != min(self.rewards)
+
+    def samples(self) -> list[Sample]:
+        """One sample per completion; rewards and advantages must be known."""
+        return [
+            Sample(self.query, completion, advantage, self.policy_version, reward, prompt_tokens=self.prompt_tokens)
+            for completion, advantage, reward in zip(self.completions, self.advantages, self.rewards, strict=True)
+        ]
 
 
 @dataclass
@@ -98,6 +107,7 @@ class Sample:
     policy_version: int
     reward: float = 0.0
     weight: float = 1.0
+    prompt_tokens: int = 0
 
 
 @dataclass
@@ -115,7 +125,8 @@ class PackedBatch:
     target_ids: torch.Tensor  # [R] int64: the response tokens
     old_logps: torch.Tensor  # [R] fp32: behaviour log-probs
     advantages: torch.Tensor  # [S] fp32
-    weights: torch.Tensor  # [S] fp32, 0 for padding that only keeps the ranks in step
+    weights: torch.Tensor  # [R] fp32: sample weight (times the rollout correction), 0 where a row only keeps ranks in step
+    age: torch.Tensor  # [S] int64: policy versions since the response was sampled
     loss_mask: torch.Tensor  # [R] bool: False where a token carries no policy gradient
     cu_seqlens: torch.Tensor  # [S + 1] int32: response boundaries within [R]
     pixel_values: torch.Tensor | None  # [patches, channels * patch area]

@@ -1,0 +1,97 @@
+"""Rollout: sampling responses from the current policy. `make_engine` picks the backend that `rollout.backend` names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from rethinker.config import Config, ConfigError
+from rethinker.samples import Completion, Prompt
+
+
+class WeightStream(Protocol):
+    """The policy's weights, as its engine gives them to the rollout."""
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name (as in a checkpoint), type and full shape of every tensor, in the order of iteration; no collective."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full tensors, one at a time, each valid until the next. Collective: every rank iterates to the end."""
+        ...
+
+
+class RolloutEngine(Protocol):
+    """Samples responses and reports the log-probability of every token it sampled."""
+
+    def generate(
+        self, prompts: list[Prompt], *, n: int, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[list[Completion]]:
+        """Sample n completions of every prompt from the whole distribution.
+
+        Args:
+            prompts: this rank's prompts.
+            n: completions per prompt.
+            max_new_tokens: longest completion.
+            temperature: 0 is greedy.
+            seed: the same prompts, weights and seed give the same completions; the caller's random state is untouched.
+
+        Returns:
+            [prompt][sample].
+
+        Raises:
+            TimeoutError: after `rollout.timeout_s`.
+            ConfigError: a prompt does not fit, or its image tokens differ from the engine's.
+        """
+        ...
+
+    def sync(self, weights: WeightStream, version: int) -> None:
+        """Take over the policy's weights (collective). After it, `generate` samples from policy `version`.
+
+        Raises:
+            TimeoutError: after `rollout.timeout_s`.
+            RuntimeError: a tensor is missing, unknown, or (with `rollout.check_sync`) differs from the policy's.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Free the GPU memory while the policy trains; nothing on CPU."""
+        ...
+
+    def wake(self) -> None:
+        """Take the GPU memory back; `sync` and `generate` also do so themselves."""
+        ...
+
+    def logprobs(self, prompts: list[Prompt], completions: list[Completion]) -> list[list[float]]:
+        """Log-probability of every token of `completions[i]` after `prompts[i]`, at `rollout.temperature`."""
+        ...
+
+    def close(self) -> None:
+        """Release the engine."""
+        ...
+
+
+def make_engine(config: Config, model_dir: str, *, rank: int, world_size: int, local_rank: int) -> RolloutEngine:
+    """Build the engine of `rollout.backend` from the model in `model_dir` (Hugging Face format).
+
+    Called on every rank, after the process group exists if there are several. Leaves the random state as it was.
+    """
+    if config.rollout.backend == "recorded":
+        from rethinker.rollout.recorded import RecordedEngine
+
+        return RecordedEngine(config)
+    if config.rollout.backend == "hf":
+        from rethinker.rollout.hf_engine import HFEngine
+
+        return HFEngine(config, model_dir, rank=rank, local_rank=local_rank)
+    try:
+        import vllm  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"rollout.backend=vllm needs vLLM ({error}); install the extra `cpu` or `gpu`, or set rollout.backend=hf"
+        ) from error
+    from rethinker.rollout.vllm_engine import VLLMEngine
+
+    return VLLMEngine(config, model_dir, rank=rank, world_size=world_size, local_rank=local_rank)

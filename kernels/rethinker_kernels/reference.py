@@ -1,0 +1,541 @@
+"""The definition of every fused op in plain PyTorch: any device, any float type, differentiable by autograd.
+
+Shapes: R rows (response tokens), V vocabulary, D hidden size, S sequences (responses), G groups.
+Shape, type and device mistakes raise ValueError naming the argument. What only the values can tell (an index out of
+range, a non-finite log-prob) never reads out of bounds and surfaces as NaN, because asking would stall the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rethinker_kernels.arguments import (
+    check_index,
+    check_linear,
+    check_logits,
+    check_temperature,
+    check_vector,
+    describe,
+)
+
+CHUNK_ROWS = 1024
+"""Rows whose logits the linear ops hold at a time."""
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to +-this: exp(20) is already far outside any clip range, and fp32 sums of it stay finite."""
+
+GRPO_STATS: tuple[str, ...] = (
+    "tokens",  # tokens that count: unmasked, with a non-zero weight
+    "nonfinite",  # of these, tokens whose log-prob, now, then or of the reference, is not finite
+    "clipped_low",  # finite tokens with A < 0 whose ratio fell below 1 - clip_low: no gradient
+    "clipped_high",  # finite tokens with A > 0 whose ratio rose above 1 + clip_high: no gradient
+    "dual_clipped",  # finite tokens with A < 0 whose ratio rose above dual_clip: no gradient
+    "ratio_sum",  # importance ratio
+    "old_kl_sum",  # k3 estimate of KL(behaviour || policy)
+    "kl_sum",  # chosen estimate of KL(policy || reference); 0 without one
+)
+"""Fields of `grpo_loss`'s statistics, in order. All are sums over finite tokens: they add over batches and ranks."""
+
+LINEAR_GRPO_STATS: tuple[str, ...] = (*GRPO_STATS, "entropy_sum")
+"""Fields of `linear_grpo_loss`'s statistics, in order."""
+
+
+# Log-probabilities
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, *, temperature: float | Tensor = 1.0, return_entropy: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of one chosen entry per row, and the row's entropy.
+
+        log_probs = (logits.float() / temperature).log_softmax(-1)
+        logps, entropy = log_probs.gather(-1, index[..., None])[..., 0], -(log_probs.exp() * log_probs).sum(-1)
+
+    Args:
+        logits: [..., V] floating; -inf marks a banned entry and is legal in values and gradients.
+        index: [...] int64. An index outside [0, V) turns its row into NaN and gives it no gradient.
+        temperature: one float >= 0, or a tensor [...] with one per row (not differentiated). 0 is the limit: all mass
+            on the largest logits, no gradient. A negative or NaN temperature in a tensor turns its row into NaN.
+        return_entropy: also return the entropy of the tempered distribution, in nats.
+
+    Returns:
+        logps [...], and entropy [...] if asked; fp32 (fp64 for fp64 logits). Both differentiable in `logits`.
+
+    Raises:
+        ValueError: a shape, type or device that does not fit, or a temperature below 0.
+    """
+    check_logits(logits)
+    check_index(index, logits.shape[:-1], logits.device)
+    temperature = check_temperature(temperature, index)
+
+    vocabulary = logits.shape[-1]
+    log_probs = _temper(logits.to(_wide(logits)), temperature).log_softmax(-1)
+    valid = (index >= 0) & (index < vocabulary)
+    nan = torch.full((), math.nan, dtype=log_probs.dtype, device=logits.device)
+    chosen = log_probs.gather(-1, torch.where(valid, index, 0).unsqueeze(-1)).squeeze(-1)
+    logps = torch.where(valid, chosen, nan)
+    if not return_entropy:
+        return logps
+    # A banned entry adds 0 to the entropy; 0 * -inf would make it, and its gradient, NaN.
+    entropy = -(log_probs.exp() * log_probs.masked_fill(log_probs == -math.inf, 0.0)).sum(-1)
+    return logps, torch.where(valid, entropy, nan)
+
+
+def linear_selective_log_softmax(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of one chosen token per hidden state, and the entropy; the logits [R, V] are never held whole.
+
+        logits = hidden @ weight.T + bias
+        logps, entropy = selective_log_softmax(logits, index, temperature=temperature, return_entropy=True)
+
+    Only `CHUNK_ROWS` rows of logits exist at a time; the backward pass computes them again. No double backward.
+
+    Args:
+        hidden: [R, D] floating.
+        weight: [V, D], the head, of the same type.
+        index: [R] int64, as in `selective_log_softmax`.
+        bias: [V] of the same type, or None.
+        temperature: a float, or a tensor [R], as in `selective_log_softmax`.
+        return_entropy: also return the entropy, in nats.
+
+    Returns:
+        logps [R], and entropy [R] if asked; fp32 (fp64 for fp64 inputs). Differentiable in hidden, weight and bias.
+
+    Raises:
+        ValueError: a shape, type or device that does not fit, or a temperature below 0.
+    """
+    check_linear(hidden, weight, bias)
+    check_index(index, hidden.shape[:1], hidden.device)
+    temperature = check_temperature(temperature, index)
+    logps, entropy = _LinearSelectiveLogSoftmax.apply(hidden, weight, bias, index, temperature, return_entropy)
+    return (logps, entropy) if return_entropy else logps
+
+
+class _LinearSelectiveLogSoftmax(torch.autograd.Function):
+    """Rows in chunks: the forward keeps no logits, the backward computes each chunk's again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, index, temperature, return_entropy):
+        ctx.set_materialize_grads(False)  # an output that is not used gives None, and its work is left out
+        per_row = isinstance(temperature, Tensor)
+        ctx.save_for_backward(hidden, weight, bias, index, temperature if per_row else None)
+        ctx.temperature = None if per_row else temperature
+        logps = torch.empty(hidden.shape[0], dtype=_wide(hidden), device=hidden.device)
+        entropy = torch.empty_like(logps) if return_entropy else None
+        for rows in _chunks(hidden.shape[0]):
+            out = selective_log_softmax(
+                _logits(hidden[rows], weight, bias),
+                index[rows],
+                temperature=temperature[rows] if per_row else temperature,
+                return_entropy=return_entropy,
+            )
+            if return_entropy:
+                logps[rows], entropy[rows] = out
+            else:
+                logps[rows] = out
+        return logps, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps, grad_entropy):
+        hidden, weight, bias, index, per_row = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        # The weight's gradient is a sum over all rows: it is kept in fp32 until it is complete.
+        grad_weight = torch.zeros_like(weight, dtype=_wide(weight)) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=_wide(bias)) if needs_bias else None
+        grads = (grad_logps, grad_entropy)
+        for rows in _chunks(hidden.shape[0]) if any(g is not None for g in grads) else ():
+            logits = _logits(hidden[rows], weight, bias).requires_grad_()
+            with torch.enable_grad():
+                outputs = selective_log_softmax(
+                    logits,
+                    index[rows],
+                    temperature=ctx.temperature if per_row is None else per_row[rows],
+                    return_entropy=grad_entropy is not None,
+                )
+            outputs = outputs if grad_entropy is not None else (outputs,)
+            used = [(out, g[rows]) for out, g in zip(outputs, grads, strict=False) if g is not None]
+            (grad_logits,) = torch.autograd.grad([out for out, _ in used], logits, [g for _, g in used])  # [C, V]
+            if needs_hidden:
+                grad_hidden[rows] = grad_logits @ weight
+            if needs_weight:
+                grad_weight += grad_logits.T @ hidden[rows]
+            if needs_bias:
+                grad_bias += grad_logits.sum(0)
+        return (
+            grad_hidden,
+            grad_weight.to(weight.dtype) if needs_weight else None,
+            grad_bias.to(bias.dtype) if needs_bias else None,
+            *(None, None, None),
+        )
+
+
+# The GRPO objective
+
+
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3",
+    importance: Literal["token", "sequence"] = "token",
+    aggregation: Literal["token", "sequence", "constant"] = "token",
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    normalizer: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Clipped surrogate of GRPO with an optional KL term, and statistics that add over batches.
+
+        ratio = (logps - old_logps).exp()
+        loss = -torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)[mask].sum() / normalizer
+
+    `dual_clip` bounds the ratio of negative advantages from above. With d = ref_logps - logps the KL estimators are
+    k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1, and kl_coef * KL is added to each token's loss.
+    `importance="sequence"` (GSPO) takes one ratio per sequence: exp(mean over its tokens of logps - old_logps).
+    `aggregation`: `token` and `constant` sum all tokens, `sequence` the sequences' means; `normalizer` then divides.
+    It is the caller's, and global (over ranks and micro-batches): all tokens, all sequences, or sequences * a constant
+    length. So the losses of any split into whole sequences add up to the loss of the whole.
+
+    A masked token, or one of weight 0, counts nowhere, whatever its values (NaN included). Log-ratios are clamped to
+    +-MAX_LOG_RATIO and have no gradient beyond. A token that counts and has a non-finite log-prob makes the loss NaN.
+
+    Args:
+        logps: [R] floating: the policy's log-probs; the only input that is differentiated.
+        old_logps: [R], the behaviour policy's.
+        advantages: [R], or [S] with `cu_seqlens` (which it is where R = S).
+        cu_seqlens: [S + 1] int32 or int64: sequence s holds rows cu_seqlens[s] to cu_seqlens[s + 1]; rows that no
+            sequence holds are an error that is not checked. Needed by everything that is per sequence.
+        ref_logps: [R], the reference policy's; needed when kl_coef is not 0.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: bound > 1, or None.
+        weights: factor of each token's loss, KL term included: [R] (which it is where R = S), or [S] with `cu_seqlens`.
+        mask: [R] bool, False where a token does not count.
+        normalizer: what the sum is divided by; > 0.
+
+    Returns:
+        loss: scalar, in the type of logps (at least fp32); 0 for an empty batch, still attached to logps.
+        stats: [len(GRPO_STATS)] fp64 on the same device, named by GRPO_STATS, detached.
+
+    Raises:
+        ValueError: a shape, type, device or option that does not fit, naming it.
+    """
+    check_vector("logps", logps, logps.shape[:1], logps.device)
+    check_vector("old_logps", old_logps, logps.shape, logps.device)
+    for name, value, options in (
+        ("kl_estimator", kl_estimator, ("k1", "k2", "k3")),
+        ("importance", importance, ("token", "sequence")),
+        ("aggregation", aggregation, ("token", "sequence", "constant")),
+    ):
+        if value not in options:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(options)}")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip={dual_clip}: must be above 1, or None")
+    if isinstance(normalizer, (int, float)) and not normalizer > 0:
+        raise ValueError(f"normalizer={normalizer}: must be positive")
+    if ref_logps is not None:
+        check_vector("ref_logps", ref_logps, logps.shape, logps.device)
+    elif kl_coef != 0:
+        raise ValueError(f"ref_logps is needed with kl_coef={kl_coef}")
+    if cu_seqlens is None and "sequence" in (importance, aggregation):
+        raise ValueError(f"cu_seqlens is needed with importance={importance!r}, aggregation={aggregation!r}")
+
+    dtype = _wide(logps)
+    sequence = None if cu_seqlens is None else _sequence_of_row(cu_seqlens, logps)
+    advantage = _per_row("advantages", advantages, cu_seqlens, sequence, logps).detach().to(dtype)
+    active = _active_rows(logps, cu_seqlens, sequence, weights, mask)
+
+    # Rows that do not count become harmless before any arithmetic: a 0 gradient times inf or NaN would still be NaN.
+    now = torch.where(active, logps.to(dtype), 0.0)
+    then = torch.where(active, old_logps.detach().to(dtype), 0.0)
+    advantage = torch.where(active, advantage, 0.0)
+    difference = now - then
+    if importance == "sequence":
+        difference = _sequence_mean(difference, active, sequence, cu_seqlens)
+        difference = torch.where(active, difference.gather(0, sequence), 0.0)
+    log_ratio = _clamp(difference)
+    ratio = log_ratio.exp()
+
+    low = (advantage < 0) & (ratio < 1 - clip_low)
+    high = (advantage > 0) & (ratio > 1 + clip_high)
+    bounded = torch.where(low, 1 - clip_low, torch.where(high, 1 + clip_high, ratio))
+    dual = (advantage < 0) & (ratio > dual_clip) if dual_clip is not None else torch.zeros_like(low)
+    if dual_clip is not None:
+        bounded = torch.where(dual, dual_clip, bounded)
+    token_loss = -bounded * advantage  # [R]
+
+    finite = active & difference.isfinite()
+    kl = torch.zeros_like(now)
+    if ref_logps is not None:
+        reference = torch.where(active, ref_logps.detach().to(dtype), 0.0)
+        kl = _kl(_clamp(reference - now), kl_estimator)
+        finite = finite & reference.isfinite()
+    if kl_coef != 0:
+        token_loss = token_loss + kl_coef * kl
+    if weights is not None:
+        weight = _per_row("weights", weights, cu_seqlens, sequence, logps).detach().to(dtype)
+        token_loss = token_loss * torch.where(active, weight, 0.0)
+    if aggregation == "sequence":
+        token_loss = _sequence_mean(token_loss, active, sequence, cu_seqlens)
+    loss = token_loss.sum() / normalizer
+
+    with torch.no_grad():
+        fields = {
+            "tokens": active,
+            "nonfinite": active & ~finite,
+            "clipped_low": low & finite,
+            "clipped_high": high & finite,
+            "dual_clipped": dual & finite,
+            "ratio_sum": torch.where(finite, ratio, 0.0),
+            "old_kl_sum": torch.where(finite, _exp_minus_linear(_clamp(now - then)), 0.0),
+            "kl_sum": torch.where(finite, kl, 0.0),
+        }
+        stats = torch.stack([fields[name].sum(dtype=torch.float64) for name in GRPO_STATS])
+    return loss, stats
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    cu_seqlens: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3",
+    importance: Literal["token", "sequence"] = "token",
+    aggregation: Literal["token", "sequence", "constant"] = "token",
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    normalizer: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GRPO's loss straight from hidden states and the head's weight; the logits [R, V] are never held whole.
+
+        logps = linear_selective_log_softmax(hidden, weight, index, bias=bias, temperature=temperature)
+        loss, stats = grpo_loss(logps, old_logps, advantages, ..., normalizer=normalizer)
+
+    Args: those of the two functions.
+
+    Returns:
+        loss: scalar, differentiable in hidden, weight and bias.
+        logps: [R], detached.
+        stats: [len(LINEAR_GRPO_STATS)] fp64, named by LINEAR_GRPO_STATS, detached.
+
+    Raises:
+        ValueError: a shape, type, device or option that does not fit, naming it.
+    """
+    logps, entropy = linear_selective_log_softmax(
+        hidden, weight, index, bias=bias, temperature=temperature, return_entropy=True
+    )
+    loss, stats = grpo_loss(
+        logps,
+        old_logps,
+        advantages,
+        cu_seqlens=cu_seqlens,
+        ref_logps=ref_logps,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        importance=importance,
+        aggregation=aggregation,
+        weights=weights,
+        mask=mask,
+        normalizer=normalizer,
+    )
+    with torch.no_grad():
+        sequence = None if cu_seqlens is None else _sequence_of_row(cu_seqlens, logps)
+        counts = _active_rows(logps, cu_seqlens, sequence, weights, mask) & entropy.isfinite()
+        entropy_sum = torch.where(counts, entropy, 0.0).sum(dtype=torch.float64)
+    return loss, logps.detach(), torch.cat([stats, entropy_sum[None]])
+
+
+# Advantages
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_offsets: Tensor,
+    *,
+    scale: Literal["std", "none", "batch"] = "std",
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Rewards relative to their group's mean, scaled (GRPO).
+
+        centred = rewards - mean_of_group
+        advantages = centred / (std_of_group + eps)     # "batch": std of all rewards; "none": centred
+
+    The standard deviation is the sample one (divided by n - 1), as in TRL, verl and OpenRLHF. A group is degenerate
+    when its largest and smallest reward are equal, by comparison and not by a small std; its advantages are exactly 0.
+    A group of one is degenerate.
+
+    Args:
+        rewards: [S] floating.
+        group_offsets: [G + 1] int32 or int64: group g holds rewards group_offsets[g] to group_offsets[g + 1];
+            groups may have any size, none included.
+        scale: what centred rewards are divided by.
+        eps: added to the standard deviation, so that rewards that differ by rounding only stay small; >= 0.
+
+    Returns:
+        advantages: [S] of the rewards' type (at least fp32). NaN for a group with a NaN reward.
+        degenerate: [G] bool.
+
+    Raises:
+        ValueError: a shape, type, device or option that does not fit, naming it.
+    """
+    check_vector("rewards", rewards, rewards.shape[:1], rewards.device)
+    if scale not in ("std", "none", "batch"):
+        raise ValueError(f"scale={scale!r}: must be one of std, none, batch")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps}: must be at least 0")
+    group = _sequence_of_row(group_offsets, rewards, "group_offsets")
+    rewards = rewards.detach().to(_wide(rewards))
+    count = group_offsets.diff().to(rewards.dtype)  # [G]
+
+    lowest = rewards.new_full(count.shape, math.inf).scatter_reduce(0, group, rewards, "amin")
+    highest = rewards.new_full(count.shape, -math.inf).scatter_reduce(0, group, rewards, "amax")
+    degenerate = (highest == lowest) | (count == 0)
+
+    # Counting from the group's lowest reward, in units of its range, keeps rewards that nearly agree exact.
+    span = torch.where(degenerate, 1.0, highest - lowest)  # [G]
+    units = (rewards - lowest[group]) / span[group]  # [S] in [0, 1]
+    centred = units - _segment_sum(units, group, count)[group] / count[group]
+    if scale == "std":
+        variance = _segment_sum(centred.square(), group, count) / (count - 1).clamp(min=1)
+        advantages = centred / (variance.sqrt() + eps / span)[group]
+    else:
+        advantages = centred * span[group]
+        if scale == "batch" and rewards.numel() > 1:
+            advantages = advantages / (rewards.std() + eps)
+    return torch.where(degenerate[group], 0.0, advantages), degenerate
+
+
+# Pieces
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _chunks(rows: int):
+    return (slice(start, min(start + CHUNK_ROWS, rows)) for start in range(0, rows, CHUNK_ROWS))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(hidden, weight, bias)
+
+
+def _temper(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """Logits over temperature, up to a constant per row."""
+    if isinstance(temperature, float):
+        if temperature == 1.0:
+            return logits
+        temperature = torch.full((), temperature, dtype=logits.dtype, device=logits.device)
+    temperature = temperature.detach().to(logits.dtype).unsqueeze(-1)
+    # Below the maximum before dividing: at a small temperature only losers may overflow, to -inf, which is right.
+    below = logits - logits.detach().amax(-1, keepdim=True)
+    frozen = torch.where(below == 0, 0.0, -math.inf).to(logits.dtype)
+    tempered = torch.where(temperature > 0, below / torch.where(temperature > 0, temperature, 1.0), frozen)
+    return torch.where(temperature >= 0, tempered, math.nan)
+
+
+def _clamp(log_ratio: Tensor) -> Tensor:
+    """Within +-MAX_LOG_RATIO; infinities become NaN, in value and gradient, so that no clamp hides them."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO) + (log_ratio - log_ratio)
+
+
+def _kl(d: Tensor, estimator: str) -> Tensor:
+    if estimator == "k1":
+        return -d
+    return d.square() / 2 if estimator == "k2" else _exp_minus_linear(d)
+
+
+def _exp_minus_linear(d: Tensor) -> Tensor:
+    """exp(d) - d - 1 to full relative precision: its Taylor series near 0, where the subtraction cancels."""
+    near = d.abs() < 0.25
+    x = torch.where(near, d, 0.0)
+    series = torch.ones_like(x)
+    for k in range(14, 2, -1):  # 1 + x/3 (1 + x/4 (1 + ... x/14)): enough for fp64, derivative included
+        series = 1 + x / k * series
+    far = torch.where(near, 1.0, d)
+    return torch.where(near, x * x / 2 * series, far.expm1() - far)
+
+
+def _sequence_of_row(offsets: Tensor, rows: Tensor, name: str = "cu_seqlens") -> Tensor:
+    """[R] int64: which sequence each row belongs to."""
+    if offsets.dim() != 1 or offsets.numel() < 1 or offsets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: must be [S + 1] int32 or int64, not {describe(offsets)}")
+    if offsets.device != rows.device:
+        raise ValueError(f"{name}: is on {offsets.device}, the rest on {rows.device}")
+    if offsets.numel() == 1 and rows.shape[0]:
+        raise ValueError(f"{name}: names no sequence for {rows.shape[0]} rows")
+    position = torch.arange(rows.shape[0], device=rows.device)
+    found = torch.searchsorted(offsets[1:].long().contiguous(), position, right=True)
+    return found.clamp(max=max(offsets.numel() - 2, 0))
+
+
+def _segment_sum(values: Tensor, segment: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=values.dtype).index_add(0, segment, values)
+
+
+def _sequence_mean(values: Tensor, active: Tensor, sequence: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[S]: mean of each sequence's active rows; 0 where it has none."""
+    like = cu_seqlens[1:]
+    count = _segment_sum(active.to(values.dtype), sequence, like)
+    return _segment_sum(torch.where(active, values, 0.0), sequence, like) / count.clamp(min=1)
+
+
+def _per_row(name: str, values: Tensor, cu_seqlens: Tensor | None, sequence: Tensor | None, rows: Tensor) -> Tensor:
+    """Values [R] or, with sequences, [S], as [R]."""
+    sequences = None if cu_seqlens is None else cu_seqlens.numel() - 1
+    fits = values.dim() == 1 and values.shape[0] in (rows.shape[0], sequences)
+    if not fits or not values.is_floating_point():
+        expected = f"[{rows.shape[0]}] (rows)" + (f" or [{sequences}] (sequences)" if sequences is not None else "")
+        raise ValueError(f"{name}: must be floating {expected}, not {describe(values)}")
+    if values.device != rows.device:
+        raise ValueError(f"{name}: is on {values.device}, the rest on {rows.device}")
+    rows_win = name == "weights" and values.shape[0] == rows.shape[0]
+    return values if values.shape[0] != sequences or rows_win else values[sequence]
+
+
+def _active_rows(
+    logps: Tensor, cu_seqlens: Tensor | None, sequence: Tensor | None, weights: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """[R] bool: unmasked, and of a weight that is not 0."""
+    active = torch.ones_like(logps, dtype=torch.bool)
+    if mask is not None:
+        if mask.shape != logps.shape or mask.dtype != torch.bool:
+            raise ValueError(f"mask: must be bool {list(logps.shape)}, not {describe(mask)}")
+        if mask.device != logps.device:
+            raise ValueError(f"mask: is on {mask.device}, the rest on {logps.device}")
+        active = mask
+    if weights is not None:
+        active = active & (_per_row("weights", weights, cu_seqlens, sequence, logps) != 0)
+    return active

@@ -1,0 +1,17 @@
+"""Rethinker: reinforcement learning that teaches vision-language models to think slowly.
+
+`rethinker.train(recipe, overrides)` runs a recipe from Python. Importing the package imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        return importlib.import_module("rethinker.train")
+    raise AttributeError(f"module 'rethinker' has no attribute {name!r}")

@@ -1,0 +1,78 @@
+"""The training objective on a packed batch: GRPO's clipped surrogate with the settings of `algorithm`.
+
+Shapes: R response tokens and S responses of a packed row.
+"""
+
+from __future__ import annotations
+
+from rethinker_kernels import grpo_loss
+from torch import Tensor
+
+from rethinker.config import AlgorithmConfig
+from rethinker.samples import Completion, PackedBatch, Sample
+
+
+def policy_loss(
+    logps: Tensor, batch: PackedBatch, config: AlgorithmConfig, normalizer: float, ref_logps: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss of one micro-batch; the losses of a step's micro-batches, over all ranks, add up to the step's loss.
+
+    A token that counts and whose log-prob is not finite makes the loss NaN: the step is then to be skipped.
+
+    Args:
+        logps: [R], the policy's log-probs, differentiable.
+        batch: its old_logps, advantages [S], weights ([R], or [S]), loss_mask and cu_seqlens.
+        config: the `algorithm` settings.
+        normalizer: `loss_normalizer` of the whole step.
+        ref_logps: [R], the reference policy's log-probs; needed when `algorithm.kl_coef` is not 0.
+
+    Returns:
+        loss: scalar.
+        stats: [len(GRPO_STATS)], sums that add over micro-batches and ranks, named by rethinker_kernels.GRPO_STATS.
+    """
+    return grpo_loss(
+        logps,
+        batch.old_logps,
+        batch.advantages,
+        cu_seqlens=batch.cu_seqlens,
+        ref_logps=ref_logps,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        kl_coef=config.kl_coef,
+        kl_estimator=config.kl_estimator,
+        importance=config.importance,
+        aggregation=config.aggregation,
+        weights=batch.weights,
+        mask=batch.loss_mask,
+        normalizer=normalizer,
+    )
+
+
+def loss_normalizer(samples: list[Sample], config: AlgorithmConfig, max_new_tokens: int) -> float:
+    """What a step's summed loss is divided by, from all samples of the step over all ranks.
+
+    Samples of weight 0 count nowhere. At least 1, so that a step without a trainable token has loss 0.
+
+    Args:
+        samples: the step's samples, over all ranks and micro-batches.
+        config: `aggregation` chooses: `token` the trainable response tokens, `sequence` the samples, `constant` the
+            samples times `max_new_tokens`.
+        max_new_tokens: `rollout.max_new_tokens`.
+    """
+    counted = [sample for sample in samples if sample.weight != 0]
+    if config.aggregation == "token":
+        return float(max(1, sum(sum(trainable_mask(sample.completion)) for sample in counted)))
+    return float(max(1, len(counted) * (max_new_tokens if config.aggregation == "constant" else 1)))
+
+
+def trainable_mask(completion: Completion) -> list[bool]:
+    """Per response token whether it carries a policy gradient: forced tokens were not sampled and do not.
+
+    Only the trigger's span is forced. A non-finite log-prob elsewhere is a fault and stays in, to be noticed.
+    """
+    mask = [True] * len(completion.token_ids)
+    if completion.rethought is not None:
+        start, end = completion.rethought.trigger_start, completion.rethought.trigger_end
+        mask[start:end] = [False] * (end - start)
+    return mask

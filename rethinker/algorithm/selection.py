@@ -1,0 +1,52 @@
+"""Which samples a step trains on: all of them (grpo), the effective ones (filter), or those and replay (ssr)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rethinker.algorithm.replay import ReplayBuffer
+from rethinker.samples import Group, Sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one optimizer step, over all ranks: `fresh` of this step's rollouts, then `replayed` draws."""
+
+    samples: list[Sample]
+    fresh: int
+    replayed: int
+    effective_query_ratio: float
+
+    @property
+    def replay_fraction(self) -> float:
+        """Share of the samples that come from replay."""
+        return self.replayed / len(self.samples) if self.samples else 0.0
+
+
+def select_batch(
+    groups: list[Group], *, name: Literal["grpo", "filter", "ssr"], pairs: int, replay: ReplayBuffer
+) -> Batch:
+    """Choose the samples of one step (METHOD: Vanishing advantages, Selective Sample Replay).
+
+    Args:
+        groups: the step's groups over all ranks, with rewards and advantages.
+        name: `grpo` keeps every sample, `filter` those with |A| > 0, `ssr` puts those into `replay` and then draws
+            max(0, pairs - their number) from it; an empty buffer leaves the batch smaller.
+        pairs: N, the batch size that `ssr` fills up to.
+        replay: only `ssr` uses or changes it.
+
+    Raises:
+        ValueError: an unknown name, or a group without advantages.
+    """
+    if name not in ("grpo", "filter", "ssr"):
+        raise ValueError(f"name={name!r}: must be one of grpo, filter, ssr")
+    samples = [sample for group in groups for sample in group.samples()]
+    if name != "grpo":
+        samples = [sample for sample in samples if sample.advantage != 0]
+    draws: list[Sample] = []
+    if name == "ssr":
+        replay.add(samples)
+        draws = replay.draw(max(0, pairs - len(samples)))
+    effective = sum(group.effective for group in groups) / max(1, len(groups))
+    return Batch(samples + draws, fresh=len(samples), replayed=len(draws), effective_query_ratio=effective)

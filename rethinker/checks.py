@@ -1,0 +1,183 @@
+"""What must hold before anything is loaded or written: the geometry of a step, and what the run needs of the machine.
+
+Every check raises ConfigError with the setting's dotted name, its value, and what would work. torch is not imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rethinker.config import Config, ConfigError
+from rethinker.doctor import how_to_install
+from rethinker.runtime.profiling import parse_steps
+
+MIN_FREE_BYTES = 200 * 2**20  # the tiny model, its checkpoints, completions and logs
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every comparison, so it is refused too
+    "at least 1": (
+        lambda value: value >= 1,
+        "data.max_prompt_tokens data.min_pixels policy.warmup.batch_size rollout.group_size rollout.max_new_tokens "
+        "rollout.tensor_parallel_size reward.workers replay.capacity train.max_steps train.episode_queries "
+        "train.batch_pairs train.micro_batch_tokens validation.every validation.size checkpoint.every",
+    ),
+    "at least 0": (
+        lambda value: value >= 0,
+        "seed data.max_images policy.warmup.steps policy.warmup.seed algorithm.kl_coef replay.alpha replay.max_age "
+        "replay.importance_exponent train.weight_decay",
+    ),
+    "positive": (
+        lambda value: 0 < value < math.inf,
+        "policy.warmup.learning_rate rollout.temperature rollout.kv_cache_gb rollout.timeout_s reward.timeout_s "
+        "algorithm.clip_high algorithm.rollout_correction train.epochs train.learning_rate train.max_grad_norm",
+    ),
+    "above 0 and below 1": (lambda value: 0 < value < 1, "rollout.gpu_memory_utilization algorithm.clip_low"),
+    "above 0 and at most 1": (lambda value: 0 < value <= 1, "policy.warmup.data_fraction"),
+    "from 0 to 1": (lambda value: 0 <= value <= 1, "train.warmup_ratio train.min_lr_ratio"),
+    "above 1": (lambda value: value > 1, "algorithm.dual_clip"),
+    "two numbers of at least 0 and below 1": (lambda betas: all(0 <= beta < 1 for beta in betas), "train.betas"),
+    "weights of at least 0, one of them positive": (
+        lambda weights: not weights or (all(w >= 0 for w in weights.values()) and sum(weights.values()) > 0),
+        "data.category_weights",
+    ),
+    "a plain folder name, without / and not starting with a dot": (
+        lambda name: bool(name) and name == Path(name).name and name[0] != "." and not set(name) & set("\\\0\n"),
+        "run.name",
+    ),
+    "the name of a folder": (bool, "run.dir"),
+}
+
+
+def check_geometry(config: Config) -> None:
+    """Numbers in range, and batches that groups and episodes fill exactly."""
+    _check_ranges(config)
+    group, batch, episode = config.rollout.group_size, config.train.batch_pairs, config.train.episode_queries
+    if batch % group:
+        raise ConfigError(
+            f"rollout.group_size={group} needs train.batch_pairs ({batch}) divisible by {group}; "
+            f"nearest: {_nearest(batch, group)}"
+        )
+    if episode * group % batch:
+        raise ConfigError(
+            f"train.batch_pairs={batch} needs train.episode_queries x rollout.group_size "
+            f"({episode} x {group} = {episode * group}) divisible by {batch}; "
+            f"nearest train.episode_queries: {_nearest(episode, batch // group)}"
+        )
+    if config.data.min_pixels > config.data.max_pixels:
+        raise ConfigError(
+            f"data.min_pixels={config.data.min_pixels} must not exceed data.max_pixels ({config.data.max_pixels})"
+        )
+    if "{question}" not in config.data.prompt:
+        raise ConfigError(f"data.prompt={config.data.prompt!r} must contain {{question}}")
+    if config.rollout.backend == "recorded" and not config.rollout.recording:
+        raise ConfigError(
+            "rollout.backend=recorded needs rollout.recording: the folder runs/<name>/completions to read"
+        )
+    if config.rollout.backend != "recorded" and config.rollout.recording:
+        raise ConfigError(f"rollout.recording={config.rollout.recording} needs rollout.backend=recorded")
+    parse_steps(config.profile.steps)
+
+
+def _check_ranges(config: Config) -> None:
+    for needed, (holds, keys) in _RANGES.items():
+        for key in keys.split():
+            value = functools.reduce(getattr, key.split("."), config)
+            if value is not None and not holds(value):
+                raise ConfigError(f"{key}={value} must be {needed}")
+
+
+def _nearest(value: int, multiple: int) -> str:
+    below = value - value % multiple
+    return f"{below} or {below + multiple}" if below else str(multiple)
+
+
+def check_resources(config: Config) -> None:
+    """The packages, the model, the reward file, the recording, the run folder and the disk are there."""
+    _check_packages(config)
+    model_bytes = _check_model(config.policy.model)
+    reward_file, colon, _ = config.reward.function.rpartition(":")
+    if config.reward.function != "boxed" and not (colon and reward_file.endswith(".py")):
+        raise ConfigError(f"reward.function={config.reward.function} must be boxed or path/to/file.py:function")
+    if colon and not Path(reward_file).expanduser().is_file():
+        raise ConfigError(f"reward.function={config.reward.function}: the file {reward_file} does not exist")
+    recording = config.rollout.recording
+    if recording and not any(Path(recording).glob("episode_*.parquet")):
+        raise ConfigError(
+            f"rollout.recording={recording} holds no episode_*.parquet; give a runs/<name>/completions folder"
+        )
+    _check_run_folder(config, needed=max(3 * model_bytes, MIN_FREE_BYTES))
+
+
+def _check_packages(config: Config) -> None:
+    needs = [("policy.model", config.policy.model, "transformers"), ("policy.model", config.policy.model, "deepspeed")]
+    if config.rollout.backend == "vllm":
+        needs.append(("rollout.backend", "vllm", "vllm"))
+    needs += [("run.trackers", tracker, tracker) for tracker in config.run.trackers]
+    if config.run.save_completions:
+        needs.append(("run.save_completions", "true", "pyarrow"))
+    if "easy_vqa" in (config.data.train, config.data.validation):
+        needs.append(("data.train" if config.data.train == "easy_vqa" else "data.validation", "easy_vqa", "easy_vqa"))
+    for key, value, package in needs:
+        if find_spec(package) is None:
+            raise ConfigError(f"{key}={value} needs the package {package}, which is missing: {how_to_install(package)}")
+
+
+def _check_model(model: str) -> int:
+    """Refuse a folder that cannot be a model. Returns the size of its weights in bytes (0 when not known yet)."""
+    folder = Path(model).expanduser()
+    # A name on the model hub is `name` or `owner/name`.
+    looks_local = folder.exists() or folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    if model == "tiny" or not looks_local:
+        return 0
+    if not folder.is_dir():
+        raise ConfigError(f"policy.model={model} is not a folder; give `tiny`, a model folder, or a Hugging Face name")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"policy.model={model} has no config.json; give a folder in Hugging Face format")
+    shards = set(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards |= {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        except (ValueError, KeyError, AttributeError, OSError):
+            raise ConfigError(
+                f"policy.model={model}: {index.name} is damaged; download or save the model again"
+            ) from None
+    if not shards:
+        raise ConfigError(f"policy.model={model} has no weights (*.safetensors); save or download the model again")
+    broken = sorted(shard.name for shard in shards if not shard.is_file() or shard.stat().st_size <= 8)
+    if broken:
+        raise ConfigError(
+            f"policy.model={model}: weights {broken[0]} are missing or empty; save the model again"
+        )
+    return sum(shard.stat().st_size for shard in shards)
+
+
+def _check_run_folder(config: Config, needed: int) -> None:
+    """The run's folder can be made, is new, and its disk has room for `needed` bytes."""
+    folder = Path(config.run.dir).expanduser() / (config.run.name or "")
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"run.dir={config.run.dir}: {existing} is a file; choose another run.dir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.dir={config.run.dir}: {existing} cannot be written to; choose another run.dir")
+    check_new(config)
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ConfigError(
+            f"run.dir={config.run.dir} has {free / 2**30:.2f} GB of disk free and the run needs about "
+            f"{needed / 2**30:.2f} GB; free some space or choose a run.dir on a larger disk"
+        )
+
+
+def check_new(config: Config) -> None:
+    """A run never writes into another run's folder."""
+    folder = Path(config.run.dir).expanduser() / config.run.name
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"run.name={config.run.name}: {folder} already holds a run; choose another run.name")

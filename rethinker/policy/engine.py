@@ -1,0 +1,289 @@
+"""The policy under DeepSpeed ZeRO-3: one optimizer step on a global batch, full weights out, models saved.
+
+This is the only module that knows DeepSpeed. Every method is collective: all ranks call it with the same samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from rethinker.algorithm.objective import loss_normalizer, policy_loss
+from rethinker.config import Config
+from rethinker.policy.model import Policy, load_model
+from rethinker.policy.packing import pack, plan_micro_batches
+from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.profiling import phase
+from rethinker.samples import PackedBatch, Sample
+from rethinker.tasks.prompts import PromptEncoder
+from rethinker_kernels import GRPO_STATS
+
+
+class PolicyEngine:
+    """The trained policy, its optimizer and its learning-rate schedule, sharded over the ranks by ZeRO-3."""
+
+    def __init__(
+        self, config: Config, model_dir: str | Path, encoder: PromptEncoder, ranks: Ranks, total_steps: int
+    ) -> None:
+        """
+        Args:
+            config: the run's settings.
+            model_dir: Hugging Face folder or name of the initial policy.
+            encoder: turns queries into prompts and pixels.
+            ranks: this process's place.
+            total_steps: length of the learning-rate schedule.
+        """
+        self.config, self.encoder, self.ranks, self.total_steps = config, encoder, ranks, total_steps
+        self.steps = 0  # optimizer steps attempted
+        self.version = 0  # weight syncs: the policy version that rollouts carry
+        self.skipped_steps = 0
+        settings = zero3_settings(config, ranks)
+        # Announced before the model is loaded, so that transformers partitions each weight as it reads it.
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self._announced = HfDeepSpeedConfig(settings)
+        dtype = getattr(torch, config.policy.dtype)
+        policy = Policy(load_model(model_dir, dtype), config.policy)
+        self.reference = None
+        if config.algorithm.kl_coef > 0:
+            reference = Policy(load_model(model_dir, dtype), config.policy).requires_grad_(False)
+            without_optimizer = {k: v for k, v in settings.items() if k not in ("optimizer", "gradient_clipping")}
+            self.reference, *_ = deepspeed.initialize(model=reference, config=without_optimizer)
+        # eval(): no dropout in the policy, the ratio would not be 1 on policy.
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay
+        )
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=policy.eval(), optimizer=optimizer, config=settings, model_parameters=trained
+        )
+        self.policy = policy
+
+    def train_step(self, samples: list[Sample]) -> dict[str, float]:
+        """One optimizer step on a global batch.
+
+        Args:
+            samples: the whole batch over all ranks, in the same order on every rank.
+
+        Returns:
+            `loss`, `entropy`, `kl`, `clip_fraction_low`, `clip_fraction_high`, `old_kl` (k3 of the current policy from
+            the behaviour policy, on samples of the current version), `grad_norm`, `learning_rate`, `train_tokens`
+            (processed, over all ranks), `skipped` (1 if a non-finite number kept the step from being applied). An
+            empty batch (every query all right or all wrong, and nothing to replay) leaves the weights as they are.
+        """
+        config = self.config
+        if not samples:
+            self.steps += 1
+            return dict.fromkeys(METRICS, 0.0)
+        normalizer = loss_normalizer(samples, config.algorithm, config.rollout.max_new_tokens)
+        sums = torch.zeros(len(GRPO_STATS) + 5, dtype=torch.float64, device=self.ranks.device)
+        for batch in self._micro_batches(samples):
+            with phase("forward"):
+                logps, entropy = self.engine(batch, config.rollout.temperature)
+                reference = self._reference_logps(batch)
+                loss, stats = policy_loss(logps, batch, config.algorithm, normalizer, ref_logps=reference)
+            with phase("backward"):
+                # ZeRO averages gradients over ranks; the normalizer is global already. A non-finite loss poisons the
+                # gradient on purpose: ZeRO then sees a non-finite norm on every rank and leaves the weights alone.
+                poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+                self.engine.backward(loss * poison * self.ranks.world_size)
+            with torch.no_grad():
+                sums += torch.cat([stats, self._extra_sums(loss, logps, entropy, batch)]).double()
+        rate = learning_rate(self.steps, self.total_steps, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with phase("optimizer"):
+            self.engine.step()
+        self.steps += 1
+        values = dict(zip([*GRPO_STATS, *_EXTRA], self.ranks.sum(sums).tolist(), strict=True))
+        grad_norm = float(self.engine.get_global_grad_norm())
+        skipped = not (math.isfinite(grad_norm) and math.isfinite(values["loss"]))
+        self.skipped_steps += skipped
+        tokens = max(values["tokens"], 1.0)
+        metrics = (
+            values["loss"],
+            values["entropy_sum"] / tokens,
+            values["kl_sum"] / tokens,
+            values["clipped_low"] / tokens,
+            values["clipped_high"] / tokens,
+            values["fresh_kl_sum"] / max(values["fresh_tokens"], 1.0),
+            grad_norm,
+            rate,
+            values["processed"],
+            float(skipped),
+        )
+        return dict(zip(METRICS, metrics, strict=True))
+
+    @torch.no_grad()
+    def score(self, samples: list[Sample]) -> None:
+        """Set `completion.trainer_logprobs` of every sample from the current policy's forward, on every rank."""
+        mine = []
+        plan = plan_micro_batches(
+            samples, budget=self.config.train.micro_batch_tokens, world_size=self.ranks.world_size
+        )
+        for bundles in plan[self.ranks.rank]:
+            batch = self._pack(bundles)
+            logps, _ = self.engine(batch, self.config.rollout.temperature)
+            mine.append(logps.float().cpu())
+        gathered = self.ranks.gather(mine)
+        for rank_plan, rank_logps in zip(plan, gathered, strict=True):
+            for bundles, logps in zip(rank_plan, rank_logps, strict=True):
+                offset = 0
+                for sample in (s for bundle in bundles for s in bundle.samples):
+                    length = len(sample.completion.token_ids)
+                    sample.completion.trainer_logprobs = logps[offset : offset + length].tolist()
+                    offset += length
+
+    @property
+    def weights(self) -> FullWeights:
+        """The policy's full weights under their Hugging Face names, gathered a few at a time."""
+        return FullWeights(self.policy.hf)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the policy in Hugging Face format, processor included; vLLM and transformers load it as it is."""
+        state = {name: tensor.cpu().clone() for name, tensor in self.weights if self.ranks.is_main or tensor is None}
+        if self.ranks.is_main:
+            self.policy.hf.save_pretrained(folder, state_dict=state)
+            self.encoder.processor.save_pretrained(folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters; ZeRO-3 writes the sharded weights and optimizer itself (engine.save_checkpoint)."""
+        return {"steps": self.steps, "version": self.version, "skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.version = state["steps"], state["version"]
+        self.skipped_steps = state["skipped_steps"]
+
+    def _micro_batches(self, samples: list[Sample]) -> Iterator[PackedBatch]:
+        budget = self.config.train.micro_batch_tokens
+        plan = plan_micro_batches(samples, budget=budget, world_size=self.ranks.world_size)
+        for bundles in plan[self.ranks.rank]:
+            with phase("pack"):
+                batch = self._pack(bundles)
+            yield batch
+
+    def _pack(self, bundles) -> PackedBatch:
+        return pack(
+            bundles,
+            self.encoder.encode,
+            self.encoder.pixels,
+            self.policy.positions,
+            policy_version=self.version,
+            correction_cap=self.config.algorithm.rollout_correction,
+        ).to(self.ranks.device)
+
+    def _reference_logps(self, batch: PackedBatch) -> torch.Tensor | None:
+        if self.reference is None:
+            return None
+        with torch.no_grad():
+            return self.reference(batch, self.config.rollout.temperature)[0]
+
+    def _extra_sums(
+        self, loss: torch.Tensor, logps: torch.Tensor, entropy: torch.Tensor, batch: PackedBatch
+    ) -> torch.Tensor:
+        """What the loss's own stats lack, as sums over tokens: see `_EXTRA`."""
+        counted = batch.loss_mask & (batch.weights != 0)
+        of_sample = torch.repeat_interleave(batch.age, batch.cu_seqlens.diff(), output_size=len(logps))
+        fresh = counted & (of_sample == 0)
+        gap = batch.old_logps - logps.detach()
+        kl = torch.where(fresh, gap.expm1() - gap, 0.0).sum()
+        entropy_sum = torch.where(counted, entropy.detach(), 0.0).sum()
+        processed = torch.full((), float(batch.tokens), device=loss.device)
+        return torch.stack([loss.detach(), entropy_sum, kl, fresh.sum().float(), processed])
+
+
+METRICS = (
+    "loss",
+    "entropy",
+    "kl",
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "old_kl",
+    "grad_norm",
+    "learning_rate",
+    "train_tokens",
+    "skipped",
+)
+_EXTRA = ("loss", "entropy_sum", "fresh_kl_sum", "fresh_tokens", "processed")
+
+
+class FullWeights:
+    """A policy's weights as (name, full tensor), re-iterable; each pass gathers one decoder layer at a time.
+
+    Iterating is collective: every rank must take the whole pass.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._named = list(model.named_parameters())
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, dtype, full shape) of every weight, in the order of iteration, without gathering any."""
+        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self._named]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for _, members in _by_layer(self._named):
+            with deepspeed.zero.GatheredParameters([p for _, p in members]):
+                for name, parameter in members:
+                    yield name, parameter.detach()
+
+
+def _by_layer(named: list[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, list[tuple[str, torch.nn.Parameter]]]]:
+    """Consecutive parameters that share everything up to their first index: `model.language_model.layers.3`."""
+    layers: list[tuple[str, list[tuple[str, torch.nn.Parameter]]]] = []
+    for name, parameter in named:
+        parts = name.split(".")
+        digit = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        key = name if digit is None else ".".join(parts[: digit + 1])
+        if not layers or layers[-1][0] != key:
+            layers.append((key, []))
+        layers[-1][1].append((name, parameter))
+    return layers
+
+
+def learning_rate(step: int, total_steps: int, config: Config) -> float:
+    """The learning rate of optimizer step `step` (from 0): linear warm-up, then train.schedule."""
+    train = config.train
+    warmup = round(train.warmup_ratio * total_steps)
+    if step < warmup:
+        return train.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    shape = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    floor = train.min_lr_ratio
+    return train.learning_rate * (floor + (1 - floor) * shape[train.schedule])
+
+
+def zero3_settings(config: Config, ranks: Ranks) -> dict[str, Any]:
+    """The DeepSpeed configuration, with `train.deepspeed` merged over it."""
+    settings: dict[str, Any] = {
+        # Micro-batches differ in number from step to step, so the step's end is ours to say.
+        "managed_gradient_accumulation": False,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.train.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.policy.dtype == "bfloat16"},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": ranks.device.type == "cuda",
+            "contiguous_gradients": True,
+            "reduce_bucket_size": 500_000_000 if ranks.device.type == "cuda" else 5_000_000,
+            "stage3_prefetch_bucket_size": 50_000_000 if ranks.device.type == "cuda" else 500_000,
+            "stage3_param_persistence_threshold": 100_000 if ranks.device.type == "cuda" else 0,
+        },
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    return _merge(settings, config.train.deepspeed)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        merged[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return merged

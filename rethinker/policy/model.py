@@ -1,0 +1,140 @@
+"""The policy's forward: a packed batch in, one log-probability (and entropy) per response token out.
+
+Legend: T tokens of the packed row, R response tokens, B rows of L tokens as the attention kernel sees them, D hidden
+size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rethinker.config import ConfigError, PolicyConfig
+from rethinker.policy.attention import lay_out
+from rethinker.runtime.torchvision_cpu import make_importable
+from rethinker.samples import PackedBatch, Prompt
+from rethinker_kernels import linear_selective_log_softmax
+
+
+class LogProbHead(nn.Linear):
+    """The LM head as the loss needs it: hidden states and token ids in, log-probs and entropies out.
+
+    Being a module of its own, ZeRO-3's hooks gather its weight (tied to the embedding or not) just for this call.
+    """
+
+    @classmethod
+    def around(cls, linear: nn.Linear) -> LogProbHead:
+        """A head that holds `linear`'s very parameters, so tying and names stay as they were."""
+        head = cls.__new__(cls)
+        nn.Module.__init__(head)
+        head.in_features, head.out_features = linear.in_features, linear.out_features
+        head.weight, head.bias = linear.weight, linear.bias
+        return head
+
+    def forward(
+        self, hidden: torch.Tensor, index: torch.Tensor | None = None, temperature: float = 1.0
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """hidden [R, D], index [R] -> log-probs [R] and entropies [R] in fp32; without index, logits [R, V]."""
+        if index is None:
+            return super().forward(hidden)
+        return linear_selective_log_softmax(
+            hidden, self.weight, index, bias=self.bias, temperature=temperature, return_entropy=True
+        )
+
+
+class Policy(nn.Module):
+    """A Qwen2.5-VL policy that reads shared-prompt packed batches."""
+
+    def __init__(self, model: nn.Module, config: PolicyConfig) -> None:
+        """
+        Args:
+            model: a `Qwen2_5_VLForConditionalGeneration`.
+            config: `attention`, `freeze_vision` and `gradient_checkpointing` are read here.
+        """
+        super().__init__()
+        on_cuda = torch.cuda.is_available()
+        self.kernel = {"auto": "flex" if on_cuda else "sdpa"}.get(config.attention, config.attention)
+        self.freeze_vision = config.freeze_vision
+        model.lm_head = LogProbHead.around(model.lm_head)
+        model.set_attn_implementation(
+            {"text_config": {"flex": "flex_attention", "sdpa": "sdpa"}[self.kernel], "vision_config": "sdpa"}
+        )
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.freeze_vision:
+            model.model.visual.requires_grad_(False)
+        model.config.use_cache = False
+        self.hf = model
+        vision = model.config.vision_config
+        self.image_token_id = model.config.image_token_id
+        self._dummy_grid = (1, vision.spatial_merge_size, vision.spatial_merge_size)
+        self._patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
+    def positions(self, prompt: Prompt, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
+        """M-RoPE positions of a prompt's tokens, [3, P] (transformers' get_rope_index)."""
+        ids = torch.tensor([prompt.token_ids])
+        is_image = (ids == self.image_token_id).int()
+        return self.hf.model.get_rope_index(ids, is_image, image_grid_thw)[0][:, 0]
+
+    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs [R] of the batch's response tokens and the entropies [R] of their distributions, fp32 nats."""
+        device = batch.input_ids.device
+        embeds = self._embed(batch)  # [T, D]
+        layout = lay_out(batch.to("cpu"), self.kernel)
+        index = layout.index.to(device)
+        mask = layout.mask.to(device)
+        hidden = self.hf.model.language_model(
+            inputs_embeds=embeds[index],  # [B, L, D]
+            position_ids=batch.position_ids[:, 0][:, index],  # [3, B, L]
+            attention_mask={"full_attention": mask, "sliding_attention": mask},
+            use_cache=False,
+        ).last_hidden_state
+        # Only response tokens reach the head: [R, D].
+        rows = hidden.flatten(0, 1)[layout.position.to(device)[batch.source_index]]
+        return self.hf.lm_head(rows, batch.target_ids, temperature)
+
+    def _embed(self, batch: PackedBatch) -> torch.Tensor:
+        """Token embeddings [T, D] with each image's features in place of its placeholders."""
+        embeds = self.hf.model.get_input_embeddings()(batch.input_ids[0])
+        if batch.pixel_values is None:
+            # ZeRO-3 gathers the vision tower by collectives, so a rank without images must run it too: on one blank
+            # image whose features count for nothing.
+            pixels = embeds.new_zeros(self._dummy_grid[1] * self._dummy_grid[2], self._patch_width)
+            features = self._see(pixels, torch.tensor([self._dummy_grid], device=embeds.device))
+            return embeds + 0.0 * features.sum().to(embeds.dtype)
+        features = self._see(batch.pixel_values, batch.image_grid_thw).to(embeds.dtype)
+        # Placeholders inside responses were sampled by the policy and stand for no image.
+        place = (batch.input_ids[0] == self.image_token_id) & (batch.response_id == 0)
+        return embeds.masked_scatter(place[:, None], features)
+
+    def _see(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        """Image features [image tokens, D] from flattened patches."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
+            return self.hf.model.visual(pixels.to(self.hf.model.visual.dtype), grid_thw=grid).pooler_output
+
+
+def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
+    """Load a Qwen2.5-VL from a Hugging Face folder or hub name, partitioned at once if ZeRO-3 is announced."""
+    make_importable()
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind != "qwen2_5_vl":
+            raise ConfigError(f"policy.model={str(folder)!r} is a {kind!r} model; supported: qwen2_5_vl")
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    except OSError as error:
+        raise ConfigError(f"policy.model={str(folder)!r} could not be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_processor(folder: str | Path):
+    """Load the tokenizer, chat template and image processor that belong to a model."""
+    make_importable()
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except OSError as error:
+        raise ConfigError(f"policy.model={str(folder)!r} has no processor: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,188 @@
+"""Shared-prompt packing: lay the responses of a query behind one copy of its prompt, and share the work among ranks.
+
+One row reads `[prompt][r1][r2]..[rG] [next prompt]..`. Every response starts at the same position (the prompt's largest
+plus 1); its first token is predicted by the prompt's last token, and its last token is a label only, never an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from rethinker.algorithm.objective import trainable_mask
+from rethinker.samples import PackedBatch, Prompt, Query, Sample
+
+# (prompt, image_grid_thw) -> [3, P]
+PromptPositions = Callable[[Prompt, torch.Tensor | None], torch.Tensor]
+Pixels = tuple[torch.Tensor, torch.Tensor] | None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Some responses of one query: the smallest piece that micro-batches are made of."""
+
+    query: Query
+    samples: tuple[Sample, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens this piece adds to a row."""
+        return self.samples[0].prompt_tokens + sum(_input_length(s) for s in self.samples)
+
+
+def _input_length(sample: Sample) -> int:
+    return max(0, len(sample.completion.token_ids) - 1)
+
+
+def plan_micro_batches(samples: list[Sample], *, budget: int, world_size: int) -> list[list[list[Bundle]]]:
+    """Divide a global batch into micro-batches: `[rank][micro-batch][bundle]`, the same number on every rank.
+
+    Samples of one query share a bundle wherever they came from (fresh or replayed), unless they exceed `budget` tokens
+    together; then they are split and each part repeats the prompt. Longest first, each bundle goes to the emptiest
+    micro-batch, so ranks finish together. The plan depends on the samples alone: every rank computes the same one.
+
+    Args:
+        samples: the whole batch over all ranks; `prompt_tokens` must be set.
+        budget: most tokens in a micro-batch (train.micro_batch_tokens); a single longer sample still gets its own.
+        world_size: ranks to share among. A rank may get empty micro-batches; it runs them as padding.
+    """
+    by_query: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_query.setdefault(sample.query.id, []).append(sample)
+    bundles = [bundle for group in by_query.values() for bundle in _split(group, budget)]
+    bundles.sort(key=lambda bundle: -bundle.tokens)  # stable: ties keep the order of the batch
+    rounds = max(1, -(-sum(b.tokens for b in bundles) // (budget * world_size)))
+    while True:
+        bins: list[list[Bundle]] = [[] for _ in range(rounds * world_size)]
+        load = [0] * len(bins)
+        for bundle in bundles:
+            emptiest = min(range(len(bins)), key=load.__getitem__)
+            bins[emptiest].append(bundle)
+            load[emptiest] += bundle.tokens
+        if all(tokens <= budget or len(held) == 1 for tokens, held in zip(load, bins, strict=True)):
+            return [[bins[i * world_size + rank] for i in range(rounds)] for rank in range(world_size)]
+        rounds += 1
+
+
+def _split(group: list[Sample], budget: int) -> list[Bundle]:
+    """Cut one query's samples into bundles of at most `budget` tokens (at least one sample each)."""
+    parts: list[list[Sample]] = [[]]
+    used = prompt = group[0].prompt_tokens
+    for sample in group:
+        if parts[-1] and used + _input_length(sample) > budget:
+            parts.append([])
+            used = prompt
+        parts[-1].append(sample)
+        used += _input_length(sample)
+    return [Bundle(part[0].query, tuple(part)) for part in parts]
+
+
+def pack(
+    bundles: list[Bundle],
+    encode: Callable[[Query], Prompt],
+    pixels: Callable[[Query], Pixels],
+    positions: PromptPositions,
+    *,
+    policy_version: int = 0,
+    correction_cap: float | None = None,
+    padding_token: int = 0,
+) -> PackedBatch:
+    """Lay out one micro-batch.
+
+    Args:
+        bundles: what `plan_micro_batches` gave this rank; an empty list makes a two-token row of weight 0.
+        encode, pixels: from tasks.prompts.PromptEncoder.
+        positions: (prompt, image_grid_thw) -> [3, P] M-RoPE positions, from the policy's model.
+        policy_version: today's, to tell each sample's age.
+        correction_cap: if set, weight each token by min(cap, pi_trainer / pi_rollout) and take the trainer's log-probs
+            as the behaviour's (truncated importance sampling).
+        padding_token: any ordinary token id.
+    """
+    ids: list[int] = []
+    prompt_id: list[int] = []
+    response_id: list[int] = []
+    source: list[int] = []
+    targets: list[int] = []
+    old: list[float] = []
+    weights: list[float] = []
+    mask: list[bool] = []
+    position_parts: list[torch.Tensor] = []
+    pixel_parts: list[torch.Tensor] = []
+    grids: list[torch.Tensor] = []
+    lengths: list[int] = []
+    for number, bundle in enumerate(bundles):
+        prompt = encode(bundle.query)
+        if len(prompt.token_ids) != bundle.samples[0].prompt_tokens:
+            raise RuntimeError(
+                f"query {bundle.query.id!r} had {bundle.samples[0].prompt_tokens} prompt tokens in the rollout and has "
+                f"{len(prompt.token_ids)} now: its image changed, or data.min_pixels / data.max_pixels differ"
+            )
+        loaded = pixels(bundle.query)
+        grid = None
+        if loaded is not None:
+            pixel_parts.append(loaded[0])
+            grids.append(grid := loaded[1])
+        prompt_positions = positions(prompt, grid)
+        position_parts.append(prompt_positions)
+        start = int(prompt_positions.max()) + 1
+        ids += prompt.token_ids
+        last = len(ids) - 1
+        prompt_id += [number] * len(prompt.token_ids)
+        response_id += [0] * len(prompt.token_ids)
+        for r, sample in enumerate(bundle.samples, start=1):
+            completion = sample.completion
+            tokens = completion.token_ids
+            lengths.append(len(tokens))
+            if not tokens:
+                continue
+            first = len(ids)
+            ids += tokens[:-1]
+            prompt_id += [number] * (len(tokens) - 1)
+            response_id += [r] * (len(tokens) - 1)
+            position_parts.append(torch.arange(start, start + len(tokens) - 1).expand(3, -1))
+            source += [last, *range(first, first + len(tokens) - 1)]
+            targets += tokens
+            mask += trainable_mask(completion)
+            logps, factor = _behaviour(completion, correction_cap)
+            old += logps
+            weights += [sample.weight * f for f in factor]
+    samples = [sample for bundle in bundles for sample in bundle.samples]
+    if not targets:  # nothing to train on: a row that only keeps the ranks' collectives in step
+        samples, lengths = samples[:0], [1]
+        ids, prompt_id, response_id = [padding_token, padding_token], [0, 0], [0, 1]
+        source, targets, old, weights, mask = [0], [padding_token], [0.0], [0.0], [False]
+        position_parts, pixel_parts, grids = [torch.arange(2).expand(3, -1)], [], []
+    advantages = [s.advantage for s in samples] or [0.0]
+    age = [policy_version - s.policy_version for s in samples] or [0]
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    cu_seqlens[1:] = torch.tensor(lengths).cumsum(0)
+    return PackedBatch(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.cat(position_parts, dim=1)[:, None],
+        prompt_id=torch.tensor(prompt_id),
+        response_id=torch.tensor(response_id),
+        source_index=torch.tensor(source),
+        target_ids=torch.tensor(targets),
+        old_logps=torch.tensor(old, dtype=torch.float32),
+        advantages=torch.tensor(advantages, dtype=torch.float32),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        age=torch.tensor(age),
+        loss_mask=torch.tensor(mask),
+        cu_seqlens=cu_seqlens,
+        pixel_values=torch.cat(pixel_parts) if pixel_parts else None,
+        image_grid_thw=torch.cat(grids) if grids else None,
+    )
+
+
+def _behaviour(completion, cap: float | None) -> tuple[list[float], list[float]]:
+    """Per token: the log-prob the ratio is taken against, and the truncated importance weight (1 without a cap)."""
+    rollout = completion.logprobs
+    if cap is None:
+        return rollout, [1.0] * len(rollout)
+    trainer = completion.trainer_logprobs
+    if trainer is None:
+        raise RuntimeError("algorithm.rollout_correction needs the trainer's log-probs: call PolicyEngine.score first")
+    ratio = torch.exp(torch.tensor(trainer) - torch.tensor(rollout)).clamp(max=cap)
+    return trainer, ratio.tolist()

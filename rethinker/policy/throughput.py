@@ -1,0 +1,36 @@
+"""How hard the machine works: model FLOP utilisation and peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from rethinker.runtime.distributed import Ranks
+
+# Dense bf16 peak in FLOP/s, from the vendors' data sheets, by a part of torch.cuda.get_device_name().
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40": 181e12}
+
+
+def model_flops_utilization(model: torch.nn.Module, tokens: float, seconds: float, ranks: Ranks) -> float | None:
+    """6 FLOP per parameter and token (forward and backward) over what the ranks' GPUs could do.
+
+    The vision tower and attention scores are left out, as is usual. None where the peak is unknown, as on CPU.
+    """
+    if ranks.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(ranks.device)
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    if peak is None:
+        return None
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.model.language_model.parameters())
+    return 6 * parameters * tokens / (seconds * peak * ranks.world_size)
+
+
+def peak_memory_gb() -> float:
+    """Most memory this rank has held so far, GiB: of the GPU, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,113 @@
+"""A small byte-level BPE tokenizer with all of Qwen2.5-VL's special tokens and its chat template.
+
+Any text encodes (every byte is a token); the merges are learned here, from the texts the tiny model will meet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
+
+# Qwen2.5-VL's added tokens in the order of their ids; True marks the ones that decoding with skip_special_tokens drops.
+QWEN_TOKENS: dict[str, bool] = {
+    "<|endoftext|>": True,
+    "<|im_start|>": True,
+    "<|im_end|>": True,
+    "<|object_ref_start|>": True,
+    "<|object_ref_end|>": True,
+    "<|box_start|>": True,
+    "<|box_end|>": True,
+    "<|quad_start|>": True,
+    "<|quad_end|>": True,
+    "<|vision_start|>": True,
+    "<|vision_end|>": True,
+    "<|vision_pad|>": True,
+    "<|image_pad|>": True,
+    "<|video_pad|>": True,
+    "<tool_call>": False,
+    "</tool_call>": False,
+    "<|fim_prefix|>": False,
+    "<|fim_middle|>": False,
+    "<|fim_suffix|>": False,
+    "<|fim_pad|>": False,
+    "<|repo_name|>": False,
+    "<|file_sep|>": False,
+}
+
+CHAT_TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "{% set video_count.value = video_count.value + 1 %}"
+    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# What the tiny model meets whatever its data: the template, the prompts, simple LaTeX, the triggers, shapes and colours.
+COMMON_TEXTS = (
+    "what color is the red circle in the image? is there not a green triangle? does the image contain a blue rectangle?",
+    "is no gray shape present? what is the color of the black, brown, teal, yellow shape? yes no. \\boxed{yes} \\boxed{no}",
+    "system\nYou are a helpful assistant.",
+    "user\n",
+    "assistant\n",
+    "Put your final answer within \\boxed{}.",
+    "Please think step by step, and **regularly perform self-questioning, self-verification, self-correction to check "
+    'your ongoing reasoning**, using connectives such as "Wait a moment", "Wait, does it seem right?", etc. '
+    "Remember to put your final answer within \\boxed{ }.",
+    "Guidelines:\n\n",
+    "\n\nWait, does it seem right?",
+    "\n\nWait, there might be a mistake",
+    "\n\nWait, let's double check",
+    "$\\frac{1}{2}$ $\\sqrt{3}$ $x^{2}$ $\\pi$ $\\angle A$ $\\text{cm}$ $\\cdot$ $\\times$ $\\boxed{A}$",
+)
+
+
+def train_tokenizer(texts: Iterable[str], merges: int = 768) -> Qwen2Tokenizer:
+    """Learn the merges on `texts` and return a Hugging Face Qwen2 tokenizer.
+
+    Ids: 256 bytes, then the merges (at most `merges`; fewer when the texts hold no more), then QWEN_TOKENS in order.
+    The same texts give the same tokenizer.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + merges, min_frequency=1, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([*COMMON_TEXTS, *texts], trainer=trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    vocab = learned["vocab"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[tuple(pair) for pair in learned["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        added_tokens_decoder={
+            len(vocab) + i: AddedToken(token, special=special, normalized=False)
+            for i, (token, special) in enumerate(QWEN_TOKENS.items())
+        },
+        model_max_length=131072,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer

@@ -1,0 +1,76 @@
+"""The recorded backend: the completions of an earlier run, so that two runs can train on the same rollouts."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from pathlib import Path
+
+from rethinker.config import Config, ConfigError
+from rethinker.rollout import WeightStream
+from rethinker.runtime.run_directory import read_completions
+from rethinker.samples import Completion, Prompt
+
+
+class RecordedEngine:
+    """RolloutEngine that returns, per query, its groups' completions in the order of the recording's episodes."""
+
+    def __init__(self, config: Config):
+        """Find the recording's episodes; each is read when it is needed.
+
+        Raises:
+            ConfigError: `rollout.recording` is unset, missing or empty.
+        """
+        folder = config.rollout.recording
+        if not folder or not Path(folder).is_dir():
+            raise ConfigError(
+                f"rollout.recording={folder!r} is no folder; rollout.backend=recorded needs the `completions` folder "
+                "of a run that had run.save_completions on"
+            )
+        self.folder = Path(folder)
+        self._unread = deque(sorted(int(path.stem.split("_")[1]) for path in self.folder.glob("episode_*.parquet")))
+        if not self._unread:
+            raise ConfigError(f"rollout.recording={folder!r} holds no episode_*.parquet; name another run's folder")
+        self._completions: dict[str, deque[list[Completion]]] = defaultdict(deque)
+
+    def generate(
+        self, prompts: list[Prompt], *, n: int, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[list[Completion]]:
+        """The next recorded completions of every prompt's query; see RolloutEngine. The sampling settings have no say.
+
+        Raises:
+            ConfigError: a query is not in the recording (any more), or was recorded with another group size.
+        """
+        return [self._next(prompt.query_id, n) for prompt in prompts]
+
+    def _next(self, query_id: str, n: int) -> list[Completion]:
+        recorded = self._completions[query_id]
+        while not recorded and self._unread:
+            for group in read_completions(self.folder, self._unread.popleft()):
+                self._completions[group.query.id].append(group.completions)
+        if not recorded:
+            raise ConfigError(
+                f"rollout.recording={str(self.folder)!r} holds no (further) completions of query {query_id!r}; use the "
+                "recorded run's data, seed and train.episode_queries, and data.validation=null"
+            )
+        if len(recorded[0]) != n:
+            raise ConfigError(
+                f"rollout.recording={str(self.folder)!r} holds {len(recorded[0])} completions of query {query_id!r}, "
+                f"but {n} are asked for; set rollout.group_size={len(recorded[0])}"
+            )
+        return recorded.popleft()
+
+    def sync(self, weights: WeightStream, version: int) -> None:
+        """Nothing to update; as every rank leaves the stream alone, none waits for another."""
+
+    def sleep(self) -> None:
+        """Nothing is held."""
+
+    def wake(self) -> None:
+        """Nothing is held."""
+
+    def logprobs(self, prompts: list[Prompt], completions: list[Completion]) -> list[list[float]]:
+        """Not possible: a recording scores nothing new."""
+        raise ConfigError("rollout.backend=recorded cannot score completions; use vllm or hf")
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,65 @@
+"""What every sampling backend shares: the tokens that end a response, and seeding without side effects."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+# Tokens that stand for pixels or open a turn. In a response they would ask for image features that do not exist,
+# so the first one ends it.
+PLACEHOLDERS = (
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|im_start|>",
+)
+_CONFIG_PLACEHOLDERS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def stop_token_ids(tokenizer: Any, model_config: Any, generation_config: Any | None) -> list[int]:
+    """Every token id that ends a response: the model's end tokens and all placeholders, sorted.
+
+    Args:
+        tokenizer, model_config, generation_config: as transformers loads them from the model's folder.
+    """
+    text_config = model_config.get_text_config()
+    ids = {tokenizer.eos_token_id, *_as_list(getattr(text_config, "eos_token_id", None))}
+    ids.update(_as_list(getattr(generation_config, "eos_token_id", None)))
+    added = tokenizer.get_added_vocab()
+    ids.update(added.get(token) for token in PLACEHOLDERS)
+    ids.update(getattr(model_config, name, None) for name in _CONFIG_PLACEHOLDERS)
+    return sorted(i for i in ids if i is not None)
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return list(ids) if isinstance(ids, (list, tuple)) else [ids] if ids is not None else []
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Give the process's generators (torch on CPU and this rank's GPU, numpy, random) their state back at the end."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run a block with the process's generators seeded, then restore them (per-request seeds crash vLLM on CPU)."""
+    with preserved_random_state():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        yield

@@ -1,0 +1,300 @@
+"""The vLLM backend: one engine per rank, inside the trainer's process, fed by reference.
+
+Under torchrun every rank builds its own engine with the `external_launcher` executor, which takes over the process
+group that exists: ranks of one tensor-parallel engine work on the same prompts, engines on different ones.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from rethinker.config import Config, ConfigError
+from rethinker.rollout import WeightStream
+from rethinker.rollout.deadline import Deadline
+from rethinker.rollout.sampling import preserved_random_state, seeded, stop_token_ids
+from rethinker.runtime.torchvision_cpu import make_importable
+from rethinker.samples import Completion, Prompt
+
+
+class VLLMEngine:
+    """RolloutEngine over `vllm.LLM` in this process (see rethinker.rollout.RolloutEngine)."""
+
+    def __init__(self, config: Config, model_dir: str, *, rank: int, world_size: int, local_rank: int):
+        """Load the model. Takes about 6 s for the tiny model on CPU.
+
+        Raises:
+            ConfigError: `rollout.tensor_parallel_size` does not divide the ranks, or does not fit `rollout.check_sync`.
+        """
+        settings = config.rollout
+        if world_size % settings.tensor_parallel_size:
+            raise ConfigError(
+                f"rollout.tensor_parallel_size={settings.tensor_parallel_size} must divide the number of ranks "
+                f"({world_size}); 1 always does"
+            )
+        if settings.check_sync and settings.tensor_parallel_size > 1:
+            raise ConfigError(
+                "rollout.check_sync=true compares whole tensors and needs rollout.tensor_parallel_size=1, not "
+                f"{settings.tensor_parallel_size}"
+            )
+        self.config = config
+        self._gpu = torch.cuda.is_available()
+        self._asleep = False
+        self._requests = 0
+        self._replica = rank // settings.tensor_parallel_size
+        model_config = AutoConfig.from_pretrained(model_dir)
+        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self._stop_ids = stop_token_ids(self._tokenizer, model_config, _generation_config(model_dir))
+        self._max_length = min(
+            config.data.max_prompt_tokens + settings.max_new_tokens,
+            model_config.get_text_config().max_position_embeddings,
+        )
+        with preserved_random_state():
+            self._llm = self._build(model_dir, model_config, world_size)
+        self._engine = self._llm.llm_engine
+
+    def _build(self, model_dir: str, model_config: Any, world_size: int) -> Any:
+        make_importable()
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings here are about choices made on purpose
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        from vllm import LLM
+
+        from rethinker.rollout import weight_sync
+
+        weight_sync.register()
+        _register_classes(model_config.architectures)
+        config, settings = self.config, self.config.rollout
+        if self._gpu:
+            device: dict[str, Any] = {
+                "gpu_memory_utilization": settings.gpu_memory_utilization,
+                "enable_sleep_mode": settings.sleep,
+            }
+        else:
+            device = {"kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30), "enforce_eager": True}
+        if world_size > 1:
+            device["distributed_executor_backend"] = "external_launcher"
+        set_num_threads = torch.set_num_threads
+        try:
+            return LLM(
+                model_dir,
+                dtype=config.policy.dtype,
+                seed=config.seed,
+                tensor_parallel_size=settings.tensor_parallel_size,
+                max_model_len=self._max_length,
+                limit_mm_per_prompt={"image": config.data.max_images, "video": 0},
+                mm_processor_kwargs={
+                    "size": {"shortest_edge": config.data.min_pixels, "longest_edge": config.data.max_pixels}
+                },
+                # Every image is seen once per episode, so a cache of pixels only fills the host's memory.
+                mm_processor_cache_gb=0,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",
+                weight_transfer_config={"backend": weight_sync.BACKEND},
+                use_tqdm_on_load=False,
+                disable_log_stats=True,
+                **device,
+            )
+        finally:
+            torch.set_num_threads = set_num_threads  # vLLM's CPU worker turns it into a warning for the whole process
+
+    def generate(
+        self, prompts: list[Prompt], *, n: int, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[list[Completion]]:
+        """Sample n completions of every prompt; see RolloutEngine. Prompt and images are sent once for all n."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            n=n,
+            temperature=temperature,
+            max_tokens=max_new_tokens,
+            logprobs=0,  # the sampled token's only
+            stop_token_ids=self._stop_ids,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        inputs, own = self._share(prompts)
+        for prompt in inputs:
+            self._check_length(prompt, max_new_tokens)
+        with seeded(seed + 1_000_003 * self._replica):
+            outputs = self._run([(prompt, [], params) for prompt in inputs], "rollout")
+        return [
+            [self._completion(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
+            for output in outputs[own]
+        ]
+
+    def logprobs(self, prompts: list[Prompt], completions: list[Completion]) -> list[list[float]]:
+        """Score given tokens; see RolloutEngine. The last token is a label only, so it may be a placeholder.
+
+        Raises:
+            ConfigError: `rollout.temperature` is not 1: vLLM scores prompt tokens at temperature 1.
+        """
+        from vllm import SamplingParams
+
+        if self.config.rollout.temperature != 1.0:
+            raise ConfigError(
+                f"rollout.temperature={self.config.rollout.temperature:g}: vLLM scores given tokens at temperature 1 "
+                "only; use rollout.backend=hf"
+            )
+        inputs, own = self._share(list(zip(prompts, completions, strict=True)))
+        requests = []
+        for prompt, completion in inputs:
+            *body, last = completion.token_ids or [0]
+            params = SamplingParams(
+                max_tokens=1, prompt_logprobs=0, logprob_token_ids=[last], temperature=1.0, detokenize=False
+            )
+            requests.append((prompt, body, params))
+        with preserved_random_state():
+            outputs = self._run(requests, "scoring")
+        scores = []
+        for (prompt, completion), output in list(zip(inputs, outputs, strict=True))[own]:
+            start = len(prompt.token_ids)
+            body = completion.token_ids[:-1]
+            row = [output.prompt_logprobs[start + i][token].logprob for i, token in enumerate(body)]
+            if completion.token_ids:
+                row.append(output.outputs[0].logprobs[0][completion.token_ids[-1]].logprob)
+            scores.append(row)
+        return scores
+
+    def sync(self, weights: WeightStream, version: int) -> None:
+        """Take over the policy's weights; see RolloutEngine. Wakes the weights' memory, not the key-value cache's."""
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        from rethinker.rollout import weight_sync
+
+        if self._asleep:
+            self._engine.wake_up(["weights"])
+        sent: dict[str, weight_sync.Checksum] = {}
+        dtype = getattr(torch, self.config.policy.dtype)
+        with self._deadline("the weight sync") as deadline:
+
+            def watch(name: str, tensor: torch.Tensor) -> None:
+                deadline.check(f"at {name}")
+                if self.config.rollout.check_sync:
+                    sent[name] = weight_sync.checksum(tensor, dtype)
+
+            trainer = WeightTransferTrainerFactory.trainer_init(
+                weight_sync.InProcessTrainerInitInfo(rank=0),
+                client=weight_sync.InProcessClient(self._engine),
+                source=weight_sync.StreamSource(weights, watch),
+            )
+            trainer.send_weights()
+            self._engine.set_weight_version(str(version))
+            self._reset_caches()
+            if sent:
+                name = self._engine.apply_model(lambda model: weight_sync.first_difference(model, sent, dtype))[0]
+                if name is not None:
+                    raise RuntimeError(
+                        f"rollout.check_sync: after the weight sync to version {version} vLLM's {name} differs from "
+                        f"the policy's ({len(sent)} tensors were compared)"
+                    )
+
+    def _reset_caches(self) -> None:
+        """Forget what the old weights computed: keys and values, and image embeddings."""
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("weight sync: vLLM could not clear its prefix cache; requests are still running")
+        self._engine.reset_encoder_cache()
+
+    def sleep(self) -> None:
+        """Free the GPU memory: weights go to the host, the key-value cache is dropped."""
+        if self._gpu and self.config.rollout.sleep and not self._asleep:
+            self._engine.sleep(level=1)
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Take the GPU memory back, whatever of it `sync` has left asleep."""
+        if self._asleep:
+            self._engine.wake_up()
+            self._asleep = False
+
+    def close(self) -> None:
+        """Shut the engine down."""
+        self._engine.engine_core.shutdown()
+
+    def _run(self, requests: list[tuple[Prompt, list[int], Any]], what: str) -> list[Any]:
+        """Run requests (prompt, tokens after it, sampling parameters) to their end; outputs in the requests' order."""
+        self.wake()
+        finished: dict[str, Any] = {}
+        ids: list[str] = []
+        with self._deadline(f"the {what} of {len(requests)} requests") as deadline:
+            try:
+                for prompt, continuation, params in requests:
+                    inputs = {"prompt_token_ids": prompt.compact_ids + continuation}
+                    if prompt.images:
+                        inputs["multi_modal_data"] = {"image": prompt.images}
+                    (rendered,) = self._llm.renderer.render_cmpl([inputs])
+                    self._check_prompt(prompt, rendered["prompt_token_ids"], continuation)
+                    request_id = f"{what}-{self._requests}"
+                    self._requests += 1
+                    self._engine.add_request(request_id, rendered, params)
+                    ids.append(request_id)
+                    deadline.check(f"{len(ids)} requests prepared")
+                while self._engine.has_unfinished_requests():
+                    for output in self._engine.step():
+                        if output.finished:
+                            finished[output.request_id] = output
+                    deadline.check(f"{len(finished)} requests ended")
+            except BaseException:
+                self._engine.abort_request([request_id for request_id in ids if request_id not in finished])
+                raise
+        return [finished[request_id] for request_id in ids]
+
+    def _deadline(self, what: str) -> Deadline:
+        return Deadline(what, self.config.rollout.timeout_s, "rollout.timeout_s")
+
+    def _share(self, items: list[Any]) -> tuple[list[Any], slice]:
+        """All items of the ranks of this tensor-parallel engine, in rank order, and where this rank's are."""
+        if self.config.rollout.tensor_parallel_size == 1:
+            return items, slice(None)
+        from vllm.distributed.parallel_state import get_tp_group
+
+        group = get_tp_group()
+        gathered: list[Any] = [None] * group.world_size
+        torch.distributed.all_gather_object(gathered, items, group=group.cpu_group)
+        start = sum(len(part) for part in gathered[: group.rank_in_group])
+        return [item for part in gathered for item in part], slice(start, start + len(items))
+
+    def _check_length(self, prompt: Prompt, max_new_tokens: int) -> None:
+        if len(prompt.token_ids) + max_new_tokens > self._max_length:
+            raise ConfigError(
+                f"query {prompt.query_id!r}: {len(prompt.token_ids)} prompt tokens and rollout.max_new_tokens="
+                f"{max_new_tokens} exceed vLLM's {self._max_length}; data.max_prompt_tokens="
+                f"{self.config.data.max_prompt_tokens} should leave such queries out"
+            )
+
+    def _check_prompt(self, prompt: Prompt, expanded: list[int], continuation: list[int]) -> None:
+        if list(expanded) != prompt.token_ids + continuation:
+            raise ConfigError(
+                f"query {prompt.query_id!r}: the policy reads {len(prompt.token_ids)} prompt tokens and vLLM "
+                f"{len(expanded) - len(continuation)}, so image features would not match image tokens; both must use "
+                f"data.min_pixels={self.config.data.min_pixels} and data.max_pixels={self.config.data.max_pixels}"
+            )
+
+    def _completion(self, output: Any) -> Completion:
+        token_ids = list(output.token_ids)
+        return Completion(
+            token_ids=token_ids,
+            logprobs=[step[token].logprob for step, token in zip(output.logprobs, token_ids, strict=True)],
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            finish_reason=output.finish_reason,
+        )
+
+
+def _generation_config(model_dir: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(model_dir)
+    except OSError:  # optional in a model's folder
+        return None
+
+
+def _register_classes(architectures: list[str]) -> None:
+    """Load vLLM's model classes here: it would inspect them in a subprocess, without torchvision's repair."""
+    from vllm.model_executor.models import ModelRegistry
+
+    for name in architectures:
+        if name in ModelRegistry.models:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())

@@ -1,0 +1,260 @@
+"""Weight sync into a vLLM engine that shares the trainer's process, through vLLM's weight-transfer API.
+
+The `inprocess` backend registered here is a pair, as vLLM's own backends are: the trainer's side walks the policy's
+weight stream and hands buckets of tensors to the worker's side by reference; nothing is serialised. Names are those of
+a Hugging Face checkpoint, so every model that vLLM loads from a checkpoint also syncs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rethinker.rollout import WeightStream
+
+BACKEND = "inprocess"
+# Tensors are copied when they leave the stream (it may reuse their memory) and live until their layer is loaded.
+BUCKET_BYTES = 256 << 20
+
+
+@dataclass
+class InProcessInitInfo(WeightTransferInitInfo):
+    """Nothing to agree on: both sides are in one process."""
+
+
+@dataclass
+class InProcessUpdateInfo(WeightTransferUpdateInfo):
+    """One bucket of weights under their checkpoint names."""
+
+    weights: list[tuple[str, torch.Tensor]]
+
+
+class InProcessWeightTransferEngine(WeightTransferEngine[InProcessInitInfo, InProcessUpdateInfo]):
+    """The worker's side: loads checkpoint tensors into the live model, layer by layer, as vLLM's own backends do."""
+
+    init_info_cls = InProcessInitInfo
+    update_info_cls = InProcessUpdateInfo
+    supports_draft_weight_update = False
+
+    def init_transfer_engine(self, init_info: InProcessInitInfo) -> None:
+        """Nothing to connect."""
+
+    def start_weight_update(self) -> None:
+        """Put the model into loading state."""
+        self._expected = {name for name, _ in self.model.named_parameters()}
+        self._loaded: set[str] = set()
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Load one bucket. Unlike the base class this waits for no device: the tensors are on the model's stream."""
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: InProcessUpdateInfo) -> None:
+        """Hand the bucket to the model's own checkpoint loader, which fuses and shards."""
+        self._loaded |= self.model.load_weights(update_info.weights) or set()
+
+    def finish_weight_update(self) -> None:
+        """Put the new weights in place.
+
+        Raises:
+            RuntimeError: the policy's stream left a parameter of the engine without a value.
+        """
+        finalize_layerwise_reload(self.model, self.model_config)
+        _repack_tied_heads(self.model)
+        if missing := sorted(self._expected - self._loaded):
+            raise RuntimeError(
+                f"weight sync: the policy sent no value for {len(missing)} of vLLM's parameters, the first {missing[0]}"
+            )
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
+
+
+@dataclass
+class InProcessTrainerInitInfo(TrainerInitInfo):
+    """Selects the `inprocess` pair; every rank feeds its own engine, so every rank is a sender (rank=0)."""
+
+    backend: ClassVar[str] = BACKEND
+
+
+class InProcessTrainerWeightTransferEngine(TrainerWeightTransferEngine[InProcessTrainerInitInfo]):
+    """The trainer's side: one update round trip per sync."""
+
+    init_info_cls = InProcessTrainerInitInfo
+
+    @classmethod
+    def trainer_init(
+        cls, init_info: InProcessTrainerInitInfo, *, client: Any, source: WeightSource | None = None
+    ) -> InProcessTrainerWeightTransferEngine:
+        """Connect to the engine behind `client` and bind the weights' source."""
+        client.init_weight_transfer_engine({})
+        return cls(client=client, source=source, is_sender=init_info.is_sender)
+
+    def send_weights(self) -> None:
+        """Send every tensor of the source. Collective over the trainer's ranks, as iterating the source is."""
+        self.client.start_weight_update()
+        bucket: list[tuple[str, torch.Tensor]] = []
+        size = 0
+        for name, tensor in self.source:
+            bucket.append((name, tensor.detach().clone()))
+            size += tensor.nbytes
+            if size >= BUCKET_BYTES:
+                self.client.update_weights({"weights": bucket})
+                bucket, size = [], 0
+        if bucket:
+            self.client.update_weights({"weights": bucket})
+        self.client.finish_weight_update()
+
+
+def register() -> None:
+    """Make the `inprocess` backend known to vLLM; once per process is enough, more does no harm."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, InProcessWeightTransferEngine)
+        WeightTransferTrainerFactory.register_engine(BACKEND, InProcessTrainerWeightTransferEngine)
+
+
+class InProcessClient:
+    """vLLM's weight-sync control plane (its VLLMWeightSyncClient protocol) over an LLMEngine in this process."""
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Prepare the worker's side."""
+        self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """Open an update."""
+        self._engine.collective_rpc("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Load one bucket."""
+        self._engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Close the update."""
+        self._engine.collective_rpc("finish_weight_update")
+        if weight_version is not None:
+            self._engine.set_weight_version(weight_version)
+
+
+class StreamSource(WeightSource):
+    """A WeightStream as vLLM's WeightSource, watched while it is walked.
+
+    Args:
+        stream: the policy's weights.
+        on_tensor: called with every name and tensor before it is sent (deadline, checksum).
+    """
+
+    def __init__(self, stream: WeightStream, on_tensor: Callable[[str, torch.Tensor], None]):
+        self._stream = stream
+        self._on_tensor = on_tensor
+
+    def metadata(self) -> list[ParamMeta]:
+        """Name, type and full shape of every tensor."""
+        return [ParamMeta(name, dtype, tuple(shape)) for name, dtype, shape in self._stream.metadata()]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._stream:
+            self._on_tensor(name, tensor)
+            yield name, tensor
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """SHA-256 of a tensor's bytes as one type, and its length along the first dimension."""
+
+    sha256: str
+    rows: int
+
+
+def checksum(tensor: torch.Tensor, dtype: torch.dtype) -> Checksum:
+    """Checksum of a tensor as `dtype`, in row-major order, whatever its device."""
+    flat = tensor.detach().to(dtype).cpu().contiguous().view(-1)
+    return Checksum(hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest(), len(tensor))
+
+
+def first_difference(model: nn.Module, sent: dict[str, Checksum], dtype: torch.dtype) -> str | None:
+    """Compare the weights a vLLM model computes with against the policy's checksums.
+
+    Reads what the model really multiplies with: on CPU the packed copy behind a linear layer, not a parameter that
+    was left behind. Needs unsharded weights (tensor_parallel_size 1).
+
+    Args:
+        model: vLLM's model.
+        sent: `checksum(tensor, dtype)` of every policy tensor, by checkpoint name.
+        dtype: the engine's type.
+
+    Returns:
+        The first name whose tensors differ, or None.
+    """
+    for name, expected in sent.items():
+        for live in _live_tensors(model, name):
+            # vLLM pads the vocabulary: rows beyond the checkpoint's are never read.
+            if checksum(live[: expected.rows], dtype) != expected:
+                return name
+    return None
+
+
+def _live_tensors(model: nn.Module, name: str) -> Iterator[torch.Tensor]:
+    """What the engine holds of one checkpoint tensor: usually one tensor, two where a tied head has a packed copy."""
+    path, leaf = model.hf_to_vllm_mapper.map_name(name).rsplit(".", 1)
+    parent_path, child = path.rsplit(".", 1)
+    parent = model.get_submodule(parent_path)
+    if hasattr(parent, child):
+        layer = getattr(parent, child)
+        yield _unpacked(layer, leaf)
+        yield from (_unpacked(head, leaf, packed_first=True) for head in _tied_heads(model, layer))
+        return
+    fused, part = next(
+        (fused, parts.index(child))
+        for fused, parts in model.packed_modules_mapping.items()
+        if child in parts and hasattr(parent, fused)
+    )
+    layer = getattr(parent, fused)  # q, k and v, or gate and up, stacked along the rows
+    start = sum(layer.output_sizes[:part])
+    yield _unpacked(layer, leaf)[start : start + layer.output_sizes[part]]
+
+
+def _unpacked(layer: nn.Module, leaf: str, packed_first: bool = False) -> torch.Tensor:
+    """A layer's parameter; where vLLM's CPU kernels packed the weight, the packed one, read by multiplying with 1."""
+    tensor = getattr(layer, leaf)
+    if leaf != "weight" or not hasattr(layer, "cpu_linear") or (tensor.numel() and not packed_first):
+        return tensor.data
+    width = tensor.shape[1] if tensor.numel() else layer.input_size_per_partition
+    return layer.cpu_linear(torch.eye(width, dtype=tensor.dtype), tensor, None).T
+
+
+def _tied_heads(model: nn.Module, embedding: nn.Module) -> list[nn.Module]:
+    """The heads that share an embedding's weight but are modules of their own."""
+    if not isinstance(embedding, VocabParallelEmbedding):
+        return []
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, ParallelLMHead) and m is not embedding and m.weight is embedding.weight
+    ]
+
+
+def _repack_tied_heads(model: nn.Module) -> None:
+    """Pack tied heads' weights again: the reload packs the embedding's, and a head keeps the old copy (CPU)."""
+    for embedding in model.modules():
+        for head in _tied_heads(model, embedding):
+            head.quant_method.process_weights_after_loading(head)

@@ -1,0 +1,154 @@
+"""What the user sees while a run goes on: a live bar on a terminal, plain lines elsewhere, and a summary at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from rethinker.evaluation.validation import Accuracy
+    from rethinker.train import Run
+
+T = TypeVar("T")
+
+# Label on the screen, metric, format: what one line has room for; metrics.jsonl has the rest.
+_COLUMNS = (
+    ("reward", "reward_mean", ".3f"),
+    ("effective", "effective_query_ratio", ".2f"),
+    ("replay", "replay_fraction", ".2f"),
+    ("length", "response_length_mean", ".1f"),
+    ("loss", "loss", ".4f"),
+    ("entropy", "entropy", ".3f"),
+    ("grad", "grad_norm", ".3f"),
+    ("mismatch", "mismatch_kl", ".1e"),
+    ("tok/s", "tokens_per_s", ",.0f"),
+    ("s/step", "step_s", ".2f"),
+)
+_ON_BAR = ("reward", "effective", "replay", "length", "tok/s")
+
+
+class Display:
+    """Shows the steps of a run; silent on all ranks but the first."""
+
+    def __init__(self, total_steps: int, enabled: bool = True, console: Console | None = None) -> None:
+        """Args:
+        total_steps: optimizer steps of the whole run.
+        enabled: False shows nothing.
+        console: where to write; by default stdout.
+        """
+        self.total_steps = total_steps
+        self.enabled = enabled
+        self._console = console or Console(highlight=False, markup=False, soft_wrap=True)
+        self._start = time.perf_counter()
+        self._first_step: float | None = None  # when steps began: the estimate leaves the start-up out
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Display:
+        if self.enabled and self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[state]}"), console=self._console)
+            self._task = self._bar.add_task("train", total=self.total_steps, state="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Show one optimizer step."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=metrics["step"], state=_line(metrics, _ON_BAR))
+            return
+        now, done = time.perf_counter(), metrics["step"]
+        self._first_step = self._first_step or now - (metrics.get("step_s") or 0.0)
+        left = _duration((now - self._first_step) / done * (self.total_steps - done))
+        self._print(f"step {done}/{self.total_steps}  {_line(metrics)}  left {left}")
+
+    def validated(self, step: int, accuracy: Accuracy | None) -> None:
+        """Show a validation; None, of a run without held-out questions, shows nothing."""
+        if accuracy is not None:
+            when = "before training" if step == 0 else f"after step {step}"
+            details = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.by_category.items())
+            details = f" ({details})" if len(accuracy.by_category) > 1 else ""
+            self._print(f"greedy accuracy {when}: {accuracy.overall:.3f} of {accuracy.questions} questions{details}")
+
+    def summary(self, run: Run) -> None:
+        """Say what was learned, how long it took and where the run lies."""
+        self.__exit__()
+        steps = len(run.metrics)
+        lines = ["", f"{steps} steps in {_duration(time.perf_counter() - self._start)}"]
+        if steps:
+            first, last, few = _first_and_last([row["reward_mean"] for row in run.metrics])
+            of = f"mean of the first and last {few} steps" if few > 1 else "first and last step"
+            lines.append(f"sampled reward   {first:.3f} -> {last:.3f}  ({of})")
+        before, after = run.accuracy_before, run.accuracy_after
+        if before is not None and after is not None:
+            points = f"{100 * (after.overall - before.overall):+.1f} points"
+            change = f"{before.overall:.3f} -> {after.overall:.3f}  ({points}"
+            lines.append(f"greedy accuracy  {change} on {after.questions} held-out questions)")
+            if len(after.by_category) > 1:
+                lines += [
+                    f"  {name:<14} {before.by_category.get(name, float('nan')):.3f} -> {value:.3f}"
+                    for name, value in after.by_category.items()
+                ]
+        lines += [f"checkpoint       {run.best_checkpoint}", f"run              {run.folder}"]
+        self._print("\n".join(lines))
+
+    def _print(self, text: str) -> None:
+        if self.enabled:
+            self._console.print(text)
+
+
+def progress(items: Iterable[T], label: str, total: int | None = None, console: Console | None = None) -> Iterator[T]:
+    """Pass items on while showing how far they have come: a bar on a terminal, elsewhere a line at each fifth.
+
+    Args:
+        items: what to go through.
+        label: what is being done.
+        total: how many there are, if `items` has no length.
+        console: where to write; by default stdout.
+    """
+    total = len(items) if total is None else total  # type: ignore[arg-type]
+    console = console or Console(highlight=False, markup=False, soft_wrap=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as bar:
+            yield from bar.track(items, total=total, description=label)
+        return
+    start, told = time.perf_counter(), 0
+    for done, item in enumerate(items, start=1):
+        yield item
+        if done * 5 // total > told:
+            told = done * 5 // total
+            console.print(f"{label}: {done}/{total}  {_duration(time.perf_counter() - start)}")
+
+
+def _line(metrics: Mapping[str, Any], labels: Sequence[str] | None = None) -> str:
+    """The step's numbers in one line; a metric that is missing or null is left out."""
+    return "  ".join(
+        f"{label} {metrics[name]:{form}}"
+        for label, name, form in _COLUMNS
+        if metrics.get(name) is not None and (labels is None or label in labels)
+    )
+
+
+def _first_and_last(values: Sequence[float]) -> tuple[float, float, int]:
+    """Means of the first and of the last tenth, one value at least; single steps are noisy."""
+    few = max(1, len(values) // 10)
+    return sum(values[:few]) / few, sum(values[-few:]) / few, few
+
+
+def _duration(seconds: float) -> str:
+    """`48 s`, `6 min 05 s`, `3 h 20 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,254 @@
+"""From a recipe and overrides to checked settings: reading, merging, and errors that name the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import types
+import typing
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from time import strftime
+from typing import Any
+
+import yaml
+
+from rethinker.checks import check_geometry, check_resources
+from rethinker.config import Config, ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One leaf of the settings: its dotted key, type, default and documentation."""
+
+    key: str
+    type: Any
+    default: Any
+    doc: str
+
+    @property
+    def is_mapping(self) -> bool:
+        return self.type is dict or typing.get_origin(self.type) is dict
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any] | None = None) -> Config:
+    """Settings of a run, checked: keys, types, geometry, and what they need of this machine.
+
+    Args:
+        recipe: name of a shipped recipe, or path of a YAML file.
+        overrides: `["--train.max_steps", "20"]` (or `--train.max_steps=20`) as on the command line, or a mapping,
+            dotted or nested: `{"train.max_steps": 20}`.
+
+    Raises:
+        ConfigError: naming the setting, its value, and what would work. Nothing has been written or loaded then.
+    """
+    config = resolve_config(recipe, overrides)
+    check_resources(config)
+    return config
+
+
+def resolve_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any] | None = None) -> Config:
+    """As `load_config`, without looking at this machine's disk, models and packages."""
+    path = recipe_path(recipe)
+    values: dict[str, Any] = {}
+    _merge(values, _read_recipe(path))
+    given = overrides or {}
+    _merge(values, given if isinstance(given, Mapping) else _read_arguments(given))
+    config = _convert(values)
+    if config.run.name is None:
+        config.run.name = f"{path.stem}-{strftime('%Y%m%d-%H%M%S')}"
+    check_geometry(config)
+    return config
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes that come with the package, by name."""
+    folder = Path(str(resources.files("rethinker"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def recipe_path(recipe: str | Path) -> Path:
+    """The file of a recipe given by name or path."""
+    shipped = shipped_recipes()
+    if str(recipe) in shipped:
+        return shipped[str(recipe)]
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        raise ConfigError(f"recipe {recipe} does not exist")
+    raise ConfigError(f"no recipe named {recipe!r}: give a shipped one ({', '.join(shipped)}) or a .yaml file")
+
+
+@functools.cache
+def settings() -> list[Setting]:
+    """Every setting in order of declaration, with the docstring below its field."""
+    return list(_settings(Config, ""))
+
+
+def _settings(section: type, prefix: str) -> Iterator[Setting]:
+    from docstring_parser import parse_from_object
+
+    docs = {param.arg_name: " ".join((param.description or "").split()) for param in parse_from_object(section).params}
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _settings(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            yield Setting(prefix + field.name, hints[field.name], default, docs.get(field.name, ""))
+
+
+def to_yaml(config: Config, docs: bool = True) -> str:
+    """The settings as YAML that `rethinker train` reads back to the same settings, docs as comments."""
+    lines: list[str] = []
+    section: list[str] = []
+    for setting in settings():
+        *parents, name = setting.key.split(".")
+        if parents != section:
+            shared = [a for a, b in zip(parents, section, strict=False) if a == b]
+            lines += ["  " * depth + f"{parents[depth]}:" for depth in range(len(shared), len(parents))]
+            section = parents
+        indent = "  " * len(parents)
+        if docs and setting.doc:
+            lines.append(f"{indent}# {setting.doc}")
+        lines.append(f"{indent}{name}: {_dump(_get(config, setting.key))}")
+    return "\n".join(lines) + "\n"
+
+
+def _dump(value: Any) -> str:
+    """One value on one line of YAML."""
+    value = list(value) if isinstance(value, tuple) else value
+    quote = '"' if isinstance(value, str) and "\n" in value else None
+    text = yaml.safe_dump(value, default_flow_style=True, default_style=quote, allow_unicode=True, width=10**6)
+    return text.removesuffix("...\n").strip()
+
+
+def _get(config: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-6 is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"recipe {path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"recipe {path} must map sections to settings, not be a {type(content).__name__}")
+    return content or {}
+
+
+def _read_arguments(arguments: Sequence[str]) -> dict[str, str]:
+    """`--key value` and `--key=value` to a mapping; values stay text until their setting's type is known."""
+    values: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        option = rest.pop(0)
+        key, equals, value = option.removeprefix("--").partition("=")
+        if not option.startswith("--") or not key:
+            raise ConfigError(f"unexpected argument {option!r}; settings are given as --section.name value")
+        _find(key)
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"--{key} needs a value")
+            value = rest.pop(0)
+        values[key] = value
+    return values
+
+
+def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str = "") -> None:
+    """Put nested or dotted settings into `values` ({setting's key: value}); a mapping-valued setting is merged."""
+    for name, value in given.items():
+        key = f"{prefix}{name}"
+        setting = _find(key)
+        if setting is None:
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{key}={value!r} is a section; give the settings below it, as {_example(key)}")
+            _merge(values, value, f"{key}.")
+        elif not setting.is_mapping:
+            values[key] = value
+        else:
+            value = yaml.load(value, _Loader) if isinstance(value, str) else value
+            for entry in reversed(key.removeprefix(setting.key).split(".")[1:]):
+                value = {entry: value}
+            # A whole mapping given later replaces a recipe's, an entry joins it; both join the default.
+            base = setting.default if key == setting.key else values.get(setting.key, setting.default)
+            values[setting.key] = _joined(base, value) if isinstance(value, Mapping) else value
+
+
+def _joined(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _joined(base[key], new[key]) for key in base.keys() & new.keys() if isinstance(new[key], Mapping)}
+    return {**base, **new, **both}
+
+
+def _find(key: str) -> Setting | None:
+    """The setting that a key names, or whose mapping it names an entry of; None for a section."""
+    known = {setting.key: setting for setting in settings()}
+    if key in known:
+        return known[key]
+    for setting in known.values():
+        if setting.is_mapping and key.startswith(f"{setting.key}."):
+            return setting
+    if any(name.startswith(f"{key}.") for name in known):
+        return None
+    leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
+    close = difflib.get_close_matches(key, known, n=1) or [
+        leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1)
+    ]
+    hint = f"did you mean {close[0]!r}?" if close else "`rethinker train RECIPE --print_config` lists all settings"
+    raise ConfigError(f"unknown setting {key!r}: {hint}")
+
+
+def _example(section: str) -> str:
+    return next(setting.key for setting in settings() if setting.key.startswith(f"{section}."))
+
+
+def _convert(values: Mapping[str, Any]) -> Config:
+    """Typed settings from {key: value}; a text is read as its setting's type."""
+    from jsonargparse import ArgumentParser
+
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        functools.reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[name] = value
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config)
+    try:
+        parsed = parser.instantiate(parser.parse_object(tree))
+    except ArgumentError as error:
+        found = re.match(r'Parser key "([^"]+)"', str(error))
+        setting = found and _find(found[1])
+        if not setting:
+            raise ConfigError(" ".join(str(error).split())) from None
+        raise ConfigError(f"{setting.key}={values[setting.key]!r} must be {_in_words(setting.type)}") from None
+    return Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+
+
+def _in_words(hint: Any) -> str:
+    """A type as a user would say it: `int | None` is "an integer or null"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_in_words, arguments))
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple:
+        return f"a list of {len(arguments)} values, each {_in_words(arguments[0])}"
+    if origin is list:
+        return f"a list, each entry {_in_words(arguments[0])}"
+    if origin is dict:
+        return f"a mapping whose values are each {_in_words(arguments[1])}"
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    return words.get(hint, "a mapping")

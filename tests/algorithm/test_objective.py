@@ -1,0 +1,143 @@
+"""policy_loss, its normaliser and its mask: laws 3 and 12 at the level of packed batches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from rethinker_kernels import GRPO_STATS
+
+from rethinker.algorithm.objective import loss_normalizer, policy_loss, trainable_mask
+from rethinker.config import AlgorithmConfig
+from rethinker.samples import Rethought
+from tests.algorithm.examples import completion, packed, sample
+
+TRIGGER = Rethought(2, 4, "self_questioning")
+SAMPLES = [
+    sample(1.0, length=3),
+    sample(-0.5, length=6, rethought=TRIGGER),
+    sample(2.0, length=0),
+    sample(-2.0, length=5),
+]
+
+
+def logps_for(batch) -> torch.Tensor:
+    """A policy a little off the behaviour policy; forced tokens have finite log-probs under it."""
+    noise = torch.randn(len(batch.target_ids), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return (batch.old_logps.nan_to_num(-1.0) + 0.3 * noise).requires_grad_()
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_any_split_and_order_gives_the_same_loss(aggregation, importance):
+    """Law 3: loss and gradients do not depend on how samples are divided into micro-batches, nor on their order."""
+    config = AlgorithmConfig(aggregation=aggregation, importance=importance)
+    normalizer = loss_normalizer(SAMPLES, config, max_new_tokens=8)
+    whole = packed(SAMPLES)
+    logps = logps_for(whole)
+    loss, stats = policy_loss(logps, whole, config, normalizer)
+    loss.backward()
+    per_sample = logps.detach().split(whole.cu_seqlens.diff().tolist())
+    gradients = logps.grad.split(whole.cu_seqlens.diff().tolist())
+    for split in ([[3], [1], [0, 2]], [[2, 1, 0], [3]], [[2], [3, 0, 1]]):
+        total, total_stats = 0.0, 0.0
+        for indices in split:
+            part = torch.cat([per_sample[i] for i in indices]).requires_grad_()
+            part_loss, part_stats = policy_loss(part, packed([SAMPLES[i] for i in indices]), config, normalizer)
+            part_loss.backward()
+            torch.testing.assert_close(part.grad, torch.cat([gradients[i] for i in indices]))
+            total, total_stats = total + part_loss.detach(), total_stats + part_stats
+        torch.testing.assert_close(total, loss.detach())
+        torch.testing.assert_close(total_stats, stats)
+
+
+def test_every_setting_reaches_the_loss():
+    """Changing any setting of the objective changes the loss: none is dropped on the way."""
+    batch = packed(SAMPLES)
+    logps = logps_for(batch).detach()
+    reference = logps - 0.5 * torch.rand(len(logps), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    base = {"clip_low": 0.05, "clip_high": 0.05, "dual_clip": 1.2, "kl_coef": 0.1}
+    changes = {"clip_low": 0.1, "clip_high": 0.1, "dual_clip": 1.1, "kl_coef": 0.2, "kl_estimator": "k1",
+               "importance": "sequence", "aggregation": "sequence"}  # fmt: skip
+    losses = [
+        policy_loss(logps, batch, AlgorithmConfig(**base | change), 5.0, ref_logps=reference)[0].item()
+        for change in ({}, *({k: v} for k, v in changes.items()))
+    ]
+    assert len({round(loss, 9) for loss in losses}) == len(losses)
+    assert policy_loss(logps, batch, AlgorithmConfig(**base), 10.0, ref_logps=reference)[0].item() == losses[0] / 2
+
+
+def test_forced_tokens_carry_no_gradient():
+    """The trigger's tokens (NaN behaviour log-probs) get gradient exactly 0, all others of the response do not."""
+    batch = packed([SAMPLES[1]])
+    logps = batch.old_logps.nan_to_num(-1.0).requires_grad_()
+    loss, stats = policy_loss(logps, batch, AlgorithmConfig(), 4.0)
+    loss.backward()
+    assert loss.isfinite() and logps.grad.eq(0).tolist() == [False, False, True, True, False, False]
+    assert stats[GRPO_STATS.index("tokens")] == 4
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_a_broken_behaviour_log_prob_is_not_masked(bad, importance):
+    """Law 12: a sampled token with a non-finite log-prob makes the loss NaN, so that the step is skipped."""
+    batch = packed(SAMPLES)
+    logps = logps_for(batch)
+    batch.old_logps[1] = bad
+    assert policy_loss(logps, batch, AlgorithmConfig(importance=importance), 4.0)[0].isnan()
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_weight_zero_changes_nothing(aggregation):
+    """Padding samples of weight 0 add nothing to loss, statistics or normaliser, whatever their log-probs."""
+    config = AlgorithmConfig(aggregation=aggregation)
+    padding = sample(3.0, length=4)
+    padding.weight = 0.0
+    padding.completion.logprobs[1] = math.nan
+    assert loss_normalizer([*SAMPLES, padding], config, 8) == loss_normalizer(SAMPLES, config, 8)
+    batch, padded = packed(SAMPLES), packed([*SAMPLES, padding])
+    logps = logps_for(batch).detach()
+    got = policy_loss(torch.cat([logps, torch.zeros(4, dtype=torch.float64)]), padded, config, 4.0)
+    torch.testing.assert_close(got, policy_loss(logps, batch, config, 4.0))
+
+
+def test_importance_weights_scale_their_sample():
+    """A sample of weight 2 counts like the sample twice."""
+    heavy = sample(1.5, length=3)
+    heavy.weight = 2.0
+    once, twice = packed([heavy]), packed([sample(1.5, length=3)] * 2)
+    one = logps_for(once).detach()
+    config = AlgorithmConfig()
+    torch.testing.assert_close(
+        policy_loss(one, once, config, 6.0)[0], policy_loss(torch.cat([one, one]), twice, config, 6.0)[0]
+    )
+
+
+def test_normalizer_counts_what_the_aggregation_means():
+    """Trainable tokens of the whole batch; samples; or samples times the constant length."""
+    for aggregation, expected in (("token", 3 + 4 + 0 + 5), ("sequence", 4), ("constant", 4 * 100)):
+        assert loss_normalizer(SAMPLES, AlgorithmConfig(aggregation=aggregation), 100) == expected
+        assert loss_normalizer([], AlgorithmConfig(aggregation=aggregation), 100) == 1.0
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_a_step_without_tokens_has_loss_zero(aggregation):
+    """Only empty responses, or no sample at all: loss 0, differentiable, not 0 / 0."""
+    config = AlgorithmConfig(aggregation=aggregation)
+    for samples in ([], [sample(1.0, length=0)] * 2):
+        batch = packed(samples)
+        logps = logps_for(batch)
+        loss, _ = policy_loss(logps, batch, config, loss_normalizer(samples, config, 8))
+        loss.backward()
+        assert loss.item() == 0
+
+
+def test_mask_is_the_triggers_span():
+    """Only [trigger_start, trigger_end) is masked; a NaN elsewhere is a fault and stays unmasked."""
+    plain = completion(4)
+    plain.logprobs[2] = math.nan
+    assert trainable_mask(plain) == [True] * 4
+    assert trainable_mask(completion(6, TRIGGER)) == [True, True, False, False, True, True]
+    assert trainable_mask(completion(4, Rethought(1, 4, "x"))) == [True, False, False, False]
+    assert trainable_mask(completion(0)) == []

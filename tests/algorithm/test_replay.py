@@ -1,0 +1,201 @@
+"""ReplayBuffer: law 9, eviction, importance weights, and exact checkpoints."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+
+import pytest
+import scipy.stats
+import torch
+
+from rethinker.algorithm.replay import ReplayBuffer
+from rethinker.config import ConfigError, ReplayConfig
+from tests.algorithm.examples import sample
+
+ALARM = 1e-6
+
+
+def buffer(seed: int = 0, **settings) -> ReplayBuffer:
+    return ReplayBuffer(ReplayConfig(**{"capacity": 100} | settings), seed)
+
+
+def drawn(replay: ReplayBuffer, n: int) -> list[str]:
+    return [each.query.id for each in replay.draw(n)]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0])
+def test_draws_follow_the_advantages(alpha):
+    """Law 9: P(j) = |A_j|^alpha / sum, signs aside; a 5% error in one probability would be noticed."""
+    advantages = [0.5, -1.5, 2.0, -0.25, 1.0]
+    replay = buffer(alpha=alpha)
+    replay.add([sample(a, str(i)) for i, a in enumerate(advantages)])
+    seen = Counter(drawn(replay, 100_000))
+
+    def p_value(bias: float) -> float:
+        weights = [abs(a) ** alpha * (bias if i == 2 else 1) for i, a in enumerate(advantages)]
+        expected = [w / sum(weights) * 100_000 for w in weights]
+        observed = [seen[str(i)] for i in range(len(advantages))]
+        return scipy.stats.power_divergence(observed, expected, lambda_="log-likelihood").pvalue
+
+    assert p_value(bias=1.0) > ALARM > p_value(bias=1.05)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("replacement", [True, False])
+def test_zero_advantage_is_never_kept_or_drawn(alpha, replacement):
+    """Law 9: a sample without advantage has no place in the buffer, also where the draw is uniform."""
+    replay = buffer(alpha=alpha, replacement=replacement)
+    replay.add([sample(0.0, "zero"), sample(-1.0, "kept"), sample(-0.0, "zero")])
+    assert len(replay) == 1 and set(drawn(replay, 1000)) == {"kept"}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_the_oldest_leave_at_capacity(alpha):
+    """Law 9: beyond `capacity` the oldest go, and none of them is drawn again; also in one oversized add."""
+    replay = buffer(capacity=4, alpha=alpha)
+    for i in range(7):
+        replay.add([sample(100.0 if i < 3 else 1.0, str(i))])
+    assert len(replay) == 4 and set(drawn(replay, 2000)) == {"3", "4", "5", "6"}
+    replay.add([sample(1.0, str(i)) for i in range(10, 16)])
+    assert len(replay) == 4 and set(drawn(replay, 2000)) == {"12", "13", "14", "15"}
+
+
+def test_the_episode_end_empties_the_buffer():
+    """By default nothing outlives its episode, and the next draw is empty, not an endless search."""
+    replay = buffer()
+    replay.add([sample(1.0), sample(-1.0)])
+    replay.end_episode(1)
+    assert len(replay) == 0 and replay.draw(5) == []
+    replay.add([sample(1.0, "new")])
+    assert drawn(replay, 2) == ["new", "new"]
+
+
+def test_samples_leave_by_age():
+    """Kept across episodes, samples more than `max_age` versions old leave; without a limit all stay."""
+    replay = buffer(clear_every_episode=False, max_age=1, capacity=3)
+    replay.add([sample(50.0, "v0", version=0), sample(1.0, "v1", version=1), sample(1.0, "v2", version=2)])
+    replay.end_episode(2)
+    assert len(replay) == 2 and set(drawn(replay, 500)) == {"v1", "v2"}
+    replay.add([sample(1.0, "v3", version=2), sample(1.0, "v4", version=2)])
+    assert set(drawn(replay, 500)) == {"v2", "v3", "v4"}  # the freed place first, then the oldest
+    forever = buffer(clear_every_episode=False)
+    forever.add([sample(1.0)])
+    forever.end_episode(1000)
+    assert len(forever) == 1
+
+
+def test_an_empty_buffer_returns_nothing():
+    """No draw loops or fails on an empty buffer, and none is made for n <= 0."""
+    assert buffer().draw(10) == [] and buffer(replacement=False).draw(10) == []
+    replay = buffer()
+    replay.add([sample(1.0)])
+    assert replay.draw(0) == [] and replay.draw(-3) == []
+
+
+def test_without_replacement_no_sample_comes_twice():
+    """A draw returns distinct samples, and all of them where more are asked for than there are."""
+    replay = buffer(replacement=False)
+    replay.add([sample(0.1 * (i + 1), str(i)) for i in range(20)])
+    assert len(set(drawn(replay, 15))) == 15
+    assert sorted(drawn(replay, 100), key=int) == [str(i) for i in range(20)]
+
+
+def test_draws_are_whole_samples():
+    """A draw keeps its stored advantage, behaviour log-probs and policy version, at weight 1; it is a copy."""
+    replay = buffer()
+    stored = sample(-1.5, "a", version=7)
+    replay.add([stored])
+    (got,) = replay.draw(1)
+    assert got == stored and got is not stored and got.weight == 1.0
+
+
+def test_importance_weights_undo_the_priorities():
+    """With exponent b, weight = (1 / (n P(j)))^b; b = 1 makes the weighted draw uniform on average."""
+    advantages = {"a": 1.0, "b": -3.0, "c": 0.5}
+    for exponent in (0.5, 1.0):
+        replay = buffer(importance_exponent=exponent)
+        replay.add([sample(a, name) for name, a in advantages.items()])
+        total = sum(map(abs, advantages.values()))
+        draws = replay.draw(200)
+        assert {d.query.id for d in draws} == set(advantages)
+        for each in draws:
+            probability = abs(advantages[each.query.id]) / total
+            assert each.weight == pytest.approx((3 * probability) ** -exponent)
+    assert all(s.weight == 1.0 for _, s in replay.state_dict()["samples"])
+
+
+def test_the_same_seed_draws_the_same_on_every_rank():
+    """Two buffers fed alike agree draw for draw; another seed does not."""
+    replicas = [buffer(seed) for seed in (3, 3, 4)]
+    results = []
+    for replay in replicas:
+        got = []
+        for step in range(5):
+            replay.add([sample(1.0 + i, f"{step}.{i}") for i in range(6)])
+            got += drawn(replay, 20)
+        results.append(got)
+    assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_a_checkpoint_continues_the_stream(replacement):
+    """A buffer restored from disk gives the same draws, evictions and later states as the one that went on."""
+    settings = {"capacity": 12, "replacement": replacement, "clear_every_episode": False, "max_age": 2}
+    replay = buffer(**settings)
+    for version in range(3):
+        replay.add([sample(0.3 * (i + 1), f"{version}.{i}", version) for i in range(7)])
+        replay.draw(5)
+        replay.end_episode(version + 1)
+    file = io.BytesIO()
+    torch.save(replay.state_dict(), file)
+    file.seek(0)
+    restored = buffer(seed=99, **settings)
+    restored.add([sample(5.0, "stale")])
+    restored.load_state_dict(torch.load(file, weights_only=False))
+    for version in range(3, 9):
+        outcomes = []
+        for each in (replay, restored):
+            each.add([sample(0.2 * (i + 1), f"{version}.{i}", version) for i in range(5)])
+            outcomes.append((drawn(each, 6), len(each)))
+            each.end_episode(version + 1)
+        assert outcomes[0] == outcomes[1]
+
+
+def test_a_saved_state_is_a_copy():
+    """Later samples do not reach a state that was taken before."""
+    replay = buffer()
+    replay.add([sample(1.0, "old")])
+    state = replay.state_dict()
+    replay.add([sample(100.0, "new")])
+    replay.load_state_dict(state)
+    assert set(drawn(replay, 100)) == {"old"}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
+def test_an_advantage_that_cannot_be_weighed_names_its_query(bad):
+    """A non-finite or enormous advantage is refused with the setting and the query; the buffer stays as it was."""
+    replay = buffer()
+    replay.add([sample(1.0, "fine")])
+    with pytest.raises(ConfigError, match=r"replay\.alpha=1\.0.*'broken'"):
+        replay.add([sample(1.0), sample(bad, "broken")])
+    assert len(replay) == 1 and set(drawn(replay, 50)) == {"fine"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("capacity", 0), ("alpha", -0.5), ("alpha", float("nan")), ("importance_exponent", -1.0), ("max_age", -1)],
+)
+def test_wrong_settings_are_named(setting, value):
+    """Each names `replay.<setting>` and its value."""
+    with pytest.raises(ConfigError, match=rf"^replay\.{setting}={value}"):
+        buffer(**{setting: value})
+
+
+def test_a_checkpoint_of_another_buffer_is_refused():
+    """Resuming with another capacity or alpha names the setting and the saved value."""
+    state = buffer(capacity=7, alpha=0.5).state_dict()
+    with pytest.raises(ConfigError, match=r"replay\.capacity=8: the checkpoint has 7"):
+        buffer(capacity=8, alpha=0.5).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"replay\.alpha=1\.0: the checkpoint has 0\.5"):
+        buffer(capacity=7).load_state_dict(state)

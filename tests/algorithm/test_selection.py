@@ -1,0 +1,108 @@
+"""select_batch: what grpo, filter and ssr train on, and how many of each."""
+
+from __future__ import annotations
+
+import pytest
+
+from rethinker.algorithm.advantages import assign_advantages
+from rethinker.algorithm.replay import ReplayBuffer
+from rethinker.algorithm.selection import select_batch
+from rethinker.config import ReplayConfig
+from rethinker.samples import Group
+from tests.algorithm.examples import group
+
+DIFFER, EQUAL = [1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]
+
+
+def step(*rewards: list[float], tag: str = "") -> list[Group]:
+    groups = [group(r, name=f"{tag}{i}") for i, r in enumerate(rewards)]
+    assign_advantages(groups, "std")
+    return groups
+
+
+@pytest.fixture
+def replay() -> ReplayBuffer:
+    return ReplayBuffer(ReplayConfig(capacity=1000), seed=0)
+
+
+def test_grpo_keeps_every_sample_in_order(replay):
+    """Zero-advantage samples stay, replay is not touched."""
+    groups = step(DIFFER, EQUAL)
+    batch = select_batch(groups, name="grpo", pairs=8, replay=replay)
+    assert [s.completion for s in batch.samples] == [c for g in groups for c in g.completions]
+    assert (batch.fresh, batch.replayed, batch.effective_query_ratio, len(replay)) == (8, 0, 0.5, 0)
+
+
+def test_filter_shrinks_the_batch(replay):
+    """Only samples with |A| > 0 are trained; the batch shrinks with effective_query_ratio."""
+    for effective in range(5):
+        groups = step(*[DIFFER] * effective, *[EQUAL] * (4 - effective))
+        batch = select_batch(groups, name="filter", pairs=16, replay=replay)
+        assert (len(batch.samples), batch.fresh, batch.replayed) == (4 * effective, 4 * effective, 0)
+        assert batch.effective_query_ratio == effective / 4
+        assert all(s.advantage != 0 for s in batch.samples)
+    assert len(replay) == 0
+
+
+def test_a_sample_at_its_groups_mean_is_not_effective(replay):
+    """|A| > 0 is asked of each sample: the middle reward of an effective group is dropped."""
+    batch = select_batch(step([0.0, 0.5, 1.0]), name="filter", pairs=3, replay=replay)
+    assert [s.reward for s in batch.samples] == [0.0, 1.0] and batch.effective_query_ratio == 1.0
+
+
+def test_ssr_refills_to_exactly_n(replay):
+    """METHOD's three steps: the effective enter, N - n_eff are drawn, both are trained: always N = 16 pairs."""
+    for number, effective in enumerate([4, 1, 3, 0, 2]):
+        groups = step(*[DIFFER] * effective, *[EQUAL] * (4 - effective), tag=f"{number}.")
+        stored = len(replay)
+        batch = select_batch(groups, name="ssr", pairs=16, replay=replay)
+        assert len(batch.samples) == 16
+        assert (batch.fresh, batch.replayed) == (4 * effective, 16 - 4 * effective)
+        assert batch.replay_fraction == 1 - effective / 4
+        assert len(replay) == stored + 4 * effective
+        assert all(s.advantage != 0 for s in batch.samples)
+        assert {s.query.id.split(".")[0] for s in batch.samples[: batch.fresh]} <= {str(number)}
+
+
+def test_ssr_draws_after_the_effective_samples_entered(replay):
+    """In the very first step the only samples to draw are the step's own."""
+    batch = select_batch(step(DIFFER, EQUAL, EQUAL), name="ssr", pairs=12, replay=replay)
+    assert (batch.fresh, batch.replayed) == (4, 8) and {s.query.id for s in batch.samples} == {"0"}
+
+
+def test_ssr_with_nothing_to_draw_trains_the_smaller_batch(replay):
+    """No effective sample and an empty buffer: an empty batch, at once."""
+    batch = select_batch(step(EQUAL, EQUAL), name="ssr", pairs=8, replay=replay)
+    assert (batch.samples, batch.fresh, batch.replayed, batch.replay_fraction) == ([], 0, 0, 0.0)
+
+
+def test_ssr_never_draws_a_negative_number(replay):
+    """More effective samples than N: all are trained and none is drawn."""
+    batch = select_batch(step(DIFFER, DIFFER), name="ssr", pairs=6, replay=replay)
+    assert (batch.fresh, batch.replayed) == (8, 0)
+
+
+def test_replayed_samples_keep_their_stored_values(replay):
+    """A draw of an earlier step has that step's advantage, log-probs and version."""
+    (old,) = step([1.0, 0.0, 0.0, 0.0], tag="old")
+    old.policy_version = 3
+    select_batch([old], name="ssr", pairs=4, replay=replay)
+    batch = select_batch(step(EQUAL), name="ssr", pairs=4, replay=replay)
+    assert batch.replayed == 4
+    for each in batch.samples:
+        place = next(i for i, c in enumerate(old.completions) if c is each.completion)
+        assert (each.advantage, each.reward, each.policy_version) == (old.advantages[place], old.rewards[place], 3)
+
+
+def test_no_groups(replay):
+    """A step without groups is empty and divides by nothing."""
+    batch = select_batch([], name="ssr", pairs=4, replay=replay)
+    assert batch.samples == [] and batch.effective_query_ratio == 0.0
+
+
+def test_wrong_use_is_refused(replay):
+    """An unknown algorithm is named; groups whose advantages were not assigned do not pass as empty."""
+    with pytest.raises(ValueError, match="'ppo'"):
+        select_batch(step(DIFFER), name="ppo", pairs=4, replay=replay)
+    with pytest.raises(ValueError):
+        select_batch([group(DIFFER)], name="grpo", pairs=4, replay=replay)

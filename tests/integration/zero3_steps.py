@@ -1,0 +1,94 @@
+"""Run under torchrun by test_zero3.py: one ZeRO-3 step of each scenario; rank 0 saves metrics and weights.
+
+Usage: torchrun --nproc-per-node N -m tests.integration.zero3_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt BUDGET
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from rethinker.config import AlgorithmConfig, Config, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
+from rethinker.policy.engine import PolicyEngine
+from rethinker.policy.model import load_processor
+from rethinker.runtime import distributed
+from rethinker.tasks.prompts import PromptEncoder
+from tests.policy.helpers import queries_of_every_kind, samples_for
+
+SCENARIOS = ("mixed", "text only", "one image among text", "one sample", "equal rewards", "empty responses")
+
+
+def scenario(name: str, folder: Path, encoder: PromptEncoder):
+    one, two, text = queries_of_every_kind(folder)
+    if name == "mixed":
+        return samples_for([one, two, text], encoder, [5, 9, 1, 12])
+    if name == "text only":
+        return samples_for([text], encoder, [5, 9, 3])
+    if name == "one image among text":  # with two ranks, one of them sees no image
+        return samples_for([one], encoder, [4]) + samples_for([text], encoder, [40, 30])
+    if name == "one sample":  # with two ranks, one of them has no work at all
+        return samples_for([one], encoder, [6])
+    if name == "empty responses":
+        return samples_for([one, text], encoder, [0, 5])
+    samples = samples_for([one, text], encoder, [5, 9])
+    for sample in samples:
+        sample.advantage = 0.0
+    return samples
+
+
+def gradients_at_step(engine: PolicyEngine) -> dict[str, torch.Tensor]:
+    """Full gradients as they stand when the next optimizer step begins; the dict fills then."""
+    gradients: dict[str, torch.Tensor] = {}
+    step = engine.engine.step
+
+    def record_and_step():
+        for name, parameter in engine.policy.hf.named_parameters():
+            gradients[name] = safe_get_full_grad(parameter).clone()
+        step()
+
+    engine.engine.step = record_and_step
+    return gradients
+
+
+def main(model: str, scratch: str, output: str, budget: str) -> None:
+    ranks = distributed.start(120)
+    pictures = Path(scratch) / f"pictures_{ranks.world_size}_{ranks.rank}"
+    pictures.mkdir(exist_ok=True)
+    encoder = PromptEncoder(load_processor(model), DataConfig(min_pixels=1024, max_pixels=8192))
+    results = {}
+    for name in SCENARIOS:
+        config = Config(
+            policy=PolicyConfig(model=model, dtype="float32"),
+            rollout=RolloutConfig(max_new_tokens=16),
+            algorithm=AlgorithmConfig(clip_low=10.0, clip_high=10.0),  # random behaviour log-probs: leave all unclipped
+            train=TrainConfig(learning_rate=1e-3, schedule="constant", warmup_ratio=0, micro_batch_tokens=int(budget)),
+        )
+        engine = PolicyEngine(config, model, encoder, ranks, total_steps=10)
+        partitioned = [p for p in engine.policy.parameters() if p.ds_tensor.numel() < p.ds_numel]
+        gradients = gradients_at_step(engine)
+        metrics = engine.train_step(scenario(name, pictures, encoder))
+        weights = {n: t.clone() for n, t in engine.weights}
+        results[name] = {"metrics": metrics, "gradients": gradients, "weights": weights}
+        results[name]["partitioned"] = len(partitioned)
+    engine.engine.step = type(engine.engine).step.__get__(engine.engine)
+    poisoned = scenario("mixed", pictures, encoder)
+    poisoned[3].completion.logprobs[0] = float("nan")
+    before = {n: t.clone() for n, t in engine.weights}
+    metrics = engine.train_step(poisoned)
+    unchanged = all(torch.equal(t, before[n]) for n, t in engine.weights)
+    recovered = engine.train_step(scenario("mixed", pictures, encoder))
+    finite = all(t.isfinite().all() for _, t in engine.weights)
+    moved = any(not torch.equal(t, before[n]) for n, t in engine.weights)
+    results["poisoned"] = {"metrics": metrics, "unchanged": unchanged, "recovered": recovered}
+    results["poisoned"] |= {"finite": bool(finite), "moved": moved, "counted": engine.skipped_steps}
+    engine.save(Path(scratch) / f"saved_{ranks.world_size}")
+    if ranks.is_main:
+        torch.save(results, output)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

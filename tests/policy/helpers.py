@@ -1,0 +1,58 @@
+"""Queries, samples and the ordinary per-sample forward that the packed one is held against."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+from rethinker.samples import Completion, Query, Sample
+
+
+def picture(folder, number: int, size: tuple[int, int] = (64, 64)) -> str:
+    """A noise image on disk."""
+    path = folder / f"{number}.png"
+    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def queries_of_every_kind(folder) -> list[Query]:
+    """One image, two images of different extents, text only."""
+    return [
+        Query("one", "what is the blue shape?", "circle", (picture(folder, 0),)),
+        Query("two", "<image> and <image>: same?", "no", (picture(folder, 1, (96, 48)), picture(folder, 2, (48, 64)))),
+        Query("text", "is two more than one?", "yes"),
+    ]
+
+
+def samples_for(queries, encoder, lengths, *, seed: int = 0, vocabulary: int = 260) -> list[Sample]:
+    """Random responses of the given lengths to each query, with random behaviour log-probs and advantages."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for query in queries:
+        prompt_tokens = len(encoder.encode(query).token_ids)
+        for length in lengths:
+            completion = Completion(
+                token_ids=rng.integers(0, vocabulary, length).tolist(),
+                logprobs=(-6 + 0.1 * rng.standard_normal(length)).tolist(),
+                text="",
+                finish_reason="stop",
+            )
+            samples.append(
+                Sample(query, completion, float(rng.standard_normal()), policy_version=0, prompt_tokens=prompt_tokens)
+            )
+    return samples
+
+
+def per_sample_logps(model, encoder, sample: Sample) -> torch.Tensor:
+    """Log-probs [L] of one response by transformers' own forward on the one ordinary sequence."""
+    prompt = encoder.encode(sample.query)
+    ids = torch.tensor([[*prompt.token_ids, *sample.completion.token_ids]])
+    loaded = encoder.pixels(sample.query)
+    is_image = (ids == model.config.image_token_id).int()
+    is_image[:, len(prompt.token_ids) :] = 0
+    extra = {} if loaded is None else {"pixel_values": loaded[0], "image_grid_thw": loaded[1]}
+    logits = model(input_ids=ids, mm_token_type_ids=is_image, use_cache=False, **extra).logits[0]
+    logps = logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1)
+    return logps.gather(1, torch.tensor(sample.completion.token_ids)[:, None])[:, 0]

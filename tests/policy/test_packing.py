@@ -1,0 +1,186 @@
+"""Shared-prompt packing equals the per-sample forward (law 2), whatever the batch holds (laws 4 and 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from rethinker.config import PolicyConfig
+from rethinker.policy import attention
+from rethinker.policy.model import Policy, load_model
+from rethinker.policy.packing import Bundle, pack, plan_micro_batches
+
+from .helpers import per_sample_logps, queries_of_every_kind, samples_for
+
+
+def packed(samples, encoder, policy, budget=100_000):
+    plan = plan_micro_batches(samples, budget=budget, world_size=1)
+    return [pack(bundles, encoder.encode, encoder.pixels, policy.positions) for bundles in plan[0]], plan[0]
+
+
+def compare(samples, encoder, policy, model):
+    """Largest log-prob error, and largest relative gradient error over all parameters, packed against per-sample."""
+    (batch,), (bundles,) = packed(samples, encoder, policy)
+    logps, _ = policy(batch)
+    weight = torch.randn(len(logps), generator=torch.Generator().manual_seed(0))
+    (logps * weight).sum().backward()
+    order = [s for bundle in bundles for s in bundle.samples]
+    expected = torch.cat([per_sample_logps(model, encoder, s) for s in order])
+    (expected * weight).sum().backward()
+    theirs = dict(model.named_parameters())
+    gradient_error = max(
+        ((p.grad - theirs[name].grad).norm() / theirs[name].grad.norm().clamp(min=1e-6)).item()
+        for name, p in policy.hf.named_parameters()
+        if theirs[name].grad is not None
+    )
+    return (logps - expected).abs().max().item(), gradient_error
+
+
+@pytest.mark.parametrize("folder", ["tiny_folder", "untied_folder"])
+def test_packed_forward_equals_per_sample_forward(folder, encoder, tmp_path, request):
+    """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none."""
+    path = request.getfixturevalue(folder)
+    policy = Policy(load_model(path, torch.float32), PolicyConfig(dtype="float32"))
+    model = load_model(path, torch.float32)
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 1, 9, 3])
+    logp_error, gradient_error = compare(samples, encoder, policy, model)
+    assert logp_error <= 1e-5
+    assert gradient_error <= 1e-5
+
+
+def test_single_row_layout_equals_row_per_prompt(encoder, policy, tmp_path, monkeypatch):
+    """The [T, T] mask (what FlexAttention computes) and the row-per-prompt layout give the same log-probs."""
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
+    (batch,), _ = packed(samples, encoder, policy)
+    folded = attention.lay_out(batch, "sdpa")
+    assert folded.index.shape[0] == 3
+    expected, _ = policy(batch)
+    long = dataclasses.replace(batch)
+    monkeypatch.setattr(torch, "bincount", lambda ids: torch.tensor([batch.tokens, 1, 1]))  # as if padding did not pay
+    assert attention.lay_out(long, "sdpa").index.shape[0] == 1
+    single, _ = policy(long)
+    assert (single - expected).abs().max() <= 1e-5
+
+
+def test_flex_predicate_is_the_same_mask(encoder, policy, tmp_path):
+    """The BlockMask's predicate marks exactly the pairs that the boolean mask marks."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
+    (batch,), _ = packed(samples, encoder, policy)
+    layout = attention.lay_out(batch, "flex")
+    n = layout.index.shape[1]
+    assert n % attention.FLEX_BLOCK == 0
+    flex = create_mask(layout.mask.mask_mod, None, None, n, n, device="cpu")[0, 0]
+    T = batch.tokens
+    i, j = torch.meshgrid(torch.arange(T), torch.arange(T), indexing="ij")
+    p, r = batch.prompt_id, batch.response_id
+    law = (j <= i) & (p[i] == p[j]) & ((r[j] == 0) | (r[j] == r[i]))
+    assert torch.equal(flex[:T, :T], law)
+    assert not flex[:T, T:].any() and flex[T:, T:].diagonal().all()
+
+
+@pytest.mark.parametrize("fault", ["leak between responses", "position of the second response", "label shift"])
+def test_planted_faults_are_seen(fault, encoder, policy, model, tmp_path, monkeypatch):
+    """The comparison above is able to fail: each of three classic packing faults exceeds its bound."""
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
+    original = pack
+
+    def faulty(*args, **kwargs):
+        batch = original(*args, **kwargs)
+        if fault == "leak between responses":
+            batch.response_id.clamp_(max=1)
+        elif fault == "position of the second response":
+            batch.position_ids[:, :, batch.response_id == 2] += 4
+        else:
+            batch.source_index[1:] = batch.source_index[:-1].clone()
+        return batch
+
+    monkeypatch.setitem(globals(), "pack", faulty)
+    assert compare(samples, encoder, policy, model)[0] > 1e-3
+
+
+def test_sampled_placeholders_are_ordinary_tokens(encoder, policy, tmp_path):
+    """Law 4: placeholder ids inside a response stand for no image; forward and backward stay finite."""
+    config = policy.hf.config
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [6])
+    for sample in samples:
+        sample.completion.token_ids[1:4] = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
+    (batch,), _ = packed(samples, encoder, policy)
+    logps, entropy = policy(batch)
+    logps.sum().backward()
+    assert logps.isfinite().all() and entropy.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in policy.parameters() if p.grad is not None)
+
+
+def test_empty_responses_and_single_samples(encoder, policy, model, tmp_path):
+    """Law 5: an empty response adds a zero-length segment and nothing else; G = 1 packs like any group."""
+    queries = queries_of_every_kind(tmp_path)
+    samples = samples_for(queries, encoder, [0, 4])
+    (batch,), _ = packed(samples, encoder, policy)
+    assert (batch.cu_seqlens.diff() == 0).sum() == len(queries)
+    assert len(batch.advantages) == len(samples) and len(batch.target_ids) == 4 * len(queries)
+    logps, _ = policy(batch)
+    expected = torch.cat([per_sample_logps(model, encoder, s) for s in samples if s.completion.token_ids])
+    ours = {tuple(s.completion.token_ids): None for s in samples}
+    assert len(ours) > 1
+    assert sorted((logps - 0).tolist()) == pytest.approx(sorted(expected.tolist()), abs=1e-5)
+    alone = samples_for(queries[:1], encoder, [7])
+    assert compare(alone, encoder, policy, model)[0] <= 1e-5
+
+
+def test_a_rank_without_work_runs_a_weightless_row(encoder, policy):
+    """A rank left without bundles gets a row that runs every module, images included, and counts for nothing."""
+    batch = pack([], encoder.encode, encoder.pixels, policy.positions)
+    assert batch.weights.tolist() == [0.0] and batch.loss_mask.tolist() == [False]
+    called = []
+    handle = policy.hf.model.visual.register_forward_hook(lambda *_: called.append(True))
+    logps, _ = policy(batch)
+    handle.remove()
+    assert called and logps.isfinite().all()
+
+
+def test_plan_is_balanced_bounded_and_complete(encoder, tmp_path):
+    """Every sample is in exactly one micro-batch, within the budget, the same number on every rank, loads within 10%."""
+    queries = [dataclasses.replace(q, id=f"{q.id}/{n}") for n in range(20) for q in queries_of_every_kind(tmp_path)]
+    samples = samples_for(queries, encoder, [5, 12, 30])
+    for world in (1, 2, 3):
+        plan = plan_micro_batches(samples, budget=600, world_size=world)
+        assert len({len(rank) for rank in plan}) == 1
+        flat = [s for rank in plan for micro in rank for bundle in micro for s in bundle.samples]
+        assert sorted(map(id, flat)) == sorted(map(id, samples))
+        loads = [sum(b.tokens for b in micro) for rank in plan for micro in rank]
+        assert max(loads) <= 600
+        per_rank = [sum(b.tokens for micro in rank for b in micro) for rank in plan]
+        assert max(per_rank) <= 1.1 * min(per_rank)
+
+
+def test_groups_beyond_the_budget_are_split(encoder, tmp_path):
+    """A query whose responses exceed the budget together is split, each part with its own prompt; none is dropped."""
+    (query, *_) = queries_of_every_kind(tmp_path)
+    samples = samples_for([query], encoder, [40] * 8)
+    prompt = samples[0].prompt_tokens
+    plan = plan_micro_batches(samples, budget=prompt + 100, world_size=1)
+    bundles = [b for micro in plan[0] for b in micro]
+    assert len(bundles) == 4 and all(len(b.samples) == 2 and b.tokens == prompt + 78 for b in bundles)
+    oversized = plan_micro_batches(samples, budget=10, world_size=2)
+    assert sum(len(micro) for rank in oversized for micro in rank) == 8
+
+
+def test_replayed_sample_joins_its_group(encoder, tmp_path):
+    """A replayed sample whose query is in the batch shares that query's prompt, also when drawn twice."""
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [3, 4])
+    plan = plan_micro_batches([*samples, samples[0], samples[0]], budget=10_000, world_size=1)
+    (micro,) = plan[0]
+    assert len(micro) == 3
+    assert {b.query.id: len(b.samples) for b in micro} == {"one": 4, "two": 2, "text": 2}
+
+
+def test_bundle_counts_tokens_once_per_prompt(encoder, tmp_path):
+    """A bundle's tokens are the prompt once plus each response without its last token: what the row really holds."""
+    samples = samples_for(queries_of_every_kind(tmp_path)[:1], encoder, [5, 0, 1])
+    bundle = Bundle(samples[0].query, tuple(samples))
+    batch = pack([bundle], encoder.encode, encoder.pixels, lambda p, g: torch.arange(len(p.token_ids)).expand(3, -1))
+    assert bundle.tokens == batch.tokens == samples[0].prompt_tokens + 4

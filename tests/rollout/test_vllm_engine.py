@@ -1,0 +1,190 @@
+"""vLLM as behaviour policy: laws 1, 4 and 7, and that nothing of the caller's state is touched."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from rethinker.config import ConfigError
+from rethinker.rollout.hf_engine import HFEngine
+from rethinker.rollout.sampling import PLACEHOLDERS
+from rethinker.samples import Completion, Prompt
+from tests.rollout.helpers import ends_by_itself, rollout_config
+
+TOLERANCE = 1e-5  # nats, law 1
+PLAIN = {"n": 2, "max_new_tokens": 12, "temperature": 1.0}
+
+
+def test_logprobs_equal_the_policys_before_and_after_every_sync(engine, policy, prompts):
+    """Law 1: with images and without, in vLLM as loaded and after two syncs, for images seen before each sync."""
+    assert policy.error(prompts, engine.fresh) < TOLERANCE
+    for version in (1, 2):
+        policy.perturb(seed=version)
+        engine.sync(policy, version)
+        assert policy.error(prompts, engine.generate(prompts, seed=version, **PLAIN)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("fault", "part"), [("reset_encoder_cache", "visual"), ("reset_prefix_cache", "")])
+def test_a_cache_kept_over_a_sync_breaks_law_1(engine, policy, prompts, monkeypatch, fault, part):
+    """Law 1 needs both resets: with one of them planted away, the old weights' results are used again."""
+    engine.sync(policy, 1)
+    engine.generate(prompts, seed=0, **PLAIN)
+    policy.perturb(seed=3, part=part, scale=0.2)
+    with monkeypatch.context() as planted:
+        planted.setattr(engine._engine, fault, lambda: True)
+        engine.sync(policy, 2)
+        if fault == "reset_encoder_cache":  # else a stale prefix would hide that the image was not looked at again
+            engine._engine.reset_prefix_cache()
+    assert policy.error(prompts, engine.generate(prompts, seed=0, **PLAIN)) > 1e-3
+    engine.sync(policy, 3)
+    assert policy.error(prompts, engine.generate(prompts, seed=0, **PLAIN)) < TOLERANCE
+
+
+def test_temperature_scales_the_whole_distribution(engine, policy, prompts):
+    """Log-probs are of the tempered, uncut distribution, whatever the model's generation settings say."""
+    engine.sync(policy, 1)
+    sampled = engine.generate(prompts, n=4, max_new_tokens=12, temperature=0.7, seed=0)
+    assert policy.error(prompts, sampled, temperature=0.7) < TOLERANCE
+    ranks = [
+        (policy.logits(prompt, one.token_ids[:i])[-1] > policy.logits(prompt, one.token_ids[:i])[-1][token]).sum()
+        for prompt, group in zip(prompts, sampled, strict=True)
+        for one in group
+        for i, token in enumerate(one.token_ids)
+    ]
+    assert max(ranks) > 50  # top-k 5 of the model's settings would forbid it
+
+
+def test_given_tokens_score_as_sampled_in_vllm_and_in_transformers(engine, policy, prompts, folder):
+    """`logprobs` of both engines gives the behaviour log-probs back, to the token, for responses of length 0 and up."""
+    policy.perturb(seed=4)
+    engine.sync(policy, 1)
+    hf = HFEngine(rollout_config(), str(folder), rank=0, local_rank=0)
+    hf.sync(policy, 1)
+    sampled = engine.generate(prompts, seed=0, **PLAIN)
+    pairs = [(prompt, one) for prompt, group in zip(prompts, sampled, strict=True) for one in group]
+    pairs.append((prompts[0], Completion([], [], "", "length")))
+    pairs.append(
+        (prompts[2], Completion([7], [policy.logits(prompts[2], []).log_softmax(-1)[0, 7].item()], "", "length"))
+    )
+    for scorer in (engine, hf):
+        scores = scorer.logprobs([prompt for prompt, _ in pairs], [one for _, one in pairs])
+        for row, (_, one) in zip(scores, pairs, strict=True):
+            np.testing.assert_allclose(row, one.logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_greedy_equals_transformers(engine, policy, prompts, folder):
+    """At temperature 0 both backends give the same tokens."""
+    policy.perturb(seed=5)
+    engine.sync(policy, 1)
+    hf = HFEngine(rollout_config(), str(folder), rank=0, local_rank=0)
+    hf.sync(policy, 1)
+    greedy = {"n": 1, "max_new_tokens": 24, "temperature": 0.0, "seed": 0}
+    ours, theirs = engine.generate(prompts, **greedy), hf.generate(prompts, **greedy)
+    for (one,), (other,) in zip(ours, theirs, strict=True):
+        assert (one.token_ids, one.text, one.finish_reason) == (other.token_ids, other.text, other.finish_reason)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_a_sampled_placeholder_ends_the_response(engine, policy, prompts):
+    """Law 4: with a policy that likes placeholders, every response ends at its first one, and it can be scored."""
+    tokenizer = engine._tokenizer
+    ids = tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
+    with torch.no_grad():
+        hidden = policy.model.model.language_model.norm.weight
+        hidden.zero_()
+        hidden[0] = 1.0  # the final state is +-1 along one axis or so, whatever the input
+        head = policy.model.lm_head.weight
+        head[ids] = 0.0
+        head[ids, 0] = torch.tensor([6.0, -6.0, 5.0, -5.0, 5.0, -5.0])
+    engine.sync(policy, 1)
+    sampled = engine.generate(prompts, n=16, max_new_tokens=12, temperature=1.0, seed=0)
+    ended = [one for group in sampled for one in group if one.token_ids[-1] in ids]
+    assert {one.token_ids[-1] for one in ended} >= {ids[0], ids[1]}
+    for group in sampled:
+        for one in group:
+            assert not set(one.token_ids[:-1]) & set(ids)
+            assert (one.finish_reason == "stop") == ends_by_itself(one, engine._stop_ids)
+    with_image = [(prompts[0], one) for one in sampled[0] if one.token_ids[-1] in ids]
+    scores = engine.logprobs(*map(list, zip(*with_image, strict=True)))
+    for row, (_, one) in zip(scores, with_image, strict=True):
+        np.testing.assert_allclose(row, one.logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_completions_belong_to_their_prompt_whatever_order_they_end_in(engine, policy, prompts, monkeypatch):
+    """Law 7: vLLM reports requests as they end; here in reverse order of submission."""
+    policy.perturb(seed=6, scale=0.1)
+    engine.sync(policy, 1)
+    step, held = engine._engine.step, []
+
+    def reversed_step():
+        held.extend(step())
+        return [] if engine._engine.has_unfinished_requests() else held[::-1]
+
+    monkeypatch.setattr(engine._engine, "step", reversed_step)
+    sampled = engine.generate(prompts, seed=0, **PLAIN)
+    assert len(held) == len(prompts)
+    assert policy.error(prompts, sampled) < TOLERANCE
+    rotated = [sampled[-1], *sampled[:-1]]
+    assert policy.error(prompts, rotated) > 1e-2  # so the check above would have seen a swap
+
+
+def test_a_prompt_and_its_images_are_sent_once_per_group(engine, prompts, monkeypatch):
+    """n = G: pixels are processed once per prompt, and one request carries all G samples."""
+    rendered, added = [], []
+    render, add = engine._llm.renderer.render_cmpl, engine._engine.add_request
+    monkeypatch.setattr(engine._llm.renderer, "render_cmpl", lambda inputs: rendered.append(inputs) or render(inputs))
+    monkeypatch.setattr(engine._engine, "add_request", lambda i, p, params: added.append(params.n) or add(i, p, params))
+    sampled = engine.generate(prompts, n=4, max_new_tokens=4, temperature=1.0, seed=0)
+    assert len(rendered) == len(prompts) and added == [4] * len(prompts)
+    assert [len(group) for group in sampled] == [4] * len(prompts)
+
+
+def test_the_seed_decides_and_the_callers_random_state_stays(engine, prompts):
+    """The same seed samples the same tokens, another seed others; torch's, numpy's and random's streams go on."""
+
+    def draws():
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+
+    def state(seed):
+        torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+
+    state(11)
+    expected = draws()
+    state(11)
+    tokens = [
+        [one.token_ids for group in engine.generate(prompts, seed=seed, **PLAIN) for one in group] for seed in (1, 1, 2)
+    ]
+    assert draws() == expected
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
+def test_deadline_names_the_setting_and_leaves_the_engine_usable(engine, policy, prompts, monkeypatch):
+    """A rollout past rollout.timeout_s raises, its requests are aborted, and the next rollout is right."""
+    engine.sync(policy, 1)
+    monkeypatch.setattr(engine.config.rollout, "timeout_s", 0.05)
+    with pytest.raises(TimeoutError, match=r"rollout of 4 requests .*rollout\.timeout_s=0\.05"):
+        engine.generate(prompts, n=64, max_new_tokens=32, temperature=1.0, seed=0)
+    assert not engine._engine.has_unfinished_requests()
+    monkeypatch.setattr(engine.config.rollout, "timeout_s", 120)
+    assert policy.error(prompts, engine.generate(prompts, seed=0, **PLAIN)) < TOLERANCE
+
+
+def test_image_tokens_that_differ_are_refused(engine, prompts):
+    """Other pixel limits on the policy's side: an error that names both settings, before anything is sampled."""
+    prompt = prompts[0]
+    at = prompt.token_ids.index(engine._llm.model_config.hf_config.image_token_id)
+    wrong = Prompt(
+        prompt.query_id, prompt.token_ids[:at] + prompt.token_ids[at + 1 :], prompt.compact_ids, prompt.images
+    )
+    with pytest.raises(ConfigError, match=r"'q0'.*data\.min_pixels=4096 and data\.max_pixels=4096"):
+        engine.generate([prompts[1], wrong], seed=0, **PLAIN)
+    assert not engine._engine.has_unfinished_requests()
+
+
+def test_a_prompt_too_long_for_the_engine_is_refused(engine, prompts):
+    """The error names the settings; vLLM would cut the response short without a word."""
+    with pytest.raises(ConfigError, match=r"data\.max_prompt_tokens=192"):
+        engine.generate(prompts, n=1, max_new_tokens=220, temperature=1.0, seed=0)

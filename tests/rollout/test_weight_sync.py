@@ -1,0 +1,92 @@
+"""The weight sync tells when it did not do what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rethinker.rollout import weight_sync
+
+
+@pytest.fixture
+def checked(engine, monkeypatch):
+    """The engine with rollout.check_sync on."""
+    monkeypatch.setattr(engine.config.rollout, "check_sync", True)
+    return engine
+
+
+def test_check_passes_when_all_tensors_are_equal(checked, policy):
+    """Every checkpoint name is found in vLLM's fused, packed and padded layers, with equal bytes."""
+    policy.perturb(seed=1)
+    checked.sync(policy, 1)
+    assert checked._engine.get_weight_version() == "1"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.visual.patch_embed.proj.weight",
+        "model.visual.blocks.1.attn.qkv.bias",
+        "model.visual.blocks.2.mlp.up_proj.weight",
+        "model.language_model.embed_tokens.weight",
+        "model.language_model.layers.1.self_attn.q_proj.weight",
+        "model.language_model.layers.2.self_attn.v_proj.bias",
+        "model.language_model.layers.3.mlp.gate_proj.weight",
+        "model.language_model.layers.0.mlp.down_proj.weight",
+        "model.language_model.norm.weight",
+    ],
+)
+def test_check_names_the_tensor_that_differs(checked, policy, monkeypatch, name):
+    """One element of one tensor damaged on its way, by one part in a million, is found and named."""
+    receive = weight_sync.InProcessWeightTransferEngine.receive_weights
+
+    def damage(self, update):
+        for other, tensor in update.weights:
+            if other == name:
+                tensor.view(-1)[-1] += 1e-6
+        receive(self, update)
+
+    monkeypatch.setattr(weight_sync.InProcessWeightTransferEngine, "receive_weights", damage)
+    with pytest.raises(RuntimeError, match=rf"rollout\.check_sync: .*{name} differs"):
+        checked.sync(policy, 1)
+
+
+def test_check_finds_a_tied_head_left_behind(checked, policy, monkeypatch):
+    """On CPU vLLM packs a tied head's weight apart from the embedding's; without packing it again it stays old."""
+    if not policy.model.config.tie_word_embeddings:
+        return
+    policy.perturb(seed=2)
+    monkeypatch.setattr(weight_sync, "_repack_tied_heads", lambda model: None)
+    with pytest.raises(RuntimeError, match="embed_tokens.weight differs"):
+        checked.sync(policy, 1)
+
+
+def test_a_tensor_the_policy_does_not_send_is_an_error(engine, policy):
+    """Even without rollout.check_sync: a parameter that keeps its old value is named."""
+    incomplete = [(name, tensor.clone()) for name, tensor in policy if "layers.1.mlp.up_proj" not in name]
+
+    class Stream:
+        def metadata(self):
+            return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in incomplete]
+
+        def __iter__(self):
+            return iter(incomplete)
+
+    engine.sync(policy, 1)
+    with pytest.raises(RuntimeError, match=r"no value for 1 of vLLM's parameters.*gate_up_proj"):
+        engine.sync(Stream(), 2)
+    engine.sync(policy, 3)
+
+
+def test_small_buckets_give_the_same_weights(checked, policy, monkeypatch):
+    """Where a bucket ends has no effect, although the stream reuses a tensor's memory for the next."""
+    policy.perturb(seed=3)
+    monkeypatch.setattr(weight_sync, "BUCKET_BYTES", 1)
+    checked.sync(policy, 1)
+
+
+def test_bfloat16_engine_is_compared_in_its_own_type():
+    """A checksum is of the tensor as the engine holds it: fp32 weights and their bf16 copy agree as bf16."""
+    weights = torch.randn(5, 7)
+    assert weight_sync.checksum(weights, torch.bfloat16) == weight_sync.checksum(weights.bfloat16(), torch.bfloat16)
+    assert weight_sync.checksum(weights, torch.float32) != weight_sync.checksum(weights.bfloat16(), torch.float32)

@@ -1,0 +1,289 @@
+"""Settings: a recipe plus overrides becomes typed settings, or one error that names the key, the value and the fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rethinker import checks, settings
+from rethinker.config import Config, ConfigError, RunConfig, TrainConfig
+from rethinker.settings import load_config, resolve_config, shipped_recipes, to_yaml
+
+
+def refused(*overrides: str, recipe: str | Path = "easy_vqa_cpu") -> str:
+    """The message with which these overrides are refused."""
+    with pytest.raises(ConfigError) as error:
+        load_config(recipe, overrides)
+    return str(error.value)
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_three_ways_to_override_agree():
+    """Command line, dotted and nested mappings mean the same, and all of them win over the recipe."""
+    line = resolve_config("easy_vqa_cpu", ["--train.max_steps", "7", "--train.learning_rate=3e-5", "--run.name", "a"])
+    dotted = resolve_config("easy_vqa_cpu", {"train.max_steps": 7, "train.learning_rate": 3e-5, "run.name": "a"})
+    nested = resolve_config("easy_vqa_cpu", {"train": {"max_steps": 7, "learning_rate": 3e-5}, "run": {"name": "a"}})
+    assert line == dotted == nested
+    assert (line.train.max_steps, line.train.learning_rate) == (7, 3e-5)
+    assert line.rollout.max_new_tokens == 24  # the recipe's
+    assert line.replay == Config().replay  # the default
+    assert isinstance(line.train, TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("null", "train.max_steps", None),
+        ("null", "data.validation", None),
+        ("123", "run.name", "123"),
+        ("2e-4", "train.learning_rate", 2e-4),
+        ("3", "train.learning_rate", 3.0),
+        ("false", "rollout.sleep", False),
+        ("[wandb, trackio]", "run.trackers", ["wandb", "trackio"]),
+        ("[]", "run.trackers", []),
+        ("[0.8, 0.9]", "train.betas", (0.8, 0.9)),
+        ("Answer: {question} -- now", "data.prompt", "Answer: {question} -- now"),
+        ("{a: 1, b: 2}", "data.category_weights", {"a": 1, "b": 2}),
+    ],
+)
+def test_text_is_read_as_its_settings_type(text, key, value):
+    """An option's text becomes a value of the setting's type."""
+    config = resolve_config("easy_vqa_cpu", [f"--{key}", text])
+    assert settings._get(config, key) == value
+    assert type(settings._get(config, key)) is type(value)
+
+
+def test_entries_join_a_mapping():
+    """An entry of a mapping-valued setting changes that entry alone; fields given in part keep the other columns."""
+    config = resolve_config("easy_vqa_cpu", ["--data.category_weights.color", "0.6", "--data.fields.question", "problem"])
+    assert config.data.category_weights == {"yes/no": 0.4, "color": 0.6, "shape": 0.3}
+    assert config.data.fields == {"question": "problem", "answer": "answer", "images": "images", "id": "id"}
+    whole = resolve_config("easy_vqa_cpu", {"data.category_weights": {"color": 1.0}, "data.fields": {"answer": "a"}})
+    assert whole.data.category_weights == {"color": 1.0}
+    assert whole.data.fields["answer"] == "a" and whole.data.fields["question"] == "question"
+    nested = resolve_config("easy_vqa_cpu", ["--train.deepspeed.zero_optimization.overlap_comm", "false"])
+    assert nested.train.deepspeed == {"zero_optimization": {"overlap_comm": False}}
+
+
+def test_printed_settings_read_back_the_same(tmp_path):
+    """--print_config loses nothing: its YAML gives the same settings, floats such as 1e-06 and line breaks included."""
+    config = resolve_config("easy_vqa_cpu", ["--train.learning_rate", "1e-6", "--data.system", "a: 'b'\n# c\\n"])
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert resolve_config(tmp_path / "again.yaml") == config
+    plain = yaml.safe_load(to_yaml(config))  # any YAML reader sees numbers
+    assert plain["train"]["learning_rate"] == 1e-6
+    for section in dataclasses.fields(Config):
+        assert section.name in plain
+
+
+def test_every_setting_is_documented():
+    """Each setting has a docstring, and --print_config shows it."""
+    text = to_yaml(Config(run=RunConfig(name="x")))
+    for setting in settings.settings():
+        assert setting.doc and f"# {setting.doc}" in text, setting.key
+
+
+def test_shipped_recipes_load():
+    """Every recipe in the package resolves, by name and by path."""
+    assert "easy_vqa_cpu" in shipped_recipes()
+    for name, path in shipped_recipes().items():
+        by_name, by_path = resolve_config(name, {"run.name": "x"}), resolve_config(path, {"run.name": "x"})
+        assert by_name == by_path
+
+
+def test_the_default_name_tells_recipe_and_time():
+    """A run without a name gets its recipe's name and the time."""
+    assert resolve_config("easy_vqa_cpu").run.name.startswith("easy_vqa_cpu-20")
+
+
+def test_unknown_keys_name_the_nearest_valid_one(tmp_path):
+    """A key that is no setting is refused, on the command line and in a recipe, with what was probably meant."""
+    assert refused("--train.max_step", "3") == "unknown setting 'train.max_step': did you mean 'train.max_steps'?"
+    assert "'rollout.group_size'" in refused("--group_size", "4")
+    assert "'policy.warmup.steps'" in refused("--policy.warmup.stepz", "4")
+    assert "--print_config" in refused("--zzz.qqq", "4")
+    (tmp_path / "r.yaml").write_text("train:\n  learning_rat: 1.0\n")
+    assert "'train.learning_rate'" in refused(recipe=tmp_path / "r.yaml")
+    assert "'seed'" in refused("--seeed", "4")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--train.max_steps=many", "train.max_steps='many' must be an integer or null"),
+        ("--rollout.group_size=8.5", "rollout.group_size='8.5' must be an integer"),
+        ("--train.learning_rate=fast", "train.learning_rate='fast' must be a number"),
+        ("--rollout.sleep=maybe", "rollout.sleep='maybe' must be true or false"),
+        ("--rollout.backend=sglang", "rollout.backend='sglang' must be one of vllm, hf, recorded"),
+        ("--run.trackers=wandb", "run.trackers='wandb' must be a list, each entry one of tensorboard, wandb, trackio"),
+        ("--train.betas=[0.9]", "train.betas='[0.9]' must be a list of 2 values, each a number"),
+        ("--data.category_weights.color=red", "must be a mapping whose values are each a number"),
+        ("--train.deepspeed=3", "train.deepspeed=3 must be a mapping"),
+        ("--policy=tiny", "policy='tiny' is a section; give the settings below it, as policy.model"),
+    ],
+)
+def test_wrong_types_name_key_value_and_type(override, message):
+    """A value of the wrong type is refused, naming the key, the value and the type expected."""
+    assert message in refused(override)
+
+
+def test_wrong_types_in_a_recipe(tmp_path):
+    """What holds on the command line holds in a file; a boolean is no integer."""
+    for line, message in {
+        "train: {max_steps: true}": "train.max_steps=True must be an integer or null",
+        "train: 3": "train=3 is a section",
+        "policy: {warmup: null}": "policy.warmup=None is a section",
+        "- a\n- b": "must map sections to settings, not be a list",
+        "train: {": "is not readable YAML",
+    }.items():
+        (tmp_path / "r.yaml").write_text(line)
+        assert message in refused(recipe=tmp_path / "r.yaml")
+
+
+def test_malformed_arguments():
+    """An option without its value, and a value without its option, are refused."""
+    assert refused("--train.max_steps") == "--train.max_steps needs a value"
+    assert refused("--train.max_steps", "--seed", "3") == "--train.max_steps needs a value"
+    assert "unexpected argument '20'" in refused("20")
+
+
+def test_unknown_recipes(tmp_path):
+    """A recipe that is not there is refused, naming those that are."""
+    assert refused(recipe="easy_vqa") == "no recipe named 'easy_vqa': give a shipped one (easy_vqa_cpu) or a .yaml file"
+    assert refused(recipe=tmp_path / "none.yaml") == f"recipe {tmp_path / 'none.yaml'} does not exist"
+
+
+def test_batches_must_hold_whole_groups_and_episodes_whole_batches():
+    """Geometry that cannot work is refused, with the nearest that can."""
+    assert refused("--train.batch_pairs", "500") == (
+        "rollout.group_size=8 needs train.batch_pairs (500) divisible by 8; nearest: 496 or 504"
+    )
+    assert refused("--rollout.group_size", "1024").endswith("divisible by 1024; nearest: 1024")
+    message = refused("--train.batch_pairs", "64", "--train.episode_queries", "12")
+    assert message.startswith("train.batch_pairs=64 needs train.episode_queries x rollout.group_size (12 x 8 = 96)")
+    assert message.endswith("nearest train.episode_queries: 8 or 16")
+    assert resolve_config("easy_vqa_cpu", ["--train.batch_pairs", "64", "--train.episode_queries", "16"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "needed"),
+    [
+        ("rollout.group_size", 0, "at least 1"),
+        ("train.max_steps", 0, "at least 1"),
+        ("train.learning_rate", 0.0, "positive"),
+        ("train.learning_rate", float("nan"), "positive"),
+        ("train.learning_rate", float("inf"), "positive"),
+        ("algorithm.clip_low", 1.0, "above 0 and below 1"),
+        ("algorithm.clip_high", -0.1, "positive"),
+        ("algorithm.dual_clip", 1.0, "above 1"),
+        ("train.betas", [0.9, 1.0], "two numbers of at least 0 and below 1"),
+        ("policy.warmup.data_fraction", 1.5, "above 0 and at most 1"),
+        ("data.category_weights", {"a": 0.0}, "weights of at least 0, one of them positive"),
+        ("data.min_pixels", 10**9, "must not exceed data.max_pixels"),
+        ("data.prompt", "What?", "must contain {question}"),
+        ("run.name", "../elsewhere", "a plain folder name"),
+        ("run.name", "..", "a plain folder name"),
+        ("run.name", "/tmp/x", "a plain folder name"),
+        ("run.name", "", "a plain folder name"),
+        ("profile.steps", "5:3", "first:end"),
+        ("rollout.backend", "recorded", "rollout.recording"),
+    ],
+)
+def test_values_out_of_range(key, value, needed):
+    """A number or name that cannot work is refused with what it must be."""
+    with pytest.raises(ConfigError, match=key) as error:
+        resolve_config("easy_vqa_cpu", {key: value})
+    assert needed in str(error.value)
+
+
+def test_ranges_name_real_settings():
+    """Every key in the table of ranges is a setting."""
+    known = {setting.key for setting in settings.settings()}
+    for _, keys in checks._RANGES.values():
+        assert set(keys.split()) <= known
+
+
+def model_folder(folder: Path, **files: bytes | str) -> Path:
+    folder.mkdir()
+    for name, content in files.items():
+        path = folder / name.replace("__", ".")
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def test_model_folders_without_weights(tmp_path):
+    """A model folder that is missing, has no config or lacks (some of) its weights is refused by name."""
+    assert "is not a folder" in refused("--policy.model", "./nowhere")
+    assert "is not a folder" in refused("--policy.model", "runs/old/checkpoints/best")
+    empty = model_folder(tmp_path / "empty")
+    assert refused("--policy.model", str(empty)).startswith(f"policy.model={empty} has no config.json")
+    bare = model_folder(tmp_path / "bare", config__json="{}")
+    assert "has no weights (*.safetensors)" in refused("--policy.model", str(bare))
+    truncated = model_folder(tmp_path / "truncated", config__json="{}", model__safetensors=b"")
+    assert "model.safetensors are missing or empty" in refused("--policy.model", str(truncated))
+    sharded = model_folder(tmp_path / "sharded", config__json="{}", a__safetensors=b"0" * 99)
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "b.safetensors are missing or empty" in refused("--policy.model", str(sharded))
+    (sharded / "b.safetensors").write_bytes(b"0" * 99)
+    assert load_config("easy_vqa_cpu", {"policy.model": str(sharded)}).policy.model == str(sharded)
+
+
+def test_full_disks(tmp_path, monkeypatch):
+    """A run that will not fit on run.dir's disk is refused before it starts; what a model needs grows with its weights."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 100 * 2**20))
+    message = refused("--run.dir", "big/runs")
+    assert message.startswith("run.dir=big/runs has 0.10 GB of disk free and the run needs about 0.20 GB")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 400 * 2**20))
+    assert load_config("easy_vqa_cpu")
+    model = model_folder(tmp_path / "model", config__json="{}")
+    with (model / "model.safetensors").open("wb") as weights:
+        weights.truncate(200 * 2**20)
+    assert "needs about 0.59 GB" in refused("--policy.model", str(model))
+
+
+def test_run_folders_that_cannot_be_made(tmp_path):
+    """A run neither overwrites another nor starts where it cannot write."""
+    (tmp_path / "runs" / "old").mkdir(parents=True)
+    assert load_config("easy_vqa_cpu", {"run.name": "old"})  # empty: nobody's
+    (tmp_path / "runs" / "old" / "metrics.jsonl").write_text("")
+    assert refused("--run.name", "old") == "run.name=old: runs/old already holds a run; choose another run.name"
+    (tmp_path / "file").write_text("")
+    assert "is a file; choose another run.dir" in refused("--run.dir", "file")
+    assert "is a file; choose another run.dir" in refused("--run.dir", "file/below")
+
+
+def test_rewards_and_recordings_must_exist(tmp_path):
+    """A reward function's file and a recording are looked for before anything starts."""
+    assert "must be boxed or path/to/file.py:function" in refused("--reward.function", "exact")
+    assert "the file mine.py does not exist" in refused("--reward.function", "mine.py:score")
+    (tmp_path / "mine.py").write_text("def score(response, answer, query): return 1.0")
+    assert load_config("easy_vqa_cpu", {"reward.function": "mine.py:score"})
+    assert "holds no episode_*.parquet" in refused("--rollout.backend", "recorded", "--rollout.recording", str(tmp_path))
+
+
+def test_missing_packages_name_the_extra(monkeypatch):
+    """An optional part that is not installed is named with the command that adds it."""
+    found = checks.find_spec
+    monkeypatch.setattr(checks, "find_spec", lambda name: None if name in ("wandb", "vllm") else found(name))
+    assert "rollout.backend=vllm needs the package vllm, which is missing: pip install" in refused()
+    message = refused("--rollout.backend", "hf", "--run.trackers", "[wandb]")
+    assert message.startswith("run.trackers=wandb needs the package wandb") and "[wandb]'" in message
+
+
+def test_a_refused_run_leaves_nothing_behind(tmp_path):
+    """Loading settings writes nothing, accepted or refused."""
+    refused("--train.batch_pairs", "500")
+    load_config("easy_vqa_cpu")
+    assert list(tmp_path.iterdir()) == []
