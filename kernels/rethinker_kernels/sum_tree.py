@@ -82,7 +82,7 @@ class SumTree:
         outside = (indices < 0) | (indices >= self.capacity)
         if outside.any():
             raise ValueError(f"indices: {indices[outside][0].item()} is outside [0, {self.capacity})")
-        weights = torch.where(priorities > 0, priorities**self.alpha, 0.0)
+        weights = priorities**self.alpha
         wrong = ~priorities.isfinite() | (priorities < 0) | ~(weights < 2.0**self.WEIGHT_BITS)
         if wrong.any():
             raise ValueError(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from rethinker_kernels import group_advantages
 
 from rethinker.config import ConfigError
 from rethinker.samples import Group
+from rethinker_kernels import group_advantages
 
 
 def assign_advantages(groups: list[Group], scale: str) -> float:

@@ -5,11 +5,11 @@ Shapes: R response tokens and S responses of a packed row.
 
 from __future__ import annotations
 
-from rethinker_kernels import grpo_loss
 from torch import Tensor
 
 from rethinker.config import AlgorithmConfig
 from rethinker.samples import Completion, PackedBatch, Sample
+from rethinker_kernels import grpo_loss
 
 
 def policy_loss(

@@ -12,10 +12,10 @@ from collections import deque
 from typing import Any
 
 import torch
-from rethinker_kernels import SumTree
 
 from rethinker.config import ConfigError, ReplayConfig
 from rethinker.samples import Sample
+from rethinker_kernels import SumTree
 
 
 class ReplayBuffer:

@@ -93,7 +93,7 @@ class PolicyEngine:
                 poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
                 self.engine.backward(loss * poison * self.ranks.world_size)
             with torch.no_grad():
-                sums += torch.cat([stats, self._extra_sums(loss, logps, entropy, batch)]).double()
+                sums += torch.cat([stats.double(), self._extra_sums(loss, logps, entropy, batch)])
         rate = learning_rate(self.steps, self.total_steps, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -190,11 +190,11 @@ class PolicyEngine:
         counted = batch.loss_mask & (batch.weights != 0)
         of_sample = torch.repeat_interleave(batch.age, batch.cu_seqlens.diff(), output_size=len(logps))
         fresh = counted & (of_sample == 0)
-        gap = batch.old_logps - logps.detach()
+        gap = (batch.old_logps - logps.detach()).double()  # near 1e-6 on policy, where fp32 would lose its square
         kl = torch.where(fresh, gap.expm1() - gap, 0.0).sum()
         entropy_sum = torch.where(counted, entropy.detach(), 0.0).sum()
         processed = torch.full((), float(batch.tokens), device=loss.device)
-        return torch.stack([loss.detach(), entropy_sum, kl, fresh.sum().float(), processed])
+        return torch.stack([x.double() for x in (loss.detach(), entropy_sum, kl, fresh.sum(), processed)])
 
 
 METRICS = (

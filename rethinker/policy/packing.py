@@ -184,5 +184,7 @@ def _behaviour(completion, cap: float | None) -> tuple[list[float], list[float]]
     trainer = completion.trainer_logprobs
     if trainer is None:
         raise RuntimeError("algorithm.rollout_correction needs the trainer's log-probs: call PolicyEngine.score first")
-    ratio = torch.exp(torch.tensor(trainer) - torch.tensor(rollout)).clamp(max=cap)
+    log_ratio = torch.tensor(trainer) - torch.tensor(rollout)
+    # A non-finite log-prob must reach the loss, where it stops the step, not be capped into a plausible weight.
+    ratio = torch.where(log_ratio.isfinite(), log_ratio.exp().clamp(max=cap), torch.nan)
     return trainer, ratio.tolist()

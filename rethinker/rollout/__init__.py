@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -36,7 +37,8 @@ class RolloutEngine(Protocol):
             n: completions per prompt.
             max_new_tokens: longest completion.
             temperature: 0 is greedy.
-            seed: the same prompts, weights and seed give the same completions; the caller's random state is untouched.
+            seed: the same on every rank, which draw different samples from it. The same prompts, weights and seed
+                give the same completions. The caller's random state is left as it was.
 
         Returns:
             [prompt][sample].
@@ -86,12 +88,8 @@ def make_engine(config: Config, model_dir: str, *, rank: int, world_size: int, l
         from rethinker.rollout.hf_engine import HFEngine
 
         return HFEngine(config, model_dir, rank=rank, local_rank=local_rank)
-    try:
-        import vllm  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"rollout.backend=vllm needs vLLM ({error}); install the extra `cpu` or `gpu`, or set rollout.backend=hf"
-        ) from error
+    if find_spec("vllm") is None:
+        raise ConfigError("rollout.backend=vllm: vLLM is not installed; `rethinker doctor` says how, or set it to hf")
     from rethinker.rollout.vllm_engine import VLLMEngine
 
-    return VLLMEngine(config, model_dir, rank=rank, world_size=world_size, local_rank=local_rank)
+    return VLLMEngine(config, model_dir, rank=rank, world_size=world_size)

@@ -7,6 +7,7 @@ group that exists: ranks of one tensor-parallel engine work on the same prompts,
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from rethinker.samples import Completion, Prompt
 class VLLMEngine:
     """RolloutEngine over `vllm.LLM` in this process (see rethinker.rollout.RolloutEngine)."""
 
-    def __init__(self, config: Config, model_dir: str, *, rank: int, world_size: int, local_rank: int):
+    def __init__(self, config: Config, model_dir: str, *, rank: int, world_size: int):
         """Load the model. Takes about 6 s for the tiny model on CPU.
 
         Raises:
@@ -74,30 +75,44 @@ class VLLMEngine:
                 "enable_sleep_mode": settings.sleep,
             }
         else:
-            device = {"kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30), "enforce_eager": True}
+            device = {
+                "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
+                "enforce_eager": True,
+                "block_size": 32,  # the least here: the G samples share whole blocks of their prompt only
+                "max_num_seqs": 512,
+            }
         if world_size > 1:
             device["distributed_executor_backend"] = "external_launcher"
         set_num_threads = torch.set_num_threads
         try:
-            return LLM(
-                model_dir,
-                dtype=config.policy.dtype,
-                seed=config.seed,
-                tensor_parallel_size=settings.tensor_parallel_size,
-                max_model_len=self._max_length,
-                limit_mm_per_prompt={"image": config.data.max_images, "video": 0},
-                mm_processor_kwargs={
-                    "size": {"shortest_edge": config.data.min_pixels, "longest_edge": config.data.max_pixels}
-                },
-                # Every image is seen once per episode, so a cache of pixels only fills the host's memory.
-                mm_processor_cache_gb=0,
-                logprobs_mode="processed_logprobs",
-                generation_config="vllm",
-                weight_transfer_config={"backend": weight_sync.BACKEND},
-                use_tqdm_on_load=False,
-                disable_log_stats=True,
-                **device,
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # vLLM's own imports
+                return LLM(
+                    model_dir,
+                    dtype=config.policy.dtype,
+                    seed=config.seed,
+                    tensor_parallel_size=settings.tensor_parallel_size,
+                    max_model_len=self._max_length,
+                    limit_mm_per_prompt={"image": config.data.max_images, "video": 0},
+                    mm_processor_kwargs={
+                        "size": {"shortest_edge": config.data.min_pixels, "longest_edge": config.data.max_pixels}
+                    },
+                    # Every image is seen once per episode, so a cache of pixels only fills the host's memory.
+                    mm_processor_cache_gb=0,
+                    logprobs_mode="processed_logprobs",
+                    generation_config="vllm",
+                    weight_transfer_config={"backend": weight_sync.BACKEND},
+                    use_tqdm_on_load=False,
+                    disable_log_stats=True,
+                    **device,
+                )
+        except ValueError as error:
+            if "memory" not in str(error):
+                raise
+            setting = "gpu_memory_utilization" if self._gpu else "kv_cache_gb"
+            raise ConfigError(
+                f"rollout.{setting}={getattr(settings, setting)} does not fit: {str(error).split('Try ')[0]}"
+            ) from error
         finally:
             torch.set_num_threads = set_num_threads  # vLLM's CPU worker turns it into a warning for the whole process
 
@@ -167,6 +182,7 @@ class VLLMEngine:
         from rethinker.rollout import weight_sync
 
         if self._asleep:
+            torch.cuda.empty_cache()  # memory that the trainer's allocator holds is not free to vLLM's
             self._engine.wake_up(["weights"])
         sent: dict[str, weight_sync.Checksum] = {}
         dtype = getattr(torch, self.config.policy.dtype)
@@ -208,6 +224,7 @@ class VLLMEngine:
     def wake(self) -> None:
         """Take the GPU memory back, whatever of it `sync` has left asleep."""
         if self._asleep:
+            torch.cuda.empty_cache()
             self._engine.wake_up()
             self._asleep = False
 

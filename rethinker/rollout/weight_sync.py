@@ -36,7 +36,9 @@ BUCKET_BYTES = 256 << 20
 
 @dataclass
 class InProcessInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on: both sides are in one process."""
+    """What the trainer will send in every update: checkpoint names."""
+
+    names: list[str]
 
 
 @dataclass
@@ -54,12 +56,18 @@ class InProcessWeightTransferEngine(WeightTransferEngine[InProcessInitInfo, InPr
     supports_draft_weight_update = False
 
     def init_transfer_engine(self, init_info: InProcessInitInfo) -> None:
-        """Nothing to connect."""
+        """Compare the names with the model's parameters, before anything is touched.
+
+        Raises:
+            RuntimeError: a parameter, or a part of a fused one, would get no value.
+        """
+        if missing := _without_value(self.model, set(init_info.names)):
+            raise RuntimeError(
+                f"weight sync: the policy has no value for {len(missing)} of vLLM's parameters, the first {missing[0]}"
+            )
 
     def start_weight_update(self) -> None:
         """Put the model into loading state."""
-        self._expected = {name for name, _ in self.model.named_parameters()}
-        self._loaded: set[str] = set()
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -68,20 +76,12 @@ class InProcessWeightTransferEngine(WeightTransferEngine[InProcessInitInfo, InPr
 
     def receive_weights(self, update_info: InProcessUpdateInfo) -> None:
         """Hand the bucket to the model's own checkpoint loader, which fuses and shards."""
-        self._loaded |= self.model.load_weights(update_info.weights) or set()
+        self.model.load_weights(update_info.weights)
 
     def finish_weight_update(self) -> None:
-        """Put the new weights in place.
-
-        Raises:
-            RuntimeError: the policy's stream left a parameter of the engine without a value.
-        """
+        """Put the new weights in place."""
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_tied_heads(self.model)
-        if missing := sorted(self._expected - self._loaded):
-            raise RuntimeError(
-                f"weight sync: the policy sent no value for {len(missing)} of vLLM's parameters, the first {missing[0]}"
-            )
 
     def shutdown(self) -> None:
         """Nothing is held."""
@@ -104,16 +104,22 @@ class InProcessTrainerWeightTransferEngine(TrainerWeightTransferEngine[InProcess
         cls, init_info: InProcessTrainerInitInfo, *, client: Any, source: WeightSource | None = None
     ) -> InProcessTrainerWeightTransferEngine:
         """Connect to the engine behind `client` and bind the weights' source."""
-        client.init_weight_transfer_engine({})
+        client.init_weight_transfer_engine({"names": [meta.name for meta in source.metadata()]})
         return cls(client=client, source=source, is_sender=init_info.is_sender)
 
     def send_weights(self) -> None:
-        """Send every tensor of the source. Collective over the trainer's ranks, as iterating the source is."""
+        """Send every tensor of the source. Collective over the trainer's ranks, as iterating the source is.
+
+        Raises:
+            RuntimeError: the source ended before everything that its metadata announced.
+        """
+        lost = {meta.name for meta in self.source.metadata()}
         self.client.start_weight_update()
         bucket: list[tuple[str, torch.Tensor]] = []
         size = 0
         for name, tensor in self.source:
             bucket.append((name, tensor.detach().clone()))
+            lost.discard(name)
             size += tensor.nbytes
             if size >= BUCKET_BYTES:
                 self.client.update_weights({"weights": bucket})
@@ -121,6 +127,8 @@ class InProcessTrainerWeightTransferEngine(TrainerWeightTransferEngine[InProcess
         if bucket:
             self.client.update_weights({"weights": bucket})
         self.client.finish_weight_update()
+        if lost:
+            raise RuntimeError(f"weight sync: {len(lost)} announced tensors did not come, the first {min(lost)}")
 
 
 def register() -> None:
@@ -211,6 +219,19 @@ def first_difference(model: nn.Module, sent: dict[str, Checksum], dtype: torch.d
             if checksum(live[: expected.rows], dtype) != expected:
                 return name
     return None
+
+
+def _without_value(model: nn.Module, names: set[str]) -> list[str]:
+    """The model's parameters, or parts of fused ones, that no checkpoint name in `names` fills."""
+    mapped = {model.hf_to_vllm_mapper.map_name(name) for name in names}
+    missing = []
+    for name, _ in model.named_parameters():
+        if name in mapped:
+            continue
+        parent, layer, leaf = name.rsplit(".", 2)
+        parts = [f"{parent}.{part}.{leaf}" for part in model.packed_modules_mapping.get(layer, [layer])]
+        missing += [part for part in parts if part not in mapped]
+    return missing
 
 
 def _live_tensors(model: nn.Module, name: str) -> Iterator[torch.Tensor]:

@@ -41,8 +41,8 @@ _SPELLINGS = [  # LaTeX and Unicode spellings of the same thing
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d)"), ","),
     (re.compile(r"(?<=\d)\\[,!;](?=\d)"), ""),
-    (re.compile(r"\\[,;:! ]|~|\\q?quad(?![A-Za-z])"), " "),
-    (re.compile(r"\\[()\[\]]"), ""),
+    (re.compile(r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![A-Za-z])"), " "),
+    (re.compile(r"(?<!\\)\\[()\[\]]"), ""),
     (re.compile(r"\\%"), "%"),
     (re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z])"), "°"),
     (re.compile(r"\\le(?![A-Za-z])|≤"), r"\\leq "),
@@ -61,9 +61,10 @@ _SPELLINGS = [  # LaTeX and Unicode spellings of the same thing
 _IDLE_SPACES = re.compile(r"\s*([=+\-*/^:;<>|])\s*|([(\[{])\s+|\s+([)\]}])|\s+(\{)")
 _COMMA_SPACES = re.compile(r"\s+,\s*|(?<!\d),\s+|,\s+(?!\d)")  # but "1, 234" are two numbers and "1,234" is one
 _ASKS_FOR_ORDER = re.compile(r"\b(?:order|rank|sort|arrang|sequence)", re.IGNORECASE)
-_ASSIGNMENT = re.compile(r"([A-Za-z]\w{0,2}|[A-Za-z]\([a-z]\)|\\[a-z]+(?:_\w)?|\\angle ?[A-Z]{1,3})=([^=]+)", re.DOTALL)
+_ASSIGNMENT = re.compile(r"([A-Za-z]\w{0,2}|[A-Za-z]\([a-z]\)|\\[a-z]+(?:_\w)?|\\angle ?[A-Z]{1,3})\s*(?:=|\\in(?![a-z]))\s*([^=]+)", re.DOTALL)
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SEPARATORS = re.compile(r"[,;]|\s+(?:and|or)\s+")
+_ENVIRONMENTS = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}")
 # Words that mathematics is written with; any other word of three letters or more is prose.
 _MATH_WORDS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp lim max min sqrt gcd lcm det mod inf sup".split()
@@ -192,7 +193,10 @@ def _values_match(predicted: str, answer: str, question: str, equal: Equal, dept
         if ours or theirs:
             return _lists_match(ours or ("", [predicted]), theirs or ("", [answer]), question, equal, depth + 1)
 
-    (predicted, unit), (answer, expected_unit) = split_unit(predicted) or (predicted, ""), split_unit(answer) or (answer, "")
+    (predicted, unit), (answer, expected_unit) = (
+        split_unit(predicted) or (predicted, ""),
+        split_unit(answer) or (answer, ""),
+    )
     if unit and expected_unit and unit != expected_unit:
         return False
     if "%" in (unit, expected_unit) or (":" in predicted) != (":" in answer):  # 2:3 is no fraction
@@ -204,7 +208,9 @@ def _values_match(predicted: str, answer: str, question: str, equal: Equal, dept
 
 def _is_prose(text: str) -> bool:
     """Whether a text has words that are no mathematics; math-verify would multiply their letters."""
-    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]+", text)
+    if any(c.isalpha() and not c.isascii() and not "\u0370" <= c <= "\u03ff" for c in text):  # Greek is mathematics
+        return True
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]+", _ENVIRONMENTS.sub("", text))
     if any(len(word) > 2 and word not in _MATH_WORDS for word in words):
         return True
     return bool(words) and all(word.casefold() in _SHORT_WORDS for word in words) and not re.search(r"[\d\\=^+]", text)
@@ -254,7 +260,9 @@ def _closing(text: str) -> int:
     return -1
 
 
-def _lists_match(ours: tuple[str, list[str]], theirs: tuple[str, list[str]], question: str, equal: Equal, depth: int) -> bool | None:
+def _lists_match(
+    ours: tuple[str, list[str]], theirs: tuple[str, list[str]], question: str, equal: Equal, depth: int
+) -> bool | None:
     """Rule 4 on the prediction's and the answer's brackets and items."""
     (our_brackets, predicted), (brackets, answer) = ours, theirs
     if len(predicted) != len(answer) or len(answer) > LONGEST_LIST:

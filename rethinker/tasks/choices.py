@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-LETTER = re.compile(r"^(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:?\s*)?[(\[]?([A-Z])[)\]]?[.:]?$", re.IGNORECASE)
+LETTER = re.compile(
+    r"^(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:?\s*)?[(\[]?([A-Z])[)\]]?[.:]?$", re.IGNORECASE
+)
 _LETTER_AND_TEXT = re.compile(r"^(?:[(\[]([A-Z])[)\]]|([A-Z])[.:)])[.:]?\s*([\w\\$\"'-].*)$", re.IGNORECASE | re.DOTALL)
 _SEVERAL_LETTERS = re.compile(r"^[(\[]?[A-Z](?:(?:[,;&/]|,?\s*and\s*|\s*)[A-Z])+[)\]]?$")
 _MARKERS = [
@@ -81,7 +83,9 @@ def chosen(text: str, options: dict[str, str], same: Callable[[str, str], bool |
     letters = _letters(text, options, same)
     if letters is None:
         return None
-    return frozenset(next(a for a in options if options[a] == options[b] != "" or a == b) if options else b for b in letters)
+    return frozenset(
+        next(a for a in options if options[a] == options[b] != "" or a == b) if options else b for b in letters
+    )
 
 
 def _letters(text: str, options: dict[str, str], same: Callable[[str, str], bool | None]) -> set[str] | None:

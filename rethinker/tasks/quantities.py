@@ -95,7 +95,9 @@ _VALUE = re.compile(
     re.VERBOSE,
 )
 _UNIT_TEXT = re.compile(r"[A-Za-zµμΩ°%$€£¥¢][A-Za-zµμΩ°%$€£¥¢ /^0-9{}.\-]*")
-_TRAILING_UNIT = re.compile(r"^(?P<body>.*(?:[\d)}]|\\pi|\\infty))(?P<gap>\s*)(?P<unit>[A-Za-z°%Ω][A-Za-z°%Ω/^0-9 ]*)$", re.DOTALL)
+_TRAILING_UNIT = re.compile(
+    r"^(?P<body>.*(?:[\d)}]|\\pi|\\infty))(?P<gap>\s*)(?P<unit>[A-Za-z°%Ω][A-Za-z°%Ω/^0-9 ]*)$", re.DOTALL
+)
 _ASKS_FOR_PERCENT = re.compile(r"percent|%", re.IGNORECASE)
 
 
@@ -131,15 +133,19 @@ def parse_quantity(text: str) -> Quantity | None:
         value, rest = value * _SCALES[first.casefold()], others.strip()
         gap = " "
     if part["currency"]:
-        return None if rest and canonical_unit(rest)[0] != part["currency"] else Quantity(value, _is_ratio(part), part["currency"], False)
+        return (
+            None
+            if rest and canonical_unit(rest)[0] != part["currency"]
+            else Quantity(value, _is_ratio(part), part["currency"], False)
+        )
     if not rest:
         return Quantity(value, _is_ratio(part), "", False)
     if not _UNIT_TEXT.fullmatch(rest):
         return None
     unit, known = canonical_unit(rest)
     glued = not gap.startswith(" ")
-    if not known and (glued or len(unit) < 2):
-        return None  # 5x is an expression
+    if not known and (glued or len(unit) < 2 or not _is_noun(rest)):
+        return None  # 5x and 5 sin are expressions, 5 and 6 are two numbers
     return Quantity(value, _is_ratio(part), unit, loose=not known or (glued and len(rest) == 1 and rest.isalpha()))
 
 
@@ -179,8 +185,14 @@ def canonical_unit(text: str) -> tuple[str, bool]:
     names = [_single_unit(part) for part in parts]
     if all(name is not None for name in names):
         return "/".join(names), True
-    words = [word for word in text.casefold().split()]
-    return " ".join(word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words), False
+    words = text.casefold().split()
+    return " ".join(
+        word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words
+    ), False
+
+
+def _is_noun(text: str) -> bool:
+    return re.fullmatch(r"[A-Za-z]+(?: [A-Za-z]+)*", text) is not None and _NO_UNIT.isdisjoint(text.casefold().split())
 
 
 def _single_unit(text: str) -> str | None:

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from rethinker_kernels import GRPO_STATS
 
 from rethinker.algorithm.objective import loss_normalizer, policy_loss, trainable_mask
 from rethinker.config import AlgorithmConfig
 from rethinker.samples import Rethought
+from rethinker_kernels import GRPO_STATS
 from tests.algorithm.examples import completion, packed, sample
 
 TRIGGER = Rethought(2, 4, "self_questioning")

@@ -139,9 +139,10 @@ def test_the_same_seed_draws_the_same_on_every_rank():
 
 
 @pytest.mark.parametrize("replacement", [True, False])
-def test_a_checkpoint_continues_the_stream(replacement):
+@pytest.mark.parametrize("capacity", [12, 40])  # with 12 samples leave by capacity, with 40 by age
+def test_a_checkpoint_continues_the_stream(replacement, capacity):
     """A buffer restored from disk gives the same draws, evictions and later states as the one that went on."""
-    settings = {"capacity": 12, "replacement": replacement, "clear_every_episode": False, "max_age": 2}
+    settings = {"capacity": capacity, "replacement": replacement, "clear_every_episode": False, "max_age": 2}
     replay = buffer(**settings)
     for version in range(3):
         replay.add([sample(0.3 * (i + 1), f"{version}.{i}", version) for i in range(7)])

@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 import torch
+
 from rethinker_kernels import group_advantages
 
 GROUPS = [[1.0, 0.0, 0.0, 1.0], [0.5], [], [1.0, 1.0, 1.0], [0.0, 0.5, 1.0], [-3.0, 2.0]]

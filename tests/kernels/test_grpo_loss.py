@@ -8,6 +8,8 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch.autograd import gradcheck
+
 from rethinker_kernels import (
     GRPO_STATS,
     LINEAR_GRPO_STATS,
@@ -16,7 +18,6 @@ from rethinker_kernels import (
     linear_selective_log_softmax,
     reference,
 )
-from torch.autograd import gradcheck
 
 LENGTHS = [3, 1, 0, 4, 2]  # one sequence is empty
 OFFSETS = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
@@ -107,6 +108,19 @@ def test_the_options_reach_every_clip(importance):
     _, stats = grpo_loss(**case(), importance=importance, dual_clip=1.5, normalizer=1.0)
     named = dict(zip(GRPO_STATS, stats.tolist(), strict=True))
     assert min(named["clipped_low"], named["clipped_high"], named["dual_clipped"], named["kl_sum"]) > 0
+
+
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+def test_each_clip_acts_at_its_own_bound(advantage):
+    """Over a sweep of ratios, asymmetric clips and the dual clip act where the formula says, and nowhere else."""
+    log_ratios = torch.linspace(-1.5, 1.5, 61, dtype=torch.float64)
+    zeros, ones = torch.zeros_like(log_ratios), torch.ones_like(log_ratios)
+    options = {"clip_low": 0.1, "clip_high": 0.6, "dual_clip": 2.5, "normalizer": 1.0}
+    sequences = {"cu_seqlens": torch.arange(62), "mask": ones.bool(), "weights": ones}
+    loss, stats = grpo_loss(log_ratios, zeros, advantage * ones, **options)
+    expected, counts = naive(log_ratios, zeros, advantage * ones, **options, **sequences)
+    assert loss.item() == pytest.approx(expected)
+    assert dict(zip(GRPO_STATS, stats.tolist(), strict=True)) == pytest.approx(counts)
 
 
 def test_normalizer_may_be_a_tensor():

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from rethinker_kernels import linear_selective_log_softmax, reference, selective_log_softmax
 from torch.autograd import gradcheck
+
+from rethinker_kernels import linear_selective_log_softmax, reference, selective_log_softmax
 
 INF = math.inf
 

@@ -10,6 +10,7 @@ import random
 import pytest
 import scipy.stats
 import torch
+
 from rethinker_kernels import SumTree, sum_tree
 
 ALARM = 1e-6

@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from rethinker.config import Config
+from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
 
+make_importable()
+
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration  # noqa: E402  (imports torchvision)
+
 PIXELS = 64 * 64
-QUESTIONS = (("What shape is it?", 1), ("Say hello.", 0), ("Do these two differ, and if so, how?", 2), ("Colour?", 1))
+LONG = "Look at the picture, then say in one word which shape you see, and of which colour it is. "
+QUESTIONS = (("What shape is it?", 1), ("Say hello.", 0), ("Do these two differ, and if so, how?", 2), (LONG, 1))
 
 
 def rollout_config(**rollout) -> Config:
@@ -33,7 +38,7 @@ def rollout_config(**rollout) -> Config:
 
 
 def make_prompts(folder: str | Path, seed: int = 0) -> list[Prompt]:
-    """One prompt per entry of QUESTIONS: with one image, none, and two, of random pixels."""
+    """One prompt per entry of QUESTIONS: with one image, none, two and one, of random pixels."""
     rng = np.random.default_rng(seed)
     processor = AutoProcessor.from_pretrained(folder)
     prompts = []

@@ -32,7 +32,7 @@ def test_a_cache_kept_over_a_sync_breaks_law_1(engine, policy, prompts, monkeypa
     """Law 1 needs both resets: with one of them planted away, the old weights' results are used again."""
     engine.sync(policy, 1)
     engine.generate(prompts, seed=0, **PLAIN)
-    policy.perturb(seed=3, part=part, scale=0.2)
+    policy.perturb(seed=3, part=part)
     with monkeypatch.context() as planted:
         planted.setattr(engine._engine, fault, lambda: True)
         engine.sync(policy, 2)

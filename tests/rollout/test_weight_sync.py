@@ -61,21 +61,39 @@ def test_check_finds_a_tied_head_left_behind(checked, policy, monkeypatch):
         checked.sync(policy, 1)
 
 
-def test_a_tensor_the_policy_does_not_send_is_an_error(engine, policy):
-    """Even without rollout.check_sync: a parameter that keeps its old value is named."""
-    incomplete = [(name, tensor.clone()) for name, tensor in policy if "layers.1.mlp.up_proj" not in name]
+class Incomplete:
+    """The policy's weights without some of them; `announced` says whether the metadata still lists them."""
 
-    class Stream:
-        def metadata(self):
-            return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in incomplete]
+    def __init__(self, policy, without, announced):
+        self.kept = [(name, tensor.clone()) for name, tensor in policy if without not in name]
+        self.listed = policy.metadata() if announced else [(n, t.dtype, tuple(t.shape)) for n, t in self.kept]
 
-        def __iter__(self):
-            return iter(incomplete)
+    def metadata(self):
+        return self.listed
 
+    def __iter__(self):
+        return iter(self.kept)
+
+
+@pytest.mark.parametrize(
+    "part", ["layers.1.mlp.up_proj", "layers.0.self_attn.v_proj", "model.norm", "blocks.0.attn.qkv"]
+)
+def test_a_parameter_that_gets_no_value_is_an_error(engine, policy, prompts, part):
+    """Even without rollout.check_sync: half a fused layer counts, the error names it, and the engine is unharmed."""
+    part = part.replace("model.norm", "language_model.norm")
     engine.sync(policy, 1)
-    with pytest.raises(RuntimeError, match=r"no value for 1 of vLLM's parameters.*gate_up_proj"):
-        engine.sync(Stream(), 2)
-    engine.sync(policy, 3)
+    with pytest.raises(
+        RuntimeError, match=rf"no value for [12] of vLLM's parameters, the first .*{part.split('.')[-1]}"
+    ):
+        engine.sync(Incomplete(policy, part, announced=False), 2)
+    sampled = engine.generate(prompts, n=1, max_new_tokens=4, temperature=1.0, seed=0)
+    assert policy.error(prompts, sampled) < 1e-5
+
+
+def test_a_stream_that_ends_early_is_an_error(engine, policy):
+    """What the metadata announced but iteration did not give is named."""
+    with pytest.raises(RuntimeError, match=r"1 announced tensors did not come.*layers\.1\.mlp\.up_proj\.weight"):
+        engine.sync(Incomplete(policy, "layers.1.mlp.up_proj", announced=True), 1)
 
 
 def test_small_buckets_give_the_same_weights(checked, policy, monkeypatch):

@@ -28,15 +28,19 @@ def groups() -> list[Group]:
     third = float(np.float32(-1 / 3))
     rethought = Completion([5, 6, 7], [third, math.nan, -0.0], "a\nWait", "stop", Rethought(1, 2, "self_correction"))
     empty = Completion([], [], "", "stop")
-    long = Completion([2**31, 0], [-1e-38, -700.123456789], "\\boxed{é\U0001f600}\x00", "length", None, [third, math.nan])
+    long = Completion(
+        [2**31, 0], [-1e-38, -700.123456789], "\\boxed{é\U0001f600}\x00", "length", None, [third, math.nan]
+    )
     first = Query("q/1", "<image>Which?", "red", ("images/1.png",), {"category": "color", "n": [1, None]})
     pixels = {"path": "b.png", "bytes": bytes(range(256))}
     second = Query("q2", "", "", (pixels, "c.png"))
     third_query = Query("q/1", "the same id again", "yes")
     return [
-        Group(first, [rethought, empty], 3, prompt_tokens=17, rewards=[1.0, 0.0], advantages=[0.7071067811865475, -0.7]),
-        Group(second, [long, empty], 3),
+        Group(
+            first, [rethought, empty], 3, prompt_tokens=17, rewards=[1.0, 0.0], advantages=[0.7071067811865475, -0.7]
+        ),
         Group(third_query, [long], 0, rewards=[0.25], advantages=[0.0]),
+        Group(second, [long, empty], 3),
     ]
 
 
@@ -61,13 +65,13 @@ def test_the_table_is_one_row_per_completion(tmp_path):
     assert [(r["episode"], r["group"], r["index"], r["query_id"]) for r in rows] == [
         (0, 0, 0, "q/1"),
         (0, 0, 1, "q/1"),
-        (0, 1, 0, "q2"),
-        (0, 1, 1, "q2"),
-        (0, 2, 0, "q/1"),
+        (0, 1, 0, "q/1"),
+        (0, 2, 0, "q2"),
+        (0, 2, 1, "q2"),
     ]
     assert rows[0]["response"] == "a\nWait" and rows[0]["reward"] == 1.0 and rows[0]["finish_reason"] == "stop"
-    assert rows[2]["images"][0]["bytes"] and not rows[3]["images"][0]["bytes"]
-    assert rows[2]["reward"] is None
+    assert rows[3]["images"][0]["bytes"] and not rows[4]["images"][0]["bytes"]
+    assert rows[3]["reward"] is None
 
 
 def test_an_episode_without_groups(tmp_path):
@@ -167,7 +171,7 @@ def test_the_position_can_be_taken_up_again(config):
     with RunDirectory(config) as run:
         run.log({"step": 1})
         state = run.state_dict()
-        run.log({"step": 2, "loss": 0.5})
+        run.log({"step": 2, "loss": 0.123456789})
         run.load_state_dict(state)
         run.log({"step": 2, "loss": 0.25})
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()

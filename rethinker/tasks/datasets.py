@@ -1,0 +1,232 @@
+"""Queries from any data set, checked when they are loaded, and the order in which training meets them.
+
+What is wrong with the data is said before a model is loaded: the setting, the row, and what would work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rethinker.config import ConfigError, DataConfig
+from rethinker.samples import Query
+from rethinker.tasks.easy_vqa import easy_vqa
+from rethinker.tasks.sources import Table, open_table
+
+IMAGE_MARK = "<image>"
+
+
+def load_queries(config: DataConfig, which: Literal["train", "validation"]) -> list[Query]:
+    """Load and check the questions that `data.train` or `data.validation` names.
+
+    Columns that `data.fields` does not name become metadata under their own names; a further entry of `data.fields`
+    (`choices: options`) renames one. Without an id column, ids are the row numbers.
+
+    Raises:
+        ConfigError: unknown or unreadable data set, missing column, no rows, a row without question or answer, an id that
+            occurs twice, an image that is not there, or `<image>` marks that do not match the images.
+    """
+    name, setting = (config.train, "data.train") if which == "train" else (config.validation, "data.validation")
+    if name is None:
+        raise ConfigError(f"{setting} is null; name a data set")
+    if name == "easy_vqa":
+        return easy_vqa("train" if which == "train" else "test")
+    table = open_table(name, config.train_split if which == "train" else config.validation_split, setting)
+    if not table.size:
+        raise ConfigError(f"{setting}={name}: the data set is empty")
+    columns = _columns(config, table, f"{setting}={name}")
+    rows = _Rows(f"{setting}={name}", columns, Path(config.image_root) if config.image_root else table.folder)
+    queries = [rows.query(number, row) for number, row in enumerate(table.rows)]
+    seen: set[str] = set()
+    for query in queries:
+        if query.id in seen:
+            column = columns["id"]
+            raise ConfigError(f"data.fields.id={column}: the id {query.id!r} occurs more than once; ids must be unique")
+        seen.add(query.id)
+    return queries
+
+
+def _columns(config: DataConfig, table: Table, where: str) -> dict[str, str]:
+    """Noun to column, for the columns that exist. A missing one is an error unless it is optional and was not asked for."""
+    defaults = DataConfig().fields
+    fields = {**defaults, **config.fields}
+    found = {}
+    for noun, column in fields.items():
+        if column in table.columns:
+            found[noun] = column
+            continue
+        close = difflib.get_close_matches(column, table.columns, n=1, cutoff=0.5)
+        optional = noun in ("images", "id") and column == defaults[noun]
+        # A data set without images may be text-only, but `image` beside a wanted `images` is an oversight.
+        if optional and not (noun == "images" and close):
+            continue
+        near = f"; the nearest is {close[0]}: set --data.fields.{noun} {close[0]}" if close else ""
+        raise ConfigError(
+            f"data.fields.{noun}={column}: {where} has no such column, but {', '.join(map(str, table.columns))}{near}"
+        )
+    return found
+
+
+class _Rows:
+    """Turns the rows of one table into queries."""
+
+    def __init__(self, where: str, columns: dict[str, str], image_root: Path | None) -> None:
+        self.where, self.columns, self.image_root = where, columns, image_root
+        self._exists: dict[str, bool] = {}
+
+    def query(self, number: int, row: dict[str, Any]) -> Query:
+        given = self.columns.get("id")
+        name = str(number if given is None or row.get(given) is None else row[given])
+        question = row.get(self.columns["question"])
+        if not isinstance(question, str):
+            raise ConfigError(f"{self.where}: row {name} has no question text in column {self.columns['question']!r}")
+        answer = row.get(self.columns["answer"])
+        if not isinstance(answer, (str, int, float)):
+            raise ConfigError(
+                f"{self.where}: row {name} has {_kind(answer)} as answer in column {self.columns['answer']!r}; "
+                "an answer is a text or a number"
+            )
+        images = self._images(name, row.get(self.columns["images"]) if "images" in self.columns else None)
+        marks = question.count(IMAGE_MARK)
+        if marks and marks != len(images):
+            raise ConfigError(
+                f"{self.where}: row {name} has {marks} {IMAGE_MARK} marks in its question but {len(images)} images; "
+                "mark every image once, or none"
+            )
+        main = {self.columns.get(noun) for noun in ("question", "answer", "images", "id")}
+        names = {column: noun for noun, column in self.columns.items() if column not in main}
+        metadata = {names.get(column, column): value for column, value in row.items() if column not in main}
+        return Query(id=name, question=question, answer=str(answer), images=images, metadata=metadata)
+
+    def _images(self, name: str, value: Any) -> tuple[Any, ...]:
+        """A path, a list of them, `{"bytes", "path"}`, raw bytes or a PIL image, as references; nothing for text-only."""
+        if value is None or value == "" or (isinstance(value, (list, tuple)) and not value):
+            return ()
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(self._image(name, item) for item in items)
+
+    def _image(self, name: str, item: Any) -> Any:
+        if isinstance(item, Mapping) and (item.get("bytes") or item.get("path")):
+            if item.get("bytes"):
+                return {"bytes": item["bytes"]}
+            item = item["path"]
+        if isinstance(item, (bytes, bytearray)):
+            return {"bytes": bytes(item)}
+        if hasattr(item, "convert"):  # a PIL image
+            return item
+        if not isinstance(item, (str, Path)) or not str(item):
+            raise ConfigError(
+                f"{self.where}: row {name} has {_kind(item)} in the image column {self.columns['images']!r}; "
+                "images are paths, bytes or a list of these"
+            )
+        path = Path(item).expanduser()
+        if not path.is_absolute():
+            if self.image_root is None:
+                raise ConfigError(
+                    f"data.image_root is not set, but {self.where} holds relative image paths (row {name}: {item}); "
+                    "set it to the folder that they start from"
+                )
+            path = self.image_root / path
+        path = str(path)
+        if path not in self._exists:
+            self._exists[path] = Path(path).is_file()
+        if not self._exists[path]:
+            raise ConfigError(f"{self.where}: row {name}: no image file {path}; data.image_root says where paths start")
+        return path
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+class QueryStream:
+    """An endless, seeded order of the queries; its state is a few numbers.
+
+    Every epoch is its own permutation, a function of (seed, epoch). With `category_weights` the categories take turns in
+    those shares, each running through its own permutations; categories without a weight are left out.
+
+    Args:
+        queries: the questions.
+        seed: of the permutations.
+        category_weights: share of each `metadata["category"]`, in any scale; empty keeps the data's own mix.
+
+    Raises:
+        ConfigError: no queries, or weights that name no category of theirs.
+    """
+
+    def __init__(self, queries: list[Query], *, seed: int, category_weights: Mapping[str, float] | None = None) -> None:
+        if not queries:
+            raise ConfigError("data.train: there are no queries to train on")
+        self.queries, self.seed = queries, seed
+        weights = {name: float(weight) for name, weight in (category_weights or {}).items()}
+        members: dict[str, list[int]] = {"": list(range(len(queries)))}
+        if weights:
+            members = {}
+            for i, query in enumerate(queries):
+                members.setdefault(str(query.metadata.get("category")), []).append(i)
+            self._check(weights, members)
+            members = {name: members[name] for name, weight in weights.items() if weight > 0}
+        total = sum(weights.values())
+        self._members = members
+        self._shares = {name: weights[name] / total if weights else 1.0 for name in members}
+        self._drawn = dict.fromkeys(members, 0)
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}
+
+    @staticmethod
+    def _check(weights: dict[str, float], members: dict[str, list[int]]) -> None:
+        unknown = [name for name in weights if name not in members]
+        if unknown:
+            raise ConfigError(
+                f"data.category_weights.{unknown[0]}: the data has no such category, but {', '.join(sorted(members))}"
+            )
+        if any(not math.isfinite(w) or w < 0 for w in weights.values()) or not sum(weights.values()):
+            raise ConfigError(f"data.category_weights={weights}: weights are finite, not negative, and not all 0")
+
+    def __len__(self) -> int:
+        """Queries in the order: all of them, or those of the weighted categories."""
+        return sum(map(len, self._members.values()))
+
+    @property
+    def epoch(self) -> float:
+        """Queries drawn so far as a multiple of the queries there are."""
+        return sum(self._drawn.values()) / len(self)
+
+    def next(self, n: int) -> list[Query]:
+        """The next n queries; n may exceed the number of queries."""
+        return [self._one() for _ in range(n)]
+
+    def _one(self) -> Query:
+        # The category that is furthest behind its share is next: exact shares in every stretch of the order.
+        total = sum(self._drawn.values()) + 1
+        name = max(self._members, key=lambda c: self._shares[c] * total - self._drawn[c])
+        members = self._members[name]
+        epoch, place = divmod(self._drawn[name], len(members))
+        if name not in self._orders or self._orders[name][0] != epoch:
+            generator = np.random.default_rng([self.seed, epoch, zlib.crc32(name.encode())])
+            self._orders[name] = epoch, generator.permutation(len(members))
+        self._drawn[name] += 1
+        return self.queries[members[self._orders[name][1][place]]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order stands: the queries drawn of each category."""
+        return {"seed": self.seed, "sizes": {c: len(m) for c, m in self._members.items()}, "drawn": dict(self._drawn)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken.
+
+        Raises:
+            ConfigError: the state belongs to another seed or to other data.
+        """
+        here = self.state_dict()
+        for key, setting in (("seed", "seed"), ("sizes", "data.train")):
+            if state[key] != here[key]:
+                raise ConfigError(
+                    f"{setting}: the checkpoint's data order has {key} {state[key]}, this run {here[key]}"
+                )
+        self._drawn = dict(state["drawn"])

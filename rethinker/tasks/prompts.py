@@ -1,0 +1,287 @@
+"""Queries as the model reads them: chat template, token ids, image placeholders, pixels.
+
+Equal to the Hugging Face processor's own output, but for one thing: text that spells a special token stays text. A
+question that contains `<|image_pad|>` would otherwise ask for the features of an image that does not exist.
+
+The chat template is rendered once per layout (how texts and images alternate); a query then costs one tokenizer call.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from PIL import Image
+
+from rethinker.config import ConfigError, DataConfig
+from rethinker.samples import Prompt, Query
+from rethinker.tasks.datasets import IMAGE_MARK, QueryStream
+from rethinker.tasks.images import image_key, image_size, open_image
+
+log = logging.getLogger(__name__)
+
+# Host memory for decoded images and for pixel tensors; what does not fit is made again.
+IMAGE_CACHE_BYTES = 128 * 2**20
+PIXEL_CACHE_BYTES = 256 * 2**20
+PROMPT_CACHE_TOKENS = 2 * 10**6
+
+# Stands for text number i while the chat template is rendered: private-use characters that no template touches.
+_SLOT = re.compile("\ue000(\\d+)\ue001")
+
+
+class PromptEncoder:
+    """Encodes queries for one model.
+
+    Args:
+        processor: the model's Hugging Face processor (Qwen2-VL family); its pixel limits are set to the configured ones.
+        config: template, system message, limits.
+
+    Raises:
+        ConfigError: a template without `{question}`, pixel limits that contradict each other, or a tokenizer whose special
+            tokens cannot be kept out of ordinary text.
+    """
+
+    def __init__(self, processor: Any, config: DataConfig) -> None:
+        if config.prompt.count("{question}") != 1:
+            raise ConfigError(f"data.prompt={config.prompt!r} must hold {{question}} exactly once")
+        if config.min_pixels > config.max_pixels:
+            raise ConfigError(
+                f"data.min_pixels={config.min_pixels} exceeds data.max_pixels ({config.max_pixels}); set it to at most that"
+            )
+        self.processor, self.config = processor, config
+        self.tokenizer = processor.tokenizer
+        # In place, so that a saved checkpoint carries the limits it was trained with.
+        size = processor.image_processor.size
+        processor.image_processor.size = type(size)(shortest_edge=config.min_pixels, longest_edge=config.max_pixels)
+        self.dropped: Counter[str] = Counter()
+        self._image_id = processor.image_token_id
+        self._tokens_per_patch = 1 / processor.image_processor.merge_size**2
+        self._special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        added = sorted((token.content for token in self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        self._added = re.compile("(" + "|".join(map(re.escape, added)) + ")")
+        self._layouts: dict[str, list[int | list[str | int]]] = {}
+        self._prefix, self._suffix = config.prompt.split("{question}")
+        self._images = _BoundedCache(IMAGE_CACHE_BYTES, lambda image: 3 * image.width * image.height)
+        self._pixels = _BoundedCache(PIXEL_CACHE_BYTES, lambda pair: pair[0].nbytes)
+        self._ids = _BoundedCache(PROMPT_CACHE_TOKENS, lambda pair: len(pair[0]) + len(pair[1]))
+        self._misfits: set[str] = set()
+        for token, i in self._special.items():
+            if i in self._text_ids(token):
+                raise ConfigError(f"policy.model: its tokenizer reads {token!r} within ordinary text as a special token")
+
+    def encode(self, query: Query) -> Prompt:
+        """The query's prompt, with its images decoded.
+
+        Raises:
+            ConfigError: an image that cannot be read, or `<image>` marks that do not match the images.
+        """
+        compact, expanded = self._token_ids(query)
+        return Prompt(query.id, list(expanded), list(compact), [self._image(i, query.id) for i in query.images])
+
+    def pixels(self, query: Query) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What the vision tower reads: patches [P, channels * patch area] fp32 and grids [images, 3]; None without images."""
+        if not query.images:
+            return None
+        key = tuple(image_key(image) for image in query.images)
+
+        def process() -> tuple[torch.Tensor, torch.Tensor]:
+            images = [self._image(image, query.id) for image in query.images]
+            features = self.processor.image_processor(images=images, return_tensors="pt")
+            return features["pixel_values"], features["image_grid_thw"]
+
+        return self._pixels.get(key, process)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of a response, without special tokens and without ids that are only padding of the embedding matrix."""
+        known = [i for i in token_ids if i < len(self.tokenizer)]
+        return self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def misfit(self, query: Query) -> str | None:
+        """Why the query must be left out (`data.max_images`, `data.max_prompt_tokens`, `image shape`), or None if it fits.
+
+        Images are not decoded for this, only their sizes are read.
+        """
+        if len(query.images) > self.config.max_images:
+            return "data.max_images"
+        try:
+            _, expanded = self._token_ids(query)
+        except _ImageShapeError:
+            return "image shape"
+        return "data.max_prompt_tokens" if len(expanded) > self.config.max_prompt_tokens else None
+
+    def fits(self, query: Query) -> bool:
+        """Whether the prompt is within `data.max_prompt_tokens` and `data.max_images`; prompts are never truncated."""
+        return self.misfit(query) is None
+
+    def fitting(self, stream: QueryStream) -> Query:
+        """The stream's next query that fits; the others are passed over and counted, each once, in `dropped`.
+
+        Raises:
+            ConfigError: no query of a whole epoch fits.
+        """
+        for _ in range(len(stream)):
+            (query,) = stream.next(1)
+            if query.id in self._misfits:
+                continue
+            reason = self.misfit(query)
+            if reason is None:
+                return query
+            if not self.dropped[reason]:
+                log.warning("left out query %s: %s; further ones are only counted", query.id, self._explain(reason))
+            self._misfits.add(query.id)
+            self.dropped[reason] += 1
+        raise none_fit(self.dropped, self.config)
+
+    def _explain(self, reason: str) -> str:
+        value = getattr(self.config, reason.removeprefix("data."), None)
+        return reason if value is None else f"more than {reason}={value}"
+
+    def _token_ids(self, query: Query) -> tuple[list[int], list[int]]:
+        """(compact, expanded) ids; not to be changed by the caller."""
+        key = (query.id, query.question, tuple(image_key(image) for image in query.images))
+        return self._ids.get(key, lambda: self._tokenize(query))
+
+    def _tokenize(self, query: Query) -> tuple[list[int], list[int]]:
+        marks = query.question.count(IMAGE_MARK)
+        if marks not in (0, len(query.images)):
+            raise ConfigError(
+                f"query {query.id}: {marks} {IMAGE_MARK} marks in the question but {len(query.images)} images; "
+                "mark every image once, or none"
+            )
+        parts = query.question.split(IMAGE_MARK)
+        parts[0] = self._prefix + parts[0]
+        parts[-1] += self._suffix
+        if len(parts) <= len(query.images):  # without marks the images come first
+            parts = [""] * len(query.images) + parts
+        kinds = "".join(("i" if n else "") + ("t" if text else "") for n, text in enumerate(parts))
+        texts = [text for text in parts if text]
+        compact: list[int] = []
+        for piece in self._layout(kinds):
+            if isinstance(piece, int):
+                compact.append(piece)
+            else:
+                compact += self._text_ids("".join(p if isinstance(p, str) else self._slot(p, texts) for p in piece))
+        counts = iter([self._image_tokens(image, query.id) for image in query.images])
+        expanded: list[int] = []
+        for i in compact:
+            expanded += [i] * next(counts) if i == self._image_id else (i,)
+        return compact, expanded
+
+    def _slot(self, number: int, texts: list[str]) -> str:
+        return texts[number] if number < len(texts) else self.config.system or ""
+
+    def _layout(self, kinds: str) -> list[int | list[str | int]]:
+        """The chat template around images ("i") and texts ("t"): the ids that are always the same, and texts of literals
+        and slots."""
+        if kinds not in self._layouts:
+            count = kinds.count("t")
+            numbers = iter(range(count))
+            content = [
+                {"type": "image"} if kind == "i" else {"type": "text", "text": f"\ue000{next(numbers)}\ue001"}
+                for kind in kinds
+            ]
+            messages = [{"role": "user", "content": content}]
+            if self.config.system is not None:
+                system = [{"type": "text", "text": f"\ue000{count}\ue001"}]
+                messages.insert(0, {"role": "system", "content": system})
+            rendered = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            self._layouts[kinds] = self._parse(rendered)
+        return self._layouts[kinds]
+
+    def _parse(self, rendered: str) -> list[int | list[str | int]]:
+        layout: list[int | list[str | int]] = []
+        for n, text in enumerate(self._added.split(rendered)):
+            if n % 2:  # an added token
+                layout.append(self.tokenizer.convert_tokens_to_ids(text))
+            elif text:
+                pieces = [int(p) if m % 2 else p for m, p in enumerate(_SLOT.split(text))]
+                if len(pieces) == 1:
+                    layout += self._text_ids(text)  # always the same
+                else:
+                    layout.append(pieces)
+        return layout
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Ids of ordinary text; what spells a special token is split like any other characters."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+    def _image_tokens(self, reference: Any, query_id: str) -> int:
+        height, width = image_size(reference, query_id)
+        try:
+            patches = self.processor.image_processor.get_number_of_image_patches(height, width)
+        except ValueError as error:  # longer than 200 times its width
+            raise _ImageShapeError(f"query {query_id}: {error}") from error
+        return round(patches * self._tokens_per_patch)
+
+    def _image(self, reference: Any, query_id: str) -> Image.Image:
+        return self._images.get(image_key(reference), lambda: self._reduced(open_image(reference, query_id)))
+
+    def _reduced(self, image: Image.Image) -> Image.Image:
+        """An image above `max_pixels` in the size that the processor would give it, so that no photo fills the memory.
+
+        The processor resizes 8-bit pixels first, and by the same function, so the result is the same to the bit.
+        """
+        if image.width * image.height <= self.config.max_pixels:
+            return image
+        processor = self.processor.image_processor
+        factor = processor.patch_size * processor.merge_size
+        small = processor.resize(processor.process_image(image)[None], processor.size, processor.resample, factor)[0]
+        # Only if the processor will leave the reduced image alone; it may not where the limits are close together.
+        if not self.config.min_pixels <= small.shape[1] * small.shape[2] <= self.config.max_pixels:
+            return image
+        return Image.fromarray(small.permute(1, 2, 0).contiguous().numpy())
+
+
+class _ImageShapeError(ConfigError):
+    """An image that the processor refuses for its proportions."""
+
+
+class _BoundedCache:
+    """Keeps the most recently used values while their sizes sum to at most `limit`."""
+
+    def __init__(self, limit: int, size: Callable[[Any], int]) -> None:
+        self.limit, self.size, self.held = limit, size, 0
+        self._values: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        value = make()
+        self._values[key] = value
+        self.held += self.size(value)
+        while self.held > self.limit:
+            _, oldest = self._values.popitem(last=False)
+            self.held -= self.size(oldest)
+        return value
+
+
+def select_fitting(queries: Iterable[Query], encoder: PromptEncoder) -> tuple[list[Query], Counter[str]]:
+    """The queries whose prompts are within the limits, and how many were left out for which reason.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    kept: list[Query] = []
+    dropped: Counter[str] = Counter()
+    for query in queries:
+        reason = encoder.misfit(query)
+        if reason is None:
+            kept.append(query)
+        else:
+            dropped[reason] += 1
+    if dropped and not kept:
+        raise none_fit(dropped, encoder.config)
+    return kept, dropped
+
+
+def none_fit(dropped: Counter[str], config: DataConfig) -> ConfigError:
+    """The error for a data set of which no query fits, naming the limit that most of them exceed."""
+    reason = dropped.most_common(1)[0][0]
+    value = getattr(config, reason.removeprefix("data."), None)
+    setting = reason if value is None else f"{reason}={value}"
+    return ConfigError(f"{setting}: no query fits (left out: {dict(dropped)}); raise the limit or use other data")

@@ -1,0 +1,157 @@
+"""Rows of a data set, wherever it lies: a .parquet or .jsonl file, a folder, or a Hugging Face data set name."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rethinker.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Table:
+    """A data set as read: its columns, its number of rows, its rows as dicts, and the folder its images lie in."""
+
+    columns: list[str]
+    size: int
+    rows: Iterator[dict[str, Any]]
+    folder: Path | None
+
+
+def open_table(name: str, split: str, setting: str) -> Table:
+    """Open a data set by file, folder or name.
+
+    Args:
+        name: a .parquet or .jsonl file, a folder, or the name of a Hugging Face data set (`name:subset` picks a subset).
+        split: of a Hugging Face data set; a file has none.
+        setting: the setting that `name` comes from, for messages.
+
+    Raises:
+        ConfigError: there is no such data set or split, or it cannot be read.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in (".parquet", ".jsonl"):
+        if not path.is_file():
+            raise ConfigError(f"{setting}={name}: no such file{_nearby(path)}")
+        read = _parquet if path.suffix == ".parquet" else _jsonl
+        try:
+            return read(path, setting)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{setting}={name}: not a readable {path.suffix} file ({_one_line(error)})") from error
+    if path.is_file():
+        raise ConfigError(f"{setting}={name}: files are read as .parquet or .jsonl; convert it, or give the folder")
+    return _hugging_face(name, path, split, setting)
+
+
+def _parquet(path: Path, setting: str) -> Table:
+    import pyarrow.parquet as parquet
+
+    file = parquet.ParquetFile(path)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        try:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+        except OSError as error:
+            raise ConfigError(f"{setting}={path}: damaged file ({_one_line(error)})") from error
+
+    return Table(list(file.schema_arrow.names), file.metadata.num_rows, rows(), path.parent)
+
+
+def _jsonl(path: Path, setting: str) -> Table:
+    rows: list[dict[str, Any]] = []
+    columns: dict[str, None] = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{setting}={path}: line {number} is not JSON ({error.msg})") from error
+            if not isinstance(row, dict):
+                raise ConfigError(f"{setting}={path}: line {number} is not a JSON object with a column per key")
+            rows.append(row)
+            columns.update(dict.fromkeys(row))
+    return Table(list(columns), len(rows), iter(rows), path.parent)
+
+
+def _hugging_face(name: str, path: Path, split: str, setting: str) -> Table:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(f"{setting}={name} needs the package datasets: pip install datasets") from error
+
+    local = path.is_dir()
+    source, _, subset = (name, "", "") if local else name.partition(":")
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        if local and any((path / marker).exists() for marker in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(str(path))
+        else:
+            with contextlib.nullcontext() if local or _hub_answers(source) else _only_the_cache():
+                loaded = datasets.load_dataset(str(path) if local else source, subset or None)
+    except Exception as error:  # the library raises anything from FileNotFoundError to its own and the hub's errors
+        hint = difflib.get_close_matches(name, ["easy_vqa"], cutoff=0.7)
+        fix = (
+            f"did you mean {hint[0]}?"
+            if hint
+            else "give easy_vqa, a .parquet or .jsonl file, a folder, or a data set name"
+        )
+        raise ConfigError(f"{setting}={name}: cannot load it ({_one_line(error)}); {fix}") from error
+    finally:
+        datasets.enable_progress_bars()
+    if isinstance(loaded, dict):
+        if split not in loaded:
+            raise ConfigError(f"{setting}_split={split}: {name} has the splits {', '.join(loaded)}")
+        loaded = loaded[split]
+    for column, feature in loaded.features.items():  # images stay encoded until they are needed
+        if isinstance(feature, datasets.Image):
+            loaded = loaded.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            loaded = loaded.cast_column(column, type(feature)(datasets.Image(decode=False)))
+    return Table(list(loaded.column_names), len(loaded), iter(loaded), path if local else None)
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the hub can be asked for a data set; its client retries for half a minute before it says so itself."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(name, timeout=8)
+    except HfHubHTTPError:  # it answers: no such data set, or no access
+        return True
+    except Exception:  # no network, or the hub is switched off
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _only_the_cache() -> Iterator[None]:
+    import datasets
+
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _nearby(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (there is no folder {path.parent})"
+    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    return f"; did you mean {path.with_name(close[0])}?" if close else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

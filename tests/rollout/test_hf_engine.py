@@ -1,0 +1,100 @@
+"""The hf backend against plain per-sample forwards: it is the oracle of others, so it is checked against less."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rethinker.config import ConfigError
+from rethinker.rollout import make_engine
+from rethinker.samples import Prompt
+from tests.rollout.helpers import rollout_config
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def hf(folder):
+    """A fresh hf engine."""
+    return make_engine(rollout_config(backend="hf"), str(folder), rank=0, world_size=1, local_rank=0)
+
+
+def test_a_padded_batch_samples_with_the_policys_logprobs(hf, policy, prompts):
+    """Law 1: text and images of several lengths in one left-padded batch, tempered and uncut, also after a sync."""
+    for temperature in (1.0, 0.7):
+        sampled = hf.generate(prompts, n=3, max_new_tokens=8, temperature=temperature, seed=0)
+        assert [len(group) for group in sampled] == [3] * len(prompts)
+        assert policy.error(prompts, sampled, temperature) < TOLERANCE
+    policy.perturb(seed=1)
+    hf.sync(policy, 1)
+    assert policy.error(prompts, hf.generate(prompts, n=3, max_new_tokens=8, temperature=1.0, seed=0)) < TOLERANCE
+
+
+def test_batches_do_not_mix_prompts(hf, policy, prompts, monkeypatch):
+    """Prompts that do not fit into one batch come back in order."""
+    monkeypatch.setattr("rethinker.rollout.hf_engine.BATCH", 4)
+    sampled = hf.generate(prompts * 2, n=2, max_new_tokens=6, temperature=1.0, seed=0)
+    assert policy.error(prompts * 2, sampled) < TOLERANCE
+
+
+def test_scores_are_tempered(folder, policy, prompts):
+    """`logprobs` scores under rollout.temperature."""
+    hf = make_engine(rollout_config(backend="hf", temperature=0.5), str(folder), rank=0, world_size=1, local_rank=0)
+    sampled = hf.generate(prompts, n=1, max_new_tokens=6, temperature=0.5, seed=0)
+    for (one,), row in zip(sampled, hf.logprobs(prompts, [group[0] for group in sampled]), strict=True):
+        np.testing.assert_allclose(row, one.logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_responses_end_at_the_first_stop_token(hf, policy, prompts):
+    """Law 4: end tokens and placeholders end a response, which then holds that token and its log-prob."""
+    with torch.no_grad():
+        head = policy.model.lm_head.weight
+        logits = policy.logits(prompts[0], [])[-1]
+        # The first two placeholders get the rows of the two likeliest tokens, slightly longer.
+        for stop, likely in zip(hf._stop_ids[-3:], logits.topk(3).indices, strict=True):
+            head[stop] = 1.5 * head[likely]
+    hf.sync(policy, 1)
+    sampled = hf.generate(prompts, n=16, max_new_tokens=12, temperature=1.0, seed=0)
+    ended = [one for group in sampled for one in group if one.finish_reason == "stop"]
+    assert ended
+    for group in sampled:
+        for one in group:
+            assert not set(one.token_ids[:-1]) & set(hf._stop_ids)
+            assert (one.finish_reason == "stop") == (one.token_ids[-1] in hf._stop_ids)
+            assert len(one.logprobs) == len(one.token_ids)
+    assert policy.error(prompts, sampled) < TOLERANCE
+
+
+def test_deadline(hf, policy, prompts):
+    """Sampling and syncing past rollout.timeout_s raise an error that names it."""
+    hf.config.rollout.timeout_s = 0.0
+    with pytest.raises(TimeoutError, match=r"rollout of 4 prompts .*rollout\.timeout_s=0"):
+        hf.generate(prompts, n=1, max_new_tokens=8, temperature=1.0, seed=0)
+    with pytest.raises(TimeoutError, match=r"weight sync .*rollout\.timeout_s=0 .*at model"):
+        hf.sync(policy, 1)
+
+
+def test_sync_refuses_other_models(hf, policy):
+    """A tensor without a place and a parameter without a tensor are errors that name it."""
+
+    class Renamed:
+        def __init__(self, old, new):
+            self.pairs = [(name.replace(old, new), tensor.clone()) for name, tensor in policy if new or old not in name]
+
+        def __iter__(self):
+            return iter(self.pairs)
+
+    with pytest.raises(RuntimeError, match=r"layers\.7\.mlp\.up_proj\.weight is unknown"):
+        hf.sync(Renamed("layers.1.mlp.up", "layers.7.mlp.up"), 1)
+    with pytest.raises(RuntimeError, match=r"no value for 1 .*language_model\.norm\.weight"):
+        hf.sync(Renamed("language_model.norm", ""), 1)
+
+
+def test_image_tokens_that_differ_are_refused(hf, prompts):
+    """A prompt made with other pixel limits is an error that names them."""
+    prompt = prompts[0]
+    at = prompt.token_ids.index(hf._model.config.image_token_id)
+    wrong = Prompt("w", prompt.token_ids[:at] + prompt.token_ids[at + 1 :], prompt.compact_ids, prompt.images)
+    with pytest.raises(ConfigError, match=r"'w'.* 15 image tokens .* 16; both must use data\.min_pixels=4096"):
+        hf.generate([wrong], n=1, max_new_tokens=2, temperature=1.0, seed=0)
