@@ -76,6 +76,7 @@ def train(config: Config) -> Run:
     held_out = load_held_out(config)
     total_steps = schedule_length(config, len(queries))
     ranks = distributed.start(config.rollout.timeout_s)
+    config.run.name = ranks.broadcast(config.run.name)  # its default holds the time, which ranks may read differently
     seed_everything(config.seed)
 
     with ExitStack() as stack:

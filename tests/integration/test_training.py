@@ -1,0 +1,165 @@
+"""The whole loop as a user starts it: real vLLM, real ZeRO-3, easy-VQA, on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rethinker.policy.model import load_model, load_processor
+from rethinker.policy.tiny import create_tiny
+from rethinker.runtime.run_directory import read_completions
+
+ROOT = Path(__file__).parents[2]
+G, N = 4, 32
+
+# A random model never answers right; this reward makes its groups differ.
+REWARD = """
+def parity(response, answer, query):
+    return float(len(response) % 2)
+"""
+
+METRICS = """step episode reward_mean effective_query_ratio replay_fraction loss entropy kl clip_fraction_low
+clip_fraction_high grad_norm mismatch_kl response_length_mean rethink_ratio val_accuracy tokens_per_s mfu
+time_rollout_s time_reward_s time_train_s time_sync_s step_s peak_memory_gb""".split()
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "reward.py").write_text(REWARD)
+    create_tiny(folder / "model", seed=0)
+    return folder
+
+
+def train(scratch: Path, name: str, *options: str, ranks: int = 1) -> list[dict]:
+    """Run the recipe small; returns the rows of metrics.jsonl."""
+    arguments = ["easy_vqa_cpu", "--run.dir", str(scratch), "--run.name", name, "--policy.model", str(scratch / "model")]
+    arguments += ["--reward.function", f"{scratch / 'reward.py'}:parity", "--rollout.group_size", str(G)]
+    arguments += ["--train.batch_pairs", str(N), "--train.episode_queries", "16", "--train.max_steps", "4"]
+    arguments += ["--rollout.max_new_tokens", "24", "--rollout.kv_cache_gb", "0.1", "--train.learning_rate", "1e-3"]
+    arguments += ["--validation.size", "16", "--validation.every", "1", *options]
+    launch = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *launch, "-m", "rethinker.train", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    (scratch / f"{name}.log").write_text(done.stdout)
+    return [json.loads(line) for line in (scratch / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def ssr(scratch):
+    return train(scratch, "ssr", "--algorithm.name", "ssr", "--rollout.check_sync", "true")
+
+
+def recorded(scratch: Path, name: str, *options: str, ranks: int = 1) -> list[dict]:
+    """A run on the ssr run's rollouts."""
+    replayed = ["--rollout.backend", "recorded", "--rollout.recording", str(scratch / "ssr" / "completions")]
+    return train(scratch, name, *replayed, "--data.validation", "null", *options, ranks=ranks)
+
+
+def test_metrics_have_the_documented_names(ssr):
+    """One row per optimizer step with every name of the documentation; numbers are finite."""
+    assert [row["step"] for row in ssr] == [1, 2, 3, 4] and [row["episode"] for row in ssr] == [0, 0, 1, 1]
+    for row in ssr:
+        assert set(METRICS) <= set(row)
+        numbers = [v for k, v in row.items() if k not in ("val_accuracy", "mfu")]
+        assert all(isinstance(v, int | float) and math.isfinite(v) for v in numbers)
+    assert [row["val_accuracy"] is not None for row in ssr] == [False, True, False, True]
+    assert ssr[0]["time_rollout_s"] > 0 and ssr[1]["time_sync_s"] > 0
+
+
+def test_trainer_and_rollout_agree_after_every_sync(ssr):
+    """Law 1 in the loop: mismatch_kl stays at rounding although the weights have moved between the episodes."""
+    assert ssr[0]["grad_norm"] > 0
+    assert all(0 <= row["mismatch_kl"] < 1e-10 for row in ssr)
+
+
+def test_ssr_refills_the_batch(ssr):
+    """With ssr every step trains exactly N pairs (here the buffer can always fill them); replay_fraction says how many."""
+    for row in ssr:
+        assert row["trained_pairs"] == N
+        fresh = round(row["effective_query_ratio"] * N)
+        assert row["replay_fraction"] == pytest.approx(1 - fresh / N)
+    assert any(row["replay_fraction"] > 0 for row in ssr)
+
+
+def test_completions_are_kept_exactly(ssr, scratch):
+    """completions/*.parquet hold every response with its tokens, log-probs, reward and advantage."""
+    for episode in (0, 1):
+        groups = read_completions(scratch / "ssr" / "completions", episode)
+        assert len(groups) == 16 and all(len(g.completions) == len(g.rewards) == len(g.advantages) == G for g in groups)
+        for group in groups:
+            for completion, reward in zip(group.completions, group.rewards, strict=True):
+                # Law 7: the reward is that of this very text.
+                assert reward == float(len(completion.text) % 2)
+                assert len(completion.token_ids) == len(completion.logprobs) <= 24
+
+
+def test_two_ranks_equal_one_on_the_same_rollouts(ssr, scratch):
+    """Law 3 in the loop: on the same rollouts one and two ranks have the same losses and gradient norms, to 1e-4."""
+    one = recorded(scratch, "one")
+    two = recorded(scratch, "two", ranks=2)
+    small = recorded(scratch, "small", "--train.micro_batch_tokens", "300")
+    assert one[0]["loss"] == pytest.approx(ssr[0]["loss"], rel=1e-4)
+    for other in (two, small):
+        for a, b in zip(one, other, strict=True):
+            for key in ("reward_mean", "effective_query_ratio", "trained_pairs", "replay_fraction"):
+                assert a[key] == b[key]
+            for key in ("loss", "grad_norm", "entropy"):
+                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+    assert len({row["loss"] for row in one}) == 4
+
+
+def test_filter_shrinks_the_batch_and_grpo_keeps_it(ssr, scratch):
+    """With filter the trained pairs are those of the effective queries alone; grpo trains all; neither replays."""
+    for row in recorded(scratch, "filter", "--algorithm.name", "filter"):
+        assert row["trained_pairs"] == round(row["effective_query_ratio"] * N) < N
+        assert row["replay_fraction"] == 0
+    for row in recorded(scratch, "grpo", "--algorithm.name", "grpo"):
+        assert row["trained_pairs"] == N and row["replay_fraction"] == 0
+
+
+def test_all_equal_rewards_train_nothing_and_harm_nothing(ssr, scratch):
+    """Law 5: when every reward is the same, ssr and filter take an empty step: weights stay, the run goes on."""
+    (scratch / "constant.py").write_text("def one(response, answer, query):\n    return 1.0\n")
+    rows = recorded(scratch, "equal", "--reward.function", f"{scratch / 'constant.py'}:one")
+    assert all(row["trained_pairs"] == 0 and row["loss"] == 0 and row["effective_query_ratio"] == 0 for row in rows)
+    before = load_model(scratch / "model", torch.float32).state_dict()
+    after = load_model(scratch / "equal" / "checkpoints" / "last", torch.float32).state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_options_of_the_objective_train(ssr, scratch):
+    """GSPO with clip-higher, dual clip, a KL to the reference, Dr. GRPO's aggregation and rollout correction: one run."""
+    options = ["--algorithm.importance", "sequence", "--algorithm.clip_high", "0.3", "--algorithm.dual_clip", "3"]
+    options += ["--algorithm.kl_coef", "0.01", "--algorithm.aggregation", "constant", "--algorithm.advantage_scale"]
+    options += ["batch", "--algorithm.rollout_correction", "2.0", "--policy.freeze_vision", "true"]
+    options += ["--policy.gradient_checkpointing", "true", "--replay.importance_exponent", "0.5"]
+    rows = recorded(scratch, "options", *options)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-8) and rows[-1]["kl"] > 1e-6
+    assert all(row["grad_norm"] > 0 and row["skipped"] == 0 for row in rows)
+    before = load_model(scratch / "model", torch.float32).state_dict()
+    after = load_model(scratch / "options" / "checkpoints" / "last", torch.float32).state_dict()
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved and not any("visual" in name for name in moved)
+
+
+def test_checkpoint_continues_in_vllm_on_two_ranks(ssr, scratch):
+    """A saved checkpoint is a model folder: vLLM and ZeRO-3 on two ranks start from it as from any other."""
+    last = scratch / "ssr" / "checkpoints" / "last"
+    assert load_processor(last).tokenizer.eos_token_id is not None
+    rows = train(scratch, "again", "--policy.model", str(last), "--train.max_steps", "2", ranks=2)
+    assert all(row["mismatch_kl"] < 1e-10 for row in rows)
+    assert rows[0]["reward_mean"] > 0
+
+
+def test_summary_says_what_was_learned(ssr, scratch):
+    """The last lines name the sampled reward, the greedy accuracy and the run's folder."""
+    log = (scratch / "ssr.log").read_text()
+    assert "sampled reward" in log and "greedy accuracy" in log and str(scratch / "ssr") in log
