@@ -300,17 +300,14 @@ def _step(
 
 
 def prepare_model(config: Config) -> Path:
-    """The tiny model after its supervised warm-up: where a run of the recipe starts."""
+    """The tiny model after its supervised warm-up, where a run of the recipe starts."""
     from rethinker.policy.warmup import warmed_up_tiny
 
-    return Path(warmed_up_tiny(config.policy.warmup, config.data))
+    return warmed_up_tiny(config.policy.warmup, config.data)
 
 
-def measure(config: Config, steps: int, trl_micro_batch: int) -> dict[str, list[Step]]:
+def measure(config: Config, model_dir: Path, steps: int, trl_micro_batch: int) -> dict[str, list[Step]]:
     """Both sides' counted steps, taken in turns after one step each that is not counted."""
-    # In a process of its own, so that this one stays small: a child's peak memory starts at its parent's.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as aside:
-        model_dir = aside.submit(prepare_model, config).result()
     taken: dict[str, list[Step]] = {"rethinker": [], "trl": []}
     sides: list[Side] = []
     try:
@@ -411,7 +408,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     with tempfile.TemporaryDirectory() as scratch:
         config = benchmark_config(options.queries, options.group_size, scratch)
-        taken = measure(config, options.steps, options.trl_micro_batch)
+        # In a process of its own, so that this one stays small: a child's peak memory starts at its parent's.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as aside:
+            model_dir = aside.submit(prepare_model, config).result()
+        taken = measure(config, model_dir, options.steps, options.trl_micro_batch)
     summary = summarize(taken)
     print(table(summary))
     if options.json:

@@ -76,6 +76,8 @@ class WarmupConfig:
     """Peak learning rate (cosine)."""
     data_fraction: float = 0.25
     """Share of the training images that the warm-up may see."""
+    negated_fraction: float = 0.2
+    """Share of the negated questions about them ("is there not a red shape?") that it may see: what is left to learn."""
     seed: int = 0
     """Seed of the tiny model's weights and of the warm-up's data order."""
 

@@ -10,16 +10,12 @@
 Each docstring states the op's PyTorch equivalent, its shapes and its errors.
 """
 
-from rethinker_kernels.reference import (
-    GRPO_STATS,
-    LINEAR_GRPO_STATS,
-    group_advantages,
-    grpo_loss,
-    linear_grpo_loss,
-    linear_selective_log_softmax,
-    selective_log_softmax,
-)
+from rethinker_kernels.advantages import group_advantages
+from rethinker_kernels.linear import linear_grpo_loss, linear_selective_log_softmax
+from rethinker_kernels.log_softmax import selective_log_softmax
+from rethinker_kernels.reference import GRPO_STATS, LINEAR_GRPO_STATS
 from rethinker_kernels.sum_tree import SumTree
+from rethinker_kernels.surrogate import grpo_loss
 
 __all__ = [
     "GRPO_STATS",

@@ -58,3 +58,88 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: is on {tensor.device}, hidden on {hidden.device}")
+
+
+def check_offsets(name: str, offsets: Tensor, rows: Tensor) -> None:
+    if offsets.dim() != 1 or offsets.numel() < 1 or offsets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: must be [S + 1] int32 or int64, not {describe(offsets)}")
+    if offsets.device != rows.device:
+        raise ValueError(f"{name}: is on {offsets.device}, the rest on {rows.device}")
+    if offsets.numel() == 1 and rows.shape[0]:
+        raise ValueError(f"{name}: names no sequence for {rows.shape[0]} rows")
+
+
+def check_per_row(name: str, values: Tensor, rows: Tensor, cu_seqlens: Tensor | None) -> None:
+    sequences = None if cu_seqlens is None else cu_seqlens.numel() - 1
+    fits = values.dim() == 1 and values.shape[0] in (rows.shape[0], sequences)
+    if not fits or not values.is_floating_point():
+        expected = f"[{rows.shape[0]}] (rows)" + (f" or [{sequences}] (sequences)" if sequences is not None else "")
+        raise ValueError(f"{name}: must be floating {expected}, not {describe(values)}")
+    if values.device != rows.device:
+        raise ValueError(f"{name}: is on {values.device}, the rest on {rows.device}")
+
+
+def check_grpo(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    *,
+    cu_seqlens: Tensor | None,
+    ref_logps: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    kl_coef: float,
+    kl_estimator: str,
+    importance: str,
+    aggregation: str,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    normalizer: float | Tensor,
+) -> None:
+    check_vector("logps", logps, logps.shape[:1], logps.device)
+    check_vector("old_logps", old_logps, logps.shape, logps.device)
+    for name, value, options in (
+        ("kl_estimator", kl_estimator, ("k1", "k2", "k3")),
+        ("importance", importance, ("token", "sequence")),
+        ("aggregation", aggregation, ("token", "sequence", "constant")),
+    ):
+        if value not in options:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(options)}")
+    for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if not value >= 0:
+            raise ValueError(f"{name}={value}: must be at least 0")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip={dual_clip}: must be above 1, or None")
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer: must be one number, not {describe(normalizer)}")
+        if normalizer.device != logps.device:
+            raise ValueError(f"normalizer: is on {normalizer.device}, the rest on {logps.device}")
+    elif not normalizer > 0:
+        raise ValueError(f"normalizer={normalizer}: must be positive")
+    if ref_logps is not None:
+        check_vector("ref_logps", ref_logps, logps.shape, logps.device)
+    elif kl_coef != 0:
+        raise ValueError(f"ref_logps is needed with kl_coef={kl_coef}")
+    if cu_seqlens is not None:
+        check_offsets("cu_seqlens", cu_seqlens, logps)
+    elif "sequence" in (importance, aggregation):
+        raise ValueError(f"cu_seqlens is needed with importance={importance!r}, aggregation={aggregation!r}")
+    check_per_row("advantages", advantages, logps, cu_seqlens)
+    if weights is not None:
+        check_per_row("weights", weights, logps, cu_seqlens)
+    if mask is not None:
+        if mask.shape != logps.shape or mask.dtype != torch.bool:
+            raise ValueError(f"mask: must be bool {list(logps.shape)}, not {describe(mask)}")
+        if mask.device != logps.device:
+            raise ValueError(f"mask: is on {mask.device}, the rest on {logps.device}")
+
+
+def check_group_advantages(rewards: Tensor, group_offsets: Tensor, scale: str, eps: float) -> None:
+    check_vector("rewards", rewards, rewards.shape[:1], rewards.device)
+    if scale not in ("std", "none", "batch"):
+        raise ValueError(f"scale={scale!r}: must be one of std, none, batch")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps}: must be at least 0")
+    check_offsets("group_offsets", group_offsets, rewards)

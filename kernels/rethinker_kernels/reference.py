@@ -12,19 +12,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rethinker_kernels.arguments import (
+    check_group_advantages,
+    check_grpo,
     check_index,
     check_linear,
     check_logits,
     check_temperature,
-    check_vector,
-    describe,
 )
-
-CHUNK_ROWS = 1024
-"""Rows whose logits the linear ops hold at a time."""
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-this: exp(20) is already far outside any clip range, and fp32 sums of it stay finite."""
@@ -74,7 +70,7 @@ def selective_log_softmax(
     temperature = check_temperature(temperature, index)
 
     vocabulary = logits.shape[-1]
-    log_probs = _temper(logits.to(_wide(logits)), temperature).log_softmax(-1)
+    log_probs = _temper(logits.to(wide(logits)), temperature).log_softmax(-1)
     valid = (index >= 0) & (index < vocabulary)
     nan = torch.full((), math.nan, dtype=log_probs.dtype, device=logits.device)
     chosen = log_probs.gather(-1, torch.where(valid, index, 0).unsqueeze(-1)).squeeze(-1)
@@ -95,12 +91,10 @@ def linear_selective_log_softmax(
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of one chosen token per hidden state, and the entropy; the logits [R, V] are never held whole.
+    """Log-probability of one chosen token per hidden state, and the entropy.
 
         logits = hidden @ weight.T + bias
         logps, entropy = selective_log_softmax(logits, index, temperature=temperature, return_entropy=True)
-
-    Only `CHUNK_ROWS` rows of logits exist at a time; the backward pass computes them again. No double backward.
 
     Args:
         hidden: [R, D] floating.
@@ -119,68 +113,8 @@ def linear_selective_log_softmax(
     check_linear(hidden, weight, bias)
     check_index(index, hidden.shape[:1], hidden.device)
     temperature = check_temperature(temperature, index)
-    logps, entropy = _LinearSelectiveLogSoftmax.apply(hidden, weight, bias, index, temperature, return_entropy)
-    return (logps, entropy) if return_entropy else logps
-
-
-class _LinearSelectiveLogSoftmax(torch.autograd.Function):
-    """Rows in chunks: the forward keeps no logits, the backward computes each chunk's again."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, index, temperature, return_entropy):
-        ctx.set_materialize_grads(False)  # an output that is not used gives None, and its work is left out
-        per_row = isinstance(temperature, Tensor)
-        ctx.save_for_backward(hidden, weight, bias, index, temperature if per_row else None)
-        ctx.temperature = None if per_row else temperature
-        logps = torch.empty(hidden.shape[0], dtype=_wide(hidden), device=hidden.device)
-        entropy = torch.empty_like(logps) if return_entropy else None
-        for rows in _chunks(hidden.shape[0]):
-            out = selective_log_softmax(
-                _logits(hidden[rows], weight, bias),
-                index[rows],
-                temperature=temperature[rows] if per_row else temperature,
-                return_entropy=return_entropy,
-            )
-            if return_entropy:
-                logps[rows], entropy[rows] = out
-            else:
-                logps[rows] = out
-        return logps, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logps, grad_entropy):
-        hidden, weight, bias, index, per_row = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        # The weight's gradient is a sum over all rows: it is kept in fp32 until it is complete.
-        grad_weight = torch.zeros_like(weight, dtype=_wide(weight)) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=_wide(bias)) if needs_bias else None
-        grads = (grad_logps, grad_entropy)
-        for rows in _chunks(hidden.shape[0]) if any(g is not None for g in grads) else ():
-            logits = _logits(hidden[rows], weight, bias).requires_grad_()
-            with torch.enable_grad():
-                outputs = selective_log_softmax(
-                    logits,
-                    index[rows],
-                    temperature=ctx.temperature if per_row is None else per_row[rows],
-                    return_entropy=grad_entropy is not None,
-                )
-            outputs = outputs if grad_entropy is not None else (outputs,)
-            used = [(out, g[rows]) for out, g in zip(outputs, grads, strict=False) if g is not None]
-            (grad_logits,) = torch.autograd.grad([out for out, _ in used], logits, [g for _, g in used])  # [C, V]
-            if needs_hidden:
-                grad_hidden[rows] = grad_logits @ weight
-            if needs_weight:
-                grad_weight += grad_logits.T @ hidden[rows]
-            if needs_bias:
-                grad_bias += grad_logits.sum(0)
-        return (
-            grad_hidden,
-            grad_weight.to(weight.dtype) if needs_weight else None,
-            grad_bias.to(bias.dtype) if needs_bias else None,
-            *(None, None, None),
-        )
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return selective_log_softmax(logits, index, temperature=temperature, return_entropy=return_entropy)
 
 
 # The GRPO objective
@@ -239,30 +173,27 @@ def grpo_loss(
     Raises:
         ValueError: a shape, type, device or option that does not fit, naming it.
     """
-    check_vector("logps", logps, logps.shape[:1], logps.device)
-    check_vector("old_logps", old_logps, logps.shape, logps.device)
-    for name, value, options in (
-        ("kl_estimator", kl_estimator, ("k1", "k2", "k3")),
-        ("importance", importance, ("token", "sequence")),
-        ("aggregation", aggregation, ("token", "sequence", "constant")),
-    ):
-        if value not in options:
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(options)}")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip={dual_clip}: must be above 1, or None")
-    if isinstance(normalizer, (int, float)) and not normalizer > 0:
-        raise ValueError(f"normalizer={normalizer}: must be positive")
-    if ref_logps is not None:
-        check_vector("ref_logps", ref_logps, logps.shape, logps.device)
-    elif kl_coef != 0:
-        raise ValueError(f"ref_logps is needed with kl_coef={kl_coef}")
-    if cu_seqlens is None and "sequence" in (importance, aggregation):
-        raise ValueError(f"cu_seqlens is needed with importance={importance!r}, aggregation={aggregation!r}")
-
-    dtype = _wide(logps)
-    sequence = None if cu_seqlens is None else _sequence_of_row(cu_seqlens, logps)
-    advantage = _per_row("advantages", advantages, cu_seqlens, sequence, logps).detach().to(dtype)
-    active = _active_rows(logps, cu_seqlens, sequence, weights, mask)
+    check_grpo(
+        logps,
+        old_logps,
+        advantages,
+        cu_seqlens=cu_seqlens,
+        ref_logps=ref_logps,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        importance=importance,
+        aggregation=aggregation,
+        weights=weights,
+        mask=mask,
+        normalizer=normalizer,
+    )
+    dtype = wide(logps)
+    sequence = None if cu_seqlens is None else sequence_of_row(cu_seqlens, logps)
+    advantage = per_row("advantages", advantages, cu_seqlens, sequence, logps).detach().to(dtype)
+    active = active_rows(logps, cu_seqlens, sequence, weights, mask)
 
     # Rows that do not count become harmless before any arithmetic: a 0 gradient times inf or NaN would still be NaN.
     now = torch.where(active, logps.to(dtype), 0.0)
@@ -270,9 +201,9 @@ def grpo_loss(
     advantage = torch.where(active, advantage, 0.0)
     difference = now - then
     if importance == "sequence":
-        difference = _sequence_mean(difference, active, sequence, cu_seqlens)
+        difference = sequence_mean(difference, active, sequence, cu_seqlens)
         difference = torch.where(active, difference.gather(0, sequence), 0.0)
-    log_ratio = _clamp(difference)
+    log_ratio = clamp_log_ratio(difference)
     ratio = log_ratio.exp()
 
     low = (advantage < 0) & (ratio < 1 - clip_low)
@@ -287,15 +218,15 @@ def grpo_loss(
     kl = torch.zeros_like(now)
     if ref_logps is not None:
         reference = torch.where(active, ref_logps.detach().to(dtype), 0.0)
-        kl = _kl(_clamp(reference - now), kl_estimator)
+        kl = kl_estimate(clamp_log_ratio(reference - now), kl_estimator)
         finite = finite & reference.isfinite()
     if kl_coef != 0:
         token_loss = token_loss + kl_coef * kl
     if weights is not None:
-        weight = _per_row("weights", weights, cu_seqlens, sequence, logps).detach().to(dtype)
+        weight = per_row("weights", weights, cu_seqlens, sequence, logps).detach().to(dtype)
         token_loss = token_loss * torch.where(active, weight, 0.0)
     if aggregation == "sequence":
-        token_loss = _sequence_mean(token_loss, active, sequence, cu_seqlens)
+        token_loss = sequence_mean(token_loss, active, sequence, cu_seqlens)
     loss = token_loss.sum() / normalizer
 
     with torch.no_grad():
@@ -306,7 +237,7 @@ def grpo_loss(
             "clipped_high": high & finite,
             "dual_clipped": dual & finite,
             "ratio_sum": torch.where(finite, ratio, 0.0),
-            "old_kl_sum": torch.where(finite, _exp_minus_linear(_clamp(now - then)), 0.0),
+            "old_kl_sum": torch.where(finite, exp_minus_linear(clamp_log_ratio(now - then)), 0.0),
             "kl_sum": torch.where(finite, kl, 0.0),
         }
         stats = torch.stack([fields[name].sum(dtype=torch.float64) for name in GRPO_STATS])
@@ -335,7 +266,7 @@ def linear_grpo_loss(
     mask: Tensor | None = None,
     normalizer: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GRPO's loss straight from hidden states and the head's weight; the logits [R, V] are never held whole.
+    """GRPO's loss straight from hidden states and the head's weight.
 
         logps = linear_selective_log_softmax(hidden, weight, index, bias=bias, temperature=temperature)
         loss, stats = grpo_loss(logps, old_logps, advantages, ..., normalizer=normalizer)
@@ -371,8 +302,8 @@ def linear_grpo_loss(
         normalizer=normalizer,
     )
     with torch.no_grad():
-        sequence = None if cu_seqlens is None else _sequence_of_row(cu_seqlens, logps)
-        counts = _active_rows(logps, cu_seqlens, sequence, weights, mask) & entropy.isfinite()
+        sequence = None if cu_seqlens is None else sequence_of_row(cu_seqlens, logps)
+        counts = active_rows(logps, cu_seqlens, sequence, weights, mask) & entropy.isfinite()
         entropy_sum = torch.where(counts, entropy, 0.0).sum(dtype=torch.float64)
     return loss, logps.detach(), torch.cat([stats, entropy_sum[None]])
 
@@ -410,13 +341,9 @@ def group_advantages(
     Raises:
         ValueError: a shape, type, device or option that does not fit, naming it.
     """
-    check_vector("rewards", rewards, rewards.shape[:1], rewards.device)
-    if scale not in ("std", "none", "batch"):
-        raise ValueError(f"scale={scale!r}: must be one of std, none, batch")
-    if not eps >= 0:
-        raise ValueError(f"eps={eps}: must be at least 0")
-    group = _sequence_of_row(group_offsets, rewards, "group_offsets")
-    rewards = rewards.detach().to(_wide(rewards))
+    check_group_advantages(rewards, group_offsets, scale, eps)
+    group = sequence_of_row(group_offsets, rewards)
+    rewards = rewards.detach().to(wide(rewards))
     count = group_offsets.diff().to(rewards.dtype)  # [G]
 
     lowest = rewards.new_full(count.shape, math.inf).scatter_reduce(0, group, rewards, "amin")
@@ -426,9 +353,9 @@ def group_advantages(
     # Counting from the group's lowest reward, in units of its range, keeps rewards that nearly agree exact.
     span = torch.where(degenerate, 1.0, highest - lowest)  # [G]
     units = (rewards - lowest[group]) / span[group]  # [S] in [0, 1]
-    centred = units - _segment_sum(units, group, count)[group] / count[group]
+    centred = units - segment_sum(units, group, count)[group] / count[group]
     if scale == "std":
-        variance = _segment_sum(centred.square(), group, count) / (count - 1).clamp(min=1)
+        variance = segment_sum(centred.square(), group, count) / (count - 1).clamp(min=1)
         advantages = centred / (variance.sqrt() + eps / span)[group]
     else:
         advantages = centred * span[group]
@@ -440,16 +367,8 @@ def group_advantages(
 # Pieces
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _chunks(rows: int):
-    return (slice(start, min(start + CHUNK_ROWS, rows)) for start in range(0, rows, CHUNK_ROWS))
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(hidden, weight, bias)
 
 
 def _temper(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -466,18 +385,18 @@ def _temper(logits: Tensor, temperature: float | Tensor) -> Tensor:
     return torch.where(temperature >= 0, tempered, math.nan)
 
 
-def _clamp(log_ratio: Tensor) -> Tensor:
+def clamp_log_ratio(log_ratio: Tensor) -> Tensor:
     """Within +-MAX_LOG_RATIO; infinities become NaN, in value and gradient, so that no clamp hides them."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO) + (log_ratio - log_ratio)
 
 
-def _kl(d: Tensor, estimator: str) -> Tensor:
+def kl_estimate(d: Tensor, estimator: str) -> Tensor:
     if estimator == "k1":
         return -d
-    return d.square() / 2 if estimator == "k2" else _exp_minus_linear(d)
+    return d.square() / 2 if estimator == "k2" else exp_minus_linear(d)
 
 
-def _exp_minus_linear(d: Tensor) -> Tensor:
+def exp_minus_linear(d: Tensor) -> Tensor:
     """exp(d) - d - 1 to full relative precision: its Taylor series near 0, where the subtraction cancels."""
     near = d.abs() < 0.25
     x = torch.where(near, d, 0.0)
@@ -488,54 +407,36 @@ def _exp_minus_linear(d: Tensor) -> Tensor:
     return torch.where(near, x * x / 2 * series, far.expm1() - far)
 
 
-def _sequence_of_row(offsets: Tensor, rows: Tensor, name: str = "cu_seqlens") -> Tensor:
+def sequence_of_row(offsets: Tensor, rows: Tensor) -> Tensor:
     """[R] int64: which sequence each row belongs to."""
-    if offsets.dim() != 1 or offsets.numel() < 1 or offsets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: must be [S + 1] int32 or int64, not {describe(offsets)}")
-    if offsets.device != rows.device:
-        raise ValueError(f"{name}: is on {offsets.device}, the rest on {rows.device}")
-    if offsets.numel() == 1 and rows.shape[0]:
-        raise ValueError(f"{name}: names no sequence for {rows.shape[0]} rows")
     position = torch.arange(rows.shape[0], device=rows.device)
     found = torch.searchsorted(offsets[1:].long().contiguous(), position, right=True)
     return found.clamp(max=max(offsets.numel() - 2, 0))
 
 
-def _segment_sum(values: Tensor, segment: Tensor, like: Tensor) -> Tensor:
+def segment_sum(values: Tensor, segment: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=values.dtype).index_add(0, segment, values)
 
 
-def _sequence_mean(values: Tensor, active: Tensor, sequence: Tensor, cu_seqlens: Tensor) -> Tensor:
+def sequence_mean(values: Tensor, active: Tensor, sequence: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[S]: mean of each sequence's active rows; 0 where it has none."""
     like = cu_seqlens[1:]
-    count = _segment_sum(active.to(values.dtype), sequence, like)
-    return _segment_sum(torch.where(active, values, 0.0), sequence, like) / count.clamp(min=1)
+    count = segment_sum(active.to(values.dtype), sequence, like)
+    return segment_sum(torch.where(active, values, 0.0), sequence, like) / count.clamp(min=1)
 
 
-def _per_row(name: str, values: Tensor, cu_seqlens: Tensor | None, sequence: Tensor | None, rows: Tensor) -> Tensor:
-    """Values [R] or, with sequences, [S], as [R]."""
+def per_row(name: str, values: Tensor, cu_seqlens: Tensor | None, sequence: Tensor | None, rows: Tensor) -> Tensor:
+    """Advantages or weights, [R] or, with sequences, [S], as [R]."""
     sequences = None if cu_seqlens is None else cu_seqlens.numel() - 1
-    fits = values.dim() == 1 and values.shape[0] in (rows.shape[0], sequences)
-    if not fits or not values.is_floating_point():
-        expected = f"[{rows.shape[0]}] (rows)" + (f" or [{sequences}] (sequences)" if sequences is not None else "")
-        raise ValueError(f"{name}: must be floating {expected}, not {describe(values)}")
-    if values.device != rows.device:
-        raise ValueError(f"{name}: is on {values.device}, the rest on {rows.device}")
     rows_win = name == "weights" and values.shape[0] == rows.shape[0]
     return values if values.shape[0] != sequences or rows_win else values[sequence]
 
 
-def _active_rows(
+def active_rows(
     logps: Tensor, cu_seqlens: Tensor | None, sequence: Tensor | None, weights: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     """[R] bool: unmasked, and of a weight that is not 0."""
-    active = torch.ones_like(logps, dtype=torch.bool)
-    if mask is not None:
-        if mask.shape != logps.shape or mask.dtype != torch.bool:
-            raise ValueError(f"mask: must be bool {list(logps.shape)}, not {describe(mask)}")
-        if mask.device != logps.device:
-            raise ValueError(f"mask: is on {mask.device}, the rest on {logps.device}")
-        active = mask
+    active = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
     if weights is not None:
-        active = active & (_per_row("weights", weights, cu_seqlens, sequence, logps) != 0)
+        active = active & (per_row("weights", weights, cu_seqlens, sequence, logps) != 0)
     return active

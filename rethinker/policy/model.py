@@ -13,7 +13,6 @@ from torch import nn
 
 from rethinker.config import ConfigError, PolicyConfig
 from rethinker.policy.attention import lay_out
-from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import PackedBatch, Prompt
 from rethinker_kernels import linear_selective_log_softmax
 
@@ -117,7 +116,6 @@ class Policy(nn.Module):
 
 def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     """Load a Qwen2.5-VL from a Hugging Face folder or hub name, partitioned at once if ZeRO-3 is announced."""
-    make_importable()
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     try:
@@ -131,7 +129,6 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
 
 def load_processor(folder: str | Path):
     """Load the tokenizer, chat template and image processor that belong to a model."""
-    make_importable()
     from transformers import AutoProcessor
 
     try:

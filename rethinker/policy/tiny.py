@@ -6,18 +6,12 @@ patches (8 pixels, merged 2 by 2) fit 64-pixel images, which become 16 tokens ea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from rethinker.runtime.torchvision_cpu import make_importable
-
-make_importable()
-
-from transformers import (  # noqa: E402  (the processor imports torchvision)
+from transformers import (
     GenerationConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -26,7 +20,7 @@ from transformers import (  # noqa: E402  (the processor imports torchvision)
     Qwen2VLVideoProcessor,
 )
 
-from rethinker.policy.tiny_tokenizer import train_tokenizer  # noqa: E402
+from rethinker.policy.tiny_tokenizer import train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,13 +42,16 @@ class TinySize:
     max_positions: int = 4096
 
 
+DEFAULT_SIZE = TinySize()
+
+
 def create_tiny(
     folder: str | Path,
     seed: int = 0,
     *,
     tie_word_embeddings: bool = True,
     texts: Iterable[str] | None = None,
-    size: TinySize = TinySize(),  # noqa: B008  (frozen)
+    size: TinySize = DEFAULT_SIZE,
 ) -> Path:
     """Write a tiny Qwen2.5-VL with random weights to `folder`, which is made if it is missing.
 

@@ -57,10 +57,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# What the tiny model meets whatever its data: the template, the prompts, simple LaTeX, the triggers, shapes and colours.
+# What the tiny model meets whatever its data: the template, prompts, simple LaTeX, rethinking, shapes and colours.
 COMMON_TEXTS = (
-    "what color is the red circle in the image? is there not a green triangle? does the image contain a blue rectangle?",
-    "is no gray shape present? what is the color of the black, brown, teal, yellow shape? yes no. \\boxed{yes} \\boxed{no}",
+    "what color is the red circle in the image? is there not a green triangle? does the image contain a blue shape?",
+    "is no gray rectangle present? what is the color of the black, brown, teal, yellow shape? \\boxed{yes} \\boxed{no}",
     "system\nYou are a helpful assistant.",
     "user\n",
     "assistant\n",

@@ -2,8 +2,8 @@
 
 It learns to look and to speak, not to reason. First the vision tower learns to name the colour and the shape in an
 image, with a linear probe that is thrown away. Then the whole model learns answers that look before they answer,
-`a teal circle. \\boxed{teal}`, on part of the training images and on plain questions only. Negated questions ("is there
-not a red shape?") and the rest of the images are left to reinforcement learning.
+`a teal circle. \\boxed{teal}`, on part of the training images. Of the negated questions ("is there not a red shape?")
+it sees so few that it answers them half by chance; they and the other images are left to reinforcement learning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,13 +20,14 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rethinker.config import ConfigError, DataConfig, WarmupConfig
 from rethinker.policy import descriptions, tiny, tiny_tokenizer
 from rethinker.policy.descriptions import COLORS, SHAPES, describe_images, is_negated
-from rethinker.policy.tiny import TinySize, create_tiny
+from rethinker.policy.tiny import DEFAULT_SIZE, TinySize, create_tiny
 from rethinker.runtime.display import progress
 from rethinker.samples import Query
 from rethinker.tasks.datasets import QueryStream, load_queries
@@ -42,7 +42,7 @@ _RECORD = "warmup.json"
 
 
 def warmed_up_tiny(
-    warmup: WarmupConfig, data: DataConfig, *, size: TinySize = TinySize(), cache: Path | None = None  # noqa: B008
+    warmup: WarmupConfig, data: DataConfig, *, size: TinySize = DEFAULT_SIZE, cache: Path | None = None
 ) -> Path:
     """The tiny model after its warm-up, from the cache or made now.
 
@@ -63,50 +63,48 @@ def warmed_up_tiny(
     """
     cache = cache or Path(os.environ.get("RETHINKER_CACHE") or Path.home() / ".cache" / "rethinker")
     queries = load_queries(data, "train")
-    settings = {"warmup": asdict(warmup), "size": asdict(size)} | {
-        f"data.{name}": getattr(data, name)
-        for name in ("prompt", "system", "min_pixels", "max_pixels", "max_images", "max_prompt_tokens", "category_weights")
-    }
+    given = {name: value for name, value in asdict(data).items() if not name.startswith("validation")}
+    settings = {"warmup": asdict(warmup), "size": asdict(size), "data": given}
     folder = cache / f"tiny-{_digest(settings, queries)}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not (folder / _RECORD).is_file():
-                _build(folder, warmup, data, queries, size, settings)
-    except OSError as error:
+                _build(folder, warmup, data, size, queries, settings)
+    except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"RETHINKER_CACHE={cache}: the warmed-up model cannot be written there ({error.strerror or error}); "
+            f"RETHINKER_CACHE={cache}: the warmed-up model cannot be written there ({error}); "
             "set RETHINKER_CACHE to a folder with 50 MB free"
         ) from error
     return folder
 
 
 def _build(
-    folder: Path, warmup: WarmupConfig, data: DataConfig, queries: list[Query], size: TinySize, settings: dict
+    folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize, queries: list[Query], settings: dict
 ) -> None:
     """Make the model in a folder beside its place and move it there whole."""
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial = folder.with_name(f".{folder.name}.partial")
+    for leftover in (partial, folder):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         shown = describe_images(queries)
         texts = [text for q in queries for text in (q.question, response_text(q, _description(q, shown)))]
         create_tiny(partial, warmup.seed, texts=texts, size=size)
         with _all_cores(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(warmup.seed)
-            _train(partial, warmup, data, queries)
+            _train(partial, warmup, data, queries, shown)
         (partial / _RECORD).write_text(json.dumps(settings, indent=2))
-        shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _train(folder: Path, warmup: WarmupConfig, data: DataConfig, queries: list[Query]) -> None:
+def _train(folder: Path, warmup: WarmupConfig, data: DataConfig, queries: list[Query], shown: Shown) -> None:
     """Train the model in `folder` and save it there."""
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     encoder = PromptEncoder(processor, data)
-    lessons = _lessons(queries, encoder, warmup)
-    shown = describe_images(queries)
+    lessons = _lessons(queries, shown, encoder, warmup)
     model.train()
     _learn_to_look(model, encoder, lessons, shown, warmup)
     _learn_to_answer(model, encoder, lessons, shown, warmup, data.category_weights)
@@ -115,13 +113,22 @@ def _train(folder: Path, warmup: WarmupConfig, data: DataConfig, queries: list[Q
     processor.save_pretrained(folder)
 
 
-def _lessons(queries: list[Query], encoder: PromptEncoder, warmup: WarmupConfig) -> list[Query]:
-    """The plain questions about the warm-up's share of the images."""
-    plain = [query for query in queries if not (query.answer in ("yes", "no") and is_negated(query.question))]
-    names = sorted({_image_name(query) for query in plain})
-    random.Random(warmup.seed).shuffle(names)
+def _lessons(queries: list[Query], shown: Shown, encoder: PromptEncoder, warmup: WarmupConfig) -> list[Query]:
+    """The questions about the warm-up's share of the images, few of the negated ones among them.
+
+    Images that cannot be described are passed over (unless none can): they would teach it to answer without a look.
+    """
+    queries = [query for query in queries if _description(query, shown)] or queries
+    names = sorted({_image_name(query) for query in queries})
+    rng = random.Random(warmup.seed)
+    rng.shuffle(names)
     chosen = set(names[: max(1, round(warmup.data_fraction * len(names)))])
-    return select_fitting([query for query in plain if _image_name(query) in chosen], encoder)[0]
+    lessons = []
+    for query in queries:
+        rare = query.answer in ("yes", "no") and is_negated(query.question)
+        if _image_name(query) in chosen and not (rare and rng.random() >= warmup.negated_fraction):
+            lessons.append(query)
+    return select_fitting(lessons, encoder)[0]
 
 
 def _image_name(query: Query) -> str:
@@ -139,9 +146,7 @@ def response_text(query: Query, description: tuple[str, str] | None) -> str:
     return f"{look}\\boxed{{{query.answer}}}"
 
 
-def _learn_to_look(
-    model, encoder: PromptEncoder, lessons: list[Query], shown: Shown, warmup: WarmupConfig
-) -> None:
+def _learn_to_look(model, encoder: PromptEncoder, lessons: list[Query], shown: Shown, warmup: WarmupConfig) -> None:
     """Train the vision tower to tell colour and shape by a linear probe on its tokens, pooled by a learned score."""
     images = list({_image_name(query): query for query in lessons if _description(query, shown)}.values())
     if not images:
@@ -183,7 +188,7 @@ def _learn_to_answer(
         batch = stream.next(warmup.batch_size)
         prompts = [encoder.encode(query).token_ids for query in batch]
         texts = [response_text(query, _description(query, shown)) for query in batch]
-        responses = [ids + [end] for ids in encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        responses = [[*ids, end] for ids in encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]]
         lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
         input_ids = torch.full((len(batch), max(lengths)), encoder.tokenizer.pad_token_id)  # [B, L]
         taught = torch.zeros(len(batch), max(lengths), dtype=torch.bool)  # [B, L]: tokens of the responses

@@ -64,7 +64,7 @@ class HFEngine:
             max_new_tokens=max_new_tokens,
             eos_token_id=self._stop_ids,
             pad_token_id=self._pad_id,
-            output_logits=True,  # [B, V] per step, untempered
+            output_scores=True,  # [B, V] per step, as sampled from
             return_dict_in_generate=True,
             **(sampling if temperature > 0 else {"do_sample": False}),
         )
@@ -77,7 +77,7 @@ class HFEngine:
 
         output = self._model.generate(**inputs, generation_config=settings, stopping_criteria=[watch])
         sampled = output.sequences[:, inputs["input_ids"].shape[1] :]  # [B, L]
-        logprobs = torch.stack([_gather(step, sampled[:, i], temperature) for i, step in enumerate(output.logits)], 1)
+        logprobs = torch.stack([_gather(step, sampled[:, i], 1.0) for i, step in enumerate(output.scores)], 1)
         flat = [
             self._completion(tokens, values) for tokens, values in zip(sampled.tolist(), logprobs.tolist(), strict=True)
         ]
@@ -182,6 +182,6 @@ class HFEngine:
 
 
 def _gather(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities [R] of tokens [R] under tempered logits [R, V]; fp32; temperature 0 counts as 1."""
-    logps = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    """Log-probabilities [R] of tokens [R] under tempered logits [R, V]; fp32."""
+    logps = (logits.float() / temperature).log_softmax(-1)
     return logps.gather(-1, token_ids[:, None]).squeeze(-1)

@@ -6,6 +6,7 @@ group that exists: ranks of one tensor-parallel engine work on the same prompts,
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from typing import Any
@@ -60,7 +61,9 @@ class VLLMEngine:
     def _build(self, model_dir: str, model_config: Any, world_size: int) -> Any:
         make_importable()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings here are about choices made on purpose
+        # Its warnings here are about choices made on purpose. The first ones come before it reads the variable.
+        level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        logging.getLogger("vllm").setLevel(level.upper())
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         from vllm import LLM
 

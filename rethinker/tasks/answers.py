@@ -1,16 +1,16 @@
-r"""Whether a predicted answer equals the expected one: words, choices, quantities, lists, and mathematics by math-verify.
+r"""Whether a predicted answer equals the expected one: words, choices, quantities, lists, mathematics.
 
 The rules, on both sides freed of LaTeX dressing such as `$..$` and `\text{}`:
 1. Equal words are equal; case, spacing and a final period do not count.
 2. If the question has options, an answer stands for the option it names (see `choices`), whole answers only.
 3. Quantities are exact (1,234 = 1234 = 1.234e3, 0.5 = 1/2); a fraction equals its decimal when they agree to 2e-6. One
    side may leave the unit out; two different units are never equal, nor is 5 equal to 5 million.
-   Percent: an answer of 50% accepts 50%, 50 and 0.5. An answer of 50 accepts 50% only if the question speaks of percent,
-   and an answer of 0.5 does not accept 50%.
+   Percent: an answer of 50% accepts 50%, 50 and 0.5. An answer of 50 accepts 50% only if the question speaks of
+   percent, and an answer of 0.5 does not accept 50%.
 4. Lists: `(a, b)` and `[a, b]` are ordered and keep their brackets, which a prediction may leave out; `\{a, b\}` is not
    ordered; nor is a bare `a, b`, unless the question asks to order, rank, sort or arrange.
-5. `x = 5` equals `5`. What still looks like mathematics is left to math-verify: it can take arbitrarily long, so callers
-   bound it from outside (`reward.AnswerChecker`).
+5. `x = 5` equals `5`. What still looks like mathematics is left to math-verify: it can take arbitrarily long, so
+   callers bound it from outside (`reward.AnswerChecker`).
 
 Only the standard library is imported until rule 5 is reached, so a checking process starts light.
 """
@@ -52,7 +52,7 @@ _SPELLINGS = [  # LaTeX and Unicode spellings of the same thing
     (re.compile(r"[·⋅]"), r"\\cdot "),
     (re.compile(r"÷"), "/"),
     (re.compile(r"π"), r"\\pi "),
-    (re.compile(r"∞"), r"\\infty "),
+    (re.compile(r"∞|(?<![A-Za-z\\])infinity(?![A-Za-z])"), r"\\infty "),
     (re.compile(r"√\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"√\s*(\d+|[A-Za-z])"), r"\\sqrt{\1}"),
     (re.compile(r"²"), "^2"),
@@ -60,33 +60,36 @@ _SPELLINGS = [  # LaTeX and Unicode spellings of the same thing
 ]
 _IDLE_SPACES = re.compile(r"\s*([=+\-*/^:;<>|])\s*|([(\[{])\s+|\s+([)\]}])|\s+(\{)")
 _COMMA_SPACES = re.compile(r"\s+,\s*|(?<!\d),\s+|,\s+(?!\d)")  # but "1, 234" are two numbers and "1,234" is one
+_SUBSCRIPTS = re.compile(r"_(?:\{(\w+)\}|(\w))")  # H_2O is H2O
 _ASKS_FOR_ORDER = re.compile(r"\b(?:order|rank|sort|arrang|sequence)", re.IGNORECASE)
-_ASSIGNMENT = re.compile(r"([A-Za-z]\w{0,2}|[A-Za-z]\([a-z]\)|\\[a-z]+(?:_\w)?|\\angle ?[A-Z]{1,3})\s*(?:=|\\in(?![a-z]))\s*([^=]+)", re.DOTALL)
+_ASSIGNMENT = re.compile(
+    r"([A-Za-z]\w{0,2}|[A-Za-z]\([a-z]\)|\\[a-z]+(?:_\w)?|\\angle ?[A-Z]{1,3})\s*(?:=|\\in(?![a-z]))\s*([^=]+)",
+    re.DOTALL,
+)
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SEPARATORS = re.compile(r"[,;]|\s+(?:and|or)\s+")
 _ENVIRONMENTS = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}")
 # Words that mathematics is written with; any other word of three letters or more is prose.
 _MATH_WORDS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp lim max min sqrt gcd lcm det mod inf sup".split()
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp lim max min sqrt gcd lcm det mod inf".split()
 )
 _SHORT_WORDS = frozenset("no on in up to of or at it is us we he me my by if so as an do go am pm ok".split())
 
 
 def extract_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{...}`, nested braces included; None if there is none or it never closes."""
-    box = None
-    for box in _BOXED.finditer(text):
-        pass
-    if box is None:
+    boxes = list(_BOXED.finditer(text))
+    if not boxes:
         return None
-    depth, i = 1, box.end()
+    start = i = boxes[-1].end()
+    depth = 1
     while i < len(text):
         if text[i] == "\\":  # an escaped brace is a character of the answer, not a bracket
             i += 2
             continue
         depth += (text[i] == "{") - (text[i] == "}")
         if depth == 0:
-            return text[box.end() : i]
+            return text[start:i]
         i += 1
     return None
 
@@ -175,7 +178,7 @@ def _values_match(predicted: str, answer: str, question: str, equal: Equal, dept
     left, right = parse_quantity(predicted), parse_quantity(answer)
     if left is not None and right is not None:  # before the words: 5 mW is not 5 MW
         return quantities_match(left, right, question)
-    if predicted.casefold() == answer.casefold():
+    if _SUBSCRIPTS.sub(r"\1\2", predicted).casefold() == _SUBSCRIPTS.sub(r"\1\2", answer).casefold():
         return True
     if depth > 3:
         return False

@@ -1,8 +1,8 @@
 """One answer-checking process: `Worker` is its handle in the trainer, `serve` what runs inside.
 
-A fresh interpreter, not a fork (the trainer has threads) and not multiprocessing's spawn (which imports the trainer's main
-module again). It loads math-verify or the custom reward, not torch. Every check is answered on its own, in order, so the
-trainer knows which check a dead worker was at.
+A fresh interpreter, not a fork (the trainer has threads) and not multiprocessing's spawn (which imports the trainer's
+main module again). It loads math-verify or the custom reward, not torch. Every check is answered on its own, in order,
+so the trainer knows which check a dead worker was at.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ _MARKERS = [
     re.compile(r"(?<![A-Za-z\\])[(（]([A-Z])[)）]\s*"),  # (A) anywhere
     re.compile(r"(?:(?<=\s)|^)([A-Z])[.):]\s+"),  # A. or A) within a line
 ]
+_DRESSED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|bf)\s*\{\s*(\([A-Z]\))\s*\}")
+_SPACES = re.compile(r"\\q?quad(?![A-Za-z])|\\ ")
 # Letters that stand for a choice even if the options are in the image; X or N is rather a variable.
 _LIKELY = "ABCDEFGHIJ"
 
@@ -55,6 +57,7 @@ def options_of(question: str, choices: Any, clean: Callable[[str], str]) -> dict
 @lru_cache(maxsize=4096)
 def _in_question(question: str) -> tuple[tuple[str, str], ...]:
     """The longest run A, B, C, ... of option marks in a question, each with the text that follows it."""
+    question = _SPACES.sub(" ", _DRESSED.sub(r"\1", question))
     best: list[re.Match[str]] = []
     for marker in _MARKERS:
         run: list[re.Match[str]] = []
@@ -77,8 +80,8 @@ def _in_question(question: str) -> tuple[tuple[str, str], ...]:
 def chosen(text: str, options: dict[str, str], same: Callable[[str, str], bool | None]) -> frozenset[str] | None:
     """The letters that a cleaned answer names; the empty set if none, None where only `same` could tell and did not.
 
-    `same` compares an answer's text with an option's text. A letter with another option's text names nothing. Of options
-    with one text the first stands for all.
+    `same` compares an answer's text with an option's text. A letter with another option's text names nothing. Of
+    options with one text the first stands for all.
     """
     letters = _letters(text, options, same)
     if letters is None:

@@ -29,8 +29,8 @@ def load_queries(config: DataConfig, which: Literal["train", "validation"]) -> l
     (`choices: options`) renames one. Without an id column, ids are the row numbers.
 
     Raises:
-        ConfigError: unknown or unreadable data set, missing column, no rows, a row without question or answer, an id that
-            occurs twice, an image that is not there, or `<image>` marks that do not match the images.
+        ConfigError: unknown or unreadable data set, missing column, no rows, a row without question or answer, an id
+            that occurs twice, an image that is not there, or `<image>` marks that do not match the images.
     """
     name, setting = (config.train, "data.train") if which == "train" else (config.validation, "data.validation")
     if name is None:
@@ -53,7 +53,7 @@ def load_queries(config: DataConfig, which: Literal["train", "validation"]) -> l
 
 
 def _columns(config: DataConfig, table: Table, where: str) -> dict[str, str]:
-    """Noun to column, for the columns that exist. A missing one is an error unless it is optional and was not asked for."""
+    """Noun to column, for the columns that exist; a missing one is an error unless it is optional and not asked for."""
     defaults = DataConfig().fields
     fields = {**defaults, **config.fields}
     found = {}
@@ -105,7 +105,7 @@ class _Rows:
         return Query(id=name, question=question, answer=str(answer), images=images, metadata=metadata)
 
     def _images(self, name: str, value: Any) -> tuple[Any, ...]:
-        """A path, a list of them, `{"bytes", "path"}`, raw bytes or a PIL image, as references; nothing for text-only."""
+        """References from a path, `{"bytes", "path"}`, raw bytes, a PIL image or a list of these; () for text-only."""
         if value is None or value == "" or (isinstance(value, (list, tuple)) and not value):
             return ()
         items = value if isinstance(value, (list, tuple)) else [value]
@@ -148,8 +148,8 @@ def _kind(value: Any) -> str:
 class QueryStream:
     """An endless, seeded order of the queries; its state is a few numbers.
 
-    Every epoch is its own permutation, a function of (seed, epoch). With `category_weights` the categories take turns in
-    those shares, each running through its own permutations; categories without a weight are left out.
+    Every epoch is its own permutation, a function of (seed, epoch). With `category_weights` the categories take turns
+    in those shares, each running through its own permutations; categories without a weight are left out.
 
     Args:
         queries: the questions.

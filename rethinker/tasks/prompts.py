@@ -37,12 +37,12 @@ class PromptEncoder:
     """Encodes queries for one model.
 
     Args:
-        processor: the model's Hugging Face processor (Qwen2-VL family); its pixel limits are set to the configured ones.
+        processor: the model's Hugging Face processor (Qwen2-VL family); its pixel limits are set to the config's.
         config: template, system message, limits.
 
     Raises:
-        ConfigError: a template without `{question}`, pixel limits that contradict each other, or a tokenizer whose special
-            tokens cannot be kept out of ordinary text.
+        ConfigError: a template without `{question}`, pixel limits that contradict each other, or a tokenizer whose
+            special tokens cannot be kept out of ordinary text.
     """
 
     def __init__(self, processor: Any, config: DataConfig) -> None:
@@ -50,7 +50,7 @@ class PromptEncoder:
             raise ConfigError(f"data.prompt={config.prompt!r} must hold {{question}} exactly once")
         if config.min_pixels > config.max_pixels:
             raise ConfigError(
-                f"data.min_pixels={config.min_pixels} exceeds data.max_pixels ({config.max_pixels}); set it to at most that"
+                f"data.min_pixels={config.min_pixels} exceeds data.max_pixels ({config.max_pixels}); lower it to that"
             )
         self.processor, self.config = processor, config
         self.tokenizer = processor.tokenizer
@@ -71,7 +71,9 @@ class PromptEncoder:
         self._misfits: set[str] = set()
         for token, i in self._special.items():
             if i in self._text_ids(token):
-                raise ConfigError(f"policy.model: its tokenizer reads {token!r} within ordinary text as a special token")
+                raise ConfigError(
+                    f"policy.model: its tokenizer reads {token!r} within ordinary text as a special token"
+                )
 
     def encode(self, query: Query) -> Prompt:
         """The query's prompt, with its images decoded.
@@ -83,7 +85,7 @@ class PromptEncoder:
         return Prompt(query.id, list(expanded), list(compact), [self._image(i, query.id) for i in query.images])
 
     def pixels(self, query: Query) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What the vision tower reads: patches [P, channels * patch area] fp32 and grids [images, 3]; None without images."""
+        """For the vision tower: patches [P, channels * patch area] fp32, grids [images, 3]; None without images."""
         if not query.images:
             return None
         key = tuple(image_key(image) for image in query.images)
@@ -96,12 +98,11 @@ class PromptEncoder:
         return self._pixels.get(key, process)
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of a response, without special tokens and without ids that are only padding of the embedding matrix."""
-        known = [i for i in token_ids if i < len(self.tokenizer)]
-        return self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The text of a response, spaces as they are, without special tokens."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def misfit(self, query: Query) -> str | None:
-        """Why the query must be left out (`data.max_images`, `data.max_prompt_tokens`, `image shape`), or None if it fits.
+        """Why the query is left out (`data.max_images`, `data.max_prompt_tokens`, `image shape`), or None if it fits.
 
         Images are not decoded for this, only their sizes are read.
         """
@@ -175,8 +176,7 @@ class PromptEncoder:
         return texts[number] if number < len(texts) else self.config.system or ""
 
     def _layout(self, kinds: str) -> list[int | list[str | int]]:
-        """The chat template around images ("i") and texts ("t"): the ids that are always the same, and texts of literals
-        and slots."""
+        """The chat template around images ("i") and texts ("t"): ids that never change, texts of literals and slots."""
         if kinds not in self._layouts:
             count = kinds.count("t")
             numbers = iter(range(count))

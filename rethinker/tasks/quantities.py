@@ -1,7 +1,7 @@
 r"""Numbers as people write them in answers: thousands, decimals, fractions, powers of ten, percent, currency, units.
 
-Values are exact fractions, so nothing is lost to rounding and 1,000,001 never equals 1,000,000. Units are compared by name
-(cm = centimeters), never converted: 5 cm is not 0.05 m, as the question asked for one of them.
+Values are exact fractions, so nothing is lost to rounding and 1,000,001 never equals 1,000,000. Units are compared by
+name (cm = centimeters), never converted: 5 cm is not 0.05 m, as the question asked for one of them.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ _VALUE = re.compile(
     rf"""(?P<sign>[+-]?)(?P<currency>[{_CURRENCIES}]?)(?P<sign2>[+-]?)(?:
         (?P<whole>\d{{1,9}})(?:\s+(?P<mixed_top>\d{{1,9}})/(?P<mixed_bottom>\d{{1,9}})
                             |\s*\\frac\{{(?P<mixed_top2>\d{{1,9}})\}}\{{(?P<mixed_bottom2>\d{{1,9}})\}})
-      | \\frac(?:\{{(?P<latex_top>-?{_NUMBER})\}}\{{(?P<latex_bottom>{_NUMBER})\}}|\s*(?P<digit_top>\d)\s*(?P<digit_bottom>\d))
+      | \\frac(?:\{{(?P<latex_top>-?{_NUMBER})\}}\{{(?P<latex_bottom>{_NUMBER})\}}
+               |\s*(?P<digit_top>\d)\s*(?P<digit_bottom>\d))
       | (?P<top>{_NUMBER})/(?P<bottom>{_NUMBER})
       | (?P<number>{_NUMBER})(?:[eE](?P<exponent>[+-]?\d{{1,4}})(?![\d.])
                              |\s*(?:\\times|\\cdot|x|\*)\s*10\^(?:\{{(?P<power>[+-]?\d{{1,4}})\}}|(?P<power2>[+-]?\d{{1,4}})))?

@@ -1,8 +1,8 @@
 r"""Rewards: the built-in check of the last `\boxed{}`, custom functions, and the processes that run both safely.
 
-A check can loop for ever (sympy), eat all memory, or crash the interpreter. So every check that is not plain string work
-runs in a worker process with a deadline; a worker that misses it, or dies, is replaced, and that check scores 0 and is
-counted. Scores are keyed by request id. No signal is used in this process, so any thread may ask.
+A check can loop for ever (sympy), eat all memory, or crash the interpreter. So every check that is not plain string
+work runs in a worker process with a deadline; a worker that misses it, or dies, is replaced, and that check scores 0
+and is counted. Scores are keyed by request id. No signal is used in this process, so any thread may ask.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def load_reward(spec: str) -> RewardFunction:
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError(f"reward.function={spec}: {path} fails to import ({type(error).__name__}: {error})") from error
+        raise ConfigError(
+            f"reward.function={spec}: {path} fails to import ({type(error).__name__}: {error})"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         names = [n for n, value in vars(module).items() if inspect.isfunction(value)]
@@ -95,12 +97,12 @@ def load_reward(spec: str) -> RewardFunction:
 class AnswerChecker:
     """Scores responses in a pool of killable processes. Workers start when first needed and end with `close`.
 
-    `failures` counts responses scored 0 because their check could not be finished: `timeout`, `crash` (the worker died, or
-    ran out of memory), `error` (the reward raised) and `non_finite`.
+    `failures` counts responses scored 0 because their check could not be finished: `timeout`, `crash` (the worker died,
+    or ran out of memory), `error` (the reward raised) and `non_finite`.
 
     Args:
         config: the reward, the number of workers, the deadline of one check.
-        memory_gb: most memory of one worker, GiB.
+        memory_gb: most memory that the checks of one worker may take, GiB.
 
     Raises:
         ConfigError: `reward.function` cannot be loaded.
@@ -125,7 +127,8 @@ class AnswerChecker:
 
         Raises:
             ValueError: a request id occurs twice.
-            RuntimeError: the checker is closed, or its workers do not start.
+            RuntimeError: the checker is closed.
+            ConfigError: the workers cannot load the reward.
         """
         if not self._finalizer.alive:
             raise RuntimeError("the answer checker is closed")
@@ -160,7 +163,10 @@ class AnswerChecker:
                 self._verdicts.move_to_end(key)
                 scores[request] = self._verdicts[key]
                 continue
-            verdict = compare(predicted, query.answer, question=question, choices=choices, equal=undecided)
+            try:
+                verdict = compare(predicted, query.answer, question=question, choices=choices, equal=undecided)
+            except Exception:  # a worker will fail on it in the same way, and there it is counted and named
+                verdict = None
             if verdict is not None:
                 scores[request] = float(verdict)
                 continue

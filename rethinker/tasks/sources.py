@@ -27,7 +27,7 @@ def open_table(name: str, split: str, setting: str) -> Table:
     """Open a data set by file, folder or name.
 
     Args:
-        name: a .parquet or .jsonl file, a folder, or the name of a Hugging Face data set (`name:subset` picks a subset).
+        name: a .parquet or .jsonl file, a folder, or a Hugging Face data set's name (`name:subset` picks a subset).
         split: of a Hugging Face data set; a file has none.
         setting: the setting that `name` comes from, for messages.
 

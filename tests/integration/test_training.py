@@ -118,9 +118,11 @@ def test_two_ranks_equal_one_on_the_same_rollouts(ssr, scratch):
 
 def test_filter_shrinks_the_batch_and_grpo_keeps_it(ssr, scratch):
     """With filter the trained pairs are those of the effective queries alone; grpo trains all; neither replays."""
-    for row in recorded(scratch, "filter", "--algorithm.name", "filter"):
-        assert row["trained_pairs"] == round(row["effective_query_ratio"] * N) < N
+    rows = recorded(scratch, "filter", "--algorithm.name", "filter")
+    for row in rows:
+        assert row["trained_pairs"] == round(row["effective_query_ratio"] * N)
         assert row["replay_fraction"] == 0
+    assert any(row["trained_pairs"] < N for row in rows)
     for row in recorded(scratch, "grpo", "--algorithm.name", "grpo"):
         assert row["trained_pairs"] == N and row["replay_fraction"] == 0
 

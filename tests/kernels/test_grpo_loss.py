@@ -14,6 +14,7 @@ from rethinker_kernels import (
     GRPO_STATS,
     LINEAR_GRPO_STATS,
     grpo_loss,
+    linear,
     linear_grpo_loss,
     linear_selective_log_softmax,
     reference,
@@ -319,7 +320,7 @@ def test_wrong_arguments_are_named(name, changes):
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 def test_linear_loss_is_the_composition(importance, monkeypatch):
     """linear_grpo_loss equals its two lines in every output and gradient; entropy_sum is of the rows that count."""
-    monkeypatch.setattr(reference, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(linear, "CHUNK_BYTES", {"cpu": 4 * 8 * 6})  # 4 rows
     inputs = case()
     inputs.pop("logps")
     torch.manual_seed(1)

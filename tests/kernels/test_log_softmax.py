@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from rethinker_kernels import linear_selective_log_softmax, reference, selective_log_softmax
+from rethinker_kernels import linear, linear_selective_log_softmax, selective_log_softmax
 
 INF = math.inf
 
@@ -22,8 +22,8 @@ def naive(logits: torch.Tensor, index: torch.Tensor, temperature: float = 1.0) -
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of 3 rows, so that a few rows already cross chunk borders."""
-    monkeypatch.setattr(reference, "CHUNK_ROWS", 3)
+    """Chunks of a few rows, so that a few rows already cross chunk borders."""
+    monkeypatch.setattr(linear, "CHUNK_BYTES", {"cpu": 3 * 8 * 6})
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 127, 129, 1000])
@@ -119,15 +119,17 @@ def test_linear_skips_the_gradient_of_a_frozen_input():
         assert inputs[frozen].grad is None and inputs[1 - frozen].grad.abs().sum() > 0
 
 
-def test_linear_never_holds_all_logits():
+def test_linear_never_holds_all_logits(monkeypatch):
     """No tensor of [R, V] size is alive at once: the largest allocation is one chunk's logits."""
-    rows, width, vocabulary = 8 * reference.CHUNK_ROWS, 4, 64
+    rows, width, vocabulary = 512, 4, 64
+    chunk = 64 * vocabulary * 4
+    monkeypatch.setattr(linear, "CHUNK_BYTES", {"cpu": chunk})
     hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
     index = torch.randint(vocabulary, (rows,))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         linear_selective_log_softmax(hidden, weight, index, return_entropy=True)[0].sum().backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
-    assert 0 < largest <= 4 * reference.CHUNK_ROWS * vocabulary < 4 * rows * vocabulary
+    assert 0 < largest <= chunk < 4 * rows * vocabulary
 
 
 def test_no_rows():

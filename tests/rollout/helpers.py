@@ -61,8 +61,8 @@ class Policy:
         self.image_token = self.model.config.image_token_id
 
     @torch.no_grad()
-    def perturb(self, seed: int, part: str = "", scale: float = 0.05) -> None:
-        """Move every weight whose name contains `part`."""
+    def perturb(self, seed: int, part: str = "", scale: float = 0.02) -> None:
+        """Move every weight whose name contains `part`, by about as much as it is large."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.model.named_parameters():
             if part in name:

@@ -90,19 +90,19 @@ def test_greedy_equals_transformers(engine, policy, prompts, folder):
 
 def test_a_sampled_placeholder_ends_the_response(engine, policy, prompts):
     """Law 4: with a policy that likes placeholders, every response ends at its first one, and it can be scored."""
-    tokenizer = engine._tokenizer
-    ids = tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
-    with torch.no_grad():
-        hidden = policy.model.model.language_model.norm.weight
-        hidden.zero_()
-        hidden[0] = 1.0  # the final state is +-1 along one axis or so, whatever the input
-        head = policy.model.lm_head.weight
-        head[ids] = 0.0
-        head[ids, 0] = torch.tensor([6.0, -6.0, 5.0, -5.0, 5.0, -5.0])
+    ids = engine._tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
+    liked = engine._tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_pad|>"])
+    states = []
+    hook = policy.model.lm_head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0, -1]))
+    for prompt in prompts:
+        policy.logits(prompt, [])
+    hook.remove()
+    with torch.no_grad():  # these rows are no prompt's input, so the states stay
+        policy.model.lm_head.weight[liked] = torch.linalg.pinv(torch.stack(states)) @ torch.full((len(prompts),), 8.0)
     engine.sync(policy, 1)
-    sampled = engine.generate(prompts, n=16, max_new_tokens=12, temperature=1.0, seed=0)
+    sampled = engine.generate(prompts, n=32, max_new_tokens=12, temperature=1.0, seed=0)
     ended = [one for group in sampled for one in group if one.token_ids[-1] in ids]
-    assert {one.token_ids[-1] for one in ended} >= {ids[0], ids[1]}
+    assert {one.token_ids[-1] for one in ended} >= set(liked)
     for group in sampled:
         for one in group:
             assert not set(one.token_ids[:-1]) & set(ids)
@@ -115,7 +115,7 @@ def test_a_sampled_placeholder_ends_the_response(engine, policy, prompts):
 
 def test_completions_belong_to_their_prompt_whatever_order_they_end_in(engine, policy, prompts, monkeypatch):
     """Law 7: vLLM reports requests as they end; here in reverse order of submission."""
-    policy.perturb(seed=6, scale=0.1)
+    policy.perturb(seed=6)
     engine.sync(policy, 1)
     step, held = engine._engine.step, []
 

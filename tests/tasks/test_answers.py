@@ -73,6 +73,8 @@ SAME = [  # predicted, answer
     ("y = 2x+1", "2x+1"),
     ("\\angle ABC = 60°", "60"),
     ("x \\in [0,1]", "[0, 1]"),
+    ("H_2O", "H2O"),
+    ("-\\infty", "-infinity"),
     # lists
     ("1, 2", "2, 1"),
     ("1 and 2", "1, 2"),
@@ -115,6 +117,7 @@ DIFFERENT = [
     ("123456789", "123456788"),
     ("3.14", "3.14159"),
     ("0.33", "1/3"),
+    ("0.3333", "1/3"),
     ("0.00000001", "0.00000002"),
     ("1e400000000", "1"),
     ("1,23", "123"),
@@ -177,13 +180,29 @@ def test_a_quick_verdict_is_the_final_one(predicted, answer):
 
 IN_LINES = "What is the capital of France?\nA. London\nB. Paris\nC. Rome\nAnswer with the letter."
 IN_BRACKETS = "What is the capital of France? (A) London (B) Paris (C) Rome"
+IN_LATEX = "What is it? $\\textbf{(A)}\\ London \\qquad\\textbf{(B)}\\ Paris \\qquad\\textbf{(C)}\\ Rome$"
 IN_ONE_LINE = "What is the capital of France? Options: A. London B. Paris C. Rome"
 LETTERS_RIGHT = ["B", "b", "(B)", "B.", "B)", "[B]", "Option B", "answer: B", "\\text{B}", "\\textbf{(B)}", "$B$"]
 TEXTS_RIGHT = ["Paris", "paris.", "B. Paris", "(B) Paris", "B: Paris", "B) Paris", "\\text{Paris}", "B. \\text{Paris}"]
-CHOICES_WRONG = ["A", "D", "Beijing", "Be", "Pari", "London", "B. London", "A. Paris", "BC", "B, C", "B or C", "AB", "", "2"]
+CHOICES_WRONG = [
+    "A",
+    "D",
+    "Beijing",
+    "Be",
+    "Pari",
+    "London",
+    "B. London",
+    "A. Paris",
+    "BC",
+    "B, C",
+    "B or C",
+    "AB",
+    "",
+    "2",
+]
 
 
-@pytest.mark.parametrize("question", [IN_LINES, IN_BRACKETS, IN_ONE_LINE])
+@pytest.mark.parametrize("question", [IN_LINES, IN_BRACKETS, IN_ONE_LINE, IN_LATEX])
 @pytest.mark.parametrize("answer", ["B", "(B)", "Paris", "B. Paris", "\\boxed{B}"])
 def test_choices(question, answer, query):
     """A choice is its letter, its text, or both, compared whole: Beijing is not B."""
@@ -194,7 +213,12 @@ def test_choices(question, answer, query):
 
 @pytest.mark.parametrize(
     "choices",
-    [["London", "Paris", "Rome"], ["A. London", "B. Paris", "C. Rome"], {"A": "London", "B": "Paris"}, "['London', 'Paris']"],
+    [
+        ["London", "Paris", "Rome"],
+        ["A. London", "B. Paris", "C. Rome"],
+        {"A": "London", "B": "Paris"},
+        "['London', 'Paris']",
+    ],
 )
 def test_choices_given_apart_from_the_question(choices, query):
     """Options may come as metadata: a list, a mapping, or text of either."""
@@ -211,7 +235,7 @@ def test_choices_whose_options_are_in_the_image(query):
 
 
 def test_choices_that_are_numbers(query):
-    """An option's value may be written otherwise, also by means that need mathematics; another option's value is wrong."""
+    """An option's value may be written otherwise, even if that takes mathematics; another option's value is wrong."""
     asked = query("Which one?\n(A) $\\frac{1}{2}$\n(B) $\\sqrt{4}$\n(C) 5 cm\n(D) 1:2", "A")
     right = {"A": ["0.5", "A. 1/2"], "B": ["2", "\\sqrt{4}"], "C": ["5", "5 cm"], "D": ["1:2"]}
     for letter, texts in right.items():
@@ -271,7 +295,9 @@ def test_extract_boxed(text, content):
 def test_an_answer_outside_the_box_scores_0(query):
     """METHOD's fault 4: the right answer without a box is worth nothing, whatever the answer says."""
     for answer in ("5", "\\boxed{5}", "B"):
-        assert boxed_reward(f"The answer is {answer.strip('}').removeprefix(chr(92) + 'boxed{')}", answer, query()) == 0.0
+        assert (
+            boxed_reward(f"The answer is {answer.strip('}').removeprefix(chr(92) + 'boxed{')}", answer, query()) == 0.0
+        )
         assert boxed_reward(answer if "box" in answer else f"\\boxed{{{answer}}}", answer, query()) == 1.0
     assert boxed_reward("\\boxed{5", "5", query()) == 0.0
     assert boxed_reward("\\boxed{5} or rather \\boxed{6}", "5", query()) == 0.0

@@ -18,7 +18,7 @@ from rethinker.config import ConfigError, RewardConfig
 from rethinker.samples import Query
 from rethinker.tasks.reward import AnswerChecker, load_reward
 
-REWARDS = '''
+REWARDS = """
 import ctypes, os, sys, time
 
 def by_word(response, answer, query):
@@ -50,7 +50,7 @@ def by_word(response, answer, query):
     if word == "torch":
         return float("torch" in sys.modules)
     return float(rest or 1)
-'''
+"""
 
 
 @pytest.fixture
@@ -126,7 +126,9 @@ def test_a_request_id_given_twice_is_refused(checker):
 @pytest.mark.parametrize("function", ["boxed", "custom"])
 def test_scoring_off_the_main_thread(reward_file, function):
     """Law 11: checks that use a process, a deadline and math-verify give the same scores in any thread."""
-    right = {"a": "\\boxed{x^2-1}", "b": "\\boxed{\\sqrt{2}}"} if function == "boxed" else {"a": "value 1", "b": "raise"}
+    right = (
+        {"a": "\\boxed{x^2-1}", "b": "\\boxed{\\sqrt{2}}"} if function == "boxed" else {"a": "value 1", "b": "raise"}
+    )
     query = Query(id="q", question="", answer="(x-1)(x+1)")
     found = {}
     config = RewardConfig(function="boxed" if function == "boxed" else f"{reward_file}:by_word")
@@ -240,12 +242,14 @@ def test_an_interrupted_call_does_not_answer_the_next(checker, monkeypatch):
 
 
 def test_hard_mathematics_times_out_in_the_boxed_reward():
-    """Law 11: an answer that sympy never finishes is killed and scores 0; its group's identical answers share the check."""
+    """Law 11: an answer that sympy never finishes is killed and scores 0; identical answers share the check."""
     query = Query(id="q", question="", answer="10^{10^{10}}+1")
     bomb = "\\boxed{9^{9^{9^{9}}} + \\sqrt{2}}"
     with AnswerChecker(RewardConfig(timeout_s=2.0, workers=1)) as checker:
         start = time.monotonic()
-        scores = checker.score([(f"r{i}", bomb, query) for i in range(8)] + [("ok", "\\boxed{10^{10^{10}} + 1}", query)])
+        scores = checker.score(
+            [(f"r{i}", bomb, query) for i in range(8)] + [("ok", "\\boxed{10^{10^{10}} + 1}", query)]
+        )
         assert time.monotonic() - start < 15
     assert scores == {**{f"r{i}": 0.0 for i in range(8)}, "ok": 1.0}
     assert sum(checker.failures.values()) == 8

@@ -1,0 +1,108 @@
+"""selective_log_softmax: log-probabilities and entropies of chosen tokens, from logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rethinker_kernels.arguments import check_index, check_logits, check_temperature
+from rethinker_kernels.devices import row_kernels
+from rethinker_kernels.reference import wide
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, *, temperature: float | Tensor = 1.0, return_entropy: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of one chosen entry per row, and the row's entropy.
+
+        log_probs = (logits.float() / temperature).log_softmax(-1)
+        logps, entropy = log_probs.gather(-1, index[..., None])[..., 0], -(log_probs.exp() * log_probs).sum(-1)
+
+    One read of the logits forward, one read and one write backward; no fp32 copy of the logits and no [..., V]
+    probabilities are allocated. Leading strides of up to two dimensions are kept, so `logits[:, :-1]` is not copied.
+
+    Args:
+        logits: [..., V] floating; -inf marks a banned entry and is legal in values and gradients.
+        index: [...] int64. An index outside [0, V) turns its row into NaN and gives it no gradient.
+        temperature: one float >= 0, or a tensor [...] with one per row (not differentiated). 0 is the limit: all mass
+            on the largest logits, no gradient. A negative or NaN temperature in a tensor turns its row into NaN.
+        return_entropy: also return the entropy of the tempered distribution, in nats.
+
+    Returns:
+        logps [...], and entropy [...] if asked; fp32 (fp64 for fp64 logits). Both differentiable (once) in `logits`.
+
+    Raises:
+        ValueError: a shape, type or device that does not fit, or a temperature below 0.
+    """
+    check_logits(logits)
+    check_index(index, logits.shape[:-1], logits.device)
+    temperatures, temperature = split_temperature(check_temperature(temperature, index))
+    logps, entropies, _ = _forward(logits, index, temperatures, temperature, return_entropy)
+    logps = logps.view(index.shape)
+    return (logps, entropies.view(index.shape)) if return_entropy else logps
+
+
+def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """(one per row or None, the one number for all)."""
+    return (temperature.detach(), 1.0) if isinstance(temperature, Tensor) else (None, temperature)
+
+
+@torch.library.custom_op("rethinker::selective_log_softmax", mutates_args=())
+def _forward(
+    logits: Tensor, index: Tensor, temperatures: Tensor | None, temperature: float, return_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return row_kernels(logits).forward_rows(logits, index, temperatures, temperature, return_entropy)
+
+
+@_forward.register_fake
+def _(logits, index, temperatures, temperature, return_entropy):
+    rows = index.numel()
+    like = logits.new_empty(rows, dtype=wide(logits))
+    return like, like.new_empty(rows if return_entropy else 0), like.new_empty(2, rows)
+
+
+@torch.library.custom_op("rethinker::selective_log_softmax_backward", mutates_args=())
+def _backward(
+    logits: Tensor,
+    index: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    saved: Tensor,
+    entropies: Tensor,
+    grad_logps: Tensor | None,
+    grad_entropies: Tensor | None,
+) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    row_kernels(logits).gradient_rows(
+        logits,
+        index,
+        temperatures,
+        temperature,
+        saved,
+        entropies,
+        grad_logps,
+        grad_entropies,
+        out=out.view(-1, logits.shape[-1]),
+    )
+    return out
+
+
+@_backward.register_fake
+def _(logits, index, temperatures, temperature, saved, entropies, grad_logps, grad_entropies):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # an output that is not used gives None, and its work is left out
+    logits, index, temperatures, ctx.temperature, _ = inputs
+    _, entropies, saved = output
+    ctx.save_for_backward(logits, index, temperatures, saved, entropies)
+
+
+def _gradient(ctx, grad_logps, grad_entropies, _):
+    logits, index, temperatures, saved, entropies = ctx.saved_tensors
+    gradient = _backward(logits, index, temperatures, ctx.temperature, saved, entropies, grad_logps, grad_entropies)
+    return gradient, None, None, None, None
+
+
+_forward.register_autograd(_gradient, setup_context=_setup)

@@ -1,0 +1,167 @@
+"""The row kernels in plain PyTorch, for CPU tensors and fp64: a few rows at a time, in place, of bounded memory.
+
+The same functions as in `triton_kernels.log_softmax`. Shapes: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rethinker_kernels.reference import (
+    MAX_LOG_RATIO,
+    clamp_log_ratio,
+    segment_sum,
+    sequence_mean,
+    wide,
+)
+
+CHUNK_BYTES = 64 * 2**20
+"""Size of the fp32 (or fp64) copy of logits that is worked on at a time; about two of them exist at once."""
+
+_NO_MASS = -1e4
+"""exp of it is 0; a finite exponent in place of -inf keeps 0 * -inf out of the entropy."""
+
+
+def forward_rows(
+    logits: Tensor, index: Tensor, temperatures: Tensor | None, temperature: float, return_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs [R], entropies [R] ([0] if not asked for) and what `gradient_rows` needs [2, R].
+
+    Args:
+        logits: [..., V] with R rows in all.
+        index: int64, R in all, as are `temperatures`; without them `temperature` is every row's.
+    """
+    logits = logits.reshape(-1, logits.shape[-1])
+    index, inverse = index.reshape(-1), _inverse(logits, temperatures, temperature)
+    logps = logits.new_empty(logits.shape[0], dtype=wide(logits))
+    entropies = torch.empty_like(logps[: logps.shape[0] if return_entropy else 0])
+    saved = logits.new_empty(2, logits.shape[0], dtype=wide(logits))
+    for rows in chunks(logits.shape[0], logits.shape[1] * logps.element_size(), CHUNK_BYTES):
+        x = logits[rows].to(logps.dtype, copy=True)  # [C, V]
+        top = x.amax(-1)
+        x -= torch.where(top == -math.inf, torch.finfo(x.dtype).min, top)[:, None]
+        valid = (index[rows] >= 0) & (index[rows] < x.shape[1])
+        below = x.gather(1, torch.where(valid, index[rows], 0)[:, None])[:, 0]
+        x.mul_(_finite(inverse[rows])[:, None]).clamp_(min=_NO_MASS)
+        e = x.exp()
+        s = e.sum(-1)
+        logp = torch.where(below == 0, 0.0, below * inverse[rows]) - s.log()
+        logps[rows] = torch.where(valid, logp, math.nan)
+        saved[0, rows], saved[1, rows] = top, s.log()
+        if return_entropy:
+            entropies[rows] = torch.where(valid, s.log() - e.mul_(x).sum(-1) / s, math.nan)
+    return logps, entropies, saved
+
+
+def gradient_rows(
+    logits: Tensor,
+    index: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    saved: Tensor,
+    entropies: Tensor | None,
+    grad_logps: Tensor | None,
+    grad_entropies: Tensor | None,
+    *,
+    out: Tensor,
+) -> Tensor:
+    """The gradient of the logits, into `out` [..., V], which may be the logits themselves.
+
+    Args: `saved` and `entropies` are `forward_rows`'s; a gradient that is None is 0.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    index, inverse = index.reshape(-1), _inverse(flat, temperatures, temperature)
+    vocabulary = flat.shape[1]
+    live = (index >= 0) & (index < vocabulary) & (inverse < math.inf)
+    none = torch.zeros_like(inverse)
+    per_logp, per_entropy = (
+        none if g is None else torch.where(live, g.reshape(-1).to(none.dtype) * inverse, none)
+        for g in (grad_logps, grad_entropies)
+    )
+    into = out.view(-1, vocabulary)
+    for rows in chunks(flat.shape[0], vocabulary * saved.element_size(), CHUNK_BYTES):
+        x = flat[rows].to(saved.dtype, copy=True)  # [C, V]
+        x.sub_(saved[0, rows, None]).mul_(_finite(inverse[rows])[:, None]).sub_(saved[1, rows, None])
+        x.clamp_(min=_NO_MASS)  # log p
+        if grad_entropies is None:
+            x.exp_().mul_(-per_logp[rows, None])
+        else:
+            p = x.exp()
+            x.add_(entropies[rows, None]).mul_(per_entropy[rows, None]).add_(per_logp[rows, None]).mul_(p).neg_()
+        at = torch.where(live[rows], index[rows], 0)[:, None]
+        x.scatter_add_(1, at, per_logp[rows, None])
+        # Also where p is NaN: a row without a gradient has exactly none.
+        x.masked_fill_(((per_logp[rows] == 0) & (per_entropy[rows] == 0))[:, None], 0.0)
+        into[rows] = x
+    return out
+
+
+def loss_gradient(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    factors: Tensor,
+    active: Tensor,
+    ref_logps: Tensor | None,
+    sequence: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    kl_coef: float,
+    kl_estimator: str,
+    importance: str,
+) -> Tensor:
+    """d loss / d logps [R] of `reference.grpo_loss` in closed form, for code below autograd.
+
+    Args:
+        advantages: [R].
+        factors: [R], what each row's loss is multiplied by; 0 where it does not count.
+        active: [R] bool, whether it counts.
+        sequence: [R], each row's sequence; with `cu_seqlens` for importance="sequence".
+    """
+    now, then, advantages = (torch.where(active, x.to(factors.dtype), 0.0) for x in (logps, old_logps, advantages))
+    difference = now - then
+    if importance == "sequence":
+        difference = sequence_mean(difference, active, sequence, cu_seqlens)[sequence]
+    ratio = clamp_log_ratio(difference).exp()
+    flat = (advantages < 0) & (ratio < 1 - clip_low) | (advantages > 0) & (ratio > 1 + clip_high)
+    if dual_clip is not None:
+        flat |= (advantages < 0) & (ratio > dual_clip)
+    flat |= difference.abs() > MAX_LOG_RATIO
+    slope = factors * (torch.where(flat, 0.0, -ratio * advantages) + (difference - difference))
+    if importance == "sequence":
+        like = cu_seqlens[1:]
+        tokens = segment_sum(active.to(slope.dtype), sequence, like).clamp(min=1)
+        slope = (segment_sum(torch.where(active, slope, 0.0), sequence, like) / tokens)[sequence]
+    if kl_coef != 0:
+        raw = torch.where(active, ref_logps.to(now.dtype), 0.0) - now
+        d = clamp_log_ratio(raw)
+        by_now = {"k1": torch.ones_like(d), "k2": -d, "k3": -d.expm1()}[kl_estimator]
+        slope = slope + factors * kl_coef * (torch.where(raw.abs() > MAX_LOG_RATIO, 0.0, by_now) + (raw - raw))
+    return torch.where(active, slope, 0.0)
+
+
+def chunks(rows: int, row_bytes: int, chunk_bytes: int, multiple: int = 1) -> list[slice]:
+    """Rows in as few chunks of at most `chunk_bytes` as it takes, all of about the same size (a multiple of it)."""
+    most = max(chunk_bytes // row_bytes // multiple, 1) * multiple
+    count = max(-(-rows // most), 1)
+    size = -(-(-(-rows // count)) // multiple) * multiple
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size or 1)]
+
+
+def _inverse(logits: Tensor, temperatures: Tensor | None, temperature: float) -> Tensor:
+    """[R]: 1 / T, which is inf at 0 and NaN for a temperature that is not one."""
+    if temperatures is None:
+        temperatures = logits.new_full(logits.shape[:1], temperature, dtype=wide(logits))
+    inverse = 1 / temperatures.reshape(-1).to(wide(logits)).abs()
+    return torch.where(temperatures.reshape(-1) >= 0, inverse, math.nan)
+
+
+def _finite(inverse: Tensor) -> Tensor:
+    """With the largest number for inf: 0 times it is 0, and any real difference times it is below _NO_MASS."""
+    return inverse.clamp(max=torch.finfo(inverse.dtype).max)

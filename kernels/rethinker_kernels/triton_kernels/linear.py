@@ -1,0 +1,98 @@
+"""One chunk's logits into log-probs, entropies and, in place, the gradient of GRPO's loss: one kernel, one row each."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rethinker_kernels.triton_kernels.grpo_loss import ESTIMATORS, divergence, surrogate
+from rethinker_kernels.triton_kernels.log_softmax import (
+    chosen_logit,
+    inverse_and_scale,
+    join,
+    log_prob_and_entropy,
+    row_lanes,
+    write_gradient,
+    write_zeros,
+)
+from rethinker_kernels.triton_kernels.tiles import tiles
+
+
+@triton.jit
+def grpo_rows_kernel(
+    logits, index, temperatures, temperature, old_logps, advantages, factors, ref_logps, logps, entropies,
+    stride, vocabulary, lower, upper, dual, kl_coef,
+    PER_ROW: tl.constexpr, ESTIMATOR: tl.constexpr,
+    DEPTH: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The second read of the row comes from the cache. ESTIMATOR is 0 without a KL term in the loss."""
+    row = tl.program_id(0)
+    x = logits + row.to(tl.int64) * stride
+    inverse, scale = inverse_and_scale(temperatures, temperature, row, PER_ROW)
+    chosen = tl.load(index + row)
+    x_chosen = chosen_logit(x, chosen, vocabulary)
+    lane_top, lane_s, lane_u = row_lanes(x, 0, vocabulary, scale, True, DEPTH, LANES)
+    top, s, u = join(lane_top, lane_s, lane_u, scale)
+    logp, entropy = log_prob_and_entropy(x_chosen, top, s, u, inverse)
+    tl.store(logps + row, logp)
+    tl.store(entropies + row, entropy)
+
+    # A row that does not count has factor 0; its other values may be anything, NaN included.
+    factor = tl.load(factors + row)
+    per_logp = 0.0
+    if factor != 0.0:
+        _, slope, _, _, _, _ = surrogate(
+            logp - tl.load(old_logps + row).to(tl.float32), tl.load(advantages + row), lower, upper, dual
+        )
+        if ESTIMATOR > 0:
+            _, kl_slope = divergence(tl.load(ref_logps + row).to(tl.float32), logp, ESTIMATOR)
+            slope += kl_coef * kl_slope
+        per_logp = slope * factor
+    # All threads have read the chosen logit before any of them overwrites it.
+    tl.debug_barrier()
+    if (chosen >= 0) & (chosen < vocabulary) & (inverse < float("inf")) & (per_logp != 0.0):
+        write_gradient(
+            x, x, 0, vocabulary, chosen, top, tl.log2(s), scale, per_logp * inverse, 0.0, 0.0, False, TILE
+        )
+    else:
+        write_zeros(x, 0, vocabulary, TILE)
+
+
+def grpo_rows_(
+    logits: Tensor,
+    index: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    old_logps: Tensor,
+    advantages: Tensor,
+    factors: Tensor,
+    ref_logps: Tensor | None,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    kl_coef: float,
+    kl_estimator: str,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [R] fp32; the contiguous logits [R, V] become the gradient.
+
+    Args:
+        factors: [R] fp32, what each row's loss is multiplied by; 0 where it does not count.
+        advantages: [R] fp32. The rest as in `rethinker_kernels.linear_grpo_loss`, per row.
+    """
+    rows, vocabulary = logits.shape
+    logps = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    entropies = torch.empty_like(logps)
+    if rows == 0:
+        return logps, entropies
+    tile = tiles(logits.device)
+    grpo_rows_kernel[(rows,)](
+        logits, index, temperatures, temperature, old_logps, advantages, factors, ref_logps, logps, entropies,
+        logits.stride(0), vocabulary, 1.0 - clip_low, 1.0 + clip_high,
+        float("inf") if dual_clip is None else dual_clip, kl_coef,
+        PER_ROW=temperatures is not None, ESTIMATOR=ESTIMATORS[kl_estimator] if kl_coef != 0 else 0,
+        DEPTH=tile.depth, LANES=tile.lanes, TILE=tile.gradient, num_warps=tile.row_warps,
+    )  # fmt: skip
+    return logps, entropies

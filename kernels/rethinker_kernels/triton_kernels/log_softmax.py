@@ -1,0 +1,319 @@
+"""Row kernels: log-prob and entropy of a row of logits in one read, its gradient in one read and one write.
+
+A row's softmax is kept as (top, s, u) in powers of two: top its largest logit, d = (x - top) * scale with
+scale = log2(e) / temperature, s = sum of 2^d and u = sum of 2^d * d. So log p = (x - top) / temperature - ln s, and
+the entropy is ln s - ln 2 * u / s. Differences are taken before they are scaled: exact at any temperature.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rethinker_kernels.triton_kernels.tiles import MAX_SPLITS, tiles
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""Below every logit but -inf; finite, so that a lane of banned entries only subtracts finite numbers."""
+
+MAX_SCALE = tl.constexpr(2.0**126)
+"""Stands for an infinite scale (temperature 0): 0 times it is 0, and any real difference times it gives 2^-inf."""
+
+NO_MASS = tl.constexpr(-200.0)
+"""2^-200 is 0 in fp32; a finite exponent in its place keeps 0 * -inf out of the entropy."""
+
+
+@triton.jit
+def at_least_no_mass(d):
+    return tl.maximum(d, NO_MASS, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def row_offset(row, inner, outer_stride, inner_stride):
+    """Where a row of logits [outer, inner, V] starts; rows * V exceeds 2^31, so in 64 bits."""
+    outer = row // inner
+    return outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def inverse_and_scale(temperatures, temperature, row, PER_ROW: tl.constexpr):
+    """1 / T (inf at 0, NaN for a temperature that is not one) and log2(e) / T, bounded."""
+    if PER_ROW:
+        temperature = tl.load(temperatures + row).to(tl.float32)
+    else:
+        temperature = tl.full([], temperature, tl.float32)
+    inverse = tl.where(temperature > 0, 1.0 / temperature, tl.where(temperature == 0, float("inf"), float("nan")))
+    scale = inverse * LOG2E
+    return inverse, tl.where(scale > MAX_SCALE, MAX_SCALE, scale)
+
+
+@triton.jit
+def row_lanes(row, start, end, scale, ENTROPY: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """(top, s, u) of columns [start, end), per lane: one exp per entry, and one per DEPTH entries to rescale."""
+    offsets = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    top = tl.full([LANES], LOWEST, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    u = tl.zeros([LANES], tl.float32)
+    for first in range(start, end, DEPTH * LANES):
+        columns = first + offsets
+        x = tl.load(row + columns, mask=columns < end, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(x, axis=0))
+        d = (x - higher[None, :]) * scale
+        shift = (top - higher) * scale
+        if ENTROPY:
+            d = at_least_no_mass(d)
+            shift = at_least_no_mass(shift)
+        e = tl.exp2(d)
+        keep = tl.exp2(shift)
+        if ENTROPY:
+            u = keep * (u + s * shift) + tl.sum(e * d, axis=0)
+        s = s * keep + tl.sum(e, axis=0)
+        top = higher
+    return top, s, u
+
+
+@triton.jit
+def join(lane_top, lane_s, lane_u, scale):
+    """One (top, s, u) from those of all lanes."""
+    top = tl.max(lane_top, axis=0)
+    shift = at_least_no_mass((lane_top - top) * scale)
+    keep = tl.exp2(shift)
+    return top, tl.sum(lane_s * keep, axis=0), tl.sum(keep * (lane_u + lane_s * shift), axis=0)
+
+
+@triton.jit
+def chosen_logit(row, index, vocabulary):
+    """The logit of `index`, NaN if there is no such column: nothing is read out of bounds."""
+    valid = (index >= 0) & (index < vocabulary)
+    return tl.load(row + index, mask=valid, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def log_prob_and_entropy(x, top, s, u, inverse):
+    below = x - top
+    log_s = tl.log2(s) * LN2
+    logp = tl.where(below == 0.0, 0.0, below * inverse) - log_s
+    # An index out of range has x = NaN, and its row no entropy either.
+    entropy = tl.where(x == x, log_s - LN2 * (u / s), float("nan"))
+    return logp, entropy
+
+
+@triton.jit
+def write_gradient(
+    row, out, start, end, index, top, log2_s, scale, per_logp, per_entropy, entropy,
+    ENTROPY: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """per_logp * d logp / dx + per_entropy * d entropy / dx, times T, for columns [start, end); may overwrite x."""
+    for first in range(start, end, TILE):
+        columns = first + tl.arange(0, TILE)
+        inside = columns < end
+        x = tl.load(row + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        log2_p = (x - top) * scale - log2_s
+        if ENTROPY:
+            log2_p = at_least_no_mass(log2_p)
+            slope = per_logp + per_entropy * (log2_p * LN2 + entropy)
+        else:
+            slope = per_logp
+        gradient = tl.where(columns == index, per_logp, 0.0) - slope * tl.exp2(log2_p)
+        tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def write_zeros(out, start, end, TILE: tl.constexpr):
+    for first in range(start, end, TILE):
+        columns = first + tl.arange(0, TILE)
+        tl.store(out + columns, tl.zeros([TILE], out.dtype.element_ty), mask=columns < end)
+
+
+@triton.jit(do_not_specialize=["inner", "splits", "rows"])
+def forward_kernel(
+    logits, index, temperatures, temperature, logps, entropies, saved, partial,
+    rows, inner, outer_stride, inner_stride, vocabulary, splits, span,
+    PER_ROW: tl.constexpr, ENTROPY: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One program per row, or per `span` columns of a row, whose (top, s, u) then go to `partial` [rows, splits, 3]."""
+    program = tl.program_id(0)
+    row = program // splits
+    part = program - row * splits
+    _, scale = inverse_and_scale(temperatures, temperature, row, PER_ROW)
+    x = logits + row_offset(row, inner, outer_stride, inner_stride)
+    start = part * span
+    end = tl.minimum(start + span, vocabulary)
+    lane_top, lane_s, lane_u = row_lanes(x, start, end, scale, ENTROPY, DEPTH, LANES)
+    top, s, u = join(lane_top, lane_s, lane_u, scale)
+    if SPLIT:
+        tl.store(partial + program * 3, top)
+        tl.store(partial + program * 3 + 1, s)
+        tl.store(partial + program * 3 + 2, u)
+    else:
+        inverse, _ = inverse_and_scale(temperatures, temperature, row, PER_ROW)
+        logp, entropy = log_prob_and_entropy(
+            chosen_logit(x, tl.load(index + row), vocabulary), top, s, u, inverse
+        )
+        tl.store(logps + row, logp)
+        tl.store(saved + row, top)
+        tl.store(saved + rows + row, tl.log2(s))
+        if ENTROPY:
+            tl.store(entropies + row, entropy)
+
+
+@triton.jit(do_not_specialize=["inner", "splits", "rows"])
+def combine_kernel(
+    logits, index, temperatures, temperature, logps, entropies, saved, partial,
+    rows, inner, outer_stride, inner_stride, vocabulary, splits,
+    PER_ROW: tl.constexpr, ENTROPY: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One program per row: its parts' (top, s, u) into one."""
+    row = tl.program_id(0)
+    inverse, scale = inverse_and_scale(temperatures, temperature, row, PER_ROW)
+    parts = tl.arange(0, SPLITS)
+    here = parts < splits
+    place = partial + (row * splits + parts) * 3
+    top, s, u = join(
+        tl.load(place, mask=here, other=LOWEST),
+        tl.load(place + 1, mask=here, other=0.0),
+        tl.load(place + 2, mask=here, other=0.0),
+        scale,
+    )
+    x = logits + row_offset(row, inner, outer_stride, inner_stride)
+    logp, entropy = log_prob_and_entropy(
+        chosen_logit(x, tl.load(index + row), vocabulary), top, s, u, inverse
+    )
+    tl.store(logps + row, logp)
+    tl.store(saved + row, top)
+    tl.store(saved + rows + row, tl.log2(s))
+    if ENTROPY:
+        tl.store(entropies + row, entropy)
+
+
+@triton.jit(do_not_specialize=["inner", "splits", "rows"])
+def backward_kernel(
+    logits, out, index, temperatures, temperature, saved, entropies, grad_logps, grad_entropies,
+    rows, inner, outer_stride, inner_stride, out_stride, vocabulary, splits, span,
+    PER_ROW: tl.constexpr, LOGPS: tl.constexpr, ENTROPY: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One program per `span` columns of a row. Rows without a gradient are written, and not read."""
+    program = tl.program_id(0)
+    row = program // splits
+    start = (program - row * splits) * span
+    end = tl.minimum(start + span, vocabulary)
+    chosen = tl.load(index + row)
+    inverse, scale = inverse_and_scale(temperatures, temperature, row, PER_ROW)
+    per_logp = 0.0
+    if LOGPS:
+        per_logp = tl.load(grad_logps + row).to(tl.float32)
+    per_entropy = 0.0
+    entropy = 0.0
+    if ENTROPY:
+        per_entropy = tl.load(grad_entropies + row).to(tl.float32)
+        entropy = tl.load(entropies + row)
+    place = out + row.to(tl.int64) * out_stride
+    # At temperature 0 (1 / T = inf), or one that is none (NaN), there is no gradient.
+    live = (chosen >= 0) & (chosen < vocabulary) & (inverse < float("inf"))
+    if live & ((per_logp != 0.0) | (per_entropy != 0.0)):
+        x = logits + row_offset(row, inner, outer_stride, inner_stride)
+        top = tl.load(saved + row)
+        log2_s = tl.load(saved + rows + row)
+        write_gradient(
+            x, place, start, end, chosen, top, log2_s, scale, per_logp * inverse, per_entropy * inverse, entropy,
+            ENTROPY, TILE,
+        )  # fmt: skip
+    else:
+        write_zeros(place, start, end, TILE)
+
+
+def rows_of(logits: Tensor) -> tuple[Tensor, int, int, int, int]:
+    """Logits [..., V] as rows: (the tensor, rows, rows of the inner dimension, outer stride, inner stride).
+
+    Up to two leading dimensions keep their strides, as in `logits[:, :-1]`; what strides cannot express is copied.
+    """
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    if logits.dim() == 1:
+        logits = logits.unsqueeze(0)
+    if logits.dim() > 3:
+        logits = logits.flatten(0, -2)
+    if logits.dim() == 2:
+        return logits, logits.shape[0], max(logits.shape[0], 1), 0, logits.stride(0)
+    outer, inner, _ = logits.shape
+    return logits, outer * inner, max(inner, 1), logits.stride(0), logits.stride(1)
+
+
+def forward_rows(
+    logits: Tensor, index: Tensor, temperatures: Tensor | None, temperature: float, return_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs [R], entropies [R] ([0] if not asked for) and what `gradient_rows` needs [2, R], all fp32.
+
+    Args:
+        logits: [..., V] with R rows in all.
+        index: int64, R in all, as are `temperatures`; without them `temperature` is every row's.
+    """
+    logits, rows, inner, outer_stride, inner_stride = rows_of(logits)
+    vocabulary = logits.shape[-1]
+    index = index.reshape(-1).contiguous()
+    temperatures = None if temperatures is None else temperatures.reshape(-1).contiguous()
+    logps = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    entropies = torch.empty(rows if return_entropy else 0, dtype=torch.float32, device=logits.device)
+    saved = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
+    if rows == 0:
+        return logps, entropies, saved
+    tile = tiles(logits.device)
+    splits, span = _split(rows, vocabulary, tile.depth * tile.lanes, tile.programs)
+    partial = torch.empty(rows * splits * 3 if splits > 1 else 0, dtype=torch.float32, device=logits.device)
+    shared = (logits, index, temperatures, temperature, logps, entropies, saved, partial)
+    layout = (rows, inner, outer_stride, inner_stride, vocabulary, splits)
+    options = {"PER_ROW": temperatures is not None, "ENTROPY": return_entropy}
+    forward_kernel[(rows * splits,)](
+        *shared, *layout, span, **options, SPLIT=splits > 1,
+        DEPTH=tile.depth, LANES=tile.lanes, num_warps=tile.row_warps,
+    )  # fmt: skip
+    if splits > 1:
+        combine_kernel[(rows,)](*shared, *layout, **options, SPLITS=MAX_SPLITS, num_warps=1)
+    return logps, entropies, saved
+
+
+def gradient_rows(
+    logits: Tensor,
+    index: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    saved: Tensor,
+    entropies: Tensor | None,
+    grad_logps: Tensor | None,
+    grad_entropies: Tensor | None,
+    *,
+    out: Tensor,
+) -> Tensor:
+    """The gradient of the logits, into `out` [R, V], which may be the logits themselves.
+
+    Args: `saved` and `entropies` are `forward_rows`'s; a gradient that is None is 0.
+    """
+    logits, rows, inner, outer_stride, inner_stride = rows_of(logits)
+    vocabulary = logits.shape[-1]
+    if rows == 0:
+        return out
+    if grad_logps is None and grad_entropies is None:
+        return out.zero_()
+    tile = tiles(logits.device)
+    splits, span = _split(rows, vocabulary, tile.gradient, tile.programs)
+    backward_kernel[(rows * splits,)](
+        logits, out, index.reshape(-1).contiguous(),
+        None if temperatures is None else temperatures.reshape(-1).contiguous(), temperature, saved, entropies,
+        None if grad_logps is None else grad_logps.reshape(-1).contiguous(),
+        None if grad_entropies is None else grad_entropies.reshape(-1).contiguous(),
+        rows, inner, outer_stride, inner_stride, out.stride(-2), vocabulary, splits, span,
+        PER_ROW=temperatures is not None, LOGPS=grad_logps is not None, ENTROPY=grad_entropies is not None,
+        TILE=tile.gradient, num_warps=tile.row_warps,
+    )  # fmt: skip
+    return out
+
+
+def _split(rows: int, vocabulary: int, tile: int, programs: int) -> tuple[int, int]:
+    """Programs per row, and columns per program: whole tiles, more than one program only where rows are few."""
+    wanted = min(MAX_SPLITS, triton.cdiv(programs, rows), triton.cdiv(vocabulary, tile))
+    span = triton.cdiv(triton.cdiv(vocabulary, wanted), tile) * tile
+    return triton.cdiv(vocabulary, span), span

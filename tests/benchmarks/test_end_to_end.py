@@ -1,0 +1,41 @@
+"""The end-to-end benchmark runs both trainers on the same questions, and sums up honestly."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.end_to_end import Step, benchmark_config, measure, summarize, table
+from rethinker.policy.tiny import create_tiny
+
+
+def step(total: float, response_tokens: int = 100, memory: float = 1.0) -> Step:
+    return Step(total / 2, 0.0, total / 4, total / 4, total, 500, response_tokens, 0.5, memory)
+
+
+def test_both_trainers_take_the_same_steps(tmp_path, monkeypatch):
+    """This trainer and TRL's read the same prompts, token for token, and train as many responses of at most 24 tokens."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    config = benchmark_config(queries=4, group_size=2, scratch=str(tmp_path))
+    taken = measure(config, create_tiny(tmp_path / "tiny"), steps=2, trl_micro_batch=4)
+    ours, trl = taken["rethinker"], taken["trl"]
+    assert len(ours) == len(trl) == 2
+    assert [s.prompt_tokens for s in ours] == [s.prompt_tokens for s in trl]
+    for one in (*ours, *trl):
+        assert 8 <= one.response_tokens <= 8 * config.rollout.max_new_tokens
+        phases = one.rollout_s + one.reward_s + one.train_s + one.sync_s
+        assert 0.5 * one.total_s < phases <= one.total_s
+        assert 0.2 < one.peak_memory_gb < 20
+    assert all(s.sync_s > 0 for s in ours)
+
+
+def test_the_ratio_is_of_the_median_steps():
+    """One slow step of either side moves the range, not the ratio."""
+    ours = [step(1.0), step(1.0), step(9.0, memory=3.0)]
+    trl = [step(4.0), step(4.0, response_tokens=200), step(4.0)]
+    summary = summarize({"rethinker": ours, "trl": trl})
+    assert summary["ratio"]["median"] == pytest.approx(4.0)
+    assert summary["ratio"]["min"] == pytest.approx(4 / 9)
+    assert summary["rethinker"]["total_s"] == {"median": 1.0, "min": 1.0, "max": 9.0}
+    assert summary["rethinker"]["peak_memory_gb"] == 3.0
+    assert summary["trl"]["tokens_per_s"] == {"median": 25.0, "min": 25.0, "max": 50.0}
+    assert "4.00 times as long" in table(summary)
