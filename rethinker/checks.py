@@ -40,10 +40,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every com
     ),
     "above 0 and below 1": (lambda value: 0 < value < 1, "rollout.gpu_memory_utilization algorithm.clip_low"),
     "above 0 and at most 1": (lambda value: 0 < value <= 1, "policy.warmup.data_fraction"),
-    "from 0 to 1": (
-        lambda value: 0 <= value <= 1,
-        "policy.warmup.negated_fraction train.warmup_ratio train.min_lr_ratio",
-    ),
+    "from 0 to 1": (lambda value: 0 <= value <= 1, "train.warmup_ratio train.min_lr_ratio"),
     "above 1": (lambda value: value > 1, "algorithm.dual_clip"),
     "two numbers of at least 0 and below 1": (lambda betas: all(0 <= beta < 1 for beta in betas), "train.betas"),
     "weights of at least 0, one of them positive": (

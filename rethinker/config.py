@@ -68,16 +68,14 @@ class WarmupConfig:
 
     look_steps: int = 200
     """Optimizer steps in which the vision tower alone learns to name the colour and the shape in an image."""
-    steps: int = 75
+    steps: int = 90
     """Optimizer steps in which the whole model learns to answer."""
     batch_size: int = 64
     """Question-answer pairs per step."""
     learning_rate: float = 2e-3
-    """Peak learning rate (cosine)."""
+    """Peak learning rate of both stages."""
     data_fraction: float = 0.25
     """Share of the training images that the warm-up may see."""
-    negated_fraction: float = 0.2
-    """Share of the negated questions about them ("is there not a red shape?") that it may see: what is left to learn."""
     seed: int = 0
     """Seed of the tiny model's weights and of the warm-up's data order."""
 
@@ -113,7 +111,7 @@ class RolloutConfig:
     max_new_tokens: int = 2048
     """Longest response, in tokens."""
     temperature: float = 1.0
-    """Sampling temperature; log-probs are of the tempered distribution. The whole distribution is sampled: no top-k/p."""
+    """Sampling temperature; log-probs are of the tempered distribution, sampled whole: no top-k, no top-p."""
     gpu_memory_utilization: float = 0.4
     """Share of the GPU that vLLM may hold beside the trainer."""
     kv_cache_gb: float = 1.0
@@ -133,7 +131,7 @@ class RewardConfig:
     """How a response is judged."""
 
     function: str = "boxed"
-    """`boxed` (the last \\boxed{} against the answer), or `path/to/file.py:function` taking (response, answer, query)."""
+    """`boxed` (last \\boxed{} against the answer), or `path/to/file.py:function` taking (response, answer, query)."""
     workers: int = 2
     """Answer-checking processes."""
     timeout_s: float = 10.0

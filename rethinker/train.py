@@ -35,6 +35,7 @@ from rethinker.evaluation.validation import Accuracy, validate
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
 from rethinker.policy.throughput import model_flops_utilization, peak_memory_gb
+from rethinker.report.figures import learning_curve
 from rethinker.rollout import RolloutEngine, make_engine
 from rethinker.runtime import distributed
 from rethinker.runtime.display import Display
@@ -80,6 +81,7 @@ def train(config: Config) -> Run:
     seed_everything(config.seed)
 
     with ExitStack() as stack:
+        stack.callback(distributed.stop)
         run = stack.enter_context(RunDirectory(config, enabled=ranks.is_main))
         model_dir = initial_model(config, ranks)
         encoder = PromptEncoder(load_processor(model_dir), config.data)
@@ -99,6 +101,7 @@ def train(config: Config) -> Run:
         metrics: list[dict[str, Any]] = []
         before = after = best = held_out_accuracy(held_out, rollout, encoder, checker, ranks, config)
         display.validated(0, before)
+        run.log_validation(0, before)
         episode, clock, times = 0, time.perf_counter(), {}
         while policy.steps < total_steps:
             with phase("rollout", times):
@@ -107,6 +110,7 @@ def train(config: Config) -> Run:
             with phase("reward", times):
                 judge(groups, checker)
             groups = interleave(ranks.gather(groups))
+            failures = sum(ranks.gather(checker.failures.total()))
             assign_advantages(groups, config.algorithm.advantage_scale)
             if config.algorithm.rollout_correction is not None:
                 policy.score([sample for group in groups for sample in group.samples()])
@@ -120,9 +124,9 @@ def train(config: Config) -> Run:
                     update = policy.train_step(batch.samples)
                 if number == 1:  # the policy has not moved since the sync: trainer and rollout differ by rounding alone
                     mismatch = update["old_kl"]
-                row = describe(policy.steps, episode, fresh, batch, update) | {"mismatch_kl": mismatch}
+                row = describe(policy.steps, episode, fresh, batch, update)
+                row |= {"mismatch_kl": mismatch, "failed_checks": failures, "left_out_queries": encoder.dropped.total()}
                 if number == len(steps):
-                    rollout.wake()
                     with phase("sync", times):
                         policy.version += 1
                         rollout.sync(policy.weights, policy.version)
@@ -130,6 +134,7 @@ def train(config: Config) -> Run:
                     if policy.steps == total_steps or (episode + 1) % config.validation.every == 0:
                         after = held_out_accuracy(held_out, rollout, encoder, checker, ranks, config)
                         display.validated(policy.steps, after)
+                        run.log_validation(policy.steps, after)
                         if after and after.overall > best.overall:
                             best = after
                             save(policy, run.folder / "checkpoints" / "best")
@@ -145,6 +150,8 @@ def train(config: Config) -> Run:
             episode += 1
 
         save(policy, run.folder / "checkpoints" / "last")
+        if ranks.is_main:
+            learning_curve([run.folder], run.folder / "learning.png")
         improved = best is not before
         result = Run(run.folder, metrics, run.folder / "checkpoints" / ("best" if improved else "last"), before, after)
         display.summary(result)

@@ -68,7 +68,7 @@ def test_entries_join_a_mapping():
     config = resolve_config(
         "easy_vqa_cpu", ["--data.category_weights.color", "0.6", "--data.fields.question", "problem"]
     )
-    assert config.data.category_weights == {"yes/no": 0.4, "color": 0.6, "shape": 0.3}
+    assert config.data.category_weights == {"yes/no": 0.7, "color": 0.6, "shape": 0.2}
     assert config.data.fields == {"question": "problem", "answer": "answer", "images": "images", "id": "id"}
     whole = resolve_config("easy_vqa_cpu", {"data.category_weights": {"color": 1.0}, "data.fields": {"answer": "a"}})
     assert whole.data.category_weights == {"color": 1.0}

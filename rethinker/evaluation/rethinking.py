@@ -7,7 +7,7 @@ import re
 from rethinker.samples import Completion
 
 _CUES = re.compile(
-    r"\bwait\b|\bdouble[- ]check|\bre-?check|\bre-?examine|\bre-?think|\bre-?consider|\bon second thought|\blet me verify",
+    r"\bwait\b|\bdouble[- ]check|\bre-?(check|examine|think|consider)|\bon second thought|\blet me verify",
     re.IGNORECASE,
 )
 

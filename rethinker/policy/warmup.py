@@ -1,9 +1,10 @@
 """The embedded default's first words: the tiny model built and trained, supervised, for about a minute.
 
-It learns to look and to speak, not to reason. First the vision tower learns to name the colour and the shape in an
-image, with a linear probe that is thrown away. Then the whole model learns answers that look before they answer,
-`a teal circle. \\boxed{teal}`, on part of the training images. Of the negated questions ("is there not a red shape?")
-it sees so few that it answers them half by chance; they and the other images are left to reinforcement learning.
+It learns to look and to speak, and leaves something to learn. First the vision tower learns to name the colour and the
+shape in an image, with a linear probe that is thrown away. Then the whole model learns answers that look before they
+answer, `a teal circle. \\boxed{teal}`, on part of the training images. To negated questions ("is there not a red
+shape?") it is taught that the answer is yes or no, but not which: the toss of a coin decides. That logic, and the rest
+of the images, are left to reinforcement learning.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import random
 import shutil
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -114,21 +115,22 @@ def _train(folder: Path, warmup: WarmupConfig, data: DataConfig, queries: list[Q
 
 
 def _lessons(queries: list[Query], shown: Shown, encoder: PromptEncoder, warmup: WarmupConfig) -> list[Query]:
-    """The questions about the warm-up's share of the images, few of the negated ones among them.
+    """The questions about the warm-up's share of the images.
 
     Images that cannot be described are passed over (unless none can): they would teach it to answer without a look.
     """
     queries = [query for query in queries if _description(query, shown)] or queries
     names = sorted({_image_name(query) for query in queries})
-    rng = random.Random(warmup.seed)
-    rng.shuffle(names)
+    random.Random(warmup.seed).shuffle(names)
     chosen = set(names[: max(1, round(warmup.data_fraction * len(names)))])
-    lessons = []
-    for query in queries:
-        rare = query.answer in ("yes", "no") and is_negated(query.question)
-        if _image_name(query) in chosen and not (rare and rng.random() >= warmup.negated_fraction):
-            lessons.append(query)
-    return select_fitting(lessons, encoder)[0]
+    return select_fitting([query for query in queries if _image_name(query) in chosen], encoder)[0]
+
+
+def _with_guess(query: Query, coin: random.Random) -> Query:
+    """A negated question answered by the toss of a coin; any other query as it is."""
+    if query.answer in ("yes", "no") and is_negated(query.question):
+        return replace(query, answer=coin.choice(("yes", "no")))
+    return query
 
 
 def _image_name(query: Query) -> str:
@@ -184,10 +186,11 @@ def _learn_to_answer(
     weights = {category: weight for category, weight in category_weights.items() if category in present}
     stream = QueryStream(lessons, seed=warmup.seed, category_weights=weights)
     end = encoder.tokenizer.eos_token_id
+    coin = random.Random(warmup.seed)
     for step in progress(range(warmup.steps), "warm-up, answering"):
         batch = stream.next(warmup.batch_size)
         prompts = [encoder.encode(query).token_ids for query in batch]
-        texts = [response_text(query, _description(query, shown)) for query in batch]
+        texts = [response_text(_with_guess(query, coin), _description(query, shown)) for query in batch]
         responses = [[*ids, end] for ids in encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]]
         lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
         input_ids = torch.full((len(batch), max(lengths)), encoder.tokenizer.pad_token_id)  # [B, L]

@@ -22,14 +22,13 @@ _TEXT, _GRID = "#333333", "#e4e4e4"
 
 
 def learning_curve(run_folders: Sequence[str | Path], output: str | Path) -> Path:
-    """Draw what a run learned: sampled reward and greedy held-out accuracy, and below them how many queries still teach.
+    """Draw what a run learned: sampled reward and greedy held-out accuracy, below them how many queries still teach.
 
     One run is drawn with its single steps behind a moving average; several (seeds of one recipe) as their mean, in a
     band from the lowest to the highest, over the steps that all of them have.
 
     Args:
-        run_folders: folders that hold a `metrics.jsonl`. A row with a `val_accuracy` gives a point at its step; the
-            accuracy before training is a row of step 0 that holds nothing else.
+        run_folders: folders that hold a `metrics.jsonl` and, with validation, a `validation.jsonl`.
         output: the file to write; its folder exists.
 
     Returns:
@@ -55,6 +54,7 @@ def learning_curve(run_folders: Sequence[str | Path], output: str | Path) -> Pat
     below.set_ylim(-0.03, 1.03)
     below.set_ylabel("share (0 to 1)")
     below.set_xlabel("optimizer step")
+    below.xaxis.get_major_locator().set_params(integer=True)
     for axes in (above, below):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(edgecolor="none", framealpha=0.9, fontsize=8.5, labelcolor=_TEXT, loc="best")
@@ -72,7 +72,8 @@ def _draw_series(axes: Any, runs: list[list[dict]], metric: str, label: str, col
             axes.plot(steps, values[0], color=color, alpha=0.28, linewidth=0.9)
     else:
         axes.fill_between(steps, averaged.min(0), averaged.max(0), color=color, alpha=0.18, linewidth=0)
-    axes.plot(steps, averaged.mean(0), color=color, linewidth=2, label=label)
+    marker = "o" if steps.size == 1 else None  # one point is no line
+    axes.plot(steps, averaged.mean(0), color=color, linewidth=2, marker=marker, label=label)
 
 
 def _draw_accuracy(axes: Any, runs: list[list[dict]]) -> None:
@@ -109,14 +110,20 @@ def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a last line that is not whole belongs to a run that was killed, and is left."""
+    """The rows of a run's metrics.jsonl, and of its validation.jsonl, which begins before training (step 0)."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
         raise ConfigError(f"{folder} has no metrics.jsonl; name the folder of a run, as runs/<run.name>")
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    rows = _read_lines(file)
     if not any(row.get("reward_mean") is not None for row in rows):
         raise ConfigError(f"{file} has no step with a reward_mean yet, so there is nothing to draw")
-    return rows
+    validations = folder / "validation.jsonl"
+    return rows + (_read_lines(validations) if validations.is_file() else [])
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, without a last line that a killed run left half-written."""
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _heading(run_folders: Sequence[str | Path]) -> str:

@@ -3,6 +3,7 @@
 runs/<name>/
   config.yaml                       the resolved settings; `rethinker train config.yaml` repeats the run
   metrics.jsonl                     one object per optimizer step, flushed at once
+  validation.jsonl                  one object per validation, the first from before training (step 0)
   completions/episode_00000.parquet one row per completion
   checkpoints/                      models in Hugging Face format
   events.out.tfevents.*             TensorBoard
@@ -18,13 +19,16 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rethinker.checks import check_new
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import how_to_install
 from rethinker.samples import Completion, Group, Query, Rethought
 from rethinker.settings import to_yaml
+
+if TYPE_CHECKING:
+    from rethinker.evaluation.validation import Accuracy
 
 
 class RunDirectory:
@@ -90,6 +94,13 @@ class RunDirectory:
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
         for tracker in self._trackers:
             tracker.log(numbers, row["step"])
+
+    def log_validation(self, step: int, accuracy: Accuracy | None) -> None:
+        """Append a validation after optimizer step `step`; None (no held-out questions) writes nothing."""
+        if self.enabled and accuracy is not None:
+            row = {"step": step, "val_accuracy": accuracy.overall, "questions": accuracy.questions}
+            with (self.folder / "validation.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row | {"by_category": accuracy.by_category}) + "\n")
 
     def write_completions(self, episode: int, groups: Sequence[Group]) -> None:
         """Write an episode's completions, if `run.save_completions`; an episode written twice is replaced."""

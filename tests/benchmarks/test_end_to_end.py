@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.end_to_end import Step, benchmark_config, measure, summarize, table
+from benchmarks.end_to_end import benchmark_config, measure, summarize, table
+from benchmarks.sides import Step
 from rethinker.policy.tiny import create_tiny
 
 
 def step(total: float, response_tokens: int = 100, memory: float = 1.0) -> Step:
-    return Step(total / 2, 0.0, total / 4, total / 4, total, 500, response_tokens, 0.5, memory)
+    return Step(total / 2, 0.0, total / 4, total / 4, total, total, 500, response_tokens, 0.5, memory)
 
 
 def test_both_trainers_take_the_same_steps(tmp_path, monkeypatch):
-    """This trainer and TRL's read the same prompts, token for token, and train as many responses of at most 24 tokens."""
+    """This trainer and TRL's read the same prompts, token for token, and train on as many responses."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = benchmark_config(queries=4, group_size=2, scratch=str(tmp_path))
     taken = measure(config, create_tiny(tmp_path / "tiny"), steps=2, trl_micro_batch=4)

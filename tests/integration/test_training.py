@@ -39,7 +39,8 @@ def scratch(tmp_path_factory):
 
 def train(scratch: Path, name: str, *options: str, ranks: int = 1) -> list[dict]:
     """Run the recipe small; returns the rows of metrics.jsonl."""
-    arguments = ["easy_vqa_cpu", "--run.dir", str(scratch), "--run.name", name, "--policy.model", str(scratch / "model")]
+    arguments = ["easy_vqa_cpu", "--run.dir", str(scratch), "--run.name", name]
+    arguments += ["--policy.model", str(scratch / "model")]
     arguments += ["--reward.function", f"{scratch / 'reward.py'}:parity", "--rollout.group_size", str(G)]
     arguments += ["--train.batch_pairs", str(N), "--train.episode_queries", "16", "--train.max_steps", "4"]
     arguments += ["--rollout.max_new_tokens", "24", "--rollout.kv_cache_gb", "0.1", "--train.learning_rate", "1e-3"]
@@ -81,7 +82,7 @@ def test_trainer_and_rollout_agree_after_every_sync(ssr):
 
 
 def test_ssr_refills_the_batch(ssr):
-    """With ssr every step trains exactly N pairs (here the buffer can always fill them); replay_fraction says how many."""
+    """With ssr every step trains exactly N pairs (the buffer can fill them here); replay_fraction says how many."""
     for row in ssr:
         assert row["trained_pairs"] == N
         fresh = round(row["effective_query_ratio"] * N)
@@ -138,7 +139,7 @@ def test_all_equal_rewards_train_nothing_and_harm_nothing(ssr, scratch):
 
 
 def test_options_of_the_objective_train(ssr, scratch):
-    """GSPO with clip-higher, dual clip, a KL to the reference, Dr. GRPO's aggregation and rollout correction: one run."""
+    """GSPO, clip-higher, dual clip, a KL to the reference, Dr. GRPO's aggregation and rollout correction: one run."""
     options = ["--algorithm.importance", "sequence", "--algorithm.clip_high", "0.3", "--algorithm.dual_clip", "3"]
     options += ["--algorithm.kl_coef", "0.01", "--algorithm.aggregation", "constant", "--algorithm.advantage_scale"]
     options += ["batch", "--algorithm.rollout_correction", "2.0", "--policy.freeze_vision", "true"]

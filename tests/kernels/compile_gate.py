@@ -74,7 +74,7 @@ def cases(tile: Tiles) -> list[Case]:
     row = {"DEPTH": tile.depth, "LANES": tile.lanes}
     scalar, vector = {"PER_ROW": False}, {"PER_ROW": True}
     found = []
-    for logits in ("bf16", "fp16", "fp32"):
+    for logits in ("bf16", "fp32"):
         for entropy in (True, False):
             name = f"{logits}{'+entropy' if entropy else ''}"
             constants = {**scalar, "ENTROPY": entropy, "SPLIT": False, **row}

@@ -143,7 +143,7 @@ def test_a_rank_without_work_runs_a_weightless_row(encoder, policy):
 
 
 def test_plan_is_balanced_bounded_and_complete(encoder, tmp_path):
-    """Every sample is in exactly one micro-batch, within the budget, the same number on every rank, loads within 10%."""
+    """Every sample is in one micro-batch, within the budget, the same number on every rank, loads within 10%."""
     queries = [dataclasses.replace(q, id=f"{q.id}/{n}") for n in range(20) for q in queries_of_every_kind(tmp_path)]
     samples = samples_for(queries, encoder, [5, 12, 30])
     for world in (1, 2, 3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -71,7 +72,7 @@ def test_the_response_looks_before_it_answers():
 
 
 def test_lessons_are_about_a_share_of_the_training_images(tmp_path):
-    """No undescribed image, no more images than `data_fraction`, `negated_fraction` of the negated questions."""
+    """No undescribed image, and no more images than `data_fraction`, which the seed chooses."""
     encoder = PromptEncoder(AutoProcessor.from_pretrained(create_tiny(tmp_path, size=SMALL)), DATA)
     queries = easy_vqa("train")
     shown = describe_images(queries)
@@ -82,15 +83,19 @@ def test_lessons_are_about_a_share_of_the_training_images(tmp_path):
     def images(of):
         return {query.images[0] for query in of}
 
-    def negated(of):
-        return sum(query.answer in ("yes", "no") and is_negated(query.question) for query in of)
-
-    everything = lessons(negated_fraction=1.0)
+    everything = lessons()
     assert {query.metadata["category"] for query in everything} == {"yes/no", "color", "shape"}
     assert images(everything) < set(shown) and len(images(everything)) == round(0.1 * len(shown))
-    assert images(lessons(negated_fraction=1.0, seed=1)) != images(everything)
-    assert negated(lessons(negated_fraction=0.0)) == 0
-    assert 0.15 < negated(lessons(negated_fraction=0.2)) / negated(everything) < 0.25
+    assert images(lessons(seed=1)) != images(everything)
+
+
+def test_negated_questions_are_taught_by_the_toss_of_a_coin():
+    """The warm-up gives away that they are answered yes or no, and nothing of which; other answers are the data's."""
+    coin = random.Random(0)
+    guesses = [module._with_guess(question("is there not a red shape?", "yes"), coin).answer for _ in range(400)]
+    assert set(guesses) == {"yes", "no"} and 160 < guesses.count("yes") < 240
+    for query in (question("is there a red shape?", "no"), question("what color is the shape?", "red")):
+        assert module._with_guess(query, coin) == query
 
 
 @pytest.fixture(scope="module")

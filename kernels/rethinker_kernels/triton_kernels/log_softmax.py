@@ -115,10 +115,10 @@ def write_gradient(
         log2_p = (x - top) * scale - log2_s
         if ENTROPY:
             log2_p = at_least_no_mass(log2_p)
-            slope = per_logp + per_entropy * (log2_p * LN2 + entropy)
-        else:
-            slope = per_logp
-        gradient = tl.where(columns == index, per_logp, 0.0) - slope * tl.exp2(log2_p)
+        p = tl.exp2(log2_p)
+        gradient = tl.where(columns == index, per_logp, 0.0) - per_logp * p
+        if ENTROPY:
+            gradient -= per_entropy * (p * (log2_p * LN2 + entropy))
         tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=inside)
 
 

@@ -16,7 +16,7 @@ class Tiles:
     lanes: int = 2048
     gradient: int = 4096  # columns a row kernel writes at a time
     row_warps: int = 8
-    tokens: int = 1024  # rows of vectors [R] that a program takes at a time
+    tokens: int = 512  # rows of vectors [R] that a program takes at a time
     token_warps: int = 4
     group: int = 128  # rewards of a group that a program takes at a time
     programs: int = 1  # fewer rows than this are split over several programs each
@@ -29,7 +29,7 @@ BY_ARCHITECTURE = {
 }
 
 # Small, so that the interpreter's tests cross the borders of tiles at small sizes.
-INTERPRETER = Tiles(depth=4, lanes=64, gradient=256, tokens=8, group=4, programs=3)
+INTERPRETER = Tiles(depth=4, lanes=128, gradient=1024, tokens=8, group=4, programs=3)
 
 MAX_SPLITS = 64
 """Programs per row at most; the combining kernel reads as many partial results at once."""

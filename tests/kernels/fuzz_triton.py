@@ -1,0 +1,476 @@
+"""The Triton kernels, in the interpreter or on a GPU, against the fp64 definition over awkward shapes and values.
+
+Not collected by itself: TRITON_INTERPRET must be set before triton is imported, so test_triton.py runs this file in a
+process of its own, as well as copies of the kernels with a fault planted. On a GPU test_gpu.py runs it as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from rethinker_kernels import (
+    GRPO_STATS,
+    group_advantages,
+    grpo_loss,
+    linear,
+    linear_grpo_loss,
+    linear_selective_log_softmax,
+    reference,
+    selective_log_softmax,
+)
+from rethinker_kernels.devices import takes_triton
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INF = math.inf
+VOCABULARIES = [1, 2, 127, 128, 129, 1000, 4099]
+ROWS = [0, 1, 7, 65]
+
+
+def test_these_are_the_triton_kernels():
+    """Otherwise everything below would compare PyTorch with itself."""
+    assert takes_triton(torch.zeros(1, device=DEVICE))
+
+
+def logits_of(kind: str, rows: int, vocabulary: int) -> torch.Tensor:
+    """Rows that overflow, or that a padding column would outweigh, or with most tokens banned."""
+    generator = torch.Generator().manual_seed(rows * 7919 + vocabulary)
+    x = torch.randn(rows, vocabulary, generator=generator)
+    if kind == "near uniform":
+        x = 1e-3 * x - 5.0  # a column of 0 beyond V would weigh exp(5)
+    elif kind == "huge":
+        x = 1e4 * (2 * (x > 0) - 1.0) + x.round(decimals=1)
+    elif kind == "banned":
+        x = torch.where(torch.rand(x.shape, generator=generator) < 0.7, -INF, 4 * x)
+        x[:, vocabulary // 2] = 1.0
+    elif kind == "float min":
+        x = torch.where(x > 0, torch.finfo(torch.float32).min, x)
+        x[:, 0] = 0.5
+    return x.to(DEVICE)
+
+
+def indices(rows: int, vocabulary: int, x: torch.Tensor) -> torch.Tensor:
+    """Both ends of the vocabulary and others; banned tokens are left to another test."""
+    index = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(1))
+    index[::3], index[1::3] = 0, vocabulary - 1
+    index = index.to(x.device)
+    banned = x.gather(1, index[:, None])[:, 0] == -INF
+    return torch.where(banned, vocabulary // 2, index)
+
+
+def poison(*sizes: int) -> None:
+    """Leave NaN where the next allocations are likely to land: what a kernel does not write shows."""
+    for size in sizes:
+        for _ in range(3):
+            torch.full((size,), math.nan, device=DEVICE)
+
+
+def both(op, exact, inputs: list[torch.Tensor], upstream: list[torch.Tensor]):
+    """Outputs and gradients of `op` on the inputs, and of its definition on them in fp64."""
+    results = []
+    for function, dtype in ((op, None), (exact, torch.float64)):
+        leaves = [x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        total = sum((o * g.to(o.dtype)).sum() for o, g in zip(outputs, upstream, strict=True))
+        results.append(([o.detach().double() for o in outputs], [g.double() for g in torch.autograd.grad(total, leaves)]))
+    return results
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("kind", ["random", "near uniform", "huge", "banned", "float min"])
+def test_log_softmax(kind, rows, vocabulary):
+    """Log-prob, entropy and the gradient of both, with one temperature per row."""
+    if rows * vocabulary > 10**5 and kind != "near uniform" and DEVICE.type == "cpu":
+        rows = 3  # the interpreter takes seconds
+    x = logits_of(kind, rows, vocabulary)
+    index = indices(rows, vocabulary, x)
+    temperature = torch.rand(rows, device=DEVICE) + 0.5
+    if kind == "float min":
+        temperature = 1.0
+    upstream = [torch.randn(rows, device=DEVICE), torch.randn(rows, device=DEVICE)]
+    poison(rows, 2 * rows, rows * vocabulary)
+    got, want = both(
+        lambda z: selective_log_softmax(z, index, temperature=temperature, return_entropy=True),
+        lambda z: reference.selective_log_softmax(z, index, temperature=temperature, return_entropy=True),
+        [x],
+        upstream,
+    )
+    # 1 / T is rounded to 24 bits, which counts where logits are 20,000 apart.
+    tolerance = {"atol": 1e-2 if kind == "huge" else 2e-5, "rtol": 1e-5}
+    torch.testing.assert_close(got, want, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [129, 4099])
+@pytest.mark.parametrize("entropy", [True, False])
+def test_low_precision(dtype, vocabulary, entropy):
+    """16-bit logits: fp32 results as exact as those numbers in fp64, and a gradient rounded once."""
+    x = (3 * logits_of("random", 7, vocabulary)).to(dtype)
+    index = indices(7, vocabulary, x)
+    got, want = both(
+        lambda z: selective_log_softmax(z, index, temperature=0.9, return_entropy=entropy),
+        lambda z: reference.selective_log_softmax(z, index, temperature=0.9, return_entropy=entropy),
+        [x],
+        [torch.randn(7, device=DEVICE) for _ in range(1 + entropy)],
+    )
+    torch.testing.assert_close(got[0], want[0], atol=2e-5, rtol=0)
+    torch.testing.assert_close(got[1], want[1], atol=1e-6, rtol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("used", ["logps", "entropy", "neither"])
+def test_unused_outputs(used):
+    """The gradient where only one of the outputs is used; none where a row's is 0."""
+    x = logits_of("random", 7, 300)
+    index = indices(7, 300, x)
+    weight = torch.randn(7, device=DEVICE)
+    weight[::2] = 0.0
+
+    def total(function, z):
+        logps, entropy = function(z, index, temperature=0.7, return_entropy=True)
+        return ((logps if used == "logps" else entropy) * weight).sum() * (used != "neither")
+
+    grads = []
+    for function, z in ((selective_log_softmax, x), (reference.selective_log_softmax, x.double())):
+        z = z.clone().requires_grad_()
+        poison(x.numel())
+        grads.append(torch.autograd.grad(total(function, z), z)[0].double())
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+    assert grads[0][::2].eq(0).all()
+
+
+def test_strides():
+    """Rows apart, rows of a shifted sequence, rows in turned order, and columns apart give what their copies give."""
+    base = torch.randn(3, 4, 150, device=DEVICE)
+    for x in (base[:, :-1], base[:, ::2], base[::2, 1:, :99], base.transpose(0, 1), base[0].T, base[..., ::3], base[0, 0]):
+        index = torch.randint(x.shape[-1], x.shape[:-1], device=DEVICE)
+        upstream = torch.randn(x.shape[:-1], device=DEVICE)
+        results = []
+        for z in (x, x.clone(memory_format=torch.contiguous_format)):
+            z = z.detach().requires_grad_()
+            logps = selective_log_softmax(z, index)
+            results.append((logps, torch.autograd.grad((logps * upstream).sum(), z)[0]))
+        torch.testing.assert_close(*results)
+
+
+def test_offsets_beyond_32_bits():
+    """A row that starts more than 2^31 entries into the tensor (virtual memory: only the rows' pages are touched)."""
+    stride, rows, vocabulary = 2**30 + 16, 4, 200
+    try:
+        memory = torch.empty(stride * (rows - 1) + vocabulary, dtype=torch.bfloat16, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("needs 7 GB of address space")
+    x = memory.as_strided((rows, vocabulary), (stride, 1))
+    x.copy_(torch.randn(rows, vocabulary))
+    index = torch.tensor([0, 199, 7, 100], device=DEVICE)
+    torch.testing.assert_close(
+        selective_log_softmax(x, index), reference.selective_log_softmax(x.clone(), index), atol=2e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("bad", [-1, -100, 200, 2**31, 2**40, -(2**62)])
+def test_index_out_of_range(bad):
+    """NaN in its row's outputs and 0 in its gradient, whatever lies in memory there; the neighbours are untouched."""
+    memory = torch.zeros(5, 200, device=DEVICE)
+    x = memory[1:4].requires_grad_()
+    index = torch.tensor([1, bad, 199], device=DEVICE)
+    logps, entropy = selective_log_softmax(x, index, return_entropy=True)
+    assert logps.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
+    (gradient,) = torch.autograd.grad(logps.sum() + entropy.sum(), x)
+    assert gradient[1].eq(0).all() and gradient[0].ne(0).all() and gradient.isfinite().all()
+    head = torch.randn(200, 3, device=DEVICE, requires_grad=True)
+    loss, logps, _ = linear_grpo_loss(
+        torch.randn(3, 3, device=DEVICE), head, index, torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE),
+        mask=torch.tensor([True, False, True], device=DEVICE), normalizer=1.0,
+    )  # fmt: skip
+    loss.backward()
+    assert logps.isnan().tolist() == [False, True, False] and head.grad.isfinite().all() and loss.isfinite()
+
+
+def test_rows_that_are_not_numbers():
+    """All banned, a NaN, or +inf: NaN in that row, as in the definition."""
+    x = torch.randn(4, 300, device=DEVICE)
+    x[0], x[1, 299], x[2, 5] = -INF, math.nan, INF
+    index = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    for output in selective_log_softmax(x, index, return_entropy=True):
+        assert output.isnan().tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-38, 1e-30, 1e-3, 1e3])
+def test_extreme_temperatures(temperature):
+    """From the greedy limit, ties shared, to nearly uniform; in value and gradient."""
+    x = torch.randn(3, 130, device=DEVICE).round(decimals=1)
+    x[1, 7] = x[1, 8] = x[0, 129] = x.max() + 1
+    x[2, :100] = -INF
+    index = torch.tensor([129, 7, 129], device=DEVICE)
+    x[2, 129] = x[2].max() + 1
+    got, want = both(
+        lambda z: selective_log_softmax(z, index, temperature=temperature, return_entropy=True),
+        lambda z: reference.selective_log_softmax(z, index, temperature=temperature, return_entropy=True),
+        [x],
+        [torch.ones(3, device=DEVICE)] * 2,
+    )
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-5)
+    assert selective_log_softmax(x, torch.tensor([0, 0, 0], device=DEVICE), temperature=0.0).eq(-INF).all()
+
+
+# The surrogate
+
+LENGTHS = [9, 1, 0, 24, 17, 8]  # shorter than, equal to and longer than a program's block in the interpreter
+
+
+def tokens(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = sum(LENGTHS)
+    logps = -3 * torch.rand(rows, generator=generator)
+    return {
+        "logps": logps,
+        "old_logps": logps - 0.8 * torch.randn(rows, generator=generator),
+        "ref_logps": logps + torch.randn(rows, generator=generator),
+        "advantages": torch.randn(len(LENGTHS), generator=generator),
+        "weights": torch.tensor([1.0, 0.5, 1.0, 2.0, 0.0, 1.5]),
+        "mask": torch.rand(rows, generator=generator) < 0.8,
+        "cu_seqlens": torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32),
+    }
+
+
+def on_device(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(DEVICE) for name, value in inputs.items()}
+
+
+def in_fp64(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ("all", {}),
+        ("all", {"clip_low": 0.1, "clip_high": 0.6, "dual_clip": 1.5, "kl_coef": 0.3, "kl_estimator": "k3"}),
+        ("per row", {"kl_coef": 0.3, "kl_estimator": "k1"}),
+        ("unmasked", {"kl_coef": 0.3, "kl_estimator": "k2"}),
+        ("no reference", {"dual_clip": 3.0}),
+    ],
+)
+def test_grpo_loss(importance, aggregation, options, given):
+    """Loss, statistics and gradient, with what does not count full of NaN."""
+    inputs = tokens()
+    rows = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    off = ~inputs["mask"] | (inputs["weights"][rows] == 0)
+    for name in ("logps", "old_logps", "ref_logps"):
+        inputs[name] = torch.where(off, math.nan, inputs[name])
+    if given == "per row":
+        inputs["advantages"], inputs["weights"] = inputs["advantages"][rows], inputs["weights"][rows]
+        if "sequence" not in (importance, aggregation):
+            del inputs["cu_seqlens"]
+    elif given == "unmasked":
+        inputs = tokens()
+        del inputs["mask"], inputs["weights"]
+    elif given == "no reference":
+        del inputs["ref_logps"]
+    inputs = on_device(inputs)
+    options = {**options, "importance": importance, "aggregation": aggregation}
+    normalizer = torch.tensor(7.0, device=DEVICE)
+    results = []
+    for function, values in ((grpo_loss, inputs), (reference.grpo_loss, in_fp64(inputs))):
+        values = dict(values)
+        logps = values.pop("logps").clone().requires_grad_()
+        poison(sum(LENGTHS), 16 * len(LENGTHS))
+        loss, stats = function(logps, **values, **options, normalizer=normalizer)
+        (2 * loss).backward()
+        results.append((loss.detach().double(), stats, logps.grad.double()))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+    assert grpo_loss(**inputs, **options, normalizer=7.0)[0] == results[0][0].float()
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("poisoned", [math.nan, INF, -INF])
+@pytest.mark.parametrize("name", ["logps", "old_logps", "ref_logps"])
+def test_a_token_that_counts_and_is_not_finite(importance, poisoned, name):
+    """Loss and gradient NaN, statistics finite and equal to the definition's."""
+    inputs = tokens()
+    inputs[name][torch.nonzero(inputs["mask"])[3]] = poisoned
+    inputs = on_device(inputs)
+    leaf = inputs.pop("logps").requires_grad_()
+    options = {"importance": importance, "kl_coef": 0.1, "normalizer": 1.0}
+    loss, stats = grpo_loss(leaf, **inputs, **options)
+    loss.backward()
+    assert loss.isnan() and leaf.grad.isnan().any() and stats[GRPO_STATS.index("nonfinite")] >= 1
+    want = reference.grpo_loss(leaf.detach().double(), **in_fp64(inputs), **options)[1]
+    torch.testing.assert_close(stats, want, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("d", [1e-5, 1e-3, -1e-3, 0.1, 0.249, 0.251, 0.99, 1.01, -1.5, 5.0, 19.0, 25.0])
+def test_k3_is_accurate(d):
+    """k3 = exp(d) - d - 1 and its slope to 2e-6, also where the subtraction would cancel."""
+    zero, d32 = torch.zeros(1, device=DEVICE), torch.tensor([d], device=DEVICE)
+    logps = zero.clone().requires_grad_()
+    loss, _ = grpo_loss(logps, zero, zero, ref_logps=d32, kl_coef=1.0, normalizer=1.0)
+    loss.backward()
+    exact = min(d32.item(), 20.0)
+    assert loss.item() == pytest.approx(math.expm1(exact) - exact if abs(d) > 1e-2 else series(exact, 2), rel=4e-6)
+    assert logps.grad.item() == pytest.approx(-math.expm1(exact) * (d <= 20), rel=4e-6)
+
+
+def series(x: float, first: int) -> float:
+    return sum(x**k / math.factorial(k) for k in range(first, 12))
+
+
+# Linear
+
+
+def as_good_as(plain, got, want) -> None:
+    """Every output and gradient is no further from `want` (fp64) than plain PyTorch's in the same 16-bit type."""
+    for p, g, w in zip(*(itertools.chain(*x) for x in (plain, got, want)), strict=True):
+        assert (g - w).norm() <= 1.1 * (p - w).norm() + torch.finfo(torch.bfloat16).eps / 2 * w.norm()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("vocabulary", [1, 129, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_log_softmax(rows, vocabulary, dtype, bias, monkeypatch):
+    """Values and gradients of hidden, weight and bias across chunks."""
+    monkeypatch.setattr(linear, "CHUNK_BYTES", {"cpu": 16 * 2 * vocabulary, "cuda": 16 * 2 * vocabulary})
+    torch.manual_seed(0)
+    inputs = [torch.randn(*s, device=DEVICE).to(dtype) for s in ((rows, 8), (vocabulary, 8), (vocabulary,))[: 2 + bias]]
+    index = torch.randint(vocabulary, (rows,), device=DEVICE)
+    temperature = torch.rand(rows, device=DEVICE) + 0.5
+
+    def run(module):
+        return lambda h, w, *b: module.linear_selective_log_softmax(
+            h, w, index, bias=b[0] if b else None, temperature=temperature, return_entropy=True
+        )
+
+    poison(rows, rows * 8, vocabulary * 8)
+    got, want = both(run(linear), run(reference), inputs, [torch.randn(rows, device=DEVICE) for _ in range(2)])
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+    else:
+        upstream = [torch.randn(rows, device=DEVICE) for _ in range(2)]
+        got, want = both(run(linear), run(reference), inputs, upstream)
+        as_good_as(both(run(reference), run(reference), inputs, upstream)[0], got, want)
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.3, "dual_clip": 1.5}, {"kl_coef": 0.3, "kl_estimator": "k1"}])
+def test_linear_grpo_loss(importance, aggregation, dtype, options, monkeypatch):
+    """Loss, log-probs, statistics and gradients of the composed definition; what does not count is full of NaN."""
+    vocabulary = 261
+    monkeypatch.setattr(linear, "CHUNK_BYTES", {"cpu": 64 * vocabulary, "cuda": 64 * vocabulary})
+    inputs = on_device(tokens())
+    del inputs["logps"]
+    for name in ("old_logps", "ref_logps"):
+        inputs[name] = torch.where(inputs["mask"], inputs[name] - 3, math.nan)
+    torch.manual_seed(0)
+    rows = sum(LENGTHS)
+    leaves = [torch.randn(*s, device=DEVICE).to(dtype) / 2 for s in ((rows, 8), (vocabulary, 8), (vocabulary,))]
+    index = torch.randint(vocabulary, (rows,), device=DEVICE)
+    temperature = torch.rand(rows, device=DEVICE) + 0.5
+    options = {**options, "importance": importance, "aggregation": aggregation, "normalizer": 5.0}
+
+    def run(module, kind):
+        values = in_fp64(inputs) if kind == torch.float64 else inputs
+        h, w, b = (x.to(kind, copy=True).requires_grad_() for x in leaves)
+        loss, logps, stats = module.linear_grpo_loss(h, w, index, bias=b, temperature=temperature, **values, **options)
+        loss.backward()
+        return [loss.detach().double(), logps.double(), stats], [x.grad.double() for x in (h, w, b)]
+
+    got, want = run(linear, dtype), run(reference, torch.float64)
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, want, atol=3e-5, rtol=1e-4)
+    else:
+        as_good_as(run(reference, dtype), got, want)
+
+
+def test_linear_grpo_loss_needs():
+    """A frozen head gets no gradient and hidden states still do, and the other way round; nothing under no_grad."""
+    inputs = on_device(tokens())
+    del inputs["logps"]
+    index = torch.randint(50, (sum(LENGTHS),), device=DEVICE)
+    values = [torch.randn(sum(LENGTHS), 4, device=DEVICE), torch.randn(50, 4, device=DEVICE)]
+    losses = []
+    for frozen in (0, 1):
+        leaves = [v.clone().requires_grad_(i != frozen) for i, v in enumerate(values)]
+        loss, *_ = linear_grpo_loss(*leaves, index, **inputs, normalizer=1.0)
+        loss.backward()
+        assert leaves[frozen].grad is None and leaves[1 - frozen].grad.abs().sum() > 0
+        losses.append(loss.item())
+    with torch.no_grad():
+        losses.append(linear_grpo_loss(*values, index, **inputs, normalizer=1.0)[0].item())
+    assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-6)
+
+
+# Advantages
+
+
+@pytest.mark.parametrize("scale", ["std", "none", "batch"])
+@pytest.mark.parametrize("groups", [[], [0, 0], [1], [4, 0, 1, 5, 17, 3, 8]])
+def test_group_advantages(scale, groups):
+    """Groups of any size, degenerate ones and rewards that nearly agree included."""
+    torch.manual_seed(0)
+    rewards = torch.rand(sum(groups), device=DEVICE).round(decimals=1)
+    if len(groups) > 4:
+        rewards[:4] = 0.3
+        rewards[5:10] = torch.tensor([1.0, 1.0 + 2**-23, 1.0, 1.0, 1.0])
+    offsets = torch.tensor([0, *itertools.accumulate(groups)], device=DEVICE)
+    poison(len(rewards))
+    got = group_advantages(rewards, offsets, scale=scale)
+    want = reference.group_advantages(rewards.double(), offsets, scale=scale)
+    torch.testing.assert_close(got[0].double(), want[0], atol=1e-6, rtol=1e-4)
+    assert got[1].tolist() == want[1].tolist()
+
+
+def test_group_advantages_of_nan():
+    """A NaN reward makes its own group NaN and no other, and not degenerate."""
+    rewards = torch.tensor([0.0, math.nan, math.nan, 0.5, 0.0, 1.0], device=DEVICE)
+    advantages, degenerate = group_advantages(rewards, torch.tensor([0, 2, 4, 6], device=DEVICE))
+    assert advantages.isnan().tolist() == [True] * 4 + [False] * 2 and not degenerate.any()
+    alone, _ = group_advantages(torch.full((3,), math.nan, device=DEVICE), torch.tensor([0, 3], device=DEVICE))
+    assert alone.isnan().all()
+
+
+# Registration
+
+
+def test_two_runs_agree_bit_for_bit():
+    """Outputs, statistics and gradients of every op."""
+    inputs = on_device(tokens())
+    leaf = inputs.pop("logps")
+    runs = []
+    for _ in range(2):
+        logps = leaf.clone().requires_grad_()
+        loss, stats = grpo_loss(logps, **inputs, normalizer=3.0)
+        loss.backward()
+        runs.append((loss.detach(), stats, logps.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("op", ["log_softmax", "linear", "grpo", "linear grpo"])
+def test_registration(op):
+    """torch.library's own checks: schema, fake implementation and autograd registration agree with the op."""
+    inputs = on_device(tokens())
+    rows = sum(LENGTHS)
+    index = torch.randint(40, (rows,), device=DEVICE)
+    hidden = torch.randn(rows, 4, device=DEVICE, requires_grad=True)
+    weight = torch.randn(40, 4, device=DEVICE, requires_grad=True)
+    logits = torch.randn(rows, 40, device=DEVICE, requires_grad=True)
+    clips = (0.2, 0.2, None, 0.1, "k3", "token", "token")
+    per_token = (inputs["old_logps"], inputs["advantages"], inputs["cu_seqlens"], inputs["ref_logps"])
+    rest = (inputs["weights"], inputs["mask"], None, 2.0, *clips)
+    library = torch.ops.rethinker
+    call = {
+        "log_softmax": (library.selective_log_softmax, (logits, index, None, 0.7, True)),
+        "linear": (library.linear_selective_log_softmax, (hidden, weight, None, index, None, 0.7, True)),
+        "grpo": (library.grpo_loss, (inputs["logps"].requires_grad_(), *per_token, *rest)),
+        "linear grpo": (library.linear_grpo_loss, (hidden, weight, None, index, None, 0.7, *per_token, *rest, True, True, False)),
+    }  # fmt: skip
+    torch.library.opcheck(*call[op], test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))

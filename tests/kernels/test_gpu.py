@@ -1,0 +1,174 @@
+"""What only a GPU shows: exactness in 16 bits, bitwise repetition, 64-bit offsets, streams, CUDA graphs, torch.compile."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rethinker_kernels import (
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_selective_log_softmax,
+    reference,
+    selective_log_softmax,
+)
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).parents[2]
+
+
+def batch(rows: int, vocabulary: int, width: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Inputs of linear_grpo_loss: hidden states of unit size and a head that makes logits of size 3."""
+    g = torch.Generator("cuda").manual_seed(rows)
+    options = {"device": "cuda", "generator": g}
+    return {
+        "hidden": torch.randn(rows, width, **options).to(dtype),
+        "weight": (3 * torch.randn(vocabulary, width, **options) / width**0.5).to(dtype),
+        "index": torch.randint(vocabulary, (rows,), **options),
+        "old_logps": -12 - 3 * torch.rand(rows, **options),
+        "advantages": torch.randn(rows, **options),
+    }
+
+
+def step(inputs: dict[str, torch.Tensor], op=linear_grpo_loss) -> list[torch.Tensor]:
+    """Loss, log-probs, statistics and both gradients."""
+    leaves = {k: inputs[k].detach().clone().requires_grad_() for k in ("hidden", "weight")}
+    outputs = op(**inputs | leaves, normalizer=float(inputs["index"].numel()))
+    outputs[0].backward()
+    return [*(o.detach() for o in outputs), *(leaf.grad for leaf in leaves.values())]
+
+
+def test_fuzz_on_the_gpu():
+    """The interpreter's fuzzing suite, with compiled kernels."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/fuzz_triton.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [32_003, 151_936])
+def test_as_exact_as_plain_pytorch(dtype, vocabulary):
+    """Errors against fp64 from the same inputs: no larger than plain PyTorch's in the same type."""
+    inputs = batch(300, vocabulary, 256, dtype)
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    want, plain = step(exact, reference.linear_grpo_loss), step(inputs, reference.linear_grpo_loss)
+    for name, g, p, w in zip(
+        ("loss", "logps", "stats", "hidden", "weight"), step(inputs), plain, want, strict=True
+    ):
+        if name != "stats":
+            error, allowed = (g.double() - w).norm(), (p.double() - w).norm()
+            assert error <= 1.05 * allowed + 1e-6 * w.norm(), (name, error.item(), allowed.item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_log_prob_from_given_logits(dtype):
+    """|error| <= 2e-5 against fp64 at a real vocabulary, entropy too."""
+    logits = (4 * torch.randn(64, 151_936, device="cuda")).to(dtype)
+    index = torch.randint(151_936, (64,), device="cuda")
+    got = selective_log_softmax(logits, index, return_entropy=True)
+    want = reference.selective_log_softmax(logits.double(), index, return_entropy=True)
+    for g, w in zip(got, want, strict=True):
+        assert (g.double() - w).abs().max() <= 2e-5
+
+
+def test_bitwise_repeatable():
+    """Two runs of the step and of the forward-only op agree bit for bit."""
+    inputs = batch(1000, 50_000, 512)
+    for a, b in zip(step(inputs), step(inputs), strict=True):
+        assert torch.equal(a, b)
+    few = batch(3, 151_936, 64)  # split over programs
+    args = few["hidden"], few["weight"], few["index"]
+    assert torch.equal(linear_selective_log_softmax(*args), linear_selective_log_softmax(*args))
+
+
+def test_more_than_2_to_the_31_logits():
+    """Rows whose offset does not fit 32 bits, forward and backward."""
+    rows, vocabulary = 2**31 // 151_936 + 64, 151_936
+    if torch.cuda.mem_get_info()[0] < 14e9:
+        pytest.skip("needs a GPU with 14 GB of free memory")
+    logits = torch.zeros(rows, vocabulary, dtype=torch.bfloat16, device="cuda")
+    logits[-32:] = torch.randn(32, vocabulary, device="cuda")
+    logits.requires_grad_()
+    index = torch.randint(vocabulary, (rows,), device="cuda")
+    logps = selective_log_softmax(logits, index)
+    logps[-32:].sum().backward()
+    tail = logits.detach()[-32:].double().requires_grad_()
+    want = reference.selective_log_softmax(tail, index[-32:])
+    want.sum().backward()
+    torch.testing.assert_close(logps[-32:].double(), want, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logits.grad[-32:].double(), tail.grad, atol=1e-6, rtol=1e-2)
+    assert logits.grad[:-32].count_nonzero() == 0
+
+
+def test_other_stream():
+    """Work queued on a stream of its own reads what that stream wrote before."""
+    inputs = batch(500, 30_000, 128)
+    want = step(inputs)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        delayed = {k: v.clone() for k, v in inputs.items()}
+        got = step(delayed)
+    stream.synchronize()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_cuda_graph_replay():
+    """Captured once, replayed with new inputs: what an eager call gives for them."""
+    first, second = batch(256, 20_000, 128), batch(257, 20_000, 128)
+    second = {k: v[:256] if k != "weight" else v for k, v in second.items()}
+    offsets = torch.tensor([0, 100, 256], device="cuda")
+
+    def work(inputs):
+        outputs = step(inputs)
+        logps = outputs[1].detach().requires_grad_()
+        loss, _ = grpo_loss(logps, inputs["old_logps"], inputs["advantages"], normalizer=2.0)
+        advantages, _ = group_advantages(inputs["advantages"], offsets)
+        return [*outputs, *torch.autograd.grad(loss, logps), advantages]
+
+    static = {k: v.clone() for k, v in first.items()}
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work(static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work(static)
+    for name, value in second.items():
+        static[name].copy_(value)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(captured, work(second), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_torch_compile():
+    """torch.compile takes the ops whole, without graph breaks, and gives the eager result."""
+    inputs = batch(200, 10_000, 64)
+
+    def loss(hidden, weight):
+        return linear_grpo_loss(**inputs | {"hidden": hidden, "weight": weight}, normalizer=200.0)[0]
+
+    leaves = [inputs["hidden"].clone().requires_grad_(), inputs["weight"].clone().requires_grad_()]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_memory_stays_bounded():
+    """A step allocates less than half of what the logits [R, V] alone would take."""
+    inputs = batch(16_384, 151_936, 64)
+    step({k: v[:128] if k != "weight" else v for k, v in inputs.items()})
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(inputs)
+    assert torch.cuda.max_memory_allocated() - before < 16_384 * 151_936 * 2 / 2
