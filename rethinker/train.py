@@ -45,6 +45,7 @@ from rethinker.runtime.run_directory import RunDirectory
 from rethinker.samples import Group, Query
 from rethinker.settings import load_config
 from rethinker.tasks.datasets import QueryStream, load_queries
+from rethinker.tasks.images import check_images
 from rethinker.tasks.prompts import PromptEncoder, select_fitting
 from rethinker.tasks.reward import AnswerChecker
 
@@ -75,6 +76,7 @@ def train(config: Config) -> Run:
     G, N = config.rollout.group_size, config.train.batch_pairs
     queries = load_queries(config.data, "train")
     held_out = load_held_out(config)
+    check_images([*queries, *held_out])
     total_steps = schedule_length(config, len(queries))
     ranks = distributed.start(config.rollout.timeout_s)
     config.run.name = ranks.broadcast(config.run.name)  # its default holds the time, which ranks may read differently

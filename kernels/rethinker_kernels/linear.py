@@ -1,4 +1,4 @@
-"""The ops that start from hidden states: logits exist for a chunk of rows at a time, and become their gradient in place.
+"""The ops that start from hidden states: logits exist for a chunk of rows at a time and become their own gradient.
 
 Legend: R rows (response tokens), C rows of a chunk, D hidden size, V vocabulary.
 """

@@ -149,8 +149,8 @@ def loss_gradient(
 def chunks(rows: int, row_bytes: int, chunk_bytes: int, multiple: int = 1) -> list[slice]:
     """Rows in as few chunks of at most `chunk_bytes` as it takes, all of about the same size (a multiple of it)."""
     most = max(chunk_bytes // row_bytes // multiple, 1) * multiple
-    count = max(-(-rows // most), 1)
-    size = -(-(-(-rows // count)) // multiple) * multiple
+    count = max(math.ceil(rows / most), 1)
+    size = math.ceil(math.ceil(rows / count) / multiple) * multiple
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size or 1)]
 
 

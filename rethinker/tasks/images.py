@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from rethinker.config import ConfigError
+from rethinker.samples import Query
 
 
 def image_size(reference: Any, query_id: str) -> tuple[int, int]:
@@ -40,6 +42,26 @@ def open_image(reference: Any, query_id: str) -> Image.Image:
             return _rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable(reference, query_id, error) from error
+
+
+def check_images(queries: Iterable[Query], budget_s: float = 5.0) -> None:
+    """Decode the queries' images, each once and in order, for at most `budget_s` seconds.
+
+    A small data set is checked whole before a model is loaded; of a large one the beginning, and the rest when drawn.
+
+    Raises:
+        ConfigError: naming the query and the file that cannot be decoded.
+    """
+    end = time.monotonic() + budget_s
+    checked = set()
+    for query in queries:
+        for reference in query.images:
+            key = image_key(reference)
+            if key not in checked:
+                open_image(reference, query.id)
+                checked.add(key)
+        if time.monotonic() > end:
+            return
 
 
 def image_key(reference: Any) -> Any:

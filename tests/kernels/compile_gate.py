@@ -107,9 +107,7 @@ def cases(tile: Tiles) -> list[Case]:
     found.append(Case("grpo total", grpo_loss.total_kernel, 4, {"STATS": 8, "BLOCK": 64}))
     for std, batch in ((True, False), (False, True)):
         constants = {"STD": std, "BATCH": batch, "BLOCK": tile.group}
-        found.append(
-            Case(f"group advantages {'std' if std else 'batch'}", group_advantages.group_kernel, 1, constants)
-        )
+        found.append(Case(f"group advantages {'std' if std else 'batch'}", group_advantages.group_kernel, 1, constants))
     return found
 
 

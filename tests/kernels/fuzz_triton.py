@@ -18,7 +18,6 @@ from rethinker_kernels import (
     grpo_loss,
     linear,
     linear_grpo_loss,
-    linear_selective_log_softmax,
     reference,
     selective_log_softmax,
 )
@@ -76,7 +75,9 @@ def both(op, exact, inputs: list[torch.Tensor], upstream: list[torch.Tensor]):
         outputs = function(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         total = sum((o * g.to(o.dtype)).sum() for o, g in zip(outputs, upstream, strict=True))
-        results.append(([o.detach().double() for o in outputs], [g.double() for g in torch.autograd.grad(total, leaves)]))
+        results.append(
+            ([o.detach().double() for o in outputs], [g.double() for g in torch.autograd.grad(total, leaves)])
+        )
     return results
 
 
@@ -146,7 +147,15 @@ def test_unused_outputs(used):
 def test_strides():
     """Rows apart, rows of a shifted sequence, rows in turned order, and columns apart give what their copies give."""
     base = torch.randn(3, 4, 150, device=DEVICE)
-    for x in (base[:, :-1], base[:, ::2], base[::2, 1:, :99], base.transpose(0, 1), base[0].T, base[..., ::3], base[0, 0]):
+    for x in (
+        base[:, :-1],
+        base[:, ::2],
+        base[::2, 1:, :99],
+        base.transpose(0, 1),
+        base[0].T,
+        base[..., ::3],
+        base[0, 0],
+    ):
         index = torch.randint(x.shape[-1], x.shape[:-1], device=DEVICE)
         upstream = torch.randn(x.shape[:-1], device=DEVICE)
         results = []
@@ -466,11 +475,12 @@ def test_registration(op):
     clips = (0.2, 0.2, None, 0.1, "k3", "token", "token")
     per_token = (inputs["old_logps"], inputs["advantages"], inputs["cu_seqlens"], inputs["ref_logps"])
     rest = (inputs["weights"], inputs["mask"], None, 2.0, *clips)
+    head = (hidden, weight, None, index, None, 0.7)
     library = torch.ops.rethinker
     call = {
         "log_softmax": (library.selective_log_softmax, (logits, index, None, 0.7, True)),
-        "linear": (library.linear_selective_log_softmax, (hidden, weight, None, index, None, 0.7, True)),
+        "linear": (library.linear_selective_log_softmax, (*head, True)),
         "grpo": (library.grpo_loss, (inputs["logps"].requires_grad_(), *per_token, *rest)),
-        "linear grpo": (library.linear_grpo_loss, (hidden, weight, None, index, None, 0.7, *per_token, *rest, True, True, False)),
+        "linear grpo": (library.linear_grpo_loss, (*head, *per_token, *rest, True, True, False)),
     }  # fmt: skip
     torch.library.opcheck(*call[op], test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))

@@ -1,4 +1,4 @@
-"""What only a GPU shows: exactness in 16 bits, bitwise repetition, 64-bit offsets, streams, CUDA graphs, torch.compile."""
+"""What only a GPU shows: exactness in 16 bits, repetition, 64-bit offsets, streams, CUDA graphs, torch.compile."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def test_as_exact_as_plain_pytorch(dtype, vocabulary):
     inputs = batch(300, vocabulary, 256, dtype)
     exact = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     want, plain = step(exact, reference.linear_grpo_loss), step(inputs, reference.linear_grpo_loss)
-    for name, g, p, w in zip(
-        ("loss", "logps", "stats", "hidden", "weight"), step(inputs), plain, want, strict=True
-    ):
+    for name, g, p, w in zip(("loss", "logps", "stats", "hidden", "weight"), step(inputs), plain, want, strict=True):
         if name != "stats":
             error, allowed = (g.double() - w).norm(), (p.double() - w).norm()
             assert error <= 1.05 * allowed + 1e-6 * w.norm(), (name, error.item(), allowed.item())

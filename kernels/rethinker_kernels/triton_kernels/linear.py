@@ -53,9 +53,7 @@ def grpo_rows_kernel(
     # All threads have read the chosen logit before any of them overwrites it.
     tl.debug_barrier()
     if (chosen >= 0) & (chosen < vocabulary) & (inverse < float("inf")) & (per_logp != 0.0):
-        write_gradient(
-            x, x, 0, vocabulary, chosen, top, tl.log2(s), scale, per_logp * inverse, 0.0, 0.0, False, TILE
-        )
+        write_gradient(x, x, 0, vocabulary, chosen, top, tl.log2(s), scale, per_logp * inverse, 0.0, 0.0, False, TILE)
     else:
         write_zeros(x, 0, vocabulary, TILE)
 

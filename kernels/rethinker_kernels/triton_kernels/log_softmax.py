@@ -42,7 +42,7 @@ def row_offset(row, inner, outer_stride, inner_stride):
 @triton.jit
 def inverse_and_scale(temperatures, temperature, row, PER_ROW: tl.constexpr):
     """1 / T (inf at 0, NaN for a temperature that is not one) and log2(e) / T, bounded."""
-    if PER_ROW:
+    if PER_ROW:  # noqa: SIM108 (a pointer that is None must not be loaded from)
         temperature = tl.load(temperatures + row).to(tl.float32)
     else:
         temperature = tl.full([], temperature, tl.float32)
@@ -151,9 +151,7 @@ def forward_kernel(
         tl.store(partial + program * 3 + 2, u)
     else:
         inverse, _ = inverse_and_scale(temperatures, temperature, row, PER_ROW)
-        logp, entropy = log_prob_and_entropy(
-            chosen_logit(x, tl.load(index + row), vocabulary), top, s, u, inverse
-        )
+        logp, entropy = log_prob_and_entropy(chosen_logit(x, tl.load(index + row), vocabulary), top, s, u, inverse)
         tl.store(logps + row, logp)
         tl.store(saved + row, top)
         tl.store(saved + rows + row, tl.log2(s))
@@ -180,9 +178,7 @@ def combine_kernel(
         scale,
     )
     x = logits + row_offset(row, inner, outer_stride, inner_stride)
-    logp, entropy = log_prob_and_entropy(
-        chosen_logit(x, tl.load(index + row), vocabulary), top, s, u, inverse
-    )
+    logp, entropy = log_prob_and_entropy(chosen_logit(x, tl.load(index + row), vocabulary), top, s, u, inverse)
     tl.store(logps + row, logp)
     tl.store(saved + row, top)
     tl.store(saved + rows + row, tl.log2(s))

@@ -16,7 +16,7 @@ class Tiles:
     lanes: int = 2048
     gradient: int = 4096  # columns a row kernel writes at a time
     row_warps: int = 8
-    tokens: int = 512  # rows of vectors [R] that a program takes at a time
+    tokens: int = 256  # rows of vectors [R] that a program takes at a time
     token_warps: int = 4
     group: int = 128  # rewards of a group that a program takes at a time
     programs: int = 1  # fewer rows than this are split over several programs each

@@ -1,0 +1,395 @@
+"""Speed and memory of the fused ops, beside plain PyTorch, torch.compile and every installed peer.
+
+    python -m benchmarks.kernels [OP ...] [--size 7B] [--repeats 20]
+
+Writes results/<gpu>/kernels.json, with the machine, and one chart per op. Without a GPU it says so and measures the CPU
+paths at a small size, which says nothing about a GPU. Inputs come from one factory per op; a peer is skipped, with the
+reason, where it is not installed or does not take the inputs.
+
+Legend: R rows (tokens), D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rethinker_kernels as ours
+from benchmarks.machine import describe
+from rethinker_kernels import reference
+
+RESULTS = Path(__file__).parent / "results"
+
+HEADS = {"3B": (2048, 151_936), "7B": (3584, 152_064), "32B": (5120, 152_064), "72B": (8192, 152_064)}
+"""(D, V) of Qwen2.5-VL's heads."""
+
+ROWS = 16_384
+SMALL = (512, 64, 4_096)  # (R, D, V) without a GPU
+
+COPY_BYTES_PER_S, MATMUL_FLOP_PER_S = 4.3e12, 790e12
+"""Measured on an H200: what the floors are computed from. Other GPUs get no floor."""
+
+Step = Callable[[], Any]
+
+
+# Inputs: the one factory of every op
+
+
+def head_inputs(rows: int, width: int, vocabulary: int, device: str) -> dict[str, Tensor]:
+    """Hidden states, a head that makes logits of size 3, tokens, and what the loss needs per token."""
+    g = torch.Generator(device).manual_seed(0)
+    options = {"device": device, "generator": g}
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return {
+        "hidden": torch.randn(rows, width, **options).to(dtype).requires_grad_(),
+        "weight": (3 * torch.randn(vocabulary, width, **options) / width**0.5).to(dtype).requires_grad_(),
+        "index": torch.randint(vocabulary, (rows,), **options),
+        "old_logps": -12 - torch.rand(rows, **options),
+        "advantages": torch.randn(rows, **options),
+    }
+
+
+def logits_inputs(rows: int, width: int, vocabulary: int, device: str) -> dict[str, Tensor]:
+    inputs = head_inputs(rows, 1, vocabulary, device)
+    g = torch.Generator(device).manual_seed(0)
+    logits = torch.empty(rows, vocabulary, device=device, dtype=inputs["hidden"].dtype)
+    return {"logits": logits.normal_(0, 3, generator=g).requires_grad_(), "index": inputs["index"]}
+
+
+def vector_inputs(rows: int, width: int, vocabulary: int, device: str) -> dict[str, Tensor]:
+    inputs = head_inputs(rows, 1, 8, device)
+    logps = (inputs["old_logps"] + 0.1).requires_grad_()
+    return {"logps": logps, "old_logps": inputs["old_logps"], "advantages": inputs["advantages"]}
+
+
+def reward_inputs(rows: int, width: int, vocabulary: int, device: str) -> dict[str, Tensor]:
+    return {
+        "rewards": torch.rand(rows, device=device).round(),
+        "group_offsets": torch.arange(0, rows + 1, 8, device=device),
+    }
+
+
+# Providers: (inputs) -> one step, forward or forward and backward
+
+
+def log_softmax_forward(op: Callable) -> Callable[[dict], Step]:
+    def provider(inputs: dict) -> Step:
+        return torch.no_grad()(lambda: op(inputs["logits"], inputs["index"]))
+
+    return provider
+
+
+def log_softmax_step(op: Callable) -> Callable[[dict], Step]:
+    def provider(inputs: dict) -> Step:
+        def step():
+            outputs = op(inputs["logits"], inputs["index"])
+            inputs["logits"].grad = None
+            (outputs[0] if isinstance(outputs, tuple) else outputs).sum().backward()
+
+        return step
+
+    return provider
+
+
+def linear_forward(module: Any) -> Callable[[dict], Step]:
+    def provider(inputs: dict) -> Step:
+        args = inputs["hidden"], inputs["weight"], inputs["index"]
+        return torch.no_grad()(lambda: module.linear_selective_log_softmax(*args, return_entropy=True))
+
+    return provider
+
+
+def loss_step(op: Callable[[dict], Tensor]) -> Callable[[dict], Step]:
+    """Forward and backward of a loss of hidden states and the head's weight."""
+
+    def provider(inputs: dict) -> Step:
+        def step():
+            inputs["hidden"].grad = inputs["weight"].grad = None
+            op(inputs).backward()
+
+        return step
+
+    return provider
+
+
+def grpo_of(module: Any) -> Callable[[dict], Tensor]:
+    return lambda inputs: module.linear_grpo_loss(**inputs, normalizer=float(len(inputs["index"])))[0]
+
+
+def surrogate_step(op: Callable) -> Callable[[dict], Step]:
+    def provider(inputs: dict) -> Step:
+        def step():
+            inputs["logps"].grad = None
+            op(**inputs, normalizer=1000.0)[0].backward()
+
+        return step
+
+    return provider
+
+
+def advantages_of(module: Any) -> Callable[[dict], Step]:
+    return lambda inputs: lambda: module.group_advantages(**inputs)
+
+
+# Peers: imported where they are used, so that one that is missing is named and not fatal
+
+
+def trl_log_softmax(logits: Tensor, index: Tensor):
+    from rethinker.runtime.torchvision_cpu import make_importable
+
+    make_importable()
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    return selective_log_softmax_and_entropy(logits, index, entropy_requires_grad=False)
+
+
+def liger_grpo(inputs: dict) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    sequences = 16
+    shape = (sequences, len(inputs["index"]) // sequences)
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="dapo")
+    return loss(
+        inputs["hidden"].view(*shape, -1),
+        inputs["weight"],
+        inputs["index"].view(shape),
+        torch.ones(shape, device=inputs["hidden"].device),
+        inputs["advantages"].view(shape)[:, 0],
+        old_per_token_logps=inputs["old_logps"].view(shape),
+    )[0]
+
+
+def liger_cross_entropy(inputs: dict) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(inputs["weight"], inputs["hidden"], inputs["index"])
+
+
+def cut_cross_entropy(inputs: dict) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["index"])
+
+
+def quack_cross_entropy(inputs: dict) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["index"])
+
+
+def verl_cross_entropy(inputs: dict) -> Tensor:
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["index"], 1.0, "none")[0].sum()
+
+
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False)
+
+
+def with_entropy(op: Callable) -> Callable:
+    return lambda logits, index: op(logits, index, return_entropy=True)
+
+
+def logits_floor(reads: int) -> Callable[[int, int, int], float]:
+    return lambda rows, width, vocabulary: reads * 2 * rows * vocabulary / COPY_BYTES_PER_S
+
+
+def matmul_floor(products: int) -> Callable[[int, int, int], float]:
+    return lambda rows, width, vocabulary: products * 2 * rows * width * vocabulary / MATMUL_FLOP_PER_S
+
+
+OPS: dict[str, dict[str, Any]] = {
+    "selective_log_softmax forward": {
+        "inputs": logits_inputs,
+        "floor": logits_floor(1),
+        "providers": {
+            "rethinker": log_softmax_forward(with_entropy(ours.selective_log_softmax)),
+            "pytorch": log_softmax_forward(with_entropy(reference.selective_log_softmax)),
+            "torch.compile": log_softmax_forward(compiled(with_entropy(reference.selective_log_softmax))),
+            "trl": log_softmax_forward(trl_log_softmax),
+        },
+    },
+    "selective_log_softmax forward+backward": {
+        "inputs": logits_inputs,
+        "floor": logits_floor(3),
+        "providers": {
+            "rethinker": log_softmax_step(with_entropy(ours.selective_log_softmax)),
+            "pytorch": log_softmax_step(with_entropy(reference.selective_log_softmax)),
+            "torch.compile": log_softmax_step(compiled(with_entropy(reference.selective_log_softmax))),
+            "trl": log_softmax_step(trl_log_softmax),
+        },
+    },
+    "linear_selective_log_softmax forward": {
+        "inputs": head_inputs,
+        "floor": matmul_floor(1),
+        "providers": {"rethinker": linear_forward(ours), "pytorch": linear_forward(reference)},
+    },
+    "linear_grpo_loss": {
+        "inputs": head_inputs,
+        "floor": matmul_floor(3),
+        "providers": {
+            "rethinker": loss_step(grpo_of(ours)),
+            "pytorch": loss_step(grpo_of(reference)),
+            "torch.compile": loss_step(compiled(grpo_of(reference))),
+            "liger grpo": loss_step(liger_grpo),
+            "liger (cross-entropy only)": loss_step(liger_cross_entropy),
+            "cut-cross-entropy (loss only)": loss_step(cut_cross_entropy),
+            "quack (loss only)": loss_step(quack_cross_entropy),
+            "verl (log-probs)": loss_step(verl_cross_entropy),
+        },
+    },
+    "grpo_loss": {
+        "inputs": vector_inputs,
+        "floor": None,
+        "providers": {
+            "rethinker": surrogate_step(ours.grpo_loss),
+            "pytorch": surrogate_step(reference.grpo_loss),
+            "torch.compile": surrogate_step(compiled(reference.grpo_loss)),
+        },
+    },
+    "group_advantages": {
+        "inputs": reward_inputs,
+        "floor": None,
+        "providers": {"rethinker": advantages_of(ours), "pytorch": advantages_of(reference)},
+    },
+}
+
+
+# Measuring
+
+
+def measure(provider: Callable[[dict], Step], inputs: dict, repeats: int) -> dict[str, Any]:
+    """Milliseconds (median and quartiles) of a step, and the memory it takes beyond its inputs, MiB."""
+    step = provider(inputs)
+    on_gpu = torch.cuda.is_available()
+    for _ in range(3):
+        step()
+    times = []
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        scratch = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")  # clears the L2 between repeats
+        extra = scratch.numel() * 4
+        for _ in range(repeats):
+            scratch.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        memory = (torch.cuda.max_memory_allocated() - before - extra) / 2**20
+    else:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - start))
+        memory = None  # a process's peak cannot be told apart by step; tests/kernels/test_memory.py measures it
+    low, median, high = statistics.quantiles(times, n=4)
+    return {"median_ms": median, "quartiles_ms": [low, high], "memory_mib": memory, "repeats": repeats}
+
+
+def run(op: str, size: tuple[int, int, int], repeats: int) -> dict[str, Any]:
+    """All providers of an op on the same inputs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    about, results = OPS[op], {}
+    inputs = about["inputs"](*size, device)
+    is_h200 = device == "cuda" and "H200" in torch.cuda.get_device_name(0)
+    floor = about["floor"](*size) * 1e3 if about["floor"] and is_h200 else None
+    for name, provider in about["providers"].items():
+        if device == "cpu" and name == "torch.compile":
+            continue  # compiling takes longer than the measurement is worth here
+        for tensor in inputs.values():
+            tensor.grad = None
+        try:
+            results[name] = measure(provider, inputs, repeats)
+        except ImportError as error:
+            results[name] = {"skipped": str(error).splitlines()[0]}
+        except Exception as error:  # a peer's failure is a result of its own
+            if name == "rethinker":
+                raise
+            results[name] = {
+                "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            }
+        if floor and "median_ms" in results[name]:
+            results[name]["share_of_floor"] = floor / results[name]["median_ms"]
+        print(f"  {name:32} {_line(results[name])}", flush=True)
+    return {"op": op, "rows_width_vocabulary": size, "floor_ms": floor, "providers": results}
+
+
+def _line(result: dict[str, Any]) -> str:
+    if "median_ms" not in result:
+        return next(f"{key}: {value}" for key, value in result.items())
+    low, high = result["quartiles_ms"]
+    text = f"{result['median_ms']:10.3f} ms ({low:.3f} to {high:.3f})"
+    if result["memory_mib"] is not None:
+        text += f" {result['memory_mib']:10.0f} MiB"
+    return text + (f"  {result['share_of_floor']:.0%} of the floor's speed" if "share_of_floor" in result else "")
+
+
+def chart(result: dict[str, Any], title: str, path: Path) -> None:
+    """Horizontal bars of milliseconds, with the floor as a line."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    measured = {name: r for name, r in result["providers"].items() if "median_ms" in r}
+    figure, axes = pyplot.subplots(figsize=(7, 0.5 * len(measured) + 1.6))
+    medians = [r["median_ms"] for r in measured.values()]
+    spread = [[abs(r["quartiles_ms"][i] - r["median_ms"]) for r in measured.values()] for i in (0, 1)]
+    axes.barh(list(measured), medians, xerr=spread, color=["C0" if n == "rethinker" else "0.7" for n in measured])
+    if result["floor_ms"]:
+        axes.axvline(result["floor_ms"], color="C3", linestyle="--", label="floor")
+        axes.legend()
+    axes.invert_yaxis()
+    axes.set(xlabel="ms (median, quartiles)", title=title)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", help=f"what to measure, by the start of its name: {', '.join(OPS)}")
+    parser.add_argument("--size", choices=HEADS, default="7B", help="whose head (GPU only)")
+    parser.add_argument("--rows", type=int, default=ROWS, help="tokens (GPU only)")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    machine = describe()
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        print("No CUDA device: the CPU paths only, at a small size. These figures say nothing about a GPU.")
+    size = (args.rows, *HEADS[args.size]) if on_gpu else SMALL
+    chosen = [op for op in OPS if not args.ops or any(op.startswith(name) for name in args.ops)]
+    if not chosen:
+        parser.error(f"no op starts with {', '.join(args.ops)}; there are {', '.join(OPS)}")
+    folder = args.out / (re.sub(r"\W+", "-", machine["gpu"]).strip("-").lower() if on_gpu else "cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    for op in chosen:
+        print(f"{op}, R, D, V = {size}", flush=True)
+        results.append(run(op, size, args.repeats))
+        label = f"{op}, R, D, V = {', '.join(f'{n:,}' for n in size)}, {machine['gpu'] or machine['cpu']}"
+        chart(results[-1], label, folder / f"kernels_{re.sub(r'[^a-z_]+', '_', op)}.png")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    report = {"machine": machine, "head": args.size if on_gpu else "small", "peak_rss_gib": peak, "results": results}
+    (folder / "kernels.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"wrote {folder / 'kernels.json'}")
+
+
+if __name__ == "__main__":
+    main()

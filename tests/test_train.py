@@ -1,0 +1,66 @@
+"""The loop's own pieces: order over ranks, rewards by request, the schedule's length, the schedule's shape."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+import rethinker
+from rethinker.config import Config, ConfigError, RolloutConfig, TrainConfig
+from rethinker.policy.engine import learning_rate
+from rethinker.samples import Completion, Group, Query
+from rethinker.train import interleave, judge, schedule_length
+
+
+def group(name: str, *texts: str) -> Group:
+    completions = [Completion([1], [-1.0], text, "stop") for text in texts]
+    return Group(Query(name, "?", "a"), completions, policy_version=0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_ranks_give_back_the_order_in_which_queries_were_drawn(world):
+    """Whatever the number of ranks, the episode's groups come in the order of its queries."""
+    queries = [group(str(i)) for i in range(13)]
+    assert interleave([queries[rank::world] for rank in range(world)]) == queries
+
+
+def test_rewards_follow_requests_not_positions():
+    """Law 7: a checker that answers in any order gives every completion the reward of its own text."""
+
+    class ShuffledChecker:
+        def score(self, requests):
+            answers = [(key, float(text)) for key, text, _ in requests]
+            random.Random(3).shuffle(answers)
+            return dict(answers)
+
+    groups = [group("x", "0.5", "2"), group("y", "3"), group("z", "4", "5", "6")]
+    judge(groups, ShuffledChecker())
+    assert [g.rewards for g in groups] == [[0.5, 2.0], [3.0], [4.0, 5.0, 6.0]]
+
+
+def test_schedule_length():
+    """max_steps rules; without it epochs x queries x group size / batch pairs, rounded down; less than 1 is refused."""
+    config = Config(rollout=RolloutConfig(group_size=8), train=TrainConfig(batch_pairs=512, epochs=3.0))
+    assert schedule_length(config, 1000) == 46
+    config.train.max_steps = 7
+    assert schedule_length(config, 1000) == 7
+    config.train.max_steps = None
+    with pytest.raises(ConfigError, match=r"train\.epochs=3\.0 over 20 queries.*train\.batch_pairs=512"):
+        schedule_length(config, 20)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rate_rises_then_follows_its_schedule(schedule):
+    """Linear warm-up to the peak, then constant, or down to the floor by the end."""
+    train = TrainConfig(learning_rate=1.0, schedule=schedule, warmup_ratio=0.1, min_lr_ratio=0.1)
+    rates = [learning_rate(step, 100, Config(train=train)) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10]) and 0 < rates[0] < rates[9] < rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == 1.0 if schedule == "constant" else 0.1 <= rates[-1] < 0.12
+
+
+def test_the_package_is_callable_as_documented():
+    """`rethinker.train(recipe, overrides)` checks its settings as the command does."""
+    with pytest.raises(ConfigError, match=r"did you mean 'train\.max_steps'"):
+        rethinker.train("easy_vqa_cpu", {"train.max_stps": 3})
