@@ -46,7 +46,7 @@ class PolicyEngine:
         # Announced before the model is loaded, so that transformers partitions each weight as it reads it.
         from transformers.integrations import HfDeepSpeedConfig
 
-        self._announced = HfDeepSpeedConfig(settings)
+        announced = HfDeepSpeedConfig(settings)
         dtype = getattr(torch, config.policy.dtype)
         policy = Policy(load_model(model_dir, dtype), config.policy)
         self.reference = None
@@ -54,6 +54,7 @@ class PolicyEngine:
             reference = Policy(load_model(model_dir, dtype), config.policy).requires_grad_(False)
             without_optimizer = {k: v for k, v in settings.items() if k not in ("optimizer", "gradient_clipping")}
             self.reference, *_ = deepspeed.initialize(model=reference, config=without_optimizer)
+        del announced  # or the rollout's own copy of the model would be partitioned too
         # eval(): no dropout in the policy, the ratio would not be 1 on policy.
         trained = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(

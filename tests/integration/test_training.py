@@ -162,6 +162,13 @@ def test_checkpoint_continues_in_vllm_on_two_ranks(ssr, scratch):
     assert rows[0]["reward_mean"] > 0
 
 
+def test_hf_rollouts_train_too(scratch):
+    """Without vLLM, transformers' generate samples: its log-probs are the trainer's too, before and after a sync."""
+    rows = train(scratch, "hf", "--rollout.backend", "hf", "--validation.size", "8")
+    assert all(0 <= row["mismatch_kl"] < 1e-10 for row in rows)
+    assert rows[0]["grad_norm"] > 0
+
+
 def test_summary_says_what_was_learned(ssr, scratch):
     """The last lines name the sampled reward, the greedy accuracy and the run's folder."""
     log = (scratch / "ssr.log").read_text()
