@@ -13,6 +13,7 @@ from torch import nn
 
 from rethinker.config import ConfigError, PolicyConfig
 from rethinker.policy.attention import lay_out
+from rethinker.policy.cpu_linear import use_onednn
 from rethinker.samples import PackedBatch, Prompt
 from rethinker_kernels import linear_selective_log_softmax
 
@@ -57,6 +58,7 @@ class Policy(nn.Module):
         self.kernel = {"auto": "flex" if on_cuda else "sdpa"}.get(config.attention, config.attention)
         self.freeze_vision = config.freeze_vision
         model.lm_head = LogProbHead.around(model.lm_head)
+        use_onednn(model)
         model.set_attn_implementation(
             {"text_config": {"flex": "flex_attention", "sdpa": "sdpa"}[self.kernel], "vision_config": "sdpa"}
         )

@@ -80,7 +80,7 @@ def test_step_equals_plain_pytorch(runs, tiny_folder, encoder):  # noqa: F811
         assert relative_error(run["gradients"], gradients) <= 1e-5
         for name, parameter in policy.hf.named_parameters():
             # Adam's first step is lr * g / (|g| + eps): where |g| is near eps it magnifies rounding, up to lr = 1e-3.
-            assert (run["weights"][name] - parameter).abs().mean() <= 1e-7, name
+            assert (run["weights"][name] - parameter).abs().mean() <= 1e-6, name
     assert AlgorithmConfig().aggregation == "token"  # what the formula above assumes
 
 
