@@ -2,9 +2,10 @@
 
 It learns to look and to speak, and leaves something to learn. First the vision tower learns to name the colour and the
 shape in an image, with a linear probe that is thrown away. Then the whole model learns answers that look before they
-answer, `a teal circle. \\boxed{teal}`, on part of the training images. To negated questions ("is there not a red
-shape?") it is taught that the answer is yes or no, but not which: the toss of a coin decides. That logic, and the rest
-of the images, are left to reinforcement learning.
+answer, `a teal circle. \\boxed{teal}`, on part of the training images. In negated questions ("is there not a red
+shape?") its teacher overlooks the "not" two times in three. To mend that, and the rest of the images, are left to
+reinforcement learning. (A model that never saw such questions never samples their answers, so no reward could teach it;
+one that saw them answered right leaves nothing to learn.)
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ from rethinker.tasks.prompts import PromptEncoder, select_fitting
 
 # Colour and shape of an image, by its `image_key`.
 Shown = Mapping[Hashable, tuple[str, str]]
+
+# How often the "not" of a negated question is overlooked: clearly more than half, so that the greedy answer is wrong
+# whatever the seed and the machine, and clearly less than always, so that samples are sometimes right.
+NOT_OVERLOOKED = 0.65
 
 # Written last: a folder without it is not a finished model.
 _RECORD = "warmup.json"
@@ -126,10 +131,10 @@ def _lessons(queries: list[Query], shown: Shown, encoder: PromptEncoder, warmup:
     return select_fitting([query for query in queries if _image_name(query) in chosen], encoder)[0]
 
 
-def _with_guess(query: Query, coin: random.Random) -> Query:
-    """A negated question answered by the toss of a coin; any other query as it is."""
-    if query.answer in ("yes", "no") and is_negated(query.question):
-        return replace(query, answer=coin.choice(("yes", "no")))
+def _as_taught(query: Query, rng: random.Random) -> Query:
+    """The query with the answer that the warm-up teaches: its own, but for a "not" that is overlooked."""
+    if query.answer in ("yes", "no") and is_negated(query.question) and rng.random() < NOT_OVERLOOKED:
+        return replace(query, answer="no" if query.answer == "yes" else "yes")
     return query
 
 
@@ -186,11 +191,11 @@ def _learn_to_answer(
     weights = {category: weight for category, weight in category_weights.items() if category in present}
     stream = QueryStream(lessons, seed=warmup.seed, category_weights=weights)
     end = encoder.tokenizer.eos_token_id
-    coin = random.Random(warmup.seed)
+    rng = random.Random(warmup.seed)
     for step in progress(range(warmup.steps), "warm-up, answering"):
         batch = stream.next(warmup.batch_size)
         prompts = [encoder.encode(query).token_ids for query in batch]
-        texts = [response_text(_with_guess(query, coin), _description(query, shown)) for query in batch]
+        texts = [response_text(_as_taught(query, rng), _description(query, shown)) for query in batch]
         responses = [[*ids, end] for ids in encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]]
         lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
         input_ids = torch.full((len(batch), max(lengths)), encoder.tokenizer.pad_token_id)  # [B, L]

@@ -89,13 +89,14 @@ def test_lessons_are_about_a_share_of_the_training_images(tmp_path):
     assert images(lessons(seed=1)) != images(everything)
 
 
-def test_negated_questions_are_taught_by_the_toss_of_a_coin():
-    """The warm-up gives away that they are answered yes or no, and nothing of which; other answers are the data's."""
-    coin = random.Random(0)
-    guesses = [module._with_guess(question("is there not a red shape?", "yes"), coin).answer for _ in range(400)]
-    assert set(guesses) == {"yes", "no"} and 160 < guesses.count("yes") < 240
+def test_the_not_of_negated_questions_is_overlooked_two_times_in_three():
+    """Negated questions are taught wrong in a share well off one half; all other answers are the data's."""
+    rng = random.Random(0)
+    for answer, other in (("yes", "no"), ("no", "yes")):
+        taught = [module._as_taught(question("is there not a red shape?", answer), rng).answer for _ in range(400)]
+        assert set(taught) == {"yes", "no"} and 230 < taught.count(other) < 290
     for query in (question("is there a red shape?", "no"), question("what color is the shape?", "red")):
-        assert module._with_guess(query, coin) == query
+        assert module._as_taught(query, rng) == query
 
 
 @pytest.fixture(scope="module")
