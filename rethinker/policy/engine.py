@@ -16,7 +16,7 @@ import torch
 from rethinker.algorithm.objective import loss_normalizer, policy_loss
 from rethinker.config import Config
 from rethinker.policy.model import Policy, load_model
-from rethinker.policy.packing import pack, plan_micro_batches
+from rethinker.policy.packing import Bundle, pack, plan_micro_batches
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.profiling import phase
 from rethinker.samples import PackedBatch, Sample
@@ -128,7 +128,7 @@ class PolicyEngine:
             samples, budget=self.config.train.micro_batch_tokens, world_size=self.ranks.world_size
         )
         for bundles in plan[self.ranks.rank]:
-            batch = self._pack(bundles)
+            batch = self._pack(bundles, correction_cap=None)
             logps, _ = self.engine(batch, self.config.rollout.temperature)
             mine.append(logps.float().cpu())
         gathered = self.ranks.gather(mine)
@@ -165,17 +165,17 @@ class PolicyEngine:
         plan = plan_micro_batches(samples, budget=budget, world_size=self.ranks.world_size)
         for bundles in plan[self.ranks.rank]:
             with phase("pack"):
-                batch = self._pack(bundles)
+                batch = self._pack(bundles, self.config.algorithm.rollout_correction)
             yield batch
 
-    def _pack(self, bundles) -> PackedBatch:
+    def _pack(self, bundles: list[Bundle], correction_cap: float | None) -> PackedBatch:
         return pack(
             bundles,
             self.encoder.encode,
             self.encoder.pixels,
             self.policy.positions,
             policy_version=self.version,
-            correction_cap=self.config.algorithm.rollout_correction,
+            correction_cap=correction_cap,
         ).to(self.ranks.device)
 
     def _reference_logps(self, batch: PackedBatch) -> torch.Tensor | None:
