@@ -38,16 +38,21 @@ class Environment:
         self.python = folder / "venv" / "bin" / "python"
         (self.site,) = (folder / "venv" / "lib").glob("python*/site-packages")
         install = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "--no-deps", "--no-index"]
-        subprocess.run([*install, "-q", str(wheel)], check=True, timeout=120)
+        # Without the tests' PYTHONPATH: pip would take an editable install's egg-info there for an installed project.
+        subprocess.run([*install, "-q", str(wheel)], check=True, timeout=120, env=self._environment())
         (self.site / "others.pth").write_text(packages)
         self.elsewhere.mkdir()
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command of this environment in an empty folder, with nothing of ours on the path."""
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         program = self.python.parent / command[0]
-        options = {"cwd": self.elsewhere, "env": environment, "capture_output": True, "text": True, "timeout": 120}
+        options = {"cwd": self.elsewhere, "env": self._environment()}
+        options |= {"capture_output": True, "text": True, "timeout": 120}
         return subprocess.run([str(program), *command[1:]], **options)
+
+    @staticmethod
+    def _environment() -> dict[str, str]:
+        return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
 
 @pytest.fixture(scope="module")
