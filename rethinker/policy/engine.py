@@ -147,7 +147,7 @@ class PolicyEngine:
 
     def save(self, folder: str | Path) -> None:
         """Write the policy in Hugging Face format, processor included; vLLM and transformers load it as it is."""
-        state = {name: tensor.cpu().clone() for name, tensor in self.weights if self.ranks.is_main or tensor is None}
+        state = {name: tensor.cpu().clone() for name, tensor in self.weights if self.ranks.is_main}
         if self.ranks.is_main:
             self.policy.hf.save_pretrained(folder, state_dict=state)
             self.encoder.processor.save_pretrained(folder)
