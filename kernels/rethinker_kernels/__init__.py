@@ -11,7 +11,8 @@ Each docstring states the op's PyTorch equivalent, its shapes and its errors.
 """
 
 from rethinker_kernels.advantages import group_advantages
-from rethinker_kernels.linear import linear_grpo_loss, linear_selective_log_softmax
+from rethinker_kernels.linear import linear_selective_log_softmax
+from rethinker_kernels.linear_grpo import linear_grpo_loss
 from rethinker_kernels.log_softmax import selective_log_softmax
 from rethinker_kernels.reference import GRPO_STATS, LINEAR_GRPO_STATS
 from rethinker_kernels.sum_tree import SumTree

@@ -5,8 +5,37 @@ Each raises ValueError naming the argument, what it must be and what it is.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Which surrogate `grpo_loss` computes: its options that are plain values, explained there."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    importance: str = "token"
+    aggregation: str = "token"
+
+    def __post_init__(self) -> None:
+        for name, options in (
+            ("kl_estimator", ("k1", "k2", "k3")),
+            ("importance", ("token", "sequence")),
+            ("aggregation", ("token", "sequence", "constant")),
+        ):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(options)}")
+        for name in ("clip_low", "clip_high"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip={self.dual_clip}: must be above 1, or None")
 
 
 def describe(tensor: Tensor) -> str:
@@ -83,34 +112,16 @@ def check_grpo(
     logps: Tensor,
     old_logps: Tensor,
     advantages: Tensor,
+    surrogate: Surrogate,
     *,
     cu_seqlens: Tensor | None,
     ref_logps: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    kl_coef: float,
-    kl_estimator: str,
-    importance: str,
-    aggregation: str,
     weights: Tensor | None,
     mask: Tensor | None,
     normalizer: float | Tensor,
 ) -> None:
     check_vector("logps", logps, logps.shape[:1], logps.device)
     check_vector("old_logps", old_logps, logps.shape, logps.device)
-    for name, value, options in (
-        ("kl_estimator", kl_estimator, ("k1", "k2", "k3")),
-        ("importance", importance, ("token", "sequence")),
-        ("aggregation", aggregation, ("token", "sequence", "constant")),
-    ):
-        if value not in options:
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(options)}")
-    for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
-        if not value >= 0:
-            raise ValueError(f"{name}={value}: must be at least 0")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip={dual_clip}: must be above 1, or None")
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer: must be one number, not {describe(normalizer)}")
@@ -120,8 +131,9 @@ def check_grpo(
         raise ValueError(f"normalizer={normalizer}: must be positive")
     if ref_logps is not None:
         check_vector("ref_logps", ref_logps, logps.shape, logps.device)
-    elif kl_coef != 0:
-        raise ValueError(f"ref_logps is needed with kl_coef={kl_coef}")
+    elif surrogate.kl_coef != 0:
+        raise ValueError(f"ref_logps is needed with kl_coef={surrogate.kl_coef}")
+    importance, aggregation = surrogate.importance, surrogate.aggregation
     if cu_seqlens is not None:
         check_offsets("cu_seqlens", cu_seqlens, logps)
     elif "sequence" in (importance, aggregation):

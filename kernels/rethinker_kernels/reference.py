@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rethinker_kernels.arguments import (
+    Surrogate,
     check_group_advantages,
     check_grpo,
     check_index,
@@ -127,65 +128,24 @@ def grpo_loss(
     *,
     cu_seqlens: Tensor | None = None,
     ref_logps: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3",
-    importance: Literal["token", "sequence"] = "token",
-    aggregation: Literal["token", "sequence", "constant"] = "token",
     weights: Tensor | None = None,
     mask: Tensor | None = None,
     normalizer: float | Tensor,
+    **options,
 ) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate of GRPO with an optional KL term, and statistics that add over batches.
-
-        ratio = (logps - old_logps).exp()
-        loss = -torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)[mask].sum() / normalizer
-
-    `dual_clip` bounds the ratio of negative advantages from above. With d = ref_logps - logps the KL estimators are
-    k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1, and kl_coef * KL is added to each token's loss.
-    `importance="sequence"` (GSPO) takes one ratio per sequence: exp(mean over its tokens of logps - old_logps).
-    `aggregation`: `token` and `constant` sum all tokens, `sequence` the sequences' means; `normalizer` then divides.
-    It is the caller's, and global (over ranks and micro-batches): all tokens, all sequences, or sequences * a constant
-    length. So the losses of any split into whole sequences add up to the loss of the whole.
-
-    A masked token, or one of weight 0, counts nowhere, whatever its values (NaN included). Log-ratios are clamped to
-    +-MAX_LOG_RATIO and have no gradient beyond. A token that counts and has a non-finite log-prob makes the loss NaN.
+    """`rethinker_kernels.grpo_loss` by its formula: arguments, results and errors are written there.
 
     Args:
-        logps: [R] floating: the policy's log-probs; the only input that is differentiated.
-        old_logps: [R], the behaviour policy's.
-        advantages: [R], or [S] with `cu_seqlens` (which it is where R = S).
-        cu_seqlens: [S + 1] int32 or int64: sequence s holds rows cu_seqlens[s] to cu_seqlens[s + 1]; rows that no
-            sequence holds are an error that is not checked. Needed by everything that is per sequence.
-        ref_logps: [R], the reference policy's; needed when kl_coef is not 0.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-        dual_clip: bound > 1, or None.
-        weights: factor of each token's loss, KL term included: [R] (which it is where R = S), or [S] with `cu_seqlens`.
-        mask: [R] bool, False where a token does not count.
-        normalizer: what the sum is divided by; > 0.
-
-    Returns:
-        loss: scalar, in the type of logps (at least fp32); 0 for an empty batch, still attached to logps.
-        stats: [len(GRPO_STATS)] fp64 on the same device, named by GRPO_STATS, detached.
-
-    Raises:
-        ValueError: a shape, type, device or option that does not fit, naming it.
+        options: the fields of `Surrogate`.
     """
+    surrogate = Surrogate(**options)
     check_grpo(
         logps,
         old_logps,
         advantages,
+        surrogate,
         cu_seqlens=cu_seqlens,
         ref_logps=ref_logps,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        importance=importance,
-        aggregation=aggregation,
         weights=weights,
         mask=mask,
         normalizer=normalizer,
@@ -200,32 +160,32 @@ def grpo_loss(
     then = torch.where(active, old_logps.detach().to(dtype), 0.0)
     advantage = torch.where(active, advantage, 0.0)
     difference = now - then
-    if importance == "sequence":
+    if surrogate.importance == "sequence":
         difference = sequence_mean(difference, active, sequence, cu_seqlens)
         difference = torch.where(active, difference.gather(0, sequence), 0.0)
     log_ratio = clamp_log_ratio(difference)
     ratio = log_ratio.exp()
 
-    low = (advantage < 0) & (ratio < 1 - clip_low)
-    high = (advantage > 0) & (ratio > 1 + clip_high)
-    bounded = torch.where(low, 1 - clip_low, torch.where(high, 1 + clip_high, ratio))
-    dual = (advantage < 0) & (ratio > dual_clip) if dual_clip is not None else torch.zeros_like(low)
-    if dual_clip is not None:
-        bounded = torch.where(dual, dual_clip, bounded)
+    low = (advantage < 0) & (ratio < 1 - surrogate.clip_low)
+    high = (advantage > 0) & (ratio > 1 + surrogate.clip_high)
+    bounded = torch.where(low, 1 - surrogate.clip_low, torch.where(high, 1 + surrogate.clip_high, ratio))
+    dual = (advantage < 0) & (ratio > surrogate.dual_clip) if surrogate.dual_clip is not None else torch.zeros_like(low)
+    if surrogate.dual_clip is not None:
+        bounded = torch.where(dual, surrogate.dual_clip, bounded)
     token_loss = -bounded * advantage  # [R]
 
     finite = active & difference.isfinite()
     kl = torch.zeros_like(now)
     if ref_logps is not None:
         reference = torch.where(active, ref_logps.detach().to(dtype), 0.0)
-        kl = kl_estimate(clamp_log_ratio(reference - now), kl_estimator)
+        kl = kl_estimate(clamp_log_ratio(reference - now), surrogate.kl_estimator)
         finite = finite & reference.isfinite()
-    if kl_coef != 0:
-        token_loss = token_loss + kl_coef * kl
+    if surrogate.kl_coef != 0:
+        token_loss = token_loss + surrogate.kl_coef * kl
     if weights is not None:
         weight = per_row("weights", weights, cu_seqlens, sequence, logps).detach().to(dtype)
         token_loss = token_loss * torch.where(active, weight, 0.0)
-    if aggregation == "sequence":
+    if surrogate.aggregation == "sequence":
         token_loss = sequence_mean(token_loss, active, sequence, cu_seqlens)
     loss = token_loss.sum() / normalizer
 
@@ -253,59 +213,19 @@ def linear_grpo_loss(
     *,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
-    cu_seqlens: Tensor | None = None,
-    ref_logps: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3",
-    importance: Literal["token", "sequence"] = "token",
-    aggregation: Literal["token", "sequence", "constant"] = "token",
-    weights: Tensor | None = None,
-    mask: Tensor | None = None,
-    normalizer: float | Tensor,
+    **loss,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GRPO's loss straight from hidden states and the head's weight.
-
-        logps = linear_selective_log_softmax(hidden, weight, index, bias=bias, temperature=temperature)
-        loss, stats = grpo_loss(logps, old_logps, advantages, ..., normalizer=normalizer)
-
-    Args: those of the two functions.
-
-    Returns:
-        loss: scalar, differentiable in hidden, weight and bias.
-        logps: [R], detached.
-        stats: [len(LINEAR_GRPO_STATS)] fp64, named by LINEAR_GRPO_STATS, detached.
-
-    Raises:
-        ValueError: a shape, type, device or option that does not fit, naming it.
-    """
+    """`rethinker_kernels.linear_grpo_loss` by its formula; `loss` are the keyword arguments of `grpo_loss`."""
     logps, entropy = linear_selective_log_softmax(
         hidden, weight, index, bias=bias, temperature=temperature, return_entropy=True
     )
-    loss, stats = grpo_loss(
-        logps,
-        old_logps,
-        advantages,
-        cu_seqlens=cu_seqlens,
-        ref_logps=ref_logps,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        importance=importance,
-        aggregation=aggregation,
-        weights=weights,
-        mask=mask,
-        normalizer=normalizer,
-    )
+    value, stats = grpo_loss(logps, old_logps, advantages, **loss)
     with torch.no_grad():
+        cu_seqlens, weights, mask = (loss.get(name) for name in ("cu_seqlens", "weights", "mask"))
         sequence = None if cu_seqlens is None else sequence_of_row(cu_seqlens, logps)
         counts = active_rows(logps, cu_seqlens, sequence, weights, mask) & entropy.isfinite()
         entropy_sum = torch.where(counts, entropy, 0.0).sum(dtype=torch.float64)
-    return loss, logps.detach(), torch.cat([stats, entropy_sum[None]])
+    return value, logps.detach(), torch.cat([stats, entropy_sum[None]])
 
 
 # Advantages

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rethinker_kernels import reference
-from rethinker_kernels.arguments import check_grpo
+from rethinker_kernels.arguments import Surrogate, check_grpo
 from rethinker_kernels.devices import takes_triton
 from rethinker_kernels.reference import GRPO_STATS
 
@@ -68,48 +68,24 @@ def grpo_loss(
     Raises:
         ValueError: a shape, type, device or option that does not fit, naming it.
     """
-    options = {
-        "ref_logps": ref_logps,
-        "clip_low": clip_low,
-        "clip_high": clip_high,
-        "dual_clip": dual_clip,
-        "kl_coef": kl_coef,
-        "kl_estimator": kl_estimator,
-        "importance": importance,
-        "aggregation": aggregation,
-        "weights": weights,
-        "mask": mask,
-        "normalizer": normalizer,
-        "cu_seqlens": cu_seqlens,
-    }
+    surrogate = Surrogate(clip_low, clip_high, dual_clip, kl_coef, kl_estimator, importance, aggregation)
+    tensors = {"cu_seqlens": cu_seqlens, "ref_logps": ref_logps, "weights": weights, "mask": mask}
     if not takes_triton(logps):
-        return reference.grpo_loss(logps, old_logps, advantages, **options)
-    check_grpo(logps, old_logps, advantages, **options)
-    normalizers, normalizer = split_normalizer(normalizer)
+        return reference.grpo_loss(logps, old_logps, advantages, **tensors, normalizer=normalizer, **vars(surrogate))
+    check_grpo(logps, old_logps, advantages, surrogate, **tensors, normalizer=normalizer)
     loss, stats, _ = _grpo_loss(
-        logps,
-        old_logps,
-        advantages,
-        cu_seqlens,
-        ref_logps,
-        weights,
-        mask,
-        normalizers,
-        normalizer,
-        clip_low,
-        clip_high,
-        dual_clip,
-        kl_coef,
-        kl_estimator,
-        importance,
-        aggregation,
+        logps, old_logps, advantages, **tensors, **split_normalizer(normalizer), **vars(surrogate)
     )
     return loss, stats
 
 
-def split_normalizer(normalizer: float | Tensor) -> tuple[Tensor | None, float]:
-    """(the number on its device or None, the number on the host)."""
-    return (normalizer.detach(), 1.0) if isinstance(normalizer, Tensor) else (None, float(normalizer))
+def split_normalizer(normalizer: float | Tensor) -> dict[str, float | Tensor | None]:
+    """As torch ops take it: `normalizers` on the device or None, and `normalizer` on the host."""
+    on_device = isinstance(normalizer, Tensor)
+    return {
+        "normalizers": normalizer.detach() if on_device else None,
+        "normalizer": 1.0 if on_device else float(normalizer),
+    }
 
 
 @torch.library.custom_op("rethinker::grpo_loss", mutates_args=())
@@ -143,13 +119,7 @@ def _grpo_loss(
         mask,
         normalizers,
         normalizer,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        importance=importance,
-        aggregation=aggregation,
+        Surrogate(clip_low, clip_high, dual_clip, kl_coef, kl_estimator, importance, aggregation),
         statistics=len(GRPO_STATS),
     )
 

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from rethinker_kernels.arguments import Surrogate
 from rethinker_kernels.reference import (
     MAX_LOG_RATIO,
     clamp_log_ratio,
@@ -108,13 +109,7 @@ def loss_gradient(
     ref_logps: Tensor | None,
     sequence: Tensor | None,
     cu_seqlens: Tensor | None,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    kl_coef: float,
-    kl_estimator: str,
-    importance: str,
+    surrogate: Surrogate,
 ) -> Tensor:
     """d loss / d logps [R] of `reference.grpo_loss` in closed form, for code below autograd.
 
@@ -126,23 +121,25 @@ def loss_gradient(
     """
     now, then, advantages = (torch.where(active, x.to(factors.dtype), 0.0) for x in (logps, old_logps, advantages))
     difference = now - then
-    if importance == "sequence":
+    if surrogate.importance == "sequence":
         difference = sequence_mean(difference, active, sequence, cu_seqlens)[sequence]
     ratio = clamp_log_ratio(difference).exp()
-    flat = (advantages < 0) & (ratio < 1 - clip_low) | (advantages > 0) & (ratio > 1 + clip_high)
-    if dual_clip is not None:
-        flat |= (advantages < 0) & (ratio > dual_clip)
+    flat = (advantages < 0) & (ratio < 1 - surrogate.clip_low) | (advantages > 0) & (ratio > 1 + surrogate.clip_high)
+    if surrogate.dual_clip is not None:
+        flat |= (advantages < 0) & (ratio > surrogate.dual_clip)
     flat |= difference.abs() > MAX_LOG_RATIO
     slope = factors * (torch.where(flat, 0.0, -ratio * advantages) + (difference - difference))
-    if importance == "sequence":
+    if surrogate.importance == "sequence":
         like = cu_seqlens[1:]
         tokens = segment_sum(active.to(slope.dtype), sequence, like).clamp(min=1)
         slope = (segment_sum(torch.where(active, slope, 0.0), sequence, like) / tokens)[sequence]
-    if kl_coef != 0:
+    if surrogate.kl_coef != 0:
         raw = torch.where(active, ref_logps.to(now.dtype), 0.0) - now
         d = clamp_log_ratio(raw)
-        by_now = {"k1": torch.ones_like(d), "k2": -d, "k3": -d.expm1()}[kl_estimator]
-        slope = slope + factors * kl_coef * (torch.where(raw.abs() > MAX_LOG_RATIO, 0.0, by_now) + (raw - raw))
+        by_now = {"k1": torch.ones_like(d), "k2": -d, "k3": -d.expm1()}[surrogate.kl_estimator]
+        slope = slope + factors * surrogate.kl_coef * (
+            torch.where(raw.abs() > MAX_LOG_RATIO, 0.0, by_now) + (raw - raw)
+        )
     return torch.where(active, slope, 0.0)
 
 

@@ -5,48 +5,43 @@ Shapes: R response tokens and S responses of a packed row.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from rethinker.config import AlgorithmConfig
 from rethinker.samples import Completion, PackedBatch, Sample
-from rethinker_kernels import grpo_loss
 
+def surrogate_inputs(
+    batch: PackedBatch, config: AlgorithmConfig, normalizer: float, ref_logps: Tensor | None = None
+) -> dict[str, Any]:
+    """What `rethinker_kernels.grpo_loss` (and `linear_grpo_loss`) need of a micro-batch beside the policy's log-probs.
 
-def policy_loss(
-    logps: Tensor, batch: PackedBatch, config: AlgorithmConfig, normalizer: float, ref_logps: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Loss of one micro-batch; the losses of a step's micro-batches, over all ranks, add up to the step's loss.
-
-    A token that counts and whose log-prob is not finite makes the loss NaN: the step is then to be skipped.
+    The losses of a step's micro-batches, over all ranks, add up to the step's loss. A token that counts and whose
+    log-prob is not finite makes the loss NaN: the step is then to be skipped.
 
     Args:
-        logps: [R], the policy's log-probs, differentiable.
         batch: its old_logps, advantages [S], weights ([R], or [S]), loss_mask and cu_seqlens.
         config: the `algorithm` settings.
         normalizer: `loss_normalizer` of the whole step.
         ref_logps: [R], the reference policy's log-probs; needed when `algorithm.kl_coef` is not 0.
-
-    Returns:
-        loss: scalar.
-        stats: [len(GRPO_STATS)], sums that add over micro-batches and ranks, named by rethinker_kernels.GRPO_STATS.
     """
-    return grpo_loss(
-        logps,
-        batch.old_logps,
-        batch.advantages,
-        cu_seqlens=batch.cu_seqlens,
-        ref_logps=ref_logps,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
-        kl_coef=config.kl_coef,
-        kl_estimator=config.kl_estimator,
-        importance=config.importance,
-        aggregation=config.aggregation,
-        weights=batch.weights,
-        mask=batch.loss_mask,
-        normalizer=normalizer,
-    )
+    return {
+        "old_logps": batch.old_logps,
+        "advantages": batch.advantages,
+        "cu_seqlens": batch.cu_seqlens,
+        "ref_logps": ref_logps,
+        "clip_low": config.clip_low,
+        "clip_high": config.clip_high,
+        "dual_clip": config.dual_clip,
+        "kl_coef": config.kl_coef,
+        "kl_estimator": config.kl_estimator,
+        "importance": config.importance,
+        "aggregation": config.aggregation,
+        "weights": batch.weights,
+        "mask": batch.loss_mask,
+        "normalizer": normalizer,
+    }
 
 
 def loss_normalizer(samples: list[Sample], config: AlgorithmConfig, max_new_tokens: int) -> float:

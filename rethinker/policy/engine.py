@@ -13,7 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from rethinker.algorithm.objective import loss_normalizer, policy_loss
+from rethinker.algorithm.objective import loss_normalizer, surrogate_inputs
 from rethinker.config import Config
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.packing import Bundle, pack, plan_micro_batches
@@ -21,7 +21,7 @@ from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.profiling import phase
 from rethinker.samples import PackedBatch, Sample
 from rethinker.tasks.prompts import PromptEncoder
-from rethinker_kernels import GRPO_STATS
+from rethinker_kernels import LINEAR_GRPO_STATS
 
 
 class PolicyEngine:
@@ -82,26 +82,25 @@ class PolicyEngine:
             self.steps += 1
             return dict.fromkeys(METRICS, 0.0)
         normalizer = loss_normalizer(samples, config.algorithm, config.rollout.max_new_tokens)
-        sums = torch.zeros(len(GRPO_STATS) + 5, dtype=torch.float64, device=self.ranks.device)
+        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.ranks.device)
         for batch in self._micro_batches(samples):
             with phase("forward"):
-                logps, entropy = self.engine(batch, config.rollout.temperature)
-                reference = self._reference_logps(batch)
-                loss, stats = policy_loss(logps, batch, config.algorithm, normalizer, ref_logps=reference)
+                surrogate = surrogate_inputs(batch, config.algorithm, normalizer, self._reference_logps(batch))
+                loss, logps, stats = self.engine(batch, config.rollout.temperature, surrogate)
             with phase("backward"):
                 # ZeRO averages gradients over ranks; the normalizer is global already. A non-finite loss poisons the
                 # gradient on purpose: ZeRO then sees a non-finite norm on every rank and leaves the weights alone.
                 poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
                 self.engine.backward(loss * poison * self.ranks.world_size)
             with torch.no_grad():
-                sums += torch.cat([stats.double(), self._extra_sums(loss, logps, entropy, batch)])
+                sums += torch.cat([stats, self._extra_sums(loss, logps, batch)])
         rate = learning_rate(self.steps, self.total_steps, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with phase("optimizer"):
             self.engine.step()
         self.steps += 1
-        values = dict(zip([*GRPO_STATS, *_EXTRA], self.ranks.sum(sums).tolist(), strict=True))
+        values = dict(zip(_SUMS, self.ranks.sum(sums).tolist(), strict=True))
         grad_norm = float(self.engine.get_global_grad_norm())
         skipped = not (math.isfinite(grad_norm) and math.isfinite(values["loss"]))
         self.skipped_steps += skipped
@@ -184,18 +183,15 @@ class PolicyEngine:
         with torch.no_grad():
             return self.reference(batch, self.config.rollout.temperature)[0]
 
-    def _extra_sums(
-        self, loss: torch.Tensor, logps: torch.Tensor, entropy: torch.Tensor, batch: PackedBatch
-    ) -> torch.Tensor:
-        """What the loss's own stats lack, as sums over tokens: see `_EXTRA`."""
+    def _extra_sums(self, loss: torch.Tensor, logps: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """What the loss's own statistics lack, as sums over tokens: the last fields of `_SUMS`."""
         counted = batch.loss_mask & (batch.weights != 0)
         of_sample = torch.repeat_interleave(batch.age, batch.cu_seqlens.diff(), output_size=len(logps))
         fresh = counted & (of_sample == 0)
-        gap = (batch.old_logps - logps.detach()).double()  # near 1e-6 on policy, where fp32 would lose its square
+        gap = (batch.old_logps - logps).double()  # near 1e-6 on policy, where fp32 would lose its square
         kl = torch.where(fresh, gap.expm1() - gap, 0.0).sum()
-        entropy_sum = torch.where(counted, entropy.detach(), 0.0).sum()
         processed = torch.full((), float(batch.tokens), device=loss.device)
-        return torch.stack([x.double() for x in (loss.detach(), entropy_sum, kl, fresh.sum(), processed)])
+        return torch.stack([x.double() for x in (loss.detach(), kl, fresh.sum(), processed)])
 
 
 METRICS = (
@@ -210,7 +206,7 @@ METRICS = (
     "train_tokens",
     "skipped",
 )
-_EXTRA = ("loss", "entropy_sum", "fresh_kl_sum", "fresh_tokens", "processed")
+_SUMS = (*LINEAR_GRPO_STATS, "loss", "fresh_kl_sum", "fresh_tokens", "processed")
 
 
 class FullWeights:

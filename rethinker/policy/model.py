@@ -1,4 +1,4 @@
-"""The policy's forward: a packed batch in, one log-probability (and entropy) per response token out.
+"""The policy's forward: a packed batch in, the loss of its response tokens (or their log-probabilities) out.
 
 Legend: T tokens of the packed row, R response tokens, B rows of L tokens as the attention kernel sees them, D hidden
 size, V vocabulary.
@@ -7,6 +7,7 @@ size, V vocabulary.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,17 +16,18 @@ from rethinker.config import ConfigError, PolicyConfig
 from rethinker.policy.attention import lay_out
 from rethinker.policy.cpu_linear import use_onednn
 from rethinker.samples import PackedBatch, Prompt
-from rethinker_kernels import linear_selective_log_softmax
+from rethinker_kernels import linear_grpo_loss, linear_selective_log_softmax
 
 
-class LogProbHead(nn.Linear):
-    """The LM head as the loss needs it: hidden states and token ids in, log-probs and entropies out.
+class LossHead(nn.Linear):
+    """The LM head as training needs it: hidden states and token ids in, the loss or log-probs out, never the logits.
 
-    Being a module of its own, ZeRO-3's hooks gather its weight (tied to the embedding or not) just for this call.
+    Being a module whose forward is the whole loss, ZeRO-3's hooks gather its weight (tied to the embedding or not) once
+    for the three matrix products of a micro-batch.
     """
 
     @classmethod
-    def around(cls, linear: nn.Linear) -> LogProbHead:
+    def around(cls, linear: nn.Linear) -> LossHead:
         """A head that holds `linear`'s very parameters, so tying and names stay as they were."""
         head = cls.__new__(cls)
         nn.Module.__init__(head)
@@ -34,14 +36,28 @@ class LogProbHead(nn.Linear):
         return head
 
     def forward(
-        self, hidden: torch.Tensor, index: torch.Tensor | None = None, temperature: float = 1.0
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """hidden [R, D], index [R] -> log-probs [R] and entropies [R] in fp32; without index, logits [R, V]."""
+        self,
+        hidden: torch.Tensor,
+        index: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        surrogate: dict[str, Any] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Loss, log-probs and statistics of the tokens `index`, as `rethinker_kernels.linear_grpo_loss` returns them.
+
+        Without `surrogate` the log-probs and entropies, fp32 [R] each; without `index` the logits [R, V].
+
+        Args:
+            hidden: [R, D].
+            index: [R] int64.
+            temperature: of the sampled distribution.
+            surrogate: from `rethinker.algorithm.objective.surrogate_inputs`.
+        """
         if index is None:
             return super().forward(hidden)
-        return linear_selective_log_softmax(
-            hidden, self.weight, index, bias=self.bias, temperature=temperature, return_entropy=True
-        )
+        head = {"bias": self.bias, "temperature": temperature}
+        if surrogate is None:
+            return linear_selective_log_softmax(hidden, self.weight, index, **head, return_entropy=True)
+        return linear_grpo_loss(hidden, self.weight, index, **head, **surrogate)
 
 
 class Policy(nn.Module):
@@ -57,7 +73,7 @@ class Policy(nn.Module):
         on_cuda = torch.cuda.is_available()
         self.kernel = {"auto": "flex" if on_cuda else "sdpa"}.get(config.attention, config.attention)
         self.freeze_vision = config.freeze_vision
-        model.lm_head = LogProbHead.around(model.lm_head)
+        model.lm_head = LossHead.around(model.lm_head)
         use_onednn(model)
         model.set_attn_implementation(
             {"text_config": {"flex": "flex_attention", "sdpa": "sdpa"}[self.kernel], "vision_config": "sdpa"}
@@ -79,8 +95,13 @@ class Policy(nn.Module):
         is_image = (ids == self.image_token_id).int()
         return self.hf.model.get_rope_index(ids, is_image, image_grid_thw)[0][:, 0]
 
-    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs [R] of the batch's response tokens and the entropies [R] of their distributions, fp32 nats."""
+    def forward(
+        self, batch: PackedBatch, temperature: float = 1.0, surrogate: dict[str, Any] | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Loss, log-probs [R] and statistics of the batch's response tokens; see `LossHead.forward`.
+
+        Without `surrogate` log-probs [R] and the entropies [R] of their distributions, fp32 nats.
+        """
         device = batch.input_ids.device
         embeds = self._embed(batch)  # [T, D]
         layout = lay_out(batch.to("cpu"), self.kernel)
@@ -94,7 +115,7 @@ class Policy(nn.Module):
         ).last_hidden_state
         # Only response tokens reach the head: [R, D].
         rows = hidden.flatten(0, 1)[layout.position.to(device)[batch.source_index]]
-        return self.hf.lm_head(rows, batch.target_ids, temperature)
+        return self.hf.lm_head(rows, batch.target_ids, temperature, surrogate)
 
     def _embed(self, batch: PackedBatch) -> torch.Tensor:
         """Token embeddings [T, D] with each image's features in place of its placeholders."""

@@ -1,4 +1,4 @@
-"""policy_loss, its normaliser and its mask: laws 3 and 12 at the level of packed batches."""
+"""The objective's settings, its normaliser and its mask: laws 3 and 12 at the level of packed batches."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from rethinker.algorithm.objective import loss_normalizer, policy_loss, trainable_mask
+from rethinker.algorithm.objective import loss_normalizer, surrogate_inputs, trainable_mask
 from rethinker.config import AlgorithmConfig
 from rethinker.samples import Rethought
-from rethinker_kernels import GRPO_STATS
+from rethinker_kernels import GRPO_STATS, grpo_loss
 from tests.algorithm.examples import completion, packed, sample
 
 TRIGGER = Rethought(2, 4, "self_questioning")
@@ -26,6 +26,11 @@ def logps_for(batch) -> torch.Tensor:
     """A policy a little off the behaviour policy; forced tokens have finite log-probs under it."""
     noise = torch.randn(len(batch.target_ids), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return (batch.old_logps.nan_to_num(-1.0) + 0.3 * noise).requires_grad_()
+
+
+def policy_loss(logps, batch, config, normalizer, ref_logps=None):
+    """The loss and its statistics with the run's settings."""
+    return grpo_loss(logps, **surrogate_inputs(batch, config, normalizer, ref_logps))
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])

@@ -17,6 +17,7 @@ from rethinker_kernels import (
     group_advantages,
     grpo_loss,
     linear,
+    linear_grpo,
     linear_grpo_loss,
     reference,
     selective_log_softmax,
@@ -393,7 +394,7 @@ def test_linear_grpo_loss(importance, aggregation, dtype, options, monkeypatch):
         loss.backward()
         return [loss.detach().double(), logps.double(), stats], [x.grad.double() for x in (h, w, b)]
 
-    got, want = run(linear, dtype), run(reference, torch.float64)
+    got, want = run(linear_grpo, dtype), run(reference, torch.float64)
     if dtype == torch.float32:
         torch.testing.assert_close(got, want, atol=3e-5, rtol=1e-4)
     else:

@@ -6,11 +6,14 @@ are then added in a fixed order: two runs agree bit for bit.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rethinker_kernels.arguments import Surrogate
 from rethinker_kernels.triton_kernels.tiles import tiles
 
 MAX_LOG_RATIO = tl.constexpr(20.0)
@@ -232,6 +235,11 @@ def total_kernel(partial, loss, stats, programs, STATS: tl.constexpr, BLOCK: tl.
     tl.store(loss + field, sums.to(tl.float32), mask=field == 0)
 
 
+def bounds(options: Surrogate) -> tuple[float, float, float]:
+    """The ratios at which the lower, the upper and the dual clip act."""
+    return 1.0 - options.clip_low, 1.0 + options.clip_high, math.inf if options.dual_clip is None else options.dual_clip
+
+
 def loss_and_gradient(
     logps: Tensor,
     old_logps: Tensor,
@@ -242,14 +250,8 @@ def loss_and_gradient(
     mask: Tensor | None,
     normalizers: Tensor | None,
     normalizer: float,
+    options: Surrogate,
     *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    kl_coef: float,
-    kl_estimator: str,
-    importance: str,
-    aggregation: str,
     statistics: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], stats [statistics] fp64 and d loss / d logps [R] fp32. Arguments as in `rethinker_kernels.grpo_loss`.
@@ -272,15 +274,14 @@ def loss_and_gradient(
     loss_kernel[(programs,)](
         *given, None if mask is None else mask.contiguous().view(torch.uint8),
         None if cu_seqlens is None else cu_seqlens.contiguous(), normalizers, gradient, partial,
-        rows, sequences or 0, 1.0 - clip_low, 1.0 + clip_high, float("inf") if dual_clip is None else dual_clip,
-        kl_coef, normalizer,
+        rows, sequences or 0, *bounds(options), options.kl_coef, normalizer,
         SEQUENCES=sequences is not None,
         # Where there are as many rows as sequences, advantages belong to sequences and weights to rows.
         ADVANTAGES="sequences" if advantages.shape[0] == sequences else "rows",
         WEIGHTS=None if weights is None else "rows" if weights.shape[0] == rows else "sequences",
-        MASK=mask is not None, ESTIMATOR=0 if ref_logps is None else ESTIMATORS[kl_estimator],
-        SHARED_RATIO=importance == "sequence", MEAN=aggregation == "sequence", NORMALIZERS=normalizers is not None,
-        BLOCK=tile.tokens, num_warps=tile.token_warps,
+        MASK=mask is not None, ESTIMATOR=0 if ref_logps is None else ESTIMATORS[options.kl_estimator],
+        SHARED_RATIO=options.importance == "sequence", MEAN=options.aggregation == "sequence",
+        NORMALIZERS=normalizers is not None, BLOCK=tile.tokens, num_warps=tile.token_warps,
     )  # fmt: skip
     total_kernel[(1,)](partial, loss, stats, programs, STATS=statistics, BLOCK=64, num_warps=4)
     return loss, stats, gradient

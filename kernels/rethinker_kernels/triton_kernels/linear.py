@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rethinker_kernels.triton_kernels.grpo_loss import ESTIMATORS, divergence, surrogate
+from rethinker_kernels.arguments import Surrogate
+from rethinker_kernels.triton_kernels.grpo_loss import ESTIMATORS, bounds, divergence, surrogate
 from rethinker_kernels.triton_kernels.log_softmax import (
     chosen_logit,
     inverse_and_scale,
@@ -67,12 +68,7 @@ def grpo_rows_(
     advantages: Tensor,
     factors: Tensor,
     ref_logps: Tensor | None,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    kl_coef: float,
-    kl_estimator: str,
+    options: Surrogate,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [R] fp32; the contiguous logits [R, V] become the gradient.
 
@@ -88,9 +84,8 @@ def grpo_rows_(
     tile = tiles(logits.device)
     grpo_rows_kernel[(rows,)](
         logits, index, temperatures, temperature, old_logps, advantages, factors, ref_logps, logps, entropies,
-        logits.stride(0), vocabulary, 1.0 - clip_low, 1.0 + clip_high,
-        float("inf") if dual_clip is None else dual_clip, kl_coef,
-        PER_ROW=temperatures is not None, ESTIMATOR=ESTIMATORS[kl_estimator] if kl_coef != 0 else 0,
+        logits.stride(0), vocabulary, *bounds(options), options.kl_coef,
+        PER_ROW=temperatures is not None, ESTIMATOR=ESTIMATORS[options.kl_estimator] if options.kl_coef != 0 else 0,
         DEPTH=tile.depth, LANES=tile.lanes, TILE=tile.gradient, num_warps=tile.row_warps,
     )  # fmt: skip
     return logps, entropies
