@@ -42,6 +42,9 @@ class PolicyEngine:
         self.steps = 0  # optimizer steps attempted
         self.version = 0  # weight syncs: the policy version that rollouts carry
         self.skipped_steps = 0
+        # DeepSpeed would compile a shared-memory all-reduce at its first start. Only CPU inference calls it, and a run
+        # killed meanwhile would leave a lock that every later start waits on for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         settings = zero3_settings(config, ranks)
         # Announced before the model is loaded, so that transformers partitions each weight as it reads it.
         from transformers.integrations import HfDeepSpeedConfig

@@ -1,0 +1,82 @@
+"""Run under torchrun by test_loss_head.py: the same optimizer step with the fused loss head and with its two lines.
+
+Usage: torchrun --nproc-per-node N -m tests.integration.head_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+from rethinker.config import AlgorithmConfig, Config, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
+from rethinker.policy.engine import PolicyEngine
+from rethinker.policy.model import LossHead, load_processor
+from rethinker.policy.packing import plan_micro_batches
+from rethinker.runtime import distributed
+from rethinker.tasks.prompts import PromptEncoder
+from rethinker_kernels import grpo_loss, linear_selective_log_softmax
+from tests.integration.zero3_steps import gradients_at_step, scenario
+
+BUDGET = 100  # tokens: several micro-batches a step
+
+
+def unfused(head, hidden, index=None, temperature=1.0, surrogate=None):
+    """`LossHead.forward` as a composition that autograd differentiates."""
+    logps, entropy = linear_selective_log_softmax(
+        hidden, head.weight, index, bias=head.bias, temperature=temperature, return_entropy=True
+    )
+    loss, stats = grpo_loss(logps, **surrogate)
+    counted = surrogate["mask"] & (surrogate["weights"] != 0)
+    return loss, logps.detach(), torch.cat([stats, entropy.detach()[counted].sum().double()[None]])
+
+
+def count_gathers(weight: torch.nn.Parameter) -> list[int]:
+    """A counter in a list: how often ZeRO-3 gathered the weight from the ranks."""
+    gather = "_PartitionedParameterCoordinator__all_gather_params_"
+    original, count = getattr(PartitionedParameterCoordinator, gather), [0]
+
+    def counted(coordinator, parameters, *rest, **named):
+        missing = [p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        count[0] += sum(p is weight for p in missing)
+        return original(coordinator, parameters, *rest, **named)
+
+    setattr(PartitionedParameterCoordinator, gather, counted)
+    return count
+
+
+def main(model: str, scratch: str, output: str) -> None:
+    ranks = distributed.start(120)
+    pictures = Path(scratch) / f"pictures_{ranks.rank}"
+    pictures.mkdir(exist_ok=True)
+    encoder = PromptEncoder(load_processor(model), DataConfig(min_pixels=1024, max_pixels=8192))
+    samples = scenario("mixed", pictures, encoder)
+    results = {"micro_batches": len(plan_micro_batches(samples, budget=BUDGET, world_size=ranks.world_size)[0])}
+    for importance in ("token", "sequence"):
+        for forward in (unfused, LossHead.forward):
+            config = Config(
+                policy=PolicyConfig(model=model, dtype="float32"),
+                rollout=RolloutConfig(max_new_tokens=16, temperature=0.9),
+                algorithm=AlgorithmConfig(importance=importance, dual_clip=3.0),
+                train=TrainConfig(learning_rate=1e-3, schedule="constant", warmup_ratio=0, micro_batch_tokens=BUDGET),
+            )
+            engine = PolicyEngine(config, model, encoder, ranks, total_steps=10)
+            if forward is unfused:
+                engine.policy.hf.lm_head.forward = forward.__get__(engine.policy.hf.lm_head)
+            gradients = gradients_at_step(engine)
+            metrics = engine.train_step(samples)
+            results[importance, forward.__name__] = {"metrics": metrics, "gradients": dict(gradients)}
+    # The last engine's first step let DeepSpeed learn the order of the modules; from then on it keeps to it.
+    count = count_gathers(engine.policy.hf.lm_head.weight)
+    engine.train_step(samples)
+    results["gathers"] = count[0]
+    if ranks.is_main:
+        torch.save(results, output)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,44 @@
+"""The LM head whose forward is the fused loss, under ZeRO-3 on two ranks, tied to the embedding and not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.test_zero3 import relative_error
+from tests.policy.conftest import tiny_folder, untied_folder  # noqa: F401  (fixtures)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def steps(request, tiny_folder, untied_folder, tmp_path_factory):  # noqa: F811
+    """What head_steps.py saw."""
+    scratch = tmp_path_factory.mktemp("head")
+    model = {"tied": tiny_folder, "untied": untied_folder}[request.param]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.integration.head_steps", str(model), str(scratch), str(scratch / "out.pt")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(scratch / "out.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_gradients_equal_the_unfused_path(steps, importance):
+    """Loss, statistics and every gradient are those of log-probs and grpo_loss under autograd, to 1e-5 relative."""
+    fused, plain = steps[importance, "forward"], steps[importance, "unfused"]
+    assert fused["metrics"] == pytest.approx(plain["metrics"], rel=1e-5, abs=1e-7)
+    assert fused["metrics"]["loss"] != 0 and fused["metrics"]["entropy"] > 0
+    assert relative_error(fused["gradients"], plain["gradients"]) <= 1e-5
+
+
+def test_the_head_is_gathered_once_per_micro_batch(steps):
+    """The three products share one gather, also with the embedding where they are tied."""
+    assert steps["micro_batches"] > 1
+    assert steps["gathers"] == steps["micro_batches"]
