@@ -1,7 +1,7 @@
-"""Peak memory of one step of the loss at a real vocabulary, printed as JSON; test_memory.py runs each way by itself.
+"""Peak memory of one training step's forward and backward at a real vocabulary, as JSON; test_memory.py runs each way.
 
-`python -m tests.kernels.peak_memory WAY FILE` with WAY one of naive, linear_log_softmax, linear_grpo_loss; the loss and
-gradients go to FILE.
+`python -m tests.kernels.peak_memory WAY MODEL_FOLDER FILE` with WAY `naive` (logits, log_softmax, autograd) or `fused`
+(the policy as it trains); the loss and all gradients go to FILE.
 """
 
 from __future__ import annotations
@@ -14,31 +14,42 @@ from pathlib import Path
 
 import torch
 
-from rethinker_kernels import grpo_loss, linear_grpo_loss, linear_selective_log_softmax
+from rethinker.algorithm.objective import surrogate_inputs
+from rethinker.config import AlgorithmConfig, DataConfig, PolicyConfig
+from rethinker.policy.model import Policy, load_model, load_processor
+from rethinker.policy.packing import pack, plan_micro_batches
+from rethinker.samples import Query
+from rethinker.tasks.prompts import PromptEncoder
+from rethinker_kernels import grpo_loss
+from tests.policy.helpers import samples_for
 
-ROWS, WIDTH, VOCABULARY = 4096, 32, 151_936
+VOCABULARY, RESPONSES, LENGTH = 151_936, 64, 64  # R = 4,096 rows of the head
 
 
-def main(way: str, file: str) -> None:
+def main(way: str, folder: str, file: str) -> None:
     torch.manual_seed(0)
-    hidden = torch.randn(ROWS, WIDTH, requires_grad=True)
-    weight = torch.randn(VOCABULARY, WIDTH).div_(8).requires_grad_()
-    index = torch.randint(VOCABULARY, (ROWS,))
-    old_logps, advantages = torch.full((ROWS,), -12.0), torch.randn(ROWS)
+    model = load_model(folder, torch.float32)
+    model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
+    policy = Policy(model, PolicyConfig(dtype="float32"))
+    encoder = PromptEncoder(load_processor(folder), DataConfig())
+    queries = [Query(str(i), f"is {i} more than two?", "yes") for i in range(8)]
+    samples = samples_for(queries, encoder, [LENGTH] * (RESPONSES // 8), vocabulary=VOCABULARY)
+    ((bundles,),) = plan_micro_batches(samples, budget=10_000, world_size=1)
+    batch = pack(bundles, encoder.encode, encoder.pixels, policy.positions)
+    surrogate = surrogate_inputs(batch, AlgorithmConfig(), float(RESPONSES * LENGTH))
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if way == "linear_grpo_loss":
-        loss, *_ = linear_grpo_loss(hidden, weight, index, old_logps, advantages, normalizer=ROWS)
+    if way == "naive":
+        head = policy.hf.lm_head
+        head.forward = lambda rows, index, temperature, surrogate: (
+            head.__class__.__base__.forward(head, rows).log_softmax(-1).gather(-1, index[:, None])[:, 0]
+        )
+        loss, _ = grpo_loss(policy(batch, 1.0, surrogate), **surrogate)
     else:
-        if way == "naive":
-            log_probs = (hidden @ weight.t()).log_softmax(-1)
-            logps = log_probs.gather(-1, index[:, None])[:, 0]
-        else:
-            logps = linear_selective_log_softmax(hidden, weight, index)
-        loss, _ = grpo_loss(logps, old_logps, advantages, normalizer=ROWS)
+        loss, *_ = policy(batch, 1.0, surrogate)
     loss.backward()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    torch.save((loss.detach(), hidden.grad, weight.grad), file)
-    print(json.dumps({"gigabytes": (peak - before) / 1e9}))
+    torch.save((loss.detach(), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}), file)
+    print(json.dumps({"rows": len(batch.target_ids), "gigabytes": (peak - before) / 1e9}))
 
 
 if __name__ == "__main__":
