@@ -12,11 +12,15 @@ Legend: R rows (tokens), D hidden size, V vocabulary.
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import json
 import re
 import resource
 import statistics
+import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 HEADS = {"3B": (2048, 151_936), "7B": (3584, 152_064), "32B": (5120, 152_064), "72B": (8192, 152_064)}
 """(D, V) of Qwen2.5-VL's heads."""
 
-ROWS = 16_384
+ROWS, SEQUENCES = 16_384, 16
 SMALL = (512, 64, 4_096)  # (R, D, V) without a GPU
 
 COPY_BYTES_PER_S, MATMUL_FLOP_PER_S = 4.3e12, 790e12
@@ -46,24 +50,35 @@ Step = Callable[[], Any]
 
 
 def head_inputs(rows: int, width: int, vocabulary: int, device: str) -> dict[str, Tensor]:
-    """Hidden states, a head that makes logits of size 3, tokens, and what the loss needs per token."""
+    """Hidden states, a head that makes logits of size 3, tokens, and what the loss needs per token.
+
+    The behaviour log-probs are near the policy's, so that hardly a row is clipped and every provider has all its work.
+    """
     g = torch.Generator(device).manual_seed(0)
     options = {"device": device, "generator": g}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    hidden = torch.randn(rows, width, **options).to(dtype)
+    weight = (3 * torch.randn(vocabulary, width, **options) / width**0.5).to(dtype)
+    index = torch.randint(vocabulary, (rows,), **options)
+    logps = ours.linear_selective_log_softmax(hidden, weight, index)
     return {
-        "hidden": torch.randn(rows, width, **options).to(dtype).requires_grad_(),
-        "weight": (3 * torch.randn(vocabulary, width, **options) / width**0.5).to(dtype).requires_grad_(),
-        "index": torch.randint(vocabulary, (rows,), **options),
-        "old_logps": -12 - torch.rand(rows, **options),
-        "advantages": torch.randn(rows, **options),
+        "hidden": hidden.requires_grad_(),
+        "weight": weight.requires_grad_(),
+        "index": index,
+        "old_logps": logps + 0.03 * torch.randn(rows, **options),
+        # One per sequence, as all peers have it.
+        "advantages": torch.randn(SEQUENCES, **options).repeat_interleave(rows // SEQUENCES),
     }
 
 
 def logits_inputs(rows: int, width: int, vocabulary: int, device: str) -> dict[str, Tensor]:
-    inputs = head_inputs(rows, 1, vocabulary, device)
+    inputs = head_inputs(rows, 1, 8, device)
     g = torch.Generator(device).manual_seed(0)
     logits = torch.empty(rows, vocabulary, device=device, dtype=inputs["hidden"].dtype)
-    return {"logits": logits.normal_(0, 3, generator=g).requires_grad_(), "index": inputs["index"]}
+    return {
+        "logits": logits.normal_(0, 3, generator=g).requires_grad_(),
+        "index": torch.randint(vocabulary, (rows,), device=device, generator=g),
+    }
 
 
 def vector_inputs(rows: int, width: int, vocabulary: int, device: str) -> dict[str, Tensor]:
@@ -101,10 +116,9 @@ def log_softmax_step(op: Callable) -> Callable[[dict], Step]:
     return provider
 
 
-def linear_forward(module: Any) -> Callable[[dict], Step]:
+def linear_forward(op: Callable) -> Callable[[dict], Step]:
     def provider(inputs: dict) -> Step:
-        args = inputs["hidden"], inputs["weight"], inputs["index"]
-        return torch.no_grad()(lambda: module.linear_selective_log_softmax(*args, return_entropy=True))
+        return torch.no_grad()(lambda: op(inputs["hidden"], inputs["weight"], inputs["index"]))
 
     return provider
 
@@ -156,9 +170,9 @@ def trl_log_softmax(logits: Tensor, index: Tensor):
 def liger_grpo(inputs: dict) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    sequences = 16
-    shape = (sequences, len(inputs["index"]) // sequences)
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="dapo")
+    shape = (SEQUENCES, len(inputs["index"]) // SEQUENCES)
+    compiled = inputs["hidden"].is_cuda
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="dapo", compiled=compiled)
     return loss(
         inputs["hidden"].view(*shape, -1),
         inputs["weight"],
@@ -175,6 +189,13 @@ def liger_cross_entropy(inputs: dict) -> Tensor:
     return LigerFusedLinearCrossEntropyLoss()(inputs["weight"], inputs["hidden"], inputs["index"])
 
 
+def liger_scaled_cross_entropy(hidden: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Liger's CuTe kernels on sm_90, its fallback elsewhere: negative log-probs and entropies."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, index, 1.0, -100, 1, True)[:2]
+
+
 def cut_cross_entropy(inputs: dict) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -187,10 +208,33 @@ def quack_cross_entropy(inputs: dict) -> Tensor:
     return chunked_linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["index"])
 
 
-def verl_cross_entropy(inputs: dict) -> Tensor:
+@functools.cache
+def _find_verl_kernels() -> None:
+    """Make verl's kernels importable without its own __init__, which wants ray and more."""
+    verl = importlib.util.find_spec("verl")
+    if verl is None:
+        raise ImportError("No module named 'verl'")
+    folder = Path(verl.origin).parent
+    for name, path in (("verl", folder), ("verl.utils", folder / "utils")):
+        sys.modules.setdefault(name, types.ModuleType(name)).__path__ = [str(path)]
+
+
+def verl_log_probs(hidden: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    _find_verl_kernels()
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["index"], 1.0, "none")[0].sum()
+    return linear_cross_entropy(hidden, weight, index, 1.0, "none")
+
+
+def grpo_from(log_probs: Callable, sign: float = 1.0) -> Callable[[dict], Tensor]:
+    """The GRPO loss over a peer's own log-probs (or, with sign -1, their negatives)."""
+
+    def loss(inputs: dict) -> Tensor:
+        logps = sign * log_probs(inputs["hidden"], inputs["weight"], inputs["index"])[0]
+        about = inputs["old_logps"], inputs["advantages"]
+        return ours.grpo_loss(logps.float(), *about, normalizer=float(len(logps)))[0]
+
+    return loss
 
 
 def compiled(function: Callable) -> Callable:
@@ -199,6 +243,10 @@ def compiled(function: Callable) -> Callable:
 
 def with_entropy(op: Callable) -> Callable:
     return lambda logits, index: op(logits, index, return_entropy=True)
+
+
+def head_with_entropy(module: Any) -> Callable:
+    return lambda *given: module.linear_selective_log_softmax(*given, return_entropy=True)
 
 
 def logits_floor(reads: int) -> Callable[[int, int, int], float]:
@@ -233,7 +281,12 @@ OPS: dict[str, dict[str, Any]] = {
     "linear_selective_log_softmax forward": {
         "inputs": head_inputs,
         "floor": matmul_floor(1),
-        "providers": {"rethinker": linear_forward(ours), "pytorch": linear_forward(reference)},
+        "providers": {
+            "rethinker": linear_forward(head_with_entropy(ours)),
+            "pytorch": linear_forward(head_with_entropy(reference)),
+            "liger (CuTe on sm_90)": linear_forward(liger_scaled_cross_entropy),
+            "verl": linear_forward(verl_log_probs),
+        },
     },
     "linear_grpo_loss": {
         "inputs": head_inputs,
@@ -243,10 +296,11 @@ OPS: dict[str, dict[str, Any]] = {
             "pytorch": loss_step(grpo_of(reference)),
             "torch.compile": loss_step(compiled(grpo_of(reference))),
             "liger grpo": loss_step(liger_grpo),
-            "liger (cross-entropy only)": loss_step(liger_cross_entropy),
-            "cut-cross-entropy (loss only)": loss_step(cut_cross_entropy),
-            "quack (loss only)": loss_step(quack_cross_entropy),
-            "verl (log-probs)": loss_step(verl_cross_entropy),
+            "liger (CuTe on sm_90), log-probs": loss_step(grpo_from(liger_scaled_cross_entropy, -1.0)),
+            "verl, log-probs": loss_step(grpo_from(verl_log_probs)),
+            "liger, cross-entropy only": loss_step(liger_cross_entropy),
+            "cut-cross-entropy, cross-entropy only": loss_step(cut_cross_entropy),
+            "quack, cross-entropy only": loss_step(quack_cross_entropy),
         },
     },
     "grpo_loss": {
@@ -267,6 +321,24 @@ OPS: dict[str, dict[str, Any]] = {
 
 
 # Measuring
+
+
+def gradient_error(inputs: dict, name: str) -> float:
+    """Largest error of the gradient of the first 256 hidden states against fp64, relative to the largest entry.
+
+    A row's gradient depends on its own row only. Peers that know the cross-entropy alone are held against its mean.
+    """
+    some = slice(0, 256)
+    hidden = inputs["hidden"].detach()[some].double().requires_grad_()
+    logps = reference.linear_selective_log_softmax(hidden, inputs["weight"].detach().double(), inputs["index"][some])
+    rows = float(len(inputs["index"]))
+    if "cross-entropy only" in name:
+        loss = -logps.sum() / rows
+    else:
+        about = inputs["old_logps"][some], inputs["advantages"][some]
+        loss, _ = reference.grpo_loss(logps, *about, normalizer=rows)
+    loss.backward()
+    return ((inputs["hidden"].grad[some].double() - hidden.grad).abs().max() / hidden.grad.abs().max()).item()
 
 
 def measure(provider: Callable[[dict], Step], inputs: dict, repeats: int) -> dict[str, Any]:
@@ -323,9 +395,11 @@ def run(op: str, size: tuple[int, int, int], repeats: int) -> dict[str, Any]:
             results[name] = {
                 "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
             }
+        if op == "linear_grpo_loss" and "median_ms" in results[name]:
+            results[name]["gradient_error"] = gradient_error(inputs, name)
         if floor and "median_ms" in results[name]:
             results[name]["share_of_floor"] = floor / results[name]["median_ms"]
-        print(f"  {name:32} {_line(results[name])}", flush=True)
+        print(f"  {name:38} {_line(results[name])}", flush=True)
     return {"op": op, "rows_width_vocabulary": size, "floor_ms": floor, "providers": results}
 
 
@@ -336,6 +410,8 @@ def _line(result: dict[str, Any]) -> str:
     text = f"{result['median_ms']:10.3f} ms ({low:.3f} to {high:.3f})"
     if result["memory_mib"] is not None:
         text += f" {result['memory_mib']:10.0f} MiB"
+    if "gradient_error" in result:
+        text += f"  gradient error {result['gradient_error']:.1e}"
     return text + (f"  {result['share_of_floor']:.0%} of the floor's speed" if "share_of_floor" in result else "")
 
 
@@ -384,7 +460,7 @@ def main() -> None:
         print(f"{op}, R, D, V = {size}", flush=True)
         results.append(run(op, size, args.repeats))
         label = f"{op}, R, D, V = {', '.join(f'{n:,}' for n in size)}, {machine['gpu'] or machine['cpu']}"
-        chart(results[-1], label, folder / f"kernels_{re.sub(r'[^a-z_]+', '_', op)}.png")
+        chart(results[-1], label, folder / f"kernels_{re.sub(r'[^a-z_]+', '_', op)}.svg")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     report = {"machine": machine, "head": args.size if on_gpu else "small", "peak_rss_gib": peak, "results": results}
     (folder / "kernels.json").write_text(json.dumps(report, indent=2) + "\n")

