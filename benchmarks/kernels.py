@@ -369,7 +369,7 @@ def measure(provider: Callable[[dict], Step], inputs: dict, repeats: int) -> dic
             step()
             times.append(1e3 * (time.perf_counter() - start))
         memory = None  # a process's peak cannot be told apart by step; tests/kernels/test_memory.py measures it
-    low, median, high = statistics.quantiles(times, n=4)
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
     return {"median_ms": median, "quartiles_ms": [low, high], "memory_mib": memory, "repeats": repeats}
 
 

@@ -316,6 +316,20 @@ def test_a_token_that_counts_and_is_not_finite(importance, poisoned, name):
     torch.testing.assert_close(stats, want, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("poisoned", [math.nan, INF, -INF])
+def test_an_advantage_that_is_not_finite(poisoned):
+    """The loss is not finite, with and without the head: the step is then skipped, never trained on a wrong number."""
+    inputs = tokens()
+    inputs["advantages"][0] = poisoned
+    inputs = on_device(inputs)
+    logps = inputs.pop("logps")
+    assert not grpo_loss(logps, **inputs, normalizer=1.0)[0].isfinite()
+    rows = len(logps)
+    hidden, weight = torch.randn(rows, 4, device=DEVICE), torch.randn(6, 4, device=DEVICE)
+    index = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+    assert not linear_grpo_loss(hidden, weight, index, **inputs, normalizer=1.0)[0].isfinite()
+
+
 @pytest.mark.parametrize("d", [1e-5, 1e-3, -1e-3, 0.1, 0.249, 0.251, 0.99, 1.01, -1.5, 5.0, 19.0, 25.0])
 def test_k3_is_accurate(d):
     """k3 = exp(d) - d - 1 and its slope to 2e-6, also where the subtraction would cancel."""

@@ -192,6 +192,19 @@ def test_a_token_that_counts_and_is_not_finite_makes_the_loss_nan(importance, na
     assert named["nonfinite"] >= 1 and all(math.isfinite(v) for v in named.values())
 
 
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_an_advantage_that_is_not_finite_makes_the_loss_so(importance, poison):
+    """The loss is not finite, with and without the head: the step is then skipped, never trained on a wrong number."""
+    inputs = case()
+    inputs["advantages"][0] = poison
+    options = {**inputs, "importance": importance, "normalizer": 1.0}
+    assert not grpo_loss(**options)[0].isfinite()
+    options.pop("logps")
+    hidden, weight = torch.randn(ROWS, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    assert not linear_grpo_loss(hidden, weight, torch.zeros(ROWS, dtype=torch.int64), **options)[0].isfinite()
+
+
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 def test_micro_batches_add_up(aggregation, importance):
