@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,14 +25,18 @@ ROOT = Path(__file__).parents[2]
 
 
 def batch(rows: int, vocabulary: int, width: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """Inputs of linear_grpo_loss: hidden states of unit size and a head that makes logits of size 3."""
+    """Inputs of linear_grpo_loss: a head that makes logits of size 3, and ratios on both sides of the clips."""
     g = torch.Generator("cuda").manual_seed(rows)
     options = {"device": "cuda", "generator": g}
+    hidden = torch.randn(rows, width, **options).to(dtype)
+    weight = (3 * torch.randn(vocabulary, width, **options) / width**0.5).to(dtype)
+    index = torch.randint(vocabulary, (rows,), **options)
+    logps = linear_selective_log_softmax(hidden, weight, index)
     return {
-        "hidden": torch.randn(rows, width, **options).to(dtype),
-        "weight": (3 * torch.randn(vocabulary, width, **options) / width**0.5).to(dtype),
-        "index": torch.randint(vocabulary, (rows,), **options),
-        "old_logps": -12 - 3 * torch.rand(rows, **options),
+        "hidden": hidden,
+        "weight": weight,
+        "index": index,
+        "old_logps": logps + 0.2 * torch.randn(rows, **options),
         "advantages": torch.randn(rows, **options),
     }
 
@@ -48,6 +53,22 @@ def test_fuzz_on_the_gpu():
     """The interpreter's fuzzing suite, with compiled kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/fuzz_triton.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    """No access out of bounds and no race in a part of the fuzzing suite that reaches every kernel."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer, which comes with the CUDA toolkit")
+    # Every tensor an allocation of its own: a read beyond it is then one out of bounds.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    part = "(test_log_softmax and near and 7-129) or out_of_range or linear_grpo_loss or group_advantages or poisoned"
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
+    command += ["-p", "no:cacheprovider", "tests/kernels/fuzz_triton.py", "-k", part]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout[-6000:]
 
