@@ -170,6 +170,8 @@ class ReplayConfig:
 
     alpha: float = 1.0
     """Draw with probability proportional to |advantage|^alpha; 0 is uniform."""
+    unit: Literal["sample", "group"] = "sample"
+    """Draw single samples, or all effective samples of a query at once, with the sum of their |advantage|."""
     capacity: int = 65536
     """Most samples kept; the oldest leave first."""
     clear_every_episode: bool = True

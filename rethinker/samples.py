@@ -67,21 +67,45 @@ class Completion:
     text: str
     finish_reason: str
     rethought: Rethought | None = None
-    trainer_logprobs: list[float] | None = (
-        None  # the same from the trainer's forward, when algorithm.rollout_correction
-    )
+    trainer_logprobs: list[float] | None = None
+    """The same from the trainer's forward, when algorithm.rollout_correction."""
+
+    @property
+    def tokens(self) -> int:
+        """L."""
+        return len(self.token_ids)
+
+    @property
+    def trainable_tokens(self) -> int:
+        """Tokens that carry a policy gradient: all but forced ones."""
+        forced = self.rethought
+        return self.tokens - (forced.trigger_end - forced.trigger_start if forced else 0)
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What a rank knows of a response that another rank sampled and holds: enough to choose, plan and normalise."""
+
+    tokens: int
+    trainable_tokens: int
 
 
 @dataclass
 class Group:
-    """One query and its G completions, with a reward and an advantage each once they are known."""
+    """One query and its G completions, with a reward and an advantage each once they are known.
+
+    `number` counts the groups of a run, the same on all ranks; `owner` is the rank that holds the completions.
+    """
 
     query: Query
-    completions: list[Completion]
+    completions: list[Completion] | list[Elsewhere]
     policy_version: int
     prompt_tokens: int = 0  # length of the prompt's token_ids: what packing plans with
     rewards: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
+    rethinks: list[bool] = field(default_factory=list)  # per completion: does it rethink of its own accord
+    number: int = 0
+    owner: int = 0
 
     @property
     def effective(self) -> bool:
@@ -90,9 +114,11 @@ class Group:
 
     def samples(self) -> list[Sample]:
         """One sample per completion; rewards and advantages must be known."""
+        shared = {"prompt_tokens": self.prompt_tokens, "group": self.number, "owner": self.owner}
+        known = zip(self.completions, self.advantages, self.rewards, strict=True)
         return [
-            Sample(self.query, completion, advantage, self.policy_version, reward, prompt_tokens=self.prompt_tokens)
-            for completion, advantage, reward in zip(self.completions, self.advantages, self.rewards, strict=True)
+            Sample(self.query, completion, advantage, self.policy_version, reward, index=index, **shared)
+            for index, (completion, advantage, reward) in enumerate(known)
         ]
 
 
@@ -102,15 +128,37 @@ class Sample:
 
     `policy_version` counts weight syncs: the version whose log-probs `completion.logprobs` are.
     `weight` multiplies the sample's surrogate (1, or an importance weight of prioritised replay).
+    (`group`, `index`) name the response on every rank; only `owner` holds its tokens until the sample is trained.
     """
 
     query: Query
-    completion: Completion
+    completion: Completion | Elsewhere
     advantage: float
     policy_version: int
     reward: float = 0.0
     weight: float = 1.0
     prompt_tokens: int = 0
+    group: int = 0
+    index: int = 0
+    owner: int = 0
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens the response adds to a row: its last one is a label only, never an input."""
+        return max(0, self.completion.tokens - 1)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Some responses of one query: the smallest piece that micro-batches are made of."""
+
+    query: Query
+    samples: tuple[Sample, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens this piece adds to a row."""
+        return self.samples[0].prompt_tokens + sum(sample.input_tokens for sample in self.samples)
 
 
 @dataclass
@@ -128,9 +176,7 @@ class PackedBatch:
     target_ids: torch.Tensor  # [R] int64: the response tokens
     old_logps: torch.Tensor  # [R] fp32: behaviour log-probs
     advantages: torch.Tensor  # [S] fp32
-    weights: (
-        torch.Tensor
-    )  # [R] fp32: sample weight (times the rollout correction), 0 where a row only keeps ranks in step
+    weights: torch.Tensor  # [R] fp32: sample weight (times the rollout correction); 0 in a row that only keeps step
     age: torch.Tensor  # [S] int64: policy versions since the response was sampled
     loss_mask: torch.Tensor  # [R] bool: False where a token carries no policy gradient
     cu_seqlens: torch.Tensor  # [S + 1] int32: response boundaries within [R]

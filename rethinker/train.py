@@ -2,12 +2,12 @@
 
     queries --rollout--> groups --reward--> rewards --advantage--> samples
         --drop zero advantage--> effective samples --> replay.add ; replay.draw fills the batch to N
-        --pack (shared prompts)--> packed batches --policy forward + loss--> backward --> optimizer step
+        --pack (shared prompts)--> packed batches --policy forward + fused loss--> backward --> optimizer step
     end of episode: sync weights to the rollout engine, clear replay, validate, checkpoint
 
 Run it with `rethinker train RECIPE`, `torchrun --nproc-per-node N -m rethinker.train RECIPE`, or from Python as
-`rethinker.train(recipe, overrides)`. With several ranks each rolls out every world_size-th query; then all ranks hold
-all groups (token ids and rewards, never pixels), choose the same batch, and share its micro-batches.
+`rethinker.train(recipe, overrides)`. With several ranks each rolls out every world_size-th query; then all ranks know
+all rewards, choose the same batch, and share its micro-batches; a response's tokens travel only to be trained.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 
 from rethinker.algorithm.advantages import assign_advantages
 from rethinker.algorithm.replay import ReplayBuffer
-from rethinker.algorithm.selection import Batch, select_batch
+from rethinker.algorithm.selection import select_batch
 from rethinker.config import Config, ConfigError
 from rethinker.evaluation.rethinking import rethinks
 from rethinker.evaluation.validation import Accuracy, validate
@@ -40,6 +40,7 @@ from rethinker.rollout import RolloutEngine, make_engine
 from rethinker.runtime import distributed
 from rethinker.runtime.display import Display
 from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.ownership import collect, share
 from rethinker.runtime.profiling import StepProfiler, phase
 from rethinker.runtime.run_directory import RunDirectory
 from rethinker.samples import Group, Query
@@ -111,12 +112,13 @@ def train(config: Config) -> Run:
                 groups = roll_out(asked, episode, policy.version, rollout, encoder, config, ranks)
             with phase("reward", times):
                 judge(groups, checker)
-            groups = interleave(ranks.gather(groups))
+            groups = share(groups, asked, first_number=episode * len(asked), ranks=ranks)
             failures = sum(ranks.gather(checker.failures.total()))
             assign_advantages(groups, config.algorithm.advantage_scale)
             if config.algorithm.rollout_correction is not None:
                 policy.score([sample for group in groups for sample in group.samples()])
-            run.write_completions(episode, groups)
+            if config.run.save_completions:
+                run.write_completions(episode, collect(groups, ranks))
 
             rollout.sleep()
             steps = [groups[i : i + N // G] for i in range(0, len(groups), N // G)][: total_steps - policy.steps]
@@ -126,7 +128,7 @@ def train(config: Config) -> Run:
                     update = policy.train_step(batch.samples)
                 if number == 1:  # the policy has not moved since the sync: trainer and rollout differ by rounding alone
                     mismatch = update["old_kl"]
-                row = describe(policy.steps, episode, fresh, batch, update)
+                row = describe(policy.steps, episode, fresh, update) | batch.metrics(replay)
                 row |= {"mismatch_kl": mismatch, "failed_checks": failures, "left_out_queries": encoder.dropped.total()}
                 if number == len(steps):
                     with phase("sync", times):
@@ -181,7 +183,7 @@ def roll_out(
         seed=seed,
     )
     return [
-        Group(query, completions, version, prompt_tokens=len(prompt.token_ids))
+        Group(query, completions, version, len(prompt.token_ids), rethinks=[rethinks(c) for c in completions])
         for query, prompt, completions in zip(mine, prompts, answers, strict=True)
     ]
 
@@ -196,12 +198,6 @@ def judge(groups: list[Group], checker: AnswerChecker) -> None:
     rewards = checker.score([(key, text, query) for key, (text, query) in requests.items()])
     for g, group in enumerate(groups):
         group.rewards = [rewards[f"{g}/{i}"] for i in range(len(group.completions))]
-
-
-def interleave(shares: list[list[Group]]) -> list[Group]:
-    """Undo `queries[rank::world_size]`: the groups of all ranks in the order the queries were drawn."""
-    longest = max(len(share) for share in shares)
-    return [share[i] for i in range(longest) for share in shares if i < len(share)]
 
 
 def held_out_accuracy(
@@ -219,19 +215,14 @@ def held_out_accuracy(
         return validate(held_out, rollout, encoder, checker, ranks, config.rollout.max_new_tokens)
 
 
-def describe(step: int, episode: int, fresh: list[Group], batch: Batch, update: dict[str, float]) -> dict[str, Any]:
+def describe(step: int, episode: int, fresh: list[Group], update: dict[str, float]) -> dict[str, Any]:
     """The step's metrics that do not depend on the clock; rewards and lengths are those of the fresh rollouts."""
-    completions = [completion for group in fresh for completion in group.completions]
     return {
         "step": step,
         "episode": episode,
         "reward_mean": float(np.mean([reward for group in fresh for reward in group.rewards])),
-        "effective_query_ratio": batch.effective_query_ratio,
-        "trained_pairs": len(batch.samples),
-        "replay_fraction": batch.replayed / max(1, len(batch.samples)),
-        "advantage_abs_mean": float(np.mean([abs(s.advantage) for s in batch.samples])) if batch.samples else 0.0,
-        "response_length_mean": float(np.mean([len(c.token_ids) for c in completions])),
-        "rethink_ratio": float(np.mean([rethinks(c) for c in completions])),
+        "response_length_mean": float(np.mean([c.tokens for group in fresh for c in group.completions])),
+        "rethink_ratio": float(np.mean([cue for group in fresh for cue in group.rethinks])),
         "val_accuracy": None,
         **update,
     }

@@ -12,6 +12,7 @@ from torch import Tensor
 from rethinker.config import AlgorithmConfig
 from rethinker.samples import Completion, PackedBatch, Sample
 
+
 def surrogate_inputs(
     batch: PackedBatch, config: AlgorithmConfig, normalizer: float, ref_logps: Tensor | None = None
 ) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def loss_normalizer(samples: list[Sample], config: AlgorithmConfig, max_new_toke
     """
     counted = [sample for sample in samples if sample.weight != 0]
     if config.aggregation == "token":
-        return float(max(1, sum(sum(trainable_mask(sample.completion)) for sample in counted)))
+        return float(max(1, sum(sample.completion.trainable_tokens for sample in counted)))
     return float(max(1, len(counted) * (max_new_tokens if config.aggregation == "constant" else 1)))
 
 

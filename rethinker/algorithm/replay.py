@@ -1,21 +1,35 @@
-"""The replay buffer of Selective Sample Replay: single samples, drawn in proportion to |advantage|^alpha.
+"""The replay buffer of Selective Sample Replay: samples drawn in proportion to |advantage|^alpha.
 
-Every rank keeps its own copy, adds the same samples in the same order and draws from the same seed: the draws agree
-without communication.
+The distribution is global: every rank holds the same tree over all ranks' samples and draws from the same seed, so the
+draws agree without communication. The tokens of a sample stay with the rank that owns it (runtime/ownership.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import sys
 from collections import deque
 from typing import Any
 
 import torch
 
 from rethinker.config import ConfigError, ReplayConfig
-from rethinker.samples import Sample
+from rethinker.samples import Completion, Sample
 from rethinker_kernels import SumTree
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """What one draw returns: a sample, or with replay.unit=group the effective samples of a query."""
+
+    samples: list[Sample]
+    added: int  # which `add` brought it, counted from 0
+
+    @property
+    def priority(self) -> float:
+        return math.fsum(abs(sample.advantage) for sample in self.samples)
 
 
 class ReplayBuffer:
@@ -40,57 +54,86 @@ class ReplayBuffer:
             raise ConfigError(f"replay.max_age={config.max_age}: must be at least 0, or null")
         self._config = config
         self._tree = SumTree(config.capacity, alpha=config.alpha)
-        self._samples: dict[int, Sample] = {}  # slot of the tree -> sample, oldest first
-        self._free = deque(range(config.capacity))  # slots without a sample
+        self._entries: dict[int, _Entry] = {}  # slot of the tree -> entry, oldest first
+        self._free = deque(range(config.capacity))  # slots without an entry
+        self._size = 0  # samples in all entries
+        self._adds = 0
         self._generator = torch.Generator().manual_seed(seed)
+        self.drawn_age_mean = 0.0
+        """Of the last draw: how many `add`s (that is, training steps) ago its samples were fresh, on average."""
 
     def __len__(self) -> int:
-        """Samples in the buffer."""
-        return len(self._samples)
+        """Samples in the buffer, over all ranks."""
+        return self._size
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of this rank's share, in bytes: the tree, and the tokens and log-probs that it holds."""
+        completions = (s.completion for entry in self._entries.values() for s in entry.samples)
+        held = (_list_bytes(c.tokens) for c in completions if isinstance(c, Completion))
+        return self._tree.nbytes + sum(held)
 
     def add(self, samples: list[Sample]) -> None:
         """Keep these samples, in order; those with zero advantage carry no gradient and are left out.
+
+        With replay.unit=group the samples of one group (`Sample.group`) stand together and become one entry.
 
         Raises:
             ConfigError: an advantage that is not finite, or too large to weigh, naming the query; nothing is added.
         """
         samples = [sample for sample in samples if sample.advantage != 0]
-        priorities = torch.tensor([abs(sample.advantage) for sample in samples], dtype=torch.float64)
-        fits = priorities.isfinite() & (priorities**self._config.alpha < 2.0**SumTree.WEIGHT_BITS)
-        if not fits.all():
-            sample = samples[fits.long().argmin()]
-            raise ConfigError(
-                f"replay.alpha={self._config.alpha}: the advantage {sample.advantage} of query {sample.query.id!r} "
-                f"must be finite, and below 2^{SumTree.WEIGHT_BITS} when raised to replay.alpha; "
-                "algorithm.advantage_scale=std keeps advantages small"
-            )
-        samples = samples[-self._config.capacity :]
-        self._evict(list(self._samples)[: max(0, len(samples) - len(self._free))])
-        slots = [self._free.popleft() for _ in samples]
-        self._samples.update(zip(slots, samples, strict=True))
-        self._tree.update(torch.tensor(slots, dtype=torch.int64), priorities[-self._config.capacity :])
+        units = [[sample] for sample in samples]
+        if self._config.unit == "group":
+            units = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.group)]
+        entries = [_Entry(unit, self._adds) for unit in units]
+        self._check(entries)
+        self._adds += 1
+        room = self._config.capacity
+        first = len(entries)  # of the new entries that fit at all: the newest
+        while first and room >= len(entries[first - 1].samples):
+            first -= 1
+            room -= len(entries[first].samples)
+        entries = entries[first:]
+        incoming = sum(len(entry.samples) for entry in entries)
+        leaving, remaining = [], self._size
+        for slot, entry in self._entries.items():
+            if remaining + incoming <= self._config.capacity:
+                break
+            leaving.append(slot)
+            remaining -= len(entry.samples)
+        self._evict(leaving)
+        slots = [self._free.popleft() for _ in entries]
+        self._entries.update(zip(slots, entries, strict=True))
+        self._size += incoming
+        priorities = torch.tensor([entry.priority for entry in entries], dtype=torch.float64)
+        self._tree.update(torch.tensor(slots, dtype=torch.int64), priorities)
 
     def draw(self, n: int) -> list[Sample]:
-        """Draw samples with P(j) = |A_j|^alpha / sum_k |A_k|^alpha.
+        """Draw samples with P(j) = |A_j|^alpha / sum_k |A_k|^alpha; with replay.unit=group, whole groups.
 
-        With `importance_exponent` b > 0 a draw's weight is multiplied by (1 / (len(self) * P(j)))^b.
+        With `importance_exponent` b > 0 a draw's weight is multiplied by (1 / (entries * P(j)))^b.
 
         Returns:
-            n copies of samples; without replacement no more than the buffer holds; none from an empty buffer.
+            n copies of samples; without replacement no more than the buffer holds; none from an empty buffer. A last
+            group that does not fit is cut.
         """
-        if not self._config.replacement:
-            n = min(n, len(self))
-        if n <= 0 or not self._samples:
+        config = self._config
+        entries = n if config.replacement else min(n, len(self._entries))
+        if entries <= 0 or not self._entries:
+            self.drawn_age_mean = 0.0
             return []
-        slots = self._tree.sample(n, generator=self._generator, replacement=self._config.replacement)
-        factors = [1.0] * n
-        if self._config.importance_exponent > 0:
-            factors = (len(self) * self._tree.probability(slots)).pow(-self._config.importance_exponent).tolist()
-        drawn = (self._samples[slot] for slot in slots.tolist())
-        return [
-            dataclasses.replace(sample, weight=sample.weight * factor)
-            for sample, factor in zip(drawn, factors, strict=True)
-        ]
+        # Every entry holds a sample at least, so n entries are enough.
+        slots = self._tree.sample(entries, generator=self._generator, replacement=config.replacement)
+        factors = [1.0] * entries
+        if config.importance_exponent > 0:
+            factors = (len(self._entries) * self._tree.probability(slots)).pow(-config.importance_exponent).tolist()
+        drawn = [
+            (dataclasses.replace(sample, weight=sample.weight * factor), self._adds - 1 - self._entries[slot].added)
+            for slot, factor in zip(slots.tolist(), factors, strict=True)
+            for sample in self._entries[slot].samples
+        ][:n]
+        self.drawn_age_mean = sum(age for _, age in drawn) / len(drawn)
+        return [sample for sample, _ in drawn]
 
     def end_episode(self, policy_version: int) -> None:
         """Empty the buffer, or, if it is kept across episodes, drop samples more than `max_age` versions old.
@@ -99,16 +142,21 @@ class ReplayBuffer:
             policy_version: the version that the next episode's responses will have.
         """
         if self._config.clear_every_episode:
-            self._evict(list(self._samples))
+            self._evict(list(self._entries))
         elif self._config.max_age is not None:
             oldest = policy_version - self._config.max_age
-            self._evict([slot for slot, sample in self._samples.items() if sample.policy_version < oldest])
+            self._evict([slot for slot, e in self._entries.items() if e.samples[0].policy_version < oldest])
 
     def state_dict(self) -> dict[str, Any]:
-        """Samples, weights and the random stream: a restored buffer draws exactly what this one would."""
+        """Samples, weights and the random stream: a restored buffer draws exactly what this one would.
+
+        Each rank saves its own; the tokens of other ranks' samples are in theirs.
+        """
         return {
-            "samples": list(self._samples.items()),
+            "unit": self._config.unit,
+            "entries": [(slot, list(entry.samples), entry.added) for slot, entry in self._entries.items()],
             "free": list(self._free),
+            "adds": self._adds,
             "tree": self._tree.state_dict(),
             "generator": self._generator.get_state(),
         }
@@ -117,19 +165,40 @@ class ReplayBuffer:
         """Continue from a saved state.
 
         Raises:
-            ConfigError: it was saved with another `replay.capacity` or `replay.alpha`.
+            ConfigError: it was saved with another `replay.capacity`, `replay.alpha` or `replay.unit`.
         """
-        for name in ("capacity", "alpha"):
-            saved, own = state["tree"][name], getattr(self._config, name)
+        for name, saved in {**{k: state["tree"][k] for k in ("capacity", "alpha")}, "unit": state["unit"]}.items():
+            own = getattr(self._config, name)
             if saved != own:
                 raise ConfigError(f"replay.{name}={own}: the checkpoint has {saved}; resume with that")
         self._tree.load_state_dict(state["tree"])
-        self._samples = dict(state["samples"])
+        self._entries = {slot: _Entry(list(samples), added) for slot, samples, added in state["entries"]}
+        self._size = sum(len(entry.samples) for entry in self._entries.values())
         self._free = deque(state["free"])
+        self._adds = state["adds"]
         self._generator.set_state(state["generator"])
+
+    def _check(self, entries: list[_Entry]) -> None:
+        """Refuse what the tree could not weigh, before anything changes."""
+        priorities = torch.tensor([entry.priority for entry in entries], dtype=torch.float64)
+        fits = priorities.isfinite() & (priorities**self._config.alpha < 2.0**SumTree.WEIGHT_BITS)
+        if not fits.all():
+            sample = max(
+                entries[fits.long().argmin()].samples, key=lambda s: (s.advantage != s.advantage, abs(s.advantage))
+            )
+            raise ConfigError(
+                f"replay.alpha={self._config.alpha}: the advantage {sample.advantage} of query {sample.query.id!r} "
+                f"must be finite, and below 2^{SumTree.WEIGHT_BITS} when raised to replay.alpha; "
+                "algorithm.advantage_scale=std keeps advantages small"
+            )
 
     def _evict(self, slots: list[int]) -> None:
         for slot in slots:
-            del self._samples[slot]
+            self._size -= len(self._entries.pop(slot).samples)
         self._free.extend(slots)
         self._tree.update(torch.tensor(slots, dtype=torch.int64), torch.zeros(len(slots)))
+
+
+def _list_bytes(tokens: int) -> int:
+    """Of a list of token ids and one of log-probs: a pointer and an object for each."""
+    return 2 * sys.getsizeof([]) + tokens * (8 + sys.getsizeof(2**20) + 8 + sys.getsizeof(0.5))

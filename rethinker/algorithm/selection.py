@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.samples import Group, Sample
+
+ADVANTAGE_BINS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, math.inf)
+"""Edges of `advantage_histogram`: a bin holds low < |A| <= high, the first one exact zeros."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,32 @@ class Batch:
     def replay_fraction(self) -> float:
         """Share of the samples that come from replay."""
         return self.replayed / len(self.samples) if self.samples else 0.0
+
+    def metrics(self, replay: ReplayBuffer) -> dict[str, Any]:
+        """What the step trains on, by its advantages, and the state of the buffer it drew from.
+
+        `advantage_histogram` counts the trained samples with |A| in [0, 0], (0, 0.5], (0.5, 1], (1, 1.5], (1.5, 2] and
+        above (METHOD's figure of where the gradient comes from).
+        """
+        sizes = np.abs([sample.advantage for sample in self.samples])
+
+        def mean(values: np.ndarray) -> float:
+            return float(values.mean()) if values.size else 0.0
+
+        return {
+            "effective_query_ratio": self.effective_query_ratio,
+            "trained_pairs": len(self.samples),
+            "replay_fraction": self.replay_fraction,
+            "replay_size": len(replay),
+            "replay_bytes": replay.nbytes,
+            "replay_age_mean": replay.drawn_age_mean,
+            "advantage_abs_mean": mean(sizes),
+            "advantage_abs_mean_fresh": mean(sizes[: self.fresh]),
+            "advantage_abs_mean_replayed": mean(sizes[self.fresh :]),
+            "advantage_histogram": [
+                int(((sizes > low) & (sizes <= high)).sum()) for low, high in itertools.pairwise(ADVANTAGE_BINS)
+            ],
+        }
 
 
 def select_batch(

@@ -16,10 +16,11 @@ import torch
 from rethinker.algorithm.objective import loss_normalizer, surrogate_inputs
 from rethinker.config import Config
 from rethinker.policy.model import Policy, load_model
-from rethinker.policy.packing import Bundle, pack, plan_micro_batches
+from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.ownership import bring
 from rethinker.runtime.profiling import phase
-from rethinker.samples import PackedBatch, Sample
+from rethinker.samples import Bundle, PackedBatch, Sample
 from rethinker.tasks.prompts import PromptEncoder
 from rethinker_kernels import LINEAR_GRPO_STATS
 
@@ -72,7 +73,8 @@ class PolicyEngine:
         """One optimizer step on a global batch.
 
         Args:
-            samples: the whole batch over all ranks, in the same order on every rank.
+            samples: the whole batch over all ranks, in the same order on every rank; each rank holds the tokens of
+                those that it owns.
 
         Returns:
             `loss`, `entropy`, `kl`, `clip_fraction_low`, `clip_fraction_high`, `old_kl` (k3 of the current policy from
@@ -124,23 +126,18 @@ class PolicyEngine:
 
     @torch.no_grad()
     def score(self, samples: list[Sample]) -> None:
-        """Set `completion.trainer_logprobs` of every sample from the current policy's forward, on every rank."""
-        mine = []
-        plan = plan_micro_batches(
-            samples, budget=self.config.train.micro_batch_tokens, world_size=self.ranks.world_size
-        )
-        for bundles in plan[self.ranks.rank]:
+        """Set `completion.trainer_logprobs` of the samples that this rank holds, from the current policy's forward."""
+        mine = [sample for sample in samples if sample.owner == self.ranks.rank]
+        (plan,) = plan_micro_batches(mine, budget=self.config.train.micro_batch_tokens, world_size=1)
+        # ZeRO-3 gathers weights by collectives: the ranks run equally many forwards, some of them on nothing.
+        plan += [[]] * (max(self.ranks.gather(len(plan))) - len(plan))
+        for bundles in plan:
             batch = self._pack(bundles, correction_cap=None)
             logps, _ = self.engine(batch, self.config.rollout.temperature)
-            mine.append(logps.float().cpu())
-        gathered = self.ranks.gather(mine)
-        for rank_plan, rank_logps in zip(plan, gathered, strict=True):
-            for bundles, logps in zip(rank_plan, rank_logps, strict=True):
-                offset = 0
-                for sample in (s for bundle in bundles for s in bundle.samples):
-                    length = len(sample.completion.token_ids)
-                    sample.completion.trainer_logprobs = logps[offset : offset + length].tolist()
-                    offset += length
+            held = [sample.completion for bundle in bundles for sample in bundle.samples]
+            lengths = [completion.tokens for completion in held] or [logps.numel()]
+            for completion, part in zip(held, logps.float().cpu().split(lengths), strict=False):
+                completion.trainer_logprobs = part.tolist()
 
     @property
     def weights(self) -> FullWeights:
@@ -165,7 +162,7 @@ class PolicyEngine:
     def _micro_batches(self, samples: list[Sample]) -> Iterator[PackedBatch]:
         budget = self.config.train.micro_batch_tokens
         plan = plan_micro_batches(samples, budget=budget, world_size=self.ranks.world_size)
-        for bundles in plan[self.ranks.rank]:
+        for bundles in bring(plan, self.ranks):
             with phase("pack"):
                 batch = self._pack(bundles, self.config.algorithm.rollout_correction)
             yield batch

@@ -7,33 +7,15 @@ plus 1); its first token is predicted by the prompt's last token, and its last t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from rethinker.algorithm.objective import trainable_mask
-from rethinker.samples import PackedBatch, Prompt, Query, Sample
+from rethinker.samples import Bundle, PackedBatch, Prompt, Query, Sample
 
 # (prompt, image_grid_thw) -> [3, P]
 PromptPositions = Callable[[Prompt, torch.Tensor | None], torch.Tensor]
 Pixels = tuple[torch.Tensor, torch.Tensor] | None
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """Some responses of one query: the smallest piece that micro-batches are made of."""
-
-    query: Query
-    samples: tuple[Sample, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens this piece adds to a row."""
-        return self.samples[0].prompt_tokens + sum(_input_length(s) for s in self.samples)
-
-
-def _input_length(sample: Sample) -> int:
-    return max(0, len(sample.completion.token_ids) - 1)
 
 
 def plan_micro_batches(samples: list[Sample], *, budget: int, world_size: int) -> list[list[list[Bundle]]]:
@@ -71,11 +53,11 @@ def _split(group: list[Sample], budget: int) -> list[Bundle]:
     parts: list[list[Sample]] = [[]]
     used = prompt = group[0].prompt_tokens
     for sample in group:
-        if parts[-1] and used + _input_length(sample) > budget:
+        if parts[-1] and used + sample.input_tokens > budget:
             parts.append([])
             used = prompt
         parts[-1].append(sample)
-        used += _input_length(sample)
+        used += sample.input_tokens
     return [Bundle(part[0].query, tuple(part)) for part in parts]
 
 

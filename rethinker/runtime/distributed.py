@@ -36,6 +36,14 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_to_main(self, value: Any) -> list[Any] | None:
+        """Every rank's value, in rank order, on rank 0; None on the others."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0)
+        return values
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
         if self.world_size == 1:

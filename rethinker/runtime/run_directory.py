@@ -103,8 +103,8 @@ class RunDirectory:
                 file.write(json.dumps(row | {"by_category": accuracy.by_category}) + "\n")
 
     def write_completions(self, episode: int, groups: Sequence[Group]) -> None:
-        """Write an episode's completions, if `run.save_completions`; an episode written twice is replaced."""
-        if self.enabled and self._config.run.save_completions:
+        """Write an episode's completions; an episode written twice is replaced."""
+        if self.enabled:
             write_completions(self.folder / "completions", episode, groups)
 
     def state_dict(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections import Counter
 
@@ -11,6 +12,7 @@ import torch
 
 from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.config import ConfigError, ReplayConfig
+from rethinker.samples import Elsewhere
 from tests.algorithm.examples import sample
 
 ALARM = 1e-6
@@ -122,7 +124,53 @@ def test_importance_weights_undo_the_priorities():
         for each in draws:
             probability = abs(advantages[each.query.id]) / total
             assert each.weight == pytest.approx((3 * probability) ** -exponent)
-    assert all(s.weight == 1.0 for _, s in replay.state_dict()["samples"])
+    assert all(s.weight == 1.0 for _, samples, _ in replay.state_dict()["entries"] for s in samples)
+
+
+def test_whole_groups():
+    """With unit=group a draw brings all samples of a query, P(group) proportional to its sum of |A|; n is kept."""
+    sizes = {1: [1.0, -1.0, 0.5], 2: [2.0, -0.5], 3: [-4.0]}
+    replay = buffer(unit="group")
+    replay.add([dataclasses.replace(sample(a, str(g)), group=g) for g, values in sizes.items() for a in [*values, 0.0]])
+    assert len(replay) == 6
+    seen: Counter[int] = Counter()
+    for _ in range(4000):
+        draws = replay.draw(3)
+        assert len(draws) == 3
+        first = draws[0].group
+        assert [d.advantage for d in draws[: len(sizes[first])]] == sizes[first][:3]
+        seen[first] += 1
+    total = sum(sum(map(abs, values)) for values in sizes.values())
+    expected = [4000 * sum(map(abs, sizes[g])) / total for g in sizes]
+    assert scipy.stats.chisquare([seen[g] for g in sizes], expected).pvalue > ALARM
+    distinct = buffer(unit="group", replacement=False)
+    distinct.add([dataclasses.replace(sample(a, str(g)), group=g) for g, values in sizes.items() for a in values])
+    assert sorted(d.advantage for d in distinct.draw(100)) == sorted(a for values in sizes.values() for a in values)
+
+
+def test_groups_leave_whole_at_capacity():
+    """Capacity counts samples; with unit=group the oldest groups leave whole, and one too large for it never enters."""
+    replay = buffer(capacity=5, unit="group")
+    for number, size in enumerate([2, 2, 3, 6]):
+        replay.add([dataclasses.replace(sample(1.0, str(number)), group=number) for _ in range(size)])
+        assert len(replay) == [2, 4, 5, 5][number]
+    assert {d.group for d in replay.draw(200)} == {1, 2}
+
+
+def test_age_and_memory_are_accounted():
+    """drawn_age_mean counts the adds since a drawn sample came; nbytes grows with tokens held here, not elsewhere."""
+    replay = buffer()
+    empty = replay.nbytes
+    replay.add([sample(1.0, length=1000)])
+    replay.draw(3)
+    assert replay.drawn_age_mean == 0 and 1000 * 60 < replay.nbytes - empty < 1000 * 100
+    held = replay.nbytes
+    replay.add([dataclasses.replace(sample(1e-9), completion=Elsewhere(10**6, 10**6))])
+    assert replay.nbytes == held
+    replay.draw(50)
+    assert replay.drawn_age_mean == 1
+    replay.end_episode(1)
+    assert replay.draw(5) == [] and replay.drawn_age_mean == 0 and replay.nbytes == empty
 
 
 def test_the_same_seed_draws_the_same_on_every_rank():
@@ -200,3 +248,5 @@ def test_a_checkpoint_of_another_buffer_is_refused():
         buffer(capacity=8, alpha=0.5).load_state_dict(state)
     with pytest.raises(ConfigError, match=r"replay\.alpha=1\.0: the checkpoint has 0\.5"):
         buffer(capacity=7).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"replay\.unit=group: the checkpoint has sample"):
+        buffer(capacity=7, alpha=0.5, unit="group").load_state_dict(state)

@@ -94,6 +94,22 @@ def test_replayed_samples_keep_their_stored_values(replay):
         assert (each.advantage, each.reward, each.policy_version) == (old.advantages[place], old.rewards[place], 3)
 
 
+def test_metrics_of_a_batch(replay):
+    """The histogram counts every trained sample once, zeros in the first bin; means are by origin."""
+    select_batch(step([1.0, 0.0, 0.0, 0.0]), name="ssr", pairs=4, replay=replay)
+    batch = select_batch(step(DIFFER, EQUAL), name="ssr", pairs=8, replay=replay)
+    seen = batch.metrics(replay)
+    assert seen["trained_pairs"] == 8 == sum(seen["advantage_histogram"]) and seen["advantage_histogram"][0] == 0
+    assert (seen["replay_fraction"], seen["replay_size"], seen["effective_query_ratio"]) == (0.5, 8, 0.5)
+    fresh, replayed = (seen[f"advantage_abs_mean_{kind}"] for kind in ("fresh", "replayed"))
+    assert fresh == pytest.approx(3**0.5 / 2) and seen["advantage_abs_mean"] == pytest.approx((fresh + replayed) / 2)
+    assert 0 <= seen["replay_age_mean"] <= 1 and seen["replay_bytes"] > 0
+    all_of_them = select_batch(step(DIFFER, EQUAL), name="grpo", pairs=8, replay=replay).metrics(replay)
+    assert all_of_them["advantage_histogram"] == [4, 0, 4, 0, 0, 0]
+    none = select_batch([], name="filter", pairs=8, replay=replay).metrics(replay)
+    assert none["advantage_abs_mean"] == none["advantage_abs_mean_replayed"] == 0 == sum(none["advantage_histogram"])
+
+
 def test_no_groups(replay):
     """A step without groups is empty and divides by nothing."""
     batch = select_batch([], name="ssr", pairs=4, replay=replay)

@@ -10,7 +10,8 @@ import torch
 from rethinker.config import PolicyConfig
 from rethinker.policy import attention
 from rethinker.policy.model import Policy, load_model
-from rethinker.policy.packing import Bundle, pack, plan_micro_batches
+from rethinker.policy.packing import pack, plan_micro_batches
+from rethinker.samples import Bundle
 
 from .helpers import per_sample_logps, queries_of_every_kind, samples_for
 

@@ -158,14 +158,6 @@ def test_other_ranks_write_nothing(config, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_save_completions_off(config):
-    """run.save_completions: false writes none."""
-    config.run.save_completions = False
-    with RunDirectory(config) as run:
-        run.write_completions(0, groups())
-        assert list((run.folder / "completions").iterdir()) == []
-
-
 def test_the_position_can_be_taken_up_again(config):
     """Going back to a stored position drops the later lines, and the next line follows the stored one."""
     with RunDirectory(config) as run:
