@@ -13,7 +13,6 @@ implementation takes over, with the same results. Environment:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import os
@@ -185,6 +184,8 @@ def _cache() -> Path:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        with contextlib.suppress(OSError):  # no locks on this file system
+        with contextlib.suppress(ImportError, OSError):  # a system, or a file system, without locks
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

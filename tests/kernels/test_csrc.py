@@ -118,7 +118,7 @@ def test_every_unit_of_weight_belongs_to_one_slot(probe, capacity, monkeypatch):
 
 
 def test_planted_faults_are_noticed(tmp_path, monkeypatch):
-    """The G-test sees uniform numbers of 24 bits, and a descent that takes the block's last lane 2% too often."""
+    """The G-test sees uniform numbers of 24 bits, and a descent whose comparisons are off by 2%."""
     require_compiler()
     dense = dense_slots(3_050_402)
     tree, expected = filled(torch.ones(len(dense))), dense.long().bincount()
@@ -142,7 +142,7 @@ def test_planted_faults_are_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(sum_tree_torch, "random_64", lambda *args: (fine(*args)[0] >> 8 << 8, torch.tensor(0)))
     assert evenness(plain.sample(draws, generator=key)) < ALARM
 
-    off = ("const bool passed = running <= rest;", "const bool passed = running <= rest + rest / 50;")
+    off = ("group += passed;", "group += running <= rest + rest / 50;")
     small, biased = filled(torch.ones(32)), Probe(folders[2], off)
     numbers = sound.random(key, draws)
     lanes = [torch.tensor(p.slots(small, numbers)).bincount(minlength=32) for p in (sound, biased)]
