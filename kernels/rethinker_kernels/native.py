@@ -141,20 +141,17 @@ def _architectures() -> list[str]:
 
 def _compile(device_type: str, compiler: list[str], workplace: Path) -> Path:
     """Compile and link in an empty folder."""
-    package = Path(torch.__file__).parent
-    made = workplace / "made.so"
-    torch_flags = [f"-I{package / 'include'}", f"-L{package / 'lib'}", "-ltorch_cpu"]
+    package, made = Path(torch.__file__).parent, workplace / "made.so"
+    headers, libraries = f"-I{package / 'include'}", [f"-L{package / 'lib'}", "-ltorch_cpu"]
+    compile_cpp = [*compiler, *_CXX_FLAGS, headers]
     if device_type == "cpu":
-        _run(*compiler, *_CXX_FLAGS, "-shared", str(SOURCES / "sum_tree_cpu.cpp"), "-o", str(made), *torch_flags)
+        _run(*compile_cpp, "-shared", str(SOURCES / "sum_tree_cpu.cpp"), "-o", str(made), *libraries)
         return made
-    nvcc, kernels = find_nvcc(), workplace / "kernels.o"
-    source = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", str(SOURCES / "sum_tree_cuda.cu"), "-o", str(kernels)]
-    _run(nvcc, *NVCC_FLAGS, *_architectures(), *source)
-    toolkit = Path(nvcc).resolve().parents[1]
-    binding = [str(SOURCES / "sum_tree_cuda.cpp"), str(kernels), "-o", str(made), "-DUSE_CUDA"]
-    # The CUDA runtime is linked in: PyTorch's wheel may bring another release of it.
-    runtime = [f"-L{toolkit / 'lib64'}", f"-L{toolkit / 'lib'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    _run(*compiler, *_CXX_FLAGS, "-shared", *binding, *torch_flags, "-ltorch_cuda", *runtime)
+    nvcc, objects = [find_nvcc(), *NVCC_FLAGS, *_architectures()], [str(workplace / f"{i}.o") for i in range(2)]
+    _run(*compile_cpp, "-DUSE_CUDA", "-c", str(SOURCES / "sum_tree_cuda.cpp"), "-o", objects[0])
+    _run(*nvcc, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", str(SOURCES / "sum_tree_cuda.cu"), "-o", objects[1])
+    # nvcc links the CUDA runtime in: PyTorch's wheel may bring another release of it.
+    _run(*nvcc, "-shared", *objects, "-o", str(made), *libraries, "-ltorch_cuda")
     return made
 
 

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import replay
 from rethinker_kernels import SumTree, sum_tree_torch
+from tests.kernels.sum_trees import require_compiler
 
 
 def run(monkeypatch, tmp_path, *arguments: str) -> dict:
@@ -25,6 +26,7 @@ def run(monkeypatch, tmp_path, *arguments: str) -> dict:
 
 def test_the_report_has_every_operation_and_names_missing_peers(monkeypatch, tmp_path):
     """Median within the quartiles for every operation and size; a peer that is not there is skipped with the reason."""
+    require_compiler()
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchrl" else find(name))
     monkeypatch.setitem(sys.modules, "sumtree", None)
@@ -35,8 +37,6 @@ def test_the_report_has_every_operation_and_names_missing_peers(monkeypatch, tmp
     assert set(results) == set(replay.METHODS) and report["machine"]["cpu"]
     for name in ("torchrl SumSegmentTree", "sumtree"):
         assert list(results.pop(name)) == ["skipped"]
-    if "skipped" in results["rethinker C++"]:
-        pytest.skip("needs a C++ compiler")
     for result in results.values():
         assert set(result["sizes"]) == {"1000", "3000"}
         for operations in result["sizes"].values():
@@ -51,10 +51,8 @@ def test_the_report_has_every_operation_and_names_missing_peers(monkeypatch, tmp
 @pytest.mark.parametrize("name", ["rethinker C++", "rethinker PyTorch", "torch.multinomial", "cumsum + searchsorted"])
 def test_methods_draw_what_was_updated(name):
     """Each method draws 512 slots, and after an update only those that kept a weight."""
-    try:
-        method = replay.METHODS[name](torch.ones(1000, dtype=torch.float64))
-    except replay.Unavailable:
-        pytest.skip("needs a C++ compiler")
+    require_compiler()
+    method = replay.METHODS[name](torch.ones(1000, dtype=torch.float64))
     method["update"](torch.arange(999), torch.zeros(999, dtype=torch.float64))
     assert method["sample"]().tolist() == [999] * replay.BATCH
 

@@ -257,7 +257,7 @@ def nvcc() -> str:
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_cuda_kernels_need_no_stack(nvcc, architecture, tmp_path):
-    """All three kernels compile for the architecture without spills and stack, and none uses fused multiply-adds."""
+    """All three kernels compile for the architecture without spills and without a stack."""
     cubin = tmp_path / "kernels.cubin"
     source = str(native.SOURCES / "sum_tree_cuda.cu")
     command = [nvcc, *native.NVCC_FLAGS, f"-arch=sm_{architecture}", "-cubin", "-o", str(cubin), source]

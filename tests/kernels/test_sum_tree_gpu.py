@@ -113,6 +113,8 @@ def test_cuda_graph():
         key[1] += 1
         return drawn
 
+    for replacement in (True, False):
+        tree.sample(1, generator=key, replacement=replacement)  # loads the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
