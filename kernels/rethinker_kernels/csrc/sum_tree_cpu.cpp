@@ -94,7 +94,7 @@ void sample_distinct(Tensor nodes_tensor, int64_t capacity, Tensor key, Tensor s
   int64_t* taken = taken_tensor.mutable_data_ptr<int64_t>();
   int64_t drawn[kRound], found = 0;
   for (uint32_t round = 0; found < n && nodes[layout.size - 1]; ++round) {
-    const int64_t count = n - found < kRound ? n - found : kRound;
+    const int64_t before = found, count = n - found < kRound ? n - found : kRound;
     draw(nodes, layout, key.const_data_ptr<int64_t>(), 0, count, round, drawn);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t weight = nodes[drawn[i]];
@@ -104,6 +104,7 @@ void sample_distinct(Tensor nodes_tensor, int64_t capacity, Tensor key, Tensor s
       slots[found] = drawn[i];
       taken[found++] = weight;
     }
+    if (found == before) break;  // only where parents are not their children's sums: no hang
   }
   for (int64_t i = 0; i < found; ++i) {
     nodes[slots[i]] = taken[i];
