@@ -43,10 +43,10 @@ class Environment:
         (self.site / "others.pth").write_text(packages)
         self.elsewhere.mkdir()
 
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command of this environment in an empty folder, with nothing of ours on the path."""
         program = self.python.parent / command[0]
-        options = {"cwd": self.elsewhere, "env": self._environment()}
+        options = {"cwd": self.elsewhere, "env": self._environment() | environment}
         options |= {"capture_output": True, "text": True, "timeout": 120}
         return subprocess.run([str(program), *command[1:]], **options)
 
@@ -134,6 +134,24 @@ def test_a_base_installation_says_what_is_missing(base):
     assert trained.returncode == 2 and trained.stderr.count("\n") == 1
     assert "needs the package" in trained.stderr and "rethinker[" in trained.stderr
     assert list(base.elsewhere.iterdir()) == []
+
+
+def test_the_sum_tree_compiles_from_the_wheel(base, tmp_path):
+    """The C++ sources are in the wheel: with a compiler a tree is compiled, without one PyTorch does the same."""
+    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("needs a C++ compiler")
+    code = (
+        "import torch; from rethinker_kernels import SumTree, sum_tree_torch as plain; tree = SumTree(50);"
+        "tree.update(torch.arange(50), torch.ones(50)); print('PyTorch' if tree._ops is plain else 'compiled');"
+        "print(tree.sample(20, generator=torch.tensor([1, 2])).tolist())"
+    )
+    cases = {}, {"CXX": "/nowhere/c++"}
+    results = [base.run("python", "-c", code, XDG_CACHE_HOME=str(tmp_path), **case) for case in cases]
+    for result, message in zip(results, ("compiling the cpu sum tree", "no C++ compiler"), strict=True):
+        assert result.returncode == 0 and message in result.stderr, result.stderr
+    (first, drawn), (second, same) = (result.stdout.splitlines() for result in results)
+    assert (first, second) == ("compiled", "PyTorch") and drawn == same
+    assert {path.suffix for path in (base.site / "rethinker_kernels" / "csrc").iterdir()} == {".h", ".cpp", ".cu"}
 
 
 def test_the_ops_import_alone(base):

@@ -1,31 +1,39 @@
 """SumTree: draw indices in proportion to priority^alpha, exactly, with integer sums that never drift.
 
-Weights are fixed-point integers (int64 tensors). Integer sums are exact and do not depend on their order, so every
-parent equals the sum of its children bit for bit after any number of updates, on every rank and device.
-Layout: levels of fan-out 32 from the leaves (capacity, padded to 32) up to one root.
+Weights are fixed-point integers. Integer sums are exact and do not depend on their order, so every parent equals the
+sum of its children bit for bit after any number of updates, on every rank and device. The compiled ops of csrc and
+their PyTorch equivalents in sum_tree_torch.py are bit-identical.
 """
 
 from __future__ import annotations
 
+import struct
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FAN_OUT = 32
-
-SUM_BITS = 62
-"""The sum of all weights stays at or below 2^62, so that a 63-bit random number times it fits two words."""
-
-_LOW_31 = (1 << 31) - 1
+from rethinker_kernels import native, sum_tree_torch
+from rethinker_kernels.arguments import describe
+from rethinker_kernels.sum_tree_torch import BAD_INDEX, FAN_OUT, fraction_bits, levels_of
 
 
 class SumTree:
     """Weighted sampling over `capacity` slots, all of weight 0 at first.
 
-    A weight is priority^alpha rounded to a multiple of 2^-fraction_bits, where fraction_bits = 62 - 16 -
-    ceil(log2(capacity)): 26 bits at a capacity of 2^20, 46 at 1. A priority above 0 never rounds to weight 0; a
-    priority of 0 has weight 0 for every alpha, and weight 0 is never drawn.
+        weights = priorities**alpha
+        slots = torch.multinomial(weights, n, replacement)
+
+    but in time that grows with log(capacity), for any capacity, with 64 random bits per draw, and exactly: a weight is
+    priority^alpha rounded to a multiple of 2^-fraction_bits, where fraction_bits = 62 - 16 - ceil(log2(capacity)): 26
+    bits at a capacity of 2^20, 46 at 1. All weights together stay at or below 2^62. A priority above 0 never rounds to
+    weight 0; a priority of 0 has weight 0 for every alpha, and weight 0 is never drawn.
+
+    On CUDA, update and sample are one launch each, wait for nothing and can be captured in a CUDA graph. What the host
+    does not know is then not raised at once: an update that contains a bad index or priority changes nothing and is
+    raised by the next `check` or `state_dict`; a draw from nothing returns -1. A tree belongs to one thread and stream
+    at a time: a draw without replacement takes slots out while it runs.
 
     Args:
         capacity: number of slots, 1 to 2^31.
@@ -36,7 +44,7 @@ class SumTree:
         ValueError: an argument out of range.
     """
 
-    WEIGHT_BITS = 16
+    WEIGHT_BITS = sum_tree_torch.WEIGHT_BITS
     """A weight priority^alpha lies below 2^16; the bits that remain hold its fraction."""
 
     def __init__(self, capacity: int, device: torch.device | str = "cpu", alpha: float = 1.0) -> None:
@@ -46,19 +54,28 @@ class SumTree:
             raise ValueError(f"alpha={alpha}: must be finite and at least 0")
         self.capacity = capacity
         self.alpha = float(alpha)
-        self.fraction_bits = SUM_BITS - self.WEIGHT_BITS - (capacity - 1).bit_length()
-        self._levels: list[Tensor] = []  # leaves first, root last; all but the root padded to a multiple of 32
-        nodes = capacity
-        while nodes > 1 or not self._levels:
-            blocks = -(-nodes // FAN_OUT)
-            self._levels.append(torch.zeros(blocks * FAN_OUT, dtype=torch.int64, device=device))
-            nodes = blocks
-        self._levels.append(torch.zeros(1, dtype=torch.int64, device=device))
+        self.fraction_bits = fraction_bits(capacity)
+        sizes = levels_of(capacity)
+        self._nodes = torch.zeros(sum(sizes), dtype=torch.int64, device=device)  # leaves first, root last
+        self._levels = self._nodes.split(sizes)
+        self._refused = torch.zeros(3, dtype=torch.int64, device=device)  # kind, index, bits of the priority
+        self._on_host = self._nodes.device.type == "cpu"
+        self._ops = _compiled() if native.load(self._nodes.device.type) else sum_tree_torch
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tree lives."""
+        return self._nodes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tree, in bytes: 8.26 per slot, when there are many."""
+        return self._nodes.nbytes + self._refused.nbytes
 
     @property
     def total(self) -> Tensor:
         """Sum of all weights, in units of priority^alpha: a scalar fp64 tensor on the tree's device."""
-        return self._levels[-1][0].double() * 2.0**-self.fraction_bits
+        return self._nodes[-1].double() * 2.0**-self.fraction_bits
 
     def update(self, indices: Tensor, priorities: Tensor) -> None:
         """Give slots new priorities; of an index that appears twice, the last one holds.
@@ -69,91 +86,82 @@ class SumTree:
 
         Raises:
             ValueError: a wrong shape or type, an index out of range, or a priority out of range, naming the slot.
-                Nothing is changed then.
+                Nothing is changed then. On CUDA the two latter are raised by `check`.
         """
         if indices.dim() != 1 or indices.dtype != torch.int64:
-            raise ValueError(f"indices: must be int64 [n], not {indices.dtype} {list(indices.shape)}")
+            raise ValueError(f"indices: must be int64 [n], not {describe(indices)}")
         if priorities.shape != indices.shape or not priorities.is_floating_point():
-            raise ValueError(
-                f"priorities: must be floating {list(indices.shape)}, not {priorities.dtype} {list(priorities.shape)}"
-            )
-        device = self._levels[0].device
-        indices, priorities = indices.to(device), priorities.to(device, torch.float64)
-        outside = (indices < 0) | (indices >= self.capacity)
-        if outside.any():
-            raise ValueError(f"indices: {indices[outside][0].item()} is outside [0, {self.capacity})")
-        weights = priorities**self.alpha
-        wrong = ~priorities.isfinite() | (priorities < 0) | ~(weights < 2.0**self.WEIGHT_BITS)
-        if wrong.any():
-            raise ValueError(
-                f"priorities: {priorities[wrong][0].item()} at index {indices[wrong][0].item()} must be finite, at "
-                f"least 0, and below 2^{self.WEIGHT_BITS} when raised to alpha={self.alpha}"
-            )
-        fixed = (weights * 2.0**self.fraction_bits).round().long()
-        fixed = torch.where(priorities > 0, fixed.clamp(min=1, max=(1 << self.WEIGHT_BITS + self.fraction_bits) - 1), 0)
+            raise ValueError(f"priorities: must be floating {list(indices.shape)}, not {describe(priorities)}")
+        indices = indices.to(self.device).contiguous()
+        priorities = priorities.detach().to(self.device, torch.float64).contiguous()
+        self._ops.update_(self._nodes, self.capacity, self.alpha, indices, priorities, self._refused)
+        if self._on_host:
+            self.check()
 
-        # A stable sort puts an index's writes next to each other in their order: the last of each run holds.
-        order = indices.argsort(stable=True)
-        run = indices[order]
-        last = torch.ones_like(run, dtype=torch.bool)
-        last[:-1] = run[1:] != run[:-1]
-        node, fixed = run[last], fixed[order[last]]
-        change = fixed - self._levels[0][node]
-        for level in self._levels:
-            level.index_add_(0, node, change)
-            node = node // FAN_OUT
+    def check(self) -> None:
+        """Raise what updates on a GPU could not raise at once: the first one that was refused. Waits for the device.
+
+        Raises:
+            ValueError: an update had an index or priority out of range, and changed nothing.
+        """
+        kind, index, bits = self._refused.tolist()
+        if not kind:
+            return
+        self._refused.zero_()
+        if kind == BAD_INDEX:
+            raise ValueError(f"indices: {index} is outside [0, {self.capacity})")
+        (priority,) = struct.unpack("d", struct.pack("q", bits))
+        raise ValueError(
+            f"priorities: {priority} at index {index} must be finite, at least 0, and below 2^{self.WEIGHT_BITS} when "
+            f"raised to alpha={self.alpha}"
+        )
 
     def probability(self, indices: Tensor) -> Tensor:
         """Probability fp64 [n] that one draw returns each of these slots; NaN while all weights are 0."""
-        return self._levels[0][indices].double() / self._levels[-1].double()
+        return self._levels[0][indices].double() / self._nodes[-1].double()
 
-    def sample(self, n: int, *, generator: torch.Generator | None, replacement: bool = True) -> Tensor:
+    def sample(self, n: int, *, generator: torch.Generator | Tensor | None, replacement: bool = True) -> Tensor:
         """Draw slots in proportion to their weights.
 
         Args:
-            n: number of draws.
-            generator: source of 63 random bits per draw (per slot without replacement), on the tree's device.
+            n: number of draws, at most 2^31.
+            generator: where the random numbers come from: a torch.Generator (None: the device's default one), which
+                gives a seed and an offset for this call; or int64 [2] (seed, offset) on the tree's device, of which
+                the draws are then a pure function. Each offset is a stream of its own: add 1 for the next call.
             replacement: whether a slot may come twice. Without, draws are successive: each in proportion to the
                 weights of the slots not drawn yet.
 
         Returns:
-            [n] int64 slots, in the order of the draws.
+            [n] int64 slots, in the order of the draws. On a GPU -1 stands for draws that found every weight 0.
 
         Raises:
-            ValueError: every weight is 0, or (without replacement) fewer than n are above 0.
+            ValueError: every weight is 0, or (without replacement) fewer than n are above 0; not raised on a GPU.
         """
         if n < 0:
             raise ValueError(f"n={n}: must be at least 0")
-        leaves, root = self._levels[0], self._levels[-1]
+        slots = torch.empty(n, dtype=torch.int64, device=self.device)
         if n == 0:
-            return leaves.new_empty(0)
-        if not root.any():
-            raise ValueError("sample: every weight in the tree is 0; there is nothing to draw")
-        if not replacement:
-            return self._race(n, generator)
-
-        rest = _multiply_high(_random_63(n, leaves, generator), root)  # [n], uniform in [0, total)
-        node = torch.zeros_like(rest)
-        for level in reversed(self._levels[:-1]):
-            below = level.view(-1, FAN_OUT)[node].cumsum(-1)  # [n, 32]
-            # The first child whose running sum exceeds `rest`: its own weight is then above 0.
-            child = (below <= rest[:, None]).sum(-1)
-            before = below.gather(1, (child - 1).clamp(min=0)[:, None]).squeeze(1)
-            rest = rest - torch.where(child > 0, before, 0)
-            node = node * FAN_OUT + child
-        return node
-
-    def _race(self, n: int, generator: torch.Generator | None) -> Tensor:
-        """Successive draws at once: slot i finishes after Exponential(1) / weight_i; the n first, in their order."""
-        candidates = self._levels[0].nonzero().squeeze(1)
-        if n > len(candidates):
-            raise ValueError(f"n={n}: only {len(candidates)} slots have a weight above 0 (replacement=False)")
-        uniform = (_random_63(len(candidates), candidates, generator).double() + 0.5) * 2.0**-63
-        finish = -torch.log1p(-uniform.clamp(max=1 - 2.0**-53)) / self._levels[0][candidates]
-        return candidates[finish.topk(n, largest=False, sorted=True).indices]
+            return slots
+        key = self._key(generator)
+        if replacement:
+            self._ops.sample_(self._nodes, self.capacity, key, slots)
+        else:
+            self._ops.sample_distinct_(self._nodes, self.capacity, key, slots, torch.empty_like(slots))
+        if self._on_host and slots[-1].item() < 0:
+            if self._nodes[-1].item() == 0:
+                raise ValueError("sample: every weight in the tree is 0; there is nothing to draw")
+            raise ValueError(
+                f"n={n}: only {self._levels[0].count_nonzero()} slots have a weight above 0 (replacement=False)"
+            )
+        return slots
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs; parents are sums and need not be kept."""
+        """All that `load_state_dict` needs; parents are sums and need not be kept.
+
+        Raises:
+            ValueError: see `check`.
+        """
+        self.check()
         return {
             "capacity": self.capacity,
             "alpha": self.alpha,
@@ -169,20 +177,27 @@ class SumTree:
         for name, own in (("capacity", self.capacity), ("alpha", self.alpha)):
             if state[name] != own:
                 raise ValueError(f"{name}: the saved tree has {state[name]}, this one {own}")
-        self._levels[0][: self.capacity] = state["leaves"].to(self._levels[0].device)
+        self._levels[0][: self.capacity] = state["leaves"].to(self.device)
         for children, parents in zip(self._levels, self._levels[1:], strict=False):
             sums = children.view(-1, FAN_OUT).sum(-1)
             parents[: len(sums)] = sums
 
+    def _key(self, generator: torch.Generator | Tensor | None) -> Tensor:
+        """(seed, offset) int64 [2] of one call, on the tree's device."""
+        if not isinstance(generator, Tensor):
+            source = self.device if generator is None else generator.device
+            return torch.empty(2, dtype=torch.int64, device=source).random_(generator=generator).to(self.device)
+        if generator.dtype != torch.int64 or generator.shape != (2,):
+            raise ValueError(f"generator: must be int64 [2] (seed, offset), not {describe(generator)}")
+        if generator.device != self.device:
+            raise ValueError(f"generator: is on {generator.device}, the tree on {self.device}")
+        return generator.contiguous()
 
-def _random_63(n: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """[n] int64, uniform in [0, 2^63)."""
-    return torch.empty(n, dtype=torch.int64, device=like.device).random_(generator=generator)
 
-
-def _multiply_high(x: Tensor, y: Tensor) -> Tensor:
-    """floor(x * y / 2^63) for x < 2^63 and y <= 2^62, in 31-bit limbs: no product overflows int64."""
-    x_high, x_low, y_high, y_low = x >> 31, x & _LOW_31, y >> 31, y & _LOW_31  # 32, 31, 31 (and 2^31), 31 bits
-    left, right = x_high * y_low, x_low * y_high
-    carry = (left & _LOW_31) + (right & _LOW_31) + (x_low * y_low >> 31)
-    return (x_high * y_high + (left >> 31) + (right >> 31) + (carry >> 31)) >> 1
+def _compiled() -> SimpleNamespace:
+    ops = torch.ops.rethinker
+    return SimpleNamespace(
+        update_=ops.sum_tree_update_.default,
+        sample_=ops.sum_tree_sample_.default,
+        sample_distinct_=ops.sum_tree_sample_distinct_.default,
+    )

@@ -1,57 +1,39 @@
-"""SumTree: exact sums, exact probabilities, and the statistical tests of law 9, which must notice planted faults."""
+"""SumTree: exact sums, exact probabilities, and statistical tests that must notice planted faults.
+
+Every test runs with the compiled ops and with their PyTorch equivalents.
+"""
 
 from __future__ import annotations
 
 import io
 import itertools
 import math
-import random
 
 import pytest
-import scipy.stats
 import torch
 
-from rethinker_kernels import SumTree, sum_tree
-
-ALARM = 1e-6
-"""A p-value below this is a fault. Seeds are fixed, so a sound sampler passes always."""
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def filled(priorities, alpha: float = 1.0) -> SumTree:
-    priorities = torch.as_tensor(priorities, dtype=torch.float64)
-    tree = SumTree(len(priorities), alpha=alpha)
-    tree.update(torch.arange(len(priorities)), priorities)
-    return tree
+from rethinker_kernels import SumTree, sum_tree_torch
+from tests.kernels.sum_trees import (
+    ALARM,
+    counts,
+    dense_slots,
+    filled,
+    g_test,
+    generator,
+    parents_are_exact,
+    require_compiler,
+)
 
 
-def counts(tree: SumTree, draws: int, seed: int = 0) -> torch.Tensor:
-    """How often each slot comes in so many draws [capacity]."""
-    source, total = generator(seed), torch.zeros(tree.capacity, dtype=torch.int64)
-    for _ in range(draws // 100_000):
-        total += tree.sample(100_000, generator=source).bincount(minlength=tree.capacity)
-    return total
-
-
-def g_test(observed: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """p-value of the log-likelihood ratio test; no draws where the probability is 0 are required, not tested."""
-    possible = probabilities > 0
-    assert observed[~possible].eq(0).all()
-    observed, expected = observed[possible].double(), probabilities[possible].double()
-    expected = expected / expected.sum() * observed.sum()
-    return scipy.stats.power_divergence(observed.numpy(), expected.numpy(), lambda_="log-likelihood").pvalue
-
-
-def parents_are_exact(tree: SumTree) -> bool:
-    """Whether every node equals the sum of its 32 children, added as Python integers."""
-    for children, parents in itertools.pairwise(tree._levels):
-        blocks = children.view(-1, 32).tolist()
-        if parents[: len(blocks)].tolist() != [sum(block) for block in blocks] or parents[len(blocks) :].any():
-            return False
-    return True
+@pytest.fixture(params=["compiled", "pytorch"], autouse=True)
+def implementation(request, monkeypatch) -> str:
+    """Which implementation the trees of a test use."""
+    if request.param == "compiled":
+        require_compiler()
+    else:
+        monkeypatch.setenv("RETHINKER_NATIVE", "0")
+    assert (SumTree(1)._ops is sum_tree_torch) == (request.param == "pytorch")
+    return request.param
 
 
 PRIORITIES = [0.0, 1.0, 0.37, 0.0, 2.5, 1.0, 1e-3, 0.9]
@@ -82,48 +64,12 @@ def test_large_tree_by_priority_and_by_position():
         assert g_test(pooled, torch.zeros(size, dtype=torch.float64).index_add(0, pools, priorities)) > ALARM
 
 
-def test_24_bit_uniforms_are_noticed(monkeypatch):
-    """Random numbers are finer than fp32's 24 bits: of 3,050,402 equal slots those would reach half 6/5 as often."""
-    n = 3_050_402  # 2^24 / n = 5.5
-    edges = torch.arange(n + 1, dtype=torch.float64) * (2**24 / n)
-    dense = edges.ceil().diff() > 5.5  # slots that hold 6 of the 2^24 values, the others hold 5
-    tree = filled(torch.ones(n))
-    expected = torch.tensor([n - int(dense.sum()), int(dense.sum())])
-
-    def pooled() -> torch.Tensor:
-        return dense[tree.sample(100_000, generator=generator())].long().bincount(minlength=2)
-
-    assert g_test(pooled(), expected) > ALARM
-    fine = sum_tree._random_63
-    monkeypatch.setattr(sum_tree, "_random_63", lambda *args: fine(*args) >> 39 << 39)
-    assert g_test(pooled(), expected) < ALARM
-
-
-def test_the_random_number_maps_to_the_slot_by_integer_arithmetic():
-    """The product's high word is exact over the whole 63-bit range, checked against Python integers."""
-    numbers = random.Random(0)
-    edge = [0, 1, 2**31 - 1, 2**31, 2**31 + 1, 2**62 - 1]
-    xs = [*edge, 2**63 - 1, 2**62, *(numbers.getrandbits(63) for _ in range(200))]
-    ys = [*edge, 2**62, *(numbers.getrandbits(62) for _ in range(100))]
-    pairs = list(itertools.product(xs, ys))
-    got = sum_tree._multiply_high(torch.tensor([x for x, _ in pairs]), torch.tensor([y for _, y in pairs]))
-    assert got.tolist() == [x * y >> 63 for x, y in pairs]
-
-
-@pytest.mark.parametrize("capacity", [1, 2, 31, 32, 33, 1024, 1025, 40_000])
-def test_every_unit_of_weight_belongs_to_one_slot(capacity, monkeypatch):
-    """The smallest and largest random number of each slot's interval lead to that slot, at every depth of tree."""
-    numbers = random.Random(capacity)
-    tree = SumTree(capacity)
-    chosen = sorted({0, capacity - 1, *(numbers.randrange(capacity) for _ in range(50))})
-    tree.update(torch.tensor(chosen), torch.tensor([numbers.uniform(1e-6, 2.0) for _ in chosen], dtype=torch.float64))
-    ends = list(itertools.accumulate(tree._levels[0][chosen].tolist()))
-    total = ends[-1]
-    first = [-(-(start << 63) // total) for start in [0, *ends[:-1]]]  # smallest x with x * total >> 63 >= start
-    last = [-(-(end << 63) // total) - 1 for end in ends]
-    for numbers_63 in (first, last):
-        monkeypatch.setattr(sum_tree, "_random_63", lambda n, *_, x=numbers_63: torch.tensor(x))
-        assert tree.sample(len(chosen), generator=None).tolist() == chosen
+def test_random_numbers_are_finer_than_24_bits():
+    """3,050,402 equal slots come equally often; 24-bit numbers reach half of them 6/5 as often (see test_csrc.py)."""
+    dense = dense_slots(3_050_402)
+    tree = filled(torch.ones(len(dense)))
+    observed = dense[tree.sample(100_000, generator=generator())].long().bincount(minlength=2)
+    assert g_test(observed, dense.long().bincount()) > ALARM
 
 
 def test_parents_stay_exact_after_a_million_updates():
@@ -179,13 +125,13 @@ def test_weight_zero_is_never_drawn(replacement):
     assert torch.isin(tree.sample(n, generator=generator(), replacement=replacement), alive).all()
 
 
-def test_without_replacement_is_successive_drawing():
+def test_without_replacement_is_successive_drawing(implementation):
     """P(i then j) = w_i / W * w_j / (W - w_i), and no slot twice."""
     weights = [1.0, 2.0, 4.0, 0.0]
     tree, source = filled(weights), generator()
     pairs = list(itertools.permutations(range(3), 2))
     seen = torch.zeros(len(pairs), dtype=torch.int64)
-    for _ in range(20_000):
+    for _ in range(20_000 if implementation == "compiled" else 2_000):
         seen[pairs.index(tuple(tree.sample(2, generator=source, replacement=False).tolist()))] += 1
     expected = torch.tensor([weights[i] / 7 * weights[j] / (7 - weights[i]) for i, j in pairs])
     assert g_test(seen, expected) > ALARM
@@ -197,6 +143,68 @@ def test_without_replacement_returns_each_slot_once():
     assert sorted(tree.sample(50, generator=generator(), replacement=False).tolist()) == list(range(50))
     with pytest.raises(ValueError, match="only 50 slots"):
         tree.sample(51, generator=generator(), replacement=False)
+
+
+def test_without_replacement_after_many_rounds(implementation):
+    """Weights so unequal that most draws repeat: each slot's place in the order has its exact probability."""
+    weights = [1000.0, 100.0, 10.0, 1.0]
+    tree, source = filled(weights), generator()
+    orders = list(itertools.permutations(range(4)))
+    seen = torch.zeros(len(orders), dtype=torch.int64)
+    for _ in range(20_000 if implementation == "compiled" else 1_000):
+        seen[orders.index(tuple(tree.sample(4, generator=source, replacement=False).tolist()))] += 1
+    expected = [math.prod(weights[o[k]] / sum(weights[j] for j in o[k:]) for k in range(4)) for o in orders]
+    frequent = torch.tensor(expected) > 5e-3  # the rest is pooled: a G-test needs a few expected counts each
+    pooled = torch.cat([seen[frequent], seen[~frequent].sum()[None]])
+    chances = torch.tensor(expected, dtype=torch.float64)
+    assert g_test(pooled, torch.cat([chances[frequent], chances[~frequent].sum()[None]])) > ALARM
+
+
+def test_without_replacement_leaves_the_tree_as_it_was():
+    """Slots that a draw takes out come back with their weights, also when there are too few of them."""
+    tree = filled(torch.rand(2000, generator=generator(4)) * (torch.arange(2000) % 3 > 0))
+    before = tree._nodes.clone()
+    tree.sample(1200, generator=generator(), replacement=False)
+    with pytest.raises(ValueError, match="only 1333 slots"):
+        tree.sample(1334, generator=generator(), replacement=False)
+    assert torch.equal(tree._nodes, before)
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_draws_are_a_function_of_seed_and_offset(replacement):
+    """The same (seed, offset) gives the same draws and is not written to; another seed or offset gives others."""
+    tree = filled(torch.ones(10_000))
+    keys = [torch.tensor(key) for key in ((1, 2), (1, 3), (2, 2), (-1, 2), (1, -(1 << 63)))]
+    draws = [tree.sample(100, generator=key, replacement=replacement) for key in keys]
+    for key, drawn in zip(keys, draws, strict=True):
+        assert torch.equal(tree.sample(100, generator=key.clone(), replacement=replacement), drawn)
+    assert keys[0].tolist() == [1, 2]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
+
+
+def test_offsets_are_independent_streams():
+    """Draws of neighbouring offsets, and draws of one call, do not depend on each other: pairs are uniform."""
+    tree = filled(torch.ones(10))
+    draws = torch.stack([tree.sample(100_000, generator=torch.tensor([0, offset])) for offset in (0, 1)])
+    uniform = torch.ones(100)
+    assert g_test((10 * draws[0] + draws[1]).bincount(minlength=100), uniform) > ALARM
+    assert g_test((10 * draws[0, ::2] + draws[0, 1::2]).bincount(minlength=100), uniform) > ALARM
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [(torch.zeros(2), "^generator: must be int64"), (torch.zeros(3, dtype=torch.int64), "^generator: must be int64")],
+)
+def test_wrong_seed_and_offset_are_named(source, message):
+    """A tensor that is not int64 [2] is refused."""
+    with pytest.raises(ValueError, match=message):
+        filled([1.0]).sample(1, generator=source)
+
+
+def test_memory_is_what_nbytes_says():
+    """Eight bytes per slot and a 31st of that for the parents."""
+    tree = SumTree(1 << 20)
+    assert 8 * 2**20 * 32 / 31 < tree.nbytes < 8.27 * 2**20
 
 
 @pytest.mark.parametrize("replacement", [True, False])
@@ -228,6 +236,7 @@ def test_refused_priorities_name_the_slot_and_change_nothing(bad):
         (torch.tensor([0.0]), torch.ones(1), "^indices: must be int64"),
         (torch.tensor([0]), torch.ones(2), "^priorities: must be floating"),
         (torch.tensor([0]), torch.tensor([1]), "^priorities: must be floating"),
+        (torch.tensor([0, 1, 1]), torch.tensor([1.0, -2.0, math.nan]), "^priorities: -2.0 at index 1 "),
     ],
 )
 def test_wrong_update_arguments_are_named(indices, priorities, message):
@@ -259,6 +268,15 @@ def test_a_saved_tree_draws_the_same_stream(replacement):
     resumed.set_state(state["rng"])
     assert torch.equal(restored.sample(500, generator=resumed, replacement=replacement), expected)
     assert parents_are_exact(restored)
+
+
+def test_every_layout_of_arguments_is_read_as_its_values():
+    """Strided, half-precision and gradient-carrying priorities, and strided indices, mean what they show."""
+    indices = torch.tensor([0, 9, 1, 9, 2, 9])[::2]
+    for values in (torch.tensor([1.0, 9, 2, 9, 4, 9])[::2], torch.tensor([1.0, 2, 4]).half().requires_grad_()):
+        tree = SumTree(3)
+        tree.update(indices, values)
+        assert (tree._levels[0][:3] >> tree.fraction_bits).tolist() == [1, 2, 4]
 
 
 def test_a_saved_state_is_a_copy():

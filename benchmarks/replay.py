@@ -1,0 +1,374 @@
+"""How long replay's sampler takes to update and to draw, over table sizes, beside what else could do it.
+
+    python -m benchmarks.replay [--sizes 1000 1048576] [--repeats 200] [--out DIR]
+
+Each repeat gives 512 random slots new priorities and then draws 512 slots; calls are timed one by one, through the
+public functions, on one thread. Writes results/<cpu or gpu>/replay.json and replay.svg. A peer that is not installed is
+skipped with the reason. With a CUDA device it also writes the time of each CUDA launch, from a captured CUDA graph.
+
+Peers: torch.multinomial; cumsum and searchsorted; torchrl's SumSegmentTree (its prioritized sampler's default: fp32,
+NumPy's random numbers), compiled from the sources in its wheel where the wheel was built for another PyTorch; and
+the `sumtree` package. They read priorities as they are (alpha = 1, so do we).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import re
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import describe
+from rethinker_kernels import SumTree, sum_tree_torch
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = (10**3, 10**4, 10**5, 2**20, 10**7)
+BATCH = 512
+SECONDS = 5.0
+"""No more repeats once a method has taken this long at one size."""
+
+Method = dict[str, Callable]
+"""`update` (indices, priorities), `sample` () and, where there is one, `sample without replacement` ()."""
+
+
+class Unavailable(Exception):
+    """A peer cannot be measured here; the message says why."""
+
+
+# Methods: (weights fp64 [N]) -> Method
+
+
+def tree_methods(tree: SumTree, weights: Tensor) -> Method:
+    """Ours: the public class."""
+    generator = torch.Generator(tree.device).manual_seed(0)
+    tree.update(torch.arange(len(weights)), weights)
+    return {
+        "update": tree.update,
+        "sample": lambda: tree.sample(BATCH, generator=generator),
+        "sample without replacement": lambda: tree.sample(BATCH, generator=generator, replacement=False),
+    }
+
+
+def compiled(weights: Tensor) -> Method:
+    tree = SumTree(len(weights))
+    if tree._ops is sum_tree_torch:
+        raise Unavailable("the C++ sum tree was not compiled; see stderr")
+    return tree_methods(tree, weights)
+
+
+def in_pytorch(weights: Tensor) -> Method:
+    with mock.patch.dict("os.environ", RETHINKER_NATIVE="0"):
+        return tree_methods(SumTree(len(weights)), weights)
+
+
+def multinomial(weights: Tensor) -> Method:
+    table = weights.float()
+    return {
+        "update": lambda indices, new: table.index_put_((indices,), new.float()),
+        "sample": lambda: torch.multinomial(table, BATCH, replacement=True),
+        "sample without replacement": lambda: torch.multinomial(table, BATCH, replacement=False),
+    }
+
+
+def searchsorted(weights: Tensor) -> Method:
+    table = weights.clone()
+
+    def sample() -> Tensor:
+        ends = table.cumsum(0)
+        points = torch.rand(BATCH, dtype=torch.float64, device=table.device) * ends[-1]
+        return torch.searchsorted(ends, points, right=True)
+
+    return {"update": lambda indices, new: table.index_put_((indices,), new), "sample": sample}
+
+
+def torchrl_tree(weights: Tensor) -> Method:
+    import numpy
+
+    tree = torchrl_extension().SumSegmentTreeFp32(len(weights))
+    tree[torch.arange(len(weights))] = weights.float()
+
+    def sample() -> Tensor:
+        mass = numpy.random.uniform(0.0, tree.query(0, len(weights)), size=BATCH)
+        return torch.as_tensor(tree.scan_lower_bound(mass))
+
+    return {"update": lambda indices, new: tree.update(indices, new.float()), "sample": sample}
+
+
+def torchrl_extension() -> ModuleType:
+    """torchrl's C++ module, without importing the package around it."""
+    spec = importlib.util.find_spec("torchrl")
+    if spec is None or spec.origin is None:
+        raise Unavailable("torchrl is not installed")
+    folder = Path(spec.origin).parent
+    for library in folder.glob("_torchrl*.so"):
+        found = importlib.util.spec_from_file_location("_torchrl", library)
+        try:
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+        except ImportError:
+            continue  # built for another PyTorch
+        return module
+    from torch.utils import cpp_extension
+
+    sources = [str(folder / "csrc" / name) for name in ("pybind.cpp", "utils.cpp")]
+    try:
+        return cpp_extension.load("_torchrl", sources, extra_cflags=["-O3"])
+    except (OSError, RuntimeError) as error:
+        raise Unavailable(f"torchrl's sources do not compile: {str(error).splitlines()[0]}") from None
+
+
+def sumtree_package(weights: Tensor) -> Method:
+    try:
+        import sumtree
+    except ImportError as error:
+        raise Unavailable(str(error)) from None
+    tree = sumtree.SumTree(len(weights))
+    for weight in weights.tolist():
+        tree.add(weight)
+    return {
+        "update": lambda indices, new: tree.update_batched(indices.tolist(), new.tolist()),
+        "sample": lambda: torch.tensor(tree.sample(BATCH)[0]),
+    }
+
+
+METHODS: dict[str, Callable[[Tensor], Method]] = {
+    "rethinker C++": compiled,
+    "rethinker PyTorch": in_pytorch,
+    "torch.multinomial": multinomial,
+    "cumsum + searchsorted": searchsorted,
+    "torchrl SumSegmentTree": torchrl_tree,
+    "sumtree": sumtree_package,
+}
+OURS = ("rethinker C++", "rethinker PyTorch")
+
+
+# Measuring
+
+
+def inputs(size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random slots and new priorities, for ever; the same ones for every method."""
+    source = torch.Generator().manual_seed(1)
+    while True:
+        indices = torch.randint(size, (BATCH,), generator=source)
+        yield indices, torch.rand(BATCH, dtype=torch.float64, generator=source)
+
+
+def measure(method: Method, size: int, repeats: int) -> dict[str, Any]:
+    """Microseconds per call of each of the method's operations: median, quartiles, repeats."""
+    times: dict[str, list[float]] = {name: [] for name in method}
+    given, begin = inputs(size), time.perf_counter()
+    for repeat in range(repeats + 3):  # three of them to warm up
+        arguments = next(given)
+        for name, call in method.items():
+            start = time.perf_counter()
+            call(*arguments) if name == "update" else call()
+            if repeat >= 3:
+                times[name].append(1e6 * (time.perf_counter() - start))
+        if repeat >= 12 and time.perf_counter() - begin > SECONDS:
+            break
+    return {name: summary(values) for name, values in times.items()}
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median_us": median, "quartiles_us": [low, high], "repeats": len(values)}
+
+
+def run(name: str, sizes: tuple[int, ...], repeats: int) -> dict[str, Any]:
+    """One method over all sizes: measurements by size, and how its cost grows."""
+    results: dict[str, Any] = {}
+    for size in sizes:
+        try:
+            method = METHODS[name](torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+            results[str(size)] = measure(method, size, repeats)
+        except Unavailable as error:
+            return {"skipped": str(error)}
+        except RuntimeError as error:  # a peer's limit is a result of its own
+            if name in OURS:
+                raise
+            results[str(size)] = {"failed": str(error).splitlines()[0]}
+        print(f"  {size:>10,}  {_line(results[str(size)])}", flush=True)
+    return {"sizes": results, "growth": growth(results)}
+
+
+def growth(results: dict[str, Any]) -> dict[str, float]:
+    """Per operation the exponent b of time ~ N^b between the smallest and the largest size: 1 is linear."""
+    measured = {int(size): result for size, result in results.items() if "failed" not in result}
+    if len(measured) < 2:
+        return {}
+    small, large = min(measured), max(measured)
+
+    def exponent(name: str) -> float:
+        return math.log(measured[large][name]["median_us"] / measured[small][name]["median_us"]) / math.log(
+            large / small
+        )
+
+    return {name: exponent(name) for name in measured[small]}
+
+
+def _line(result: dict[str, Any]) -> str:
+    if "failed" in result:
+        return f"failed: {result['failed']}"
+    return "   ".join(
+        f"{name} {r['median_us']:.1f} us ({r['quartiles_us'][0]:.1f} to {r['quartiles_us'][1]:.1f})"
+        for name, r in result.items()
+    )
+
+
+def compare(results: dict[str, Any], size: int) -> dict[str, float]:
+    """How many times as long each peer takes as the compiled tree, to draw from a table of this size."""
+
+    def median(name: str) -> float | None:
+        return results[name].get("sizes", {}).get(str(size), {}).get("sample", {}).get("median_us")
+
+    ours = median("rethinker C++")
+    return {name: m / ours for name in results if ours and (m := median(name))}
+
+
+# With a CUDA device
+
+
+def run_cuda(sizes: tuple[int, ...], repeats: int) -> dict[str, Any]:
+    """Microseconds per launch, from graphs of 100 launches: no host time is in them."""
+    results: dict[str, Any] = {}
+    for size in sizes:
+        weights = torch.rand(size, dtype=torch.float64, device="cuda")
+        key = torch.zeros(2, dtype=torch.int64, device="cuda")
+        tree = SumTree(size, "cuda")
+        tree.update(torch.arange(size, device="cuda"), weights)
+        indices = torch.randint(size, (BATCH,), device="cuda")
+        new = torch.rand(BATCH, dtype=torch.float64, device="cuda")
+        peer = {"searchsorted": searchsorted(weights)["sample"], "multinomial": multinomial(weights)["sample"]}
+        calls = {
+            "rethinker update": lambda tree=tree, indices=indices, new=new: tree.update(indices, new),
+            "rethinker sample": lambda tree=tree, key=key: tree.sample(BATCH, generator=key),
+            "rethinker sample without replacement": lambda tree=tree, key=key: tree.sample(
+                BATCH, generator=key, replacement=False
+            ),
+        } | peer
+        results[str(size)] = {"compiled": tree._ops is not sum_tree_torch}
+        for name, call in calls.items():
+            try:
+                results[str(size)][name] = graph_time(call, repeats)
+            except RuntimeError as error:
+                if name not in peer:
+                    raise
+                results[str(size)][name] = {"failed": str(error).splitlines()[0]}
+    return results
+
+
+def graph_time(call: Callable[[], Any], repeats: int, launches: int = 100) -> dict[str, Any]:
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            call()
+    times = []
+    for _ in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / launches)
+    return summary(times[3:])
+
+
+# Output
+
+
+def chart(results: dict[str, Any], title: str, path: Path) -> None:
+    """Time against table size, log-log, one panel per operation, with the quartiles as bands."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "replay"
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True)
+    for axes, operation in zip(panels, ("sample", "update"), strict=True):
+        for name, result in results.items():
+            points = {int(s): r[operation] for s, r in result.get("sizes", {}).items() if operation in r}
+            if points:
+                low, high = zip(*(r["quartiles_us"] for r in points.values()), strict=True)
+                medians = [r["median_us"] for r in points.values()]
+                width = 2.5 if name == OURS[0] else 1.2
+                (line,) = axes.loglog(list(points), medians, marker="o", markersize=3, linewidth=width, label=name)
+                axes.fill_between(list(points), low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.set(xlabel="slots in the table", title=f"{operation} {BATCH}")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("microseconds per call")
+    panels[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread, as the sampler has in training: the other cores have their own work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def peers() -> dict[str, str]:
+    """Versions of the installed peers."""
+    found = {}
+    for name in ("torchrl", "sumtree", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="slots in the table")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", module="torch.utils.cpp_extension")
+    machine, sizes = describe(), tuple(args.sizes)
+    results = {}
+    with one_thread():
+        for name in args.methods:
+            print(name, flush=True)
+            results[name] = run(name, sizes, args.repeats)
+            if "skipped" in results[name]:
+                print(f"  skipped: {results[name]['skipped']}")
+    folder = args.out / (re.sub(r"\W+", "-", machine["gpu"]).strip("-").lower() if machine["gpu"] else "cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine, "peers": peers(), "batch": BATCH, "threads": 1, "results": results}
+    if OURS[0] in results:
+        report["sample_time_relative_to_ours"] = {str(size): compare(results, size) for size in sizes}
+    if machine["gpu"]:
+        report["cuda"] = run_cuda(sizes, args.repeats)
+    (folder / "replay.json").write_text(json.dumps(report, indent=2) + "\n")
+    chart(results, f"{machine['cpu']}, one thread; median and quartiles", folder / "replay.svg")
+    print(f"wrote {folder / 'replay.json'}")
+
+
+if __name__ == "__main__":
+    main()
