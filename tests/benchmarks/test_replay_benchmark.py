@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import replay
+from benchmarks import replay, samplers
 from rethinker_kernels import SumTree, sum_tree_torch
 from tests.kernels.sum_trees import require_compiler
 
@@ -34,7 +34,7 @@ def test_the_report_has_every_operation_and_names_missing_peers(monkeypatch, tmp
     report = run(monkeypatch, tmp_path, "--sizes", "1000", "3000", "--repeats", "5")
     assert torch.get_num_threads() == threads
     results = report["results"]
-    assert set(results) == set(replay.METHODS) and report["machine"]["cpu"]
+    assert set(results) == set(samplers.METHODS) and report["machine"]["cpu"]
     for name in ("torchrl SumSegmentTree", "sumtree"):
         assert list(results.pop(name)) == ["skipped"]
     for result in results.values():
@@ -52,20 +52,20 @@ def test_the_report_has_every_operation_and_names_missing_peers(monkeypatch, tmp
 def test_methods_draw_what_was_updated(name):
     """Each method draws 512 slots, and after an update only those that kept a weight."""
     require_compiler()
-    method = replay.METHODS[name](torch.ones(1000, dtype=torch.float64))
+    method = samplers.METHODS[name](torch.ones(1000, dtype=torch.float64))
     method["update"](torch.arange(999), torch.zeros(999, dtype=torch.float64))
-    assert method["sample"]().tolist() == [999] * replay.BATCH
+    assert method["sample"]().tolist() == [999] * samplers.BATCH
 
 
 def test_the_two_implementations_are_not_mixed_up(monkeypatch):
     """The PyTorch method runs in PyTorch, and the environment is left as it was; the compiled one never does."""
     trees = []
-    monkeypatch.setattr(replay, "tree_methods", lambda tree, weights: trees.append(tree))
-    replay.in_pytorch(torch.ones(5))
+    monkeypatch.setattr(samplers, "tree_methods", lambda tree, weights: trees.append(tree))
+    samplers.in_pytorch(torch.ones(5))
     assert trees[0]._ops is sum_tree_torch
     monkeypatch.setenv("RETHINKER_NATIVE", "0")
-    with pytest.raises(replay.Unavailable, match="not compiled"):
-        replay.compiled(torch.ones(5))
+    with pytest.raises(samplers.Unavailable, match="not compiled"):
+        samplers.compiled(torch.ones(5))
     assert len(trees) == 1 and isinstance(trees[0], SumTree)
 
 
@@ -73,7 +73,7 @@ def test_every_method_gets_the_same_inputs():
     """Two methods see the same slots and priorities, in range and different each time."""
     first, second = (list(itertools.islice(replay.inputs(700), 3)) for _ in range(2))
     for (a, p), (b, q) in zip(first, second, strict=True):
-        assert torch.equal(a, b) and torch.equal(p, q) and len(a) == replay.BATCH and a.max() < 700
+        assert torch.equal(a, b) and torch.equal(p, q) and len(a) == samplers.BATCH and a.max() < 700
     assert not torch.equal(first[0][0], first[1][0])
 
 
