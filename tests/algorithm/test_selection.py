@@ -102,7 +102,9 @@ def test_metrics_of_a_batch(replay):
     assert seen["trained_pairs"] == 8 == sum(seen["advantage_histogram"]) and seen["advantage_histogram"][0] == 0
     assert (seen["replay_fraction"], seen["replay_size"], seen["effective_query_ratio"]) == (0.5, 8, 0.5)
     fresh, replayed = (seen[f"advantage_abs_mean_{kind}"] for kind in ("fresh", "replayed"))
-    assert fresh == pytest.approx(3**0.5 / 2) and seen["advantage_abs_mean"] == pytest.approx((fresh + replayed) / 2)
+    assert fresh == pytest.approx(3**0.5 / 2, rel=1e-5) and seen["advantage_abs_mean"] == pytest.approx(
+        (fresh + replayed) / 2
+    )
     assert 0 <= seen["replay_age_mean"] <= 1 and seen["replay_bytes"] > 0
     all_of_them = select_batch(step(DIFFER, EQUAL), name="grpo", pairs=8, replay=replay).metrics(replay)
     assert all_of_them["advantage_histogram"] == [4, 0, 4, 0, 0, 0]

@@ -24,7 +24,8 @@ def parity(response, answer, query):
     return float(len(response) % 2)
 """
 
-METRICS = """step episode reward_mean effective_query_ratio replay_fraction loss entropy kl clip_fraction_low
+METRICS = """step episode reward_mean effective_query_ratio replay_fraction replay_size replay_bytes replay_age_mean
+advantage_abs_mean advantage_abs_mean_fresh advantage_abs_mean_replayed advantage_histogram loss entropy kl clip_fraction_low
 clip_fraction_high grad_norm mismatch_kl response_length_mean rethink_ratio val_accuracy tokens_per_s mfu
 time_rollout_s time_reward_s time_train_s time_sync_s step_s peak_memory_gb""".split()
 
@@ -69,7 +70,7 @@ def test_metrics_have_the_documented_names(ssr):
     assert [row["step"] for row in ssr] == [1, 2, 3, 4] and [row["episode"] for row in ssr] == [0, 0, 1, 1]
     for row in ssr:
         assert set(METRICS) <= set(row)
-        numbers = [v for k, v in row.items() if k not in ("val_accuracy", "mfu")]
+        numbers = [v for k, v in row.items() if k not in ("val_accuracy", "mfu", "advantage_histogram")]
         assert all(isinstance(v, int | float) and math.isfinite(v) for v in numbers)
     assert [row["val_accuracy"] is not None for row in ssr] == [False, True, False, True]
     assert ssr[0]["time_rollout_s"] > 0 and ssr[1]["time_sync_s"] > 0
@@ -117,15 +118,43 @@ def test_two_ranks_equal_one_on_the_same_rollouts(ssr, scratch):
     assert len({row["loss"] for row in one}) == 4
 
 
+def test_replay_lives_for_one_episode(ssr):
+    """An episode's first step finds an empty buffer: it holds that step's effective samples only, drawn at age 0."""
+    for first, second in ((ssr[0], ssr[1]), (ssr[2], ssr[3])):
+        fresh, more = (round(row["effective_query_ratio"] * N) for row in (first, second))
+        assert (first["replay_size"], first["replay_age_mean"]) == (fresh, 0)
+        assert second["replay_size"] == fresh + more and 0 <= second["replay_age_mean"] <= 1
+        assert first["replay_bytes"] < second["replay_bytes"] < 10e6
+    assert ssr[2]["replay_size"] < ssr[1]["replay_size"]
+
+
 def test_filter_shrinks_the_batch_and_grpo_keeps_it(ssr, scratch):
-    """With filter the trained pairs are those of the effective queries alone; grpo trains all; neither replays."""
-    rows = recorded(scratch, "filter", "--algorithm.name", "filter")
-    for row in rows:
+    """With filter the trained pairs are those of the effective queries alone; grpo trains all; neither replays.
+
+    On the same rollouts the trained advantages move away from 0: grpo < filter <= ssr, in the mean of |A| over all
+    pairs of the batch, and grpo alone trains pairs without any.
+    """
+    filtered = recorded(scratch, "filter", "--algorithm.name", "filter")
+    for row in filtered:
         assert row["trained_pairs"] == round(row["effective_query_ratio"] * N)
         assert row["replay_fraction"] == 0
-    assert any(row["trained_pairs"] < N for row in rows)
-    for row in recorded(scratch, "grpo", "--algorithm.name", "grpo"):
+    assert any(row["trained_pairs"] < N for row in filtered)
+    everything = recorded(scratch, "grpo", "--algorithm.name", "grpo", "--run.save_completions", "false")
+    for row in everything:
         assert row["trained_pairs"] == N and row["replay_fraction"] == 0
+    assert not list((scratch / "grpo" / "completions").glob("*"))
+
+    def zeros(rows):
+        return [row["advantage_histogram"][0] for row in rows]
+
+    assert sum(zeros(everything)) > 0 and set(zeros(filtered)) == set(zeros(ssr)) == {0}
+    for a, b, c in zip(everything, filtered, ssr, strict=True):
+        assert sum(a["advantage_histogram"]) == sum(c["advantage_histogram"]) == N
+        # Over a batch of N pairs: those that filter leaves out carry nothing.
+        share = b["trained_pairs"] / N
+        assert a["advantage_abs_mean"] == pytest.approx(share * b["advantage_abs_mean"])
+        assert c["advantage_abs_mean"] >= share * b["advantage_abs_mean"]
+    assert sum(row["advantage_abs_mean_replayed"] for row in ssr) > 0
 
 
 def test_all_equal_rewards_train_nothing_and_harm_nothing(ssr, scratch):
