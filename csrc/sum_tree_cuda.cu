@@ -2,6 +2,7 @@
 //
 // Integer additions commute, so atomics leave the same tree in any order. What must be ordered (of duplicate writes the
 // last holds, of duplicate draws the first counts) is settled inside one block, through a hash table in shared memory.
+// That is made for batches of hundreds to thousands, as replay has them; larger ones take tile after tile.
 #include "sum_tree_cuda.h"
 
 namespace sum_tree {

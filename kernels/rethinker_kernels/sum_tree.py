@@ -30,8 +30,9 @@ class SumTree:
     bits at a capacity of 2^20, 46 at 1. All weights together stay at or below 2^62. A priority above 0 never rounds to
     weight 0; a priority of 0 has weight 0 for every alpha, and weight 0 is never drawn.
 
-    On CUDA, update and sample are one launch each, wait for nothing and can be captured in a CUDA graph. What the host
-    does not know is then not raised at once: an update that contains a bad index or priority changes nothing and is
+    On CUDA, update and sample are one launch each, wait for nothing and can be captured in a CUDA graph, if their
+    tensors are on the device (priorities in fp64) and the random numbers come from a (seed, offset) tensor. What the
+    host does not know is not raised at once: an update that contains a bad index or priority changes nothing and is
     raised by the next `check` or `state_dict`; a draw from nothing returns -1. A tree belongs to one thread and stream
     at a time: a draw without replacement takes slots out while it runs.
 
