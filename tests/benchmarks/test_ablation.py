@@ -1,4 +1,4 @@
-"""The ablation's arithmetic and its memory of finished runs; the runs themselves are the trainer's, tested elsewhere."""
+"""The ablation's arithmetic and its memory of finished runs."""
 
 from __future__ import annotations
 
@@ -39,11 +39,8 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
         commands.append(command)
         folder = tmp_path / command[command.index("--run.name") + 1]
         folder.mkdir()  # fails if the interrupted run's folder were still there
-        row = dict.fromkeys(
-            ("reward_mean", "effective_query_ratio", "rethink_ratio", "rethink_kept", "rethink_fixed", "rethink_broken")
-            + ("trained_pairs", "advantage_abs_mean", "step_s"),
-            0.25,
-        )
+        metrics = "reward_mean effective_query_ratio rethink_ratio rethink_kept rethink_fixed rethink_broken "
+        row = dict.fromkeys((metrics + "trained_pairs advantage_abs_mean step_s").split(), 0.25)
         rows = [row | {"step": step, "generated_tokens": 10 * step} for step in (1, 2)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         validations = [{"val_accuracy": a, "by_category": {}, "questions": 8} for a in (0.5, 0.75)]
