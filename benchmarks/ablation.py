@@ -44,7 +44,9 @@ TASKS: dict[str, list[str]] = {
 """Settings over the recipe easy_vqa_cpu."""
 
 # The same room for everyone: a first answer, a trigger and a second one. All else is the recipe's.
-SHARED = ["--rollout.max_new_tokens", "72", "--validation.every", "1000", "--checkpoint.every", "null"]
+SHARED = ["--rollout.max_new_tokens", "72", "--validation.every", "1000"]
+# More steps than the budget of tokens allows; the learning rate rises over the first 4.
+SHARED += ["--train.max_steps", "400", "--train.warmup_ratio", "0.01"]
 
 
 def run(task: str, method: str, seed: int, tokens: int, runs: Path, model: str | None) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def run(task: str, method: str, seed: int, tokens: int, runs: Path, model: str |
         return json.loads(done.read_text())
     shutil.rmtree(runs / name, ignore_errors=True)  # an interrupted one
     command = [sys.executable, "-m", "rethinker.train", "easy_vqa_cpu", "--run.dir", str(runs), "--run.name", name]
-    command += ["--seed", str(seed), "--train.max_steps", "1000000", "--train.max_generated_tokens", str(tokens)]
+    command += ["--seed", str(seed), "--train.max_generated_tokens", str(tokens)]
     command += [*SHARED, *TASKS[task], *METHODS[method], *(["--policy.model", model] if model else [])]
     log = (runs / f"{name}.log").open("w")
     subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
