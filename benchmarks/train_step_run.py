@@ -1,0 +1,266 @@
+"""Runs the variants of `benchmarks.train_step` in turn, each in a process of its own: check it, then time it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.train_step_variants import VARIANTS, Prepared, Settings, behaviour_logps
+from benchmarks.train_step_workload import Size, Workload, build_model, flops, model_config
+from rethinker.policy.throughput import PEAK_FLOPS
+from rethinker.runtime.profiling import phase
+
+TOLERANCES = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (2e-2, 1e-1)}
+"""(absolute error of the loss, relative L2 error of the gradients) that still counts as agreement."""
+
+GRADIENT_ENTRIES = 4096  # compared of each parameter, evenly spaced
+_DEADLINE_S = 1800  # of a variant
+
+
+@dataclass(frozen=True)
+class Job:
+    """A variant's work, as its process gets it."""
+
+    variant: str
+    size: Size
+    layers: int | None
+    workload: Workload
+    settings: Settings
+    repeats: int
+    threads: int
+    trace: Path | None
+
+
+def step(model: nn.Module, prepared: Prepared, device: str) -> Tensor:
+    """Forward and backward of every micro-batch; the step's loss. Gradients are in the model's parameters."""
+    model.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=device)
+    for batch in prepared.batches:
+        on_device = batch.to(device)
+        with phase("forward"):
+            loss = prepared.loss(on_device)
+        with phase("backward"):
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Up to GRADIENT_ENTRIES entries of every parameter's gradient, fp32 on the host."""
+    taken = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            flat = parameter.grad.flatten()
+            stride = max(1, flat.numel() // GRADIENT_ENTRIES) | 1  # odd: not the same column of every row
+            taken[name] = flat[::stride].float().cpu()
+    return taken
+
+
+def run_variant(pipe: Any, job: Job) -> None:
+    """A variant's process: sends ("checked", loss, gradients), and once told "time" ("measured", result).
+
+    Sends ("skipped" or "failed", reason) where it cannot.
+    """
+    try:
+        _run_variant(pipe, job)
+    except ImportError as error:
+        pipe.send(("skipped", _first_line(error)))
+    except torch.OutOfMemoryError as error:
+        pipe.send(("failed", f"out of memory: {_first_line(error)}"))
+    except Exception as error:  # a peer's failure is a result of its own
+        pipe.send(("failed", f"{type(error).__name__}: {_first_line(error)}"))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:300]
+
+
+def _run_variant(pipe: Any, job: Job) -> None:
+    torch.set_num_threads(job.threads)
+    device, on_gpu = job.settings.device, job.settings.device == "cuda"
+    model = build_model(model_config(job.size, job.layers), device, job.settings.dtype)
+    # transformers checkpoints only in training mode; there is no dropout in Qwen2.5-VL that this would switch on.
+    model.train(job.settings.gradient_checkpointing)
+    prepared = VARIANTS[job.variant](model, job.workload, job.settings)
+    if on_gpu:
+        prepared.batches = [_pinned(batch) for batch in prepared.batches]
+    before = torch.cuda.memory_allocated() if on_gpu else _resident_bytes()
+    loss = step(model, prepared, device)
+    pipe.send(("checked", loss.item(), gradients(model)))
+    if pipe.recv() != "time":
+        return
+    step(model, prepared, device)  # the first step compiled; this one meets every shape again
+    if job.trace:
+        _trace(model, prepared, device, job)
+    _reset_peak(on_gpu)
+    seconds = []
+    for _ in range(job.repeats):
+        _synchronize(on_gpu)
+        start = time.perf_counter()
+        step(model, prepared, device)
+        _synchronize(on_gpu)
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident_bytes()
+    result = {
+        "seconds": seconds,
+        "micro_batches": len(prepared.batches),
+        "processed": asdict(prepared.counts),
+        "useful_flops": flops(model, job.workload.useful),
+        "processed_flops": flops(model, prepared.counts),
+        "memory_gib": (peak - before) / 2**30,
+        "weights_gib": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30,
+    }
+    pipe.send(("measured", result))
+
+
+def _pinned(batch: Any) -> Any:
+    return replace(batch, **{name: tensor.pin_memory() for name, tensor in vars(batch).items() if tensor is not None})
+
+
+def _synchronize(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.synchronize()
+
+
+def _trace(model: nn.Module, prepared: Prepared, device: str, job: Job) -> None:
+    from torch.profiler import profile
+
+    with profile(record_shapes=True) as recorded:
+        step(model, prepared, device)
+        _synchronize(device == "cuda")
+    job.trace.mkdir(parents=True, exist_ok=True)
+    recorded.export_chrome_trace(str(job.trace / f"{re.sub(r'[^a-z]+', '_', job.variant)}.json"))
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _reset_peak(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:  # so that what compiling took does not count; Linux only, as /proc is
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_resident_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def agreement(mine: tuple[float, dict[str, Tensor]], theirs: tuple[float, dict[str, Tensor]]) -> dict[str, Any]:
+    """How far two variants' (loss, gradients) are apart.
+
+    Returns:
+        `loss_error`, absolute; `gradient_error`, the L2 norm of the difference over that of `theirs`, all parameters
+        together, each scaled to norm 1 so that none drowns the others; `worst_error` and `worst_parameter`, that of
+        the one that differs most; `missing`, parameters that only one of both has a gradient for.
+    """
+    (loss, ours), (expected, reference) = mine, theirs
+    largest = max(gradient.norm() for gradient in reference.values())
+    errors = {}
+    for name in sorted(ours.keys() & reference.keys()):
+        # A gradient that is all but zero has no direction to agree on.
+        scale = torch.maximum(reference[name].norm(), 1e-4 * largest)
+        errors[name] = ((ours[name] - reference[name]).norm() / scale).item()
+    worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
+    return {
+        "loss": loss,
+        "loss_error": abs(loss - expected),
+        "gradient_error": statistics.fmean(error**2 for error in errors.values()) ** 0.5,
+        "worst_error": errors[worst],
+        "worst_parameter": worst,
+        "missing": sorted(ours.keys() ^ reference.keys()),
+    }
+
+
+def agrees(found: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether the errors of `agreement` are within TOLERANCES; NaN never is."""
+    loss, gradient = TOLERANCES[dtype]
+    return found["loss_error"] <= loss and found["gradient_error"] <= gradient and not found["missing"]
+
+
+def compare(jobs: list[Job]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run every job in turn.
+
+    Yields:
+        (variant, result): `agreement` with the first variant that works and the figures, or `skipped` or `failed`
+        with the reason.
+    """
+    first: tuple[str, tuple[float, dict[str, Tensor]]] | None = None
+    spawn = multiprocessing.get_context("spawn")
+    for job in jobs:
+        pipe, other = spawn.Pipe()
+        process = spawn.Process(target=run_variant, args=(other, job))
+        process.start()
+        other.close()
+        result: dict[str, Any] = {}
+        try:
+            kind, *found = _receive(pipe, process)
+            if kind == "checked":
+                first = first or (job.variant, tuple(found))
+                result["agreement"] = agreement(tuple(found), first[1]) | {"with": first[0]}
+                if agrees(result["agreement"], job.settings.dtype):
+                    pipe.send("time")
+                    kind, *found = _receive(pipe, process)
+                else:
+                    kind, found = "failed", [f"disagrees with {first[0]}: {result['agreement']}"]
+                    pipe.send("stop")
+            result |= _summary(found[0], job) if kind == "measured" else {kind: found[0]}
+        finally:
+            pipe.close()
+            process.join(30)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        yield job.variant, result
+
+
+def _receive(pipe: Any, process: Any) -> tuple:
+    try:
+        if not pipe.poll(_DEADLINE_S):
+            return "failed", f"no answer in {_DEADLINE_S} s"
+        return pipe.recv()
+    except EOFError:
+        process.join()
+        return "failed", f"its process ended with exit code {process.exitcode} (-9: killed, mostly for memory)"
+
+
+def _summary(measured: dict[str, Any], job: Job) -> dict[str, Any]:
+    low, median, high = statistics.quantiles(measured.pop("seconds"), n=4, method="inclusive")
+    peak = _peak_flops() if job.settings.device == "cuda" else None
+    useful_flops, processed_flops = measured.pop("useful_flops"), measured.pop("processed_flops")
+    return {
+        "median_s": median,
+        "quartiles_s": [low, high],
+        "repeats": job.repeats,
+        "useful_tokens_per_s": job.workload.useful.tokens / median,
+        "processed_tokens_per_s": measured["processed"]["tokens"] / median,
+        "useful_tflop": useful_flops / 1e12,
+        "processed_tflop": processed_flops / 1e12,
+        "useful_mfu": peak and useful_flops / (median * peak),
+        "processed_mfu": peak and processed_flops / (median * peak),
+        **measured,
+    }
+
+
+def _peak_flops() -> float | None:
+    name = torch.cuda.get_device_name(0)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def score(job: Job) -> list[list[float]]:
+    """`behaviour_logps` of the job's model and workload; for a process of its own."""
+    torch.set_num_threads(job.threads)
+    model = build_model(model_config(job.size, job.layers), job.settings.device, job.settings.dtype)
+    return behaviour_logps(model, job.workload, job.settings)
