@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step [--size 3B] [--layers N] [--variants NAME ...] [--repeats 5]
 
-Timed is the work of all micro-batches of a step: zeroing the gradients, copying to the device, forward and backward, from
+Timed is the work of all micro-batches of a step (zeroing the gradients, copying to the device, forward, backward) from
 the same random weights on the same queries and responses. The optimizer, the rollout and the layout of batches are not.
 Every variant has a process of its own, one after another. Before it is timed, its loss and a part of every parameter's
 gradient must agree with the first variant's. One that disagrees, is missing or runs out of memory is reported with the

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,11 +21,18 @@ from benchmarks.train_step_workload import Size, Workload, build_model, flops, m
 from rethinker.policy.throughput import PEAK_FLOPS
 from rethinker.runtime.profiling import phase
 
-TOLERANCES = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (2e-2, 1e-1)}
-"""(absolute error of the loss, relative L2 error of the gradients) that still counts as agreement."""
+TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 2e-1)}
+"""(absolute error of the loss, relative L2 error of the gradients) that still counts as agreement.
+
+Rounding alone makes gradient errors of about 2e-6 in fp32, and of 1e-2 in bf16 with 6 layers or 6e-2 with 36 (random
+weights); a response read one position too late makes 1.
+"""
 
 GRADIENT_ENTRIES = 4096  # compared of each parameter, evenly spaced
 _DEADLINE_S = 1800  # of a variant
+
+Checked = tuple[float, dict[str, np.ndarray]]
+"""A step's loss and its `gradients`."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +63,14 @@ def step(model: nn.Module, prepared: Prepared, device: str) -> Tensor:
     return total
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Up to GRADIENT_ENTRIES entries of every parameter's gradient, fp32 on the host."""
+def gradients(model: nn.Module) -> dict[str, np.ndarray]:
+    """About GRADIENT_ENTRIES entries of every parameter's gradient, fp32. As arrays: each tensor sent opens a file."""
     taken = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             flat = parameter.grad.flatten()
             stride = max(1, flat.numel() // GRADIENT_ENTRIES) | 1  # odd: not the same column of every row
-            taken[name] = flat[::stride].float().cpu()
+            taken[name] = flat[::stride].float().cpu().numpy()
     return taken
 
 
@@ -117,6 +125,7 @@ def _run_variant(pipe: Any, job: Job) -> None:
         "processed": asdict(prepared.counts),
         "useful_flops": flops(model, job.workload.useful),
         "processed_flops": flops(model, prepared.counts),
+        "peak_flops": _peak_flops() if on_gpu else None,
         "memory_gib": (peak - before) / 2**30,
         "weights_gib": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30,
     }
@@ -158,7 +167,7 @@ def _peak_resident_bytes() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
-def agreement(mine: tuple[float, dict[str, Tensor]], theirs: tuple[float, dict[str, Tensor]]) -> dict[str, Any]:
+def agreement(mine: Checked, theirs: Checked) -> dict[str, Any]:
     """How far two variants' (loss, gradients) are apart.
 
     Returns:
@@ -167,13 +176,13 @@ def agreement(mine: tuple[float, dict[str, Tensor]], theirs: tuple[float, dict[s
         the one that differs most; `missing`, parameters that only one of both has a gradient for.
     """
     (loss, ours), (expected, reference) = mine, theirs
-    largest = max(gradient.norm() for gradient in reference.values())
+    norms = {name: np.linalg.norm(gradient) for name, gradient in reference.items()}
+    floor = 1e-4 * max(norms.values())
     errors = {}
     for name in sorted(ours.keys() & reference.keys()):
         # A gradient that is all but zero has no direction to agree on.
-        scale = torch.maximum(reference[name].norm(), 1e-4 * largest)
-        errors[name] = ((ours[name] - reference[name]).norm() / scale).item()
-    worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
+        errors[name] = float(np.linalg.norm(ours[name] - reference[name]) / max(norms[name], floor))
+    worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
     return {
         "loss": loss,
         "loss_error": abs(loss - expected),
@@ -197,7 +206,7 @@ def compare(jobs: list[Job]) -> Iterator[tuple[str, dict[str, Any]]]:
         (variant, result): `agreement` with the first variant that works and the figures, or `skipped` or `failed`
         with the reason.
     """
-    first: tuple[str, tuple[float, dict[str, Tensor]]] | None = None
+    first: tuple[str, Checked] | None = None
     spawn = multiprocessing.get_context("spawn")
     for job in jobs:
         pipe, other = spawn.Pipe()
@@ -238,23 +247,23 @@ def _receive(pipe: Any, process: Any) -> tuple:
 
 def _summary(measured: dict[str, Any], job: Job) -> dict[str, Any]:
     low, median, high = statistics.quantiles(measured.pop("seconds"), n=4, method="inclusive")
-    peak = _peak_flops() if job.settings.device == "cuda" else None
-    useful_flops, processed_flops = measured.pop("useful_flops"), measured.pop("processed_flops")
+    peak, useful, processed = (measured.pop(f"{name}_flops") for name in ("peak", "useful", "processed"))
     return {
         "median_s": median,
         "quartiles_s": [low, high],
         "repeats": job.repeats,
         "useful_tokens_per_s": job.workload.useful.tokens / median,
         "processed_tokens_per_s": measured["processed"]["tokens"] / median,
-        "useful_tflop": useful_flops / 1e12,
-        "processed_tflop": processed_flops / 1e12,
-        "useful_mfu": peak and useful_flops / (median * peak),
-        "processed_mfu": peak and processed_flops / (median * peak),
+        "useful_tflop": useful / 1e12,
+        "processed_tflop": processed / 1e12,
+        "useful_mfu": peak and useful / (median * peak),
+        "processed_mfu": peak and processed / (median * peak),
         **measured,
     }
 
 
 def _peak_flops() -> float | None:
+    """Of this GPU, dense bf16; None if it is not in the list. The parent never asks: it would hold GPU memory."""
     name = torch.cuda.get_device_name(0)
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 

@@ -69,8 +69,8 @@ class Traffic:
         (low, high), (least, most) = self.image_side, self.text_tokens
         return (
             f"{self.queries} queries x {self.group_size} responses; one image each, sides uniform in {low} to {high} "
-            f"image tokens; text uniform in {least} to {most} tokens; responses log-normal, median {self.response_median}, "
-            f"sigma 0.6, at most {self.response_max}"
+            f"image tokens; text uniform in {least} to {most} tokens; responses log-normal, median "
+            f"{self.response_median}, sigma 0.6, at most {self.response_max}"
         )
 
 
