@@ -75,7 +75,7 @@ class Traffic:
 
 
 GPU_TRAFFIC = Traffic(8, 8, (16, 32), (32, 128), 400, 2048)
-CPU_TRAFFIC = Traffic(4, 8, (8, 14), (16, 32), 24, 64)
+CPU_TRAFFIC = Traffic(3, 8, (8, 14), (16, 32), 16, 48)
 
 
 @dataclass(frozen=True)
