@@ -4,9 +4,9 @@
 
 Timed is the work of all micro-batches of a step (zeroing the gradients, copying to the device, forward, backward) from
 the same random weights on the same queries and responses. The optimizer, the rollout and the layout of batches are not.
-Every variant has a process of its own, one after another. Before it is timed, its loss and a part of every parameter's
-gradient must agree with the first variant's. One that disagrees, is missing or runs out of memory is reported with the
-reason.
+Every variant has a process of its own: on a GPU one after another, on a CPU taking turns. Before it is timed, its loss
+and a part of every parameter's gradient must agree with the first variant's. One that disagrees, is missing or runs out
+of memory is reported with the reason.
 
 Variants: `eager` (transformers' model, one copy of prompt and image per response, padded batches sorted by length,
 whole logits of the response columns, plain PyTorch loss), `torch.compile` (the same, decoder layers and loss compiled),
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as aside:
         workload.set_behaviour(aside.submit(score, jobs[0]).result(), DRIFT)
     results = {}
-    for name, result in compare(jobs):
+    for name, result in compare(jobs, in_turns=not on_gpu):
         results[name] = result
         print(f"  {name:22} {_line(result)}", flush=True)
     machine = describe()

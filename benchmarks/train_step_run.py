@@ -1,4 +1,4 @@
-"""Runs the variants of `benchmarks.train_step` in turn, each in a process of its own: check it, then time it."""
+"""Runs the variants of `benchmarks.train_step`, each in a process of its own: check it, then time it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,10 @@ def gradients(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def run_variant(pipe: Any, job: Job) -> None:
-    """A variant's process: sends ("checked", loss, gradients), and once told "time" ("measured", result).
+    """A variant's process: sends ("checked", loss, gradients), then answers what it is asked.
 
-    Sends ("skipped" or "failed", reason) where it cannot.
+    "warm" by ("warm",), "step" by ("seconds", wall, CPU), "end" by ("measured", result), its last; "stop" by nothing.
+    Where it cannot go on, it sends ("skipped" or "failed", reason).
     """
     try:
         _run_variant(pipe, job)
@@ -105,22 +107,23 @@ def _run_variant(pipe: Any, job: Job) -> None:
     before = torch.cuda.memory_allocated() if on_gpu else _resident_bytes()
     loss = step(model, prepared, device)
     pipe.send(("checked", loss.item(), gradients(model)))
-    if pipe.recv() != "time":
-        return
-    step(model, prepared, device)  # the first step compiled; this one meets every shape again
-    if job.trace:
-        _trace(model, prepared, device, job)
-    _reset_peak(on_gpu)
-    seconds = []
-    for _ in range(job.repeats):
+    while (asked := pipe.recv()) in ("warm", "step"):
         _synchronize(on_gpu)
-        start = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         step(model, prepared, device)
         _synchronize(on_gpu)
-        seconds.append(time.perf_counter() - start)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        if asked == "step":
+            pipe.send(("seconds", wall, cpu))
+            continue
+        if job.trace:
+            _trace(model, prepared, device, job)
+        _reset_peak(on_gpu)
+        pipe.send(("warm",))
+    if asked != "end":
+        return
     peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident_bytes()
     result = {
-        "seconds": seconds,
         "micro_batches": len(prepared.batches),
         "processed": asdict(prepared.counts),
         "useful_flops": flops(model, job.workload.useful),
@@ -199,60 +202,110 @@ def agrees(found: dict[str, Any], dtype: torch.dtype) -> bool:
     return found["loss_error"] <= loss and found["gradient_error"] <= gradient and not found["missing"]
 
 
-def compare(jobs: list[Job]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Run every job in turn.
+class Side:
+    """A variant in a process of its own, and what has been measured of it."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.result, self.seconds, self.cpu_seconds = job, {}, [], []
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, other = spawn.Pipe()
+        self._process = spawn.Process(target=run_variant, args=(other, job))
+        self._process.start()
+        other.close()
+
+    @property
+    def works(self) -> bool:
+        """Whether nothing has stopped it yet."""
+        return not self.result.keys() & {"skipped", "failed"}
+
+    def ask(self, message: str | None) -> list[Any] | None:
+        """Send `message`, if any, and return the answer's values; None, with a reason in `result`, if there is none."""
+        try:
+            if message:
+                self._pipe.send(message)
+            if not self._pipe.poll(_DEADLINE_S):
+                kind, values = "failed", [f"no answer in {_DEADLINE_S} s"]
+            else:
+                kind, *values = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            kind, values = "failed", [f"its process ended with exit code {self._process.exitcode}"]
+        if kind in ("skipped", "failed"):
+            self.result[kind] = values[0]
+            return None
+        return values
+
+    def check(self, first: tuple[str, Checked] | None) -> tuple[str, Checked] | None:
+        """Hold its first step against that of the first variant that worked; returns the latter's name and step."""
+        found = self.ask(None)
+        if found is None:
+            return first
+        mine = (found[0], found[1])
+        first = first or (self.job.variant, mine)
+        self.result["agreement"] = agreement(mine, first[1]) | {"with": first[0]}
+        if not agrees(self.result["agreement"], self.job.settings.dtype):
+            self.result["failed"] = f"disagrees with {first[0]}: {self.result['agreement']}"
+        return first
+
+    def step(self) -> None:
+        """Take a timed step."""
+        if found := self.ask("step"):
+            self.seconds.append(found[0])
+            self.cpu_seconds.append(found[1])
+
+    def close(self) -> None:
+        """End the process."""
+        with suppress(OSError):  # it may have ended already
+            self._pipe.send("stop")
+        self._pipe.close()
+        self._process.join(30)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def compare(jobs: list[Job], *, in_turns: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Check every variant against the first one that works, and time those that agree.
+
+    Args:
+        jobs: one per variant.
+        in_turns: all processes live at once and take their steps in turn, so that other load on the machine meets all
+            of them; otherwise one variant at a time, as a GPU's memory wants it.
 
     Yields:
-        (variant, result): `agreement` with the first variant that works and the figures, or `skipped` or `failed`
-        with the reason.
+        (variant, result): `agreement` and the figures, or `skipped` or `failed` with the reason.
     """
-    first: tuple[str, Checked] | None = None
-    spawn = multiprocessing.get_context("spawn")
-    for job in jobs:
-        pipe, other = spawn.Pipe()
-        process = spawn.Process(target=run_variant, args=(other, job))
-        process.start()
-        other.close()
-        result: dict[str, Any] = {}
+    first = None
+    for together in [jobs] if in_turns else [[job] for job in jobs]:
+        sides: list[Side] = []
         try:
-            kind, *found = _receive(pipe, process)
-            if kind == "checked":
-                first = first or (job.variant, tuple(found))
-                result["agreement"] = agreement(tuple(found), first[1]) | {"with": first[0]}
-                if agrees(result["agreement"], job.settings.dtype):
-                    pipe.send("time")
-                    kind, *found = _receive(pipe, process)
-                else:
-                    kind, found = "failed", [f"disagrees with {first[0]}: {result['agreement']}"]
-                    pipe.send("stop")
-            result |= _summary(found[0], job) if kind == "measured" else {kind: found[0]}
+            for job in together:
+                sides.append(Side(job))
+                first = sides[-1].check(first)
+                if sides[-1].works:
+                    sides[-1].ask("warm")  # the first step compiled; this one meets every shape again
+            for _ in range(together[0].repeats):
+                for side in sides:
+                    if side.works:
+                        side.step()
+            for side in sides:
+                if side.works and (measured := side.ask("end")):
+                    side.result |= _summary(side, measured[0])
         finally:
-            pipe.close()
-            process.join(30)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        yield job.variant, result
+            for side in sides:
+                side.close()
+        yield from ((side.job.variant, side.result) for side in sides)
 
 
-def _receive(pipe: Any, process: Any) -> tuple:
-    try:
-        if not pipe.poll(_DEADLINE_S):
-            return "failed", f"no answer in {_DEADLINE_S} s"
-        return pipe.recv()
-    except EOFError:
-        process.join()
-        return "failed", f"its process ended with exit code {process.exitcode} (-9: killed, mostly for memory)"
-
-
-def _summary(measured: dict[str, Any], job: Job) -> dict[str, Any]:
-    low, median, high = statistics.quantiles(measured.pop("seconds"), n=4, method="inclusive")
+def _summary(side: Side, measured: dict[str, Any]) -> dict[str, Any]:
+    low, median, high = statistics.quantiles(side.seconds, n=4, method="inclusive")
     peak, useful, processed = (measured.pop(f"{name}_flops") for name in ("peak", "useful", "processed"))
     return {
         "median_s": median,
         "quartiles_s": [low, high],
-        "repeats": job.repeats,
-        "useful_tokens_per_s": job.workload.useful.tokens / median,
+        "cpu_median_s": statistics.median(side.cpu_seconds),
+        "repeats": len(side.seconds),
+        "useful_tokens_per_s": side.job.workload.useful.tokens / median,
         "processed_tokens_per_s": measured["processed"]["tokens"] / median,
         "useful_tflop": useful / 1e12,
         "processed_tflop": processed / 1e12,
