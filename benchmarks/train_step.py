@@ -116,6 +116,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--trace", type=Path, help="folder for a torch profiler trace of one step of each variant")
     add("--out", type=Path, default=RESULTS, help="folder of results (default: benchmarks/results)")
     options = parser.parse_args(arguments)
+    if not on_gpu and set(options.variants) == {"rethinker sdpa"}:
+        parser.error("--variants 'rethinker sdpa': on a CPU that is what `rethinker` does; name it instead")
     if options.repeats < 2:
         parser.error(f"--repeats {options.repeats}: quartiles need at least 2")
     if options.group_size < 2:
