@@ -192,8 +192,8 @@ class PackedBatch:
 
     input_ids: torch.Tensor  # [1, T] int64
     position_ids: torch.Tensor  # [3, 1, T] int64, M-RoPE (temporal, height, width)
-    prompt_id: torch.Tensor  # [T] int64: which prompt a token belongs to
-    response_id: torch.Tensor  # [T] int64: 0 in the prompt, 1.. in its responses
+    prompt_id: torch.Tensor  # [T] int64 on the host: which prompt a token belongs to
+    response_id: torch.Tensor  # [T] int64 on the host: 0 in the prompt, 1.. in its responses
     source_index: torch.Tensor  # [R] int64: the row position whose hidden state predicts the token
     target_ids: torch.Tensor  # [R] int64: the response tokens
     old_logps: torch.Tensor  # [R] fp32: behaviour log-probs
@@ -212,6 +212,7 @@ class PackedBatch:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on another device."""
-        moved = {k: v.to(device, non_blocking=True) if hasattr(v, "to") else v for k, v in vars(self).items()}
+        """The same batch on another device; `prompt_id` and `response_id`, which the layout reads, stay on the host."""
+        stay = ("prompt_id", "response_id")
+        moved = {k: v if k in stay or v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()}
         return PackedBatch(**moved)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rethinker.config import ConfigError, PolicyConfig
 from rethinker.policy.attention import lay_out
@@ -89,6 +90,18 @@ class Policy(nn.Module):
         self._dummy_grid = (1, vision.spatial_merge_size, vision.spatial_merge_size)
         self._patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
 
+    def train(self, mode: bool = True) -> Policy:
+        """As in nn.Module; but with policy.gradient_checkpointing the layers recompute in eval mode too.
+
+        transformers checkpoints only layers that are in training mode, and the policy trains in eval mode, without
+        dropout. The flag is the layer's alone: what is inside it, dropout included, keeps the mode.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                module.training = True
+        return self
+
     def positions(self, prompt: Prompt, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
         """M-RoPE positions of a prompt's tokens, [3, P] (transformers' get_rope_index)."""
         ids = torch.tensor([prompt.token_ids])
@@ -104,7 +117,7 @@ class Policy(nn.Module):
         """
         device = batch.input_ids.device
         embeds = self._embed(batch)  # [T, D]
-        layout = lay_out(batch.to("cpu"), self.kernel)
+        layout = lay_out(batch, self.kernel)
         index = layout.index.to(device)
         mask = layout.mask.to(device)
         hidden = self.hf.model.language_model(
@@ -128,7 +141,8 @@ class Policy(nn.Module):
             return embeds + 0.0 * features.sum().to(embeds.dtype)
         features = self._see(batch.pixel_values, batch.image_grid_thw).to(embeds.dtype)
         # Placeholders inside responses were sampled by the policy and stand for no image.
-        place = (batch.input_ids[0] == self.image_token_id) & (batch.response_id == 0)
+        in_prompt = (batch.response_id == 0).to(embeds.device)
+        place = (batch.input_ids[0] == self.image_token_id) & in_prompt
         return embeds.masked_scatter(place[:, None], features)
 
     def _see(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,35 @@ def test_packed_forward_equals_per_sample_forward(folder, encoder, tmp_path, req
     assert gradient_error <= 1e-5
 
 
+def test_gradient_checkpointing_recomputes(tiny_folder, encoder, tmp_path):
+    """With policy.gradient_checkpointing every decoder layer and vision block runs twice a step, in eval mode, without
+    dropout; the gradients are the same."""
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
+    found = {}
+    for checkpointing in (False, True):
+        config = PolicyConfig(dtype="float32", gradient_checkpointing=checkpointing)
+        policy = Policy(load_model(tiny_folder, torch.float32), config).eval()
+        runs = [0]
+        layers = [*policy.hf.model.language_model.layers, *policy.hf.model.visual.blocks]
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_, runs=runs: runs.__setitem__(0, runs[0] + 1))
+        assert not any(module.training for layer in layers for module in layer.modules() if module is not layer)
+        (batch,), _ = packed(samples, encoder, policy)
+        policy(batch)[0].sum().backward()
+        found[checkpointing] = runs[0] / len(layers), {n: p.grad for n, p in policy.named_parameters()}
+    assert (found[False][0], found[True][0]) == (1, 2)
+    torch.testing.assert_close(found[True][1], found[False][1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_on_a_device_keeps_its_layout_on_the_host(encoder, policy, tmp_path):
+    """What the layout reads never leaves the host: it would have to come back, and asynchronously at that."""
+    (batch,), _ = packed(samples_for(queries_of_every_kind(tmp_path), encoder, [5]), encoder, policy)
+    moved = batch.to("meta")
+    kept = {name for name, value in vars(moved).items() if isinstance(value, torch.Tensor) and not value.is_meta}
+    assert kept == {"prompt_id", "response_id"}
+    attention.lay_out(moved, "sdpa")
+
+
 def test_single_row_layout_equals_row_per_prompt(encoder, policy, tmp_path, monkeypatch):
     """The [T, T] mask (what FlexAttention computes) and the row-per-prompt layout give the same log-probs."""
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
