@@ -25,22 +25,24 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every com
     "at least 1": (
         lambda value: value >= 1,
         "data.max_prompt_tokens data.min_pixels policy.warmup.batch_size rollout.group_size rollout.max_new_tokens "
+        "rethink.max_kept "
         "rollout.tensor_parallel_size reward.workers replay.capacity train.max_steps train.episode_queries "
         "train.batch_pairs train.micro_batch_tokens validation.every validation.size checkpoint.every",
     ),
     "at least 0": (
         lambda value: value >= 0,
         "seed data.max_images policy.warmup.look_steps policy.warmup.steps policy.warmup.seed algorithm.kl_coef "
-        "replay.alpha replay.max_age replay.importance_exponent train.weight_decay",
+        "replay.alpha replay.max_age replay.importance_exponent rethink.supervised_weight train.weight_decay",
     ),
     "positive": (
         lambda value: 0 < value < math.inf,
         "policy.warmup.learning_rate rollout.temperature rollout.kv_cache_gb rollout.timeout_s reward.timeout_s "
-        "algorithm.clip_high algorithm.rollout_correction train.epochs train.learning_rate train.max_grad_norm",
+        "algorithm.clip_high algorithm.rollout_correction rethink.temperature train.epochs train.learning_rate "
+        "train.max_grad_norm",
     ),
     "above 0 and below 1": (lambda value: 0 < value < 1, "rollout.gpu_memory_utilization algorithm.clip_low"),
     "above 0 and at most 1": (lambda value: 0 < value <= 1, "policy.warmup.data_fraction"),
-    "from 0 to 1": (lambda value: 0 <= value <= 1, "train.warmup_ratio train.min_lr_ratio"),
+    "from 0 to 1": (lambda value: 0 <= value <= 1, "train.warmup_ratio train.min_lr_ratio rethink.fraction"),
     "above 1": (lambda value: value > 1, "algorithm.dual_clip"),
     "two numbers of at least 0 and below 1": (lambda betas: all(0 <= beta < 1 for beta in betas), "train.betas"),
     "weights of at least 0, one of them positive": (
@@ -82,7 +84,19 @@ def check_geometry(config: Config) -> None:
         )
     if config.rollout.backend != "recorded" and config.rollout.recording:
         raise ConfigError(f"rollout.recording={config.rollout.recording} needs rollout.backend=recorded")
+    _check_rethinking(config)
     parse_steps(config.profile.steps)
+
+
+def _check_rethinking(config: Config) -> None:
+    rethink = config.rethink
+    if not rethink.triggers or not all(rethink.triggers.values()):
+        raise ConfigError(f"rethink.triggers={rethink.triggers} needs at least one name with a text that is not empty")
+    if rethink.fraction > 0 and config.rollout.backend == "recorded":
+        raise ConfigError(
+            f"rethink.fraction={rethink.fraction} needs an engine that can go on from a text; with "
+            "rollout.backend=recorded set it to 0 (recorded responses keep what rethinking made of them)"
+        )
 
 
 def _check_ranges(config: Config) -> None:

@@ -127,6 +127,34 @@ class RolloutConfig:
 
 
 @dataclass
+class RethinkConfig:
+    """Forced Rethinking (METHOD): after a first answer a trigger lets the model go on. The second stage's settings."""
+
+    fraction: float = 0.0
+    """Share of the eligible responses that are forced to rethink; 0 is off."""
+    preset: Literal["paper", "released_code"] = "paper"
+    """Rules of the paper, or of its released code (cut-back first answers, bounds on length and waits, its reward)."""
+    triggers: dict[str, str] = field(
+        default_factory=lambda: {
+            "self_questioning": "\n\nWait, does it seem right?",
+            "self_correction": "\n\nWait, there might be a mistake",
+            "self_verification": "\n\nWait, let's double check",
+        }
+    )
+    """Name and text of each trigger; one is drawn at random for every forced response."""
+    temperature: float | None = None
+    """Of the second pass; by default rollout.temperature (paper) or 0.9 (released_code)."""
+    max_kept: int = 2
+    """Most rethought responses that a query keeps; only right ones are."""
+    mask_trigger_tokens: bool = True
+    """Forced tokens were not sampled: leave them out of the policy gradient."""
+    mask_first_answer: bool = False
+    """Leave the first answer of a kept response out of it, too."""
+    supervised_weight: float = 0.05
+    """Weight of the mean -log p over the tokens of kept responses, added to the loss."""
+
+
+@dataclass
 class RewardConfig:
     """How a response is judged."""
 
@@ -252,6 +280,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rethink: RethinkConfig = field(default_factory=RethinkConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)

@@ -47,11 +47,26 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rethought:
-    """Where the parts of a rethought response lie: y1 = [0, trigger_start), y2 = [trigger_end, L)."""
+    """Where the parts of a rethought response lie: y1 = [0, trigger_start), y2 = [trigger_end, L).
+
+    [masked_start, masked_end) carries no policy gradient: the trigger, unless the settings say otherwise.
+    """
 
     trigger_start: int
     trigger_end: int
     name: str
+    masked_start: int
+    masked_end: int
+
+
+@dataclass
+class Rethinking:
+    """What forced rethinking did to a group: responses forced, kept, wrong before and right after, and the reverse."""
+
+    forced: int = 0
+    kept: int = 0
+    fixed: int = 0
+    broken: int = 0
 
 
 @dataclass
@@ -77,9 +92,13 @@ class Completion:
 
     @property
     def trainable_tokens(self) -> int:
-        """Tokens that carry a policy gradient: all but forced ones."""
-        forced = self.rethought
-        return self.tokens - (forced.trigger_end - forced.trigger_start if forced else 0)
+        """Tokens that carry a policy gradient: all but masked ones."""
+        return self.tokens - (self.rethought.masked_end - self.rethought.masked_start if self.rethought else 0)
+
+    @property
+    def supervised(self) -> bool:
+        """Whether the supervised term applies: to rethought responses, which are kept only if they are right."""
+        return self.rethought is not None
 
 
 @dataclass(frozen=True)
@@ -88,6 +107,7 @@ class Elsewhere:
 
     tokens: int
     trainable_tokens: int
+    supervised: bool = False
 
 
 @dataclass
@@ -104,6 +124,7 @@ class Group:
     rewards: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     rethinks: list[bool] = field(default_factory=list)  # per completion: does it rethink of its own accord
+    rethinking: Rethinking = field(default_factory=Rethinking)
     number: int = 0
     owner: int = 0
 
@@ -182,6 +203,7 @@ class PackedBatch:
     cu_seqlens: torch.Tensor  # [S + 1] int32: response boundaries within [R]
     pixel_values: torch.Tensor | None  # [patches, channels * patch area]
     image_grid_thw: torch.Tensor | None  # [images, 3] int64
+    nll_weights: torch.Tensor | None = None  # [R] fp32: factor of the supervised term -log p, where there is one
 
     @property
     def tokens(self) -> int:

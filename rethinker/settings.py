@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import re
 import types
 import typing
@@ -123,6 +124,8 @@ def to_yaml(config: Config, docs: bool = True) -> str:
 def _dump(value: Any) -> str:
     """One value on one line of YAML."""
     value = list(value) if isinstance(value, tuple) else value
+    if isinstance(value, dict | list) and "\\n" in json.dumps(value):
+        return json.dumps(value, ensure_ascii=False)  # YAML too, and keeps line breaks within the line
     quote = '"' if isinstance(value, str) and "\n" in value else None
     text = yaml.safe_dump(value, default_flow_style=True, default_style=quote, allow_unicode=True, width=10**6)
     return text.removesuffix("...\n").strip()

@@ -1,6 +1,6 @@
 """The training loop, top to bottom.
 
-    queries --rollout--> groups --reward--> rewards --advantage--> samples
+    queries --rollout--> groups --reward--> rewards --forced rethinking--> groups --advantage--> samples
         --drop zero advantage--> effective samples --> replay.add ; replay.draw fills the batch to N
         --pack (shared prompts)--> packed batches --policy forward + fused loss--> backward --> optimizer step
     end of episode: sync weights to the rollout engine, clear replay, validate, checkpoint
@@ -37,13 +37,14 @@ from rethinker.policy.model import load_processor
 from rethinker.policy.throughput import model_flops_utilization, peak_memory_gb
 from rethinker.report.figures import learning_curve
 from rethinker.rollout import RolloutEngine, make_engine
+from rethinker.rollout.rethinking import Rethinker, make_triggers, released_reward
 from rethinker.runtime import distributed
 from rethinker.runtime.display import Display
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.ownership import collect, share
 from rethinker.runtime.profiling import StepProfiler, phase
 from rethinker.runtime.run_directory import RunDirectory
-from rethinker.samples import Group, Query
+from rethinker.samples import Completion, Group, Query
 from rethinker.settings import load_config
 from rethinker.tasks.datasets import QueryStream, load_queries
 from rethinker.tasks.images import check_images
@@ -96,6 +97,7 @@ def train(config: Config) -> Run:
         )
         stack.callback(rollout.close)
         checker = stack.enter_context(AnswerChecker(config.reward))
+        rethinker = make_rethinker(config, encoder)
         replay = ReplayBuffer(config.replay, config.seed)
         display = stack.enter_context(Display(total_steps, enabled=ranks.is_main))
         profiler = StepProfiler(config.profile.steps, run.folder)
@@ -111,10 +113,19 @@ def train(config: Config) -> Run:
                 asked = [encoder.fitting(stream) for _ in range(config.train.episode_queries)]
                 groups = roll_out(asked, episode, policy.version, rollout, encoder, config, ranks)
             with phase("reward", times):
-                judge(groups, checker)
+                judge(groups, checker, config)
+            if rethinker:
+                with phase("rethink", times):
+                    prompts = [encoder.encode(group.query) for group in groups]
+                    seed = episode_seed(config, episode, ranks, stream=1)
+                    rethinker.force(groups, prompts, rollout, lambda trials: judge(trials, checker, config), seed)
+            for group in groups:
+                group.rethinks = [rethinks(completion) for completion in group.completions]
             groups = share(groups, asked, first_number=episode * len(asked), ranks=ranks)
             failures = sum(ranks.gather(checker.failures.total()))
             assign_advantages(groups, config.algorithm.advantage_scale)
+            if rethinker and rethinker.needs_scores:
+                rescore(groups, policy)
             if config.algorithm.rollout_correction is not None:
                 policy.score([sample for group in groups for sample in group.samples()])
             if config.run.save_completions:
@@ -174,21 +185,48 @@ def roll_out(
     """This rank's share of the episode's groups: every world_size-th query, G responses each."""
     mine = queries[ranks.rank :: ranks.world_size]
     prompts = [encoder.encode(query) for query in mine]
-    seed = int(np.random.SeedSequence([config.seed, episode, ranks.rank]).generate_state(1)[0])
     answers = rollout.generate(
         prompts,
         n=config.rollout.group_size,
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
-        seed=seed,
+        seed=episode_seed(config, episode, ranks),
     )
     return [
-        Group(query, completions, version, len(prompt.token_ids), rethinks=[rethinks(c) for c in completions])
+        Group(query, completions, version, len(prompt.token_ids))
         for query, prompt, completions in zip(mine, prompts, answers, strict=True)
     ]
 
 
-def judge(groups: list[Group], checker: AnswerChecker) -> None:
+def episode_seed(config: Config, episode: int, ranks: Ranks, stream: int = 0) -> int:
+    """A seed of its own for every episode, rank and stream of random numbers."""
+    streams = [config.seed, episode, ranks.rank] + [stream] * (stream > 0)
+    return int(np.random.SeedSequence(streams).generate_state(1)[0])
+
+
+def make_rethinker(config: Config, encoder: PromptEncoder) -> Rethinker | None:
+    """Forced rethinking as `rethink` says; None where it is off."""
+    if config.rethink.fraction == 0:
+        return None
+    return Rethinker(
+        config.rethink,
+        make_triggers(encoder.tokenizer, config.rethink.triggers),
+        encoder.decode,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+    )
+
+
+def rescore(groups: list[Group], policy: PolicyEngine) -> None:
+    """Give rethought responses the behaviour log-probs of the policy's own forward (collective)."""
+    rethought = [sample for group in groups for sample in group.samples() if sample.completion.supervised]
+    policy.score(rethought)
+    for sample in rethought:
+        if isinstance(sample.completion, Completion):
+            sample.completion.logprobs = sample.completion.trainer_logprobs
+
+
+def judge(groups: list[Group], checker: AnswerChecker, config: Config) -> None:
     """Give every completion the reward of its own final text; requests carry ids, so order does not matter."""
     requests = {
         f"{g}/{i}": (completion.text, group.query)
@@ -198,6 +236,8 @@ def judge(groups: list[Group], checker: AnswerChecker) -> None:
     rewards = checker.score([(key, text, query) for key, (text, query) in requests.items()])
     for g, group in enumerate(groups):
         group.rewards = [rewards[f"{g}/{i}"] for i in range(len(group.completions))]
+        if config.rethink.fraction > 0 and config.rethink.preset == "released_code":
+            group.rewards = list(map(released_reward, group.rewards, group.completions))
 
 
 def held_out_accuracy(
@@ -216,13 +256,21 @@ def held_out_accuracy(
 
 
 def describe(step: int, episode: int, fresh: list[Group], update: dict[str, float]) -> dict[str, Any]:
-    """The step's metrics that do not depend on the clock; rewards and lengths are those of the fresh rollouts."""
+    """The step's metrics that do not depend on the clock; rewards and lengths are those of the fresh rollouts.
+
+    `rethink_*` are shares of the step's responses.
+    """
+    responses = sum(len(group.completions) for group in fresh)
     return {
         "step": step,
         "episode": episode,
         "reward_mean": float(np.mean([reward for group in fresh for reward in group.rewards])),
         "response_length_mean": float(np.mean([c.tokens for group in fresh for c in group.completions])),
         "rethink_ratio": float(np.mean([cue for group in fresh for cue in group.rethinks])),
+        **{
+            f"rethink_{what}": sum(getattr(group.rethinking, what) for group in fresh) / responses
+            for what in ("forced", "kept", "fixed", "broken")
+        },
         "val_accuracy": None,
         **update,
     }
@@ -230,7 +278,9 @@ def describe(step: int, episode: int, fresh: list[Group], update: dict[str, floa
 
 def measure(update: dict[str, float], policy: PolicyEngine, times: dict[str, float], step_s: float) -> dict[str, Any]:
     """The step's speed: seconds since the last step by phase, tokens/s and MFU of training, memory."""
-    seconds = {f"time_{name}_s": times.get(f"time_{name}_s", 0.0) for name in ("rollout", "reward", "train", "sync")}
+    seconds = {
+        f"time_{name}_s": times.get(f"time_{name}_s", 0.0) for name in ("rollout", "reward", "rethink", "train", "sync")
+    }
     training = seconds["time_train_s"]
     return {
         "tokens_per_s": update["train_tokens"] / training,

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from rethinker_kernels import linear, reference, torch_rows
-from rethinker_kernels.arguments import Surrogate, check_grpo, check_index, check_linear, check_temperature
+from rethinker_kernels.arguments import (
+    Surrogate,
+    check_grpo,
+    check_index,
+    check_linear,
+    check_temperature,
+    check_vector,
+)
 from rethinker_kernels.devices import takes_triton
 from rethinker_kernels.linear import Gradients, at, chunks_of_logits, fake_gradients
 from rethinker_kernels.log_softmax import split_temperature
@@ -39,18 +46,22 @@ def linear_grpo_loss(
     aggregation: Literal["token", "sequence", "constant"] = "token",
     weights: Tensor | None = None,
     mask: Tensor | None = None,
+    nll_weights: Tensor | None = None,
     normalizer: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GRPO's loss straight from hidden states and the head's weight.
+    """GRPO's loss straight from hidden states and the head's weight, with an optional supervised term.
 
         logps = linear_selective_log_softmax(hidden, weight, index, bias=bias, temperature=temperature)
         loss, stats = grpo_loss(logps, old_logps, advantages, ..., normalizer=normalizer)
+        loss = loss - (nll_weights * logps).sum()
 
     The logits [R, V] are never held whole. All that decides a token's gradient is known before the forward pass, so
     the gradients of hidden, weight and bias are made in it: 3 matrix products, where recomputing the logits would
     take 4 (`importance="sequence"` needs all log-probs first, and takes 4). The backward pass only scales them.
 
-    Args: those of the two functions.
+    Args: those of the two functions, and
+        nll_weights: [R] floating, or None. A token's counts whether or not `mask` leaves it out of the surrogate; the
+            normalizer does not apply to it.
 
     Returns:
         loss: scalar, differentiable (once) in hidden, weight and bias.
@@ -68,6 +79,8 @@ def linear_grpo_loss(
     # The log-probs do not exist yet; a column of the hidden states has their shape and device.
     rows = hidden.detach()[:, :1].reshape(-1)
     check_grpo(rows, old_logps, advantages, surrogate, **tensors, normalizer=normalizer)
+    if nll_weights is not None:
+        check_vector("nll_weights", nll_weights, rows.shape, rows.device)
     learns = torch.is_grad_enabled()
     loss, logps, stats, *_ = _grpo(
         hidden,
@@ -79,6 +92,7 @@ def linear_grpo_loss(
         old_logps,
         advantages,
         **tensors,
+        nll_weights=nll_weights,
         **split_normalizer(normalizer),
         **vars(surrogate),
         needs_hidden=learns and hidden.requires_grad,
@@ -102,6 +116,7 @@ def _grpo(
     ref_logps: Tensor | None,
     weights: Tensor | None,
     mask: Tensor | None,
+    nll_weights: Tensor | None,
     normalizers: Tensor | None,
     normalizer: float,
     clip_low: float,
@@ -119,7 +134,7 @@ def _grpo(
     needs = (needs_hidden, needs_weight, needs_bias)
     surrogate = Surrogate(clip_low, clip_high, dual_clip, kl_coef, kl_estimator, importance, aggregation)
     given = (hidden, weight, bias, index, temperatures, temperature)
-    terms = _Terms(hidden, old_logps, advantages, cu_seqlens, ref_logps, weights, mask, aggregation)
+    terms = _Terms(hidden, old_logps, advantages, cu_seqlens, ref_logps, weights, mask, nll_weights, aggregation)
     terms.factors /= normalizer if normalizers is None else normalizers
     if not any(needs):
         logps, entropies, _ = linear.log_softmax_op(*given, True)
@@ -143,6 +158,8 @@ def _grpo(
             normalizer=normalizer if normalizers is None else normalizers,
             **vars(surrogate),
         )
+        if terms.nll_weights is not None:
+            loss = loss - torch.where(terms.nll_weights != 0, terms.nll_weights * logps, 0.0).sum()
         counts = terms.active & entropies.isfinite()
         entropy_sum = torch.where(counts, entropies, 0.0).sum(dtype=torch.float64)
     return loss, logps, torch.cat([stats, entropy_sum[None]]), *gradients
@@ -160,6 +177,7 @@ class _Terms:
         ref_logps: Tensor | None,
         weights: Tensor | None,
         mask: Tensor | None,
+        nll_weights: Tensor | None,
         aggregation: str,
     ) -> None:
         dtype, rows = wide(hidden), hidden[:, :1].reshape(-1)
@@ -169,6 +187,7 @@ class _Terms:
         self.advantages = reference.per_row("advantages", advantages, cu_seqlens, sequence, rows).to(dtype).contiguous()
         self.active = reference.active_rows(rows, cu_seqlens, sequence, weights, mask)  # bool
         self.factors = self.active.to(dtype)
+        self.nll_weights = None if nll_weights is None else nll_weights.to(dtype).contiguous()
         if weights is not None:
             per_row = reference.per_row("weights", weights, cu_seqlens, sequence, rows).to(dtype)
             self.factors = torch.where(self.active, per_row, 0.0)
@@ -178,7 +197,7 @@ class _Terms:
 
     def slopes(self, rows: slice, logps: Tensor, surrogate: Surrogate) -> Tensor:
         """d loss / d logps of these rows."""
-        return torch_rows.loss_gradient(
+        slopes = torch_rows.loss_gradient(
             logps,
             self.old_logps[rows],
             self.advantages[rows],
@@ -189,6 +208,7 @@ class _Terms:
             self.cu_seqlens,
             surrogate,
         )
+        return slopes if self.nll_weights is None else slopes - self.nll_weights[rows]
 
 
 def _one_pass(hidden, weight, bias, index, temperatures, temperature, terms, needs, surrogate):
@@ -208,6 +228,7 @@ def _one_pass(hidden, weight, bias, index, temperatures, temperature, terms, nee
                 terms.advantages[here],
                 terms.factors[here],
                 at(terms.ref_logps, here),
+                at(terms.nll_weights, here),
                 surrogate,
             )
         else:

@@ -213,6 +213,7 @@ def linear_grpo_loss(
     *,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    nll_weights: Tensor | None = None,
     **loss,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rethinker_kernels.linear_grpo_loss` by its formula; `loss` are the keyword arguments of `grpo_loss`."""
@@ -220,6 +221,8 @@ def linear_grpo_loss(
         hidden, weight, index, bias=bias, temperature=temperature, return_entropy=True
     )
     value, stats = grpo_loss(logps, old_logps, advantages, **loss)
+    if nll_weights is not None:
+        value = value - (nll_weights * torch.where(nll_weights != 0, logps, 0.0)).sum()
     with torch.no_grad():
         cu_seqlens, weights, mask = (loss.get(name) for name in ("cu_seqlens", "weights", "mask"))
         sequence = None if cu_seqlens is None else sequence_of_row(cu_seqlens, logps)

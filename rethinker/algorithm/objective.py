@@ -16,7 +16,7 @@ from rethinker.samples import Completion, PackedBatch, Sample
 def surrogate_inputs(
     batch: PackedBatch, config: AlgorithmConfig, normalizer: float, ref_logps: Tensor | None = None
 ) -> dict[str, Any]:
-    """What `rethinker_kernels.grpo_loss` (and `linear_grpo_loss`) need of a micro-batch beside the policy's log-probs.
+    """What `rethinker_kernels.linear_grpo_loss` needs of a micro-batch beside hidden states, head and tokens.
 
     The losses of a step's micro-batches, over all ranks, add up to the step's loss. A token that counts and whose
     log-prob is not finite makes the loss NaN: the step is then to be skipped.
@@ -41,6 +41,7 @@ def surrogate_inputs(
         "aggregation": config.aggregation,
         "weights": batch.weights,
         "mask": batch.loss_mask,
+        "nll_weights": batch.nll_weights,
         "normalizer": normalizer,
     }
 
@@ -62,13 +63,24 @@ def loss_normalizer(samples: list[Sample], config: AlgorithmConfig, max_new_toke
     return float(max(1, len(counted) * (max_new_tokens if config.aggregation == "constant" else 1)))
 
 
-def trainable_mask(completion: Completion) -> list[bool]:
-    """Per response token whether it carries a policy gradient: forced tokens were not sampled and do not.
+def supervised_weight(samples: list[Sample], weight: float) -> float:
+    """Factor of every token's -log p in the supervised term: `weight` over the tokens of all rethought responses.
 
-    Only the trigger's span is forced. A non-finite log-prob elsewhere is a fault and stays in, to be noticed.
+    Args:
+        samples: the step's samples, over all ranks and micro-batches.
+        weight: `rethink.supervised_weight`.
+    """
+    tokens = sum(sample.completion.tokens for sample in samples if sample.completion.supervised)
+    return weight / tokens if tokens else 0.0
+
+
+def trainable_mask(completion: Completion) -> list[bool]:
+    """Per response token whether it carries a policy gradient: masked tokens (forced ones were not sampled) do not.
+
+    A non-finite log-prob elsewhere is a fault and stays in, to be noticed.
     """
     mask = [True] * len(completion.token_ids)
     if completion.rethought is not None:
-        start, end = completion.rethought.trigger_start, completion.rethought.trigger_end
+        start, end = completion.rethought.masked_start, completion.rethought.masked_end
         mask[start:end] = [False] * (end - start)
     return mask

@@ -13,7 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from rethinker.algorithm.objective import loss_normalizer, surrogate_inputs
+from rethinker.algorithm.objective import loss_normalizer, supervised_weight, surrogate_inputs
 from rethinker.config import Config
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.packing import pack, plan_micro_batches
@@ -79,16 +79,18 @@ class PolicyEngine:
         Returns:
             `loss`, `entropy`, `kl`, `clip_fraction_low`, `clip_fraction_high`, `old_kl` (k3 of the current policy from
             the behaviour policy, on samples of the current version), `grad_norm`, `learning_rate`, `train_tokens`
-            (processed, over all ranks), `skipped` (1 if a non-finite number kept the step from being applied). An
-            empty batch (every query all right or all wrong, and nothing to replay) leaves the weights as they are.
+            (processed, over all ranks), `supervised_loss` (the part of `loss` from rethought responses), `skipped`
+            (1 if a non-finite number kept the step from being applied). An empty batch (every query all right or all
+            wrong, and nothing to replay) leaves the weights as they are.
         """
         config = self.config
         if not samples:
             self.steps += 1
             return dict.fromkeys(METRICS, 0.0)
         normalizer = loss_normalizer(samples, config.algorithm, config.rollout.max_new_tokens)
+        nll_weight = supervised_weight(samples, config.rethink.supervised_weight)
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.ranks.device)
-        for batch in self._micro_batches(samples):
+        for batch in self._micro_batches(samples, nll_weight):
             with phase("forward"):
                 surrogate = surrogate_inputs(batch, config.algorithm, normalizer, self._reference_logps(batch))
                 loss, logps, stats = self.engine(batch, config.rollout.temperature, surrogate)
@@ -120,6 +122,7 @@ class PolicyEngine:
             grad_norm,
             rate,
             values["processed"],
+            values["supervised_loss"],
             float(skipped),
         )
         return dict(zip(METRICS, metrics, strict=True))
@@ -132,7 +135,7 @@ class PolicyEngine:
         # ZeRO-3 gathers weights by collectives: the ranks run equally many forwards, some of them on nothing.
         plan += [[]] * (max(self.ranks.gather(len(plan))) - len(plan))
         for bundles in plan:
-            batch = self._pack(bundles, correction_cap=None)
+            batch = self._pack(bundles, correction_cap=None, nll_weight=0.0)
             logps, _ = self.engine(batch, self.config.rollout.temperature)
             held = [sample.completion for bundle in bundles for sample in bundle.samples]
             lengths = [completion.tokens for completion in held] or [logps.numel()]
@@ -159,15 +162,15 @@ class PolicyEngine:
         self.steps, self.version = state["steps"], state["version"]
         self.skipped_steps = state["skipped_steps"]
 
-    def _micro_batches(self, samples: list[Sample]) -> Iterator[PackedBatch]:
+    def _micro_batches(self, samples: list[Sample], nll_weight: float) -> Iterator[PackedBatch]:
         budget = self.config.train.micro_batch_tokens
         plan = plan_micro_batches(samples, budget=budget, world_size=self.ranks.world_size)
         for bundles in bring(plan, self.ranks):
             with phase("pack"):
-                batch = self._pack(bundles, self.config.algorithm.rollout_correction)
+                batch = self._pack(bundles, self.config.algorithm.rollout_correction, nll_weight)
             yield batch
 
-    def _pack(self, bundles: list[Bundle], correction_cap: float | None) -> PackedBatch:
+    def _pack(self, bundles: list[Bundle], correction_cap: float | None, nll_weight: float) -> PackedBatch:
         return pack(
             bundles,
             self.encoder.encode,
@@ -175,6 +178,7 @@ class PolicyEngine:
             self.policy.positions,
             policy_version=self.version,
             correction_cap=correction_cap,
+            nll_weight=nll_weight,
         ).to(self.ranks.device)
 
     def _reference_logps(self, batch: PackedBatch) -> torch.Tensor | None:
@@ -191,7 +195,8 @@ class PolicyEngine:
         gap = (batch.old_logps - logps).double()  # near 1e-6 on policy, where fp32 would lose its square
         kl = torch.where(fresh, gap.expm1() - gap, 0.0).sum()
         processed = torch.full((), float(batch.tokens), device=loss.device)
-        return torch.stack([x.double() for x in (loss.detach(), kl, fresh.sum(), processed)])
+        nll = kl.new_zeros(()) if batch.nll_weights is None else -(batch.nll_weights * logps).sum()
+        return torch.stack([x.double() for x in (loss.detach(), kl, fresh.sum(), processed, nll)])
 
 
 METRICS = (
@@ -204,9 +209,10 @@ METRICS = (
     "grad_norm",
     "learning_rate",
     "train_tokens",
+    "supervised_loss",
     "skipped",
 )
-_SUMS = (*LINEAR_GRPO_STATS, "loss", "fresh_kl_sum", "fresh_tokens", "processed")
+_SUMS = (*LINEAR_GRPO_STATS, "loss", "fresh_kl_sum", "fresh_tokens", "processed", "supervised_loss")
 
 
 class FullWeights:

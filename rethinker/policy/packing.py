@@ -69,6 +69,7 @@ def pack(
     *,
     policy_version: int = 0,
     correction_cap: float | None = None,
+    nll_weight: float = 0.0,
     padding_token: int = 0,
 ) -> PackedBatch:
     """Lay out one micro-batch.
@@ -80,6 +81,7 @@ def pack(
         policy_version: today's, to tell each sample's age.
         correction_cap: if set, weight each token by min(cap, pi_trainer / pi_rollout) and take the trainer's log-probs
             as the behaviour's (truncated importance sampling).
+        nll_weight: factor of the supervised term on tokens of rethought responses.
         padding_token: any ordinary token id.
     """
     ids: list[int] = []
@@ -90,6 +92,7 @@ def pack(
     old: list[float] = []
     weights: list[float] = []
     mask: list[bool] = []
+    nll: list[float] = []
     position_parts: list[torch.Tensor] = []
     pixel_parts: list[torch.Tensor] = []
     grids: list[torch.Tensor] = []
@@ -127,6 +130,7 @@ def pack(
             source += [last, *range(first, first + len(tokens) - 1)]
             targets += tokens
             mask += trainable_mask(completion)
+            nll += [nll_weight if completion.supervised else 0.0] * len(tokens)
             logps, factor = _behaviour(completion, correction_cap)
             old += logps
             weights += [sample.weight * f for f in factor]
@@ -134,7 +138,7 @@ def pack(
     if not targets:  # nothing to train on: a row that only keeps the ranks' collectives in step
         samples, lengths = samples[:0], [1]
         ids, prompt_id, response_id = [padding_token, padding_token], [0, 0], [0, 1]
-        source, targets, old, weights, mask = [0], [padding_token], [0.0], [0.0], [False]
+        source, targets, old, weights, mask, nll = [0], [padding_token], [0.0], [0.0], [False], [0.0]
         position_parts, pixel_parts, grids = [torch.arange(2).expand(3, -1)], [], []
     advantages = [s.advantage for s in samples] or [0.0]
     age = [policy_version - s.policy_version for s in samples] or [0]
@@ -152,6 +156,7 @@ def pack(
         weights=torch.tensor(weights, dtype=torch.float32),
         age=torch.tensor(age),
         loss_mask=torch.tensor(mask),
+        nll_weights=torch.tensor(nll, dtype=torch.float32) if nll_weight else None,
         cu_seqlens=cu_seqlens,
         pixel_values=torch.cat(pixel_parts) if pixel_parts else None,
         image_grid_thw=torch.cat(grids) if grids else None,

@@ -28,14 +28,14 @@ class RolloutEngine(Protocol):
     """Samples responses and reports the log-probability of every token it sampled."""
 
     def generate(
-        self, prompts: list[Prompt], *, n: int, max_new_tokens: int, temperature: float, seed: int
+        self, prompts: list[Prompt], *, n: int, max_new_tokens: int | list[int], temperature: float, seed: int
     ) -> list[list[Completion]]:
         """Sample n completions of every prompt from the whole distribution.
 
         Args:
             prompts: this rank's prompts.
             n: completions per prompt.
-            max_new_tokens: longest completion.
+            max_new_tokens: longest completion; one number, or one per prompt.
             temperature: 0 is greedy.
             seed: the same on every rank, which draw different samples from it. The same prompts, weights and seed
                 give the same completions. The caller's random state is left as it was.

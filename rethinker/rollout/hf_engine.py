@@ -9,7 +9,7 @@ import torch
 from rethinker.config import Config, ConfigError
 from rethinker.rollout import WeightStream
 from rethinker.rollout.deadline import Deadline
-from rethinker.rollout.sampling import preserved_random_state, seeded, stop_token_ids
+from rethinker.rollout.sampling import limits, preserved_random_state, seeded, stop_token_ids
 from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
 
@@ -38,22 +38,22 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[Prompt], *, n: int, max_new_tokens: int, temperature: float, seed: int
+        self, prompts: list[Prompt], *, n: int, max_new_tokens: int | list[int], temperature: float, seed: int
     ) -> list[list[Completion]]:
         """Sample n completions of every prompt; see RolloutEngine."""
         completions: list[list[Completion]] = []
-        batch = max(1, BATCH // n)
+        batch, most = max(1, BATCH // n), limits(max_new_tokens, len(prompts))
         with (
             self._deadline(f"the rollout of {len(prompts)} prompts") as deadline,
             seeded(seed + 1_000_003 * self._rank),
         ):
             for start in range(0, len(prompts), batch):
-                part = prompts[start : start + batch]
-                completions += self._generate(part, n, max_new_tokens, temperature, deadline)
+                part, longest = prompts[start : start + batch], most[start : start + batch]
+                completions += self._generate(part, n, longest, temperature, deadline)
         return completions
 
     def _generate(
-        self, prompts: list[Prompt], n: int, max_new_tokens: int, temperature: float, deadline: Deadline
+        self, prompts: list[Prompt], n: int, longest: list[int], temperature: float, deadline: Deadline
     ) -> list[list[Completion]]:
         from transformers import GenerationConfig
 
@@ -61,7 +61,7 @@ class HFEngine:
         inputs = self._inputs(rows, [prompt.token_ids for prompt in rows])
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max(longest),
             eos_token_id=self._stop_ids,
             pad_token_id=self._pad_id,
             output_scores=True,  # [B, V] per step, as sampled from
@@ -79,7 +79,8 @@ class HFEngine:
         sampled = output.sequences[:, inputs["input_ids"].shape[1] :]  # [B, L]
         logprobs = torch.stack([_gather(step, sampled[:, i], 1.0) for i, step in enumerate(output.scores)], 1)
         flat = [
-            self._completion(tokens, values) for tokens, values in zip(sampled.tolist(), logprobs.tolist(), strict=True)
+            self._completion(tokens[: longest[row // n]], values)
+            for row, (tokens, values) in enumerate(zip(sampled.tolist(), logprobs.tolist(), strict=True))
         ]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 

@@ -33,7 +33,7 @@ class RecordedEngine:
         self._completions: dict[str, deque[list[Completion]]] = defaultdict(deque)
 
     def generate(
-        self, prompts: list[Prompt], *, n: int, max_new_tokens: int, temperature: float, seed: int
+        self, prompts: list[Prompt], *, n: int, max_new_tokens: int | list[int], temperature: float, seed: int
     ) -> list[list[Completion]]:
         """The next recorded completions of every prompt's query; see RolloutEngine. The sampling settings have no say.
 

@@ -38,6 +38,11 @@ def stop_token_ids(tokenizer: Any, model_config: Any, generation_config: Any | N
     return sorted(i for i in ids if i is not None)
 
 
+def limits(max_new_tokens: int | list[int], prompts: int) -> list[int]:
+    """The longest completion of each prompt."""
+    return max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * prompts
+
+
 def _as_list(ids: int | list[int] | None) -> list[int]:
     return list(ids) if isinstance(ids, (list, tuple)) else [ids] if ids is not None else []
 

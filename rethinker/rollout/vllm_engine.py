@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from rethinker.config import Config, ConfigError
 from rethinker.rollout import WeightStream
 from rethinker.rollout.deadline import Deadline
-from rethinker.rollout.sampling import preserved_random_state, seeded, stop_token_ids
+from rethinker.rollout.sampling import limits, preserved_random_state, seeded, stop_token_ids
 from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
 
@@ -120,26 +120,28 @@ class VLLMEngine:
             torch.set_num_threads = set_num_threads  # vLLM's CPU worker turns it into a warning for the whole process
 
     def generate(
-        self, prompts: list[Prompt], *, n: int, max_new_tokens: int, temperature: float, seed: int
+        self, prompts: list[Prompt], *, n: int, max_new_tokens: int | list[int], temperature: float, seed: int
     ) -> list[list[Completion]]:
         """Sample n completions of every prompt; see RolloutEngine. Prompt and images are sent once for all n."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(
-            n=n,
-            temperature=temperature,
-            max_tokens=max_new_tokens,
-            logprobs=0,  # the sampled token's only
-            stop_token_ids=self._stop_ids,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        inputs, own = self._share(prompts)
-        for prompt in inputs:
-            self._check_length(prompt, max_new_tokens)
+        def params(longest: int) -> SamplingParams:
+            return SamplingParams(
+                n=n,
+                temperature=temperature,
+                max_tokens=longest,
+                logprobs=0,  # the sampled token's only
+                stop_token_ids=self._stop_ids,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+
+        inputs, own = self._share(list(zip(prompts, limits(max_new_tokens, len(prompts)), strict=True)))
+        for prompt, longest in inputs:
+            self._check_length(prompt, longest)
         with seeded(seed + 1_000_003 * self._replica):
-            outputs = self._run([(prompt, [], params) for prompt in inputs], "rollout")
+            outputs = self._run([(prompt, [], params(longest)) for prompt, longest in inputs], "rollout")
         return [
             [self._completion(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
             for output in outputs[own]

@@ -24,11 +24,12 @@ def share(mine: list[Group], queries: Sequence[Query], first_number: int, ranks:
     outlines = ranks.gather(
         [
             {
-                "completions": [Elsewhere(c.tokens, c.trainable_tokens) for c in group.completions],
+                "completions": [Elsewhere(c.tokens, c.trainable_tokens, c.supervised) for c in group.completions],
                 "prompt_tokens": group.prompt_tokens,
                 "policy_version": group.policy_version,
                 "rewards": group.rewards,
                 "rethinks": group.rethinks,
+                "rethinking": group.rethinking,
             }
             for group in mine
         ]

@@ -194,7 +194,15 @@ def _schema() -> Any:
             "token_ids": pa.list_(pa.int64()),
             "logprobs": pa.list_(pa.float64()),  # wide enough to give back the same Python floats
             "trainer_logprobs": pa.list_(pa.float64()),
-            "rethought": pa.struct({"trigger_start": pa.int64(), "trigger_end": pa.int64(), "name": pa.string()}),
+            "rethought": pa.struct(
+                {
+                    "trigger_start": pa.int64(),
+                    "trigger_end": pa.int64(),
+                    "name": pa.string(),
+                    "masked_start": pa.int64(),
+                    "masked_end": pa.int64(),
+                }
+            ),
         }
     )
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from rethinker.algorithm.objective import loss_normalizer, surrogate_inputs, trainable_mask
+from rethinker.algorithm.objective import loss_normalizer, supervised_weight, surrogate_inputs, trainable_mask
 from rethinker.config import AlgorithmConfig
-from rethinker.samples import Rethought
+from rethinker.samples import Elsewhere, Rethought
 from rethinker_kernels import GRPO_STATS, grpo_loss
 from tests.algorithm.examples import completion, packed, sample
 
-TRIGGER = Rethought(2, 4, "self_questioning")
+TRIGGER = Rethought(2, 4, "self_questioning", 2, 4)
 SAMPLES = [
     sample(1.0, length=3),
     sample(-0.5, length=6, rethought=TRIGGER),
@@ -29,8 +30,10 @@ def logps_for(batch) -> torch.Tensor:
 
 
 def policy_loss(logps, batch, config, normalizer, ref_logps=None):
-    """The loss and its statistics with the run's settings."""
-    return grpo_loss(logps, **surrogate_inputs(batch, config, normalizer, ref_logps))
+    """The loss and its statistics with the run's settings, without a supervised term."""
+    inputs = surrogate_inputs(batch, config, normalizer, ref_logps)
+    assert inputs.pop("nll_weights") is None
+    return grpo_loss(logps, **inputs)
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
@@ -144,5 +147,23 @@ def test_mask_is_the_triggers_span():
     plain.logprobs[2] = math.nan
     assert trainable_mask(plain) == [True] * 4
     assert trainable_mask(completion(6, TRIGGER)) == [True, True, False, False, True, True]
-    assert trainable_mask(completion(4, Rethought(1, 4, "x"))) == [True, False, False, False]
+    assert trainable_mask(completion(4, Rethought(1, 4, "x", 1, 4))) == [True, False, False, False]
     assert trainable_mask(completion(0)) == []
+
+
+def test_supervised_weight_is_a_mean_over_rethought_tokens():
+    """rethink.supervised_weight times the mean -log p of all rethought responses' tokens, wherever they are held."""
+    rethought = [sample(1.0, length=6, rethought=TRIGGER), sample(1.0, length=5, rethought=TRIGGER)]
+    away = dataclasses.replace(rethought[1], completion=Elsewhere(9, 7, supervised=True))
+    assert supervised_weight([*SAMPLES, rethought[0]], 0.05) == 0.05 / 12  # SAMPLES holds one of 6 tokens
+    assert supervised_weight([rethought[0], away], 0.1) == 0.1 / 15
+    assert supervised_weight([sample(1.0, length=3)], 0.05) == 0.0 == supervised_weight([], 0.05)
+
+
+def test_the_masked_span_decides():
+    """Which tokens carry a policy gradient is the masked span's to say: y1 too, or none; the count agrees."""
+    for span in ((2, 4), (0, 4), (0, 0), (0, 2)):
+        one = completion(6, Rethought(2, 4, "x", *span))
+        mask = trainable_mask(one)
+        assert [i for i, trained in enumerate(mask) if not trained] == list(range(*span))
+        assert one.trainable_tokens == sum(mask)

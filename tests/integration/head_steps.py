@@ -29,6 +29,7 @@ def unfused(head, hidden, index=None, temperature=1.0, surrogate=None):
     logps, entropy = linear_selective_log_softmax(
         hidden, head.weight, index, bias=head.bias, temperature=temperature, return_entropy=True
     )
+    surrogate = {name: value for name, value in surrogate.items() if name != "nll_weights"}
     loss, stats = grpo_loss(logps, **surrogate)
     counted = surrogate["mask"] & (surrogate["weights"] != 0)
     return loss, logps.detach(), torch.cat([stats, entropy.detach()[counted].sum().double()[None]])

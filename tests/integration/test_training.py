@@ -25,9 +25,9 @@ def parity(response, answer, query):
 """
 
 METRICS = """step episode reward_mean effective_query_ratio replay_fraction replay_size replay_bytes replay_age_mean
-advantage_abs_mean advantage_abs_mean_fresh advantage_abs_mean_replayed advantage_histogram loss entropy kl clip_fraction_low
-clip_fraction_high grad_norm mismatch_kl response_length_mean rethink_ratio val_accuracy tokens_per_s mfu
-time_rollout_s time_reward_s time_train_s time_sync_s step_s peak_memory_gb""".split()
+advantage_abs_mean advantage_abs_mean_fresh advantage_abs_mean_replayed advantage_histogram loss entropy kl
+clip_fraction_low clip_fraction_high grad_norm mismatch_kl response_length_mean rethink_ratio rethink_forced
+rethink_kept rethink_fixed rethink_broken supervised_loss val_accuracy tokens_per_s mfu time_rethink_s time_rollout_s time_reward_s time_train_s time_sync_s step_s peak_memory_gb""".split()
 
 
 @pytest.fixture(scope="module")

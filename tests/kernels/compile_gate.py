@@ -88,7 +88,7 @@ def cases(tile: Tiles) -> list[Case]:
                 )
             )
         for estimator in (0, 3):
-            constants = {**vector, "ESTIMATOR": estimator, **row, "TILE": tile.gradient}
+            constants = {**vector, "ESTIMATOR": estimator, "SUPERVISED": estimator > 0, **row, "TILE": tile.gradient}
             found.append(
                 Case(f"linear grpo {logits} kl{estimator}", linear.grpo_rows_kernel, tile.row_warps, constants, logits)
             )

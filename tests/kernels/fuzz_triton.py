@@ -400,6 +400,8 @@ def test_linear_grpo_loss(importance, aggregation, dtype, options, monkeypatch):
     index = torch.randint(vocabulary, (rows,), device=DEVICE)
     temperature = torch.rand(rows, device=DEVICE) + 0.5
     options = {**options, "importance": importance, "aggregation": aggregation, "normalizer": 5.0}
+    if "dual_clip" in options:  # a supervised term, on masked rows too
+        options["nll_weights"] = 0.2 * (torch.arange(rows, device=DEVICE) % 3).float()
 
     def run(module, kind):
         values = in_fp64(inputs) if kind == torch.float64 else inputs

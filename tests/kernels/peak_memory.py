@@ -43,7 +43,9 @@ def main(way: str, folder: str, file: str) -> None:
         head.forward = lambda rows, index, temperature, surrogate: (
             head.__class__.__base__.forward(head, rows).log_softmax(-1).gather(-1, index[:, None])[:, 0]
         )
-        loss, _ = grpo_loss(policy(batch, 1.0, surrogate), **surrogate)
+        logps = policy(batch, 1.0, surrogate)
+        surrogate.pop("nll_weights")
+        loss, _ = grpo_loss(logps, **surrogate)
     else:
         loss, *_ = policy(batch, 1.0, surrogate)
     loss.backward()

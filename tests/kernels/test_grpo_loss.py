@@ -330,9 +330,11 @@ def test_wrong_arguments_are_named(name, changes):
         grpo_loss(**arguments)
 
 
+@pytest.mark.parametrize("supervised", [False, True])
 @pytest.mark.parametrize("importance", ["token", "sequence"])
-def test_linear_loss_is_the_composition(importance, monkeypatch):
-    """linear_grpo_loss equals its two lines in every output and gradient; entropy_sum is of the rows that count."""
+def test_linear_loss_is_the_composition(importance, supervised, monkeypatch):
+    """linear_grpo_loss equals its lines in every output and gradient; entropy_sum is of the rows that count, and the
+    supervised term of all rows with a weight, masked or not."""
     monkeypatch.setattr(linear, "CHUNK_BYTES", {"cpu": 4 * 8 * 6})  # 4 rows
     inputs = case()
     inputs.pop("logps")
@@ -341,11 +343,16 @@ def test_linear_loss_is_the_composition(importance, monkeypatch):
     index = torch.randint(6, (ROWS,))
     options = {"importance": importance, "kl_coef": 0.1, "dual_clip": 3.0, "normalizer": 6.0, **inputs}
 
-    loss, logps, stats = linear_grpo_loss(*leaves[:2], index, bias=leaves[2], temperature=0.9, **options)
+    nll_weights = 0.1 * (torch.arange(ROWS) % 3).double() if supervised else None
+    fused = {"temperature": 0.9, "nll_weights": nll_weights, **options}
+    loss, logps, stats = linear_grpo_loss(*leaves[:2], index, bias=leaves[2], **fused)
     want_logps, entropy = linear_selective_log_softmax(
         *leaves[:2], index, bias=leaves[2], temperature=0.9, return_entropy=True
     )
     want_loss, want_stats = grpo_loss(want_logps, **options)
+    if supervised:
+        want_loss = want_loss - (nll_weights * want_logps).sum()
+        assert nll_weights[~inputs["mask"]].any()
     named = dict(zip(LINEAR_GRPO_STATS, stats.tolist(), strict=True))
     rows = torch.repeat_interleave(torch.arange(SEQUENCES), torch.tensor(LENGTHS))
     counted = inputs["mask"] & (inputs["weights"][rows] != 0)
@@ -353,4 +360,15 @@ def test_linear_loss_is_the_composition(importance, monkeypatch):
     assert stats[:-1].tolist() == want_stats.tolist() and not logps.requires_grad
     assert named["entropy_sum"] == pytest.approx(entropy[counted].sum().item())
     torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(want_loss, leaves))
-    assert gradcheck(lambda h, w, b: linear_grpo_loss(h, w, index, bias=b, temperature=0.9, **options)[0], leaves)
+    assert gradcheck(lambda h, w, b: linear_grpo_loss(h, w, index, bias=b, **fused)[0], leaves)
+
+
+def test_wrong_supervised_weights_are_named():
+    """nll_weights of another length or type raise ValueError naming them."""
+    inputs = case()
+    rows = inputs.pop("logps")
+    for wrong in (torch.ones(ROWS - 1), torch.ones(ROWS, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="^nll_weights"):
+            linear_grpo_loss(
+                rows[:, None], rows[:6, None], inputs["mask"].long(), **inputs, nll_weights=wrong, normalizer=1
+            )

@@ -57,7 +57,7 @@ def test_workspace_at_a_real_head(width, vocabulary, gigabytes, monkeypatch):
         index = torch.zeros(ROWS, dtype=torch.int64)
         per_row = torch.zeros(ROWS)
         with Peak(hidden, weight, index, per_row) as peak:
-            terms = linear_grpo._Terms(hidden, per_row, per_row, None, None, None, None, "token")
+            terms = linear_grpo._Terms(hidden, per_row, per_row, None, None, None, None, None, "token")
             *_, gradients = linear_grpo._one_pass(
                 hidden, weight, None, index, None, 1.0, terms, (True, True, False), None
             )

@@ -26,7 +26,9 @@ def config(tmp_path):
 def groups() -> list[Group]:
     """Groups with everything that is hard to store: NaN, tiny and long floats, bytes, no image, no token, odd text."""
     third = float(np.float32(-1 / 3))
-    rethought = Completion([5, 6, 7], [third, math.nan, -0.0], "a\nWait", "stop", Rethought(1, 2, "self_correction"))
+    rethought = Completion(
+        [5, 6, 7], [third, math.nan, -0.0], "a\nWait", "stop", Rethought(1, 2, "self_correction", 0, 2)
+    )
     empty = Completion([], [], "", "stop")
     long = Completion(
         [2**31, 0], [-1e-38, -700.123456789], "\\boxed{é\U0001f600}\x00", "length", None, [third, math.nan]

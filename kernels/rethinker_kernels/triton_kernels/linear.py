@@ -23,9 +23,9 @@ from rethinker_kernels.triton_kernels.tiles import tiles
 
 @triton.jit
 def grpo_rows_kernel(
-    logits, index, temperatures, temperature, old_logps, advantages, factors, ref_logps, logps, entropies,
-    stride, vocabulary, lower, upper, dual, kl_coef,
-    PER_ROW: tl.constexpr, ESTIMATOR: tl.constexpr,
+    logits, index, temperatures, temperature, old_logps, advantages, factors, ref_logps, nll_weights, logps,
+    entropies, stride, vocabulary, lower, upper, dual, kl_coef,
+    PER_ROW: tl.constexpr, ESTIMATOR: tl.constexpr, SUPERVISED: tl.constexpr,
     DEPTH: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The second read of the row comes from the cache. ESTIMATOR is 0 without a KL term in the loss."""
@@ -51,6 +51,8 @@ def grpo_rows_kernel(
             _, kl_slope = divergence(tl.load(ref_logps + row).to(tl.float32), logp, ESTIMATOR)
             slope += kl_coef * kl_slope
         per_logp = slope * factor
+    if SUPERVISED:
+        per_logp -= tl.load(nll_weights + row)
     # All threads have read the chosen logit before any of them overwrites it.
     tl.debug_barrier()
     if (chosen >= 0) & (chosen < vocabulary) & (inverse < float("inf")) & (per_logp != 0.0):
@@ -68,6 +70,7 @@ def grpo_rows_(
     advantages: Tensor,
     factors: Tensor,
     ref_logps: Tensor | None,
+    nll_weights: Tensor | None,
     options: Surrogate,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [R] fp32; the contiguous logits [R, V] become the gradient.
@@ -83,9 +86,11 @@ def grpo_rows_(
         return logps, entropies
     tile = tiles(logits.device)
     grpo_rows_kernel[(rows,)](
-        logits, index, temperatures, temperature, old_logps, advantages, factors, ref_logps, logps, entropies,
+        logits, index, temperatures, temperature, old_logps, advantages, factors, ref_logps,
+        nll_weights, logps, entropies,
         logits.stride(0), vocabulary, *bounds(options), options.kl_coef,
         PER_ROW=temperatures is not None, ESTIMATOR=ESTIMATORS[options.kl_estimator] if options.kl_coef != 0 else 0,
+        SUPERVISED=nll_weights is not None,
         DEPTH=tile.depth, LANES=tile.lanes, TILE=tile.gradient, num_warps=tile.row_warps,
     )  # fmt: skip
     return logps, entropies
