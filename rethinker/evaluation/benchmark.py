@@ -11,6 +11,7 @@ The shipped files are in `benchmarks/`; `--benchmark path/to/mine.yaml` takes an
                  option        the answer of a multiple-choice question is a choice's text
                  alternatives  the answer of an open question may be a list, any of which counts
                  exact_field   MEGA-Bench: a mapping of one field, judged by equality; other rows are left out
+    folder: of its data in $RETHINKER_DATA; by default the benchmark's name
     fields: {id, answer, choices, images: [columns], category}   ("metadata.task" is an entry of a column)
     category_pattern: what to take of the category: a regular expression with one group
 or `parts: [names of other benchmarks]`, whose names then are the categories.
@@ -68,6 +69,7 @@ class Benchmark:
     answer_kind: AnswerKind = "given"
     fields: Mapping[str, Any] = field(default_factory=dict)
     category_pattern: str | None = None
+    folder: str | None = None
     parts: tuple[str, ...] = ()
 
 
@@ -111,7 +113,8 @@ def benchmark_queries(benchmark: Benchmark, data: str | None = None) -> tuple[li
 
     Args:
         benchmark: from `load_benchmark`.
-        data: a folder or file that holds its data; by default `$RETHINKER_DATA/<name>`, else the Hugging Face cache or hub.
+        data: a folder or file that holds its data; by default `$RETHINKER_DATA/<folder>`, else the Hugging Face
+            cache or the hub.
 
     Raises:
         ConfigError: data that is not there, saying what to fetch and where to put it; a column that is missing; a row
@@ -123,7 +126,9 @@ def benchmark_queries(benchmark: Benchmark, data: str | None = None) -> tuple[li
         if data is not None:
             raise ConfigError(f"--data {data}: {benchmark.name} comes with the package {benchmark.data}; leave it out")
         return load_queries(DataConfig(validation=benchmark.data), "validation"), Counter()
-    folder, files = data_files(benchmark.name, benchmark.data, benchmark.files, data)
+    folder, files = data_files(
+        benchmark.name, benchmark.folder or benchmark.name, benchmark.data, benchmark.files, data
+    )
     queries: dict[str, Query] = {}
     left_out: Counter[str] = Counter()
     for file in files:
@@ -142,6 +147,11 @@ def benchmark_queries(benchmark: Benchmark, data: str | None = None) -> tuple[li
     if not queries:
         raise ConfigError(f"benchmark {benchmark.name}: no question in {folder} (left out: {dict(left_out)})")
     return list(queries.values()), left_out
+
+
+def accepted_answers(query: Query) -> list[str]:
+    """The answers of which any counts: one, unless the benchmark has several."""
+    return query.metadata.get("answers") or [query.answer]
 
 
 def _joined_parts(benchmark: Benchmark, data: str | None) -> tuple[list[Query], Counter[str]]:

@@ -1,4 +1,4 @@
-"""How sure an accuracy is: Wilson's interval, and for two models on the same questions McNemar's test and an interval."""
+"""How sure an accuracy is: Wilson's interval; for two models on the same questions an interval and McNemar's test."""
 
 from __future__ import annotations
 

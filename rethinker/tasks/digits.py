@@ -1,6 +1,6 @@
 """Handwritten digits as queries: read one, compare two, add two (1,797 images that ship with scikit-learn, CC BY 4.0).
 
-A second embedded data set: six of its seven questions per image are about two images: it exercises what easy-VQA cannot.
+A second embedded data set: most of its questions are about two images: it exercises what easy-VQA cannot.
 """
 
 from __future__ import annotations
