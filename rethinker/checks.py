@@ -25,8 +25,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every com
     "at least 1": (
         lambda value: value >= 1,
         "data.max_prompt_tokens data.min_pixels policy.warmup.batch_size rollout.group_size rollout.max_new_tokens "
-        "rethink.max_kept "
-        "rollout.tensor_parallel_size reward.workers replay.capacity train.max_steps train.episode_queries "
+        "rethink.max_kept train.max_generated_tokens rollout.tensor_parallel_size reward.workers replay.capacity "
+        "train.max_steps train.episode_queries "
         "train.batch_pairs train.micro_batch_tokens validation.every validation.size checkpoint.every",
     ),
     "at least 0": (

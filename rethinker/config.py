@@ -218,6 +218,9 @@ class TrainConfig:
 
     max_steps: int | None = None
     """Stop after this many optimizer steps; by default `epochs` decides."""
+    max_generated_tokens: int | None = None
+    """Also stop after the episode in which the responses sampled so far reach this many tokens: equal budgets compare
+    methods that sample more and less per step."""
     epochs: float = 3.0
     """Passes over the training queries."""
     episode_queries: int = 1024

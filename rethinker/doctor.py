@@ -143,8 +143,14 @@ def _packages() -> Iterator[Finding]:
 
 def _compilers() -> Iterator[Finding]:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
-    # vLLM's CPU attention and DeepSpeed's optimizer are compiled at first use.
+    # The sum tree, and what vLLM or DeepSpeed find worth it, are compiled at first use.
     yield Finding("C++ compiler", compiler or "not found", bool(compiler), "apt-get install g++", blocks=True)
+    if find_spec("torch") is not None:
+        from rethinker_kernels import native
+
+        compiled = native.load("cpu")
+        fix = "unset RETHINKER_NATIVE, install a C++ compiler (apt-get install g++), and see the reason on stderr"
+        yield Finding("sum tree", "compiled" if compiled else "in PyTorch: the same draws, more slowly", compiled, fix)
     nvcc = shutil.which("nvcc")
     if nvcc or _gpus():
         fix = "install the CUDA toolkit (its nvcc) to build the CUDA sum tree"

@@ -125,6 +125,7 @@ class Group:
     advantages: list[float] = field(default_factory=list)
     rethinks: list[bool] = field(default_factory=list)  # per completion: does it rethink of its own accord
     rethinking: Rethinking = field(default_factory=Rethinking)
+    sampled_tokens: int = 0  # by the policy for this query, discarded second passes included
     number: int = 0
     owner: int = 0
 

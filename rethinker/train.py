@@ -12,6 +12,7 @@ all rewards, choose the same batch, and share its micro-batches; a response's to
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import sys
@@ -107,8 +108,9 @@ def train(config: Config) -> Run:
         before = after = best = held_out_accuracy(held_out, rollout, encoder, checker, ranks, config)
         display.validated(0, before)
         run.log_validation(0, before)
-        episode, clock, times = 0, time.perf_counter(), {}
-        while policy.steps < total_steps:
+        episode, generated, clock, times = 0, 0, time.perf_counter(), {}
+        budget = config.train.max_generated_tokens or math.inf
+        while policy.steps < total_steps and generated < budget:
             with phase("rollout", times):
                 asked = [encoder.fitting(stream) for _ in range(config.train.episode_queries)]
                 groups = roll_out(asked, episode, policy.version, rollout, encoder, config, ranks)
@@ -116,12 +118,11 @@ def train(config: Config) -> Run:
                 judge(groups, checker, config)
             if rethinker:
                 with phase("rethink", times):
-                    prompts = [encoder.encode(group.query) for group in groups]
-                    seed = episode_seed(config, episode, ranks, stream=1)
-                    rethinker.force(groups, prompts, rollout, lambda trials: judge(trials, checker, config), seed)
+                    rethink(groups, rethinker, episode, rollout, encoder, checker, config, ranks)
             for group in groups:
                 group.rethinks = [rethinks(completion) for completion in group.completions]
             groups = share(groups, asked, first_number=episode * len(asked), ranks=ranks)
+            generated += sum(group.sampled_tokens for group in groups)
             failures = sum(ranks.gather(checker.failures.total()))
             assign_advantages(groups, config.algorithm.advantage_scale)
             if rethinker and rethinker.needs_scores:
@@ -141,12 +142,14 @@ def train(config: Config) -> Run:
                     mismatch = update["old_kl"]
                 row = describe(policy.steps, episode, fresh, update) | batch.metrics(replay)
                 row |= {"mismatch_kl": mismatch, "failed_checks": failures, "left_out_queries": encoder.dropped.total()}
+                row["generated_tokens"] = generated
                 if number == len(steps):
                     with phase("sync", times):
                         policy.version += 1
                         rollout.sync(policy.weights, policy.version)
                     replay.end_episode(policy.version)
-                    if policy.steps == total_steps or (episode + 1) % config.validation.every == 0:
+                    ends = policy.steps == total_steps or generated >= budget
+                    if ends or (episode + 1) % config.validation.every == 0:
                         after = held_out_accuracy(held_out, rollout, encoder, checker, ranks, config)
                         display.validated(policy.steps, after)
                         run.log_validation(policy.steps, after)
@@ -193,7 +196,7 @@ def roll_out(
         seed=episode_seed(config, episode, ranks),
     )
     return [
-        Group(query, completions, version, len(prompt.token_ids))
+        Group(query, completions, version, len(prompt.token_ids), sampled_tokens=sum(c.tokens for c in completions))
         for query, prompt, completions in zip(mine, prompts, answers, strict=True)
     ]
 
@@ -202,6 +205,22 @@ def episode_seed(config: Config, episode: int, ranks: Ranks, stream: int = 0) ->
     """A seed of its own for every episode, rank and stream of random numbers."""
     streams = [config.seed, episode, ranks.rank] + [stream] * (stream > 0)
     return int(np.random.SeedSequence(streams).generate_state(1)[0])
+
+
+def rethink(
+    groups: list[Group],
+    rethinker: Rethinker,
+    episode: int,
+    rollout: RolloutEngine,
+    encoder: PromptEncoder,
+    checker: AnswerChecker,
+    config: Config,
+    ranks: Ranks,
+) -> None:
+    """Second passes over a share of this rank's responses; see Rethinker.force."""
+    prompts = [encoder.encode(group.query) for group in groups]
+    seed = episode_seed(config, episode, ranks, stream=1)
+    rethinker.force(groups, prompts, rollout, lambda trials: judge(trials, checker, config), seed)
 
 
 def make_rethinker(config: Config, encoder: PromptEncoder) -> Rethinker | None:

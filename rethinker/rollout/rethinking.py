@@ -127,9 +127,9 @@ class Rethinker:
     ) -> None:
         """Second passes over a share of the responses; those that end right take the place of their y1.
 
-        Sets `group.rethinking` to what happened. A response is eligible if it ended by itself, says something, and
-        leaves room for the trigger and an answer. At most `rethink.max_kept` per query are kept, in the order of the
-        group; one that equals another response of its group, token for token, is not.
+        Sets `group.rethinking` to what happened and adds to `group.sampled_tokens`. A response is eligible if it ended
+        by itself, says something, and leaves room for the trigger and an answer. At most `rethink.max_kept` per query
+        are kept, in the order of the group; one that equals another response of its group, token for token, is not.
 
         Args:
             groups: this rank's, with the rewards of their first answers.
@@ -153,6 +153,8 @@ class Rethinker:
             temperature=self._temperature,
             seed=seed,
         )
+        for (g, _), y in zip(chosen, second, strict=True):
+            groups[g].sampled_tokens += len(y.token_ids) - y.rethought.trigger_end if y is not None else 0
         attempts = [(g, i, y) for (g, i), y in zip(chosen, second, strict=True) if y is not None and self._legal(y)]
         # Groups of one: a reward is that of the very text it is asked for.
         trials = [Group(groups[g].query, [y], groups[g].policy_version) for g, _, y in attempts]

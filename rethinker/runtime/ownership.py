@@ -30,6 +30,7 @@ def share(mine: list[Group], queries: Sequence[Query], first_number: int, ranks:
                 "rewards": group.rewards,
                 "rethinks": group.rethinks,
                 "rethinking": group.rethinking,
+                "sampled_tokens": group.sampled_tokens,
             }
             for group in mine
         ]

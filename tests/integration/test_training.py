@@ -27,7 +27,8 @@ def parity(response, answer, query):
 METRICS = """step episode reward_mean effective_query_ratio replay_fraction replay_size replay_bytes replay_age_mean
 advantage_abs_mean advantage_abs_mean_fresh advantage_abs_mean_replayed advantage_histogram loss entropy kl
 clip_fraction_low clip_fraction_high grad_norm mismatch_kl response_length_mean rethink_ratio rethink_forced
-rethink_kept rethink_fixed rethink_broken supervised_loss val_accuracy tokens_per_s mfu time_rethink_s time_rollout_s time_reward_s time_train_s time_sync_s step_s peak_memory_gb""".split()
+rethink_kept rethink_fixed rethink_broken supervised_loss val_accuracy tokens_per_s mfu time_rethink_s
+time_rollout_s time_reward_s time_train_s time_sync_s step_s peak_memory_gb""".split()
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,39 @@ def test_options_of_the_objective_train(ssr, scratch):
     after = load_model(scratch / "options" / "checkpoints" / "last", torch.float32).state_dict()
     moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert moved and not any("visual" in name for name in moved)
+
+
+def test_forced_rethinking_trains_on_two_ranks(scratch):
+    """Law 6 in the loop: with rethought responses in the batch the policy's log-probs are still the rollout's, nothing
+    is skipped (a forced token's NaN would), and the supervised term is part of the loss wherever a response is held."""
+    options = ["--rethink.fraction", "0.8", "--rollout.max_new_tokens", "96", "--data.validation", "null"]
+    rows = train(scratch, "rethink", *options, "--algorithm.name", "grpo", "--train.max_steps", "2", ranks=2)
+    assert all(row["skipped"] == 0 and 0 <= row["mismatch_kl"] < 1e-10 for row in rows)
+    assert sum(row["rethink_kept"] for row in rows) > 0 and sum(row["supervised_loss"] for row in rows) > 0
+    assert all(row["rethink_forced"] >= row["rethink_kept"] > 0 or row["supervised_loss"] == 0 for row in rows)
+    groups = read_completions(scratch / "rethink" / "completions", 0)
+    kept = [(g, c, r) for g in groups for c, r in zip(g.completions, g.rewards, strict=True) if c.rethought is not None]
+    tokenizer = load_processor(scratch / "model").tokenizer
+    assert len(kept) == round(sum(row["rethink_kept"] for row in rows) * N)
+    for group, completion, reward in kept:
+        assert reward == 1.0 == float(len(completion.text) % 2)  # law 7: of the final text
+        assert completion.text == tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        spans = completion.rethought
+        forced = tokenizer.decode(completion.token_ids[spans.trigger_start : spans.trigger_end])
+        assert forced.startswith("\n\nWait") and len(group.completions) == G
+        for i, logprob in enumerate(completion.logprobs):
+            assert math.isnan(logprob) == (spans.trigger_start <= i < spans.trigger_end)
+
+
+def test_forced_tokens_may_be_trained(scratch):
+    """As the released code does: with mask_trigger_tokens off every token has a log-prob, the trainer's own."""
+    options = ["--rethink.fraction", "1", "--rethink.mask_trigger_tokens", "false", "--rollout.max_new_tokens", "96"]
+    options += ["--data.validation", "null", "--train.max_steps", "2", "--algorithm.name", "grpo"]
+    rows = train(scratch, "unmasked", *options)
+    assert all(row["skipped"] == 0 and row["mismatch_kl"] < 1e-10 for row in rows)
+    groups = read_completions(scratch / "unmasked" / "completions", 0)
+    kept = [c for g in groups for c in g.completions if c.rethought is not None]
+    assert kept and all(math.isfinite(x) for c in kept for x in c.logprobs)
 
 
 def test_checkpoint_continues_in_vllm_on_two_ranks(ssr, scratch):
