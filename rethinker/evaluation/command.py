@@ -5,20 +5,20 @@ Everything that can be said without a model (arguments, settings, data, folders)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import how_to_install
+from rethinker.evaluation import Mode
 from rethinker.evaluation.benchmark import Benchmark, benchmark_queries, load_benchmark, shipped_benchmarks
-
-MODES = ("normal", "forced", "oracle")
 
 # Settings that shape an evaluation; the others are about training.
 SETTINGS = (
@@ -33,7 +33,7 @@ INHERITED = (
     *("rollout.max_new_tokens", "rollout.kv_cache_gb"),
 )
 # What a comparison must know of them.
-RECORDED = ("data.prompt", "data.system", "data.max_prompt_tokens", "data.min_pixels", "data.max_pixels")
+RECORDED = ("data.prompt", "data.system", "data.min_pixels", "data.max_pixels")
 RECORDED += ("data.max_images", "policy.dtype", "rollout.backend", "rollout.max_new_tokens", "reward.function")
 
 USAGE = """usage: rethinker eval CHECKPOINT --benchmark NAME [--benchmark NAME ...] [--mode MODE] [--limit N]
@@ -96,6 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     folders = _output_folders(request, checkpoint, benchmarks)
     loaded = [benchmark_queries(benchmark, request.data) for benchmark in benchmarks]
 
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported: NUMA binding is no news
     from rethinker.evaluation.run import run_benchmarks
 
     run_benchmarks(config, request.mode, request.limit, list(zip(benchmarks, loaded, folders, strict=True)))
@@ -141,8 +142,8 @@ def parse(arguments: Sequence[str]) -> Request:
                 raise ConfigError(f"--limit {value}: give a number of questions, at least 1")
             request.limit = int(value)
         elif option == "--mode":
-            if value not in MODES:
-                raise ConfigError(f"--mode {value} must be one of {', '.join(MODES)}")
+            if value not in get_args(Mode):
+                raise ConfigError(f"--mode {value} must be one of {', '.join(get_args(Mode))}")
             request.mode = value
         else:
             setattr(request, option[2:], value)
