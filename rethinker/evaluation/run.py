@@ -54,10 +54,11 @@ def run_benchmarks(config: Config, mode: Mode, limit: int | None, tasks: list[Ta
             ranks = distributed.start(config.rollout.timeout_s)
             stack.callback(distributed.stop)
         checker = stack.enter_context(AnswerChecker(config.reward))
-        encoder = PromptEncoder(load_processor(config.policy.model), config.data)
-        triggers = make_triggers(encoder.tokenizer, config.rethink.triggers)
-        engine_config = fit_model(config, triggers if mode != "normal" else [])
-        encoder.config.max_prompt_tokens = engine_config.data.max_prompt_tokens
+        positions = positions_of(config.policy.model)
+        processor = load_processor(config.policy.model)
+        triggers = make_triggers(processor.tokenizer, config.rethink.triggers)
+        engine_config = fit_model(config, positions, triggers if mode != "normal" else [])
+        encoder = PromptEncoder(processor, engine_config.data)
         rollout = make_engine(
             engine_config,
             config.policy.model,
@@ -114,24 +115,32 @@ def sample(queries: list[Query], limit: int | None) -> list[Query]:
     return [queries[i] for i in sorted(random.Random(0).sample(range(len(queries)), limit))]
 
 
-def fit_model(config: Config, triggers: list[Trigger]) -> Config:
-    """The engine's settings: room for a second pass if there are triggers, and prompts within the model's positions.
+def positions_of(checkpoint: str) -> int:
+    """How many tokens the model can take, prompt and answer together.
 
     Raises:
-        ConfigError: a model of another kind, or one whose positions the answers alone fill.
+        ConfigError: a model that cannot be read, or of another kind.
     """
     from transformers import AutoConfig
 
     try:
-        model = AutoConfig.from_pretrained(config.policy.model)
+        model = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"checkpoint {config.policy.model} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"checkpoint {checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
     if model.model_type != "qwen2_5_vl":
-        raise ConfigError(f"checkpoint {config.policy.model} is a {model.model_type!r} model; supported: qwen2_5_vl")
+        raise ConfigError(f"checkpoint {checkpoint} is a {model.model_type!r} model; supported: qwen2_5_vl")
+    return model.get_text_config().max_position_embeddings
+
+
+def fit_model(config: Config, positions: int, triggers: list[Trigger]) -> Config:
+    """The engine's settings: room for a second pass if there are triggers, and prompts within the model's positions.
+
+    Raises:
+        ConfigError: the answers alone fill the positions.
+    """
     longest = config.rollout.max_new_tokens
     if triggers:
         longest = 2 * longest + max(len(trigger.token_ids) for trigger in triggers)
-    positions = model.get_text_config().max_position_embeddings
     if longest >= positions:
         raise ConfigError(
             f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt: answers take "

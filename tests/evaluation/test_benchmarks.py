@@ -74,7 +74,7 @@ def test_mathvision(load):
 
 
 def test_mmmu(load):
-    """30 folders are one benchmark; numbered images in order of appearance, in choices too; several answers; no image."""
+    """One folder per subject; numbered images in order of appearance, in choices too; several answers; no image."""
     queries, _ = load("mmmu")
     art, several, text = (queries[f"validation_{name}"] for name in ("Art_Theory_1", "Art_Theory_2", "Math_7"))
     assert art.question == "Compare <image> to <image>: what of image 1?\n(A) a <image>\n(B) it's b"
