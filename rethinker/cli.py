@@ -15,6 +15,9 @@ USAGE = """usage: rethinker COMMAND ...
   rethinker train RECIPE [--section.name value ...]   train; RECIPE is a shipped recipe or a .yaml file
   rethinker train RECIPE [...] --print_config         print the resolved settings with their docs, and stop
   rethinker train --help                              list the shipped recipes and every setting
+  rethinker eval CHECKPOINT --benchmark NAME          answer a benchmark: accuracy with its interval, every response
+  rethinker eval --compare RESULT RESULT ...          paired differences of results on the same questions
+  rethinker eval --help                               list the benchmarks and all options
   rethinker doctor                                    what is installed, what is missing, how to add it
   rethinker --version
 
@@ -33,9 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command == "train":
         return train_main(arguments)
+    if command == "eval":
+        return guarded(lambda: _eval(arguments))
     if command == "doctor":
         return guarded(lambda: _doctor(arguments))
-    return guarded(lambda: _fail(f"unknown command {command!r}; commands are train and doctor"))
+    return guarded(lambda: _fail(f"unknown command {command!r}; commands are train, eval and doctor"))
 
 
 def train_main(argv: Sequence[str]) -> int:
@@ -78,6 +83,12 @@ def _train(argv: list[str]) -> int:
 
     train(config)
     return 0
+
+
+def _eval(arguments: list[str]) -> int:
+    from rethinker.evaluation.command import main as evaluate
+
+    return evaluate(arguments)
 
 
 def _doctor(arguments: list[str]) -> int:

@@ -16,10 +16,14 @@ import numpy as np
 
 from rethinker.config import ConfigError, DataConfig
 from rethinker.samples import Query
+from rethinker.tasks.digits import digits
 from rethinker.tasks.easy_vqa import easy_vqa
 from rethinker.tasks.sources import Table, open_table
 
 IMAGE_MARK = "<image>"
+
+# Data sets that need no file: they come with an installed package.
+BUILT_IN = {"easy_vqa": easy_vqa, "digits": digits}
 
 
 def load_queries(config: DataConfig, which: Literal["train", "validation"]) -> list[Query]:
@@ -35,8 +39,8 @@ def load_queries(config: DataConfig, which: Literal["train", "validation"]) -> l
     name, setting = (config.train, "data.train") if which == "train" else (config.validation, "data.validation")
     if name is None:
         raise ConfigError(f"{setting} is null; name a data set")
-    if name == "easy_vqa":
-        return easy_vqa("train" if which == "train" else "test")
+    if name in BUILT_IN:
+        return BUILT_IN[name]("train" if which == "train" else "test")
     table = open_table(name, config.train_split if which == "train" else config.validation_split, setting)
     if not table.size:
         raise ConfigError(f"{setting}={name}: the data set is empty")

@@ -97,14 +97,14 @@ def _hugging_face(name: str, path: Path, split: str, setting: str) -> Table:
         if local and any((path / marker).exists() for marker in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(str(path))
         else:
-            with contextlib.nullcontext() if local or _hub_answers(source) else _only_the_cache():
+            with contextlib.nullcontext() if local or hub_answers(source) else _only_the_cache():
                 loaded = datasets.load_dataset(str(path) if local else source, subset or None)
     except Exception as error:  # the library raises anything from FileNotFoundError to its own and the hub's errors
-        hint = difflib.get_close_matches(name, ["easy_vqa"], cutoff=0.7)
+        hint = difflib.get_close_matches(name, ["easy_vqa", "digits"], cutoff=0.7)
         fix = (
             f"did you mean {hint[0]}?"
             if hint
-            else "give easy_vqa, a .parquet or .jsonl file, a folder, or a data set name"
+            else "give easy_vqa, digits, a .parquet or .jsonl file, a folder, or a data set name"
         )
         raise ConfigError(f"{setting}={name}: cannot load it ({_one_line(error)}); {fix}") from error
     finally:
@@ -121,7 +121,7 @@ def _hugging_face(name: str, path: Path, split: str, setting: str) -> Table:
     return Table(list(loaded.column_names), len(loaded), iter(loaded), path if local else None)
 
 
-def _hub_answers(name: str) -> bool:
+def hub_answers(name: str) -> bool:
     """Whether the hub can be asked for a data set; its client retries for half a minute before it says so itself."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError

@@ -1,0 +1,89 @@
+"""Handwritten digits as queries: read one, compare two, add two (1,797 images that ship with scikit-learn, CC BY 4.0).
+
+A second embedded data set: most of its questions are about two images: it exercises what easy-VQA cannot.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from rethinker.config import ConfigError
+from rethinker.samples import Query
+
+SIDE = 64  # pixels of an image; the originals have 8
+PAIRS = 3  # partners of every image, each compared with it and added to it
+TEST_SHARE = 0.2
+
+READ = ("Which digit is this?", "What digit is in the image?", "Name the handwritten digit.")
+COMPARE = {
+    "larger": "<image><image>Which image shows the larger digit, the first or the second?",
+    "smaller": "<image><image>Which image shows the smaller digit, the first or the second?",
+}
+ADD = "<image><image>What is the sum of the two digits?"
+
+
+def digits(split: Literal["train", "test"]) -> list[Query]:
+    """The questions of a split, always the same: 10,059 about 1,437 images, or 2,520 about the other 360.
+
+    Ids are `digits/<split>/<image>/<question>`; metadata holds `category` ("read", "compare" or "add") and `image_ids`,
+    which count scikit-learn's images. An image belongs to one split.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ConfigError("data.train=digits needs the package scikit-learn: pip install scikit-learn") from error
+    data = load_digits()
+    values = data.target.tolist()  # [1797]
+    order = np.random.default_rng(0).permutation(len(values))
+    test_size = round(TEST_SHARE * len(values) / 10) * 10
+    own = np.sort(order[:test_size] if split == "test" else order[test_size:])  # images of this split
+    pictures = {i: {"bytes": _png(data.images[i])} for i in own.tolist()}
+    rng = np.random.default_rng(1)
+    queries = []
+    for i in own.tolist():
+        picture = (pictures[i],)
+        queries.append(_query(split, i, "read", READ[i % len(READ)], values[i], picture, [i]))
+        for n in range(PAIRS):
+            other = _partner(rng, own, lambda j, i=i: values[j] != values[i])
+            kind = ("larger", "smaller")[int(rng.integers(2))]
+            first_wins = (values[i] > values[other]) == (kind == "larger")
+            pair, ids = (*picture, pictures[other]), [i, other]
+            answer = "first" if first_wins else "second"
+            queries.append(_query(split, i, "compare", COMPARE[kind], answer, pair, ids, n))
+            other = _partner(rng, own, lambda j, i=i: j != i)
+            pair, ids = (*picture, pictures[other]), [i, other]
+            queries.append(_query(split, i, "add", ADD, values[i] + values[other], pair, ids, n))
+    return queries
+
+
+def _partner(rng: np.random.Generator, own: np.ndarray, suits) -> int:
+    while True:
+        other = int(own[rng.integers(len(own))])
+        if suits(other):
+            return other
+
+
+def _query(split, image: int, category: str, question: str, answer, images: tuple, ids: list[int], n: int = 0) -> Query:
+    return Query(
+        id=f"digits/{split}/{image}/{category}{n or ''}",
+        question=question,
+        answer=str(answer),
+        images=images,
+        metadata={"category": category, "image_ids": ids},
+    )
+
+
+def _png(ink: np.ndarray) -> bytes:
+    """An 8 x 8 image of ink from 0 to 16 as a PNG: dark on white, enlarged."""
+    grey = np.round(255 * (1 - ink / 16)).astype(np.uint8)
+    image = Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

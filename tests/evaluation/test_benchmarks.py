@@ -1,0 +1,200 @@
+"""Every shipped benchmark on rows of its published schema: question, images, choices, answer, category."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rethinker.config import ConfigError, RewardConfig
+from rethinker.evaluation.benchmark import accepted_answers, benchmark_queries, load_benchmark, shipped_benchmarks
+from rethinker.samples import Query
+from rethinker.tasks.datasets import IMAGE_MARK
+from rethinker.tasks.reward import AnswerChecker, boxed_reward
+from tests.evaluation import fixtures
+
+
+@pytest.fixture
+def load(tmp_path):
+    """The queries of a benchmark from its fixture, by id, and what it does not cover."""
+
+    def build(name: str, folder: str | None = None):
+        data = tmp_path / (folder or name)
+        if not data.exists():
+            getattr(fixtures, folder or name)(data)
+        queries, uncovered = benchmark_queries(load_benchmark(name), str(data))
+        return {query.id: query for query in queries}, uncovered
+
+    return build
+
+
+def colors(query: Query) -> list[str]:
+    """Of its images, in order."""
+    names = {(255, 0, 0): "red", (0, 0, 255): "blue", (0, 128, 0): "green"}
+    opened = [Image.open(io.BytesIO(i["bytes"]) if isinstance(i, dict) else i) for i in query.images]
+    return [names[image.getpixel((0, 0))] for image in opened]
+
+
+def right(query: Query, boxed: str) -> bool:
+    """Whether the training reward accepts the answer."""
+    with AnswerChecker(RewardConfig(workers=1)) as checker:
+        return checker.score([("x", f"so \\boxed{{{boxed}}}", query)])["x"] == 1.0
+
+
+def test_mathvista(load):
+    """The published prompt and nothing else of the data; a choice's text as answer is asked for by its letter."""
+    queries, _ = load("mathvista")
+    assert set(queries) == {"1", "2"}  # testmini only
+    assert queries["1"].question.endswith("Question: How wide? (Unit: cm)") and colors(queries["1"]) == ["red"]
+    assert queries["1"].answer == "1.2" and queries["1"].metadata == {"category": "math word problem"}
+    assert right(queries["1"], "1.2 cm") and not right(queries["1"], "1.3")
+    angle = queries["2"]
+    assert angle.answer == "C" and angle.metadata["choices"] == ["135°", "140°", "145°"]
+    assert [right(angle, given) for given in ("C", "145", "(C) 145°", "B", "140°")] == [True, True, True, False, False]
+
+
+def test_mathverse(load):
+    """Versions are the categories; the letter counts, and its text where the question has the choices."""
+    queries, _ = load("mathverse")
+    assert [q.metadata["category"] for q in queries.values()] == ["Text Dominant", "Vision Only"]
+    assert right(queries["1"], "A") and right(queries["1"], "60°") and not right(queries["1"], "B")
+    assert right(queries["5"], "B") and not right(queries["5"], "A") and colors(queries["5"]) == ["blue"]
+    assert IMAGE_MARK not in queries["5"].question
+
+
+def test_mathvision(load):
+    """Its mark becomes ours, letters alone are choices, an open question has none."""
+    queries, _ = load("mathvision")
+    assert queries["4"].question == "Which bridge?\n<image>\n(A) A\n(B) B\n(C) C\n(D) D\n(E) E"
+    assert right(queries["4"], "B") and not right(queries["4"], "C")
+    assert queries["5"].question == "How many? <image>" and "choices" not in queries["5"].metadata
+    assert right(queries["5"], "0.5") and queries["5"].metadata["category"] == "counting"
+
+
+def test_mmmu(load):
+    """One folder per subject; numbered images in order of appearance, in choices too; several answers; no image."""
+    queries, _ = load("mmmu")
+    art, several, text = (queries[f"validation_{name}"] for name in ("Art_Theory_1", "Art_Theory_2", "Math_7"))
+    assert art.question == "Compare <image> to <image>: what of image 1?\n(A) a <image>\n(B) it's b"
+    assert colors(art) == ["blue", "red", "green"] and art.metadata["category"] == "Art_Theory"
+    assert right(art, "B") and right(art, "it's b")
+    assert accepted_answers(several) == ["24/7", "3.429"]
+    assert text.images == () and text.answer == "2" and text.question == "1 + 1?" and len(queries) == 3
+
+
+def test_mmmu_pro(load):
+    """Both settings and their union: ten options beyond letter D, and a question that is in its image alone."""
+    queries, _ = load("mmmu_pro_standard", "mmmu_pro")
+    assert set(queries) == {"test_History_1"} and queries["test_History_1"].question.endswith("\n(J) option 9")
+    assert right(queries["test_History_1"], "option 9") and not right(queries["test_History_1"], "A")
+    union, _ = load("mmmu_pro", "mmmu_pro")
+    vision = union["mmmu_pro_vision/test_History_1"]
+    assert "option" in vision.question and "option 1" not in vision.question and colors(vision) == ["blue"]
+    assert right(vision, "C") and right(vision, "option 2")
+    assert {q.metadata["category"] for q in union.values()} == {"mmmu_pro_standard", "mmmu_pro_vision"}
+
+
+def test_emma(load):
+    """Options that are images take their places; context comes first; lines without content are dropped."""
+    queries, _ = load("emma")
+    assert queries["math_1"].question == "Which completes <image>?\n(A) <image>\n(B) <image>"
+    assert colors(queries["math_1"]) == ["red", "blue", "green"] and right(queries["math_1"], "B")
+    assert queries["code_1"].question == "A chart.\nHow many bars? <image>" and right(queries["code_1"], "3")
+    assert {q.metadata["category"] for q in queries.values()} == {"Math", "Coding"}
+
+
+def test_megabench(load, tmp_path):
+    """Only tasks of one field judged by equality on images are asked; the others are counted by reason."""
+    queries, uncovered = load("megabench")
+    assert set(queries) == {"q1"} and colors(queries["q1"]) == ["red", "blue", "green"]
+    assert queries["q1"].question.count(IMAGE_MARK) == 3 and queries["q1"].metadata["category"] == "Planning"
+    assert right(queries["q1"], "up") and not right(queries["q1"], "left")
+    metric = "metric normalized_similarity_damerau_levenshtein"
+    assert uncovered == {"not one answer field": 1, metric: 1, "a video": 1}
+    (tmp_path / "megabench/data/maze/query.png").unlink()
+    with pytest.raises(ConfigError, match=r"question q1: no image file .*query.png; unpack the data set's images"):
+        load("megabench")
+
+
+@pytest.mark.parametrize(("name", "questions"), [("digits", 2520), ("easy_vqa", 9673)])
+def test_embedded_benchmarks(name, questions):
+    """Need no file; the number of questions is the one their files state."""
+    benchmark = load_benchmark(name)
+    queries, _ = benchmark_queries(benchmark)
+    assert len(queries) == questions == benchmark.questions
+    with pytest.raises(ConfigError, match=f"--data x: {name} comes with the package"):
+        benchmark_queries(benchmark, "x")
+
+
+def test_all_shipped_benchmarks_are_tested():
+    """A benchmark that is added here needs a fixture."""
+    tested = {name for name in vars(fixtures) if name in shipped_benchmarks()}
+    parts = {"mmmu_pro_standard", "mmmu_pro_vision"}
+    assert set(shipped_benchmarks()) == tested | parts | {"digits", "easy_vqa"}
+
+
+def test_data_that_is_nowhere(tmp_path, monkeypatch):
+    """One error says what to fetch and where to put it; the place it names works."""
+    monkeypatch.setattr("rethinker.evaluation.benchmark_data.hub_answers", lambda source: False)
+    monkeypatch.setenv("RETHINKER_DATA", str(tmp_path))
+    benchmark = load_benchmark("mathvista")
+    with pytest.raises(ConfigError) as error:
+        benchmark_queries(benchmark)
+    message = str(error.value)
+    assert "`hf download AI4Math/MathVista --repo-type dataset --include 'data/testmini-*.parquet'" in message
+    assert f"--local-dir {tmp_path}/mathvista`" in message
+    fixtures.mathvista(tmp_path / "mathvista")
+    assert len(benchmark_queries(benchmark)[0]) == 2
+
+
+def test_a_cached_download_is_found_offline(tmp_path, monkeypatch):
+    """Without a network a snapshot in the Hugging Face cache is read."""
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot(source, **options):
+        asked.update(options, source=source)
+        return str(tmp_path)
+
+    monkeypatch.delenv("RETHINKER_DATA", raising=False)
+    monkeypatch.setattr("rethinker.evaluation.benchmark_data.hub_answers", lambda source: False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    fixtures.mathvision(tmp_path)
+    assert len(benchmark_queries(load_benchmark("mathvision"))[0]) == 2
+    assert asked["local_files_only"] and asked["allow_patterns"] == ["data/test-*.parquet"]
+    assert asked["source"] == "MathLLMs/MathVision"
+
+
+def test_other_data_is_refused(tmp_path):
+    """Another data set's folder, another data set's columns, a path that is not there: the error names it."""
+    fixtures.mathvista(tmp_path)
+    benchmark = load_benchmark("mathvision")
+    with pytest.raises(ConfigError, match=r"holds no data/test-\*.parquet|no column 'id'"):
+        benchmark_queries(benchmark, str(tmp_path))
+    with pytest.raises(ConfigError, match="holds no testmini.parquet, which benchmark mathverse reads"):
+        benchmark_queries(load_benchmark("mathverse"), str(tmp_path))
+    with pytest.raises(ConfigError, match="there is no such folder or file; .*hf download"):
+        benchmark_queries(benchmark, str(tmp_path / "nowhere"))
+
+
+def test_your_own_benchmark(tmp_path):
+    """A YAML file and a .jsonl file are a benchmark; a file with a mistake is refused, naming it."""
+    (tmp_path / "mine.jsonl").write_text('{"q": "1 + {1}?", "a": 2}\n{"q": "2 + 2?", "a": 4}\n')
+    file = tmp_path / "mine.yaml"
+    file.write_text('title: Mine\ndata: me/mine\nfiles: ["*.jsonl"]\nprompt: "{q}"\nfields: {answer: a}\n')
+    queries, _ = benchmark_queries(load_benchmark(str(file)), str(tmp_path))
+    assert [(q.id, q.question, q.answer) for q in queries] == [
+        ("mine/0", "1 + {1}?", "2"),
+        ("mine/1", "2 + 2?", "4"),
+    ]
+    assert boxed_reward("\\boxed{2}", queries[0].answer, queries[0]) == 1.0
+    for text, message in (("titel: x", "titel"), ("title: x", "needs data"), ("- a", "does not describe")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_benchmark(str(file))
+    with pytest.raises(ConfigError, match=r"--benchmark mathvist: did you mean mathvista\? known are .*emma"):
+        load_benchmark("mathvist")
+    assert Path(file).exists()

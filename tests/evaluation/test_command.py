@@ -1,0 +1,152 @@
+"""`rethinker eval` as a user types it: a foreign checkpoint through real vLLM, and every mistake as one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pyarrow.parquet as parquet
+import pytest
+import yaml
+
+from rethinker import cli
+from rethinker.config import ConfigError
+from rethinker.evaluation import command
+from rethinker.evaluation.command import eval_config, find_checkpoint, parse, run_settings
+
+SMALL = ["--data.min_pixels", "4096", "--data.max_pixels", "4096", "--rollout.max_new_tokens", "12"]
+SMALL += ["--rollout.kv_cache_gb", "0.25", "--policy.dtype", "float32"]
+
+
+def test_a_foreign_checkpoint_through_vllm_and_hf(checkpoint, rethinker, tmp_path):
+    """A folder of transformers' save_pretrained: two benchmarks and forced rethinking in vLLM; transformers' generate
+    gives the same tokens; the results compare."""
+    arguments = ["eval", str(checkpoint), "--limit", "6", *SMALL]
+    forced = ["--benchmark", "digits,easy_vqa", "--mode", "forced"]
+    result = rethinker(*arguments, *forced, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    folder = tmp_path / "evaluations/qwen/digits-forced"
+    assert f"result.json in {folder.relative_to(tmp_path)}" in result.stdout
+    assert "easy-VQA test, mode forced" in result.stdout and "second pass on 6 answers" in result.stdout
+    written = json.loads((folder / "result.json").read_text())
+    assert written["questions"] == 6 and written["mode"] == "forced" and written["model"] == str(checkpoint)
+    assert {"torch", "transformers", "rethinker"} <= written["versions"].keys()
+    rows = parquet.read_table(folder / "responses.parquet").to_pylist()
+    assert all(row["trigger"] and row["trigger_end"] > row["trigger_start"] for row in rows)
+
+    # The same in this process: vLLM's first answers are transformers' first answers, token for token.
+    command.main([*arguments[1:], "--benchmark=digits", "--rollout.backend=hf", f"--output={tmp_path / 'plain'}"])
+    plain = parquet.read_table(tmp_path / "plain/responses.parquet").to_pylist()
+    assert [row["query_id"] for row in plain] == [row["query_id"] for row in rows]
+    for ours, theirs in zip(rows, plain, strict=True):
+        end = ours["trigger_start"]
+        assert ours["token_ids"][:end] == theirs["token_ids"][:end] and end >= len(theirs["token_ids"]) - 1
+        assert ours["first_response"] == theirs["response"]
+    compared = rethinker("eval", "--compare", str(tmp_path / "plain"), str(folder))
+    assert compared.returncode == 0 and "the same 6 questions" in compared.stdout
+    assert "note: rollout.backend differs" in compared.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--benchmark", "mathvist"], "--benchmark mathvist: did you mean mathvista? known are digits"),
+        (["x"], "name a benchmark: --benchmark digits | easy_vqa"),
+        (["--benchmark", "digits"], "name a checkpoint first"),
+        (
+            ["runs/none/checkpoints/best", "--benchmark", "digits"],
+            "checkpoint runs/none/checkpoints/best does not exist",
+        ),
+        (["x", "y", "--benchmark", "digits"], "unexpected argument 'y'"),
+        (["x", "--benchmark", "digits", "--mode", "fast"], "--mode fast must be one of normal, forced, oracle"),
+        (["x", "--benchmark", "digits", "--limit", "0"], "--limit 0: give a number"),
+        (["x", "--benchmark", "digits", "--limit"], "--limit needs a value"),
+        (["x", "--benchmark", "digits", "--bench", "1"], "unknown option --bench"),
+        (["--compare", "a"], "--compare needs at least two result folders"),
+        (["--compare", "a", "b", "--mode", "forced"], "--compare takes result folders and nothing else"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    """Exit code 2, one line that names the argument, and nothing written."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["eval", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {message}") and captured.err.count("\n") == 1 and captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_about_a_checkpoint_and_settings(checkpoint, capsys, tmp_path, monkeypatch):
+    """Settings of no use, answers longer than the model, another model, folders in use: named before any engine."""
+    monkeypatch.chdir(tmp_path)
+
+    def refused(*arguments: str) -> str:
+        assert cli.main(["eval", *arguments, "--benchmark", "digits"]) == 2
+        return capsys.readouterr().err
+
+    here = str(checkpoint)
+    assert "train.max_steps has no effect on an evaluation; settings that do: data.prompt" in refused(
+        here, "--train.max_steps", "3"
+    )
+    assert "unknown setting 'data.promt': did you mean 'data.prompt'?" in refused(here, "--data.promt", "x")
+    assert "rollout.backend=recorded" in refused(here, "--rollout.backend", "recorded")
+    assert "rollout.max_new_tokens=4096 leaves no room for a prompt" in refused(
+        here, "--rollout.max_new_tokens", "4096"
+    )
+    assert "leaves no room" in refused(here, "--mode", "forced", "--rollout.max_new_tokens", "2048")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    assert "checkpoint other has no weights" in refused("other")
+    (other / "model.safetensors").write_bytes(b"x" * 20)
+    assert "checkpoint other is a 'llama' model; supported: qwen2_5_vl" in refused("./other")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/file").touch()
+    assert "--output taken already holds files" in refused(here, "--output", "taken")
+    assert "--data x is for one --benchmark" in refused(here, "--data", "x", "--benchmark", "easy_vqa")
+
+
+def test_the_checkpoint_is_found_or_named(tmp_path, monkeypatch):
+    """A run's folder leads to its best checkpoint; a Hugging Face name passes; a typing mistake shows what is there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/a/checkpoints/best").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"no config.json; did you mean runs/a/checkpoints/best\?"):
+        find_checkpoint("runs/a")
+    with pytest.raises(ConfigError, match=r"does not exist; in .*checkpoints are best"):
+        find_checkpoint("runs/a/checkpoints/bset")
+    assert find_checkpoint("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+def test_a_runs_checkpoint_is_asked_as_the_run_asked_it(checkpoint, tmp_path):
+    """Prompt, pixel limits and length come from the run's config.yaml; the command line has the last word."""
+    best = tmp_path / "run/checkpoints/best"
+    best.mkdir(parents=True)
+    settings = {"data": {"prompt": "{question}\nThink: {x}", "min_pixels": 4096, "max_pixels": 8192, "train": "digits"}}
+    settings |= {"rollout": {"max_new_tokens": 24, "backend": "hf", "group_size": 4}, "train": {"unknown": 1}}
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(settings))
+    config = eval_config(str(best), ["--rollout.max_new_tokens=48"])
+    assert config.data.prompt == "{question}\nThink: {x}" and config.data.max_pixels == 8192
+    assert config.rollout.max_new_tokens == 48 and config.rollout.backend == "hf"
+    assert config.rollout.group_size == 8 and config.policy.model == str(best)
+    assert run_settings(str(checkpoint)) == {}
+    assert eval_config(str(checkpoint), []).rollout.gpu_memory_utilization == 0.9
+
+
+def test_benchmarks_are_named_in_any_way():
+    """Repeated, separated by commas, or both; each once."""
+    request = parse(["x", "--benchmark", "digits,easy_vqa", "--benchmark=mmmu", "--benchmark", "digits"])
+    assert request.benchmarks == ["digits", "easy_vqa", "mmmu"]
+
+
+def test_help_and_checks_import_nothing_slow(capsys):
+    """The help lists every benchmark; it and every check of the arguments run before torch is imported."""
+    assert cli.main(["eval", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "mathvista" in text and "--rollout.backend" in text and "{" not in text
+    code = (
+        "import sys; from rethinker import cli; cli.main(['eval', 'x/y/z', '--benchmark', 'digits']);"
+        "print([m for m in ('torch', 'transformers', 'vllm', 'deepspeed', 'datasets') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout == "[]\n"

@@ -1,0 +1,165 @@
+"""Test-time rethinking and judging. Which answers are right is scripted: no model gives them on demand."""
+
+from __future__ import annotations
+
+import pytest
+
+from rethinker.config import Config, RewardConfig
+from rethinker.evaluation import evaluate as module
+from rethinker.evaluation.evaluate import evaluate
+from rethinker.evaluation.results import summarize
+from rethinker.rollout.rethinking import make_triggers
+from rethinker.runtime.distributed import Ranks
+from rethinker.samples import Completion, Query
+from rethinker.tasks.prompts import PromptEncoder
+from rethinker.tasks.reward import AnswerChecker
+
+SCRIPT = {  # query id: its answer, first response, what follows the trigger
+    "kept": ("1", "\\boxed{1}", " yes \\boxed{1}"),
+    "mended": ("2", "\\boxed{0}", " no, \\boxed{2}"),
+    "spoilt": ("3", "\\boxed{3}", " no, \\boxed{0}"),
+    "lost": ("4", "wait, \\boxed{0}", " yes"),
+}
+
+
+class Scripted:
+    """A rollout engine that says what SCRIPT has; `limit` cuts first responses short."""
+
+    def __init__(self, tokenizer, limit: int = 1000) -> None:
+        self.tokenizer, self.limit = tokenizer, limit
+        self.calls: list[list[str]] = []
+
+    def generate(self, prompts, *, n, max_new_tokens, temperature, seed):
+        assert n == 1 and temperature == 0.0
+        self.calls.append([prompt.query_id for prompt in prompts])
+        again = isinstance(max_new_tokens, list)
+        return [[self._say(SCRIPT[prompt.query_id][2 if again else 1])] for prompt in prompts]
+
+    def _say(self, text: str) -> Completion:
+        ids = [*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id]
+        reason = "stop" if len(ids) <= self.limit else "length"
+        ids = ids[: self.limit]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Completion(ids, [-1.0] * len(ids), text, reason)
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint):
+    from rethinker.policy.model import load_processor
+
+    config = Config().data
+    config.min_pixels = config.max_pixels = 4096
+    return PromptEncoder(load_processor(checkpoint), config)
+
+
+@pytest.fixture(scope="module")
+def checker():
+    with AnswerChecker(RewardConfig(workers=1)) as checker:
+        yield checker
+
+
+def ask(encoder, checker, mode: str, queries: list[Query] | None = None, engine: Scripted | None = None, **options):
+    queries = queries or [Query(name, f"Say {name}.", answer) for name, (answer, _, _) in SCRIPT.items()]
+    engine = engine or Scripted(encoder.tokenizer)
+    triggers = make_triggers(encoder.tokenizer, Config().rethink.triggers)
+    settings = {"mode": mode, "max_new_tokens": 64, "triggers": triggers, **options}
+    return queries, evaluate(queries, engine, encoder, checker, Ranks(0, 1, 0), **settings), engine
+
+
+def test_normal(encoder, checker):
+    """One greedy pass: every response is judged by its own text, and rethinks only of its own accord."""
+    queries, answers, engine = ask(encoder, checker, "normal")
+    assert [answer.right for answer in answers] == [True, False, True, False]
+    assert [answer.rethinks for answer in answers] == [False, False, False, True]
+    assert len(engine.calls) == 1 and summarize(queries, answers)["accuracy"] == 0.5
+    assert "second_pass" not in summarize(queries, answers)
+
+
+def test_forced(encoder, checker):
+    """Every first answer is followed by a trigger; what counts is the last box of the whole response."""
+    queries, answers, engine = ask(encoder, checker, "forced")
+    assert engine.calls[1] == list(SCRIPT)
+    assert [answer.right for answer in answers] == [True, True, False, False]
+    for query, answer in zip(queries, answers, strict=True):
+        _, first, rest = SCRIPT[query.id]
+        spans = answer.completion.rethought
+        phrase = Config().rethink.triggers[spans.name]
+        assert answer.completion.text == first + phrase + rest and answer.first.text == first
+        ids = answer.completion.token_ids
+        assert ids[: spans.trigger_start] == answer.first.token_ids[:-1]
+        assert encoder.decode(ids[spans.trigger_start : spans.trigger_end]) == phrase
+    second = summarize(queries, answers)["second_pass"]
+    assert second == {"answers": 4, "no_room": 0, "first_accuracy": 0.5, "wrong_to_right": 1, "right_to_wrong": 1}
+    assert summarize(queries, answers)["rethink_ratio"] == 0.25  # the forced ones do not count
+
+
+def test_oracle(encoder, checker):
+    """Only wrong answers are continued, so accuracy cannot fall: an upper bound."""
+    queries, answers, engine = ask(encoder, checker, "oracle")
+    assert engine.calls[1] == ["mended", "lost"]
+    assert [answer.right for answer in answers] == [True, True, True, False]
+    assert answers[0].first is None and answers[1].first.text == "\\boxed{0}"
+    assert summarize(queries, answers)["second_pass"]["right_to_wrong"] == 0
+
+
+def test_an_answer_that_leaves_no_room_counts_as_it_is(encoder, checker):
+    """A first answer that fills everything is not continued, and that is counted."""
+    engine = Scripted(encoder.tokenizer)
+    long = "a" * 30 + " \\boxed{1}"
+    tokens = len(encoder.tokenizer(long)["input_ids"])
+    script = dict(SCRIPT, kept=("1", long, "never"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{__name__}.SCRIPT", script)
+        queries, answers, _ = ask(encoder, checker, "forced", engine=engine, max_new_tokens=tokens // 3)
+    assert answers[0].no_room and answers[0].right and answers[0].first is None
+    assert summarize(queries, answers)["second_pass"]["no_room"] == 1
+
+
+def test_questions_that_do_not_fit_count_as_wrong(encoder, checker):
+    """A benchmark's accuracy is over all its questions: those left out are wrong, and named by the limit."""
+    queries = [Query("kept", "Say kept.", "1"), Query("lost", "long " * 3000, "4")]
+    _, answers, engine = ask(encoder, checker, "forced", queries)
+    summary = summarize(queries, answers)
+    assert summary["questions"] == 2 and summary["accuracy"] == 0.5 and engine.calls[0] == ["kept"]
+    assert summary["left_out"] == {"data.max_prompt_tokens": 1}
+
+
+def test_any_of_several_answers_counts(encoder, checker):
+    """A question with several accepted answers is right if one of them is given; rewards stay with their request."""
+    queries = [Query("kept", "?", "7", metadata={"answers": ["7", "1"]}), Query("mended", "?", "2")]
+    _, answers, _ = ask(encoder, checker, "normal", queries)
+    assert [answer.right for answer in answers] == [True, False]
+
+
+def test_a_query_keeps_its_trigger_and_its_place(encoder, checker, monkeypatch):
+    """Neither chunks nor the other questions change a question's trigger or mix up answers."""
+    queries, answers, _ = ask(encoder, checker, "forced")
+    monkeypatch.setattr(module, "CHUNK", 3)
+    again, chunked, engine = ask(encoder, checker, "forced", queries[::-1])
+    assert [len(call) for call in engine.calls] == [3, 3, 1, 1]
+    for query, answer in zip(again, chunked, strict=True):
+        before = answers[queries.index(query)]
+        assert answer.completion.token_ids == before.completion.token_ids and answer.reward == before.reward
+        assert answer.completion.rethought == before.completion.rethought
+
+
+def test_ranks_share_the_questions(encoder, checker, monkeypatch):
+    """Two ranks answer every question once, in order, and call the engine equally often (it may span ranks)."""
+    monkeypatch.setattr(module, "CHUNK", 1)
+    queries = [Query(name, f"Say {name}.", answer) for name, (answer, _, _) in list(SCRIPT.items())[:3]]
+    shares, calls = [], []
+
+    class Rank(Ranks):
+        def gather_to_main(self, value):
+            shares.append(value)
+            return shares if self.rank == 0 else None
+
+    triggers = make_triggers(encoder.tokenizer, Config().rethink.triggers)
+    for rank in (1, 0):
+        engine = Scripted(encoder.tokenizer)
+        options = {"mode": "oracle", "max_new_tokens": 64, "triggers": triggers}
+        answers = evaluate(queries, engine, encoder, checker, Rank(rank, 2, 0), **options)
+        calls.append(len(engine.calls))
+        assert (answers is None) == (rank == 1)
+    assert [answer.completion.text.count("mended") for answer in answers] == [0, 0, 0]
+    assert [answer.right for answer in answers] == [True, True, True] and calls[0] == calls[1]
