@@ -40,8 +40,10 @@ AVERAGED = (
 TASKS: dict[str, list[str]] = {
     "easy_vqa": [],
     # One image a question: reading digits. Comparing and adding them takes the tiny model a far longer warm-up.
-    "digits": ["--data.train", "digits", "--data.validation", "digits", "--data.category_weights", '{"read": 1}']
-    + ["--validation.size", "2520"],
+    "digits": [
+        *("--data.train", "digits", "--data.validation", "digits", "--validation.size", "2520"),
+        *("--data.category_weights", '{"read": 1}'),
+    ],
 }
 """Settings over the recipe easy_vqa_cpu."""
 
