@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rethinker.config import ConfigError
-from rethinker.report import figures
+from rethinker.report import learning
 
 REWARDS = [0.40, 0.44, 0.52, 0.48, 0.60]
 
@@ -40,8 +40,8 @@ def drawn(monkeypatch, tmp_path):
 
     def draw(*folders):
         kept = []
-        monkeypatch.setattr(figures, "_save", lambda figure, output: kept.append(figure) or output)
-        figures.learning_curve(folders, tmp_path / "learning.svg")
+        monkeypatch.setattr(learning, "save_figure", lambda figure, output: kept.append(figure) or output)
+        learning.learning_curve(folders, tmp_path / "learning.svg")
         return kept[0].axes
 
     return draw
@@ -95,7 +95,7 @@ def test_missing_numbers_are_left_out(drawn, tmp_path):
 def test_files_are_written_and_repeatable(tmp_path, suffix, begins):
     """The suffix chooses the format, and the same metrics give the same bytes."""
     run = write_run(tmp_path / "run", REWARDS, {0: 0.5, 5: 0.6})
-    files = [figures.learning_curve([run], tmp_path / f"{name}.{suffix}") for name in ("once", "again")]
+    files = [learning.learning_curve([run], tmp_path / f"{name}.{suffix}") for name in ("once", "again")]
     assert files[0].read_bytes().startswith(begins)
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -104,8 +104,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     """The command names the folder and what is missing, in one line, and ends with code 2."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no step"):
-        figures.learning_curve([write_run(tmp_path / "unborn", [], {0: 0.5})], tmp_path / "learning.svg")
-    command = [sys.executable, "-m", "rethinker.report.figures", "empty", "--output", "learning.svg"]
+        learning.learning_curve([write_run(tmp_path / "unborn", [], {0: 0.5})], tmp_path / "learning.svg")
+    command = [sys.executable, "-m", "rethinker.report.learning", "empty", "--output", "learning.svg"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "empty has no metrics.jsonl" in done.stderr
