@@ -30,7 +30,7 @@ def metrics_of(step: int, algorithm: str = "ssr") -> dict:
         "replay_fraction": step / 10 if ssr else 0.0,
         "replay_size": 50 * step if ssr else 0,
         "replay_age_mean": 0.1 * step if ssr else 0.0,
-        "advantage_histogram": HISTOGRAMS[algorithm],
+        "advantage_histogram": [count * (step if bin == 2 else 1) for bin, count in enumerate(HISTOGRAMS[algorithm])],
         "entropy": 1 / step,
         "old_kl": 0.001 * step,
         "kl": 0.0,

@@ -25,6 +25,7 @@ def page(tmp_path_factory):
         group(0, [("a red circle", 1.0), ("wrong: red", 0.0)], "which color?", "color", picture()),
         group(1, [(SCRIPT, 1.0), ("w" * 3000, 0.0), (text, 1.0)], SCRIPT, rethought={2: forced(text)}),
     ]
+    grpo += [group(2, [("e" * 500, 1.0)], "q" * 500, "c" * 100)]
     ssr = [group(i, [(f"answer {i}", 1.0), (f"needle{i}", 0.0)]) for i in range(20)]
     accuracies = {0: 0.5, 3: 0.6, 6: 0.7}
     runs = [
@@ -160,22 +161,34 @@ def test_print(browser, page):
         browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
-def test_a_real_run_writes_its_report(browser, tmp_path):
-    """Training ends with the page and says where it is; it shows the run's own images and responses."""
-    create_tiny(tmp_path / "model", seed=0)
-    (tmp_path / "reward.py").write_text("def parity(response, answer, query):\n    return float(len(response) % 2)\n")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run as a user starts it, with a random model: its folder's parent, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    create_tiny(folder / "model", seed=0)
+    (folder / "reward.py").write_text("def parity(response, answer, query):\n    return float(len(response) % 2)\n")
     command = [sys.executable, "-m", "rethinker", "train", "easy_vqa_cpu", "--run.name", "real"]
-    command += ["--policy.model", str(tmp_path / "model"), "--reward.function", str(tmp_path / "reward.py:parity")]
+    command += ["--policy.model", str(folder / "model"), "--reward.function", str(folder / "reward.py:parity")]
     command += ["--rollout.backend", "hf", "--rollout.group_size", "4", "--rollout.max_new_tokens", "12"]
     command += ["--train.batch_pairs", "32", "--train.episode_queries", "8", "--train.max_steps", "3"]
     command += ["--validation.size", "8", "--validation.every", "1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    report = tmp_path / "runs" / "real" / "report.html"
-    assert "report           runs/real/report.html" in done.stdout
-    browser.open(report)
+    return folder, done.stdout
+
+
+def test_training_ends_with_its_report(trained):
+    """The run's folder holds the page and its figures, and the last line printed says where."""
+    folder, printed = trained
+    assert "report           runs/real/report.html" in printed
+    figures = folder / "runs" / "real" / "report_figures"
+    assert {path.stem for path in figures.glob("*.svg")} == {figure.name for figure in FIGURES}
+
+
+def test_a_real_run_is_shown(browser, trained):
+    """Every figure of a real run is drawn, its questions have their images, and the console is silent."""
+    browser.open(trained[0] / "runs" / "real" / "report.html")
     assert len(browser.visible("figure svg")) == len(FIGURES)
     assert len(browser.visible("details.group")) == 12
-    assert browser.run("return [...document.images].every(i => i.naturalWidth === 64)")
-    assert browser.run("return document.images.length") == 24
+    assert browser.run("return [...document.images].map(image => image.naturalWidth)") == [64] * 24
     assert browser.messages() == []

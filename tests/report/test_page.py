@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import tomllib
@@ -11,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from rethinker.config import ConfigError
 from rethinker.policy.tiny_tokenizer import train_tokenizer
@@ -54,7 +57,14 @@ def test_the_summary_has_the_runs_facts(tmp_path):
     run = write_run(tmp_path / "run", accuracies={0: 0.5, 2: 0.75, 6: 0.625}, seed=7)
     (run / "checkpoints" / "best").mkdir()
     text = Elements(write_report([run])).text
-    for fact in ("Model tiny", "Algorithm ssr", "Seed 7", "Steps 6 ", "0.500 to 0.625", "step 2, accuracy 0.750"):
+    for fact in (
+        "Model tiny",
+        "Algorithm ssr",
+        "Seed 7",
+        "Steps 6 ",
+        "accuracy 0.500 to 0.625",
+        "step 2, accuracy 0.750",
+    ):
         assert fact in text
     assert "yes/no 0.500 to 0.625" in text and "color 0.250 to 0.312" in text
     assert "algorithm.clip_high 0.2 0.35" in text and "train.max_steps null 6" in text and "seed 0 7" in text
@@ -148,7 +158,7 @@ def test_groups_show_all_responses(tmp_path):
 
 def test_the_page_is_bounded(tmp_path, monkeypatch):
     """Many groups, long texts and large images: as many as the page says, cut in the middle, as thumbnails."""
-    long = "begin " + "x" * 50_000 + " \\boxed{end}"
+    long = "begin " + "x" * 10_000 + " \\boxed{end}"
     large = picture(1200, 900)
     many = [group(i, [(long, 1.0), (long, 0.0)], image=large) for i in range(completions.MOST_GROUPS + 30)]
     many[0] = group(0, [(f"response {i}", 1.0) for i in range(40)])
@@ -159,6 +169,9 @@ def test_the_page_is_bounded(tmp_path, monkeypatch):
     file = write_report([run])
     elements = Elements(file)
     assert file.stat().st_size < 2_000_000
+    for image in elements.all("img"):
+        shown = Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2])))
+        assert shown.size == (completions.THUMBNAIL, completions.THUMBNAIL * 3 // 4)
     assert len(elements.all("details", **{"class": "group"})) == completions.MOST_GROUPS
     assert f"{completions.MOST_GROUPS} questions with" in elements.text and "195 recorded responses" in elements.text
     assert "24 more responses not shown" in elements.text  # 40 less MOST_RESPONSES
