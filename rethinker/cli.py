@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 
 from rethinker import __version__
@@ -18,6 +19,7 @@ USAGE = """usage: rethinker COMMAND ...
   rethinker eval CHECKPOINT --benchmark NAME          answer a benchmark: accuracy with its interval, every response
   rethinker eval --compare RESULT RESULT ...          paired differences of results on the same questions
   rethinker eval --help                               list the benchmarks and all options
+  rethinker report RUN... [--output FILE.html]        one page about a run, or several side by side
   rethinker doctor                                    what is installed, what is missing, how to add it
   rethinker --version
 
@@ -40,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return guarded(lambda: _eval(arguments))
     if command == "doctor":
         return guarded(lambda: _doctor(arguments))
-    return guarded(lambda: _fail(f"unknown command {command!r}; commands are train, eval and doctor"))
+    if command == "report":
+        return guarded(lambda: _report(arguments))
+    return guarded(lambda: _fail(f"unknown command {command!r}; commands are train, eval, report and doctor"))
 
 
 def train_main(argv: Sequence[str]) -> int:
@@ -97,6 +101,36 @@ def _doctor(arguments: list[str]) -> int:
     if arguments:
         _fail(f"rethinker doctor takes no arguments, and got {arguments[0]!r}")
     return doctor.main()
+
+
+def _report(arguments: list[str]) -> int:
+    parser = ArgumentParser(
+        prog="rethinker report",
+        description="Write one HTML page about a run, or about several side by side: its figures, its settings, and "
+        "a browser of its completions. The page needs no network; the figures also lie beside it as SVG.",
+    )
+    parser.error = _fail  # one line instead of the whole usage
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, runs/<run.name>; it may be running")
+    parser.add_argument(
+        "--output", metavar="FILE.html", help="the page [report.html in the run's folder; for several runs, here]"
+    )
+    parser.add_argument(
+        "--eval",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FOLDER",
+        help="results of `rethinker eval`, for the rethinking analysis: of the model trained without forced "
+        "rethinking, in its modes normal, forced and oracle, and of the one trained with it",
+    )
+    if "-h" in arguments or "--help" in arguments:
+        print(parser.format_help(), end="")
+        return 0
+    options = parser.parse_args(arguments)
+    from rethinker.report.page import write_report
+
+    print(write_report(options.runs, options.output, options.eval))
+    return 0
 
 
 def _fail(message: str) -> int:

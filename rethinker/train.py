@@ -36,7 +36,8 @@ from rethinker.evaluation.validation import Accuracy, validate
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
 from rethinker.policy.throughput import model_flops_utilization, peak_memory_gb
-from rethinker.report.figures import learning_curve
+from rethinker.report.learning import learning_curve
+from rethinker.report.page import report_or_warning
 from rethinker.rollout import RolloutEngine, make_engine
 from rethinker.rollout.rethinking import Rethinker, make_triggers, released_reward
 from rethinker.runtime import distributed
@@ -168,11 +169,13 @@ def train(config: Config) -> Run:
             episode += 1
 
         save(policy, run.folder / "checkpoints" / "last")
+        report = None
         if ranks.is_main:
             learning_curve([run.folder], run.folder / "learning.png")
+            report = report_or_warning(run.folder)
         improved = best is not before
         result = Run(run.folder, metrics, run.folder / "checkpoints" / ("best" if improved else "last"), before, after)
-        display.summary(result)
+        display.summary(result, report)
     return result
 
 

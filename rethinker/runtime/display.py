@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -80,7 +81,7 @@ class Display:
             details = f" ({details})" if len(accuracy.by_category) > 1 else ""
             self._print(f"greedy accuracy {when}: {accuracy.overall:.3f} of {accuracy.questions} questions{details}")
 
-    def summary(self, run: Run) -> None:
+    def summary(self, run: Run, report: Path | None = None) -> None:
         """Say what was learned, how long it took and where the run lies."""
         self.__exit__()
         steps = len(run.metrics)
@@ -100,6 +101,7 @@ class Display:
                     for name, value in after.by_category.items()
                 ]
         lines += [f"checkpoint       {run.best_checkpoint}", f"run              {run.folder}"]
+        lines += [f"report           {report}"] if report else []
         self._print("\n".join(lines))
 
     def _print(self, text: str) -> None:

@@ -1,50 +1,28 @@
-"""Figures show the run's own numbers, at their own steps."""
+"""Figures show the runs' own numbers, told apart by algorithm, and say nothing where there is nothing to show."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from rethinker.algorithm.selection import ADVANTAGE_BINS
 from rethinker.config import ConfigError
 from rethinker.report import figures
+from rethinker.report.drawing import MOST_POINTS, new_figure, save_figure, thinned
+from rethinker.report.rethinking import compare, read_evaluations, rethinking_analysis
+from rethinker.report.runs import read_runs
+from tests.report.examples import HISTOGRAMS, write_evaluation, write_run
 
-REWARDS = [0.40, 0.44, 0.52, 0.48, 0.60]
-
-
-def write_run(folder, rewards, accuracies=None, torn=""):
-    """A run whose step i (from 1) sampled rewards[i - 1], with accuracies by step."""
-    accuracies = accuracies or {}
-    rows = [{"step": 0, "val_accuracy": accuracies[0]}] if 0 in accuracies else []
-    rows += [
-        {
-            "step": step,
-            "reward_mean": reward,
-            "effective_query_ratio": 1 - step / 10,
-            "replay_fraction": step / 10,
-            "val_accuracy": accuracies.get(step),
-        }
-        for step, reward in enumerate(rewards, start=1)
-    ]
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
-    return folder
+ALGORITHMS = ("grpo", "filter", "ssr")
 
 
 @pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """Draws the learning curve of some runs; returns its two panels."""
-
-    def draw(*folders):
-        kept = []
-        monkeypatch.setattr(figures, "_save", lambda figure, output: kept.append(figure) or output)
-        figures.learning_curve(folders, tmp_path / "learning.svg")
-        return kept[0].axes
-
-    return draw
+def three(tmp_path):
+    """A run of each algorithm, with validations."""
+    accuracies = {"grpo": {0: 0.5, 6: 0.6}, "filter": {0: 0.5, 6: 0.65}, "ssr": {0: 0.5, 3: 0.6, 6: 0.7}}
+    return read_runs([write_run(tmp_path / f"run_{a}", a, accuracies=accuracies[a]) for a in ALGORITHMS])
 
 
 def lines(axes):
@@ -52,61 +30,180 @@ def lines(axes):
     return {line.get_label(): line.get_data() for line in axes.get_lines() if not line.get_label().startswith("_")}
 
 
-def test_one_run_is_drawn_at_its_own_steps(drawn, tmp_path):
-    """Rewards and shares stand at steps 1..n; accuracies where they were measured, step 0 included."""
-    above, below = drawn(write_run(tmp_path / "run", REWARDS, {0: 0.5, 2: 0.55, 5: 0.65}))
-    upper, lower = lines(above), lines(below)
-    np.testing.assert_allclose(upper["sampled reward"], [[1, 2, 3, 4, 5], REWARDS])
-    np.testing.assert_allclose(upper["greedy held-out accuracy"], [[0, 2, 5], [0.5, 0.55, 0.65]])
-    np.testing.assert_allclose(lower["queries with an advantage"][1], [0.9, 0.8, 0.7, 0.6, 0.5])
-    np.testing.assert_allclose(lower["pairs from replay"][1], [0.1, 0.2, 0.3, 0.4, 0.5])
-    assert {text.get_text() for text in above.texts} == {"0.500", "0.650"}
+def heights(axes):
+    """Bars by label: label -> heights."""
+    return {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
 
 
-def test_long_runs_are_smoothed_without_shifting(drawn, tmp_path):
-    """The average is centred: of a straight line it is the line, away from the ends; the single steps stay visible."""
-    rewards = [step / 60 for step in range(60)]
-    above, _ = drawn(write_run(tmp_path / "run", rewards))
-    smooth = lines(above)["sampled reward, mean of 7 steps"][1]
-    np.testing.assert_allclose(smooth[3:-3], rewards[3:-3])
-    np.testing.assert_allclose(above.get_lines()[0].get_ydata(), rewards)
+def test_algorithms_are_drawn_side_by_side(three):
+    """Accuracy and effective queries: one line per run, named by its algorithm, at the run's own steps."""
+    (axes,) = figures.validation_curves(three).axes
+    assert list(lines(axes)) == list(ALGORITHMS)
+    np.testing.assert_allclose(lines(axes)["ssr"], [[0, 3, 6], [0.5, 0.6, 0.7]])
+    assert {text.get_text() for text in axes.texts} == {"0.600", "0.650", "0.700"}
+    (axes,) = figures.effective_queries(three).axes
+    np.testing.assert_allclose(lines(axes)["grpo"], [[1, 2, 3, 4, 5, 6], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]])
+    colors = [line.get_color() for line in axes.get_lines()]
+    assert len(set(colors)) == 3
 
 
-def test_seeds_are_drawn_as_mean_and_range(drawn, tmp_path):
-    """Several runs: their mean, in a band from the lowest to the highest, over the steps all of them have."""
-    first = write_run(tmp_path / "a", [0.2, 0.4, 0.6], {0: 0.5, 3: 0.7})
-    second = write_run(tmp_path / "b", [0.4, 0.8, 0.6, 0.9], {0: 0.5, 3: 0.8, 4: 0.9})
-    above, _ = drawn(first, second)
-    np.testing.assert_allclose(lines(above)["sampled reward"], [[1, 2, 3], [0.3, 0.6, 0.6]])
-    np.testing.assert_allclose(lines(above)["greedy held-out accuracy"], [[0, 3], [0.5, 0.75]])
-    rewards, accuracies = (band.get_paths()[0].vertices[:, 1] for band in above.collections)
-    assert (rewards.min(), rewards.max()) == pytest.approx((0.2, 0.8))
-    assert (accuracies.min(), accuracies.max()) == pytest.approx((0.5, 0.8))
+def test_labels_tell_runs_apart(tmp_path):
+    """The algorithm where it suffices, else with the seed, else with the name; a run given twice is drawn once."""
+    one = write_run(tmp_path / "one", "ssr", seed=0)
+    two = write_run(tmp_path / "two", "ssr", seed=1)
+    again = write_run(tmp_path / "again", "ssr", seed=1)
+    other = write_run(tmp_path / "other", "grpo")
+    assert [run.label for run in read_runs([one, other, one])] == ["ssr", "grpo"]
+    assert [run.label for run in read_runs([one, two, other])] == ["ssr, seed 0", "ssr, seed 1", "grpo"]
+    labels = [run.label for run in read_runs([one, two, again])]
+    assert labels == ["ssr, seed 0", "ssr, two", "ssr, again"]
 
 
-def test_missing_numbers_are_left_out(drawn, tmp_path):
-    """A null reward (a non-finite number), a run without validation and a half-written last line are no obstacle."""
-    above, _ = drawn(write_run(tmp_path / "run", [0.2, None, 0.6], torn='{"step": 4, "rew'))
-    assert list(lines(above)) == ["sampled reward"]
-    np.testing.assert_allclose(lines(above)["sampled reward"], [[1, 3], [0.2, 0.6]])
+def test_advantages_are_counted_over_all_steps(three):
+    """The histogram's bars are each run's shares of trained pairs, in per cent; they have the trainer's bins."""
+    (axes,) = figures.advantages(three).axes
+    for algorithm in ALGORITHMS:
+        counts = 6 * np.array(HISTOGRAMS[algorithm]) * [1, 1, 3.5, 1, 1, 1]  # examples: bin 2 grows with the step
+        np.testing.assert_allclose(heights(axes)[algorithm], 100 * counts / counts.sum())
+    assert len(figures.ADVANTAGES) == len(ADVANTAGE_BINS) - 1
+    for words, edge in zip(figures.ADVANTAGES[1:-1], ADVANTAGE_BINS[2:-1], strict=True):
+        assert words.endswith(f"to {edge:g}")
 
 
-@pytest.mark.parametrize(("suffix", "begins"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
-def test_files_are_written_and_repeatable(tmp_path, suffix, begins):
-    """The suffix chooses the format, and the same metrics give the same bytes."""
-    run = write_run(tmp_path / "run", REWARDS, {0: 0.5, 5: 0.6})
-    files = [figures.learning_curve([run], tmp_path / f"{name}.{suffix}") for name in ("once", "again")]
-    assert files[0].read_bytes().startswith(begins)
-    assert files[0].read_bytes() == files[1].read_bytes()
+def test_times_add_up_to_the_step(tmp_path, three):
+    """Phases and the rest stack to step_s, over the steps of one run and as the mean of several."""
+    (axes,) = figures.phase_times([three[2]]).axes
+    stacked = heights(axes)
+    assert list(stacked) == ["rollout", "reward", "train", "sync", "other"]
+    np.testing.assert_allclose(stacked["rollout"], [2, 0, 2, 0, 2, 0])
+    np.testing.assert_allclose(np.sum(list(stacked.values()), axis=0), [4.0] * 6)
+    (axes,) = figures.phase_times(three).axes
+    widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
+    np.testing.assert_allclose(widths["rollout"], [1.0] * 3)
+    np.testing.assert_allclose(np.sum(list(widths.values()), axis=0), [4.0] * 3)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    """The command names the folder and what is missing, in one line, and ends with code 2."""
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="no step"):
-        figures.learning_curve([write_run(tmp_path / "unborn", [], {0: 0.5})], tmp_path / "learning.svg")
-    command = [sys.executable, "-m", "rethinker.report.figures", "empty", "--output", "learning.svg"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "empty has no metrics.jsonl" in done.stderr
-    assert not (tmp_path / "learning.svg").exists()
+def test_replay_is_of_the_runs_that_replay(three):
+    """Fraction, size and age of ssr's buffer, in the colour that ssr has elsewhere; without ssr no such figure."""
+    share, size, age = figures.replay(three).axes
+    assert list(lines(share)) == ["ssr"]
+    np.testing.assert_allclose(lines(share)["ssr"][1], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    np.testing.assert_allclose(lines(size)["ssr"][1], [50, 100, 150, 200, 250, 300])
+    np.testing.assert_allclose(lines(age)["ssr"][1], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    elsewhere = {line.get_label(): line.get_color() for line in figures.effective_queries(three).axes[0].get_lines()}
+    assert share.get_lines()[0].get_color() == elsewhere["ssr"]
+    assert figures.replay(three[:2]) is None
+
+
+def test_lengths_and_policy_metrics(three):
+    """Response length with the rethinking ratio below; entropy, clipping, KL, mismatch, gradient norm and loss."""
+    length, rethinking = figures.response_lengths(three).axes
+    np.testing.assert_allclose(lines(length)["filter"][1], [21, 22, 23, 24, 25, 26])
+    np.testing.assert_allclose(lines(rethinking)["filter"][1], np.arange(1, 7) * 0.02)
+    panels = {
+        axes.get_title(loc="left"): lines(axes) for axes in figures.policy_health(three).axes if axes.get_visible()
+    }
+    np.testing.assert_allclose(panels["entropy (nats)"]["grpo"][1], 1 / np.arange(1, 7))
+    np.testing.assert_allclose(panels["clipped tokens"]["grpo above"][1], [0.02] * 6)
+    np.testing.assert_allclose(panels["clipped tokens"]["grpo below"][1], [0.01] * 6)
+    assert "KL to reference" not in panels and len(panels) == 6
+
+
+def test_nothing_to_draw_is_no_figure(tmp_path):
+    """A run that logged a reward alone has the reward's figure and no other."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "reward_mean": 0.5}\n{"step": 2, "reward_mean": null}\n')
+    runs = read_runs([folder])
+    for draw in (figures.validation_curves, figures.effective_queries, figures.advantages, figures.replay):
+        assert draw(runs) is None
+    for draw in (figures.response_lengths, figures.policy_health, figures.phase_times):
+        assert draw(runs) is None
+    np.testing.assert_allclose(lines(figures.rewards(runs).axes[0])["bare"], [[1], [0.5]])
+
+
+def test_long_lines_are_thinned_to_means():
+    """However long the run, a line has a bounded number of points; each is the mean of its stretch."""
+    steps, values = thinned(np.arange(10 * MOST_POINTS), np.arange(10.0 * MOST_POINTS) * 2)
+    assert steps.size == MOST_POINTS
+    np.testing.assert_allclose(steps[:2], [4.5, 14.5])
+    np.testing.assert_allclose(values, steps * 2)
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    """A name with dollar signs is no formula and one that begins with _ is no secret; markup in it stays text."""
+    hostile = ["_run$\\frac{$", "$\\frac{$", "</svg><script>alert(1)</script>"]
+    folders = [write_run(tmp_path / str(i), "ssr") for i in range(3)]
+    runs = read_runs(folders)
+    runs = [replace(run, label=name) for run, name in zip(runs, hostile, strict=True)]
+    figure = figures.rewards(runs)
+    svg = save_figure(figure, tmp_path / "reward.svg").read_text()
+    assert "_run$\\frac{$" in svg
+    assert "<script" not in svg and "&lt;script&gt;alert(1)" in svg
+
+
+def test_rethinking_analysis(tmp_path):
+    """Relative improvement over the baseline in per cent: forced, oracle, trained with it; its ratio as a line."""
+    base, trained = "runs/plain/checkpoints/best", "runs/forced/checkpoints/best"
+    results = {
+        (trained, "normal"): (0.60, 0.33),  # first on purpose: the baseline is the one that was probed
+        (base, "normal"): (0.50, 0.30),
+        (base, "forced"): (0.55, 0.27),
+        (base, "oracle"): (0.65, 0.36),
+    }
+    for (model, mode), values in results.items():
+        for benchmark, accuracy, ratio in zip(("MathVista", "EMMA"), values, (0.2, 0.8), strict=True):
+            folder = tmp_path / f"{len(list(tmp_path.iterdir())):02d}"
+            write_evaluation(folder, model, benchmark, mode, accuracy, ratio)
+    comparison = compare(read_evaluations([tmp_path]))
+    assert (comparison.baseline, comparison.trained) == (base, [trained])
+    bars, line = rethinking_analysis(comparison).axes
+    drawn = heights(bars)
+    np.testing.assert_allclose(drawn["rethinking forced"], [10, -10])
+    np.testing.assert_allclose(drawn["forced where wrong (upper bound)"], [30, 20])
+    np.testing.assert_allclose(drawn["trained with it"], [20, 10])
+    np.testing.assert_allclose(lines(line)["rethinks by itself, %"][1], [20, 80])
+    assert [tick.get_text() for tick in bars.get_xticklabels()] == ["MathVista", "EMMA"]
+    save_figure(bars.figure, tmp_path / "rethinking.svg")
+
+
+def test_incomplete_evaluations(tmp_path):
+    """What was not evaluated has no bar; a baseline alone, or one that is never right, gives no figure."""
+    write_evaluation(tmp_path / "a", "base", "one", "normal", 0.5)
+    alone = compare(read_evaluations([tmp_path / "a"]))
+    assert rethinking_analysis(alone) is None
+    write_evaluation(tmp_path / "b", "base", "one", "forced", 0.6)
+    write_evaluation(tmp_path / "c", "base", "two", "normal", 0.5)
+    write_evaluation(tmp_path / "d", "base", "three", "normal", 0.0)
+    comparison = compare(read_evaluations([tmp_path]))
+    assert comparison.benchmarks == ["one", "two"]
+    drawn = heights(rethinking_analysis(comparison).axes[0])
+    np.testing.assert_allclose(drawn["rethinking forced"], [20, np.nan])
+    write_evaluation(tmp_path / "e" / "z", "base", "zero", "normal", 0.0)
+    assert compare(read_evaluations([tmp_path / "e"])) is None and compare([]) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "holds no result.json"),
+        ("{", "no result of"),
+        ("[]", "no result of"),
+        ('{"model": "m", "benchmark": "b", "mode": "normal"}', "lacks 'accuracy'"),
+        ('{"model": "m", "benchmark": "b", "mode": "odd", "accuracy": 1}', "mode 'odd'.*normal, forced, oracle"),
+    ],
+)
+def test_results_that_cannot_be_read_are_named(tmp_path, content, message):
+    """The error names the folder or the file and what is wrong with it."""
+    if content is not None:
+        (tmp_path / "result.json").write_text(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_evaluations([tmp_path])
+    assert str(tmp_path) in str(error.value)
+
+
+def test_the_same_numbers_give_the_same_file(tmp_path, three):
+    """Figures are repeatable to the byte."""
+    first, second = (save_figure(figures.rewards(three), tmp_path / f"{n}.svg").read_bytes() for n in "ab")
+    assert first == second and b"<text" in first
+    assert new_figure(1, 1).axes == []

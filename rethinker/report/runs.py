@@ -1,0 +1,139 @@
+"""What the report knows of a run: its settings, its metrics by step, its validations, and a label for figures."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from rethinker.config import ConfigError
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as its folder tells it; a run that is still going on, or was killed, has fewer steps."""
+
+    folder: Path
+    settings: dict[str, Any]
+    """config.yaml with dotted keys; empty where the file is missing."""
+    steps: list[dict[str, Any]]
+    """Rows of metrics.jsonl, one per optimizer step."""
+    validations: list[dict[str, Any]]
+    """Rows of validation.jsonl, the first from before training (step 0); empty without validation."""
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of the folder: run.name."""
+        return self.folder.resolve().name
+
+    @property
+    def algorithm(self) -> str | None:
+        """grpo, filter or ssr."""
+        return self.settings.get("algorithm.name")
+
+    @property
+    def last_step(self) -> int:
+        """The last optimizer step that was logged."""
+        return max(row["step"] for row in self.steps)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has saved the model it ended with."""
+        return (self.folder / "checkpoints" / "last").is_dir()
+
+    def series(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps at which the run has the metric, and its values: [steps], [steps]. Null and missing ones are left out.
+
+        An accuracy may stand in a step's row, in a validation's, or in both.
+        """
+        values = {row["step"]: row[metric] for row in self.steps + self.validations if row.get(metric) is not None}
+        steps = sorted(values)
+        return np.array(steps), np.array([values[step] for step in steps], dtype=float)
+
+    def has(self, metric: str) -> bool:
+        """Whether the metric is anywhere above zero."""
+        return bool((self.series(metric)[1] > 0).any())
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read a run's folder; its label is its name.
+
+    Raises:
+        ConfigError: the folder is no run's, it has no step yet, or one of its files is damaged.
+    """
+    folder = Path(folder)
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        below = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
+        wanted = f"one of its runs: {', '.join(below[:8])}" if below else "the folder of a run, as runs/<run.name>"
+        raise ConfigError(f"{folder} has no metrics.jsonl; name {wanted}")
+    steps = _read_lines(file)
+    if not any(row.get("reward_mean") is not None for row in steps):
+        raise ConfigError(f"{file} has no step with a reward_mean yet, so there is nothing to draw")
+    validations = folder / "validation.jsonl"
+    run = RunRecord(folder, _read_settings(folder / "config.yaml"), steps, _read_lines(validations))
+    return replace(run, label=run.name)
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
+    """Read several runs, each once, labelled so that figures can tell them apart.
+
+    A run's label is its `algorithm.name`; runs that share it also give their seed, or else their names.
+
+    Raises:
+        ConfigError: as `read_run`.
+    """
+    runs = [read_run(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()]
+    labellings: list[Callable[[RunRecord], str]] = [
+        lambda run: run.algorithm or run.name,
+        lambda run: f"{run.algorithm or run.name}, seed {run.settings.get('seed', '?')}",
+        lambda run: f"{run.algorithm}, {run.name}" if run.algorithm else run.name,
+        lambda run: f"{run.algorithm or 'run'}, {run.folder}",
+    ]
+    labels = [labellings[0](run) for run in runs]
+    for labelling in labellings[1:]:
+        often = Counter(labels)
+        labels = [label if often[label] == 1 else labelling(run) for run, label in zip(runs, labels, strict=True)]
+    return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, without a last line that a killed run left half-written; [] without the file."""
+    if not file.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(file.read_text("utf-8", errors="replace").splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(f"{file} line {number} is no JSON object with a step: {line[:60]!r}") from None
+        rows.append(row)
+    return rows
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from None
+    return _flat(content if isinstance(content, dict) else {})
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; a setting that is itself a mapping keeps its entries, also dotted."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,290 @@
+"""The page tells a run's own facts, escapes what models wrote, stays bounded, and does without missing parts."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import tomllib
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from rethinker.config import ConfigError
+from rethinker.policy.tiny_tokenizer import train_tokenizer
+from rethinker.report import completions, page
+from rethinker.report.contents import FIGURES
+from rethinker.report.page import report_or_warning, write_report
+from rethinker.report.runs import read_run
+from rethinker.report.triggers import TriggerFinder
+from rethinker.samples import Rethought
+from tests.report.examples import TRIGGER, forced, group, picture, write_evaluation, write_run
+
+ROOT = Path(__file__).parents[2]
+
+
+class Elements(HTMLParser):
+    """The page's elements with their attributes, and its text."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.found: list[tuple[str, dict[str, str]]] = []
+        self.words: list[str] = []
+        self.feed(file.read_text("utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str, **attributes: str) -> list[dict[str, str]]:
+        """Attributes of the elements with this tag (and these attributes)."""
+        return [a for t, a in self.found if t == tag and all(a.get(k) == v for k, v in attributes.items())]
+
+
+def test_the_summary_has_the_runs_facts(tmp_path):
+    """Model, algorithm, seed, steps, first and last accuracy, best checkpoint, categories, changed settings."""
+    run = write_run(tmp_path / "run", accuracies={0: 0.5, 2: 0.75, 6: 0.625}, seed=7)
+    (run / "checkpoints" / "best").mkdir()
+    text = Elements(write_report([run])).text
+    for fact in (
+        "Model tiny",
+        "Algorithm ssr",
+        "Seed 7",
+        "Steps 6 ",
+        "accuracy 0.500 to 0.625",
+        "step 2, accuracy 0.750",
+    ):
+        assert fact in text
+    assert "yes/no 0.500 to 0.625" in text and "color 0.250 to 0.312" in text
+    assert "algorithm.clip_high 0.2 0.35" in text and "train.max_steps null 6" in text and "seed 0 7" in text
+    assert "clip_low" not in text
+
+
+def test_the_page_needs_nothing_else(tmp_path):
+    """No element refers to anything outside the page; ids are unique and what refers to one finds it."""
+    runs = [write_run(tmp_path / a, a, accuracies={0: 0.1, 6: 0.2}) for a in ("grpo", "ssr")]
+    write_evaluation(tmp_path / "e0", "base", "b", "normal", 0.5)
+    write_evaluation(tmp_path / "e1", "base", "b", "forced", 0.6)
+    file = write_report(runs, tmp_path / "page.html", [tmp_path / "e0", tmp_path / "e1"])
+    elements = Elements(file)
+    ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    links = [a[name] for _, a in elements.found for name in ("href", "xlink:href", "src") if name in a]
+    assert links and {link for link in links if not link.startswith("data:")} <= {f"#{i}" for i in ids}
+    clips = re.findall(r"url\(#([^)]*)\)", file.read_text())
+    assert clips and set(clips) <= set(ids)
+    assert not elements.all("link") and "@import" not in file.read_text()
+
+
+def test_every_figure_lies_beside_the_page(tmp_path):
+    """One SVG file per figure of the page, described for screen readers; a figure that is gone leaves no old file."""
+    run = write_run(tmp_path / "run", accuracies={0: 0.1, 6: 0.2})
+    elements = Elements(write_report([run]))
+    names = {figure.name for figure in FIGURES}
+    assert {path.stem for path in (run / "report_figures").glob("*.svg")} == names
+    shown = elements.all("svg", role="img")
+    assert len(shown) == len(names) and all(len(svg["aria-label"]) > 10 for svg in shown)
+    assert "ssr: 0.1 at step 0, 0.2 at step 6." not in elements.text  # in the label, not in the text
+    assert any("0.1 at step 0, 0.2 at step 6" in svg["aria-label"] for svg in shown)
+    (run / "validation.jsonl").unlink()
+    write_report([run])
+    assert not (run / "report_figures" / "validation.svg").exists()
+
+
+def test_missing_parts_are_said_in_words(tmp_path):
+    """No settings, validation, completions, evaluations or replay: a sentence each, and the page all the same."""
+    run = write_run(tmp_path / "run", "grpo", finished=False, steps=3)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')  # the run is being written
+    elements = Elements(write_report([run]))
+    assert "3 of 3 so far (running, or ended early)" in elements.text
+    missing = {attributes["id"] for attributes in elements.all("p", **{"class": "missing"}) if "id" in attributes}
+    assert missing == {"missing-validation", "missing-replay", "missing-rethinking"}
+    assert "No completions are recorded" in elements.text
+    (run / "config.yaml").unlink()
+    assert "Sampled reward" in Elements(write_report([run])).text
+
+
+def test_what_others_wrote_is_text(tmp_path):
+    """Markup in a response, a question, a name, a setting or a result is shown, and is no element of the page."""
+    places = ("response", "question", "answer", "category", "id", "label", "setting", "model", "benchmark")
+    scripts = {place: f"<script>document.title = '{place}'</script>" for place in places}
+    shown = group(0, [(scripts["response"], 1.0), ("no", 0.0)], scripts["question"], scripts["category"])
+    query = replace(shown.query, answer=scripts["answer"], id=scripts["id"])
+    run = write_run(tmp_path / "run", groups=[replace(shown, query=query)])
+    config = (run / "config.yaml").read_text()
+    for key, value, place in (("name", "ssr", "label"), ("function", "boxed", "setting")):
+        assert f"{key}: {value}\n" in config
+        config = config.replace(f"{key}: {value}\n", f"{key}: {json.dumps(scripts[place])}\n")
+    (run / "config.yaml").write_text(config)
+    for mode, accuracy in (("normal", 0.5), ("forced", 0.6)):
+        write_evaluation(tmp_path / "evals" / mode, scripts["model"], scripts["benchmark"], mode, accuracy)
+    elements = Elements(
+        write_report([run, write_run(tmp_path / "other")], tmp_path / "page.html", [tmp_path / "evals"])
+    )
+    assert len(elements.all("script")) == 1  # the page's own
+    for script in scripts.values():
+        assert script in "".join(elements.words)
+
+
+def test_groups_show_all_responses(tmp_path):
+    """Question, answer, image, verdict, reward and advantage of every response; forced triggers are marked."""
+    text = f"three. {TRIGGER} ... four"
+    texts = [("four", 1.0), (text, 1.0), ("Wait, let me re-examine. five", 0.0), ("", 0.0)]
+    run = write_run(tmp_path / "run", groups=[group(3, texts, image=picture(), rethought={1: forced(text)})])
+    file = write_report([run])
+    elements = Elements(file)
+    responses = elements.all("li")
+    assert [r["data-verdict"] for r in responses] == ["right", "right", "wrong", "wrong"]
+    assert [r["data-rethought"] for r in responses] == ["no", "yes", "yes", "no"]
+    assert "answer four" in elements.text and "2 of 4 right" in elements.text and "advantage +0.500" in elements.text
+    assert "rethinking forced: self_verification" in elements.text and "(empty)" in elements.text
+    marked = re.findall(r"<mark[^>]*>(.*?)</mark>", file.read_text(), flags=re.DOTALL)
+    assert [m.replace("&#39;", "'").strip() for m in marked] == [TRIGGER.strip()]
+    (image,) = elements.all("img")
+    assert image["src"].startswith("data:image/jpeg;base64,") and "q3" in image["alt"]
+
+
+def test_the_page_is_bounded(tmp_path, monkeypatch):
+    """Many groups, long texts and large images: as many as the page says, cut in the middle, as thumbnails."""
+    long = "begin " + "x" * 10_000 + " \\boxed{end}"
+    large = picture(1200, 900)
+    many = [group(i, [(long, 1.0), (long, 0.0)], image=large) for i in range(completions.MOST_GROUPS + 30)]
+    many[0] = group(0, [(f"response {i}", 1.0) for i in range(40)])
+    missing = [group(999, [("a", 1.0)], image=str(tmp_path / "gone.png"))]
+    run = write_run(tmp_path / "run", groups=many + missing)
+    (run / "completions" / "episode_00001.parquet").write_bytes(b"half")
+    monkeypatch.setattr(completions, "random", SimpleNamespace(Random=lambda seed: _First()))
+    file = write_report([run])
+    elements = Elements(file)
+    assert file.stat().st_size < 2_000_000
+    for image in elements.all("img"):
+        shown = Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2])))
+        assert shown.size == (completions.THUMBNAIL, completions.THUMBNAIL * 3 // 4)
+    assert len(elements.all("details", **{"class": "group"})) == completions.MOST_GROUPS
+    assert f"{completions.MOST_GROUPS} questions with" in elements.text and "195 recorded responses" in elements.text
+    assert "24 more responses not shown" in elements.text  # 40 less MOST_RESPONSES
+    assert "characters left out" in elements.text and "\\boxed{end}" in elements.text
+    assert "1 image could not be read" in elements.text
+    assert "Could not be read: run/episode_00001.parquet" in elements.text
+
+
+class _First:
+    """Draws the last ones, and the very first: the odd groups of the test above."""
+
+    def sample(self, numbers, count):
+        return [numbers[0], *numbers[len(numbers) - count + 1 :]]
+
+
+def test_the_sample_covers_the_run(tmp_path):
+    """Groups come from the first episode to the last, over all runs alike, and are the same each time."""
+    from rethinker.runtime.run_directory import write_completions
+
+    runs = []
+    for name in ("grpo", "ssr"):
+        folder = write_run(tmp_path / name, name, groups=[])
+        for episode in range(100):
+            write_completions(folder / "completions", episode, [group(i, {"a": 1.0}) for i in range(5)])
+        runs.append(read_run(folder))
+    first, again = (completions.sample_completions(runs) for _ in range(2))
+    assert first == again and first.responses == 1000 and len(first.groups) == completions.MOST_GROUPS
+    for run in runs:
+        episodes = [shown.episode for shown in first.groups if shown.run == run.label]
+        assert len(episodes) == completions.MOST_GROUPS // 2 and episodes == sorted(episodes)
+        assert (episodes[0], episodes[-1]) == (0, 99)
+
+
+def test_triggers_are_found_by_tokens(tmp_path):
+    """With the run's tokenizer the span is that of the tokens, whatever the trigger says, however often it occurs."""
+    tokenizer = train_tokenizer(["Hm, is that so? a red circle."])
+    run = write_run(tmp_path / "run")
+    tokenizer.save_pretrained(run / "checkpoints" / "last")
+    pieces = ["Hm, is that so? a ré circle.", "\n\nHm, is that so?", " Hm, is that so? no."]
+    ids = [tokenizer.encode(piece) for piece in pieces]
+    spans = Rethought(len(ids[0]), len(ids[0]) + len(ids[1]), "mine")
+    text = "".join(pieces)
+    start, end = TriggerFinder(read_run(run)).find(text, [token for piece in ids for token in piece], spans)
+    assert text[start:end] == pieces[1] and start == len(pieces[0])
+
+
+def test_triggers_are_found_by_their_words(tmp_path):
+    """Without a tokenizer it is the trigger's words nearest to its place; a text without them has no mark."""
+    finder = TriggerFinder(read_run(write_run(tmp_path / "run")))
+    text = "Wait, let's double check" + "." * 60 + TRIGGER + "." * 10
+    start, end = finder.find(text, list(range(len(text))), Rethought(84, 110, "self_verification"))
+    assert (start, text[start:end]) == (text.rindex("Wait"), TRIGGER.strip())
+    assert finder.find("nothing of the kind", [1, 2, 3], Rethought(1, 2, "self_verification")) is None
+
+
+def test_a_failed_report_is_one_warning(tmp_path, capsys, monkeypatch):
+    """Whatever goes wrong in it, training gets None back and one line is told."""
+    run = write_run(tmp_path / "run")
+    assert report_or_warning(run) == run / "report.html"
+    monkeypatch.setattr(page, "sample_completions", lambda runs: 1 / 0)
+    assert report_or_warning(run) is None
+    error = capsys.readouterr().err
+    assert error.startswith("warning: no report: ZeroDivisionError") and error.count("\n") == 1
+
+
+def test_command(rethinker, tmp_path):
+    """`rethinker report` writes the page and prints its path; a mistake is one line and exit code 2."""
+    write_run(tmp_path / "runs" / "one")
+    write_run(tmp_path / "runs" / "two", "grpo")
+    done = rethinker("report", "runs/one", "runs/two", "--output", "both.html")
+    assert (done.returncode, done.stdout) == (0, "both.html\n"), done.stderr
+    assert (tmp_path / "both_figures" / "reward.svg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: RUN"),
+        (["nowhere"], "nowhere has no metrics.jsonl"),
+        (["."], "name one of its runs: empty, odd, run"),
+        (["empty"], "no step with a reward_mean yet"),
+        (["odd"], "metrics.jsonl line 1 is no JSON object with a step"),
+        (["run", "--output", "page.txt"], r"page.txt.*\.html"),
+        (["run", "--output", "run/config.yaml/page.html"], "cannot be written"),
+        (["run", "--eval", "run"], "--eval run holds no result.json"),
+        (["run", "--colour"], "--colour"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, monkeypatch, capsys, arguments, message):
+    """No such run, none in it, no step yet, a damaged file, nowhere to write: one line and exit code 2."""
+    from rethinker import cli
+
+    write_run(tmp_path / "run")
+    for name, content in (("empty", ""), ("odd", "[1]\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error), error
+
+
+def test_no_run_can_be_read_as_another(tmp_path):
+    """Damaged settings are named too."""
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match=r"config\.yaml is not readable YAML"):
+        write_report([run])
+
+
+def test_the_templates_are_packaged():
+    """The wheel takes the page's template, style and script along."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["rethinker"]
+    package = ROOT / "rethinker"
+    packaged = {path for pattern in patterns for path in package.glob(pattern)}
+    assert {package / "report" / f"page.{kind}" for kind in ("html", "css", "js")} <= packaged
