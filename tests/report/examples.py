@@ -115,7 +115,7 @@ def picture(width: int = 64, height: int = 64, color: str = "teal") -> bytes:
 def forced(text: str) -> Rethought:
     """Where TRIGGER stands in a text whose tokens are its characters."""
     start = text.index(TRIGGER)
-    return Rethought(start, start + len(TRIGGER), "self_verification")
+    return Rethought(start, start + len(TRIGGER), "self_verification", start, start + len(TRIGGER))
 
 
 def write_evaluation(folder: Path, model: str, benchmark: str, mode: str, accuracy: float, ratio: float = 0.5) -> Path:

@@ -212,7 +212,8 @@ def test_triggers_are_found_by_tokens(tmp_path):
     tokenizer.save_pretrained(run / "checkpoints" / "last")
     pieces = ["Hm, is that so? a ré circle.", "\n\nHm, is that so?", " Hm, is that so? no."]
     ids = [tokenizer.encode(piece) for piece in pieces]
-    spans = Rethought(len(ids[0]), len(ids[0]) + len(ids[1]), "mine")
+    start, end = len(ids[0]), len(ids[0]) + len(ids[1])
+    spans = Rethought(start, end, "mine", start, end)
     text = "".join(pieces)
     start, end = TriggerFinder(read_run(run)).find(text, [token for piece in ids for token in piece], spans)
     assert text[start:end] == pieces[1] and start == len(pieces[0])
@@ -222,9 +223,9 @@ def test_triggers_are_found_by_their_words(tmp_path):
     """Without a tokenizer it is the trigger's words nearest to its place; a text without them has no mark."""
     finder = TriggerFinder(read_run(write_run(tmp_path / "run")))
     text = "Wait, let's double check" + "." * 60 + TRIGGER + "." * 10
-    start, end = finder.find(text, list(range(len(text))), Rethought(84, 110, "self_verification"))
+    start, end = finder.find(text, list(range(len(text))), Rethought(84, 110, "self_verification", 84, 110))
     assert (start, text[start:end]) == (text.rindex("Wait"), TRIGGER.strip())
-    assert finder.find("nothing of the kind", [1, 2, 3], Rethought(1, 2, "self_verification")) is None
+    assert finder.find("nothing of the kind", [1, 2, 3], Rethought(1, 2, "self_verification", 1, 2)) is None
 
 
 def test_a_failed_report_is_one_warning(tmp_path, capsys, monkeypatch):
