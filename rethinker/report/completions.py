@@ -185,7 +185,9 @@ def _response(row: dict[str, Any], finder: TriggerFinder) -> Response:
     pieces = [(text, False)] if span is None else [(text[: span[0]], False), (text[slice(*span)], True)]
     pieces += [] if span is None else [(text[span[1] :], False)]
     parts = [Part(piece if is_forced else _shortened(piece), is_forced) for piece, is_forced in pieces if piece]
-    completion = Completion([], [], text, row["finish_reason"], rethought)
+    # Its own cues are those outside the trigger, which may hold several.
+    own = text if span is None else text[: span[0]] + text[span[1] :]
+    completion = Completion([], [], own, row["finish_reason"], rethought if span is None else None)
     return Response(
         parts,
         row["reward"],

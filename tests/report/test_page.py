@@ -143,6 +143,7 @@ def test_groups_show_all_responses(tmp_path):
     assert [r["data-verdict"] for r in responses] == ["right", "right", "wrong", "wrong"]
     assert [r["data-rethought"] for r in responses] == ["no", "yes", "yes", "no"]
     assert "answer four" in elements.text and "2 of 4 right" in elements.text and "advantage +0.500" in elements.text
+    assert elements.text.count("rethinks by itself") == 1  # the trigger's own "Wait" and "double check" are not its
     assert "rethinking forced: self_verification" in elements.text and "(empty)" in elements.text
     marked = re.findall(r"<mark[^>]*>(.*?)</mark>", file.read_text(), flags=re.DOTALL)
     assert [m.replace("&#39;", "'").strip() for m in marked] == [TRIGGER.strip()]
