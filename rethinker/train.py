@@ -120,8 +120,7 @@ def train(config: Config) -> Run:
             if rethinker:
                 with phase("rethink", times):
                     rethink(groups, rethinker, episode, rollout, encoder, checker, config, ranks)
-            for group in groups:
-                group.rethinks = [rethinks(completion) for completion in group.completions]
+            note_rethinking(groups, config)
             groups = share(groups, asked, first_number=episode * len(asked), ranks=ranks)
             generated += sum(group.sampled_tokens for group in groups)
             failures = sum(ranks.gather(checker.failures.total()))
@@ -224,6 +223,13 @@ def rethink(
     prompts = [encoder.encode(group.query) for group in groups]
     seed = episode_seed(config, episode, ranks, stream=1)
     rethinker.force(groups, prompts, rollout, lambda trials: judge(trials, checker, config), seed)
+
+
+def note_rethinking(groups: list[Group], config: Config) -> None:
+    """Set `group.rethinks`: which responses rethink of their own accord."""
+    for group in groups:
+        forced = [c.rethought and config.rethink.triggers.get(c.rethought.name) for c in group.completions]
+        group.rethinks = [rethinks(c.text, phrase or "") for c, phrase in zip(group.completions, forced, strict=True)]
 
 
 def make_rethinker(config: Config, encoder: PromptEncoder) -> Rethinker | None:

@@ -9,20 +9,13 @@ import pytest
 import rethinker
 from rethinker.config import Config, ConfigError, RolloutConfig, TrainConfig
 from rethinker.policy.engine import learning_rate
-from rethinker.samples import Completion, Group, Query
-from rethinker.train import interleave, judge, schedule_length
+from rethinker.samples import Completion, Group, Query, Rethought
+from rethinker.train import judge, note_rethinking, schedule_length
 
 
 def group(name: str, *texts: str) -> Group:
     completions = [Completion([1], [-1.0], text, "stop") for text in texts]
     return Group(Query(name, "?", "a"), completions, policy_version=0)
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_ranks_give_back_the_order_in_which_queries_were_drawn(world):
-    """Whatever the number of ranks, the episode's groups come in the order of its queries."""
-    queries = [group(str(i)) for i in range(13)]
-    assert interleave([queries[rank::world] for rank in range(world)]) == queries
 
 
 def test_rewards_follow_requests_not_positions():
@@ -35,8 +28,18 @@ def test_rewards_follow_requests_not_positions():
             return dict(answers)
 
     groups = [group("x", "0.5", "2"), group("y", "3"), group("z", "4", "5", "6")]
-    judge(groups, ShuffledChecker())
+    judge(groups, ShuffledChecker(), Config())
     assert [g.rewards for g in groups] == [[0.5, 2.0], [3.0], [4.0, 5.0, 6.0]]
+
+
+def test_a_forced_phrase_is_no_rethinking_of_its_own():
+    """A trigger may hold two cues and counts for none; what the response adds itself does."""
+    forced = Config().rethink.triggers["self_verification"]
+    one = group("x", "It is red." + forced + " Red.", "It is red." + forced + " Wait, blue.", "Wait, red.", "red.")
+    for completion in one.completions[:2]:
+        completion.rethought = Rethought(1, 2, "self_verification", 1, 2)
+    note_rethinking([one], Config())
+    assert one.rethinks == [False, True, True, False]
 
 
 def test_schedule_length():

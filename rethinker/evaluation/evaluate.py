@@ -54,7 +54,7 @@ class Answer:
     def rethinks(self) -> bool:
         """Whether the first answer rethinks of its own accord."""
         first = self.first or self.completion
-        return first is not None and rethinks(first)
+        return first is not None and rethinks(first.text)
 
 
 def evaluate(

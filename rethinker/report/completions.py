@@ -21,7 +21,7 @@ from rethinker.config import ConfigError
 from rethinker.evaluation.rethinking import rethinks
 from rethinker.report.runs import RunRecord
 from rethinker.report.triggers import TriggerFinder
-from rethinker.samples import Completion, Rethought
+from rethinker.samples import Rethought
 from rethinker.tasks.images import open_image
 
 MOST_GROUPS = 48
@@ -185,7 +185,8 @@ def _response(row: dict[str, Any], finder: TriggerFinder) -> Response:
     pieces = [(text, False)] if span is None else [(text[: span[0]], False), (text[slice(*span)], True)]
     pieces += [] if span is None else [(text[span[1] :], False)]
     parts = [Part(piece if is_forced else _shortened(piece), is_forced) for piece, is_forced in pieces if piece]
-    completion = Completion([], [], text, row["finish_reason"], rethought)
+    # Its own cues are those outside the trigger, which may hold several.
+    own = text if span is None else text[: span[0]] + text[span[1] :]
     return Response(
         parts,
         row["reward"],
@@ -193,7 +194,7 @@ def _response(row: dict[str, Any], finder: TriggerFinder) -> Response:
         row["finish_reason"],
         len(row["token_ids"]),
         rethought.name if rethought else None,
-        rethinks(completion),
+        rethinks(own),
     )
 
 

@@ -45,7 +45,8 @@ window.addEventListener("beforeprint", () => {
       responses += kept;
     }
     const shown = Math.min(questions, limit);
-    count.textContent = `${responses} responses of ${questions} questions` + (shown < questions ? `, ${shown} shown` : "");
+    const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+    count.textContent = `${counted(responses, "response")} of ${counted(questions, "question")}` + (shown < questions ? `, ${shown} shown` : "");
     more.hidden = shown >= questions;
   }
 

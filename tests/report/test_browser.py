@@ -93,6 +93,7 @@ def test_filters(browser, page):
     choose(browser, "rethought")
     (response,) = visible_responses(browser)
     assert response.startswith("three.") and [mark.text for mark in browser.visible("mark")] == [TRIGGER.strip()]
+    assert browser.driver.find_element("id", "count").text == "1 response of 1 question"
     choose(browser, "right")
     assert "needle3" not in visible_responses(browser) and "a red circle" in visible_responses(browser)
     choose(browser, "all")

@@ -57,15 +57,9 @@ def test_the_summary_has_the_runs_facts(tmp_path):
     run = write_run(tmp_path / "run", accuracies={0: 0.5, 2: 0.75, 6: 0.625}, seed=7)
     (run / "checkpoints" / "best").mkdir()
     text = Elements(write_report([run])).text
-    for fact in (
-        "Model tiny",
-        "Algorithm ssr",
-        "Seed 7",
-        "Steps 6 ",
-        "accuracy 0.500 to 0.625",
-        "step 2, accuracy 0.750",
-    ):
+    for fact in ("Model tiny", "Algorithm ssr", "Seed 7", "Steps 6 ", "step 2, accuracy 0.750"):
         assert fact in text
+    assert "Held-out accuracy 0.500 to 0.625" in text
     assert "yes/no 0.500 to 0.625" in text and "color 0.250 to 0.312" in text
     assert "algorithm.clip_high 0.2 0.35" in text and "train.max_steps null 6" in text and "seed 0 7" in text
     assert "clip_low" not in text
@@ -149,6 +143,7 @@ def test_groups_show_all_responses(tmp_path):
     assert [r["data-verdict"] for r in responses] == ["right", "right", "wrong", "wrong"]
     assert [r["data-rethought"] for r in responses] == ["no", "yes", "yes", "no"]
     assert "answer four" in elements.text and "2 of 4 right" in elements.text and "advantage +0.500" in elements.text
+    assert elements.text.count("rethinks by itself") == 1  # the trigger's own "Wait" and "double check" are not its
     assert "rethinking forced: self_verification" in elements.text and "(empty)" in elements.text
     marked = re.findall(r"<mark[^>]*>(.*?)</mark>", file.read_text(), flags=re.DOTALL)
     assert [m.replace("&#39;", "'").strip() for m in marked] == [TRIGGER.strip()]
