@@ -152,7 +152,7 @@ def test_help_and_checks_import_nothing_slow(capsys):
     assert "mathvista" in text and "--rollout.backend" in text and "{" not in text
     code = (
         "import sys; from rethinker import cli; cli.main(['eval', 'x/y/z', '--benchmark', 'digits']);"
-        "print([m for m in ('torch', 'transformers', 'vllm', 'deepspeed', 'datasets') if m in sys.modules])"
+        "print([m for m in ('torch', 'transformers', 'vllm', 'PIL', 'pyarrow', 'sklearn') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout == "[]\n"
