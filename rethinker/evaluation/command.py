@@ -204,6 +204,9 @@ def eval_config(checkpoint: str, overrides: Sequence[str]) -> Config:
     config.policy.model = checkpoint
     if config.rollout.backend == "recorded":
         raise ConfigError("rollout.backend=recorded has no new answers; use vllm or hf")
+    for package in ("transformers", "pyarrow", "PIL"):
+        if find_spec(package) is None:
+            raise ConfigError(f"rethinker eval needs the package {package}: {how_to_install(package)}")
     if config.rollout.backend == "vllm" and find_spec("vllm") is None:
         raise ConfigError(
             f"rollout.backend=vllm needs the package vllm: {how_to_install('vllm')}; or add --rollout.backend hf"
@@ -254,7 +257,8 @@ def _compare(arguments: list[str]) -> int:
     options = [argument for argument in arguments if argument.startswith("--")]
     if options:
         raise ConfigError(f"--compare takes result folders and nothing else, not {options[0]}")
-    if find_spec("scipy") is None:
-        raise ConfigError(f"--compare needs the package scipy: {how_to_install('scipy')}")
+    for package in ("scipy", "pyarrow"):
+        if find_spec(package) is None:
+            raise ConfigError(f"--compare needs the package {package}: {how_to_install(package)}")
     print(describe_comparison(compare_results(arguments)))
     return 0

@@ -9,7 +9,6 @@ import io
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from rethinker.config import ConfigError
 from rethinker.samples import Query
@@ -82,6 +81,8 @@ def _query(split, image: int, category: str, question: str, answer, images: tupl
 
 def _png(ink: np.ndarray) -> bytes:
     """An 8 x 8 image of ink from 0 to 16 as a PNG: dark on white, enlarged."""
+    from PIL import Image
+
     grey = np.round(255 * (1 - ink / 16)).astype(np.uint8)
     image = Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
     buffer = io.BytesIO()
