@@ -33,7 +33,7 @@ class DataConfig:
     """The questions: which data set, which columns, which prompt."""
 
     train: str = "easy_vqa"
-    """`easy_vqa`, a Hugging Face data set name or folder, or a .parquet / .jsonl file."""
+    """`easy_vqa` or `digits` (embedded), a Hugging Face data set name or folder, or a .parquet / .jsonl file."""
     train_split: str = "train"
     """Split of a Hugging Face data set to train on."""
     validation: str | None = "easy_vqa"

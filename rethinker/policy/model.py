@@ -170,5 +170,5 @@ def load_processor(folder: str | Path):
 
     try:
         return AutoProcessor.from_pretrained(folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no such folder; a folder without processor files
         raise ConfigError(f"policy.model={str(folder)!r} has no processor: {str(error).splitlines()[0]}") from error
