@@ -59,7 +59,7 @@ FIGURES = (
         "replay",
         "Selective Sample Replay",
         "Share of the batch that comes from replay, samples in the buffer, and the mean age of the drawn samples in "
-        "policy versions.",
+        "optimizer steps.",
         "None of these runs replays samples; algorithm.name: ssr does.",
         figures.replay,
     ),

@@ -130,7 +130,7 @@ def replay(runs: Runs) -> Any | None:
     figure = new_figure(WIDTH, 5.0)
     panels = figure.subplots(3, 1, sharex=True)
     names = ("replay_fraction", "replay_size", "replay_age_mean")
-    labels = ("share of the batch", "samples in the buffer", "age of draws\n(policy versions)")
+    labels = ("share of the batch", "samples in the buffer", "age of draws\n(steps)")
     for axes, name, label in zip(panels, names, labels, strict=True):
         _draw_kept(axes, runs, name)
         axes.set_ylabel(label)

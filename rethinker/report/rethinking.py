@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,13 @@ def _read(file: Path) -> Evaluation:
 def compare(evaluations: Sequence[Evaluation]) -> Comparison | None:
     """Find the baseline: the only model with forced or oracle results, or else the first one given.
 
+    Where every benchmark has a pair of models of its own, one with such results and one without, the pairs are compared
+    as if they were one, by what they are.
+
     Returns:
         None where the baseline has no normal result above zero.
     """
+    evaluations = _by_role(evaluations)
     results = {(e.model, e.benchmark, e.mode): e for e in evaluations}
     models = list(dict.fromkeys(e.model for e in evaluations))
     probed = list(dict.fromkeys(e.model for e in evaluations if e.mode != "normal"))
@@ -114,6 +118,19 @@ def compare(evaluations: Sequence[Evaluation]) -> Comparison | None:
     ]
     trained = [model for model in models if model != baseline]
     return Comparison(baseline, trained, benchmarks, results) if benchmarks else None
+
+
+def _by_role(evaluations: Sequence[Evaluation]) -> Sequence[Evaluation]:
+    """With several baselines and one pair of models per benchmark: the same results, models named by their roles."""
+    probed = {(e.benchmark, e.model) for e in evaluations if e.mode != "normal"}
+    models: dict[str, set[str]] = {}
+    for e in evaluations:
+        models.setdefault(e.benchmark, set()).add(e.model)
+    pairs = all(len(m) == 2 and sum((name, x) in probed for x in m) == 1 for name, m in models.items())
+    if len({model for _, model in probed}) < 2 or not pairs:
+        return evaluations
+    names = {True: "without forced rethinking", False: "with forced rethinking"}
+    return [replace(e, model=names[(e.benchmark, e.model) in probed]) for e in evaluations]
 
 
 def rethinking_analysis(comparison: Comparison) -> Any | None:

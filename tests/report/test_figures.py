@@ -167,6 +167,21 @@ def test_rethinking_analysis(tmp_path):
     save_figure(bars.figure, tmp_path / "rethinking.svg")
 
 
+def test_every_task_may_have_models_of_its_own(tmp_path):
+    """A pair of models per benchmark, trained without and with forced rethinking, is one comparison by their roles."""
+    for number, (benchmark, accuracies) in enumerate({"one": (0.5, 0.55, 0.6), "two": (0.4, 0.3, 0.2)}.items()):
+        base, trained = f"runs/{benchmark}-ssr/checkpoints/last", f"runs/{benchmark}-full/checkpoints/last"
+        rows = ((base, "normal"), (base, "forced"), (trained, "normal"))
+        for (model, mode), accuracy in zip(rows, accuracies, strict=True):
+            folder = tmp_path / f"{number}-{mode}-{model == base}"
+            write_evaluation(folder, model, benchmark, mode, accuracy, 0.1)
+    comparison = compare(read_evaluations([tmp_path]))
+    assert comparison.benchmarks == ["one", "two"] and len(comparison.trained) == 1
+    drawn = heights(rethinking_analysis(comparison).axes[0])
+    np.testing.assert_allclose(drawn["rethinking forced"], [10, -25])
+    np.testing.assert_allclose(drawn["trained with it"], [20, -50])
+
+
 def test_incomplete_evaluations(tmp_path):
     """What was not evaluated has no bar; a baseline alone, or one that is never right, gives no figure."""
     write_evaluation(tmp_path / "a", "base", "one", "normal", 0.5)
