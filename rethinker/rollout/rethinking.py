@@ -153,16 +153,16 @@ class Rethinker:
             temperature=self._temperature,
             seed=seed,
         )
-        for (g, _), y in zip(chosen, second, strict=True):
-            groups[g].sampled_tokens += len(y.token_ids) - y.rethought.trigger_end if y is not None else 0
         attempts = [(g, i, y) for (g, i), y in zip(chosen, second, strict=True) if y is not None and self._legal(y)]
         # Groups of one: a reward is that of the very text it is asked for.
         trials = [Group(groups[g].query, [y], groups[g].policy_version) for g, _, y in attempts]
         judge(trials)
         for group in groups:
             group.rethinking = Rethinking()
-        for g, _ in chosen:
-            groups[g].rethinking.forced += 1
+        for (g, _), y in zip(chosen, second, strict=True):
+            if y is not None:  # a longer trigger than the shortest may have left no room
+                groups[g].rethinking.forced += 1
+                groups[g].sampled_tokens += len(y.token_ids) - y.rethought.trigger_end
         for (g, i, y), trial in zip(attempts, trials, strict=True):
             self._settle(groups[g], i, y, trial.rewards[0])
 

@@ -206,6 +206,12 @@ def test_no_room_left():
     one = group(spoken(*body))
     run([one], longest=10)  # shorter trigger of 1 leaves nothing for y2
     assert one.rethinking.forced == 0
+    several = group(*(spoken(*body) for _ in range(40)))
+    engine = run([several], longest=11)  # room for the trigger of 1 and a token, none for that of 2
+    assert (
+        0 < several.rethinking.forced == len(engine.calls[0][0]) < 40
+        and several.sampled_tokens == several.rethinking.forced
+    )
     triggers = [Trigger("long", (70,) * 3)]
     first = [spoken(*body)]
     options = {"temperature": 1.0, "seed": 0}
