@@ -65,7 +65,7 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
                 asked = queries[policy.steps * Q : (policy.steps + 1) * Q]
                 groups = roll_out(asked, policy.steps, policy.version, rollout, encoder, config, ranks)
             with phase("reward", times):
-                judge(groups, checker)
+                judge(groups, checker, config)
             assign_advantages(groups, config.algorithm.advantage_scale)
             batch = select_batch(groups, name=config.algorithm.name, pairs=config.train.batch_pairs, replay=replay)
             with phase("train", times):

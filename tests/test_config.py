@@ -163,7 +163,8 @@ def test_malformed_arguments():
 
 def test_unknown_recipes(tmp_path):
     """A recipe that is not there is refused, naming those that are."""
-    assert refused(recipe="easy_vqa") == "no recipe named 'easy_vqa': give a shipped one (easy_vqa_cpu) or a .yaml file"
+    shipped = "easy_vqa_cpu, easy_vqa_cpu_stage2"
+    assert refused(recipe="easy_vqa") == f"no recipe named 'easy_vqa': give a shipped one ({shipped}) or a .yaml file"
     assert refused(recipe=tmp_path / "none.yaml") == f"recipe {tmp_path / 'none.yaml'} does not exist"
 
 

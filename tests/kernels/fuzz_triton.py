@@ -491,13 +491,14 @@ def test_registration(op):
     logits = torch.randn(rows, 40, device=DEVICE, requires_grad=True)
     clips = (0.2, 0.2, None, 0.1, "k3", "token", "token")
     per_token = (inputs["old_logps"], inputs["advantages"], inputs["cu_seqlens"], inputs["ref_logps"])
-    rest = (inputs["weights"], inputs["mask"], None, 2.0, *clips)
+    row_weights = (inputs["weights"], inputs["mask"])
+    rest = (None, 2.0, *clips)
     head = (hidden, weight, None, index, None, 0.7)
     library = torch.ops.rethinker
     call = {
         "log_softmax": (library.selective_log_softmax, (logits, index, None, 0.7, True)),
         "linear": (library.linear_selective_log_softmax, (*head, True)),
-        "grpo": (library.grpo_loss, (inputs["logps"].requires_grad_(), *per_token, *rest)),
-        "linear grpo": (library.linear_grpo_loss, (*head, *per_token, *rest, True, True, False)),
+        "grpo": (library.grpo_loss, (inputs["logps"].requires_grad_(), *per_token, *row_weights, *rest)),
+        "linear grpo": (library.linear_grpo_loss, (*head, *per_token, *row_weights, None, *rest, True, True, False)),
     }  # fmt: skip
     torch.library.opcheck(*call[op], test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))

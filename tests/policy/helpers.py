@@ -30,9 +30,9 @@ def samples_for(queries, encoder, lengths, *, seed: int = 0, vocabulary: int = 2
     """Random responses of the given lengths to each query, with random behaviour log-probs and advantages."""
     rng = np.random.default_rng(seed)
     samples = []
-    for query in queries:
+    for number, query in enumerate(queries):
         prompt_tokens = len(encoder.encode(query).token_ids)
-        for length in lengths:
+        for index, length in enumerate(lengths):
             completion = Completion(
                 token_ids=rng.integers(0, vocabulary, length).tolist(),
                 logprobs=(-6 + 0.1 * rng.standard_normal(length)).tolist(),
@@ -40,7 +40,15 @@ def samples_for(queries, encoder, lengths, *, seed: int = 0, vocabulary: int = 2
                 finish_reason="stop",
             )
             samples.append(
-                Sample(query, completion, float(rng.standard_normal()), policy_version=0, prompt_tokens=prompt_tokens)
+                Sample(
+                    query,
+                    completion,
+                    float(rng.standard_normal()),
+                    policy_version=0,
+                    prompt_tokens=prompt_tokens,
+                    group=number,
+                    index=index,
+                )
             )
     return samples
 
