@@ -5,6 +5,7 @@ This is the only module that knows DeepSpeed. Every method is collective: all ra
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,10 +138,9 @@ class PolicyEngine:
         for bundles in plan:
             batch = self._pack(bundles, correction_cap=None, nll_weight=0.0)
             logps, _ = self.engine(batch, self.config.rollout.temperature)
-            held = [sample.completion for bundle in bundles for sample in bundle.samples]
-            lengths = [completion.tokens for completion in held] or [logps.numel()]
-            for completion, part in zip(held, logps.float().cpu().split(lengths), strict=False):
-                completion.trainer_logprobs = part.tolist()
+            scores = iter(logps.tolist())  # a batch without a token has one score too many
+            for sample in (sample for bundle in bundles for sample in bundle.samples):
+                sample.completion.trainer_logprobs = list(itertools.islice(scores, sample.completion.tokens))
 
     @property
     def weights(self) -> FullWeights:

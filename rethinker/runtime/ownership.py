@@ -79,7 +79,9 @@ def bring(plan: list[list[list[Bundle]]], ranks: Ranks) -> list[list[Bundle]]:
     def whole(sample: Sample) -> Sample:
         if sample.owner == ranks.rank:
             return sample
-        return dataclasses.replace(sample, completion=arrived[sample.group, sample.index])
+        completion = arrived[sample.group, sample.index]
+        assert completion.tokens == sample.completion.tokens, f"two responses are called {sample.group}, {sample.index}"
+        return dataclasses.replace(sample, completion=completion)
 
     return [
         [dataclasses.replace(bundle, samples=tuple(map(whole, bundle.samples))) for bundle in bundles]

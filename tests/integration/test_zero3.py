@@ -100,6 +100,16 @@ def test_non_finite_step_is_skipped_and_counted(ranks, runs):
     assert poisoned["recovered"]["skipped"] == 0
 
 
+def test_every_response_is_scored_by_its_owner(runs):
+    """One score per token, empty responses included, the same whether one rank or two share the work."""
+    one, two = runs[1, 10_000]["scored"], runs[2, 10_000]["scored"]
+    assert one.keys() == two.keys() and len(one) == 13
+    for (_, _, tokens), scores in one.items():
+        assert len(scores) == tokens and all(score < 0 for score in scores)
+    for place, scores in two.items():
+        assert scores == pytest.approx(one[place], abs=1e-5)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_saved_checkpoint_loads_in_transformers(ranks, runs):
     """A checkpoint written from shards loads with transformers, weights and processor, and equals the live weights."""

@@ -53,6 +53,21 @@ def gradients_at_step(engine: PolicyEngine) -> dict[str, torch.Tensor]:
     return gradients
 
 
+def scores(engine: PolicyEngine, pictures: Path, encoder: PromptEncoder, ranks) -> dict[tuple, list[float]]:
+    """Log-probs of each response by (group, index, tokens), from the rank that owns it.
+
+    With two ranks each has some; then one batch without a token at all, on one rank.
+    """
+    samples = scenario("mixed", pictures, encoder) + scenario("empty responses", pictures, encoder)[:1]
+    for i, sample in enumerate(samples):
+        sample.owner = i % ranks.world_size
+    engine.score(samples[:-1])
+    engine.score(samples[-1:])
+    mine = [(s.group, s.index, s.completion) for s in samples if s.owner == ranks.rank]
+    shares = ranks.gather({(group, index, c.tokens): c.trainer_logprobs for group, index, c in mine})
+    return {place: logps for share in shares for place, logps in share.items()}
+
+
 def main(model: str, scratch: str, output: str, budget: str) -> None:
     ranks = distributed.start(120)
     pictures = Path(scratch) / f"pictures_{ranks.world_size}_{ranks.rank}"
@@ -68,6 +83,8 @@ def main(model: str, scratch: str, output: str, budget: str) -> None:
         )
         engine = PolicyEngine(config, model, encoder, ranks, total_steps=10)
         partitioned = [p for p in engine.policy.parameters() if p.ds_tensor.numel() < p.ds_numel]
+        if name == "mixed":
+            results["scored"] = scores(engine, pictures, encoder, ranks)
         gradients = gradients_at_step(engine)
         metrics = engine.train_step(scenario(name, pictures, encoder))
         weights = {n: t.clone() for n, t in engine.weights}

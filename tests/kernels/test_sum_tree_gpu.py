@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 
@@ -15,8 +13,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def toolkit():
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc")
+    try:
+        native.find_nvcc()
+    except native.BuildError as error:
+        pytest.skip(str(error))
     assert native.load("cuda"), "nvcc failed; its message is on stderr"
 
 
