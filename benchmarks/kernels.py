@@ -12,15 +12,11 @@ Legend: R rows (tokens), D hidden size, V vocabulary.
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib.util
 import json
 import re
 import resource
 import statistics
-import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +25,7 @@ import torch
 from torch import Tensor
 
 import rethinker_kernels as ours
+from benchmarks import kernel_peers as peers
 from benchmarks.machine import describe
 from rethinker_kernels import reference
 
@@ -37,7 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 HEADS = {"3B": (2048, 151_936), "7B": (3584, 152_064), "32B": (5120, 152_064), "72B": (8192, 152_064)}
 """(D, V) of Qwen2.5-VL's heads."""
 
-ROWS, SEQUENCES = 16_384, 16
+ROWS = 16_384
 SMALL = (512, 64, 4_096)  # (R, D, V) without a GPU
 
 COPY_BYTES_PER_S, MATMUL_FLOP_PER_S = 4.3e12, 790e12
@@ -67,7 +64,7 @@ def head_inputs(rows: int, width: int, vocabulary: int, device: str) -> dict[str
         "index": index,
         "old_logps": logps + 0.03 * torch.randn(rows, **options),
         # One per sequence, as all peers have it.
-        "advantages": torch.randn(SEQUENCES, **options).repeat_interleave(rows // SEQUENCES),
+        "advantages": torch.randn(peers.SEQUENCES, **options).repeat_interleave(rows // peers.SEQUENCES),
     }
 
 
@@ -155,77 +152,6 @@ def advantages_of(module: Any) -> Callable[[dict], Step]:
     return lambda inputs: lambda: module.group_advantages(**inputs)
 
 
-# Peers: imported where they are used, so that one that is missing is named and not fatal
-
-
-def trl_log_softmax(logits: Tensor, index: Tensor):
-    from rethinker.runtime.torchvision_cpu import make_importable
-
-    make_importable()
-    from trl.trainer.utils import selective_log_softmax_and_entropy
-
-    return selective_log_softmax_and_entropy(logits, index, entropy_requires_grad=False)
-
-
-def liger_grpo(inputs: dict) -> Tensor:
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    shape = (SEQUENCES, len(inputs["index"]) // SEQUENCES)
-    compiled = inputs["hidden"].is_cuda
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="dapo", compiled=compiled)
-    return loss(
-        inputs["hidden"].view(*shape, -1),
-        inputs["weight"],
-        inputs["index"].view(shape),
-        torch.ones(shape, device=inputs["hidden"].device),
-        inputs["advantages"].view(shape)[:, 0],
-        old_per_token_logps=inputs["old_logps"].view(shape),
-    )[0]
-
-
-def liger_cross_entropy(inputs: dict) -> Tensor:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    return LigerFusedLinearCrossEntropyLoss()(inputs["weight"], inputs["hidden"], inputs["index"])
-
-
-def liger_scaled_cross_entropy(hidden: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Liger's CuTe kernels on sm_90, its fallback elsewhere: negative log-probs and entropies."""
-    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
-
-    return LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, index, 1.0, -100, 1, True)[:2]
-
-
-def cut_cross_entropy(inputs: dict) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["index"])
-
-
-def quack_cross_entropy(inputs: dict) -> Tensor:
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    return chunked_linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["index"])
-
-
-@functools.cache
-def _find_verl_kernels() -> None:
-    """Make verl's kernels importable without its own __init__, which wants ray and more."""
-    verl = importlib.util.find_spec("verl")
-    if verl is None:
-        raise ImportError("No module named 'verl'")
-    folder = Path(verl.origin).parent
-    for name, path in (("verl", folder), ("verl.utils", folder / "utils")):
-        sys.modules.setdefault(name, types.ModuleType(name)).__path__ = [str(path)]
-
-
-def verl_log_probs(hidden: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    _find_verl_kernels()
-    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(hidden, weight, index, 1.0, "none")
-
-
 def grpo_from(log_probs: Callable, sign: float = 1.0) -> Callable[[dict], Tensor]:
     """The GRPO loss over a peer's own log-probs (or, with sign -1, their negatives)."""
 
@@ -265,7 +191,7 @@ OPS: dict[str, dict[str, Any]] = {
             "rethinker": log_softmax_forward(with_entropy(ours.selective_log_softmax)),
             "pytorch": log_softmax_forward(with_entropy(reference.selective_log_softmax)),
             "torch.compile": log_softmax_forward(compiled(with_entropy(reference.selective_log_softmax))),
-            "trl": log_softmax_forward(trl_log_softmax),
+            "trl": log_softmax_forward(peers.trl_log_softmax),
         },
     },
     "selective_log_softmax forward+backward": {
@@ -275,7 +201,7 @@ OPS: dict[str, dict[str, Any]] = {
             "rethinker": log_softmax_step(with_entropy(ours.selective_log_softmax)),
             "pytorch": log_softmax_step(with_entropy(reference.selective_log_softmax)),
             "torch.compile": log_softmax_step(compiled(with_entropy(reference.selective_log_softmax))),
-            "trl": log_softmax_step(trl_log_softmax),
+            "trl": log_softmax_step(peers.trl_log_softmax),
         },
     },
     "linear_selective_log_softmax forward": {
@@ -284,8 +210,8 @@ OPS: dict[str, dict[str, Any]] = {
         "providers": {
             "rethinker": linear_forward(head_with_entropy(ours)),
             "pytorch": linear_forward(head_with_entropy(reference)),
-            "liger (CuTe on sm_90)": linear_forward(liger_scaled_cross_entropy),
-            "verl": linear_forward(verl_log_probs),
+            "liger (CuTe on sm_90)": linear_forward(peers.liger_scaled_cross_entropy),
+            "verl": linear_forward(peers.verl_log_probs),
         },
     },
     "linear_grpo_loss": {
@@ -295,12 +221,12 @@ OPS: dict[str, dict[str, Any]] = {
             "rethinker": loss_step(grpo_of(ours)),
             "pytorch": loss_step(grpo_of(reference)),
             "torch.compile": loss_step(compiled(grpo_of(reference))),
-            "liger grpo": loss_step(liger_grpo),
-            "liger (CuTe on sm_90), log-probs": loss_step(grpo_from(liger_scaled_cross_entropy, -1.0)),
-            "verl, log-probs": loss_step(grpo_from(verl_log_probs)),
-            "liger, cross-entropy only": loss_step(liger_cross_entropy),
-            "cut-cross-entropy, cross-entropy only": loss_step(cut_cross_entropy),
-            "quack, cross-entropy only": loss_step(quack_cross_entropy),
+            "liger grpo": loss_step(peers.liger_grpo),
+            "liger (CuTe on sm_90), log-probs": loss_step(grpo_from(peers.liger_scaled_cross_entropy, -1.0)),
+            "verl, log-probs": loss_step(grpo_from(peers.verl_log_probs)),
+            "liger, cross-entropy only": loss_step(peers.liger_cross_entropy),
+            "cut-cross-entropy, cross-entropy only": loss_step(peers.cut_cross_entropy),
+            "quack, cross-entropy only": loss_step(peers.quack_cross_entropy),
         },
     },
     "grpo_loss": {
