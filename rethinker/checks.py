@@ -27,7 +27,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every com
         "data.max_prompt_tokens data.min_pixels policy.warmup.batch_size rollout.group_size rollout.max_new_tokens "
         "rethink.max_kept train.max_generated_tokens rollout.tensor_parallel_size reward.workers replay.capacity "
         "train.max_steps train.episode_queries "
-        "train.batch_pairs train.micro_batch_tokens validation.every validation.size checkpoint.every",
+        "train.batch_pairs train.micro_batch_tokens validation.every validation.size checkpoint.every checkpoint.keep "
+        "checkpoint.keep_every",
     ),
     "at least 0": (
         lambda value: value >= 0,
@@ -189,7 +190,14 @@ def _check_run_folder(config: Config, needed: int) -> None:
 
 
 def check_new(config: Config) -> None:
-    """A run never writes into another run's folder."""
+    """A run never writes into another run's folder, unless it continues that run."""
     folder = Path(config.run.dir).expanduser() / config.run.name
+    if config.resume is not None and (folder / "config.yaml").is_file():
+        return
     if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"run.name={config.run.name}: {folder} already holds a run; choose another run.name")
+        raise ConfigError(
+            f"run.name={config.run.name}: {folder} already holds a run; choose another run.name, or continue it with "
+            "--resume auto"
+        )
+    if config.resume not in (None, "auto"):
+        raise ConfigError(f"resume={config.resume}: there is no run {folder}; set run.dir and run.name to the run's")

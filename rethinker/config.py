@@ -259,10 +259,14 @@ class ValidationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Models in Hugging Face format that vLLM and transformers load as they are."""
+    """What a killed run is resumed from; each is also a model folder that vLLM and transformers load as it is."""
 
-    every: int | None = None
-    """Also save every this many steps; best and last are always saved."""
+    every: int | None = 20
+    """Save every this many steps, and always at the end and when the run is asked to stop; null: only then."""
+    keep: int = 2
+    """How many of the newest are kept; `best` is kept besides."""
+    keep_every: int | None = None
+    """Also keep those whose step is a multiple of this."""
 
 
 @dataclass
@@ -279,6 +283,9 @@ class Config:
 
     seed: int = 0
     """Seed of data order, sampling and replay."""
+    resume: str | None = None
+    """`auto` continues the run `run.name` from its newest whole checkpoint, or starts it if it has none; the name of
+    one of its checkpoints (`step_000040`) goes back to that."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)

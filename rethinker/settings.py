@@ -61,6 +61,11 @@ def resolve_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, A
     _merge(values, given if isinstance(given, Mapping) else _read_arguments(given))
     config = _convert(values)
     if config.run.name is None:
+        if config.resume is not None:
+            raise ConfigError(
+                f"resume={config.resume} needs run.name: the run to continue, as --run.name NAME; or give its settings "
+                "as the recipe, RUN/config.yaml"
+            )
         config.run.name = f"{path.stem}-{strftime('%Y%m%d-%H%M%S')}"
     check_geometry(config)
     return config
@@ -102,6 +107,12 @@ def _settings(section: type, prefix: str) -> Iterator[Setting]:
         else:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             yield Setting(prefix + field.name, hints[field.name], default, docs.get(field.name, ""))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting's value by its dotted key, in types that JSON has."""
+    values = {setting.key: _get(config, setting.key) for setting in settings()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def to_yaml(config: Config, docs: bool = True) -> str:

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
 import sys
 import time
 import types
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,18 +39,23 @@ from rethinker.report.learning import learning_curve
 from rethinker.report.page import report_or_warning
 from rethinker.rollout import RolloutEngine, make_engine
 from rethinker.rollout.rethinking import Rethinker, make_triggers, released_reward
-from rethinker.runtime import distributed
+from rethinker.runtime import distributed, signals
+from rethinker.runtime.checkpoint import Checkpoints
 from rethinker.runtime.display import Display
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.ownership import collect, share
 from rethinker.runtime.profiling import StepProfiler, phase
+from rethinker.runtime.resume import Progress, RunState, saved_state
 from rethinker.runtime.run_directory import RunDirectory
+from rethinker.runtime.signals import StopRequested
 from rethinker.samples import Completion, Group, Query
 from rethinker.settings import load_config
 from rethinker.tasks.datasets import QueryStream, load_queries
 from rethinker.tasks.images import check_images
 from rethinker.tasks.prompts import PromptEncoder, select_fitting
 from rethinker.tasks.reward import AnswerChecker
+
+PHASES = ("rollout", "reward", "rethink", "train", "sync", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -76,24 +80,33 @@ def train(config: Config) -> Run:
 
     Raises:
         ConfigError: for a mistake in the settings or the data they name, before anything is written.
+
+    A run that is asked to stop (SIGTERM, SIGINT) saves itself and returns what it has; `resume` continues it.
     """
     G, N = config.rollout.group_size, config.train.batch_pairs
     queries = load_queries(config.data, "train")
     held_out = load_held_out(config)
     check_images([*queries, *held_out])
     total_steps = schedule_length(config, len(queries))
-    ranks = distributed.start(config.rollout.timeout_s)
-    config.run.name = ranks.broadcast(config.run.name)  # its default holds the time, which ranks may read differently
-    seed_everything(config.seed)
-
     with ExitStack() as stack:
+        stack.enter_context(signals.handled())
+        ranks = distributed.start(config.rollout.timeout_s)
         stack.callback(distributed.stop)
+        config.run.name = ranks.broadcast(config.run.name)  # its default holds the time: ranks may read it differently
+        seed_everything(config.seed)
+
         run = stack.enter_context(RunDirectory(config, enabled=ranks.is_main))
-        model_dir = initial_model(config, ranks)
+        checkpoints = Checkpoints(run.folder / "checkpoints", ranks, config.checkpoint)
+        stack.callback(checkpoints.close)
+        checkpoint = checkpoints.find(config.resume) if config.resume else None
+        saved = saved_state(checkpoint, config)
+        metrics = run.open_logs(saved.get("log", {}))
+        model_dir = checkpoint or initial_model(config, ranks)
         encoder = PromptEncoder(load_processor(model_dir), config.data)
         held_out, _ = select_fitting(held_out, encoder)
         stream = QueryStream(queries, seed=config.seed, category_weights=config.data.category_weights)
-        policy = PolicyEngine(config, model_dir, encoder, ranks, total_steps)
+        reference = initial_model(config, ranks) if config.algorithm.kl_coef > 0 else None
+        policy = PolicyEngine(config, model_dir, encoder, ranks, total_steps, reference)
         rollout = make_engine(
             config, str(model_dir), rank=ranks.rank, world_size=ranks.world_size, local_rank=ranks.local_rank
         )
@@ -101,79 +114,106 @@ def train(config: Config) -> Run:
         checker = stack.enter_context(AnswerChecker(config.reward))
         rethinker = make_rethinker(config, encoder)
         replay = ReplayBuffer(config.replay, config.seed)
-        display = stack.enter_context(Display(total_steps, enabled=ranks.is_main))
+        progress = Progress()
+        state = RunState(config, ranks, progress, policy, rollout, stream, encoder, checker, replay, run)
+        if checkpoint:
+            state.load(checkpoint, saved)
+        display = stack.enter_context(Display(total_steps, enabled=ranks.is_main, done=policy.steps))
         profiler = StepProfiler(config.profile.steps, run.folder)
         stack.callback(profiler.close)
 
-        metrics: list[dict[str, Any]] = []
-        before = after = best = held_out_accuracy(held_out, rollout, encoder, checker, ranks, config)
-        display.validated(0, before)
-        run.log_validation(0, before)
-        episode, generated, clock, times = 0, 0, time.perf_counter(), {}
+        if checkpoint:
+            display.resumed(checkpoint)
+        else:
+            accuracy = held_out_accuracy(held_out, rollout, encoder, checker, ranks, config)
+            progress.before = progress.after = progress.best = accuracy
+            display.validated(0, accuracy)
+            run.log_validation(0, accuracy)
         budget = config.train.max_generated_tokens or math.inf
-        while policy.steps < total_steps and generated < budget:
-            with phase("rollout", times):
-                asked = [encoder.fitting(stream) for _ in range(config.train.episode_queries)]
-                groups = roll_out(asked, episode, policy.version, rollout, encoder, config, ranks)
-            with phase("reward", times):
-                judge(groups, checker, config)
-            if rethinker:
-                with phase("rethink", times):
-                    rethink(groups, rethinker, episode, rollout, encoder, checker, config, ranks)
-            note_rethinking(groups, config)
-            groups = share(groups, asked, first_number=episode * len(asked), ranks=ranks)
-            generated += sum(group.sampled_tokens for group in groups)
-            failures = sum(ranks.gather(checker.failures.total()))
-            assign_advantages(groups, config.algorithm.advantage_scale)
-            if rethinker and rethinker.needs_scores:
-                rescore(groups, policy)
-            if config.algorithm.rollout_correction is not None:
-                policy.score([sample for group in groups for sample in group.samples()])
-            if config.run.save_completions:
-                run.write_completions(episode, collect(groups, ranks))
+
+        def unfinished() -> bool:
+            return policy.steps < total_steps and (bool(progress.groups) or progress.generated < budget)
+
+        clock, times, saved_step = time.perf_counter(), {}, policy.steps if checkpoint else None
+        while unfinished():
+            if not progress.groups:
+                position = state.position()
+                try:
+                    with phase("rollout", times):
+                        asked = [encoder.fitting(stream) for _ in range(config.train.episode_queries)]
+                        groups = roll_out(asked, progress.episode, policy.version, rollout, encoder, config, ranks)
+                except StopRequested:
+                    state.rewind(position)
+                    break
+                with phase("reward", times):
+                    judge(groups, checker, config)
+                if rethinker:
+                    with phase("rethink", times):
+                        rethink(groups, rethinker, progress.episode, rollout, encoder, checker, config, ranks)
+                note_rethinking(groups, config)
+                groups = share(groups, asked, first_number=progress.episode * len(asked), ranks=ranks)
+                progress.generated += sum(group.sampled_tokens for group in groups)
+                progress.failed_checks = sum(ranks.gather(checker.failures.total()))
+                assign_advantages(groups, config.algorithm.advantage_scale)
+                if rethinker and rethinker.needs_scores:
+                    rescore(groups, policy)
+                if config.algorithm.rollout_correction is not None:
+                    policy.score([sample for group in groups for sample in group.samples()])
+                if config.run.save_completions:
+                    run.write_completions(progress.episode, collect(groups, ranks))
+                progress.groups, progress.mismatch = groups[: (total_steps - policy.steps) * (N // G)], None
 
             rollout.sleep()
-            steps = [groups[i : i + N // G] for i in range(0, len(groups), N // G)][: total_steps - policy.steps]
-            for number, fresh in enumerate(steps, start=1):
-                batch = select_batch(fresh, name=config.algorithm.name, pairs=N, replay=replay)
-                with phase("train", times), profiler.step(policy.steps + 1):
-                    update = policy.train_step(batch.samples)
-                if number == 1:  # the policy has not moved since the sync: trainer and rollout differ by rounding alone
-                    mismatch = update["old_kl"]
-                row = describe(policy.steps, episode, fresh, update) | batch.metrics(replay)
-                row |= {"mismatch_kl": mismatch, "failed_checks": failures, "left_out_queries": encoder.dropped.total()}
-                row["generated_tokens"] = generated
-                if number == len(steps):
-                    with phase("sync", times):
-                        policy.version += 1
-                        rollout.sync(policy.weights, policy.version)
-                    replay.end_episode(policy.version)
-                    ends = policy.steps == total_steps or generated >= budget
-                    if ends or (episode + 1) % config.validation.every == 0:
-                        after = held_out_accuracy(held_out, rollout, encoder, checker, ranks, config)
-                        display.validated(policy.steps, after)
-                        run.log_validation(policy.steps, after)
-                        if after and after.overall > best.overall:
-                            best = after
-                            save(policy, run.folder / "checkpoints" / "best")
-                        row["val_accuracy"] = after and after.overall
-                if config.checkpoint.every and policy.steps % config.checkpoint.every == 0:
-                    save(policy, run.folder / "checkpoints" / f"step_{policy.steps:06d}")
-                now = time.perf_counter()
-                row |= measure(update, policy, times, now - clock)
-                clock, times = now, {}
-                metrics.append(row)
-                run.log(row)
-                display.step(row)
-            episode += 1
+            fresh, progress.groups = progress.groups[: N // G], progress.groups[N // G :]
+            batch = select_batch(fresh, name=config.algorithm.name, pairs=N, replay=replay)
+            with phase("train", times), profiler.step(policy.steps + 1):
+                update = policy.train_step(batch.samples)
+            if progress.mismatch is None:  # the policy has not moved since the sync: both differ by rounding alone
+                progress.mismatch = update["old_kl"]
+            row = describe(policy.steps, progress, fresh, update) | batch.metrics(replay)
+            row |= {"left_out_queries": encoder.dropped.total(), "failed_checkpoints": checkpoints.failed}
+            if not progress.groups:
+                with phase("sync", times):
+                    policy.version += 1
+                    rollout.sync(policy.weights, policy.version)
+                replay.end_episode(policy.version)
+                progress.episode += 1
+                if not unfinished() or progress.episode % config.validation.every == 0:
+                    accuracy = held_out_accuracy(held_out, rollout, encoder, checker, ranks, config)
+                    display.validated(policy.steps, accuracy)
+                    run.log_validation(policy.steps, accuracy)
+                    progress.after = accuracy
+                    if accuracy and accuracy.overall > progress.best.overall:
+                        progress.best = accuracy
+                        checkpoints.save_best(policy.steps, policy.model_snapshot())
+                    row["val_accuracy"] = accuracy and accuracy.overall
+            now = time.perf_counter()
+            row |= measure(update, policy, times, now - clock)
+            clock, times = now, {}
+            metrics.append(row)
+            run.log(row)
+            display.step(row)
+            stops = ranks.any(signals.requested() is not None)
+            if stops or (config.checkpoint.every and policy.steps % config.checkpoint.every == 0):
+                with phase("checkpoint", times):
+                    checkpoints.save(policy.steps, policy.model_snapshot(), state.snapshot())
+                saved_step = policy.steps
+            if stops:
+                break
 
-        save(policy, run.folder / "checkpoints" / "last")
+        if saved_step != policy.steps:
+            checkpoints.save(policy.steps, policy.model_snapshot(), state.snapshot())
+        checkpoints.wait()
+        folder = run.folder / "checkpoints"
+        improved = progress.best != progress.before and (folder / "best").exists()
+        result = Run(run.folder, metrics, folder / ("best" if improved else "last"), progress.before, progress.after)
+        if unfinished():
+            display.stopped(signals.requested() or "stopped on another rank", policy.steps, run.folder)
+            return result
         report = None
         if ranks.is_main:
             learning_curve([run.folder], run.folder / "learning.png")
             report = report_or_warning(run.folder)
-        improved = best is not before
-        result = Run(run.folder, metrics, run.folder / "checkpoints" / ("best" if improved else "last"), before, after)
         display.summary(result, report)
     return result
 
@@ -187,16 +227,24 @@ def roll_out(
     config: Config,
     ranks: Ranks,
 ) -> list[Group]:
-    """This rank's share of the episode's groups: every world_size-th query, G responses each."""
+    """This rank's share of the episode's groups: every world_size-th query, G responses each.
+
+    Raises:
+        StopRequested: on every rank, if one broke its rollout off because the run is to stop.
+    """
     mine = queries[ranks.rank :: ranks.world_size]
     prompts = [encoder.encode(query) for query in mine]
-    answers = rollout.generate(
-        prompts,
-        n=config.rollout.group_size,
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
-        seed=episode_seed(config, episode, ranks),
-    )
+    answers = None
+    with suppress(StopRequested), signals.interruptible():
+        answers = rollout.generate(
+            prompts,
+            n=config.rollout.group_size,
+            max_new_tokens=config.rollout.max_new_tokens,
+            temperature=config.rollout.temperature,
+            seed=episode_seed(config, episode, ranks),
+        )
+    if ranks.any(answers is None):
+        raise StopRequested
     return [
         Group(query, completions, version, len(prompt.token_ids), sampled_tokens=sum(c.tokens for c in completions))
         for query, prompt, completions in zip(mine, prompts, answers, strict=True)
@@ -283,7 +331,7 @@ def held_out_accuracy(
         return validate(held_out, rollout, encoder, checker, ranks, config.rollout.max_new_tokens)
 
 
-def describe(step: int, episode: int, fresh: list[Group], update: dict[str, float]) -> dict[str, Any]:
+def describe(step: int, progress: Progress, fresh: list[Group], update: dict[str, float]) -> dict[str, Any]:
     """The step's metrics that do not depend on the clock; rewards and lengths are those of the fresh rollouts.
 
     `rethink_*` are shares of the step's responses.
@@ -291,7 +339,7 @@ def describe(step: int, episode: int, fresh: list[Group], update: dict[str, floa
     responses = sum(len(group.completions) for group in fresh)
     return {
         "step": step,
-        "episode": episode,
+        "episode": progress.episode,
         "reward_mean": float(np.mean([reward for group in fresh for reward in group.rewards])),
         "response_length_mean": float(np.mean([c.tokens for group in fresh for c in group.completions])),
         "rethink_ratio": float(np.mean([cue for group in fresh for cue in group.rethinks])),
@@ -300,15 +348,16 @@ def describe(step: int, episode: int, fresh: list[Group], update: dict[str, floa
             for what in ("forced", "kept", "fixed", "broken")
         },
         "val_accuracy": None,
+        "mismatch_kl": progress.mismatch,
+        "failed_checks": progress.failed_checks,
+        "generated_tokens": progress.generated,
         **update,
     }
 
 
 def measure(update: dict[str, float], policy: PolicyEngine, times: dict[str, float], step_s: float) -> dict[str, Any]:
     """The step's speed: seconds since the last step by phase, tokens/s and MFU of training, memory."""
-    seconds = {
-        f"time_{name}_s": times.get(f"time_{name}_s", 0.0) for name in ("rollout", "reward", "rethink", "train", "sync")
-    }
+    seconds = {f"time_{name}_s": times.get(f"time_{name}_s", 0.0) for name in PHASES}
     training = seconds["time_train_s"]
     return {
         "tokens_per_s": update["train_tokens"] / training,
@@ -347,15 +396,6 @@ def initial_model(config: Config, ranks: Ranks) -> Path:
     from rethinker.policy.warmup import warmed_up_tiny
 
     return ranks.broadcast(warmed_up_tiny(config.policy.warmup, config.data) if ranks.is_main else None)
-
-
-def save(policy: PolicyEngine, folder: Path) -> None:
-    """Write the policy to `folder`, whole or not at all: a reader never sees a half-written checkpoint."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    policy.save(partial)
-    if policy.ranks.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
 
 
 def seed_everything(seed: int) -> None:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from rethinker.algorithm.objective import loss_normalizer, supervised_weight, surrogate_inputs
-from rethinker.config import Config
+from rethinker.config import Config, ConfigError
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.runtime.distributed import Ranks
@@ -30,15 +33,22 @@ class PolicyEngine:
     """The trained policy, its optimizer and its learning-rate schedule, sharded over the ranks by ZeRO-3."""
 
     def __init__(
-        self, config: Config, model_dir: str | Path, encoder: PromptEncoder, ranks: Ranks, total_steps: int
+        self,
+        config: Config,
+        model_dir: str | Path,
+        encoder: PromptEncoder,
+        ranks: Ranks,
+        total_steps: int,
+        reference_dir: str | Path | None = None,
     ) -> None:
         """
         Args:
             config: the run's settings.
-            model_dir: Hugging Face folder or name of the initial policy.
+            model_dir: Hugging Face folder or name of the policy to start from.
             encoder: turns queries into prompts and pixels.
             ranks: this process's place.
             total_steps: length of the learning-rate schedule.
+            reference_dir: the model that algorithm.kl_coef keeps the policy close to; by default model_dir.
         """
         self.config, self.encoder, self.ranks, self.total_steps = config, encoder, ranks, total_steps
         self.steps = 0  # optimizer steps attempted
@@ -56,7 +66,8 @@ class PolicyEngine:
         policy = Policy(load_model(model_dir, dtype), config.policy)
         self.reference = None
         if config.algorithm.kl_coef > 0:
-            reference = Policy(load_model(model_dir, dtype), config.policy).requires_grad_(False)
+            reference = Policy(load_model(reference_dir or model_dir, dtype), config.policy)
+            reference.requires_grad_(False)
             without_optimizer = {k: v for k, v in settings.items() if k not in ("optimizer", "gradient_clipping")}
             self.reference, *_ = deepspeed.initialize(model=reference, config=without_optimizer)
         del announced  # or the rollout's own copy of the model would be partitioned too
@@ -69,6 +80,7 @@ class PolicyEngine:
             model=policy.eval(), optimizer=optimizer, config=settings, model_parameters=trained
         )
         self.policy = policy
+        self._numel = {name: math.prod(shape) for name, _, shape in self.weights.metadata()}
 
     def train_step(self, samples: list[Sample]) -> dict[str, float]:
         """One optimizer step on a global batch.
@@ -147,20 +159,75 @@ class PolicyEngine:
         """The policy's full weights under their Hugging Face names, gathered a few at a time."""
         return FullWeights(self.policy.hf)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the policy in Hugging Face format, processor included; vLLM and transformers load it as it is."""
-        state = {name: tensor.cpu().clone() for name, tensor in self.weights if self.ranks.is_main}
-        if self.ranks.is_main:
+    def model_snapshot(self) -> Callable[[Path], None]:
+        """The policy as it is now (collective); what comes back writes it, in Hugging Face format, on rank 0.
+
+        vLLM and transformers load that folder as it is; the processor is in it.
+        """
+        state = {name: tensor.to("cpu", copy=True) for name, tensor in self.weights if self.ranks.is_main}
+
+        def write(folder: Path) -> None:
             self.policy.hf.save_pretrained(folder, state_dict=state)
             self.encoder.processor.save_pretrained(folder)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Counters; ZeRO-3 writes the sharded weights and optimizer itself (engine.save_checkpoint)."""
-        return {"steps": self.steps, "version": self.version, "skipped_steps": self.skipped_steps}
+        return write
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps, self.version = state["steps"], state["version"]
-        self.skipped_steps = state["skipped_steps"]
+    def optimizer_snapshot(self) -> Callable[[Path], None]:
+        """This rank's part of the fp32 weights and AdamW's moments as they are now; what comes back writes a file."""
+        state = {f"{kind}.{name}": piece.to("cpu", copy=True) for kind, name, piece in self._optimizer_pieces()}
+
+        def write(folder: Path) -> None:
+            save_file(state, folder / f"optimizer_{self.ranks.rank:05d}.safetensors")
+
+        return write
+
+    def load_optimizer(self, folder: Path, adam_steps: int) -> None:
+        """Continue with the optimizer that `optimizer_snapshot` wrote, on any number of ranks.
+
+        Args:
+            folder: where it lies; the model itself has been loaded.
+            adam_steps: steps that AdamW had applied, as `state_dict` says.
+
+        Raises:
+            ConfigError: it belongs to a model with other parameters.
+        """
+        zero = self.optimizer
+        with ExitStack() as stack:
+            paths = sorted(folder.glob("optimizer_*.safetensors"))
+            files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
+            if adam_steps:
+                for flat in zero.fp32_partitioned_groups_flat:
+                    moments = {name: torch.zeros_like(flat) for name in _MOMENTS}
+                    zero.optimizer.state[flat] = {"step": torch.tensor(float(adam_steps)), **moments}
+            expected = {f"{kind}.{name}" for kind, name, _ in self._optimizer_pieces()}
+            if expected != set(files[0].keys()):
+                other = min(expected ^ set(files[0].keys()))
+                raise ConfigError(
+                    f"resume: {folder} is of a model with other parameters ({other}); set that policy.model"
+                )
+            for kind, name, piece in self._optimizer_pieces():
+                parts = [file.get_slice(f"{kind}.{name}") for file in files]
+                piece.copy_(_repartitioned(parts, self._numel[name], piece.numel(), self.ranks.rank))
+
+    def _optimizer_pieces(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(kind, parameter, this rank's flat piece of it, padding included), views of what the optimizer works on."""
+        zero = self.optimizer
+        kinds = {"fp32": None} | ({name: name for name in _MOMENTS} if zero.optimizer.state else {})
+        for name, parameter in self.policy.hf.named_parameters():
+            if parameter.requires_grad:
+                for kind, key in kinds.items():
+                    yield kind, name, zero.get_local_fp32_param(parameter, key).detach()
+
+    def state_dict(self) -> dict[str, int]:
+        """Counters; the weights and the optimizer have snapshots of their own."""
+        states = self.optimizer.optimizer.state.values()
+        adam_steps = next((int(state["step"]) for state in states), 0)  # a skipped or an empty step is none of them
+        return {name: getattr(self, name) for name in _COUNTERS} | {"adam_steps": adam_steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take the counters over."""
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
 
     def _micro_batches(self, samples: list[Sample], nll_weight: float) -> Iterator[PackedBatch]:
         budget = self.config.train.micro_batch_tokens
@@ -212,6 +279,8 @@ METRICS = (
     "supervised_loss",
     "skipped",
 )
+_COUNTERS = ("steps", "version", "skipped_steps")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _SUMS = (*LINEAR_GRPO_STATS, "loss", "fresh_kl_sum", "fresh_tokens", "processed", "supervised_loss")
 
 
@@ -233,6 +302,24 @@ class FullWeights:
             with deepspeed.zero.GatheredParameters([p for _, p in members]):
                 for name, parameter in members:
                     yield name, parameter.detach()
+
+
+def _repartitioned(parts: list[Any], total: int, length: int, rank: int) -> torch.Tensor:
+    """This rank's piece of a flat tensor that lies in equal parts in other ranks' files.
+
+    Args:
+        parts: slices (safetensors) of equal length; the last ones are padded beyond `total` elements.
+        length: elements of the piece; those beyond `total` are padding.
+    """
+    per_part = parts[0].get_shape()[0]
+    start, end = rank * length, min((rank + 1) * length, total)
+    piece = torch.zeros(length)
+    while start < end:
+        part, offset = divmod(start, per_part)
+        taken = min(per_part - offset, end - start)
+        piece[start - rank * length :][:taken] = parts[part][offset : offset + taken]
+        start += taken
+    return piece
 
 
 def _by_layer(named: list[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, list[tuple[str, torch.nn.Parameter]]]]:

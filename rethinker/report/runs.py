@@ -45,8 +45,8 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has saved the model it ended with."""
-        return (self.folder / "checkpoints" / "last").is_dir()
+        """Whether the run has come to its end: then it draws its learning curve."""
+        return (self.folder / "learning.png").is_file()
 
     def series(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps at which the run has the metric, and its values: [steps], [steps]. Null and missing ones are left out.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -68,6 +68,14 @@ class RolloutEngine(Protocol):
 
     def logprobs(self, prompts: list[Prompt], completions: list[Completion]) -> list[list[float]]:
         """Log-probability of every token of `completions[i]` after `prompts[i]`, at `rollout.temperature`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next rollouts depend on besides weights, prompts and seed: nothing, where sampling is real."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
         ...
 
     def close(self) -> None:

@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 
+from rethinker.runtime import signals
+
 # A hung collective never returns to Python. After this much more time the process ends, so that the launcher
 # stops the other ranks too.
 GRACE_S = 60.0
@@ -41,7 +43,9 @@ class Deadline:
 
         Raises:
             TimeoutError: naming the work and the setting.
+            StopRequested: the process was asked to stop, and this work may be broken off.
         """
+        signals.check()
         if time.monotonic() > self.end:
             raise TimeoutError(f"{self.message} ({progress})" if progress else self.message)
 

@@ -170,6 +170,13 @@ class HFEngine:
         """Move the weights back to this rank's device."""
         self._model.to(self._device)
 
+    def state_dict(self) -> dict[str, Any]:
+        """See RolloutEngine."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See RolloutEngine."""
+
     def close(self) -> None:
         """Drop the model."""
         del self._model

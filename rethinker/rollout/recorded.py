@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from pathlib import Path
 
 from rethinker.config import Config, ConfigError
@@ -31,6 +31,8 @@ class RecordedEngine:
         if not self._unread:
             raise ConfigError(f"rollout.recording={folder!r} holds no episode_*.parquet; name another run's folder")
         self._completions: dict[str, deque[list[Completion]]] = defaultdict(deque)
+        self._taken: Counter[str] = Counter()  # groups of each query that were asked for
+        self._passed: Counter[str] = Counter()  # groups of each query to leave out: the resumed run had them
 
     def generate(
         self, prompts: list[Prompt], *, n: int, max_new_tokens: int | list[int], temperature: float, seed: int
@@ -46,7 +48,10 @@ class RecordedEngine:
         recorded = self._completions[query_id]
         while not recorded and self._unread:
             for group in read_completions(self.folder, self._unread.popleft()):
-                self._completions[group.query.id].append(group.completions)
+                if self._passed[group.query.id] > 0:
+                    self._passed[group.query.id] -= 1
+                else:
+                    self._completions[group.query.id].append(group.completions)
         if not recorded:
             raise ConfigError(
                 f"rollout.recording={str(self.folder)!r} holds no (further) completions of query {query_id!r}; use the "
@@ -57,7 +62,16 @@ class RecordedEngine:
                 f"rollout.recording={str(self.folder)!r} holds {len(recorded[0])} completions of query {query_id!r}, "
                 f"but {n} are asked for; set rollout.group_size={len(recorded[0])}"
             )
+        self._taken[query_id] += 1
         return recorded.popleft()
+
+    def state_dict(self) -> dict[str, int]:
+        """How often each query was asked."""
+        return dict(self._taken)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after what has been asked."""
+        self._taken, self._passed = Counter(state), Counter(state)
 
     def sync(self, weights: WeightStream, version: int) -> None:
         """Nothing to update; as every rank leaves the stream alone, none waits for another."""

@@ -233,6 +233,13 @@ class VLLMEngine:
             self._engine.wake_up()
             self._asleep = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """See RolloutEngine."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See RolloutEngine."""
+
     def close(self) -> None:
         """Shut the engine down."""
         self._engine.engine_core.shutdown()

@@ -35,13 +35,14 @@ _ON_BAR = ("reward", "effective", "replay", "length", "tok/s")
 class Display:
     """Shows the steps of a run; silent on all ranks but the first."""
 
-    def __init__(self, total_steps: int, enabled: bool = True, console: Console | None = None) -> None:
+    def __init__(self, total_steps: int, enabled: bool = True, console: Console | None = None, done: int = 0) -> None:
         """Args:
         total_steps: optimizer steps of the whole run.
         enabled: False shows nothing.
         console: where to write; by default stdout.
+        done: steps that a resumed run has behind it.
         """
-        self.total_steps = total_steps
+        self.total_steps, self._done_before = total_steps, done
         self.enabled = enabled
         self._console = console or Console(highlight=False, markup=False, soft_wrap=True)
         self._start = time.perf_counter()
@@ -52,7 +53,7 @@ class Display:
         if self.enabled and self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, TextColumn("{task.fields[state]}"), console=self._console)
-            self._task = self._bar.add_task("train", total=self.total_steps, state="")
+            self._task = self._bar.add_task("train", total=self.total_steps, completed=self._done_before, state="")
             self._bar.start()
         return self
 
@@ -70,7 +71,7 @@ class Display:
             return
         now, done = time.perf_counter(), metrics["step"]
         self._first_step = self._first_step or now - (metrics.get("step_s") or 0.0)
-        left = _duration((now - self._first_step) / done * (self.total_steps - done))
+        left = _duration((now - self._first_step) / (done - self._done_before) * (self.total_steps - done))
         self._print(f"step {done}/{self.total_steps}  {_line(metrics)}  left {left}")
 
     def validated(self, step: int, accuracy: Accuracy | None) -> None:
@@ -80,6 +81,16 @@ class Display:
             details = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.by_category.items())
             details = f" ({details})" if len(accuracy.by_category) > 1 else ""
             self._print(f"greedy accuracy {when}: {accuracy.overall:.3f} of {accuracy.questions} questions{details}")
+
+    def resumed(self, checkpoint: Path) -> None:
+        """Say from where the run goes on."""
+        self._print(f"resumed from {checkpoint}")
+
+    def stopped(self, signal: str, step: int, folder: Path) -> None:
+        """Say that the run was asked to stop, is saved, and how to go on."""
+        self.__exit__()
+        self._print(f"{signal}: saved after step {step}/{self.total_steps}; to go on:")
+        self._print(f"  rethinker train {folder}/config.yaml --resume auto")
 
     def summary(self, run: Run, report: Path | None = None) -> None:
         """Say what was learned, how long it took and where the run lies."""

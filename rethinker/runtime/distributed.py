@@ -36,6 +36,10 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def any(self, value: bool) -> bool:
+        """Whether it is true on some rank."""
+        return any(self.gather(value))
+
     def gather_to_main(self, value: Any) -> list[Any] | None:
         """Every rank's value, in rank order, on rank 0; None on the others."""
         if self.world_size == 1:

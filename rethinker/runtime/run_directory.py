@@ -5,7 +5,7 @@ runs/<name>/
   metrics.jsonl                     one object per optimizer step, flushed at once
   validation.jsonl                  one object per validation, the first from before training (step 0)
   completions/episode_00000.parquet one row per completion
-  checkpoints/                      models in Hugging Face format
+  checkpoints/                      model folders that the run is resumed from, too (runtime/checkpoint.py)
   events.out.tfevents.*             TensorBoard
 """
 
@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -32,13 +33,13 @@ if TYPE_CHECKING:
 
 
 class RunDirectory:
-    """Opens the folder on entry and closes it on exit; a run that fails before its first step leaves no folder."""
+    """Opens the folder on entry and closes it on exit; a new run that fails before its first step leaves no folder."""
 
     def __init__(self, config: Config, enabled: bool = True) -> None:
         """Only look; nothing is written before `with`.
 
         Args:
-            config: where to write (`run`) and what to record.
+            config: where to write (`run`), what to record, and whether to continue (`resume`) what is there.
             enabled: False on all ranks but the first: then nothing is ever written.
 
         Raises:
@@ -47,7 +48,8 @@ class RunDirectory:
         self.folder = Path(config.run.dir).expanduser() / config.run.name
         self.enabled = enabled
         self._config = config
-        self._rows = 0
+        self._rows = self._episodes = 0
+        self._chart = secrets.token_hex(4)  # what wandb knows this run by, however often it is resumed
         self._trackers: list[_Tracker] = []
         if enabled:
             check_new(config)
@@ -58,16 +60,12 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         if self.enabled:
             self._made = next((p for p in (*reversed(self.folder.parents), self.folder) if not p.exists()), self.folder)
+            self._continues = (self.folder / "config.yaml").is_file()
             for name in ("completions", "checkpoints"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
-            self._metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
-            try:
-                for tracker in self._config.run.trackers:
-                    self._trackers.append(_start_tracker(tracker, self._config, self.folder))
-            except BaseException as error:
-                self.__exit__(type(error), error, None)
-                raise
+            # Every line is one write at the file's end: a reader, or a kill, never meets half of one.
+            self._metrics = (self.folder / "metrics.jsonl").open("ab", buffering=0)
+            self._validations = (self.folder / "validation.jsonl").open("ab", buffering=0)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -76,8 +74,9 @@ class RunDirectory:
         for tracker in self._trackers:
             tracker.close()
         self._metrics.close()
+        self._validations.close()
         kept = any(any((self.folder / name).iterdir()) for name in ("completions", "checkpoints"))
-        if kind is not None and not self._rows and (kind is ConfigError or not kept):
+        if kind is not None and not self._rows and not self._continues and (kind is ConfigError or not kept):
             shutil.rmtree(self.folder, ignore_errors=True)
             for parent in self.folder.parents:
                 if parent.is_relative_to(self._made) and not any(parent.iterdir()):
@@ -88,8 +87,7 @@ class RunDirectory:
         if not self.enabled:
             return
         row = {name: _plain(value) for name, value in metrics.items()}
-        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
-        self._metrics.flush()
+        self._append(self._metrics, row)
         self._rows += 1
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
         for tracker in self._trackers:
@@ -99,24 +97,80 @@ class RunDirectory:
         """Append a validation after optimizer step `step`; None (no held-out questions) writes nothing."""
         if self.enabled and accuracy is not None:
             row = {"step": step, "val_accuracy": accuracy.overall, "questions": accuracy.questions}
-            with (self.folder / "validation.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row | {"by_category": accuracy.by_category}) + "\n")
+            self._append(self._validations, row | {"by_category": accuracy.by_category})
 
     def write_completions(self, episode: int, groups: Sequence[Group]) -> None:
         """Write an episode's completions; an episode written twice is replaced."""
         if self.enabled:
             write_completions(self.folder / "completions", episode, groups)
+            self._episodes = episode + 1
 
-    def state_dict(self) -> dict[str, int]:
-        """How far the log has come."""
-        return {"rows": self._rows, "metrics_bytes": self._metrics.tell() if self.enabled else 0}
+    def state_dict(self) -> dict[str, Any]:
+        """How far the logs have come, and which chart they are drawn in."""
+        if not self.enabled:
+            return {}
+        logs = {name: os.fstat(file.fileno()).st_size for name, file in self._logs.items()}
+        return {"rows": self._rows, "episodes": self._episodes, "chart": self._chart, **logs}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go back to a position of this folder's log: later lines are dropped, to be written again."""
-        if self.enabled:
-            self._metrics.seek(state["metrics_bytes"])
-            self._metrics.truncate()
-            self._rows = state["rows"]
+    def open_logs(self, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Start the logs, or go back to a position of them: what came later is dropped, to be written again.
+
+        Writes config.yaml and connects to the trackers.
+
+        Args:
+            state: from `state_dict`; empty starts from the beginning.
+
+        Returns:
+            The steps' metrics up to there.
+
+        Raises:
+            ConfigError: a log is shorter than it was.
+        """
+        if not self.enabled:
+            return []
+        self._rows, self._chart = state.get("rows", 0), state.get("chart", self._chart)
+        self._episodes = state.get("episodes", 0)
+        for name, file in self._logs.items():
+            size, wanted = os.fstat(file.fileno()).st_size, state.get(name, 0)
+            if size < wanted:
+                raise ConfigError(
+                    f"resume: {self.folder / name} has {size} bytes and had {wanted} when the checkpoint was taken; "
+                    "restore the file, or start a new run with another run.name"
+                )
+            file.truncate(wanted)
+        stale = [path for path in (self.folder / "completions").iterdir() if path.name >= _file_name(self._episodes)]
+        stale += [self.folder / "learning.png"]  # drawn when a run has ended
+        stale += [] if state else self.folder.glob("events.out.tfevents.*")
+        for path in stale:
+            path.unlink(missing_ok=True)
+        partial = self.folder / ".config.yaml.partial"
+        partial.write_text(to_yaml(dataclasses.replace(self._config, resume=None)), encoding="utf-8")
+        partial.replace(self.folder / "config.yaml")
+        for tracker in self._config.run.trackers:
+            self._trackers.append(_start_tracker(tracker, self._config, self.folder, self._chart, self._rows))
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    @property
+    def _logs(self) -> dict[str, Any]:
+        return {"metrics.jsonl": self._metrics, "validation.jsonl": self._validations}
+
+    def _append(self, file: Any, row: Mapping[str, Any]) -> None:
+        """One line, in one write.
+
+        Raises:
+            ConfigError: the disk is full, or gone.
+        """
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        try:
+            written = file.write(line)
+            if written != len(line):
+                raise OSError(f"{written} of {len(line)} bytes were written")
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir={self._config.run.dir}: {Path(file.name).name} cannot be written ({error}); free some space, "
+                "then continue the run with --resume auto"
+            ) from error
 
 
 def write_completions(folder: str | Path, episode: int, groups: Sequence[Group]) -> None:
@@ -169,7 +223,11 @@ def read_completions(folder: str | Path, episode: int) -> list[Group]:
 
 
 def _completions_file(folder: str | Path, episode: int) -> Path:
-    return Path(folder) / f"episode_{episode:05d}.parquet"
+    return Path(folder) / _file_name(episode)
+
+
+def _file_name(episode: int) -> str:
+    return f"episode_{episode:05d}.parquet"
 
 
 def _schema() -> Any:
@@ -262,11 +320,13 @@ class _Tracker:
     close: Callable[[], None]
 
 
-def _start_tracker(name: str, config: Config, folder: Path) -> _Tracker:
+def _start_tracker(name: str, config: Config, folder: Path, chart: str, rows: int) -> _Tracker:
+    """`rows` steps have been logged already, by the run that this one continues."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(folder), flush_secs=10)
+        # What a killed run logged after its last checkpoint is hidden: it comes again.
+        writer = SummaryWriter(str(folder), flush_secs=10, purge_step=rows + 1 if rows else None)
 
         def write(numbers: dict[str, float], step: int) -> None:
             for metric, value in numbers.items():
@@ -277,11 +337,19 @@ def _start_tracker(name: str, config: Config, folder: Path) -> _Tracker:
     if name == "wandb":
         import wandb
 
-        run = wandb.init(project="rethinker", name=config.run.name, dir=str(folder), config=settings)
+        # wandb keeps what it has of steps that come again.
+        run = wandb.init(
+            project="rethinker",
+            name=config.run.name,
+            id=f"{config.run.name}-{chart}",
+            resume="allow",
+            dir=str(folder),
+            config=settings,
+        )
         return _Tracker(lambda numbers, step: run.log(numbers, step=step), run.finish)
     import trackio
 
-    run = trackio.init(project="rethinker", name=config.run.name, config=settings)
+    run = trackio.init(project="rethinker", name=config.run.name, config=settings, resume="allow" if rows else "never")
     return _Tracker(lambda numbers, step: run.log(numbers, step=step), run.finish)
 
 

@@ -137,6 +137,14 @@ class PromptEncoder:
             self.dropped[reason] += 1
         raise none_fit(self.dropped, self.config)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Which queries were left out so far, and why."""
+        return {"dropped": dict(self.dropped), "misfits": sorted(self._misfits)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.dropped, self._misfits = Counter(state["dropped"]), set(state["misfits"])
+
     def _explain(self, reason: str) -> str:
         value = getattr(self.config, reason.removeprefix("data."), None)
         return reason if value is None else f"more than {reason}={value}"

@@ -78,6 +78,7 @@ def write_run(
         (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in validations))
     if finished:
         (folder / "checkpoints" / "last").mkdir(parents=True)
+        (folder / "learning.png").touch()
     if groups is not None:
         (folder / "completions").mkdir()
         write_completions(folder / "completions", 0, groups)

@@ -93,6 +93,7 @@ def test_recordings_that_cannot_be_read(tmp_path):
 def test_metrics_are_flushed_line_by_line(config):
     """Each step's line is on disk at once, as strict JSON: scalars unwrapped, non-finite numbers null."""
     with RunDirectory(config) as run:
+        run.open_logs({})
         run.log({"step": 1, "loss": torch.tensor(0.5), "reward_mean": np.float32(0.25), "kl": None})
         lines = (run.folder / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5, "reward_mean": 0.25, "kl": None}]
@@ -118,6 +119,7 @@ def test_the_folder_holds_its_settings(tmp_path, monkeypatch):
 def test_a_run_never_writes_into_another(config):
     """A second run of the same name is refused, and the first one's files stay as they are."""
     with RunDirectory(config) as run:
+        run.open_logs({})
         run.log({"step": 1})
     with pytest.raises(ConfigError, match="choose another run.name"):
         RunDirectory(config)
@@ -146,6 +148,7 @@ def test_a_run_that_never_started_leaves_nothing(config, tmp_path):
 def test_a_run_with_steps_is_kept_whatever_happens(config):
     """Once a step is logged, an error leaves everything in place."""
     with pytest.raises(ConfigError), RunDirectory(config) as run:
+        run.open_logs({})
         run.log({"step": 1})
         raise ConfigError("late")
     assert (run.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
@@ -154,22 +157,69 @@ def test_a_run_with_steps_is_kept_whatever_happens(config):
 def test_other_ranks_write_nothing(config, tmp_path):
     """With enabled=False every call is accepted and the disk stays untouched."""
     with RunDirectory(config, enabled=False) as run:
+        run.open_logs({})
         run.log({"step": 1})
         run.write_completions(0, groups())
-        run.load_state_dict(run.state_dict())
+        assert run.open_logs(run.state_dict()) == []
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_position_can_be_taken_up_again(config):
-    """Going back to a stored position drops the later lines, and the next line follows the stored one."""
+    """Going back to a stored position drops later lines and episodes; the next line follows the stored one."""
+    accuracy = Accuracy(0.5, {}, 2)
     with RunDirectory(config) as run:
+        run.open_logs({})
+        run.log_validation(0, accuracy)
+        run.write_completions(0, groups())
         run.log({"step": 1})
-        state = run.state_dict()
+        state = json.loads(json.dumps(run.state_dict()))
         run.log({"step": 2, "loss": 0.123456789})
-        run.load_state_dict(state)
+        run.log_validation(2, accuracy)
+        run.write_completions(1, groups())
+    config.resume = "auto"
+    with RunDirectory(config) as run:
+        assert run.open_logs(state) == [{"step": 1}]
         run.log({"step": 2, "loss": 0.25})
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 1}, {"step": 2, "loss": 0.25}]
+    assert len((run.folder / "validation.jsonl").read_text().splitlines()) == 1
+    assert [path.name for path in (run.folder / "completions").iterdir()] == ["episode_00000.parquet"]
+    assert "resume: null" in (run.folder / "config.yaml").read_text()
+
+
+def test_a_log_that_lost_lines_is_refused(config):
+    """A log shorter than at the checkpoint would silently miss steps: it is an error that names the file."""
+    with RunDirectory(config) as run:
+        run.open_logs({})
+        run.log({"step": 1})
+        state = run.state_dict()
+    (run.folder / "metrics.jsonl").write_text("")
+    config.resume = "auto"
+    with pytest.raises(ConfigError, match=r"resume: .*metrics.jsonl has 0 bytes and had"), RunDirectory(config) as run:
+        run.open_logs(state)
+
+
+def test_a_line_is_one_write(config, monkeypatch):
+    """A row reaches the file in one write, whole with its line break, so no reader ever meets a part of one."""
+    with RunDirectory(config) as run:
+        run.open_logs({})
+        run.log({"step": 1, "loss": 0.5})
+        assert (run.folder / "metrics.jsonl").read_bytes().endswith(b"}\n")  # without a flush
+        written = []
+        monkeypatch.setattr(run, "_metrics", SimpleNamespace(write=lambda b: written.append(b) or len(b), close=id, name=""))
+        run.log({"step": 2, "loss": 0.25})
+    assert written == [b'{"step": 2, "loss": 0.25}\n']
+
+
+def test_a_full_disk_is_named(config):
+    """What the operating system refuses to write (here /dev/full: no space left) is one error with the setting."""
+    with RunDirectory(config) as run:
+        run.open_logs({})
+        with open("/dev/full", "ab", buffering=0) as full:
+            run._metrics.close()
+            run._metrics = full
+            with pytest.raises(ConfigError, match=r"run.dir=.*No space left on device.*--resume auto"):
+                run.log({"step": 1})
 
 
 def test_tensorboard_holds_every_number(config):
@@ -178,6 +228,7 @@ def test_tensorboard_holds_every_number(config):
 
     config.run.trackers = ["tensorboard"]
     with RunDirectory(config) as run:
+        run.open_logs({})
         run.log({"step": 1, "reward_mean": 0.25, "val_accuracy": None})
         run.log({"step": 2, "reward_mean": 0.5, "val_accuracy": 0.75})
     events = EventAccumulator(str(run.folder)).Reload()
@@ -197,6 +248,7 @@ def test_optional_trackers_get_the_same_numbers(config, monkeypatch, tracker):
     monkeypatch.setattr(run_directory, "find_spec", lambda name: object())
     config.run.trackers = [tracker]
     with RunDirectory(config) as directory:
+        directory.open_logs({})
         directory.log({"step": 1, "loss": 0.5, "kl": None})
     assert calls == [0, (1, {"loss": 0.5}), "finished"]
 

@@ -1,0 +1,291 @@
+"""Checkpoints of a run: written beside the training, whole or not there, and the newest whole one found again.
+
+checkpoints/
+  step_000040/           a model folder in Hugging Face format, and
+    trainer/run.*        the run's state: counters, data order, replay, log position, settings, versions
+    trainer/rank_00000.* each rank's: its responses and random streams; optimizer_00000.*: its part of the optimizer
+    COMPLETE             written last: size and SHA-256 of every file
+  last -> step_000040    the newest one
+  best -> best_000024    the model with the best validation accuracy
+
+Every rank writes its own files, so all need to see the same folder. What is being written stands in `.<name>.partial`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rethinker.config import CheckpointConfig, ConfigError
+from rethinker.runtime.distributed import Ranks
+
+log = logging.getLogger(__name__)
+
+MARKER = "COMPLETE"
+PEERS_S = 1800.0  # how long rank 0 waits for the other ranks' files
+
+Write = Callable[[Path], None]
+
+
+class Checkpoints:
+    """Writes and finds the checkpoints of one run; at most one is being written at a time.
+
+    `failed` counts those that could not be written: the run goes on, and says so.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, config: CheckpointConfig) -> None:
+        """Every rank calls it.
+
+        Args:
+            folder: runs/<name>/checkpoints; rank 0 has made it.
+            ranks: this process's place.
+            config: which ones to keep.
+
+        Raises:
+            ConfigError: some rank does not see the folder.
+        """
+        ranks.gather(None)  # rank 0 is here: it has made the folder
+        blind = [rank for rank, sees in enumerate(ranks.gather(folder.is_dir())) if not sees]
+        if blind:
+            raise ConfigError(f"run.dir: rank {blind[0]} does not see {folder}; choose a folder that all ranks share")
+        self.folder, self.failed = folder, 0
+        self._ranks, self._config = ranks, config
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+
+    def save(self, step: int, write_model: Write, write_state: Write) -> None:
+        """Start writing step_<step>, when the one before is done. Every rank calls it.
+
+        Args:
+            step: optimizer steps done.
+            write_model: writes the model into a folder; called on rank 0 only.
+            write_state: writes this rank's state into trainer/.
+
+        Both are called in a thread, so they must hold copies of what training changes.
+        """
+
+        def write(folder: Path) -> None:
+            if self._ranks.is_main:
+                write_model(folder)
+            (folder / "trainer").mkdir(exist_ok=True)
+            write_state(folder / "trainer")
+
+        self._start(f"step_{step:06d}", "last", write, self._ranks.world_size)
+
+    def save_best(self, step: int, write_model: Write) -> None:
+        """Start writing the model alone, as the best so far. Every rank may call it; rank 0 writes."""
+        if self._ranks.is_main:
+            self._start(f"best_{step:06d}", "best", write_model, writers=1)
+
+    def wait(self) -> None:
+        """Until what is being written is there.
+
+        Raises:
+            ConfigError: the last one could not be written.
+        """
+        self._join()
+        if self._error:
+            raise ConfigError(self._error)
+
+    def close(self) -> None:
+        """Let what is being written come to its end."""
+        self._join()
+
+    def find(self, resume: str) -> Path | None:
+        """The checkpoint that `resume` names; for `auto` the newest whole one, or None. Every rank calls it.
+
+        Each rank reads its share of the files to compare their checksums. Leftovers of a killed run are removed, and
+        with a named checkpoint later ones are set aside as abandoned_step_*.
+
+        Raises:
+            ConfigError: there is no such checkpoint, or it is damaged.
+        """
+        names = self._ranks.broadcast(self._candidates() if self._ranks.is_main else None)
+        if resume != "auto":
+            name = Path(resume).name
+            if name not in names:
+                there = ", ".join(reversed(names)) or "none"
+                raise ConfigError(f"resume={resume}: {self.folder} has no such checkpoint; it has {there}; or use auto")
+            if problem := self._problem(name):
+                raise ConfigError(f"resume={resume}: {problem}; choose another one, or auto")
+            if self._ranks.is_main:
+                for later in names[: names.index(name)]:
+                    _replace(self.folder / later, self.folder / f"abandoned_{later}")
+                _link(self.folder / "last", name)
+            return self.folder / name
+        for name in names:
+            problem = self._problem(name)
+            if problem is None:
+                return self.folder / name
+            if self._ranks.is_main:
+                log.warning("resume=auto: checkpoint %s is skipped: %s", name, problem)
+        if names:
+            raise ConfigError(
+                f"resume=auto: none of the checkpoints in {self.folder} is whole ({names[-1]}: {problem}); restore "
+                "one, or start a new run with another run.name"
+            )
+        return None
+
+    def _candidates(self) -> list[str]:
+        """Names of the checkpoints that are marked complete, newest first."""
+        for leftover in self.folder.glob(".*.partial"):
+            shutil.rmtree(leftover)
+        found = sorted((path.name for path in self.folder.glob("step_*") if path.name[5:].isdecimal()), reverse=True)
+        for name in found:
+            if not (self.folder / name / MARKER).is_file():
+                log.warning("checkpoint %s was never finished; skipped", name)
+        return [name for name in found if (self.folder / name / MARKER).is_file()]
+
+    def _problem(self, name: str) -> str | None:
+        """What is wrong with a checkpoint's files, the same on every rank; None if they are as they were written."""
+        folder = self.folder / name
+        try:
+            files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+            share = sorted(files)[self._ranks.rank :: self._ranks.world_size]
+            mine = next(filter(None, (_difference(folder / path, *files[path]) for path in share)), None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            mine = f"its {MARKER} cannot be read ({error})"
+        return next(filter(None, self._ranks.gather(mine)), None)
+
+    def _start(self, name: str, link: str, write: Write, writers: int) -> None:
+        self._join()
+        self._thread = threading.Thread(target=self._write, args=(name, link, write, writers), name=f"write {name}")
+        self._thread.start()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, name: str, link: str, write: Write, writers: int) -> None:
+        partial, rank = self.folder / f".{name}.partial", self._ranks.rank
+        files, error = {}, None
+        try:
+            partial.mkdir(exist_ok=True)
+            write(partial)
+            mine = (path for path in partial.rglob("*") if path.is_file() and _writer(path, partial) == rank)
+            files = {str(path.relative_to(partial)): _secured(path) for path in mine}
+        except Exception as problem:  # a full disk, a lost mount, whatever the model's library raises
+            error = f"{type(problem).__name__}: {problem}"
+        try:
+            _write_json(partial / f".rank_{rank:05d}", {"files": files, "error": error})
+            if self._ranks.is_main:
+                self._publish(name, link, partial, writers)
+            self._error = None
+        except Exception as problem:
+            self.failed += 1
+            self._error = f"checkpoint {name} could not be written in {self.folder}: {problem}"
+            log.warning("%s; training goes on", self._error)
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _publish(self, name: str, link: str, partial: Path, writers: int) -> None:
+        """Give the folder its name, once every rank's files are on the disk, then mark it, then drop old ones."""
+        files: dict[str, tuple[int, str]] = {}
+        errors = []
+        end = time.monotonic() + PEERS_S
+        for rank in range(writers):
+            note = partial / f".rank_{rank:05d}"
+            while not note.is_file():
+                if time.monotonic() > end:
+                    raise TimeoutError(f"nothing from rank {rank} in {PEERS_S:g} s")
+                time.sleep(0.02)
+            written = json.loads(note.read_text(encoding="utf-8"))
+            files |= written["files"]
+            errors += [f"rank {rank}: {written['error']}"] * (written["error"] is not None)
+            note.unlink()
+        if errors:
+            raise OSError("; ".join(errors))
+        for folder in {partial, *(partial / path for path in files)}:
+            _sync_folder(folder if folder.is_dir() else folder.parent)
+        _replace(partial, self.folder / name)
+        _sync_folder(self.folder)
+        _write_json(self.folder / name / MARKER, {"files": files})
+        _sync_folder(self.folder / name)
+        _link(self.folder / link, name)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Remove all but the newest `checkpoint.keep` steps, those of `checkpoint.keep_every`, and the best."""
+        steps = sorted(path for path in self.folder.glob("step_*") if (path / MARKER).is_file())
+        kept_for_good = self._config.keep_every
+        for path in steps[: -self._config.keep]:
+            if not kept_for_good or int(path.name.removeprefix("step_")) % kept_for_good:
+                _remove(path)
+        best = self.folder / "best"
+        for path in self.folder.glob("best_*"):
+            if best.exists() and path.name != os.readlink(best):
+                _remove(path)
+
+
+def _writer(path: Path, partial: Path) -> int | None:
+    """The rank that writes a file: its own state, rank 0 all others; None for the ranks' notes to rank 0."""
+    if path.parent == partial and path.name.startswith(".rank_"):
+        return None
+    of = re.search(r"_(\d{5})\.", path.name) if path.parent.name == "trainer" else None
+    return int(of[1]) if of else 0
+
+
+def _secured(path: Path) -> tuple[int, str]:
+    """Size and SHA-256 of a file whose content is on the disk now."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _difference(path: Path, size: int, sha256: str) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != size:
+        return f"{path.name} has {path.stat().st_size} bytes instead of {size}"
+    with path.open("rb") as file:
+        same = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    return None if same else f"the content of {path.name} has changed"
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Whole or not at all, and on the disk."""
+    partial = path.with_name(f"{path.name}.writing")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a folder's list of names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Rename a folder; one that has the name already goes."""
+    if target.exists():
+        _remove(target)
+    source.rename(target)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint so that it never looks complete meanwhile."""
+    (folder / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _link(link: Path, name: str) -> None:
+    """Point a link at a checkpoint, at once."""
+    new = link.with_name(f".{link.name}.link")
+    new.unlink(missing_ok=True)
+    new.symlink_to(name)
+    new.replace(link)
