@@ -1,6 +1,7 @@
 # make train   install what training needs into .venv, then train the embedded default on this machine;
 #              make train ARGS="--train.max_steps 20" overrides its settings
 # make test    install the test tools too, then check style and run the whole test suite
+# make soak    the long tests: twenty kills, 300 steps, 10,000 fuzzed inputs
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,10 +16,11 @@ TORCH := torch==2.13.0
 # Bytecode of what is never imported is not worth its time.
 PIP := $(BIN)/python -m pip install -q --no-compile
 
-.PHONY: help train test lint install clean
+.PHONY: help train test soak lint install clean
 help:
 	@echo 'make train    install into $(VENV), then train a tiny vision-language model on this machine'
 	@echo 'make test     install into $(VENV), then check style and run all tests'
+	@echo 'make soak     run the long tests'
 	@echo 'make lint     check style only'
 	@echo 'make install  install everything, run nothing'
 	@echo 'make clean    remove build products and caches; runs/ and $(VENV) stay'
@@ -28,6 +30,9 @@ train: $(VENV)/.train-$(EXTRA)
 
 test: lint
 	$(BIN)/python -m pytest
+
+soak: lint
+	$(BIN)/python -m pytest -m soak -s
 
 lint: $(VENV)/.dev-$(EXTRA)
 	$(BIN)/ruff check .

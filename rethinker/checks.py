@@ -127,7 +127,14 @@ def check_resources(config: Config) -> None:
         raise ConfigError(
             f"rollout.recording={recording} holds no episode_*.parquet; give a runs/<name>/completions folder"
         )
-    _check_run_folder(config, needed=max(3 * model_bytes, MIN_FREE_BYTES))
+    _check_run_folder(config, needed=max(_checkpoint_bytes(config, model_bytes), MIN_FREE_BYTES))
+
+
+def _checkpoint_bytes(config: Config, model_bytes: int) -> float:
+    """Disk for the kept checkpoints and the one being written: bf16 models with 12 bytes of optimizer per parameter,
+    and two best models."""
+    whole = model_bytes + 12 * model_bytes / 2
+    return (config.checkpoint.keep + 1) * whole + 2 * model_bytes
 
 
 def _check_packages(config: Config) -> None:
@@ -185,7 +192,8 @@ def _check_run_folder(config: Config, needed: int) -> None:
     if free < needed:
         raise ConfigError(
             f"run.dir={config.run.dir} has {free / 2**30:.2f} GB of disk free and the run needs about "
-            f"{needed / 2**30:.2f} GB; free some space or choose a run.dir on a larger disk"
+            f"{needed / 2**30:.2f} GB; free some space, choose a run.dir on a larger disk, or lower checkpoint.keep "
+            f"({config.checkpoint.keep})"
         )
 
 

@@ -255,7 +255,8 @@ def test_full_disks(tmp_path, monkeypatch):
     model = model_folder(tmp_path / "model", config__json="{}")
     with (model / "model.safetensors").open("wb") as weights:
         weights.truncate(200 * 2**20)
-    assert "needs about 0.59 GB" in refused("--policy.model", str(model))
+    assert "needs about 4.49 GB" in refused("--policy.model", str(model))  # three of 7 x 0.2, and two models
+    assert "needs about 3.12 GB" in refused("--policy.model", str(model), "--checkpoint.keep", "1")
 
 
 def test_run_folders_that_cannot_be_made(tmp_path):
@@ -263,7 +264,9 @@ def test_run_folders_that_cannot_be_made(tmp_path):
     (tmp_path / "runs" / "old").mkdir(parents=True)
     assert load_config("easy_vqa_cpu", {"run.name": "old"})  # empty: nobody's
     (tmp_path / "runs" / "old" / "metrics.jsonl").write_text("")
-    assert refused("--run.name", "old") == "run.name=old: runs/old already holds a run; choose another run.name"
+    assert refused("--run.name", "old") == (
+        "run.name=old: runs/old already holds a run; choose another run.name, or continue it with --resume auto"
+    )
     (tmp_path / "file").write_text("")
     assert "is a file; choose another run.dir" in refused("--run.dir", "file")
     assert "is a file; choose another run.dir" in refused("--run.dir", "file/below")

@@ -40,7 +40,7 @@ def read_state(path: Path) -> Any:
 
 def _outline(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(node, torch.Tensor):
-        tensors[name] = node.detach().cpu().contiguous()
+        tensors[name] = node.detach().to("cpu", copy=True).contiguous()  # shared memory is refused
         return {_TENSOR: name}
     if isinstance(node, dict):
         assert all(isinstance(key, str) for key in node), f"{name}: JSON keys are texts"

@@ -28,7 +28,8 @@ METRICS = """step episode reward_mean effective_query_ratio replay_fraction repl
 advantage_abs_mean advantage_abs_mean_fresh advantage_abs_mean_replayed advantage_histogram loss entropy kl
 clip_fraction_low clip_fraction_high grad_norm mismatch_kl response_length_mean rethink_ratio rethink_forced
 rethink_kept rethink_fixed rethink_broken supervised_loss val_accuracy tokens_per_s mfu time_rethink_s
-time_rollout_s time_reward_s time_train_s time_sync_s step_s peak_memory_gb""".split()
+time_rollout_s time_reward_s time_train_s time_sync_s time_checkpoint_s step_s peak_memory_gb
+failed_checkpoints""".split()
 
 
 @pytest.fixture(scope="module")

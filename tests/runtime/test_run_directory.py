@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rethinker.config import Config, ConfigError, RunConfig
+from rethinker.evaluation.validation import Accuracy
 from rethinker.runtime import run_directory
 from rethinker.runtime.run_directory import RunDirectory, read_completions, write_completions
 from rethinker.samples import Completion, Group, Query, Rethought
@@ -107,9 +108,11 @@ def test_the_folder_holds_its_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = resolve_config("easy_vqa_cpu", {"run.name": "x", "run.trackers": []})
     with RunDirectory(config) as run:
+        run.open_logs({})
         assert {path.name for path in run.folder.iterdir()} == {
             "config.yaml",
             "metrics.jsonl",
+            "validation.jsonl",
             "completions",
             "checkpoints",
         }
@@ -206,7 +209,9 @@ def test_a_line_is_one_write(config, monkeypatch):
         run.log({"step": 1, "loss": 0.5})
         assert (run.folder / "metrics.jsonl").read_bytes().endswith(b"}\n")  # without a flush
         written = []
-        monkeypatch.setattr(run, "_metrics", SimpleNamespace(write=lambda b: written.append(b) or len(b), close=id, name=""))
+        monkeypatch.setattr(
+            run, "_metrics", SimpleNamespace(write=lambda b: written.append(b) or len(b), close=list, name="")
+        )
         run.log({"step": 2, "loss": 0.25})
     assert written == [b'{"step": 2, "loss": 0.25}\n']
 

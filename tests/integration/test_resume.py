@@ -1,0 +1,146 @@
+"""Law 10: killed at any instant and resumed, a run goes on bit for bit; asked to stop, it saves itself first."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.integration.interruptions import (
+    STEPS,
+    assert_equal_runs,
+    disturb,
+    finish,
+    newest,
+    prepare,
+    rows,
+    start,
+    wait_for,
+)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(scratch):
+    """The run that nobody disturbs."""
+    finish(scratch, "reference")
+    return scratch / "reference"
+
+
+def test_killed_anywhere_in_a_step_and_in_a_save(scratch, reference):
+    """Three SIGKILLs: before the first step or in it, within an episode, and while a checkpoint is being written."""
+    print(*disturb(scratch, "killed", kills=3, seed=0), sep="\n")
+    finish(scratch, "killed", "--resume", "auto")
+    assert_equal_runs(scratch / "killed", reference)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_twenty_kills(scratch, reference):
+    """Twenty SIGKILLs over a run of twelve steps."""
+    print(*disturb(scratch, "twenty", kills=20, seed=1), sep="\n")
+    finish(scratch, "twenty", "--resume", "auto")
+    assert_equal_runs(scratch / "twenty", reference)
+
+
+def test_asked_to_stop(scratch, reference):
+    """SIGTERM within an episode: the step ends, everything is saved, exit code 0; the rest is bit for bit the same.
+
+    A second stop falls into a rollout: what was sampled is thrown away and sampled again.
+    """
+    run = scratch / "stopped"
+    process = start(scratch, "stopped")
+    wait_for(lambda: len(rows(run)) >= 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    steps = len(rows(run))
+    assert 5 <= steps < STEPS and newest(run) == steps
+    told = (scratch / "stopped.log").read_text()
+    assert f"SIGTERM: saved after step {steps}/{STEPS}" in told and "--resume auto" in told
+    assert not (run / "report.html").exists()
+
+    process = start(scratch, "stopped", "--resume", "auto", "--train.micro_batch_tokens", "16383")  # it may change
+    wait_for(lambda: len(rows(run)) >= 8, process)
+    time.sleep(0.05)  # in the rollout of the last episode
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert 8 <= len(rows(run)) <= 9 and newest(run) == len(rows(run))
+    finish(scratch, "stopped", "--resume", "auto")
+    assert_equal_runs(run, reference)
+    kept = (scratch / "stopped.log").read_text()
+    assert "resumed from" in kept and "Traceback" not in kept
+
+
+def test_what_cannot_go_on_is_refused(scratch, reference):
+    """Settings that change what is learned are named with both values; so is a checkpoint that is not there."""
+    for options, words in (
+        (("--seed", "3"), "cannot go on with seed=3 (was 0)"),
+        (
+            ("--replay.alpha", "2", "--algorithm.name", "grpo"),
+            "algorithm.name=grpo (was ssr), replay.alpha=2.0 (was 1.0)",
+        ),
+        (("--resume", "step_000001"), "has no such checkpoint; it has step_000008, step_000010, step_000012"),
+    ):
+        log = scratch / "reference.log"
+        before = log.stat().st_size
+        assert start(scratch, "reference", "--resume", "auto", *options).wait(120) == 2
+        assert words in log.read_text()[before:]
+    assert len(rows(reference)) == STEPS
+
+
+@pytest.fixture(scope="module")
+def two(scratch):
+    """An episode on two ranks that nobody disturbs."""
+    finish(scratch, "two", "--train.max_steps", "4", ranks=2)
+    return scratch / "two"
+
+
+@pytest.fixture(scope="module")
+def two_stopped(scratch):
+    """The same, stopped within the episode: its folder and the steps it had done."""
+    run = scratch / "two_stopped"
+    process = start(scratch, "two_stopped", "--train.max_steps", "4", ranks=2)
+    wait_for(lambda: len(rows(run)) >= 1, process)
+    os.killpg(process.pid, signal.SIGTERM)  # as schedulers and terminals do: to the launcher and the ranks at once
+    process.wait(90)
+    steps = len(rows(run))
+    assert newest(run) == steps < 4, (scratch / "two_stopped.log").read_text()[-3000:]
+    return run, steps
+
+
+def test_another_number_of_ranks(scratch, two, two_stopped):
+    """Two ranks stopped within an episode and resumed on one: the rest of the episode, which needs no new rollout, is
+    the same to rounding (law 3), although the one rank takes over what the other had sampled."""
+    run, steps = two_stopped
+    shutil.copytree(run, scratch / "one_goes_on", symlinks=True)
+    finish(scratch, "one_goes_on", "--resume", f"step_{steps:06d}", "--train.max_steps", "4")
+    for row, expected in zip(rows(scratch / "one_goes_on"), rows(two), strict=True):
+        for name in ("loss", "grad_norm", "entropy", "reward_mean", "replay_size", "trained_pairs", "mismatch_kl"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7), (row["step"], name)
+
+
+@pytest.mark.soak
+def test_two_ranks_go_on_bit_for_bit(scratch, two, two_stopped):
+    """Resumed on as many ranks as before, the metrics are those of the run that nobody disturbed."""
+    finish(scratch, "two_stopped", "--resume", "auto", "--train.max_steps", "4", ranks=2)
+    assert rows(two_stopped[0]) == rows(two)
+
+
+@pytest.mark.soak
+def test_a_finished_run_can_be_made_longer(scratch, reference):
+    """A finished run with more steps goes on where it ended, and validates at its new end."""
+    shutil.copytree(reference, scratch / "longer", symlinks=True)
+    finish(scratch, "longer", "--resume", "auto", "--train.max_steps", str(STEPS + 1))
+    longer = rows(scratch / "longer")
+    assert longer[:STEPS] == rows(reference) and longer[STEPS]["step"] == STEPS + 1
+    assert json.loads((scratch / "longer" / "validation.jsonl").read_text().splitlines()[-1])["step"] == STEPS + 1

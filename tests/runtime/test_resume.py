@@ -1,0 +1,55 @@
+"""What a resumed run compares before it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from rethinker.config import Config, ConfigError
+from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.resume import MAY_CHANGE, Progress, RunState, fingerprint, saved_state, versions
+from rethinker.runtime.state_file import write_state
+from rethinker.samples import Query
+from rethinker.settings import flat, resolve_config, settings
+
+QUERIES = [Query("a", "what?", "red", ("a.png",)), Query("b", "and?", "blue")]
+
+
+def test_other_questions_are_refused(tmp_path):
+    """Any changed id, question, answer or number of images changes the fingerprint, and with it nothing is resumed."""
+    for change in ({"id": "c"}, {"question": "what"}, {"answer": "Red"}, {"images": ()}):
+        assert fingerprint([dataclasses.replace(QUERIES[0], **change), QUERIES[1]]) != fingerprint(QUERIES)
+    stream = SimpleNamespace(queries=QUERIES[::-1])
+    state = RunState(Config(), Ranks(0, 1, 0), Progress(), *[None] * 2, stream, *[None] * 4)
+    with pytest.raises(ConfigError, match=r"data.train=easy_vqa: its questions are not those of"):
+        state.load(tmp_path, {"data": fingerprint(QUERIES)})
+
+
+def test_settings_are_compared_by_name(tmp_path):
+    """Where, how fast and how long may change; everything else is refused with both values."""
+    config = resolve_config("easy_vqa_cpu", {"run.name": "x"})
+    (tmp_path / "trainer").mkdir()
+    write_state(tmp_path / "trainer" / "run", {"settings": flat(config)})
+    free = {"run.trackers": [], "checkpoint.keep": 7, "train.max_steps": 999, "train.micro_batch_tokens": 77}
+    assert saved_state(tmp_path, resolve_config("easy_vqa_cpu", {"run.name": "y", "resume": "auto"} | free))
+    assert saved_state(None, config) == {}
+    other = resolve_config("easy_vqa_cpu", {"run.name": "x", "seed": 5, "train.betas": [0.5, 0.6]} | free)
+    with pytest.raises(ConfigError) as refused:
+        saved_state(tmp_path, other)
+    assert str(refused.value) == (
+        f"resume: run x cannot go on with seed=5 (was 0), train.betas=[0.5, 0.6] (was {list(config.train.betas)}); "
+        "set them back, or start a new run with another run.name"
+    )
+
+
+def test_the_free_settings_exist():
+    """Every name in the list of settings that may change is one, so that none is misspelt."""
+    keys = [setting.key for setting in settings()]
+    assert all(any(key.startswith(name) for key in keys) for name in MAY_CHANGE)
+
+
+def test_versions_name_what_numbers_depend_on():
+    """torch and the rest of the numerics are recorded."""
+    assert {"python", "torch", "transformers", "deepspeed"} <= set(versions())
