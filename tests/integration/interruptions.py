@@ -43,13 +43,14 @@ def prepare(folder: Path) -> None:
     create_tiny(folder / "model", seed=0)
 
 
-def start(folder: Path, name: str, *options: str, ranks: int = 1) -> subprocess.Popen:
-    """Start, or with --resume continue, a run; its output goes to <name>.log."""
-    launch = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def start(folder: Path, name: str, *options: str, ranks: int = 1, launch: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Start, or with --resume continue, a run; its output goes to <name>.log. `launch` are options of torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launch]
+    torchrun = [] if ranks == 1 else torchrun
     arguments = ["easy_vqa_cpu", "--run.dir", str(folder), "--run.name", name, "--policy.model", str(folder / "model")]
     arguments += ["--reward.function", f"{folder / 'reward.py'}:parity", *OPTIONS, *options]
     with (folder / f"{name}.log").open("a") as log:
-        command = [sys.executable, *launch, "-m", "rethinker.train", *arguments]
+        command = [sys.executable, *torchrun, "-m", "rethinker.train", *arguments]
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 
 
