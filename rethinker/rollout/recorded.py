@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rethinker.config import Config, ConfigError
 from rethinker.rollout import WeightStream
-from rethinker.runtime.run_directory import read_completions
+from rethinker.runtime.completions import read_completions
 from rethinker.samples import Completion, Prompt
 
 

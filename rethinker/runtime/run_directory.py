@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,15 @@ from typing import TYPE_CHECKING, Any
 from rethinker.checks import check_new
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import how_to_install
-from rethinker.samples import Completion, Group, Query, Rethought
+from rethinker.runtime.completions import file_name, write_completions
+from rethinker.runtime.trackers import Tracker, start_tracker
+from rethinker.samples import Group
 from rethinker.settings import to_yaml
 
 if TYPE_CHECKING:
     from rethinker.evaluation.validation import Accuracy
+
+log = logging.getLogger(__name__)
 
 
 class RunDirectory:
@@ -50,7 +55,7 @@ class RunDirectory:
         self._config = config
         self._rows = self._episodes = 0
         self._chart = secrets.token_hex(4)  # what wandb knows this run by, however often it is resumed
-        self._trackers: list[_Tracker] = []
+        self._trackers: list[Tracker] = []
         if enabled:
             check_new(config)
             for tracker in config.run.trackers:
@@ -72,7 +77,10 @@ class RunDirectory:
         if not self.enabled:
             return
         for tracker in self._trackers:
-            tracker.close()
+            try:
+                tracker.close()
+            except Exception as error:
+                log.warning("run.trackers: %s could not be closed: %s", tracker.name, error)
         self._metrics.close()
         self._validations.close()
         kept = any(any((self.folder / name).iterdir()) for name in ("completions", "checkpoints"))
@@ -90,8 +98,12 @@ class RunDirectory:
         self._append(self._metrics, row)
         self._rows += 1
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
-        for tracker in self._trackers:
-            tracker.log(numbers, row["step"])
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(numbers, row["step"])
+            except Exception as error:  # a lost network, a full disk: metrics.jsonl has everything, and the run goes on
+                log.warning("run.trackers: %s failed and is left out from here on: %s", tracker.name, error)
+                self._trackers.remove(tracker)
 
     def log_validation(self, step: int, accuracy: Accuracy | None) -> None:
         """Append a validation after optimizer step `step`; None (no held-out questions) writes nothing."""
@@ -100,9 +112,16 @@ class RunDirectory:
             self._append(self._validations, row | {"by_category": accuracy.by_category})
 
     def write_completions(self, episode: int, groups: Sequence[Group]) -> None:
-        """Write an episode's completions; an episode written twice is replaced."""
+        """Write an episode's completions; an episode written twice is replaced.
+
+        Raises:
+            ConfigError: the disk is full, or gone.
+        """
         if self.enabled:
-            write_completions(self.folder / "completions", episode, groups)
+            try:
+                write_completions(self.folder / "completions", episode, groups)
+            except OSError as error:
+                raise self._unwritable(file_name(episode), error) from error
             self._episodes = episode + 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,7 +157,7 @@ class RunDirectory:
                     "restore the file, or start a new run with another run.name"
                 )
             file.truncate(wanted)
-        stale = [path for path in (self.folder / "completions").iterdir() if path.name >= _file_name(self._episodes)]
+        stale = [path for path in (self.folder / "completions").iterdir() if path.name >= file_name(self._episodes)]
         stale += [self.folder / "learning.png"]  # drawn when a run has ended
         stale += [] if state else self.folder.glob("events.out.tfevents.*")
         for path in stale:
@@ -147,7 +166,7 @@ class RunDirectory:
         partial.write_text(to_yaml(dataclasses.replace(self._config, resume=None)), encoding="utf-8")
         partial.replace(self.folder / "config.yaml")
         for tracker in self._config.run.trackers:
-            self._trackers.append(_start_tracker(tracker, self._config, self.folder, self._chart, self._rows))
+            self._trackers.append(start_tracker(tracker, self._config, self.folder, self._chart, self._rows))
         lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
@@ -167,190 +186,13 @@ class RunDirectory:
             if written != len(line):
                 raise OSError(f"{written} of {len(line)} bytes were written")
         except OSError as error:
-            raise ConfigError(
-                f"run.dir={self._config.run.dir}: {Path(file.name).name} cannot be written ({error}); free some space, "
-                "then continue the run with --resume auto"
-            ) from error
+            raise self._unwritable(Path(file.name).name, error) from error
 
-
-def write_completions(folder: str | Path, episode: int, groups: Sequence[Group]) -> None:
-    """Write `folder`/episode_<episode>.parquet: one row per completion, whole or not at all.
-
-    Images given as bytes are stored once per group, in its first row.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [
-        _to_row(episode, number, index, group, completion)
-        for number, group in enumerate(groups)
-        for index, completion in enumerate(group.completions)
-    ]
-    table = pa.Table.from_pylist(rows, schema=_schema())
-    path = _completions_file(folder, episode)
-    partial = path.with_suffix(".partial")
-    pq.write_table(table, partial, compression="zstd")
-    os.replace(partial, path)
-
-
-def read_completions(folder: str | Path, episode: int) -> list[Group]:
-    """The groups that `write_completions` wrote: token ids, log-probs (NaN included) and texts are exactly the same.
-
-    Raises:
-        ConfigError: `rollout.recording` has no such episode, or the file is not one of ours.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = _completions_file(folder, episode)
-    try:
-        rows = pq.read_table(path, schema=_schema()).to_pylist()
-    except FileNotFoundError:
-        raise ConfigError(
-            f"rollout.recording={folder} has no {path.name}; it was recorded with fewer episodes"
-        ) from None
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).split("\n")[0]
-        raise ConfigError(
-            f"rollout.recording={folder}: {path.name} is no completions file of a run: {reason}"
-        ) from None
-    groups: list[Group] = []
-    for row in rows:
-        if row["index"] == 0:
-            groups.append(_group_from(row))
-        _add_completion(groups[-1], row)
-    return groups
-
-
-def _completions_file(folder: str | Path, episode: int) -> Path:
-    return Path(folder) / _file_name(episode)
-
-
-def _file_name(episode: int) -> str:
-    return f"episode_{episode:05d}.parquet"
-
-
-def _schema() -> Any:
-    import pyarrow as pa
-
-    return pa.schema(
-        {
-            "episode": pa.int64(),
-            "group": pa.int64(),  # place of the query in the episode
-            "index": pa.int64(),  # place of the completion in its group
-            "query_id": pa.string(),
-            "question": pa.string(),
-            "images": pa.list_(pa.struct({"path": pa.string(), "bytes": pa.binary()})),
-            "answer": pa.string(),
-            "metadata": pa.string(),  # JSON
-            "response": pa.string(),
-            "reward": pa.float64(),
-            "advantage": pa.float64(),
-            "finish_reason": pa.string(),
-            "policy_version": pa.int64(),
-            "prompt_tokens": pa.int64(),
-            "token_ids": pa.list_(pa.int64()),
-            "logprobs": pa.list_(pa.float64()),  # wide enough to give back the same Python floats
-            "trainer_logprobs": pa.list_(pa.float64()),
-            "rethought": pa.struct(
-                {
-                    "trigger_start": pa.int64(),
-                    "trigger_end": pa.int64(),
-                    "name": pa.string(),
-                    "masked_start": pa.int64(),
-                    "masked_end": pa.int64(),
-                }
-            ),
-        }
-    )
-
-
-def _to_row(episode: int, number: int, index: int, group: Group, completion: Completion) -> dict[str, Any]:
-    query = group.query
-    return {
-        "episode": episode,
-        "group": number,
-        "index": index,
-        "query_id": query.id,
-        "question": query.question,
-        "images": [_image_to_row(image, with_bytes=index == 0) for image in query.images],
-        "answer": query.answer,
-        "metadata": json.dumps(query.metadata, default=str),
-        "response": completion.text,
-        "reward": group.rewards[index] if group.rewards else None,
-        "advantage": group.advantages[index] if group.advantages else None,
-        "finish_reason": completion.finish_reason,
-        "policy_version": group.policy_version,
-        "prompt_tokens": group.prompt_tokens,
-        "token_ids": completion.token_ids,
-        "logprobs": completion.logprobs,
-        "trainer_logprobs": completion.trainer_logprobs,
-        "rethought": completion.rethought and dataclasses.asdict(completion.rethought),
-    }
-
-
-def _image_to_row(image: Any, with_bytes: bool) -> dict[str, Any]:
-    if isinstance(image, Mapping):
-        return {"path": image.get("path"), "bytes": image.get("bytes") if with_bytes else None}
-    return {"path": os.fspath(image), "bytes": None}
-
-
-def _group_from(row: Mapping[str, Any]) -> Group:
-    images = tuple(image["path"] if image["bytes"] is None else image for image in row["images"])
-    query = Query(row["query_id"], row["question"], row["answer"], images, json.loads(row["metadata"]))
-    return Group(query, [], row["policy_version"], prompt_tokens=row["prompt_tokens"])
-
-
-def _add_completion(group: Group, row: Mapping[str, Any]) -> None:
-    rethought = row["rethought"] and Rethought(**row["rethought"])
-    group.completions.append(
-        Completion(
-            row["token_ids"], row["logprobs"], row["response"], row["finish_reason"], rethought, row["trainer_logprobs"]
+    def _unwritable(self, name: str, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"run.dir={self._config.run.dir}: {name} cannot be written ({error}); free some space, then continue the "
+            "run with --resume auto"
         )
-    )
-    if row["reward"] is not None:
-        group.rewards.append(row["reward"])
-    if row["advantage"] is not None:
-        group.advantages.append(row["advantage"])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tracker:
-    log: Callable[[dict[str, float], int], None]
-    close: Callable[[], None]
-
-
-def _start_tracker(name: str, config: Config, folder: Path, chart: str, rows: int) -> _Tracker:
-    """`rows` steps have been logged already, by the run that this one continues."""
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        # What a killed run logged after its last checkpoint is hidden: it comes again.
-        writer = SummaryWriter(str(folder), flush_secs=10, purge_step=rows + 1 if rows else None)
-
-        def write(numbers: dict[str, float], step: int) -> None:
-            for metric, value in numbers.items():
-                writer.add_scalar(metric, value, step)
-
-        return _Tracker(write, writer.close)
-    settings = dataclasses.asdict(config)
-    if name == "wandb":
-        import wandb
-
-        # wandb keeps what it has of steps that come again.
-        run = wandb.init(
-            project="rethinker",
-            name=config.run.name,
-            id=f"{config.run.name}-{chart}",
-            resume="allow",
-            dir=str(folder),
-            config=settings,
-        )
-        return _Tracker(lambda numbers, step: run.log(numbers, step=step), run.finish)
-    import trackio
-
-    run = trackio.init(project="rethinker", name=config.run.name, config=settings, resume="allow" if rows else "never")
-    return _Tracker(lambda numbers, step: run.log(numbers, step=step), run.finish)
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from rethinker.policy.tiny import create_tiny
-from rethinker.runtime.run_directory import read_completions
+from rethinker.runtime.completions import read_completions
 from rethinker.runtime.state_file import read_state
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import torch
 
 from rethinker.policy.model import load_model, load_processor
 from rethinker.policy.tiny import create_tiny
-from rethinker.runtime.run_directory import read_completions
+from rethinker.runtime.completions import read_completions
 
 ROOT = Path(__file__).parents[2]
 G, N = 4, 32

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from rethinker.config import AlgorithmConfig, Config, RunConfig, TrainConfig
-from rethinker.runtime.run_directory import write_completions
+from rethinker.runtime.completions import write_completions
 from rethinker.samples import Completion, Group, Query, Rethought
 from rethinker.settings import to_yaml
 

@@ -184,7 +184,7 @@ class _First:
 
 def test_the_sample_covers_the_run(tmp_path):
     """Groups come from the first episode to the last, over all runs alike, and are the same each time."""
-    from rethinker.runtime.run_directory import write_completions
+    from rethinker.runtime.completions import write_completions
 
     runs = []
     for name in ("grpo", "ssr"):

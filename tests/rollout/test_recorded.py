@@ -6,7 +6,7 @@ import pytest
 
 from rethinker.config import ConfigError
 from rethinker.rollout import make_engine
-from rethinker.runtime.run_directory import write_completions
+from rethinker.runtime.completions import write_completions
 from rethinker.samples import Completion, Group, Prompt, Query
 from tests.rollout.helpers import rollout_config
 

@@ -14,7 +14,8 @@ import torch
 from rethinker.config import Config, ConfigError, RunConfig
 from rethinker.evaluation.validation import Accuracy
 from rethinker.runtime import run_directory
-from rethinker.runtime.run_directory import RunDirectory, read_completions, write_completions
+from rethinker.runtime.completions import read_completions, write_completions
+from rethinker.runtime.run_directory import RunDirectory
 from rethinker.samples import Completion, Group, Query, Rethought
 from rethinker.settings import resolve_config
 
@@ -225,6 +226,37 @@ def test_a_full_disk_is_named(config):
             run._metrics = full
             with pytest.raises(ConfigError, match=r"run.dir=.*No space left on device.*--resume auto"):
                 run.log({"step": 1})
+
+
+def test_a_full_disk_while_completions_are_written(config):
+    """The same for an episode's parquet file, and a later reader does not find half a file."""
+    with RunDirectory(config) as run:
+        run.open_logs({})
+        run.log({"step": 1})
+        (run.folder / "completions" / "episode_00000.partial").symlink_to("/dev/full")
+        with pytest.raises(ConfigError, match=r"run.dir=.*episode_00000.parquet cannot be written.*No space left"):
+            run.write_completions(0, groups())
+    assert not list((run.folder / "completions").glob("*.parquet"))
+
+
+def test_a_failing_tracker_does_not_end_the_run(config, monkeypatch, caplog):
+    """A tracker that loses its server (or its disk) is named once and left out; metrics.jsonl has every step."""
+    calls = []
+
+    def lost(numbers, step):
+        calls.append(step)
+        raise ConnectionError("no route to host")
+
+    module = SimpleNamespace(init=lambda **options: SimpleNamespace(log=lost, finish=lambda: calls.append("closed")))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(run_directory, "find_spec", lambda name: object())
+    config.run.trackers = ["wandb"]
+    with RunDirectory(config) as run:
+        run.open_logs({})
+        for step in (1, 2):
+            run.log({"step": step, "loss": 0.5})
+    assert calls == [1] and caplog.text.count("wandb failed and is left out") == 1
+    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_tensorboard_holds_every_number(config):
