@@ -20,6 +20,7 @@ USAGE = """usage: rethinker COMMAND ...
   rethinker eval --compare RESULT RESULT ...          paired differences of results on the same questions
   rethinker eval --help                               list the benchmarks and all options
   rethinker report RUN... [--output FILE.html]        one page about a run, or several side by side
+  rethinker export RUN [--push OWNER/NAME]            its model as a folder to share, with a model card
   rethinker doctor                                    what is installed, what is missing, how to add it
   rethinker --version
 
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return guarded(lambda: _doctor(arguments))
     if command == "report":
         return guarded(lambda: _report(arguments))
-    return guarded(lambda: _fail(f"unknown command {command!r}; commands are train, eval, report and doctor"))
+    if command == "export":
+        return guarded(lambda: _export(arguments))
+    return guarded(lambda: _fail(f"unknown command {command!r}; commands are train, eval, report, export and doctor"))
 
 
 def train_main(argv: Sequence[str]) -> int:
@@ -131,6 +134,12 @@ def _report(arguments: list[str]) -> int:
 
     print(write_report(options.runs, options.output, options.eval))
     return 0
+
+
+def _export(arguments: list[str]) -> int:
+    from rethinker.export import main as export
+
+    return export(arguments)
 
 
 def _fail(message: str) -> int:

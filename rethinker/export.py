@@ -1,0 +1,182 @@
+"""`rethinker export`: a run's model as a folder to share, with a model card that says what was trained and how it went.
+
+The folder is what `vllm serve` and transformers load unchanged: weights in safetensors, configuration, processor. It
+leaves out what only training needs (the optimizer, replay).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rethinker.config import ConfigError
+from rethinker.report.runs import RunRecord, read_run
+from rethinker.report.summary import Table, categories, changed_settings, summary
+
+CHECKPOINTS = ("best", "last")
+
+
+def export(run: str | Path, output: str | Path | None = None, checkpoint: str | None = None) -> Path:
+    """Write the model of a run, with its card, to a folder of its own: whole or not at all.
+
+    Args:
+        run: the run's folder.
+        output: where to; by default exports/<run.name>. It is new or empty.
+        checkpoint: best, last or step_*; by default best, or last where no validation was above the first.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: no such run or checkpoint, or a folder that is not empty.
+    """
+    record = read_run(run)
+    source = find_model(record.folder, checkpoint)
+    target = Path(output) if output else Path("exports") / record.name
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"--output {target} is not empty; name a new folder")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.name != "COMPLETE" and not path.name.startswith("."):
+                shutil.copy2(path, partial / path.name)
+        if (record.folder / "config.yaml").is_file():
+            shutil.copy2(record.folder / "config.yaml", partial / "rethinker.yaml")
+        _figure(record.folder, partial / "learning.png")
+        (partial / "README.md").write_text(model_card(record, source.resolve().name, partial), encoding="utf-8")
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ConfigError(f"--output {target} cannot be written: {error}") from error
+    return target
+
+
+def find_model(run: Path, checkpoint: str | None) -> Path:
+    """The folder of a run's checkpoint.
+
+    Raises:
+        ConfigError: naming those that are there.
+    """
+    folder = run / "checkpoints"
+    names = (checkpoint,) if checkpoint else CHECKPOINTS
+    for name in names:
+        if re.fullmatch(r"best|last|step_\d+", name) and (folder / name / "config.json").is_file():
+            return folder / name
+    there = sorted(path.parent.name for path in folder.glob("[a-z]*/config.json"))
+    raise ConfigError(f"{run} has no checkpoint {' or '.join(names)}; it has {', '.join(there) or 'none yet'}")
+
+
+def model_card(run: RunRecord, checkpoint: str, folder: Path) -> str:
+    """The card, in the hub's Markdown: what was trained, from what, on what, how it went, how to load it.
+
+    Args:
+        run: the run.
+        checkpoint: which of its checkpoints the folder holds.
+        folder: where the card will lie; a learning.png there is shown.
+    """
+    base, data = str(run.settings.get("policy.model", "")), str(run.settings.get("data.train", ""))
+    header = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    header["tags"] = ["rethinker", "reinforcement-learning", "grpo", "vision-language"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a name on the hub
+        header["base_model"] = base
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not Path(data).exists() and not Path(data).suffix:
+        header["datasets"] = [data]
+    import yaml
+
+    parts = [f"---\n{yaml.safe_dump(header, sort_keys=False)}---", f"# {_text(run.name)}"]
+    parts.append(
+        "A vision-language model trained by reinforcement learning with Rethinker "
+        "([VL-Rethinker](https://arxiv.org/abs/2504.08837)'s method: GRPO, selective sample replay, forced "
+        f"rethinking). This is the run's checkpoint `{checkpoint}`."
+    )
+    if (folder / "learning.png").is_file():
+        parts.append("![Sampled reward and held-out accuracy over the run](learning.png)")
+    for table in (summary([run]), categories([run]), changed_settings([run])):
+        if table:
+            parts.append(f"## {table.caption}\n\n{_markdown(table)}")
+    parts.append(
+        "## Use\n\n```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+        'model = AutoModelForImageTextToText.from_pretrained("FOLDER")\n'
+        'processor = AutoProcessor.from_pretrained("FOLDER")\n```\n\n```bash\nvllm serve FOLDER\n```\n\n'
+        "`rethinker.yaml` holds all settings of the run: `rethinker train rethinker.yaml` repeats it."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def push(folder: Path, name: str, private: bool) -> str:
+    """Upload an exported folder to the hub; returns its address.
+
+    Raises:
+        ConfigError: no token, no network, or the hub's own words.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Model and card")
+    except Exception as error:  # the client raises its own errors, requests' and the operating system's
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"--push {name}: {reason}; `hf auth login` sets the token. The folder is {folder}") from error
+    return f"https://huggingface.co/{name}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command: prints the folder, and the address if it was pushed."""
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="rethinker export",
+        description="Write a run's model as a folder that vllm serve and transformers load: safetensors, processor, "
+        "and a model card with the run's figures.",
+    )
+
+    def fail(message: str) -> None:
+        raise ConfigError(message)
+
+    parser.error = fail  # one line instead of the whole usage
+    parser.add_argument("run", metavar="RUN", help="folder of a run, runs/<run.name>")
+    parser.add_argument("--output", metavar="FOLDER", help="where to [exports/<run.name>]")
+    parser.add_argument("--checkpoint", metavar="NAME", help="best, last or step_000040 [best, or else last]")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="with --push: nobody else sees it")
+    if "-h" in arguments or "--help" in arguments:
+        print(parser.format_help(), end="")
+        return 0
+    options = parser.parse_args(list(arguments))
+    if options.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.push):
+        raise ConfigError(f"--push {options.push} must be OWNER/NAME")
+    folder = export(options.run, options.output, options.checkpoint)
+    print(folder)
+    if options.push:
+        print(push(folder, options.push, options.private))
+    return 0
+
+
+def _figure(run: Path, output: Path) -> None:
+    """The run's learning curve, as far as it has come; a machine without matplotlib goes without."""
+    from rethinker.report.learning import learning_curve
+
+    try:
+        learning_curve([run], output)
+    except ConfigError:
+        output.unlink(missing_ok=True)
+
+
+def _markdown(table: Table) -> str:
+    rows = [table.header, ["---"] * len(table.header), *table.rows]
+    return "\n".join("| " + " | ".join(map(_text, row)) + " |" for row in rows)
+
+
+def _text(value: Any) -> str:
+    """A cell of a Markdown table that shows what it holds and does nothing else."""
+    text = " ".join(str(value).replace(os.linesep, " ").split())
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text) if text.strip("-") else text

@@ -1,0 +1,122 @@
+"""`rethinker export`: a folder that loads, a card that tells the truth, and nothing half-written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from rethinker.config import ConfigError
+from rethinker.export import export, main, model_card
+from rethinker.policy.model import load_model, load_processor
+from rethinker.policy.tiny import create_tiny
+from rethinker.report.runs import read_run
+from tests.report.examples import write_run
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    folder = write_run(tmp_path / "runs" / "mine", accuracies={0: 0.25, 4: 0.75, 8: 0.5})
+    for number, name in enumerate(("step_000008", "best_000004")):
+        create_tiny(folder / "checkpoints" / name, seed=number)
+        (folder / "checkpoints" / name / "COMPLETE").write_text("{}")
+        (folder / "checkpoints" / name / "trainer").mkdir()
+        (folder / "checkpoints" / name / "trainer" / "optimizer_00000.safetensors").write_bytes(b"x")
+    for link, name in (("last", "step_000008"), ("best", "best_000004")):
+        path = folder / "checkpoints" / link
+        if path.is_dir():
+            path.rmdir()
+        path.symlink_to(name)
+    return folder
+
+
+def test_the_folder_is_the_checkpoint_without_the_trainer(run):
+    """Weights and processor load and are those of the best checkpoint; optimizer and marker stay behind."""
+    folder = export(run)
+    assert folder == Path("exports/mine")
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "README.md", "learning.png", "rethinker.yaml"} <= names
+    assert not names & {"COMPLETE", "trainer", "step_000008"}
+    model, best = (load_model(f, torch.float32).state_dict() for f in (folder, run / "checkpoints" / "best_000004"))
+    assert all(torch.equal(model[name], best[name]) for name in best)
+    assert load_processor(folder).tokenizer("red").input_ids
+    assert {path.name for path in Path("exports").iterdir()} == {"mine"}
+
+
+def test_a_checkpoint_by_name(run):
+    """--checkpoint takes that one; one that is not there is named with those that are, and a path is no name."""
+    export(run, "out", "step_000008")
+    model, last = (load_model(f, torch.float32).state_dict() for f in (Path("out"), run / "checkpoints" / "last"))
+    assert all(torch.equal(model[name], last[name]) for name in last)
+    for name in ("step_000004", "../../elsewhere"):
+        with pytest.raises(ConfigError, match=r"has no checkpoint .*; it has best, best_000004, last, step_000008"):
+            export(run, "other", name)
+    assert not Path("other").exists()
+
+
+def test_the_card_tells_what_was_trained(run):
+    """Front matter the hub reads; accuracy, steps, changed settings from the run's own files."""
+    folder = export(run)
+    card = (folder / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == "transformers" and header["pipeline_tag"] == "image-text-to-text"
+    record = read_run(run)
+    _, values = record.series("val_accuracy")
+    assert f"{values[0]:.3f} to {values[-1]:.3f}" in card
+    assert f"| Steps | {record.last_step}" in card and "vllm serve" in card and "(learning.png)" in card
+
+
+def test_a_card_runs_nothing(run):
+    """A name or setting with Markdown or HTML in it is shown as it is spelled."""
+    record = read_run(run)
+    evil = "<script>alert(1)</script>|[x](javascript:1)"
+    record.settings["policy.model"] = evil
+    card = model_card(record, "best_000004", run)
+    assert "<script>" not in card and "[x]" not in card and r"\<script\>" in card and r"\[x\](" in card
+
+
+def test_nothing_is_overwritten_or_left(run, monkeypatch):
+    """A folder with something in it is refused; a full disk leaves no half folder."""
+    Path("taken").mkdir()
+    (Path("taken") / "x").touch()
+    with pytest.raises(ConfigError, match="--output taken is not empty"):
+        export(run, "taken")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rethinker.export.shutil.copy2", full)
+    with pytest.raises(ConfigError, match="--output new cannot be written: .*No space left"):
+        export(run, "new")
+    assert not Path("new").exists() and not Path(".new.partial").exists()
+
+
+def test_pushing(run, monkeypatch, capsys):
+    """The folder is uploaded as it is; what the hub says is one line, and the folder stays."""
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, private, exist_ok):
+            calls.append((name, private))
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append(sorted(path.name for path in Path(folder_path).iterdir()))
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=Hub))
+    assert main([str(run), "--output", "a", "--push", "me/mine", "--private"]) == 0
+    assert calls[0] == ("me/mine", True) and "README.md" in calls[1]
+    assert capsys.readouterr().out.splitlines() == ["a", "https://huggingface.co/me/mine"]
+
+    def refuse(self, *_, **__):
+        raise RuntimeError("401\nInvalid token")
+
+    monkeypatch.setattr(Hub, "create_repo", refuse)
+    with pytest.raises(ConfigError, match=r"--push me/mine: 401 Invalid token; .*hf auth login"):
+        main([str(run), "--output", "b", "--push", "me/mine"])
+    with pytest.raises(ConfigError, match="must be OWNER/NAME"):
+        main([str(run), "--push", "mine"])
