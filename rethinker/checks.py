@@ -44,9 +44,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every com
     ),
     "positive": (
         lambda value: 0 < value < math.inf,
-        "policy.warmup.learning_rate rollout.temperature rollout.kv_cache_gb rollout.timeout_s reward.timeout_s reward.memory_gb "
-        "algorithm.clip_high algorithm.rollout_correction rethink.temperature train.epochs train.learning_rate "
-        "train.max_grad_norm",
+        "policy.warmup.learning_rate rollout.temperature rollout.kv_cache_gb rollout.timeout_s reward.timeout_s "
+        "reward.memory_gb algorithm.clip_high algorithm.rollout_correction rethink.temperature train.epochs "
+        "train.learning_rate train.max_grad_norm",
     ),
     "above 0 and below 1": (lambda value: 0 < value < 1, "rollout.gpu_memory_utilization algorithm.clip_low"),
     "above 0 and at most 1": (lambda value: 0 < value <= 1, "policy.warmup.data_fraction"),
@@ -61,7 +61,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every com
         "data.category_weights",
     ),
     "a plain folder name of at most 200 bytes, without / and not starting with a dot": (
-        lambda name: _is_plain(name),
+        lambda name: is_plain_name(name),
         "run.name",
     ),
     "the name of a folder": (lambda name: bool(name) and _is_path(name), "run.dir"),
@@ -72,7 +72,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every com
 }
 
 
-def _is_plain(name: str) -> bool:
+def is_plain_name(name: str) -> bool:
     """Whether a folder of this name stays where it is made, on every file system and in every terminal."""
     return (
         bool(name)

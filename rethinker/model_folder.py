@@ -1,4 +1,4 @@
-"""A model folder from anywhere, judged by its files alone: right kind, whole weights, nothing that would have to be run.
+"""A model folder from anywhere, judged by its files alone: right kind, whole weights, nothing to be run.
 
 torch is not imported and no tensor is read, so a folder that cannot be trained is refused within milliseconds.
 """
