@@ -6,10 +6,10 @@ Every check raises ConfigError with the setting's dotted name, its value, and wh
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,45 +17,83 @@ from typing import Any
 
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import how_to_install
+from rethinker.model_folder import check_model_folder
 from rethinker.runtime.profiling import parse_steps
 
+MOST_IMAGE_PIXELS = 178_956_970  # above twice its own threshold Pillow opens no image
 MIN_FREE_BYTES = 200 * 2**20  # the tiny model, its checkpoints, completions and logs
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every comparison, so it is refused too
+    f"from 1 to {MOST_IMAGE_PIXELS}, the most that Pillow opens": (
+        lambda value: 1 <= value <= MOST_IMAGE_PIXELS,
+        "data.max_image_pixels",
+    ),
     "at least 1": (
         lambda value: value >= 1,
         "data.max_prompt_tokens data.min_pixels policy.warmup.batch_size rollout.group_size rollout.max_new_tokens "
-        "rethink.max_kept train.max_generated_tokens rollout.tensor_parallel_size reward.workers replay.capacity "
+        "rethink.max_kept train.max_generated_tokens rollout.tensor_parallel_size replay.capacity "
         "train.max_steps train.episode_queries "
         "train.batch_pairs train.micro_batch_tokens validation.every validation.size checkpoint.every checkpoint.keep "
         "checkpoint.keep_every",
     ),
+    "from 1 to 1024": (lambda value: 1 <= value <= 1024, "reward.workers"),
+    "from 0 to 4294967295": (lambda value: 0 <= value < 2**32, "seed policy.warmup.seed"),  # NumPy's seeds
     "at least 0": (
         lambda value: value >= 0,
-        "seed data.max_images policy.warmup.look_steps policy.warmup.steps policy.warmup.seed algorithm.kl_coef "
+        "data.max_images policy.warmup.look_steps policy.warmup.steps algorithm.kl_coef "
         "replay.alpha replay.max_age replay.importance_exponent rethink.supervised_weight train.weight_decay",
     ),
     "positive": (
         lambda value: 0 < value < math.inf,
         "policy.warmup.learning_rate rollout.temperature rollout.kv_cache_gb rollout.timeout_s reward.timeout_s "
-        "algorithm.clip_high algorithm.rollout_correction rethink.temperature train.epochs train.learning_rate "
-        "train.max_grad_norm",
+        "reward.memory_gb algorithm.clip_high algorithm.rollout_correction rethink.temperature train.epochs "
+        "train.learning_rate train.max_grad_norm",
     ),
     "above 0 and below 1": (lambda value: 0 < value < 1, "rollout.gpu_memory_utilization algorithm.clip_low"),
     "above 0 and at most 1": (lambda value: 0 < value <= 1, "policy.warmup.data_fraction"),
-    "from 0 to 1": (lambda value: 0 <= value <= 1, "train.warmup_ratio train.min_lr_ratio rethink.fraction"),
+    "from 0 to 1": (
+        lambda value: 0 <= value <= 1,
+        "data.max_bad_rows train.warmup_ratio train.min_lr_ratio rethink.fraction",
+    ),
     "above 1": (lambda value: value > 1, "algorithm.dual_clip"),
     "two numbers of at least 0 and below 1": (lambda betas: all(0 <= beta < 1 for beta in betas), "train.betas"),
     "weights of at least 0, one of them positive": (
         lambda weights: not weights or (all(w >= 0 for w in weights.values()) and sum(weights.values()) > 0),
         "data.category_weights",
     ),
-    "a plain folder name, without / and not starting with a dot": (
-        lambda name: bool(name) and name == Path(name).name and name[0] != "." and not set(name) & set("\\\0\n"),
+    "a plain folder name of at most 200 bytes, without / and not starting with a dot": (
+        lambda name: is_plain_name(name),
         "run.name",
     ),
-    "the name of a folder": (bool, "run.dir"),
+    "the name of a folder": (lambda name: bool(name) and _is_path(name), "run.dir"),
+    "a path or name that can exist: printable, no part longer than 255 bytes": (
+        lambda name: _is_path(name),
+        "data.train data.validation data.image_root policy.model rollout.recording reward.function",
+    ),
 }
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a folder of this name stays where it is made, on every file system and in every terminal."""
+    return (
+        bool(name)
+        and _is_text(name)
+        and len(name.encode()) <= 200
+        and name == Path(name).name
+        and name[0] != "."
+        and "\\" not in name
+    )
+
+
+def _is_text(text: str) -> bool:
+    """Whether a text can be shown and written: no line breaks, no escape sequences, no half characters."""
+    return not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text)
+
+
+def _is_path(name: str) -> bool:
+    if not _is_text(name) or len(name.encode()) > 4000 or any(len(p.encode()) > 255 for p in name.split("/")):
+        return False
+    return not name.startswith("~") or os.path.expanduser(name) != name  # ~nobody is no folder
 
 
 def check_geometry(config: Config) -> None:
@@ -120,7 +158,7 @@ def check_resources(config: Config) -> None:
     reward_file, colon, _ = config.reward.function.rpartition(":")
     if config.reward.function != "boxed" and not (colon and reward_file.endswith(".py")):
         raise ConfigError(f"reward.function={config.reward.function} must be boxed or path/to/file.py:function")
-    if colon and not Path(reward_file).expanduser().is_file():
+    if colon and not os.path.isfile(os.path.expanduser(reward_file)):
         raise ConfigError(f"reward.function={config.reward.function}: the file {reward_file} does not exist")
     recording = config.rollout.recording
     if recording and not any(Path(recording).glob("episode_*.parquet")):
@@ -153,30 +191,14 @@ def _check_packages(config: Config) -> None:
 
 def _check_model(model: str) -> int:
     """Refuse a folder that cannot be a model. Returns the size of its weights in bytes (0 when not known yet)."""
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     # A name on the model hub is `name` or `owner/name`.
     looks_local = folder.exists() or folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
     if model == "tiny" or not looks_local:
         return 0
     if not folder.is_dir():
         raise ConfigError(f"policy.model={model} is not a folder; give `tiny`, a model folder, or a Hugging Face name")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"policy.model={model} has no config.json; give a folder in Hugging Face format")
-    shards = set(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards |= {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
-        except (ValueError, KeyError, AttributeError, OSError):
-            raise ConfigError(
-                f"policy.model={model}: {index.name} is damaged; download or save the model again"
-            ) from None
-    if not shards:
-        raise ConfigError(f"policy.model={model} has no weights (*.safetensors); save or download the model again")
-    broken = sorted(shard.name for shard in shards if not shard.is_file() or shard.stat().st_size <= 8)
-    if broken:
-        raise ConfigError(f"policy.model={model}: weights {broken[0]} are missing or empty; save the model again")
-    return sum(shard.stat().st_size for shard in shards)
+    return check_model_folder(folder, f"policy.model={model}")
 
 
 def _check_run_folder(config: Config, needed: int) -> None:
@@ -198,8 +220,10 @@ def _check_run_folder(config: Config, needed: int) -> None:
 
 
 def check_new(config: Config) -> None:
-    """A run never writes into another run's folder, unless it continues that run."""
+    """A run never writes into another run's folder, unless it continues it, nor through a link to elsewhere."""
     folder = Path(config.run.dir).expanduser() / config.run.name
+    if folder.is_symlink():
+        raise ConfigError(f"run.name={config.run.name}: {folder} is a link to elsewhere; choose another run.name")
     if config.resume is not None and (folder / "config.yaml").is_file():
         return
     if folder.is_dir() and any(folder.iterdir()):

@@ -44,8 +44,13 @@ class DataConfig:
         default_factory=lambda: {"question": "question", "answer": "answer", "images": "images", "id": "id"}
     )
     """Which column holds the question, the answer, the images (a path, a list, or bytes) and the id."""
+    max_bad_rows: float = 0.01
+    """Share of the rows that may be unusable (no question, odd answer, broken image): they are left out and counted;
+    beyond it, and with any such row in a data set too small for a share, the run stops at the first."""
     image_root: str | None = None
-    """Folder that relative image paths start from; by default the data file's own folder."""
+    """Folder that relative image paths start from; by default the data file's own folder. A path in a row may lead
+    anywhere, but is read only if it is a regular file, and only as an image (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM,
+    AVIF; of an animation the first frame). Nothing is downloaded."""
     prompt: str = "{question}\nPut your final answer within \\boxed{}."
     """Prompt template; `{question}` stands for the question."""
     system: str | None = None
@@ -58,6 +63,8 @@ class DataConfig:
     """Larger images are reduced to this many pixels."""
     max_images: int = 8
     """Queries with more images are left out and counted."""
+    max_image_pixels: int = 89_000_000
+    """An image with more pixels (width x height in its header) is not decoded: a few bytes can claim gigabytes."""
     category_weights: dict[str, float] = field(default_factory=dict)
     """Share of each `metadata["category"]` in the order of training; by default as the data has them."""
 
@@ -164,6 +171,8 @@ class RewardConfig:
     """Answer-checking processes."""
     timeout_s: float = 10.0
     """Deadline of one check; a check that exceeds it is killed, scores 0 and is counted."""
+    memory_gb: float = 4.0
+    """Most memory, GiB, that the checks of one process may take; a check that wants more scores 0 and is counted."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import re
 import types
 import typing
@@ -20,6 +21,10 @@ import yaml
 
 from rethinker.checks import check_geometry, check_resources
 from rethinker.config import Config, ConfigError
+
+# Far beyond any recipe.
+LONGEST_YAML = 2**20
+DEEPEST_RECIPE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +87,8 @@ def recipe_path(recipe: str | Path) -> Path:
     shipped = shipped_recipes()
     if str(recipe) in shipped:
         return shipped[str(recipe)]
-    path = Path(recipe).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(recipe))
+    if os.path.isfile(path):  # unlike Path.is_file no error on a name that no file can have
         return path
     if path.suffix in (".yaml", ".yml"):
         raise ConfigError(f"recipe {recipe} does not exist")
@@ -138,7 +143,8 @@ def _dump(value: Any) -> str:
     if isinstance(value, dict | list) and "\\n" in json.dumps(value):
         return json.dumps(value, ensure_ascii=False)  # YAML too, and keeps line breaks within the line
     quote = '"' if isinstance(value, str) and "\n" in value else None
-    text = yaml.safe_dump(value, default_flow_style=True, default_style=quote, allow_unicode=True, width=10**6)
+    style = {"default_flow_style": True, "default_style": quote, "allow_unicode": True, "width": 10**6}
+    text = yaml.dump(value, Dumper=_Dumper, **style)
     return text.removesuffix("...\n").strip()
 
 
@@ -146,8 +152,41 @@ def _get(config: Config, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes values that occur twice twice: aliases are not read back."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-6 is a number, as in YAML 1.2."""
+    """Plain YAML: 1e-6 is a number, as in YAML 1.2; a key given twice is a mistake; nothing refers or runs.
+
+    Aliases are refused, since nine lines of them spell a billion values, and so is depth that no setting has.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                None, None, "aliases (*name) are not read; write the value", self.peek_event().start_mark
+            )
+        self.depth += 1
+        if self.depth > DEEPEST_RECIPE:
+            raise yaml.MarkedYAMLError(None, None, f"more than {DEEPEST_RECIPE} levels", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -155,11 +194,36 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def read_yaml(text: str, what: str) -> Any:
+    """What a YAML text says; only plain values, whoever wrote it.
+
+    Args:
+        text: of a file.
+        what: it is, for the message.
+
+    Raises:
+        ConfigError: in one line.
+    """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"recipe {path} is not readable YAML: {' '.join(str(error).split())}") from None
+        return yaml.load(text, _Loader)
+    except Exception as error:  # besides its own errors, whatever Python says of `!!timestamp never` or `!!int x`
+        raise ConfigError(f"{what} is not readable YAML: {' '.join(str(error).split())[:300]}") from None
+
+
+def read_yaml_file(path: Path, what: str) -> Any:
+    """As `read_yaml`, from a file of at most LONGEST_YAML bytes."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(LONGEST_YAML + 1)
+        if len(content) > LONGEST_YAML:
+            raise ConfigError(f"{what} is longer than {LONGEST_YAML} bytes, so it is something else")
+        return read_yaml(content.decode("utf-8"), what)
+    except (UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{what} is not readable YAML: {' '.join(str(error).split())}") from None
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    content = read_yaml_file(path, f"recipe {path}")
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"recipe {path} must map sections to settings, not be a {type(content).__name__}")
     return content or {}
@@ -195,7 +259,7 @@ def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str = "") -
         elif not setting.is_mapping:
             values[key] = value
         else:
-            value = yaml.load(value, _Loader) if isinstance(value, str) else value
+            value = read_yaml(value, f"{key}={value!r}") if isinstance(value, str) else value
             for entry in reversed(key.removeprefix(setting.key).split(".")[1:]):
                 value = {entry: value}
             # A whole mapping given later replaces a recipe's, an entry joins it; both join the default.

@@ -226,21 +226,31 @@ def model_folder(folder: Path, **files: bytes | str) -> Path:
     return folder
 
 
+MODEL = json.dumps({"model_type": "qwen2_5_vl"})
+
+
+def weights(size: int = 8) -> bytes:
+    """A .safetensors file with an embedding of `size` bytes; without its data it can be made sparse."""
+    tensors = {"embed_tokens.weight": {"dtype": "U8", "shape": [size, 1], "data_offsets": [0, size]}}
+    header = json.dumps(tensors).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
 def test_model_folders_without_weights(tmp_path):
     """A model folder that is missing, has no config or lacks (some of) its weights is refused by name."""
     assert "is not a folder" in refused("--policy.model", "./nowhere")
     assert "is not a folder" in refused("--policy.model", "runs/old/checkpoints/best")
     empty = model_folder(tmp_path / "empty")
     assert refused("--policy.model", str(empty)).startswith(f"policy.model={empty} has no config.json")
-    bare = model_folder(tmp_path / "bare", config__json="{}")
+    bare = model_folder(tmp_path / "bare", config__json=MODEL)
     assert "has no weights (*.safetensors)" in refused("--policy.model", str(bare))
-    truncated = model_folder(tmp_path / "truncated", config__json="{}", model__safetensors=b"")
+    truncated = model_folder(tmp_path / "truncated", config__json=MODEL, model__safetensors=b"")
     assert "model.safetensors are missing or empty" in refused("--policy.model", str(truncated))
-    sharded = model_folder(tmp_path / "sharded", config__json="{}", a__safetensors=b"0" * 99)
+    sharded = model_folder(tmp_path / "sharded", config__json=MODEL, a__safetensors=weights() + bytes(8))
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "b.safetensors are missing or empty" in refused("--policy.model", str(sharded))
-    (sharded / "b.safetensors").write_bytes(b"0" * 99)
+    (sharded / "b.safetensors").write_bytes(weights() + bytes(8))
     assert load_config("easy_vqa_cpu", {"policy.model": str(sharded)}).policy.model == str(sharded)
 
 
@@ -252,11 +262,12 @@ def test_full_disks(tmp_path, monkeypatch):
     assert message.startswith("run.dir=big/runs has 0.10 GB of disk free and the run needs about 0.20 GB")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 400 * 2**20))
     assert load_config("easy_vqa_cpu")
-    model = model_folder(tmp_path / "model", config__json="{}")
-    with (model / "model.safetensors").open("wb") as weights:
-        weights.truncate(200 * 2**20)
+    model = model_folder(tmp_path / "model", config__json=MODEL)
+    with (model / "model.safetensors").open("wb") as file:
+        file.write(header := weights(200 * 2**20))
+        file.truncate(len(header) + 200 * 2**20)  # sparse
     assert "needs about 4.49 GB" in refused("--policy.model", str(model))  # three of 7 x 0.2, and two models
-    assert "needs about 3.12 GB" in refused("--policy.model", str(model), "--checkpoint.keep", "1")
+    assert "needs about 3.13 GB" in refused("--policy.model", str(model), "--checkpoint.keep", "1")
 
 
 def test_run_folders_that_cannot_be_made(tmp_path):

@@ -25,6 +25,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -33,12 +34,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
+from rethinker.checks import is_plain_name
 from rethinker.config import ConfigError, DataConfig
 from rethinker.evaluation.benchmark_data import data_files
 from rethinker.evaluation.images_in_text import NotAnImageError, image_references, mark_images
 from rethinker.samples import Query
+from rethinker.settings import read_yaml_file
 from rethinker.tasks.datasets import BUILT_IN, load_queries
 from rethinker.tasks.sources import open_table
 
@@ -86,17 +87,20 @@ def load_benchmark(name: str) -> Benchmark:
         ConfigError: there is no such benchmark, or its file does not describe one.
     """
     shipped = shipped_benchmarks()
-    path = shipped.get(name) or Path(name).expanduser()
-    if not path.is_file():
+    path = shipped.get(name) or Path(os.path.expanduser(name))
+    if not os.path.isfile(path):
         near = difflib.get_close_matches(name, shipped, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"--benchmark {name}: {hint}known are {', '.join(shipped)}, or give a .yaml file")
+    content = read_yaml_file(path, f"--benchmark {name}: {path}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
         lists = {key: tuple(content[key]) for key in ("files", "parts") if key in content}
         benchmark = Benchmark(**{"name": path.stem, **content, **lists})
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, OSError) as error:
+    except TypeError as error:
         raise ConfigError(f"--benchmark {name}: {path} does not describe a benchmark ({error})") from error
+    fault = _fault(benchmark)
+    if fault:
+        raise ConfigError(f"--benchmark {name}: {path}: {fault}")
     described = benchmark.parts or benchmark.data in BUILT_IN
     if not described and not (benchmark.data and benchmark.files and benchmark.fields.get("answer")):
         raise ConfigError(f"--benchmark {name}: {path} needs data, files and fields.answer")
@@ -104,6 +108,33 @@ def load_benchmark(name: str) -> Benchmark:
         kinds = ", ".join(get_args(AnswerKind))
         raise ConfigError(f"--benchmark {name}: answer_kind={benchmark.answer_kind} must be one of {kinds}")
     return benchmark
+
+
+def _fault(benchmark: Benchmark) -> str | None:
+    """What is wrong with the values of a benchmark's file; its names become folders, its globs stay in the data's."""
+    texts = ("name", "title", "data", "prompt", "answer_kind")
+    if wrong := [key for key in texts if not isinstance(getattr(benchmark, key), str)]:
+        return f"{wrong[0]} must be a text"
+    if not is_plain_name(benchmark.name):
+        return f"name={benchmark.name!r} must be a plain name, without / and not starting with a dot"
+    if not all(isinstance(item, str) and item for item in (*benchmark.files, *benchmark.parts)):
+        return "files and parts must be lists of texts"
+    if not isinstance(benchmark.folder, str | None):
+        return "folder must be a text"
+    if any(Path(glob).is_absolute() or ".." in Path(glob).parts for glob in (*benchmark.files, benchmark.folder or "")):
+        return "files and folder must lie below the data's folder"
+    fields = benchmark.fields
+    if not isinstance(fields, Mapping) or not all(
+        isinstance(value, list if key == "images" else str) and all(isinstance(item, str) for item in value)
+        for key, value in fields.items()
+    ):
+        return "fields must map nouns to columns, and images to a list of them"
+    try:
+        if benchmark.category_pattern is not None and re.compile(benchmark.category_pattern).groups != 1:
+            return f"category_pattern={benchmark.category_pattern!r} must have one group"
+    except (re.error, TypeError) as error:
+        return f"category_pattern={benchmark.category_pattern!r}: {error}"
+    return None
 
 
 def benchmark_queries(benchmark: Benchmark, data: str | None = None) -> tuple[list[Query], Counter[str]]:
@@ -277,6 +308,6 @@ def _literal(text: Any) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
     return text

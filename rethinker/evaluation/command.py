@@ -13,19 +13,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import how_to_install
 from rethinker.evaluation import Mode
 from rethinker.evaluation.benchmark import Benchmark, benchmark_queries, load_benchmark, shipped_benchmarks
+from rethinker.model_folder import check_model_folder
 
 # Settings that shape an evaluation; the others are about training.
 SETTINGS = (
     *("data.prompt", "data.system", "data.max_prompt_tokens", "data.min_pixels", "data.max_pixels", "data.max_images"),
+    "data.max_image_pixels",
     *("policy.dtype", "rollout.backend", "rollout.max_new_tokens", "rollout.gpu_memory_utilization"),
     *("rollout.kv_cache_gb", "rollout.tensor_parallel_size", "rollout.timeout_s", "rethink.triggers"),
-    *("reward.function", "reward.workers", "reward.timeout_s"),
+    *("reward.function", "reward.workers", "reward.timeout_s", "reward.memory_gb"),
 )
 # What a checkpoint of a run keeps of the run's config.yaml: how the model was asked.
 INHERITED = (
@@ -160,7 +160,7 @@ def find_checkpoint(name: str) -> str:
     Raises:
         ConfigError: no model there, saying what was probably meant.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     looks_local = folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
     if not looks_local:
         if (folder.parent).is_dir():
@@ -175,8 +175,7 @@ def find_checkpoint(name: str) -> str:
         ]
         hint = f"did you mean {folder / inside[0]}?" if inside else "give a model folder in Hugging Face format"
         raise ConfigError(f"checkpoint {name} has no config.json; {hint}")
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"checkpoint {name} has no weights (*.safetensors); save or download the model again")
+    check_model_folder(folder, f"checkpoint {name}")
     return str(folder)
 
 
@@ -217,13 +216,16 @@ def eval_config(checkpoint: str, overrides: Sequence[str]) -> Config:
 def run_settings(checkpoint: str) -> dict[str, Any]:
     """How a run asked its model, from the config.yaml above the run's checkpoint; {} for any other model."""
     path = Path(checkpoint).absolute().parent.parent / "config.yaml"
+    from rethinker.settings import read_yaml_file
+
     if Path(checkpoint).absolute().parent.name != "checkpoints" or not path.is_file():
         return {}
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    content = read_yaml_file(path, str(path))
     found: dict[str, Any] = {}
     for key in INHERITED:
         section, name = key.split(".")
-        value = content.get(section, {}).get(name)
+        part = content.get(section) if isinstance(content, dict) else None
+        value = part.get(name) if isinstance(part, dict) else None
         if value is not None and value != "recorded":
             found[key] = value
     return found
@@ -235,7 +237,7 @@ def _output_folders(request: Request, checkpoint: str, benchmarks: list[Benchmar
     path = Path(checkpoint)
     run = path.absolute().parent
     label = f"{run.parent.name}-{path.name}" if run.name == "checkpoints" else checkpoint.strip("/").replace("/", "-")
-    label = path.absolute().name if path.is_dir() and run.name != "checkpoints" else label
+    label = path.resolve().name if path.is_dir() and run.name != "checkpoints" else label
     if request.output is None:
         folders = [Path("evaluations") / label / f"{benchmark.name}{suffix}" for benchmark in benchmarks]
     elif len(benchmarks) == 1:

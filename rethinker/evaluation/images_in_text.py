@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import mimetypes
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,8 +40,11 @@ def image_references(value: Any, folder: Path, where: str) -> list[Any]:
     if isinstance(value, str) and value.strip().startswith("["):
         try:
             value = json.loads(value)
-        except ValueError:
-            value = ast.literal_eval(value)
+        except (ValueError, RecursionError):
+            try:
+                value = ast.literal_eval(value)
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                raise ConfigError(f"{where}: no list of images: {value[:80]!r}") from None
     if isinstance(value, (list, tuple)):
         return [reference for item in value for reference in image_references(item, folder, where)]
     if isinstance(value, Mapping):
@@ -53,7 +57,7 @@ def image_references(value: Any, folder: Path, where: str) -> list[Any]:
     if kind.startswith("video"):
         raise NotAnImageError("a video")
     path = folder / str(value)
-    if not path.is_file():
+    if not os.path.isfile(path):  # nor a pipe or a device
         raise ConfigError(f"{where}: no image file {path}; unpack the data set's images in {folder}")
     return [str(path)]
 

@@ -124,9 +124,10 @@ def positions_of(checkpoint: str) -> int:
     from transformers import AutoConfig
 
     try:
-        model = AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"checkpoint {checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
+        model = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:  # what is wrong with files from elsewhere surfaces as anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"checkpoint {checkpoint} cannot be read: {reason}") from error
     if model.model_type != "qwen2_5_vl":
         raise ConfigError(f"checkpoint {checkpoint} is a {model.model_type!r} model; supported: qwen2_5_vl")
     return model.get_text_config().max_position_embeddings

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rethinker.config import ConfigError, PolicyConfig
+from rethinker.model_folder import SUPPORTED
 from rethinker.policy.attention import lay_out
 from rethinker.policy.cpu_linear import use_onednn
 from rethinker.samples import PackedBatch, Prompt
@@ -152,23 +153,57 @@ class Policy(nn.Module):
 
 
 def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
-    """Load a Qwen2.5-VL from a Hugging Face folder or hub name, partitioned at once if ZeRO-3 is announced."""
+    """Load a Qwen2.5-VL from a Hugging Face folder or hub name, partitioned at once if ZeRO-3 is announced.
+
+    Weights are read from safetensors only, and no code that comes with a model is run.
+
+    Raises:
+        ConfigError: no such model, another kind, or weights that are not exactly the model's.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    named = f"policy.model={str(folder)!r}"
     try:
-        kind = AutoConfig.from_pretrained(folder).model_type
-        if kind != "qwen2_5_vl":
-            raise ConfigError(f"policy.model={str(folder)!r} is a {kind!r} model; supported: qwen2_5_vl")
-        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-    except OSError as error:
-        raise ConfigError(f"policy.model={str(folder)!r} could not be loaded: {str(error).splitlines()[0]}") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if config.model_type != SUPPORTED:
+            raise ConfigError(f"{named} is a {config.model_type!r} model; supported: {SUPPORTED}")
+        model, loaded = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except ConfigError:
+        raise
+    except Exception as error:  # what is wrong with files from elsewhere surfaces as anything
+        raise ConfigError(f"{named} could not be loaded: {_first_line(error)}") from error
+    # transformers would fill a gap with random numbers and say so in a log.
+    for fault in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
+        if names := sorted(map(str, loaded.get(fault) or ())):
+            raise ConfigError(f"{named}: its weights are not the model's: {len(names)} {fault}, the first {names[0]}")
+    return model
 
 
 def load_processor(folder: str | Path):
-    """Load the tokenizer, chat template and image processor that belong to a model."""
+    """Load the tokenizer, chat template and image processor that belong to a model; none of its own code is run.
+
+    Raises:
+        ConfigError: there is none, or none for images and texts.
+    """
     from transformers import AutoProcessor
 
+    named = f"policy.model={str(folder)!r}"
     try:
-        return AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError) as error:  # no such folder; a folder without processor files
-        raise ConfigError(f"policy.model={str(folder)!r} has no processor: {str(error).splitlines()[0]}") from error
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # no such folder; a folder without processor files; files that say anything
+        raise ConfigError(f"{named} has no processor: {_first_line(error)}") from error
+    for part in ("tokenizer", "image_processor", "image_token_id"):
+        if getattr(processor, part, None) is None:
+            raise ConfigError(f"{named} has no processor for images and texts: a {type(processor).__name__}, no {part}")
+    return processor
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

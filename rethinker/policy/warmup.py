@@ -24,11 +24,11 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from torch.nn import functional as F
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rethinker.config import ConfigError, DataConfig, WarmupConfig
 from rethinker.policy import descriptions, tiny, tiny_tokenizer
 from rethinker.policy.descriptions import COLORS, SHAPES, describe_images, is_negated
+from rethinker.policy.model import load_model, load_processor
 from rethinker.policy.tiny import DEFAULT_SIZE, TinySize, create_tiny
 from rethinker.runtime.display import progress
 from rethinker.samples import Query
@@ -107,8 +107,8 @@ def _build(
 
 def _train(folder: Path, warmup: WarmupConfig, data: DataConfig, queries: list[Query], shown: Shown) -> None:
     """Train the model in `folder` and save it there."""
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    processor = load_processor(folder)
+    model = load_model(folder, torch.float32)
     encoder = PromptEncoder(processor, data)
     lessons = _lessons(queries, shown, encoder, warmup)
     model.train()

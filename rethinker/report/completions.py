@@ -120,7 +120,10 @@ def sample_completions(runs: Sequence[RunRecord], most: int = MOST_GROUPS) -> Br
         total += sum(counts)
         finder = TriggerFinder(run)
         for file, groups in _shares(files, max(1, most // len(runs))):
-            shown += _read_groups(run, file, groups, finder)
+            try:
+                shown += _read_groups(run, file, groups, finder)
+            except Exception:  # a whole Parquet file, but not of completions as they are written here
+                unreadable.append(f"{run.name}/{file.name}")
     return Browsable(shown, total, unreadable)
 
 

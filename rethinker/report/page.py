@@ -71,7 +71,7 @@ def write_report(
             browser=sample_completions(runs),
             limits=completions,
         )
-        output.write_text(page, encoding="utf-8")
+        output.write_text(page, encoding="utf-8", errors="replace")  # half a surrogate pair, cut by a model
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}") from None
     return output

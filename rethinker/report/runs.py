@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from rethinker.config import ConfigError
+from rethinker.settings import read_yaml_file
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ class RunRecord:
         return (self.folder / "learning.png").is_file()
 
     def series(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps at which the run has the metric, and its values: [steps], [steps]. Null and missing ones are left out.
+        """Steps at which the run has the metric, and its values: [steps], [steps]. Others than numbers are left out.
 
         An accuracy may stand in a step's row, in a validation's, or in both.
         """
-        values = {row["step"]: row[metric] for row in self.steps + self.validations if row.get(metric) is not None}
+        values = {row["step"]: row[metric] for row in self.steps + self.validations if _is_number(row.get(metric))}
         steps = sorted(values)
         return np.array(steps), np.array([values[step] for step in steps], dtype=float)
 
@@ -75,7 +76,7 @@ def read_run(folder: str | Path) -> RunRecord:
         wanted = f"one of its runs: {', '.join(below[:8])}" if below else "the folder of a run, as runs/<run.name>"
         raise ConfigError(f"{folder} has no metrics.jsonl; name {wanted}")
     steps = _read_lines(file)
-    if not any(row.get("reward_mean") is not None for row in steps):
+    if not any(_is_number(row.get("reward_mean")) for row in steps):
         raise ConfigError(f"{file} has no step with a reward_mean yet, so there is nothing to draw")
     validations = folder / "validation.jsonl"
     run = RunRecord(folder, _read_settings(folder / "config.yaml"), steps, _read_lines(validations))
@@ -115,19 +116,20 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             row["step"] = int(row["step"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise ConfigError(f"{file} line {number} is no JSON object with a step: {line[:60]!r}") from None
         rows.append(row)
     return rows
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def _read_settings(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    try:
-        content = yaml.safe_load(file.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml_file(file, str(file))
     return _flat(content if isinstance(content, dict) else {})
 
 

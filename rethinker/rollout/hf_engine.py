@@ -23,17 +23,19 @@ class HFEngine:
     def __init__(self, config: Config, model_dir: str, *, rank: int, local_rank: int):
         """Load the model onto this rank's device."""
         make_importable()
-        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        from rethinker.policy.model import load_model
 
         self.config = config
         self._rank = rank
         self._device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         self._dtype = getattr(torch, config.policy.dtype)
         with preserved_random_state():
-            model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=self._dtype)
+            model = load_model(model_dir, self._dtype)
         self._model = model.to(self._device).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        self._image_processor = AutoImageProcessor.from_pretrained(model_dir)
+        self._tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+        self._image_processor = AutoImageProcessor.from_pretrained(model_dir, trust_remote_code=False)
         self._stop_ids = stop_token_ids(self._tokenizer, model.config, model.generation_config)
 
     @torch.no_grad()

@@ -47,8 +47,8 @@ class VLLMEngine:
         self._asleep = False
         self._requests = 0
         self._replica = rank // settings.tensor_parallel_size
-        model_config = AutoConfig.from_pretrained(model_dir)
-        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        model_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+        self._tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         self._stop_ids = stop_token_ids(self._tokenizer, model_config, _generation_config(model_dir))
         self._max_length = min(
             config.data.max_prompt_tokens + settings.max_new_tokens,
@@ -93,6 +93,8 @@ class VLLMEngine:
                 return LLM(
                     model_dir,
                     dtype=config.policy.dtype,
+                    load_format="safetensors",  # never a pickle, and no code of the model's own
+                    trust_remote_code=False,
                     seed=config.seed,
                     tensor_parallel_size=settings.tensor_parallel_size,
                     max_model_len=self._max_length,

@@ -9,10 +9,11 @@ The rules, on both sides freed of LaTeX dressing such as `$..$` and `\text{}`:
    percent, and an answer of 0.5 does not accept 50%.
 4. Lists: `(a, b)` and `[a, b]` are ordered and keep their brackets, which a prediction may leave out; `\{a, b\}` is not
    ordered; nor is a bare `a, b`, unless the question asks to order, rank, sort or arrange.
-5. `x = 5` equals `5`. What still looks like mathematics is left to math-verify: it can take arbitrarily long, so
+5. Texts of more than 2,000 characters, and lists of more than 64 items, are equal to the letter or not at all.
+6. `x = 5` equals `5`. What still looks like mathematics is left to math-verify: it can take arbitrarily long, so
    callers bound it from outside (`reward.AnswerChecker`).
 
-Only the standard library is imported until rule 5 is reached, so a checking process starts light.
+Only the standard library is imported until rule 6 is reached, so a checking process starts light.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ from rethinker.tasks.quantities import parse_quantity, quantities_match, split_u
 
 # A longer prediction is an essay: it is right only if it is the answer to the letter.
 LONGEST_PREDICTION = 1000
+# So is any text beyond this, on either side: it is compared to the letter, since finding its parts takes its square.
+LONGEST_TEXT = 2000
 LONGEST_LIST = 64
+# Items in all of sets within sets: every one is compared with every other.
+MOST_PAIRED = 128
 
 Equal = Callable[[str, str], "bool | None"]
 
@@ -133,11 +138,13 @@ def compare(predicted: str, answer: str, *, question: str = "", choices: Any = N
         return bool(answer.strip())
     if len(predicted) > LONGEST_PREDICTION + len(answer):
         return False
+    if len(answer) > LONGEST_TEXT:
+        return False
     predicted, answer = clean(predicted), clean(answer)
     if not predicted or not answer:
         return False
 
-    options = options_of(question, choices, clean)
+    options = options_of(question, choices, lambda text: clean(text) if len(text) <= LONGEST_TEXT else text.strip())
     letter = LETTER.match(answer)
     if options or (letter and letter[1].isupper()):
         wanted = chosen(answer, options, lambda text, option: _values_match(text, option, question, undecided))
@@ -171,10 +178,14 @@ def clean(text: str) -> str:
     return text
 
 
-def _values_match(predicted: str, answer: str, question: str, equal: Equal, depth: int = 0) -> bool | None:
-    """Rules 1 and 3 to 5 on two cleaned texts."""
+def _values_match(
+    predicted: str, answer: str, question: str, equal: Equal, depth: int = 0, room: int = MOST_PAIRED
+) -> bool | None:
+    """Rules 1 and 3 to 6 on two cleaned texts."""
     if predicted == answer:
         return True
+    if max(len(predicted), len(answer)) > LONGEST_TEXT:
+        return False
     left, right = parse_quantity(predicted), parse_quantity(answer)
     if left is not None and right is not None:  # before the words: 5 mW is not 5 MW
         return quantities_match(left, right, question)
@@ -185,16 +196,16 @@ def _values_match(predicted: str, answer: str, question: str, equal: Equal, dept
 
     assigned, expected = _ASSIGNMENT.fullmatch(predicted), _ASSIGNMENT.fullmatch(answer)
     if assigned and expected and assigned[1] == expected[1]:
-        return _values_match(assigned[2], expected[2], question, equal, depth + 1)
+        return _values_match(assigned[2], expected[2], question, equal, depth + 1, room)
     if assigned and "=" not in answer:
-        return _values_match(assigned[2], answer, question, equal, depth + 1)
+        return _values_match(assigned[2], answer, question, equal, depth + 1, room)
     if expected and "=" not in predicted:
-        return _values_match(predicted, expected[2], question, equal, depth + 1)
+        return _values_match(predicted, expected[2], question, equal, depth + 1, room)
 
     if "\\pm" not in predicted and "\\pm" not in answer:
         ours, theirs = _listed(predicted), _listed(answer)
         if ours or theirs:
-            return _lists_match(ours or ("", [predicted]), theirs or ("", [answer]), question, equal, depth + 1)
+            return _lists_match(ours or ("", [predicted]), theirs or ("", [answer]), question, equal, depth + 1, room)
 
     (predicted, unit), (answer, expected_unit) = (
         split_unit(predicted) or (predicted, ""),
@@ -264,7 +275,7 @@ def _closing(text: str) -> int:
 
 
 def _lists_match(
-    ours: tuple[str, list[str]], theirs: tuple[str, list[str]], question: str, equal: Equal, depth: int
+    ours: tuple[str, list[str]], theirs: tuple[str, list[str]], question: str, equal: Equal, depth: int, room: int
 ) -> bool | None:
     """Rule 4 on the prediction's and the answer's brackets and items."""
     (our_brackets, predicted), (brackets, answer) = ours, theirs
@@ -276,8 +287,11 @@ def _lists_match(
         return False
     kind = brackets or our_brackets
     if kind in ("", "{}") and not (kind == "" and _ASKS_FOR_ORDER.search(question)):
-        return _matched(predicted, answer, lambda p, a: _values_match(p, a, question, equal, depth))
-    return _all(_values_match(p, a, question, equal, depth) for p, a in zip(predicted, answer, strict=True))
+        room //= max(1, len(answer))
+        return bool(room) and _matched(
+            predicted, answer, lambda p, a: _values_match(p, a, question, equal, depth, room)
+        )
+    return _all(_values_match(p, a, question, equal, depth, room) for p, a in zip(predicted, answer, strict=True))
 
 
 def _all(verdicts: Iterable[bool | None]) -> bool | None:

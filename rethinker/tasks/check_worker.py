@@ -137,6 +137,7 @@ def serve(fd: int, function: str, timeout_s: float, memory_gb: float) -> None:
     link.send(READY)
     # The kernel ends a worker that a dead trainer left behind in an endless check. A living one has killed it by then.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    worker = os.getpid()
     while True:
         try:
             checks = link.recv()
@@ -145,16 +146,34 @@ def serve(fd: int, function: str, timeout_s: float, memory_gb: float) -> None:
         for arguments in checks:
             signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
             try:
-                answer = float(check(*arguments)), ""
+                answer = _number(check(*arguments)), ""
             except MemoryError:
                 os._exit(OUT_OF_MEMORY)
             except BaseException as error:  # SystemExit too: it is the check's, not the worker's
-                answer = 0.0, f"error: {type(error).__name__}: {error}"[:500]
+                answer = 0.0, f"error: {_described(error)}"
+            if os.getpid() != worker:  # a reward that forked and let the child return: its answer is one too many
+                os._exit(0)
             try:
                 link.send(answer)
             except OSError:
                 return
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _number(reward: Any) -> float:
+    """A reward as a float: of Python, NumPy or torch, but no text that spells one."""
+    if isinstance(reward, (str, bytes, bytearray)):
+        raise TypeError(f"a reward is a number, not the {type(reward).__name__} {reward[:40]!r}")
+    return float(reward)
+
+
+def _described(error: BaseException) -> str:
+    """The error in one line of text that can be logged; whatever its own text does is the check's fault as well."""
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except BaseException:
+        text = type(error).__name__
+    return text.encode("utf-8", "backslashreplace").decode()[:500]
 
 
 def _load(function: str) -> Any:

@@ -22,6 +22,8 @@ _MARKERS = [
     re.compile(r"(?<![A-Za-z\\])[(（]([A-Z])[)）]\s*"),  # (A) anywhere
     re.compile(r"(?:(?<=\s)|^)([A-Z])[.):]\s+"),  # A. or A) within a line
 ]
+# Python's parser takes time and memory for every character of the text.
+LONGEST_CHOICES = 20_000
 _DRESSED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|bf)\s*\{\s*(\([A-Z]\))\s*\}")
 _SPACES = re.compile(r"\\q?quad(?![A-Za-z])|\\ ")
 # Letters that stand for a choice even if the options are in the image; X or N is rather a variable.
@@ -37,10 +39,7 @@ def options_of(question: str, choices: Any, clean: Callable[[str], str]) -> dict
         clean: normalises a text.
     """
     if isinstance(choices, str):
-        try:
-            choices = ast.literal_eval(choices)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            choices = None
+        choices = _read(choices)
     if isinstance(choices, Mapping):
         return {str(k).upper(): clean(str(v)) for k, v in choices.items() if len(str(k)) == 1 and str(k).isalpha()}
     if isinstance(choices, Sequence) and not isinstance(choices, bytes) and 1 < len(choices) <= 26:
@@ -52,6 +51,16 @@ def options_of(question: str, choices: Any, clean: Callable[[str], str]) -> dict
             options[letter] = clean(labelled[3] if own_label else str(text))
         return options
     return {letter: clean(text) for letter, text in _in_question(question)}
+
+
+def _read(choices: str) -> Any:
+    """Options written as text; None for what is none, or too long to be."""
+    if len(choices) > LONGEST_CHOICES:
+        return None
+    try:
+        return ast.literal_eval(choices)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
 
 
 @lru_cache(maxsize=4096)

@@ -6,7 +6,9 @@ What is wrong with the data is said before a model is loaded: the setting, the r
 from __future__ import annotations
 
 import difflib
+import logging
 import math
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +20,15 @@ from rethinker.config import ConfigError, DataConfig
 from rethinker.samples import Query
 from rethinker.tasks.digits import digits
 from rethinker.tasks.easy_vqa import easy_vqa
+from rethinker.tasks.faults import Faults
 from rethinker.tasks.sources import Table, open_table
 
+log = logging.getLogger(__name__)
+
 IMAGE_MARK = "<image>"
+
+# Metadata is printed, pickled and written as JSON, each by recursion.
+DEEPEST_METADATA = 32
 
 # Data sets that need no file: they come with an installed package.
 BUILT_IN = {"easy_vqa": easy_vqa, "digits": digits}
@@ -32,9 +40,11 @@ def load_queries(config: DataConfig, which: Literal["train", "validation"]) -> l
     Columns that `data.fields` does not name become metadata under their own names; a further entry of `data.fields`
     (`choices: options`) renames one. Without an id column, ids are the row numbers.
 
+    A row without question or answer, an id that occurs again, an image that is not there, `<image>` marks that do not
+    match the images, text that is no Unicode: such rows are left out, and one warning counts them and names the first.
+
     Raises:
-        ConfigError: unknown or unreadable data set, missing column, no rows, a row without question or answer, an id
-            that occurs twice, an image that is not there, or `<image>` marks that do not match the images.
+        ConfigError: unknown or unreadable data set, missing column, no rows, or more than `data.max_bad_rows` bad ones.
     """
     name, setting = (config.train, "data.train") if which == "train" else (config.validation, "data.validation")
     if name is None:
@@ -44,16 +54,40 @@ def load_queries(config: DataConfig, which: Literal["train", "validation"]) -> l
     table = open_table(name, config.train_split if which == "train" else config.validation_split, setting)
     if not table.size:
         raise ConfigError(f"{setting}={name}: the data set is empty")
-    columns = _columns(config, table, f"{setting}={name}")
-    rows = _Rows(f"{setting}={name}", columns, Path(config.image_root) if config.image_root else table.folder)
-    queries = [rows.query(number, row) for number, row in enumerate(table.rows)]
-    seen: set[str] = set()
-    for query in queries:
-        if query.id in seen:
-            column = columns["id"]
-            raise ConfigError(f"data.fields.id={column}: the id {query.id!r} occurs more than once; ids must be unique")
-        seen.add(query.id)
-    return queries
+    where = f"{setting}={name}"
+    columns = _columns(config, table, where)
+    rows = _Rows(where, columns, Path(config.image_root) if config.image_root else table.folder)
+    faults = Faults(config.max_bad_rows, table.size)
+    queries: dict[str, Query] = {}
+    for number, row in enumerate(table.rows_or_errors):
+        if isinstance(row, ConfigError):
+            faults.add("damaged row", row)
+            continue
+        try:
+            query = rows.query(number, row)
+            if query.id in queries:
+                raise _BadRowError(
+                    "repeated id",
+                    f"data.fields.id={columns.get('id', 'id')}: the id {query.id!r} occurs more than once; ids must be "
+                    "unique",
+                )
+        except _BadRowError as error:
+            faults.add(error.reason, ConfigError(str(error)))
+            continue
+        queries[query.id] = query
+    if faults.reasons and os.environ.get("RANK", "0") == "0":  # every rank reads the same rows
+        log.warning("%s: %s", where, faults)
+    if not queries:
+        raise faults.first
+    return list(queries.values())
+
+
+class _BadRowError(ConfigError):
+    """A row that is left out: the reason it is counted under, and what is wrong with it."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def _columns(config: DataConfig, table: Table, where: str) -> dict[str, str]:
@@ -70,10 +104,9 @@ def _columns(config: DataConfig, table: Table, where: str) -> dict[str, str]:
         # A data set without images may be text-only, but `image` beside a wanted `images` is an oversight.
         if optional and not (noun == "images" and close):
             continue
+        known = ", ".join(map(str, table.columns[:40])) + (", ..." if len(table.columns) > 40 else "")
         near = f"; the nearest is {close[0]}: set --data.fields.{noun} {close[0]}" if close else ""
-        raise ConfigError(
-            f"data.fields.{noun}={column}: {where} has no such column, but {', '.join(map(str, table.columns))}{near}"
-        )
+        raise ConfigError(f"data.fields.{noun}={column}: {where} has no such column, but {known}{near}")
     return found
 
 
@@ -83,30 +116,52 @@ class _Rows:
     def __init__(self, where: str, columns: dict[str, str], image_root: Path | None) -> None:
         self.where, self.columns, self.image_root = where, columns, image_root
         self._exists: dict[str, bool] = {}
+        main = {columns.get(noun) for noun in ("question", "answer", "images", "id")}
+        self._main, self._names = main, {column: noun for noun, column in columns.items() if column not in main}
 
     def query(self, number: int, row: dict[str, Any]) -> Query:
         given = self.columns.get("id")
         name = str(number if given is None or row.get(given) is None else row[given])
+        shown = name if len(name) <= 80 else f"{name[:80]}..."
         question = row.get(self.columns["question"])
         if not isinstance(question, str):
-            raise ConfigError(f"{self.where}: row {name} has no question text in column {self.columns['question']!r}")
-        answer = row.get(self.columns["answer"])
-        if not isinstance(answer, (str, int, float)):
-            raise ConfigError(
-                f"{self.where}: row {name} has {_kind(answer)} as answer in column {self.columns['answer']!r}; "
-                "an answer is a text or a number"
+            raise _BadRowError(
+                "no question", f"{self.where}: row {shown} has no question text in column {self.columns['question']!r}"
             )
-        images = self._images(name, row.get(self.columns["images"]) if "images" in self.columns else None)
+        answer = row.get(self.columns["answer"])
+        if not isinstance(answer, (str, int, float)) or (isinstance(answer, float) and not math.isfinite(answer)):
+            raise _BadRowError(
+                "no answer",
+                f"{self.where}: row {shown} has {_kind(answer)} as answer in column {self.columns['answer']!r}; "
+                "an answer is a text or a number",
+            )
+        images = self._images(shown, row.get(self.columns["images"]) if "images" in self.columns else None)
         marks = question.count(IMAGE_MARK)
         if marks and marks != len(images):
-            raise ConfigError(
-                f"{self.where}: row {name} has {marks} {IMAGE_MARK} marks in its question but {len(images)} images; "
-                "mark every image once, or none"
+            raise _BadRowError(
+                "image marks",
+                f"{self.where}: row {shown} has {marks} {IMAGE_MARK} marks in its question but {len(images)} images; "
+                "mark every image once, or none",
             )
-        main = {self.columns.get(noun) for noun in ("question", "answer", "images", "id")}
-        names = {column: noun for noun, column in self.columns.items() if column not in main}
-        metadata = {names.get(column, column): value for column, value in row.items() if column not in main}
-        return Query(id=name, question=question, answer=str(answer), images=images, metadata=metadata)
+        metadata = {self._names.get(column, column): value for column, value in row.items() if column not in self._main}
+        query = Query(id=name, question=question, answer=str(answer), images=images, metadata=metadata)
+        self._check_text(query, shown)
+        return query
+
+    def _check_text(self, query: Query, shown: str) -> None:
+        """What the tokenizer and the files of the run cannot take: half a surrogate pair, as a careless cut leaves."""
+        words = (value for value in query.metadata.values() if isinstance(value, str))
+        for text in (query.id, query.question, query.answer, *words):
+            if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+                raise _BadRowError(
+                    "no Unicode", f"{self.where}: row {shown!a} has a lone surrogate in {ascii(text)[:80]}"
+                )
+        for column, value in query.metadata.items():
+            if isinstance(value, (list, dict)) and _deeper(value, DEEPEST_METADATA):
+                raise _BadRowError(
+                    "nested too deep",
+                    f"{self.where}: row {shown} has more than {DEEPEST_METADATA} levels in column {column!r}",
+                )
 
     def _images(self, name: str, value: Any) -> tuple[Any, ...]:
         """References from a path, `{"bytes", "path"}`, raw bytes, a PIL image or a list of these; () for text-only."""
@@ -117,35 +172,56 @@ class _Rows:
 
     def _image(self, name: str, item: Any) -> Any:
         if isinstance(item, Mapping) and (item.get("bytes") or item.get("path")):
-            if item.get("bytes"):
-                return {"bytes": item["bytes"]}
-            item = item["path"]
+            item = item.get("bytes") if isinstance(item.get("bytes"), (bytes, bytearray)) else item.get("path")
         if isinstance(item, (bytes, bytearray)):
             return {"bytes": bytes(item)}
         if hasattr(item, "convert"):  # a PIL image
             return item
         if not isinstance(item, (str, Path)) or not str(item):
-            raise ConfigError(
+            raise _BadRowError(
+                "no image",
                 f"{self.where}: row {name} has {_kind(item)} in the image column {self.columns['images']!r}; "
-                "images are paths, bytes or a list of these"
+                "images are paths, bytes or a list of these",
             )
-        path = Path(item).expanduser()
+        path = Path(os.path.expanduser(item))
         if not path.is_absolute():
             if self.image_root is None:
-                raise ConfigError(
-                    f"data.image_root is not set, but {self.where} holds relative image paths (row {name}: {item}); "
-                    "set it to the folder that they start from"
+                raise _BadRowError(
+                    "no image",
+                    f"data.image_root is not set, but {self.where} holds relative image paths (row {name}: "
+                    f"{str(item)[:200]}); set it to the folder that they start from",
                 )
             path = self.image_root / path
         path = str(path)
         if path not in self._exists:
-            self._exists[path] = Path(path).is_file()
+            self._exists[path] = os.path.isfile(path)  # through links too; never a pipe or a device
         if not self._exists[path]:
-            raise ConfigError(f"{self.where}: row {name}: no image file {path}; data.image_root says where paths start")
+            hint = "data.image_root says where paths start"
+            if "://" in path or str(item).startswith("data:"):
+                hint = "images are files or bytes, nothing is downloaded"
+            shown = path if len(path) <= 300 else f"{path[:300]}..."
+            raise _BadRowError("no image", f"{self.where}: row {name}: no image file {shown}; {hint}")
         return path
 
 
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and mappings are nested deeper than this."""
+    layer = [value]
+    for _ in range(levels):
+        layer = [
+            item
+            for container in layer
+            for item in (container.values() if isinstance(container, dict) else container)
+            if isinstance(item, (list, tuple, dict))
+        ]
+        if not layer:
+            return False
+    return True
+
+
 def _kind(value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import logging
 import math
+import os
 import threading
 import time
 import weakref
@@ -68,14 +69,14 @@ def load_reward(spec: str) -> RewardFunction:
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py"):
         raise ConfigError(f"reward.function={spec}: give boxed, or path/to/file.py:function")
-    path = Path(file).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(file))
+    if not os.path.isfile(path):
         raise ConfigError(f"reward.function={spec}: there is no file {path}")
     module_spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"reward.function={spec}: {path} fails to import ({type(error).__name__}: {error})"
         ) from error
@@ -101,19 +102,18 @@ class AnswerChecker:
     or ran out of memory), `error` (the reward raised) and `non_finite`.
 
     Args:
-        config: the reward, the number of workers, the deadline of one check.
-        memory_gb: most memory that the checks of one worker may take, GiB.
+        config: the reward, the number of workers, the deadline of one check, the memory of a worker's checks.
 
     Raises:
         ConfigError: `reward.function` cannot be loaded.
     """
 
-    def __init__(self, config: RewardConfig, *, memory_gb: float = 4.0) -> None:
+    def __init__(self, config: RewardConfig) -> None:
         load_reward(config.function)  # a mistake is reported now, not in the first episode
         self.config = config
         self.failures: Counter[str] = Counter()
         self._boxed = config.function == "boxed"
-        self._workers = [Worker(config.function, config.timeout_s, memory_gb) for _ in range(config.workers)]
+        self._workers = [Worker(config.function, config.timeout_s, config.memory_gb) for _ in range(config.workers)]
         self._verdicts: OrderedDict[tuple[Any, ...], float] = OrderedDict()
         self._named: set[str] = set()
         self._lock = threading.Lock()

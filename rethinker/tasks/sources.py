@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,37 @@ from typing import Any
 
 from rethinker.config import ConfigError
 
+# Of a .jsonl file, in bytes; a row with its images in base64 is far below.
+LONGEST_LINE = 256 * 2**20
+
 
 @dataclass(frozen=True)
 class Table:
-    """A data set as read: its columns, its number of rows, its rows as dicts, and the folder its images lie in."""
+    """A data set as read: its columns, its number of rows, its rows, and the folder its images lie in.
+
+    A row is a dict, or the error of one that cannot be read while others can.
+    """
 
     columns: list[str]
     size: int
-    rows: Iterator[dict[str, Any]]
+    rows_or_errors: Iterator[dict[str, Any] | ConfigError]
     folder: Path | None
+
+    @property
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows, all of them readable.
+
+        Raises:
+            ConfigError: when it comes to one that is not.
+        """
+        for row in self.rows_or_errors:
+            if isinstance(row, ConfigError):
+                raise row
+            yield row
 
 
 def open_table(name: str, split: str, setting: str) -> Table:
-    """Open a data set by file, folder or name.
+    """Open a data set by file, folder or name. Nothing in it is run: no script, no pickle.
 
     Args:
         name: a .parquet or .jsonl file, a folder, or a Hugging Face data set's name (`name:subset` picks a subset).
@@ -34,7 +53,7 @@ def open_table(name: str, split: str, setting: str) -> Table:
     Raises:
         ConfigError: there is no such data set or split, or it cannot be read.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix in (".parquet", ".jsonl"):
         if not path.is_file():
             raise ConfigError(f"{setting}={name}: no such file{_nearby(path)}")
@@ -54,33 +73,69 @@ def _parquet(path: Path, setting: str) -> Table:
     import pyarrow.parquet as parquet
 
     file = parquet.ParquetFile(path)
+    columns = list(file.schema_arrow.names)
+    where = f"{setting}={path}"
 
-    def rows() -> Iterator[dict[str, Any]]:
-        try:
-            for batch in file.iter_batches(batch_size=1024):
+    def rows() -> Iterator[dict[str, Any] | ConfigError]:
+        number = 0
+        for batch in _stopping(file.iter_batches(batch_size=1024), where):
+            try:
                 yield from batch.to_pylist()
-        except OSError as error:
-            raise ConfigError(f"{setting}={path}: damaged file ({_one_line(error)})") from error
+            except Exception:  # one value that is not what its column says, such as a text that is no UTF-8
+                yield from (_row(batch, i, columns, f"{where}: row {number + i}") for i in range(batch.num_rows))
+            number += batch.num_rows
 
-    return Table(list(file.schema_arrow.names), file.metadata.num_rows, rows(), path.parent)
+    return Table(columns, file.metadata.num_rows, rows(), path.parent)
+
+
+def _row(batch: Any, i: int, columns: list[str], where: str) -> dict[str, Any] | ConfigError:
+    try:
+        return {name: column[i].as_py() for name, column in zip(columns, batch.columns, strict=True)}
+    except Exception as error:
+        return ConfigError(f"{where} cannot be read ({_one_line(error)})")
+
+
+def _stopping(rows: Any, where: str) -> Iterator[Any]:
+    """What a library reads; whatever it raises on damaged bytes becomes one line."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise ConfigError(f"{where}: damaged data ({_one_line(error)})") from error
 
 
 def _jsonl(path: Path, setting: str) -> Table:
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any] | ConfigError] = []
     columns: dict[str, None] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+    where, damaged = f"{setting}={path}", 0
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{setting}={path}: line {number} is not JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise ConfigError(f"{setting}={path}: line {number} is not a JSON object with a column per key")
+            if len(line) == LONGEST_LINE:
+                raise ConfigError(f"{where}: line {number} is longer than {LONGEST_LINE >> 20} MiB")
+            row = _object(line, where, number)
             rows.append(row)
-            columns.update(dict.fromkeys(row))
+            if isinstance(row, dict):
+                columns.update(dict.fromkeys(row))
+                continue
+            damaged += 1
+            if damaged > 1000 and 2 * damaged > len(rows):  # no .jsonl at all: do not collect millions of errors
+                break
+    if damaged and 2 * damaged > len(rows):
+        raise next(row for row in rows if isinstance(row, ConfigError))
     return Table(list(columns), len(rows), iter(rows), path.parent)
+
+
+def _object(line: bytes, where: str, number: int) -> dict[str, Any] | ConfigError:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        return ConfigError(f"{where}: line {number} is not JSON ({error.msg})")
+    except (ValueError, RecursionError) as error:  # no UTF-8, a number of 5,000 digits, a thousand brackets
+        return ConfigError(f"{where}: not a readable .jsonl file (line {number}: {_one_line(error)})")
+    if not isinstance(row, dict):
+        return ConfigError(f"{where}: line {number} is not a JSON object with a column per key")
+    return row
 
 
 def _hugging_face(name: str, path: Path, split: str, setting: str) -> Table:
@@ -118,7 +173,8 @@ def _hugging_face(name: str, path: Path, split: str, setting: str) -> Table:
             loaded = loaded.cast_column(column, datasets.Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             loaded = loaded.cast_column(column, type(feature)(datasets.Image(decode=False)))
-    return Table(list(loaded.column_names), len(loaded), iter(loaded), path if local else None)
+    rows = _stopping(loaded, f"{setting}={name}")
+    return Table(list(loaded.column_names), len(loaded), rows, path if local else None)
 
 
 def hub_answers(name: str) -> bool:
@@ -149,7 +205,10 @@ def _only_the_cache() -> Iterator[None]:
 def _nearby(path: Path) -> str:
     if not path.parent.is_dir():
         return f" (there is no folder {path.parent})"
-    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    try:
+        close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    except OSError:  # a folder that may not be listed
+        return ""
     return f"; did you mean {path.with_name(close[0])}?" if close else ""
 
 

@@ -62,8 +62,8 @@ def reward_file(tmp_path):
 
 @pytest.fixture
 def checker(reward_file):
-    config = RewardConfig(function=f"{reward_file}:by_word", workers=2, timeout_s=1.0)
-    with AnswerChecker(config, memory_gb=0.0625) as checker:
+    config = RewardConfig(function=f"{reward_file}:by_word", workers=2, timeout_s=1.0, memory_gb=0.0625)
+    with AnswerChecker(config) as checker:
         yield checker
 
 

@@ -33,7 +33,7 @@ def test_a_truncated_image_is_named(tmp_path):
 def test_each_image_is_decoded_once_and_within_the_budget(tmp_path, monkeypatch):
     """Queries about the same image share its check; a large data set costs no more than the budget."""
     decoded = []
-    monkeypatch.setattr(images, "open_image", lambda reference, query_id: decoded.append(reference))
+    monkeypatch.setattr(images, "check_image", lambda reference, query_id, limit: decoded.append(reference))
     some = queries(tmp_path, 4)
     check_images(some + some)
     assert len(decoded) == 4

@@ -1,0 +1,116 @@
+"""A model folder from anywhere, judged by its files alone: right kind, whole weights, nothing to be run.
+
+torch is not imported and no tensor is read, so a folder that cannot be trained is refused within milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rethinker.config import ConfigError
+
+SUPPORTED = "qwen2_5_vl"
+INDEX = "model.safetensors.index.json"
+
+# A configuration has some kilobytes, an index of a thousand shards some megabytes.
+LONGEST_JSON = 64 * 2**20
+
+
+def check_model_folder(folder: Path, named: str) -> int:
+    """Refuse a folder that no training can start from.
+
+    Args:
+        folder: in Hugging Face format.
+        named: how the user named it, `policy.model=...`, for messages.
+
+    Returns:
+        The size of its weights in bytes.
+
+    Raises:
+        ConfigError: no model, another kind of model, weights that are missing, cut short, or no safetensors.
+    """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{named} has no config.json; give a folder in Hugging Face format")
+    config = _read_json(folder / "config.json", named)
+    kind = config.get("model_type")
+    if kind != SUPPORTED:
+        why = ", with code of its own (auto_map), which is never run" if "auto_map" in config else ""
+        raise ConfigError(f"{named} is a {kind!r} model{why}; supported: {SUPPORTED}")
+    shards = _shards(folder, named)
+    tensors = {name: shape for shard in shards for name, shape in _shapes(shard, named).items()}
+    _check_sizes(config, tensors, named)
+    return sum(shard.stat().st_size for shard in shards)
+
+
+def _read_json(file: Path, named: str) -> dict[str, Any]:
+    try:
+        with file.open("rb") as opened:
+            content = json.loads(opened.read(LONGEST_JSON))
+    except (ValueError, OSError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(f"{named}: {file.name} is damaged ({reason}); download or save the model again") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{named}: {file.name} is damaged; download or save the model again")
+    return content
+
+
+def _shards(folder: Path, named: str) -> list[Path]:
+    shards = set(folder.glob("*.safetensors"))
+    if (folder / INDEX).is_file():
+        weight_map = _read_json(folder / INDEX, named).get("weight_map")
+        names = set(weight_map.values()) if isinstance(weight_map, dict) and _all_names(weight_map) else None
+        if not names:
+            raise ConfigError(f"{named}: {INDEX} is damaged; download or save the model again")
+        shards |= {folder / name for name in names}
+    if not shards:
+        pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind))
+        hint = "save or download the model again"
+        if pickles:
+            hint = f"{pickles[0]} is a pickle, which may run code when it is read, so it is not; save it as safetensors"
+        raise ConfigError(f"{named} has no weights (*.safetensors); {hint}")
+    broken = sorted(shard.name for shard in shards if not shard.is_file() or shard.stat().st_size <= 8)
+    if broken:
+        raise ConfigError(f"{named}: weights {broken[0]} are missing or empty; save the model again")
+    return sorted(shards)
+
+
+def _all_names(weight_map: dict[str, Any]) -> bool:
+    """Whether an index names files of its own folder only."""
+    return all(isinstance(name, str) and name == Path(name).name for name in weight_map.values())
+
+
+def _shapes(shard: Path, named: str) -> dict[str, list[int]]:
+    """Shape of every tensor, from the header; the library checks that header and file agree to the byte."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(shard, framework="np") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{named}: weights {shard.name} are damaged ({reason}); save the model again") from None
+
+
+def _check_sizes(config: dict[str, Any], tensors: dict[str, list[int]], named: str) -> None:
+    """That config.json speaks of these weights: what it asks for is built before the first tensor is compared."""
+    text, vision = (
+        part if isinstance(part, dict) else {}
+        for part in (config.get("text_config", config), config.get("vision_config"))
+    )
+    counts = {"num_hidden_layers": text.get("num_hidden_layers"), "vision_config.depth": vision.get("depth")}
+    for key, value in counts.items():
+        if value is not None and not (isinstance(value, int) and 0 < value <= len(tensors)):
+            raise ConfigError(
+                f"{named}: config.json says {key}={value!r} and the weights hold {len(tensors)} tensors; "
+                "download or save the model again"
+            )
+    embedding = next((shape for name, shape in tensors.items() if name.endswith("embed_tokens.weight")), None)
+    expected = [text.get("vocab_size"), text.get("hidden_size")]
+    if embedding is None or (None not in expected and embedding != expected):
+        raise ConfigError(
+            f"{named}: config.json says vocab_size x hidden_size = {expected[0]} x {expected[1]} and the weights' "
+            f"embedding is {'missing' if embedding is None else ' x '.join(map(str, embedding))}; "
+            "download or save the model again"
+        )
