@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from rethinker.policy.tiny import create_tiny
 from rethinker.runtime.completions import read_completions
 from rethinker.runtime.state_file import read_state
+from rethinker.tasks.easy_vqa import easy_vqa
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 12, 2
@@ -37,8 +38,12 @@ OPTIONS = f"""
 """.split()
 
 
-def prepare(folder: Path) -> None:
-    """The model and the reward that all runs in a folder share."""
+def prepare(folder: Path, questions: int = 64) -> None:
+    """The model, the questions (few, so that caches are soon full) and the reward that all runs in a folder share."""
+    with (folder / "questions.jsonl").open("w") as file:
+        for query in easy_vqa("train")[:questions]:
+            row = {"id": query.id, "question": query.question, "answer": query.answer, "images": list(query.images)}
+            file.write(json.dumps(row) + "\n")
     (folder / "reward.py").write_text(REWARD)
     create_tiny(folder / "model", seed=0)
 
@@ -48,6 +53,7 @@ def start(folder: Path, name: str, *options: str, ranks: int = 1, launch: tuple[
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launch]
     torchrun = [] if ranks == 1 else torchrun
     arguments = ["easy_vqa_cpu", "--run.dir", str(folder), "--run.name", name, "--policy.model", str(folder / "model")]
+    arguments += ["--data.train", str(folder / "questions.jsonl"), "--data.category_weights", "{}"]
     arguments += ["--reward.function", f"{folder / 'reward.py'}:parity", *OPTIONS, *options]
     with (folder / f"{name}.log").open("a") as log:
         command = [sys.executable, *torchrun, "-m", "rethinker.train", *arguments]
