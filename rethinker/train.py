@@ -89,7 +89,6 @@ def train(config: Config) -> Run:
     check_images([*queries, *held_out])
     total_steps = schedule_length(config, len(queries))
     with ExitStack() as stack:
-        stack.enter_context(signals.handled())
         ranks = distributed.start(config.rollout.timeout_s)
         stack.callback(distributed.stop)
         config.run.name = ranks.broadcast(config.run.name)  # its default holds the time: ranks may read it differently
@@ -122,6 +121,7 @@ def train(config: Config) -> Run:
         profiler = StepProfiler(config.profile.steps, run.folder)
         stack.callback(profiler.close)
 
+        stack.enter_context(signals.handled())  # until here there is nothing to save, and a signal ends the process
         if checkpoint:
             display.resumed(checkpoint)
         else:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,22 @@ def start(timeout_s: float) -> Ranks:
         torch.cuda.set_device(ranks.device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **_meeting_point())
     return ranks
+
+
+def _meeting_point() -> dict[str, Any]:
+    """Where the ranks exchange addresses, if not simply where torchrun says.
+
+    torchrun keeps its store when it starts the ranks again (--max-restarts): a fast rank would read the addresses of the
+    dead ones there. On one node all ranks know the restart's number and keep apart by it. Over several nodes they may
+    not; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every start a store of its own.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, rank, world_size = next(rendezvous("env://"))
+    return {"store": dist.PrefixStore(f"restart_{restart}", store), "rank": rank, "world_size": world_size}
 
 
 def stop() -> None:
