@@ -68,7 +68,7 @@ class RunDirectory:
             self._continues = (self.folder / "config.yaml").is_file()
             for name in ("completions", "checkpoints"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
-            # Every line is one write at the file's end: a reader, or a kill, never meets half of one.
+            # Every line is one write at the file's end; a reader takes what ends with a line break.
             self._metrics = (self.folder / "metrics.jsonl").open("ab", buffering=0)
             self._validations = (self.folder / "validation.jsonl").open("ab", buffering=0)
         return self

@@ -75,7 +75,8 @@ def kill(process: subprocess.Popen) -> None:
 def rows(run: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    lines = [line for line in lines if line.endswith("\n")]  # the last one may be on its way
     return [
         {key: value for key, value in json.loads(line).items() if key not in CLOCK and not key.startswith("time_")}
         for line in lines
