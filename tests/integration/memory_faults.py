@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import NoGatherCoalescedHandle
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partition_parameters import NoGatherCoalescedHandle, ZeroParamStatus
 
 from rethinker.config import AlgorithmConfig, Config, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
 from rethinker.policy.engine import PolicyEngine
@@ -143,15 +144,33 @@ def scores(engine: PolicyEngine) -> list[list[float]]:
     return [sample.completion.trainer_logprobs for sample in engine.samples]
 
 
+def held(engine: PolicyEngine) -> int:
+    """What an interrupted pass leaves behind: gathered or active weights, gradients, modules entered."""
+    parameters = list(engine.policy.parameters())
+    gathered = sum(p.ds_status is not ZeroParamStatus.NOT_AVAILABLE for p in parameters)
+    active = sum(bool(p.ds_active_sub_modules) for p in parameters)
+    gradients = sum(p.grad is not None for p in parameters)
+    return gathered + active + gradients + len(FWD_MODULE_STACK) - engine._at_rest._depth
+
+
 def beside(engine: PolicyEngine, twin: PolicyEngine, name: str, results: dict, work: Callable) -> None:
     """Memory runs out in `engine`'s work, which is repeated; its twin has the smaller budget from the start."""
     engine.micro_batch_tokens, retries, engine.armed = BUDGET, engine.oom_retries, True
     fault = PLACES[name][0](engine)
+    left, restore = [], engine._at_rest.restore
+
+    def watched():
+        left.append(held(engine))
+        restore()
+        left.append(held(engine))
+
+    engine._at_rest.restore = watched
     got = work(engine)
     done = time.perf_counter()
-    engine.armed = False
+    engine.armed, engine._at_rest.restore = False, restore
     twin.micro_batch_tokens = engine.micro_batch_tokens
     results[name] = {
+        "left": left,
         "raised": fault.raised_at is not None,
         "retries": engine.oom_retries - retries,
         "budget": engine.micro_batch_tokens,

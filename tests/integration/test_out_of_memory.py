@@ -56,6 +56,13 @@ def test_a_repeated_step_equals_a_clean_one(results, place):
     print(f"{place}: fault to end of the repeated step {result['seconds']:.2f} s")
 
 
+def test_nothing_of_the_failed_pass_is_kept(results):
+    """Before the step is repeated every weight is partitioned again and no gradient is held; before that, some were."""
+    left = {place: results[place]["left"] for place in PLACES}
+    assert all(after == 0 for _, after in left.values())
+    assert [place for place, (before, _) in left.items() if not before] in ([], ["pack"])
+
+
 def test_repeated_scores_equal_clean_ones(results):
     """PolicyEngine.score starts again too, and the step after it is undisturbed."""
     result = results["score"]
