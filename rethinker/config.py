@@ -26,6 +26,9 @@ class RunConfig:
     """Where metrics go besides metrics.jsonl."""
     save_completions: bool = True
     """Write every episode's completions to completions/*.parquet."""
+    stall_s: float = 600.0
+    """Without progress for so long (no phase of a step begins or ends) every rank writes its threads' stacks to
+    logs/rank_*.log, again after twice the time, and so on; nothing is ended."""
 
 
 @dataclass
