@@ -125,6 +125,9 @@ class RolloutConfig:
     """Free vLLM's GPU memory while the policy trains (CUDA only)."""
     check_sync: bool = False
     """After every weight sync compare a checksum of every tensor on both sides."""
+    max_mismatch_kl: float | None = 0.1
+    """The run stops when mismatch_kl (k3 in nats per token between rollout and trainer, first step after a sync)
+    exceeds this: bf16 rounding stays below 0.01, weights that did not arrive do not. null never stops."""
     timeout_s: float = 1800.0
     """Deadline of one rollout or one weight sync; after it the run stops and says what hung."""
 

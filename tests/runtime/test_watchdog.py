@@ -59,6 +59,17 @@ def test_progress_is_no_stall(tmp_path, capfd):
     assert run(tmp_path, work) == "" == capfd.readouterr().err
 
 
+def test_the_end_of_a_phase_is_progress(tmp_path):
+    """What comes after it has the whole deadline again."""
+
+    def work():
+        with phase("forward"):
+            time.sleep(0.6)
+        time.sleep(0.6)
+
+    assert run(tmp_path, work, stall_s=1.0) == ""
+
+
 def test_a_stall_between_phases_is_seen_and_its_end_told(tmp_path):
     """Collectives lie outside phases too; when the run goes on, the log says so, and the next stall is a new one."""
 
