@@ -55,15 +55,16 @@ class Watchdog:
             if reported is None:
                 wait = self._stall_s
             if still >= wait:
-                self._report(" > ".join(seen.phases) or "no phase", still)
+                self._report(seen.phases, still)
                 reported, wait = seen, 2 * wait
 
     def _put_off_timer(self) -> None:
         faulthandler.dump_traceback_later(1.5 * self._stall_s, repeat=True, file=self._log.descriptor)
 
-    def _report(self, phase: str, seconds: float) -> None:
+    def _report(self, phases: tuple[str, ...], seconds: float) -> None:
+        where = f"in {' > '.join(phases)}" if phases else "between the phases"
         what = (
-            f"rank {self._rank}: {phase} of step {self.step} has shown no progress for {seconds:.3g} s "
+            f"rank {self._rank}: no progress for {seconds:.3g} s {where} of step {self.step} "
             f"(run.stall_s={self._stall_s:g})"
         )
         self._write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {what}; all threads:\n")

@@ -37,13 +37,13 @@ def test_a_stalled_phase_is_reported_with_back_off(tmp_path, capfd):
             hang_here(1.1)
 
     written = run(tmp_path, work)
-    reports = re.findall(r"train > backward of step 7 has shown no progress for ([\d.]+) s", written)
+    reports = re.findall(r"no progress for ([\d.]+) s in train > backward of step 7", written)
     assert len(reports) == 3
     for late, after in zip(map(float, reports), (0.2, 0.4, 0.8), strict=True):
-        assert after <= late < after + 0.2
+        assert after <= late < after + 0.3
     assert written.count("in hang_here") == 3 and "run.stall_s=0.2" in written
     screen = capfd.readouterr().err
-    assert screen.count("rank 1: train > backward of step 7 has shown no progress") == 3
+    assert len(re.findall(r"rank 1: no progress for [\d.]+ s in train > backward of step 7", screen)) == 3
     assert str(tmp_path / "rank_00001.log") in screen
 
 
@@ -80,7 +80,7 @@ def test_a_stall_between_phases_is_seen_and_its_end_told(tmp_path):
         hang_here(0.35)
 
     written = run(tmp_path, work)
-    assert written.count("no phase of step 7 has shown no progress for 0.2") == 2
+    assert len(re.findall(r"no progress for [\d.]+ s between the phases of step 7", written)) == 2
     assert written.count("rank 1: step 7 goes on") == 1
 
 
@@ -140,10 +140,11 @@ def test_every_rank_reports_when_one_stalls(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for rank, line in enumerate(("in waits_for_the_other", "in stuck_in_c")):
         written = (tmp_path / f"rank_0000{rank}.log").read_text()
-        report = f"rank {rank}: sync of step 12 has shown no progress for"
-        assert report in written and report in done.stderr
-        assert line in written.split(report)[1]
-        seconds = re.search(rf"{report} ([\d.]+) s", written)[1]
+        report = rf"rank {rank}: no progress for ([\d.]+) s in sync of step 12"
+        assert re.search(report, done.stderr)
+        first = re.search(report, written)
+        assert line in written[first.end() :]
+        seconds = first[1]
         print(f"rank {rank}: stall to its first report {seconds} s (run.stall_s=0.5)")
 
 
