@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,8 +34,10 @@ class Fault:
     def __init__(self, at: int) -> None:
         self.at, self.left, self.raised_at = at, at, None
 
-    def __call__(self, *_: object) -> None:
+    def __call__(self, *given: object) -> None:
         self.left -= 1
+        tensors = [x for one in given for x in (one if isinstance(one, tuple) else (one,)) if torch.is_tensor(x)]
+        self.activation = weakref.ref(tensors[0]) if tensors else lambda: None
         if self.left == 0 or self.left < 0 == self.at:
             self.raised_at = time.perf_counter()
             raise torch.OutOfMemoryError(FULL)
@@ -162,7 +165,7 @@ def beside(engine: PolicyEngine, twin: PolicyEngine, name: str, results: dict, w
     def watched():
         left.append(held(engine))
         restore()
-        left.append(held(engine))
+        left.append(held(engine) + (fault.activation() is not None))
 
     engine._at_rest.restore = watched
     got = work(engine)

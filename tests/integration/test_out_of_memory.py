@@ -57,7 +57,8 @@ def test_a_repeated_step_equals_a_clean_one(results, place):
 
 
 def test_nothing_of_the_failed_pass_is_kept(results):
-    """Before the step is repeated every weight is partitioned again and no gradient is held; before that, some were."""
+    """Before the step is repeated every weight is partitioned again, no gradient is held and the activations are gone;
+    before that, some were there."""
     left = {place: results[place]["left"] for place in PLACES}
     assert all(after == 0 for _, after in left.values())
     assert [place for place, (before, _) in left.items() if not before] in ([], ["pack"])
