@@ -26,6 +26,9 @@ class RunConfig:
     """Where metrics go besides metrics.jsonl."""
     save_completions: bool = True
     """Write every episode's completions to completions/*.parquet."""
+    stall_s: float = 600.0
+    """Without progress for so long (no phase of a step begins or ends) every rank writes its threads' stacks to
+    logs/rank_*.log, again after twice the time, and so on; nothing is ended."""
 
 
 @dataclass
@@ -129,6 +132,9 @@ class RolloutConfig:
     """Free vLLM's GPU memory while the policy trains (CUDA only)."""
     check_sync: bool = False
     """After every weight sync compare a checksum of every tensor on both sides."""
+    max_mismatch_kl: float | None = 0.1
+    """The run stops when mismatch_kl (k3 in nats per token between rollout and trainer, first step after a sync)
+    exceeds this: rounding stays far below (1e-4 in bf16), large moves that did not arrive do not. null: never."""
     timeout_s: float = 1800.0
     """Deadline of one rollout or one weight sync; after it the run stops and says what hung."""
 

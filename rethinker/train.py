@@ -38,16 +38,19 @@ from rethinker.policy.throughput import model_flops_utilization, peak_memory_gb
 from rethinker.report.learning import learning_curve
 from rethinker.report.page import report_or_warning
 from rethinker.rollout import RolloutEngine, make_engine
+from rethinker.rollout.mismatch import check_mismatch
 from rethinker.rollout.rethinking import Rethinker, make_triggers, released_reward
 from rethinker.runtime import distributed, signals
 from rethinker.runtime.checkpoint import Checkpoints
 from rethinker.runtime.display import Display
 from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.logs import RankLog
 from rethinker.runtime.ownership import collect, share
 from rethinker.runtime.profiling import StepProfiler, phase
 from rethinker.runtime.resume import Progress, RunState, saved_state
 from rethinker.runtime.run_directory import RunDirectory
 from rethinker.runtime.signals import StopRequested
+from rethinker.runtime.watchdog import Watchdog
 from rethinker.samples import Completion, Group, Query
 from rethinker.settings import load_config
 from rethinker.tasks.datasets import QueryStream, load_queries
@@ -97,6 +100,8 @@ def train(config: Config) -> Run:
         run = stack.enter_context(RunDirectory(config, enabled=ranks.is_main))
         checkpoints = Checkpoints(run.folder / "checkpoints", ranks, config.checkpoint)
         stack.callback(checkpoints.close)
+        log = stack.enter_context(RankLog(run.folder / "logs", ranks.rank))
+        watchdog = stack.enter_context(Watchdog(config.run.stall_s, log, ranks.rank))
         checkpoint = checkpoints.find(config.resume) if config.resume else None
         saved = saved_state(checkpoint, config)
         metrics = run.open_logs(saved.get("log", {}))
@@ -105,7 +110,8 @@ def train(config: Config) -> Run:
         held_out, _ = select_fitting(held_out, encoder)
         stream = QueryStream(queries, seed=config.seed, category_weights=config.data.category_weights)
         reference = initial_model(config, ranks) if config.algorithm.kl_coef > 0 else None
-        policy = PolicyEngine(config, model_dir, encoder, ranks, total_steps, reference)
+        budget_file = run.folder / "micro_batch_tokens.json"
+        policy = PolicyEngine(config, model_dir, encoder, ranks, total_steps, reference, budget_file)
         rollout = make_engine(
             config, str(model_dir), rank=ranks.rank, world_size=ranks.world_size, local_rank=ranks.local_rank
         )
@@ -136,6 +142,7 @@ def train(config: Config) -> Run:
 
         clock, times, saved_step = time.perf_counter(), {}, policy.steps if checkpoint else None
         while unfinished():
+            watchdog.step = policy.steps + 1
             if not progress.groups:
                 position = state.position()
                 try:
@@ -170,6 +177,7 @@ def train(config: Config) -> Run:
                 update = policy.train_step(batch.samples)
             if progress.mismatch is None:  # the policy has not moved since the sync: both differ by rounding alone
                 progress.mismatch = update["old_kl"]
+                check_mismatch(progress.mismatch, config)
             row = describe(policy.steps, progress, fresh, update) | batch.metrics(replay)
             row |= {"left_out_queries": encoder.dropped.total(), "failed_checkpoints": checkpoints.failed}
             if not progress.groups:

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-
-# oneDNN, and torch's layer around it, keep the compiled product of every shape they have met, 1,024 of them. Rows differ
-# in length from step to step, so few come again: memory would grow by hundreds of megabytes over the first 300 steps.
+# oneDNN, and torch's layer around it, keep the compiled products of the last 1,024 shapes. Rows differ in length from
+# step to step, so few come again: memory would grow by hundreds of megabytes over the first 300 steps.
 KEPT_SHAPES = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 
 

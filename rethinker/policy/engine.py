@@ -1,25 +1,34 @@
 """The policy under DeepSpeed ZeRO-3: one optimizer step on a global batch, full weights out, models saved.
 
-This is the only module that knows DeepSpeed. Every method is collective: all ranks call it with the same samples.
+Only this module and out_of_memory.py know DeepSpeed. Every method is collective: all ranks call it with the same
+samples.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from rethinker.algorithm.objective import loss_normalizer, supervised_weight, surrogate_inputs
-from rethinker.config import Config, ConfigError
+from rethinker.config import Config
+from rethinker.policy import optimizer_state
 from rethinker.policy.model import Policy, load_model
+from rethinker.policy.out_of_memory import (
+    OutOfMemory,
+    Plan,
+    ZeroState,
+    note_budget,
+    noted_budget,
+    ran_out,
+    smaller_budget,
+)
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.ownership import bring
@@ -27,6 +36,9 @@ from rethinker.runtime.profiling import phase
 from rethinker.samples import Bundle, PackedBatch, Sample
 from rethinker.tasks.prompts import PromptEncoder
 from rethinker_kernels import LINEAR_GRPO_STATS
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class PolicyEngine:
@@ -40,6 +52,7 @@ class PolicyEngine:
         ranks: Ranks,
         total_steps: int,
         reference_dir: str | Path | None = None,
+        budget_file: Path | None = None,
     ) -> None:
         """
         Args:
@@ -49,11 +62,18 @@ class PolicyEngine:
             ranks: this process's place.
             total_steps: length of the learning-rate schedule.
             reference_dir: the model that algorithm.kl_coef keeps the policy close to; by default model_dir.
+            budget_file: where a rank that ran out of memory notes the smaller micro-batch budget for the next start;
+                a note that is there is followed.
         """
         self.config, self.encoder, self.ranks, self.total_steps = config, encoder, ranks, total_steps
         self.steps = 0  # optimizer steps attempted
         self.version = 0  # weight syncs: the policy version that rollouts carry
         self.skipped_steps = 0
+        self.oom_retries = 0  # times that memory ran out and the work was repeated in smaller micro-batches
+        self.budget_file = budget_file
+        setting = config.train.micro_batch_tokens
+        # On several nodes only one may see the note, and all must cut the same micro-batches.
+        self.micro_batch_tokens = min(ranks.gather(noted_budget(budget_file, setting) if budget_file else setting))
         # DeepSpeed would compile a shared-memory all-reduce at its first start. Only CPU inference calls it, and a run
         # killed meanwhile would leave a lock that every later start waits on for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -80,7 +100,7 @@ class PolicyEngine:
             model=policy.eval(), optimizer=optimizer, config=settings, model_parameters=trained
         )
         self.policy = policy
-        self._numel = {name: math.prod(shape) for name, _, shape in self.weights.metadata()}
+        self._at_rest = ZeroState(*(engine for engine in (self.engine, self.reference) if engine))
 
     def train_step(self, samples: list[Sample]) -> dict[str, float]:
         """One optimizer step on a global batch.
@@ -93,32 +113,37 @@ class PolicyEngine:
             `loss`, `entropy`, `kl`, `clip_fraction_low`, `clip_fraction_high`, `old_kl` (k3 of the current policy from
             the behaviour policy, on samples of the current version), `grad_norm`, `learning_rate`, `train_tokens`
             (processed, over all ranks), `supervised_loss` (the part of `loss` from rethought responses), `skipped`
-            (1 if a non-finite number kept the step from being applied). An empty batch (every query all right or all
-            wrong, and nothing to replay) leaves the weights as they are.
+            (1 if a non-finite number kept the step from being applied), `oom_retries` (since the run began: times that
+            memory ran out and the work was repeated in smaller micro-batches). An empty batch (every query all right
+            or all wrong, and nothing to replay) leaves the weights as they are.
+
+        Raises:
+            OutOfMemory: memory ran out on one of several ranks, or in the optimizer's step.
+            ConfigError: memory ran out, and smaller micro-batches would not help.
         """
         config = self.config
         if not samples:
             self.steps += 1
-            return dict.fromkeys(METRICS, 0.0)
-        normalizer = loss_normalizer(samples, config.algorithm, config.rollout.max_new_tokens)
-        nll_weight = supervised_weight(samples, config.rethink.supervised_weight)
-        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.ranks.device)
-        for batch in self._micro_batches(samples, nll_weight):
-            with phase("forward"):
-                surrogate = surrogate_inputs(batch, config.algorithm, normalizer, self._reference_logps(batch))
-                loss, logps, stats = self.engine(batch, config.rollout.temperature, surrogate)
-            with phase("backward"):
-                # ZeRO averages gradients over ranks; the normalizer is global already. A non-finite loss poisons the
-                # gradient on purpose: ZeRO then sees a non-finite norm on every rank and leaves the weights alone.
-                poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-                self.engine.backward(loss * poison * self.ranks.world_size)
-            with torch.no_grad():
-                sums += torch.cat([stats, self._extra_sums(loss, logps, batch)])
+            return dict.fromkeys(METRICS, 0.0) | {"oom_retries": float(self.oom_retries)}
+
+        def plan_for(budget: int) -> Plan:
+            return plan_micro_batches(samples, budget=budget, world_size=self.ranks.world_size)
+
+        sums = self._fitting(plan_for, lambda plan: self._accumulate(samples, plan))
         rate = learning_rate(self.steps, self.total_steps, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with phase("optimizer"):
-            self.engine.step()
+            try:
+                self.engine.step()
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+                raise OutOfMemory(  # some of the weights may have moved: there is nothing to repeat
+                    f"out of memory in the optimizer's part of step {self.steps + 1}, whose size does not depend on "
+                    "train.micro_batch_tokens; lower rollout.gpu_memory_utilization, take more ranks, or put the "
+                    "optimizer on the host (train.deepspeed), and go on from the last checkpoint"
+                ) from error
         self.steps += 1
         values = dict(zip(_SUMS, self.ranks.sum(sums).tolist(), strict=True))
         grad_norm = float(self.engine.get_global_grad_norm())
@@ -137,6 +162,7 @@ class PolicyEngine:
             values["processed"],
             values["supervised_loss"],
             float(skipped),
+            float(self.oom_retries),
         )
         return dict(zip(METRICS, metrics, strict=True))
 
@@ -144,7 +170,10 @@ class PolicyEngine:
     def score(self, samples: list[Sample]) -> None:
         """Set `completion.trainer_logprobs` of the samples that this rank holds, from the current policy's forward."""
         mine = [sample for sample in samples if sample.owner == self.ranks.rank]
-        (plan,) = plan_micro_batches(mine, budget=self.config.train.micro_batch_tokens, world_size=1)
+        self._fitting(lambda budget: plan_micro_batches(mine, budget=budget, world_size=1), self._score)
+
+    def _score(self, mine: Plan) -> None:
+        (plan,) = mine
         # ZeRO-3 gathers weights by collectives: the ranks run equally many forwards, some of them on nothing.
         plan += [[]] * (max(self.ranks.gather(len(plan))) - len(plan))
         for bundles in plan:
@@ -173,65 +202,82 @@ class PolicyEngine:
         return write
 
     def optimizer_snapshot(self) -> Callable[[Path], None]:
-        """This rank's part of the fp32 weights and AdamW's moments as they are now; what comes back writes a file."""
-        state = {f"{kind}.{name}": piece.to("cpu", copy=True) for kind, name, piece in self._optimizer_pieces()}
-
-        def write(folder: Path) -> None:
-            save_file(state, folder / f"optimizer_{self.ranks.rank:05d}.safetensors")
-
-        return write
+        """This rank's part of the optimizer as it is now; what comes back writes it into a folder."""
+        return optimizer_state.snapshot(self.policy.hf, self.optimizer, self.ranks.rank)
 
     def load_optimizer(self, folder: Path, adam_steps: int) -> None:
-        """Continue with the optimizer that `optimizer_snapshot` wrote, on any number of ranks.
+        """Continue with the optimizer of `optimizer_snapshot`, on any number of ranks; see optimizer_state.load."""
+        optimizer_state.load(self.policy.hf, self.optimizer, folder, adam_steps, self.ranks.rank)
 
-        Args:
-            folder: where it lies; the model itself has been loaded.
-            adam_steps: steps that AdamW had applied, as `state_dict` says.
-
-        Raises:
-            ConfigError: it belongs to a model with other parameters.
-        """
-        zero = self.optimizer
-        with ExitStack() as stack:
-            paths = sorted(folder.glob("optimizer_*.safetensors"))
-            files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
-            if adam_steps:
-                for flat in zero.fp32_partitioned_groups_flat:
-                    moments = {name: torch.zeros_like(flat) for name in _MOMENTS}
-                    zero.optimizer.state[flat] = {"step": torch.tensor(float(adam_steps)), **moments}
-            expected = {f"{kind}.{name}" for kind, name, _ in self._optimizer_pieces()}
-            if expected != set(files[0].keys()):
-                other = min(expected ^ set(files[0].keys()))
-                raise ConfigError(
-                    f"resume: {folder} is of a model with other parameters ({other}); set that policy.model"
-                )
-            for kind, name, piece in self._optimizer_pieces():
-                parts = [file.get_slice(f"{kind}.{name}") for file in files]
-                piece.copy_(_repartitioned(parts, self._numel[name], piece.numel(), self.ranks.rank))
-
-    def _optimizer_pieces(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """(kind, parameter, this rank's flat piece of it, padding included), views of what the optimizer works on."""
-        zero = self.optimizer
-        kinds = {"fp32": None} | ({name: name for name in _MOMENTS} if zero.optimizer.state else {})
-        for name, parameter in self.policy.hf.named_parameters():
-            if parameter.requires_grad:
-                for kind, key in kinds.items():
-                    yield kind, name, zero.get_local_fp32_param(parameter, key).detach()
-
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Counters; the weights and the optimizer have snapshots of their own."""
-        states = self.optimizer.optimizer.state.values()
-        adam_steps = next((int(state["step"]) for state in states), 0)  # a skipped or an empty step is none of them
-        return {name: getattr(self, name) for name in _COUNTERS} | {"adam_steps": adam_steps}
+        return {name: getattr(self, name) for name in _COUNTERS} | {
+            "adam_steps": optimizer_state.applied_steps(self.optimizer),
+            "micro_batch_tokens": {"setting": self.config.train.micro_batch_tokens, "budget": self.micro_batch_tokens},
+        }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take the counters over."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the counters; the reduced micro-batch budget too, unless train.micro_batch_tokens has been changed."""
         for name in _COUNTERS:
             setattr(self, name, state[name])
+        if state["micro_batch_tokens"]["setting"] == self.config.train.micro_batch_tokens:
+            self.micro_batch_tokens = min(self.micro_batch_tokens, state["micro_batch_tokens"]["budget"])
 
-    def _micro_batches(self, samples: list[Sample], nll_weight: float) -> Iterator[PackedBatch]:
-        budget = self.config.train.micro_batch_tokens
-        plan = plan_micro_batches(samples, budget=budget, world_size=self.ranks.world_size)
+    def _fitting(self, plan_for: Callable[[int], Plan], work: Callable[[Plan], T]) -> T:
+        """Do `work` on a plan of micro-batches; when memory runs out, from the start again on smaller ones.
+
+        The smaller budget stays for all later steps. On several ranks it is noted for the next start instead.
+        """
+        while True:
+            try:
+                return work(plan_for(self.micro_batch_tokens))
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+                reason = str(error).split("\n")[0]
+                before, self.micro_batch_tokens = (
+                    self.micro_batch_tokens,
+                    smaller_budget(self.micro_batch_tokens, plan_for),
+                )
+                change = f"train.micro_batch_tokens={before} is reduced to {self.micro_batch_tokens}"
+                if self.ranks.world_size > 1:
+                    raise self._give_up(change) from error
+            # Only here, past the handler, has the error let go of the failed pass and its memory.
+            self.oom_retries += 1
+            log.warning("step %d ran out of memory and is repeated: %s (%s)", self.steps + 1, change, reason)
+            self._at_rest.restore()
+
+    def _give_up(self, change: str) -> OutOfMemory:
+        """The end of a rank whose peers wait for it in a collective; the next start finds the smaller budget."""
+        advice = f"set train.micro_batch_tokens={self.micro_batch_tokens} and start again"
+        if self.budget_file:
+            note_budget(self.budget_file, self.config.train.micro_batch_tokens, self.micro_batch_tokens)
+            advice = f"{self.budget_file} says so to the next start of this run (torchrun --max-restarts makes one)"
+        return OutOfMemory(
+            f"rank {self.ranks.rank} ran out of memory in step {self.steps + 1}, and ranks cannot repeat a step "
+            f"together: {change}; {advice}"
+        )
+
+    def _accumulate(self, samples: list[Sample], plan: Plan) -> torch.Tensor:
+        """Forward and backward of all micro-batches: gradients in ZeRO-3, this rank's sums [len(_SUMS)] returned."""
+        config = self.config
+        normalizer = loss_normalizer(samples, config.algorithm, config.rollout.max_new_tokens)
+        nll_weight = supervised_weight(samples, config.rethink.supervised_weight)
+        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.ranks.device)
+        for batch in self._micro_batches(plan, nll_weight):
+            with phase("forward"):
+                surrogate = surrogate_inputs(batch, config.algorithm, normalizer, self._reference_logps(batch))
+                loss, logps, stats = self.engine(batch, config.rollout.temperature, surrogate)
+            with phase("backward"):
+                # ZeRO averages gradients over ranks; the normalizer is global already. A non-finite loss poisons the
+                # gradient on purpose: ZeRO then sees a non-finite norm on every rank and leaves the weights alone.
+                poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+                self.engine.backward(loss * poison * self.ranks.world_size)
+            with torch.no_grad():
+                sums += torch.cat([stats, self._extra_sums(loss, logps, batch)])
+        return sums
+
+    def _micro_batches(self, plan: Plan, nll_weight: float) -> Iterator[PackedBatch]:
         for bundles in bring(plan, self.ranks):
             with phase("pack"):
                 batch = self._pack(bundles, self.config.algorithm.rollout_correction, nll_weight)
@@ -278,9 +324,9 @@ METRICS = (
     "train_tokens",
     "supervised_loss",
     "skipped",
+    "oom_retries",
 )
-_COUNTERS = ("steps", "version", "skipped_steps")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_COUNTERS = ("steps", "version", "skipped_steps", "oom_retries")
 _SUMS = (*LINEAR_GRPO_STATS, "loss", "fresh_kl_sum", "fresh_tokens", "processed", "supervised_loss")
 
 
@@ -302,24 +348,6 @@ class FullWeights:
             with deepspeed.zero.GatheredParameters([p for _, p in members]):
                 for name, parameter in members:
                     yield name, parameter.detach()
-
-
-def _repartitioned(parts: list[Any], total: int, length: int, rank: int) -> torch.Tensor:
-    """This rank's piece of a flat tensor that lies in equal parts in other ranks' files.
-
-    Args:
-        parts: slices (safetensors) of equal length; the last ones are padded beyond `total` elements.
-        length: elements of the piece; those beyond `total` are padding.
-    """
-    per_part = parts[0].get_shape()[0]
-    start, end = rank * length, min((rank + 1) * length, total)
-    piece = torch.zeros(length)
-    while start < end:
-        part, offset = divmod(start, per_part)
-        taken = min(per_part - offset, end - start)
-        piece[start - rank * length :][:taken] = parts[part][offset : offset + taken]
-        start += taken
-    return piece
 
 
 def _by_layer(named: list[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, list[tuple[str, torch.nn.Parameter]]]]:

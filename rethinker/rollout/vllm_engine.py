@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,6 +22,10 @@ from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.sampling import limits, preserved_random_state, seeded, stop_token_ids
 from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
+
+
+class EngineFailure(RuntimeError):
+    """vLLM failed in a rollout or a weight sync; its engine cannot be used any more."""
 
 
 class VLLMEngine:
@@ -68,6 +74,9 @@ class VLLMEngine:
         from vllm import LLM
 
         from rethinker.rollout import weight_sync
+        from rethinker.runtime import logs
+
+        logs.follow("vllm")  # which has just configured its logger
 
         weight_sync.register()
         _register_classes(model_config.architectures)
@@ -205,9 +214,10 @@ class VLLMEngine:
                 client=weight_sync.InProcessClient(self._engine),
                 source=weight_sync.StreamSource(weights, watch),
             )
-            trainer.send_weights()
-            self._engine.set_weight_version(str(version))
-            self._reset_caches()
+            with _named(f"the weight sync to version {version}"):
+                trainer.send_weights()
+                self._engine.set_weight_version(str(version))
+                self._reset_caches()
             if sent:
                 name = self._engine.apply_model(lambda model: weight_sync.first_difference(model, sent, dtype))[0]
                 if name is not None:
@@ -265,12 +275,13 @@ class VLLMEngine:
                     ids.append(request_id)
                     deadline.check(f"{len(ids)} requests prepared")
                 while self._engine.has_unfinished_requests():
-                    for output in self._engine.step():
-                        if output.finished:
-                            finished[output.request_id] = output
+                    with _named(f"the {what} of {len(requests)} requests, after {len(finished)} of them"):
+                        outputs = self._engine.step()
+                    finished |= {output.request_id: output for output in outputs if output.finished}
                     deadline.check(f"{len(finished)} requests ended")
             except BaseException:
-                self._engine.abort_request([request_id for request_id in ids if request_id not in finished])
+                with suppress(Exception):  # an engine that is dead cannot do that either; the cause is what matters
+                    self._engine.abort_request([request_id for request_id in ids if request_id not in finished])
                 raise
         return [finished[request_id] for request_id in ids]
 
@@ -313,6 +324,19 @@ class VLLMEngine:
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
             finish_reason=output.finish_reason,
         )
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Errors of vLLM say during what they happened; those that name a setting already pass."""
+    try:
+        yield
+    except (ConfigError, TimeoutError):
+        raise
+    except Exception as error:
+        raise EngineFailure(
+            f"vLLM failed in {what}: {type(error).__name__}: {error}; the run can go on from its last checkpoint"
+        ) from error
 
 
 def _generation_config(model_dir: str) -> GenerationConfig | None:

@@ -89,8 +89,8 @@ def _meeting_point() -> dict[str, Any]:
     """Where the ranks exchange addresses, if not simply where torchrun says.
 
     torchrun keeps its store when it starts the ranks again (--max-restarts): a fast rank would read the addresses of
-    the dead ones there. On one node all ranks know the restart's number and keep apart by it. Over several nodes they may
-    not; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every start a store of its own.
+    the dead ones there. On one node all ranks know the restart's number and keep apart by it. Over several nodes they
+    may not; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every start a store of its own.
     """
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restart == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":

@@ -6,14 +6,26 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rethinker.config import ConfigError
 
 
+@dataclass(frozen=True)
+class Progress:
+    """The phases that are open, outermost first, and when one last began or ended (time.monotonic, seconds)."""
+
+    phases: tuple[str, ...]
+    since: float
+
+
+progress = Progress((), time.monotonic())  # of this process; the watchdog reads it
+
+
 @contextmanager
 def phase(name: str, times: dict[str, float] | None = None) -> Iterator[None]:
-    """Mark a phase of the step for Nsight, and add its wall time.
+    """Mark a phase of the step for Nsight and the watchdog, and add its wall time.
 
     The NVTX range costs nothing when no profiler listens, and is left out without CUDA. The time is the host's: work
     the phase queued on the GPU counts where the host waits for it.
@@ -22,6 +34,9 @@ def phase(name: str, times: dict[str, float] | None = None) -> Iterator[None]:
         name: `rollout`, `reward`, `train`, `sync`, ...
         times: its entry `time_<name>_s` grows by the seconds spent here.
     """
+    global progress
+    outer = progress.phases
+    progress = Progress((*outer, name), time.monotonic())
     torch = sys.modules.get("torch")  # only a process that uses torch can use CUDA
     nvtx = torch.cuda.nvtx if torch and torch.cuda.is_initialized() else None
     if nvtx:
@@ -30,6 +45,7 @@ def phase(name: str, times: dict[str, float] | None = None) -> Iterator[None]:
     try:
         yield
     finally:
+        progress = Progress(outer, time.monotonic())
         if times is not None:
             key = f"time_{name}_s"
             times[key] = times.get(key, 0.0) + time.perf_counter() - start

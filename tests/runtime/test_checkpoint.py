@@ -237,7 +237,7 @@ def test_the_files_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
 
 def test_repartitioning_gives_every_rank_its_piece():
     """From any number of ranks to any other: the pieces laid end to end are the tensor, the rest is zero padding."""
-    from rethinker.policy.engine import _repartitioned
+    from rethinker.policy.optimizer_state import repartitioned
 
     class Slice:
         def __init__(self, piece: torch.Tensor) -> None:
@@ -257,5 +257,5 @@ def test_repartitioning_gives_every_rank_its_piece():
             parts = [Slice(piece) for piece in padded.split(length)]
             for new in (1, 2, 3, 5, 7):
                 share = -(-total // new)
-                pieces = [_repartitioned(parts, total, share, rank) for rank in range(new)]
+                pieces = [repartitioned(parts, total, share, rank) for rank in range(new)]
                 assert torch.equal(torch.cat(pieces), torch.cat([values, torch.zeros(new * share - total)]))

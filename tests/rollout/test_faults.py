@@ -1,0 +1,175 @@
+"""The rollout engine dies, hangs, or has other weights than the policy: the run stops and says why."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+
+import pytest
+import torch
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from rethinker.checks import check_geometry
+from rethinker.config import Config, ConfigError
+from rethinker.rollout import deadline, weight_sync
+from rethinker.rollout.mismatch import MismatchError, check_mismatch
+from rethinker.rollout.vllm_engine import EngineFailure
+from tests.rollout.helpers import rollout_config
+
+SAMPLED = {"n": 2, "max_new_tokens": 12, "temperature": 1.0, "seed": 0}
+RAISED = 77  # exit code of a child whose work raised
+
+
+def mismatch(policy, prompts, completions) -> float:
+    """What the trainer measures: k3 of the policy from the behaviour log-probs, nats per token."""
+    pairs = [(prompt, one) for prompt, group in zip(prompts, completions, strict=True) for one in group]
+    rollout = torch.tensor([logp for _, one in pairs for logp in one.logprobs], dtype=torch.float64)
+    gap = rollout - torch.cat([policy.logprobs(prompt, one) for prompt, one in pairs]).double()
+    return float((gap.expm1() - gap).mean())
+
+
+def lose(monkeypatch, lost) -> None:
+    """The engine throws away the tensors whose name `lost` accepts, after they were announced and sent."""
+    receive = weight_sync.InProcessWeightTransferEngine.receive_weights
+
+    def without(self, update):
+        update.weights = [(name, tensor) for name, tensor in update.weights if not lost(name)]
+        receive(self, update)
+
+    monkeypatch.setattr(weight_sync.InProcessWeightTransferEngine, "receive_weights", without)
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["layers.1.mlp.down_proj", "layers.2.self_attn.v_proj.weight", "embed_tokens", "visual.blocks.1.mlp.up_proj"],
+)
+def test_a_tensor_that_does_not_arrive_is_named(engine, policy, prompts, monkeypatch, part):
+    """One tensor of a sync is lost on the engine's side: rollout.check_sync names it."""
+    engine.sync(policy, 1)
+    policy.perturb(seed=1)
+    with monkeypatch.context() as planted:
+        lose(planted, lambda name: part in name)
+        planted.setattr(engine.config.rollout, "check_sync", True)
+        with pytest.raises(RuntimeError, match=part):
+            engine.sync(policy, 2)
+    engine.sync(policy, 3)
+    check_mismatch(mismatch(policy, prompts, engine.generate(prompts, **SAMPLED)), rollout_config())
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.05])
+def test_a_stale_engine_trips_the_ceiling(engine, policy, prompts, scale):
+    """The policy has moved and no sync was made: mismatch_kl exceeds the default ceiling; after a sync it does not."""
+    engine.sync(policy, 1)
+    policy.perturb(seed=1, scale=scale)
+    start = time.perf_counter()
+    stale = mismatch(policy, prompts, engine.generate(prompts, **SAMPLED))
+    with pytest.raises(MismatchError, match=r"rollout\.max_mismatch_kl=0\.1.*rollout\.check_sync=true"):
+        check_mismatch(stale, rollout_config())
+    print(f"stale weights, {stale:.2g} nats: rollout to the stop {time.perf_counter() - start:.2f} s")
+    engine.sync(policy, 2)
+    fresh = mismatch(policy, prompts, engine.generate(prompts, **SAMPLED))
+    assert 0 <= fresh < 1e-9
+    check_mismatch(fresh, rollout_config())
+
+
+def test_the_ceiling_can_be_moved_and_switched_off():
+    """Recorded rollouts have a policy of their own; NaN is the skipped step's business; the ceiling is positive."""
+    check_mismatch(0.5, rollout_config(max_mismatch_kl=1.0))
+    check_mismatch(1e9, rollout_config(max_mismatch_kl=None))
+    check_mismatch(1e9, rollout_config(backend="recorded"))
+    check_mismatch(float("nan"), rollout_config())
+    with pytest.raises(MismatchError):
+        check_mismatch(float("inf"), rollout_config())
+    config = Config()
+    config.rollout.max_mismatch_kl = 0.0
+    with pytest.raises(ConfigError, match=r"rollout\.max_mismatch_kl=0\.0"):
+        check_geometry(config)
+
+
+@pytest.mark.parametrize("abort_fails", [False, True], ids=["", "abort fails too"])
+def test_vllm_dies_in_a_rollout(engine, prompts, monkeypatch, abort_fails):
+    """The error says in which rollout and names the cause, whether or not the dead engine still answers."""
+    step, calls = engine._engine.step, []
+
+    def dies():
+        calls.append(time.perf_counter())
+        if len(calls) == 4:
+            raise EngineDeadError()
+        return step()
+
+    with monkeypatch.context() as planted:
+        planted.setattr(engine._engine, "step", dies)
+        if abort_fails:
+            planted.setattr(engine._engine, "abort_request", lambda ids: raise_(EngineDeadError()))
+        with pytest.raises(EngineFailure, match=r"rollout of 4 requests.*EngineDeadError") as caught:
+            engine.generate(prompts, **SAMPLED)
+    print(f"vLLM's death in a rollout to the error: {time.perf_counter() - calls[-1]:.3f} s")
+    assert isinstance(caught.value.__cause__, EngineDeadError)
+    engine._engine.abort_request([f"rollout-{number}" for number in range(engine._requests)])
+    assert not engine._engine.has_unfinished_requests()
+
+
+def raise_(error: Exception):
+    raise error
+
+
+def in_child(work, stderr) -> tuple[int, float]:
+    """Exit code of a copy of this process that does `work`, and the seconds that it took; its stderr goes to a file."""
+    start = time.perf_counter()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+            sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+            deadline.GRACE_S = 0.2
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(RAISED)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), time.perf_counter() - start
+
+
+def test_vllm_dies_in_a_sync(engine, policy, monkeypatch, tmp_path):
+    """The error says in which sync and names the cause."""
+
+    def dies(self, update):
+        raise EngineDeadError()
+
+    monkeypatch.setattr(weight_sync.InProcessWeightTransferEngine, "receive_weights", dies)
+    # In a copy of this process: what is left of the engine is half of two sets of weights.
+    code, seconds = in_child(lambda: engine.sync(policy, 2), tmp_path / "stderr")
+    told = (tmp_path / "stderr").read_text()
+    assert code == RAISED
+    assert "EngineFailure: vLLM failed in the weight sync to version 2: EngineDeadError" in told
+    assert "The above exception was the direct cause" in told
+    print(f"vLLM's death in a sync to the error: {seconds:.2f} s, the start of the sync included")
+
+
+def hangs_for_ever(*_):
+    threading.Event().wait(60)
+
+
+@pytest.mark.parametrize("what", ["rollout", "sync"])
+def test_vllm_hangs(engine, policy, prompts, monkeypatch, tmp_path, what):
+    """A call that never returns: after rollout.timeout_s and the grace the process ends with exit code 1, the message
+    names work and setting, and the stack shows the place."""
+    monkeypatch.setattr(engine.config.rollout, "timeout_s", 0.5)
+    if what == "rollout":
+        monkeypatch.setattr(engine._engine, "step", hangs_for_ever)
+        code, seconds = in_child(lambda: engine.generate(prompts, **SAMPLED), tmp_path / "stderr")
+    else:
+        monkeypatch.setattr(weight_sync.InProcessWeightTransferEngine, "receive_weights", hangs_for_ever)
+        code, seconds = in_child(lambda: engine.sync(policy, 1), tmp_path / "stderr")
+    told = (tmp_path / "stderr").read_text()
+    assert code == 1
+    name = {"rollout": "the rollout of 4 requests", "sync": "the weight sync"}[what]
+    assert f"{name} did not end within rollout.timeout_s=0.5 seconds" in told
+    assert "in hangs_for_ever" in told
+    print(f"vLLM hangs in a {what}: {seconds:.2f} s to the end (rollout.timeout_s 0.5, grace 0.2)")
+    assert seconds < 20
