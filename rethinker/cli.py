@@ -20,6 +20,7 @@ USAGE = """usage: rethinker COMMAND ...
   rethinker eval --compare RESULT RESULT ...          paired differences of results on the same questions
   rethinker eval --help                               list the benchmarks and all options
   rethinker report RUN... [--output FILE.html]        one page about a run, or several side by side
+  rethinker plan RECIPE --gpus N --gpu-memory GIB     memory, batches and time of a run, before anything starts
   rethinker doctor                                    what is installed, what is missing, how to add it
   rethinker --version
 
@@ -42,9 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return guarded(lambda: _eval(arguments))
     if command == "doctor":
         return guarded(lambda: _doctor(arguments))
+    if command == "plan":
+        return guarded(lambda: _plan(arguments))
     if command == "report":
         return guarded(lambda: _report(arguments))
-    return guarded(lambda: _fail(f"unknown command {command!r}; commands are train, eval, report and doctor"))
+    return guarded(lambda: _fail(f"unknown command {command!r}; commands are train, plan, eval, report and doctor"))
 
 
 def train_main(argv: Sequence[str]) -> int:
@@ -101,6 +104,12 @@ def _doctor(arguments: list[str]) -> int:
     if arguments:
         _fail(f"rethinker doctor takes no arguments, and got {arguments[0]!r}")
     return doctor.main()
+
+
+def _plan(arguments: list[str]) -> int:
+    from rethinker.plan.command import main as plan
+
+    return plan(arguments, _fail)
 
 
 def _report(arguments: list[str]) -> int:

@@ -93,8 +93,8 @@ def training_state(config: Config, shape: Shape, ranks: int, on_gpu: bool) -> tu
     whole, trained = shape.parameters / ranks, trained_parameters(config, shape) / ranks
     parameters = [Term("parameters", b * whole, f"{b} bytes / ranks")]
     optimizer = [Term("gradients", zero.gradient_bytes * trained, f"{zero.gradient_bytes} bytes / ranks")]
-    if b < 4:  # an fp32 policy is its own master
-        optimizer.append(Term("fp32 master weights", 4 * trained, "4 bytes / ranks"))
+    # An fp32 policy is not its own master: DeepSpeed compares a torch.device with a text and copies (measured).
+    optimizer.append(Term("fp32 master weights", 4 * trained, "4 bytes / ranks"))
     optimizer.append(Term("AdamW moments", 8 * trained, "8 bytes / ranks"))
     device = [Term("gradient bucket", zero.bucket * b, "zero_optimization.reduce_bucket_size")]
     if config.algorithm.kl_coef > 0:
@@ -116,7 +116,8 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
     zero, b, ckpt = Zero3.of(config, on_gpu), weight_bytes(config), config.policy.gradient_checkpointing
     kernel = {"auto": "flex" if on_gpu else "sdpa"}.get(config.policy.attention, config.policy.attention)
     T, P, R = batch.tokens, batch.patches, batch.rows
-    text = text_activations(shape, dtype=config.policy.dtype, kernel=kernel, row=batch.row, checkpointing=ckpt)
+    row = batch.row if kernel == "sdpa" else 0
+    text = text_activations(shape, dtype=config.policy.dtype, kernel=kernel, row=row, checkpointing=ckpt)
     vision = vision_activations(shape, dtype=config.policy.dtype, checkpointing=ckpt)
     frozen = config.policy.freeze_vision
 
@@ -151,8 +152,10 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
         [*live, Term("embedding's gradient", states + (3 if shape.tied else 1) * head + large)],
     ]
     if not zero.optimizer_on_host:
-        # The fp32 gradient of a sub-group, and AdamW's temporaries: one on a GPU (foreach), two on a CPU.
-        moments.append([Term("optimizer step", min(trained, zero.sub_group) * (8 if on_gpu else 12))])
+        # A sub-group ends with the parameter that fills it. It takes an fp32 gradient, and AdamW's temporaries: one on
+        # a GPU (foreach), two on a CPU.
+        group = min(trained, zero.sub_group + shape.head_parameters / ranks)
+        moments.append([Term("optimizer step", group * (8 if on_gpu else 12))])
     return moments
 
 
@@ -173,7 +176,8 @@ def _chunk_bytes(shape: Shape, rows: int, b: int, on_gpu: bool) -> float:
     most = max((chunk.stop - chunk.start for chunk in chunks), default=0) * shape.vocabulary
     if on_gpu:
         return b * most
-    return b * most + 2 * min(4 * most, torch_rows.CHUNK_BYTES)
+    widened = 4 * most if b < 4 else 0  # the weight's gradient is a product of fp32 copies
+    return b * most + max(widened, 2 * min(4 * most, torch_rows.CHUNK_BYTES))
 
 
 def sync_peak(config: Config, shape: Shape) -> list[Term]:

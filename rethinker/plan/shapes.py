@@ -153,7 +153,7 @@ def meta_model(config: Any, *, depth: int | None = None, dtype: Any = None) -> n
         text, vision = config.get_text_config(), config.vision_config
         text.num_hidden_layers = vision.depth = depth
         if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:depth]
+            text.layer_types = (text.layer_types * depth)[:depth]
         for late in ("fullatt_block_indexes", "deepstack_visual_indexes"):
             if hasattr(vision, late):
                 setattr(vision, late, [])
