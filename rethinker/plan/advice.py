@@ -61,13 +61,13 @@ def _changes(plan: Plan) -> Iterator[tuple[str, Any]]:
         tokens //= 2
         yield "train.micro_batch_tokens", tokens
     if machine.gpus and config.rollout.backend == "vllm":
+        for tp in (2, 4, 8):
+            if config.rollout.tensor_parallel_size < tp <= machine.ranks_per_node:
+                yield "rollout.tensor_parallel_size", tp
         share = config.rollout.gpu_memory_utilization
-        for percent in range(90, 5, -5):
+        for percent in sorted(range(10, 95, 5), key=lambda percent: abs(percent / 100 - share)):
             if abs(percent / 100 - share) > 0.01:
                 yield "rollout.gpu_memory_utilization", percent / 100
-        for tp in (2, 4, 8):
-            if tp > config.rollout.tensor_parallel_size and tp <= machine.ranks_per_node:
-                yield "rollout.tensor_parallel_size", tp
     elif not machine.gpus and config.rollout.backend == "vllm":
         yield "rollout.kv_cache_gb", config.rollout.kv_cache_gb / 2
     if not config.policy.freeze_vision:
@@ -122,10 +122,7 @@ def _better(new: Plan, old: Plan) -> bool:
 
 def _missing(plan: Plan) -> float:
     over = sum(max(0.0, p.bytes - p.limit) for p in (*plan.phases, plan.host, plan.disk) if p.limit is not None)
-    if plan.config.rollout.backend == "vllm" and plan.rollout.waves == 0:
-        cache = next((term.bytes for term in plan.rollout.terms if "cache" in term.name), 0.0)
-        over += 2**30 + max(0.0, -cache)
-    return over
+    return over + plan.rollout.cache_missing
 
 
 def _planned(plan: Plan, changes: dict[str, Any], machine: Machine, likely: dict[str, Any]) -> Plan | None:

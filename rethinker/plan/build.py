@@ -95,19 +95,16 @@ class Plan:
         for phase in (*self.phases, self.host, self.disk):
             if not phase.fits:
                 said.append(f"{phase.name}: {phase.bytes / GIB:.1f} GiB of {phase.limit / GIB:.1f}")
-        if self.config.rollout.backend == "vllm" and self.rollout.waves == 0:
-            longest = self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
-            said.append(f"rollout: vLLM's cache holds {self.rollout.cache_tokens:,.0f} tokens, a sequence may have {longest:,}")
+        if self.rollout.cache_missing:
+            said.append(
+                f"rollout: vLLM's cache holds {self.rollout.cache_tokens:,.0f} tokens and lacks "
+                f"{self.rollout.cache_missing / GIB:.1f} GiB for one sequence of the longest kind"
+            )
         return said
 
     @property
     def fits(self) -> bool:
         return not self.problems
-
-    @property
-    def peak(self) -> float:
-        """Bytes of the fullest phase of a rank."""
-        return max(phase.bytes for phase in (self.phases or [self.host]))
 
 
 def make_plan(
@@ -139,9 +136,10 @@ def make_plan(
     rollout = rollout_of(config, shape, ranks, machine.gpu_memory if on_gpu else None)
     sync = sync_peak(config, shape) if rollout.terms else []
     times = None
-    if on_gpu:
+    if on_gpu and not rollout.cache_missing:
         given = {"mfu": machine.mfu, "peak_flops": machine.peak_flops, "bandwidth": machine.bandwidth}
-        times = Times.of(config, shape, traffic, ranks, max(1.0, rollout.sequences_at_once), **given)
+        likely = rollout.cache_tokens / (traffic.prompt / config.rollout.group_size + traffic.response)
+        times = Times.of(config, shape, traffic, ranks, min(rollout.most_sequences, likely), **given)
     phases = _device_phases(machine, state, step, sync, rollout) if on_gpu else []
     return Plan(
         config=config,

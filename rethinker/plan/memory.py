@@ -96,7 +96,7 @@ def training_state(config: Config, shape: Shape, ranks: int, on_gpu: bool) -> tu
     # An fp32 policy is not its own master: DeepSpeed compares a torch.device with a text and copies (measured).
     optimizer.append(Term("fp32 master weights", 4 * trained, "4 bytes / ranks"))
     optimizer.append(Term("AdamW moments", 8 * trained, "8 bytes / ranks"))
-    device = [Term("gradient bucket", zero.bucket * b, "zero_optimization.reduce_bucket_size")]
+    device = [Term("gradient bucket", zero.bucket * b, "reduce_bucket_size")]
     if config.algorithm.kl_coef > 0:
         device.append(Term("reference policy", b * whole, "algorithm.kl_coef > 0"))
     host: list[Term] = []

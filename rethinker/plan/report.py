@@ -10,7 +10,7 @@ from rethinker.plan.advice import Advice
 from rethinker.plan.build import Phase, Plan
 from rethinker.plan.memory import GIB, Term
 
-_WIDTH = 100  # of a table that is not on a terminal
+_WIDTH = 110  # of a table that is not on a terminal
 
 
 def print_plan(plan: Plan, advice: Advice | None, recipe: str, file: TextIO | None = None) -> None:
@@ -24,8 +24,8 @@ def print_plan(plan: Plan, advice: Advice | None, recipe: str, file: TextIO | No
     print_line = lambda text="": console.print(text, markup=False, soft_wrap=True)  # noqa: E731
     print_line(f"{recipe}: {shape.name}, {shape.parameters / 1e9:.3g} billion parameters, on {where}")
     _phases_table(console, plan)
-    for phase in (plan.host, plan.disk):
-        _terms_table(console, phase)
+    _terms_table(console, plan.host, "--host-memory tells what a node has")
+    _terms_table(console, plan.disk, "it is another machine's")
     for line in (*_batch_lines(plan), *_time_lines(plan)):
         print_line(line)
     print_line()
@@ -66,7 +66,7 @@ def as_json(plan: Plan, advice: Advice | None, recipe: str) -> dict[str, Any]:
         "estimated_times": plan.times and dataclasses.asdict(plan.times),
         "advice": advice
         and {
-            "single": [{"option": s.option, "fits": s.plan.fits, "peak": round(s.plan.peak)} for s in advice.single],
+            "single": [{"option": s.option, "fits": s.plan.fits, "problems": s.plan.problems} for s in advice.single],
             "together": advice.together,
             "gpus": advice.gpus,
             "gpus_need": advice.gpus_need,
@@ -98,12 +98,14 @@ def _phases_table(console: Any, plan: Plan) -> None:
     console.print(table, markup=False)
 
 
-def _terms_table(console: Any, phase: Phase) -> None:
+def _terms_table(console: Any, phase: Phase, unjudged: str) -> None:
     table = _table(f"{phase.name}, GiB", "", "")
     for term in phase.terms:
         table.add_row(term.name, _gib(term.bytes), term.note)
     table.add_section()
-    of = "" if phase.limit is None else f"of {_gib(phase.limit)}: {'fits' if phase.fits else 'TOO MUCH'}"
+    of = f"not judged: {unjudged}"
+    if phase.limit is not None:
+        of = f"of {_gib(phase.limit)}: {'fits' if phase.fits else 'TOO MUCH'}"
     table.add_row("total", _gib(phase.bytes), of)
     console.print(table, markup=False)
 
@@ -132,7 +134,7 @@ def _batch_lines(plan: Plan) -> list[str]:
         f"then {geometry.steps_per_episode} optimizer steps",
         f"step: {config.train.batch_pairs} pairs ({geometry.queries_per_step} queries x {G}), "
         f"{geometry.pairs_per_rank:g} per rank; likely {geometry.likely_tokens_per_step:,} tokens "
-        f"in {geometry.likely_micro_batches_per_rank} micro-batches per rank "
+        f"in {geometry.likely_micro_batches_per_rank} micro-batch(es) per rank "
         f"(assumed: {traffic.prompt} prompt and {traffic.response} response tokens)",
         f"largest micro-batch: {batch.tokens:,} tokens, {batch.patches:,} image patches",
     ]
@@ -165,15 +167,23 @@ def _time_lines(plan: Plan) -> list[str]:
     return lines
 
 
+def _effects(old: Plan, new: Plan) -> list[str]:
+    """What a change does to the phases that did not fit."""
+    pairs = zip((*old.phases, old.host, old.disk), (*new.phases, new.host, new.disk), strict=True)
+    said = [f"{a.name} {_gib(a.bytes)} -> {_gib(b.bytes)} GiB" for a, b in pairs if not a.fits and b.bytes < a.bytes]
+    if old.rollout.cache_missing > new.rollout.cache_missing:
+        lacking = new.rollout.cache_missing
+        said.append(f"vLLM's cache lacks {_gib(lacking)} GiB" if lacking else "vLLM's cache suffices")
+    return said
+
+
 def _advice_lines(plan: Plan, advice: Advice | None, config: Any) -> list[str]:
     if advice is None:
         return []
     lines = ["", "What to change (each alone, planned again):"] if advice.single else []
     for suggestion in advice.single:
-        saved = plan.peak - suggestion.plan.peak
-        effect = f"{saved / GIB:+.1f} GiB saved" if saved >= 0 else f"{-saved / GIB:.1f} GiB more, used elsewhere"
         verdict = "fits" if suggestion.plan.fits else "not enough alone"
-        lines.append(f"  {suggestion.option}   # {effect.removeprefix('+')} in the fullest phase; {verdict}")
+        lines.append(f"  {suggestion.option}   # {'; '.join([*_effects(plan, suggestion.plan), verdict])}")
     if advice.together:
         lines += ["", "This fits:", "  " + " ".join(advice.together)]
     elif advice.gpus:

@@ -21,7 +21,9 @@ class Rollout:
     terms: list[Term]  # while it samples
     weights: float  # of these, bytes that a weight sync needs
     cache_tokens: float  # tokens that the key-value cache holds
+    cache_missing: float  # bytes that it lacks for a single sequence of the longest kind
     sequences_at_once: float  # of the longest kind, per engine
+    most_sequences: int  # that the engine advances at once, whatever their length
     waves: int  # that an episode's responses take, at the longest
     sleeps: bool  # whether all of it is free while the policy trains
 
@@ -38,7 +40,7 @@ def rollout_of(config: Config, shape: Shape, ranks: int, memory: float | None) -
     engines = max(1, ranks // tp)
     sequences = math.ceil(config.train.episode_queries / engines) * settings.group_size
     if settings.backend == "recorded":
-        return Rollout([], 0.0, 0.0, 0.0, 0, True)
+        return Rollout([], 0.0, 0.0, 0.0, 0.0, 0, 0, True)
     if settings.backend == "hf":
         at_once = min(_HF_BATCH, sequences)
         terms = [
@@ -46,7 +48,8 @@ def rollout_of(config: Config, shape: Shape, ranks: int, memory: float | None) -
             Term("key-value cache", at_once * longest * kv_bytes_per_token(config, shape), f"{at_once} sequences"),
             Term("scores", at_once * settings.max_new_tokens * shape.vocabulary * 4, "fp32, every step's"),
         ]
-        return Rollout(terms, terms[0].bytes, at_once * longest, at_once, math.ceil(sequences / at_once), False)
+        waves = math.ceil(sequences / at_once)
+        return Rollout(terms, terms[0].bytes, at_once * longest, 0.0, at_once, at_once, waves, False)
     weights = b * shape.parameters / tp
     most = 512 if memory is None else 1024 if memory >= 70 * GIB else 256  # vLLM's max_num_seqs
     if memory is None:
@@ -60,14 +63,16 @@ def rollout_of(config: Config, shape: Shape, ranks: int, memory: float | None) -
         overhead = _working_memory(config, shape, batched, most) + CUDA_GRAPHS
         cache = budget - weights - overhead
         terms = [
-            Term("vLLM's weights", weights, f"{b} bytes / rollout.tensor_parallel_size"),
+            Term("vLLM's weights", weights, f"{b} bytes / tensor_parallel_size"),
             Term("vLLM's working memory", overhead, "estimated"),
-            Term("vLLM's key-value cache", cache, "the rest of rollout.gpu_memory_utilization"),
+            Term("vLLM's key-value cache", max(0.0, cache), "rest of gpu_memory_utilization"),
         ]
     cache_tokens = max(0.0, cache) / kv_bytes_per_token(config, shape)
+    missing = max(0.0, longest * kv_bytes_per_token(config, shape) - cache)
     at_once = min(most, cache_tokens / longest)
     waves = math.ceil(sequences / at_once) if at_once >= 1 else 0
-    return Rollout(terms, weights, cache_tokens, at_once, waves, memory is not None and settings.sleep)
+    sleeps = memory is not None and settings.sleep
+    return Rollout(terms, weights, cache_tokens, missing, at_once, most, waves, sleeps)
 
 
 def _working_memory(config: Config, shape: Shape, batched: int, sequences: int) -> float:
