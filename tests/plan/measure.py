@@ -43,15 +43,15 @@ class Case:
     settings: PolicyConfig = field(default_factory=lambda: PolicyConfig(dtype="float32"))
 
 
-_WIDE = TinySize(hidden=512, intermediate=1408, layers=6, heads=8, kv_heads=4)
+_WIDE = TinySize(hidden=512, intermediate=1408, layers=4, heads=8, kv_heads=4)
 _NARROW = TinySize(hidden=256, intermediate=704, layers=8, heads=4, kv_heads=2)
-_SEEING = replace(_NARROW, layers=2, vision_hidden=256, vision_intermediate=1024, vision_layers=6, vision_heads=4)
+_SEEING = replace(_NARROW, layers=2, vision_hidden=256, vision_intermediate=1024, vision_layers=5, vision_heads=4)
 CASES = {
     "warm": Case(replace(_NARROW, layers=1), [8] * 2, 1, 64),  # not compared: libraries grow at their first use
     "text": Case(_WIDE, [96] * 8, 2, 0),
-    "checkpointing": Case(_NARROW, [230] * 8, 2, 0, settings=PolicyConfig(dtype="float32", gradient_checkpointing=True)),
-    "images": Case(_SEEING, [8] * 4, 4, 256),
-    "vocabulary": Case(replace(_NARROW, layers=2), [120] * 8, 1, 0, tied=False),
+    "checkpointing": Case(_NARROW, [170] * 8, 2, 0, settings=PolicyConfig(dtype="float32", gradient_checkpointing=True)),
+    "images": Case(_SEEING, [8] * 4, 3, 256),
+    "vocabulary": Case(replace(_NARROW, layers=2), [110] * 8, 1, 0, tied=False),
     "bfloat16": Case(_WIDE, [32] * 4, 1, 0, settings=PolicyConfig(dtype="bfloat16")),
 }
 VOCABULARY = {"vocabulary": 20_000}

@@ -59,10 +59,10 @@ def test_the_peak_of_a_step_is_the_planned_one(measured):
 
 
 def test_the_state_between_steps_is_the_planned_one(measured):
-    """What stays between steps (weights, gradients, master weights, moments) is within 25%: the models are so small
-    that what libraries keep for themselves counts."""
+    """What stays between steps (weights, gradients, master weights, moments) is there, and beyond it at most the 96 MiB
+    that libraries and the heap keep for themselves."""
     for name, (held, _, state, _) in measured.items():
-        assert _off(total(state), held) < 0.25, (name, held, state)
+        assert -8 < (held - total(state)) / 2**20 < 96, (name, held, state)
 
 
 @pytest.mark.parametrize(
