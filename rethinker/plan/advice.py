@@ -36,19 +36,23 @@ class Advice:
 def advise(plan: Plan, **likely: Any) -> Advice:
     """Search the changes in the order of what they cost the user; `likely` is passed to make_plan."""
     single: dict[str, Suggestion] = {}  # the first value of a setting that fits, else the best one
-    for key, value in _changes(plan):
+    for key, value in _changes(plan.config, plan.machine):
         changed = _planned(plan, {key: value}, plan.machine, likely)
         best = single[key].plan if key in single else plan
         if changed and not best.fits and _better(changed, best):
             single[key] = Suggestion(_option(key, value), changed)
     together = _together(plan, plan.machine, likely)
     gpus, need = (None, {}) if together or not plan.machine.gpus else _more_gpus(plan, likely)
-    return Advice(list(single.values()), [_option(*item) for item in together.items()], gpus, [_option(*item) for item in need.items()])
+    return Advice(
+        list(single.values()),
+        [_option(*item) for item in together.items()],
+        gpus,
+        [_option(*item) for item in need.items()],
+    )
 
 
-def _changes(plan: Plan) -> Iterator[tuple[str, Any]]:
+def _changes(config: Config, machine: Machine) -> Iterator[tuple[str, Any]]:
     """(setting, value) in the order to try them: first what changes neither the result nor the speed by much."""
-    config, machine = plan.config, plan.machine
     if machine.gpus and not config.rollout.sleep:
         yield "rollout.sleep", True
     if machine.gpus and config.policy.dtype == "float32":
@@ -85,7 +89,7 @@ def _together(plan: Plan, machine: Machine, likely: dict[str, Any]) -> dict[str,
     """The fewest changes that fit: taken greedily in order, then those that are not needed taken out again."""
     taken: dict[str, Any] = {}
     best = _planned(plan, {}, machine, likely)
-    for key, value in _changes(plan):
+    for key, value in _changes(plan.config, machine):
         if best and best.fits:
             break
         tried = _planned(plan, taken | {key: value}, machine, likely)

@@ -81,6 +81,7 @@ class Times:
 
     train_flop: float
     train_s: float
+    gather_s: float  # of ZeRO-3's collectives; they overlap with the computation in part
     rollout_s: float
     mfu: float
 
@@ -96,11 +97,13 @@ class Times:
         mfu: float,
         peak_flops: float,
         bandwidth: float,
+        network: float,
     ) -> Times:
         """From arithmetic alone.
 
         Training: 6 FLOP per parameter and token, 8 with gradient checkpointing, and 12 D per layer and attended pair,
-        at `mfu` of `peak_flops`. Sampling: every token of every wave reads the engine's weights and the cache of its
+        at `mfu` of `peak_flops`. ZeRO-3: every micro-batch gathers the weights twice and scatters their gradients, at
+        `network` bytes/s per GPU. Sampling: every token of every wave reads the engine's weights and the cache of its
         sequences, at half of `bandwidth`; the prompts are computed once, at `mfu`.
         """
         G, N = config.rollout.group_size, config.train.batch_pairs
@@ -119,8 +122,16 @@ class Times:
         cache = kv_bytes_per_token(config, shape) * (p / G + r / 2)  # a group shares its prompt's
         read = b * shape.text_parameters / tp + at_once * cache
         decode = math.ceil(sequences / at_once) * r * read / (bandwidth / 2)
-        prefill = 2 * (shape.text_parameters * queries * p + shape.vision_parameters * patches) / (gpus * peak_flops * mfu)
-        return cls(flop, flop / (gpus * peak_flops * mfu), decode + prefill, mfu)
+        prompts = 2 * (shape.text_parameters * queries * p + shape.vision_parameters * patches)
+        prefill = prompts / (gpus * peak_flops * mfu)
+        micro_batches = math.ceil(tokens / (config.train.micro_batch_tokens * gpus))
+        moved = 3 * b * shape.parameters * (gpus - 1) / gpus * micro_batches
+        return cls(flop, flop / (gpus * peak_flops * mfu), moved / network, decode + prefill, mfu)
+
+    @property
+    def step_s(self) -> float:
+        """At least: the collectives hide behind the computation, or it behind them."""
+        return max(self.train_s, self.gather_s) + self.rollout_s
 
 
 def kv_bytes_per_token(config: Config, shape: Shape) -> float:

@@ -13,8 +13,8 @@ from rethinker.plan.memory import (
     step_moments,
     sync_peak,
     total,
-    training_state,
     trained_parameters,
+    training_state,
     weight_bytes,
     worst,
 )
@@ -40,7 +40,9 @@ class Machine:
     disk: float | None = None  # bytes free at run.dir
     mfu: float = 0.4
     peak_flops: float = 989e12
-    bandwidth: float = 3.35e12
+    bandwidth: float = 3.35e12  # bytes/s of a GPU's memory
+    network: float = 50e9  # bytes/s of a GPU to other nodes
+    nvlink: float = 450e9  # and within its node
 
     @property
     def ranks(self) -> int:
@@ -82,6 +84,7 @@ class Plan:
     traffic: Traffic
     micro_batch: MicroBatch
     geometry: Geometry
+    moments: list[Term]  # what a training step adds at each moment that may be its worst
     phases: list[Phase]  # on a rank's device
     host: Phase  # on a node; without GPUs the only one
     disk: Phase
@@ -132,14 +135,16 @@ def make_plan(
     traffic = likely_traffic(config, shape, prompt_tokens, response_tokens)
     batch = largest_micro_batch(config, shape, traffic, ranks)
     state, offloaded = training_state(config, shape, ranks, on_gpu)
-    step = worst(step_moments(config, shape, batch, ranks, on_gpu))
+    moments = step_moments(config, shape, batch, ranks, on_gpu)
+    step = worst(moments)
     rollout = rollout_of(config, shape, ranks, machine.gpu_memory if on_gpu else None)
     sync = sync_peak(config, shape) if rollout.terms else []
     times = None
     if on_gpu and not rollout.cache_missing:
+        network = machine.network if machine.nodes > 1 else machine.nvlink
         given = {"mfu": machine.mfu, "peak_flops": machine.peak_flops, "bandwidth": machine.bandwidth}
         likely = rollout.cache_tokens / (traffic.prompt / config.rollout.group_size + traffic.response)
-        times = Times.of(config, shape, traffic, ranks, min(rollout.most_sequences, likely), **given)
+        times = Times.of(config, shape, traffic, ranks, min(rollout.most_sequences, likely), **given, network=network)
     phases = _device_phases(machine, state, step, sync, rollout) if on_gpu else []
     return Plan(
         config=config,
@@ -148,6 +153,7 @@ def make_plan(
         traffic=traffic,
         micro_batch=batch,
         geometry=Geometry.of(config, traffic, ranks, queries),
+        moments=[Term(moment[-1].name, total(moment), moment[-1].note) for moment in moments],
         phases=phases,
         host=_host(config, shape, machine, offloaded, state, step, sync, rollout),
         disk=_disk(config, shape, machine),

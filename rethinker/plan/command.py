@@ -11,10 +11,9 @@ from typing import NoReturn
 
 from rethinker.config import ConfigError
 
-# GiB of nodes that are rented with such GPUs are not known; without --host-memory another machine's host is not judged.
 _DESCRIPTION = """What a run of RECIPE takes: memory of a rank in each phase, of the host and the disk, the geometry of
-batches, and an estimate of time. If something does not fit: what to change. Nothing is loaded or downloaded; the model's
-config.json (or a table of well-known models) is enough. Without --gpus it plans for this machine."""
+batches, and an estimate of time. If something does not fit: what to change. Nothing is loaded or downloaded; the
+model's config.json (or a table of well-known models) is enough. Without --gpus it plans for this machine."""
 
 
 def main(arguments: list[str], fail: Callable[[str], NoReturn]) -> int:
@@ -34,7 +33,16 @@ def main(arguments: list[str], fail: Callable[[str], NoReturn]) -> int:
         fail(f"name a recipe first: {', '.join(shipped_recipes())}, or a .yaml file")
     recipe, *rest = arguments
     options, overrides = parser.parse_known_args(["RECIPE", *rest])
-    for name in ("gpus", "gpu_memory", "gpus_per_node", "host_memory", "peak_tflops", "bandwidth", "queries"):
+    for name in (
+        "gpus",
+        "gpu_memory",
+        "gpus_per_node",
+        "host_memory",
+        "peak_tflops",
+        "bandwidth",
+        "network",
+        "queries",
+    ):
         value = getattr(options, name)
         if value is not None and value <= 0:
             fail(f"--{name.replace('_', '-')} {value:g} must be above 0")
@@ -80,6 +88,7 @@ def _parser() -> ArgumentParser:
     add("--mfu", type=float, default=0.4, help="share of the GPU's peak that training reaches: an assumption [0.4]")
     add("--peak-tflops", type=float, default=989.0, metavar="X", help="dense bf16, of a GPU [989: H100 and H200]")
     add("--bandwidth", type=float, default=3.35, metavar="TB/S", help="of a GPU's memory [3.35: H100]")
+    add("--network", type=float, default=50.0, metavar="GB/S", help="of a GPU to other nodes [50: 400 Gbit/s]")
     add("--json", action="store_true", help="print all of it as JSON")
     return parser
 
@@ -112,4 +121,5 @@ def _machine(options, run_dir: str):
         mfu=options.mfu,
         peak_flops=options.peak_tflops * 1e12,
         bandwidth=options.bandwidth * 1e12,
+        network=options.network * 1e9,
     )

@@ -7,7 +7,6 @@ V vocabulary, D hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from rethinker.config import Config
 from rethinker.plan.activations import text_activations, vision_activations
@@ -137,6 +136,12 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
     kept = [Term("activations, language model", text.kept * T, tokens)]
     seen = [] if frozen or not P else [Term("activations, vision tower", vision.kept * P, patches)]
     seen += [Term("pixels", P * shape.patch_values * (4 + b), patches)] if P else []
+    # The hidden states and their gradient, the weight's fp32 gradient, and a chunk of logits or the narrowed gradient.
+    made = Term(
+        "loss head",
+        2 * rows + head * 4 / b + max(work, head if b < 4 else 0),
+        f"{R:,} rows, of which {_gib(work)} GiB are a chunk of logits",
+    )
     live = [Term("gathered weights", gathered, "the head, a layer, prefetched ones")] if gathered else []
     see = [
         Term("vision tower's backward", (vision.extra * P + vision.fixed) + states + waits + flush)
@@ -145,7 +150,7 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
     ]
     trained = trained_parameters(config, shape) / ranks
     moments = [
-        [*kept, *seen, *live, Term("loss head", 2 * rows + head * 4 / b + max(work, head if b < 4 else 0), f"{R:,} rows")],
+        [*kept, *seen, *live, made],
         [*kept, *seen, *live, Term("loss head's backward", 2 * (rows + head) + states + large)],
         [*kept, *seen, *live, Term("layers' backward", text.extra * T + text.fixed + waits + flush)],
         [*seen, *live, *see],
@@ -157,6 +162,10 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
         group = min(trained, zero.sub_group + shape.head_parameters / ranks)
         moments.append([Term("optimizer step", group * (8 if on_gpu else 12))])
     return moments
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2g}"
 
 
 def worst(moments: list[list[Term]]) -> list[Term]:

@@ -21,7 +21,10 @@ def print_plan(plan: Plan, advice: Advice | None, recipe: str, file: TextIO | No
     console = Console(file=file, width=None if file.isatty() else _WIDTH, highlight=False)
     config, shape, machine = plan.config, plan.shape, plan.machine
     where = f"{machine.gpus} x {machine.gpu_memory / GIB:.0f} GiB GPU" if machine.gpus else "this CPU, one process"
-    print_line = lambda text="": console.print(text, markup=False, soft_wrap=True)  # noqa: E731
+
+    def print_line(text: str = "") -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
     print_line(f"{recipe}: {shape.name}, {shape.parameters / 1e9:.3g} billion parameters, on {where}")
     _phases_table(console, plan)
     _terms_table(console, plan.host, "--host-memory tells what a node has")
@@ -30,8 +33,8 @@ def print_plan(plan: Plan, advice: Advice | None, recipe: str, file: TextIO | No
         print_line(line)
     print_line()
     if plan.fits:
-        freest = min(p.limit - p.bytes for p in plan.phases or [plan.host] if p.limit is not None) if _limited(plan) else 0
-        print_line(f"It fits; {freest / GIB:.1f} GiB are free in the fullest phase." if _limited(plan) else "It fits.")
+        free = [phase.limit - phase.bytes for phase in plan.phases or [plan.host] if phase.limit is not None]
+        print_line(f"It fits; {min(free) / GIB:.1f} GiB are free in the fullest phase." if free else "It fits.")
         return
     for problem in plan.problems:
         print_line(f"Does not fit: {problem}")
@@ -44,7 +47,12 @@ def as_json(plan: Plan, advice: Advice | None, recipe: str) -> dict[str, Any]:
 
     def phase(phase: Phase) -> dict[str, Any]:
         terms = {term.name: round(term.bytes) for term in phase.terms}
-        return {"terms": terms, "total": round(phase.bytes), "limit": phase.limit and round(phase.limit), "fits": phase.fits}
+        return {
+            "terms": terms,
+            "total": round(phase.bytes),
+            "limit": phase.limit and round(phase.limit),
+            "fits": phase.fits,
+        }
 
     rollout = plan.rollout
     return {
@@ -54,6 +62,7 @@ def as_json(plan: Plan, advice: Advice | None, recipe: str) -> dict[str, Any]:
         "gpus": plan.machine.gpus,
         "fits": plan.fits,
         "problems": plan.problems,
+        "step_moments": {moment.name: round(moment.bytes) for moment in plan.moments},
         "phases": {p.name: phase(p) for p in (*plan.phases, plan.host, plan.disk)},
         "micro_batch": dataclasses.asdict(plan.micro_batch),
         "likely": dataclasses.asdict(plan.traffic),
@@ -72,10 +81,6 @@ def as_json(plan: Plan, advice: Advice | None, recipe: str) -> dict[str, Any]:
             "gpus_need": advice.gpus_need,
         },
     }
-
-
-def _limited(plan: Plan) -> bool:
-    return any(phase.limit is not None for phase in plan.phases or [plan.host])
 
 
 def _phases_table(console: Any, plan: Plan) -> None:
@@ -130,18 +135,20 @@ def _batch_lines(plan: Plan) -> list[str]:
     config, batch, rollout = plan.config, plan.micro_batch, plan.rollout
     geometry, traffic, G = plan.geometry, plan.traffic, config.rollout.group_size
     lines = [
-        f"episode: {config.train.episode_queries} queries x {G} responses, {geometry.queries_per_rank:g} queries per rank, "
-        f"then {geometry.steps_per_episode} optimizer steps",
+        f"episode: {config.train.episode_queries} queries x {G} responses, {geometry.queries_per_rank:g} queries per "
+        f"rank, then {geometry.steps_per_episode} optimizer steps",
         f"step: {config.train.batch_pairs} pairs ({geometry.queries_per_step} queries x {G}), "
         f"{geometry.pairs_per_rank:g} per rank; likely {geometry.likely_tokens_per_step:,} tokens "
         f"in {geometry.likely_micro_batches_per_rank} micro-batch(es) per rank "
         f"(assumed: {traffic.prompt} prompt and {traffic.response} response tokens)",
-        f"largest micro-batch: {batch.tokens:,} tokens, {batch.patches:,} image patches",
+        f"largest micro-batch: {batch.tokens:,} tokens, {batch.patches:,} image patches; beyond what stays it takes, "
+        "GiB: " + ", ".join(f"{moment.name} {_gib(moment.bytes)}" for moment in plan.moments) + "; the worst counts",
     ]
     if config.rollout.backend == "vllm":
         lines.append(
-            f"rollout: the cache of an engine holds {rollout.cache_tokens:,.0f} tokens, {int(rollout.sequences_at_once)} "
-            f"of the longest sequences at once; an episode takes {rollout.waves} waves of such"
+            f"rollout: the cache of an engine holds {rollout.cache_tokens:,.0f} tokens, "
+            f"{int(rollout.sequences_at_once)} of the longest sequences at once; an episode takes {rollout.waves} "
+            "waves of such"
         )
     steps = geometry.schedule_steps
     lines.append(
@@ -157,13 +164,15 @@ def _time_lines(plan: Plan) -> list[str]:
     times, machine = plan.times, plan.machine
     if times is None:
         return []
+    network = machine.network if machine.nodes > 1 else machine.nvlink
     lines = [
-        f"time, estimated and not measured: a step trains {times.train_flop / 1e15:.1f} PFLOP in {times.train_s:.0f} s at "
-        f"{machine.mfu:.0%} of {machine.peak_flops / 1e12:.0f} TFLOP/s, and its share of the rollout takes at least "
-        f"{times.rollout_s:.0f} s at {machine.bandwidth / 1e12:g} TB/s"
+        f"time, estimated and not measured: a step trains {times.train_flop / 1e15:.1f} PFLOP in {times.train_s:.0f} s "
+        f"at {machine.mfu:.0%} of {machine.peak_flops / 1e12:.0f} TFLOP/s; ZeRO-3 moves weights and gradients for "
+        f"{times.gather_s:.0f} s at {network / 1e9:g} GB/s, at best beside it; the step's share of the rollout takes "
+        f"at least {times.rollout_s:.0f} s at {machine.bandwidth / 1e12:g} TB/s"
     ]
     if steps := plan.geometry.schedule_steps:
-        lines.append(f"      so {steps} steps take about {steps * (times.train_s + times.rollout_s) / 3600:.1f} hours or more")
+        lines.append(f"      so {steps} steps take about {steps * times.step_s / 3600:.1f} hours or more")
     return lines
 
 

@@ -2,8 +2,8 @@
 
     python -m tests.plan.measure FOLDER NAME [NAME ...]
 
-One process, one rank, the policy engine as it trains. Per case: the memory held after two steps, and the most during the
-second, both above what the process took before the engine was built. For a figure to mean tensors and no more, the
+One process, one rank, the policy engine as it trains. Per case: the memory held after two steps, and the most during
+the second, both above what the process took before the engine was built. For a figure to mean tensors and no more, the
 caller sets MALLOC_MMAP_THRESHOLD_, so that freed memory leaves the process.
 """
 
@@ -49,7 +49,9 @@ _SEEING = replace(_NARROW, layers=2, vision_hidden=256, vision_intermediate=1024
 CASES = {
     "warm": Case(replace(_NARROW, layers=1), [8] * 2, 1, 64),  # not compared: libraries grow at their first use
     "text": Case(_WIDE, [96] * 8, 2, 0),
-    "checkpointing": Case(_NARROW, [170] * 8, 2, 0, settings=PolicyConfig(dtype="float32", gradient_checkpointing=True)),
+    "checkpointing": Case(
+        _NARROW, [170] * 8, 2, 0, settings=PolicyConfig(dtype="float32", gradient_checkpointing=True)
+    ),
     "images": Case(_SEEING, [8] * 4, 3, 256),
     "vocabulary": Case(replace(_NARROW, layers=2), [110] * 8, 1, 0, tied=False),
     "bfloat16": Case(_WIDE, [32] * 4, 1, 0, settings=PolicyConfig(dtype="bfloat16")),
