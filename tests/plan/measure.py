@@ -54,6 +54,7 @@ CASES = {
     ),
     "images": Case(_SEEING, [8] * 4, 3, 256),
     "vocabulary": Case(replace(_NARROW, layers=2), [110] * 8, 1, 0, tied=False),
+    "state": Case(_WIDE, [32] * 4, 1, 0),
     "bfloat16": Case(_WIDE, [32] * 4, 1, 0, settings=PolicyConfig(dtype="bfloat16")),
 }
 VOCABULARY = {"vocabulary": 20_000}
@@ -93,7 +94,7 @@ def highest() -> int:
 
 def measure(name: str, scratch: Path, ranks: distributed.Ranks) -> dict:
     case = CASES[name]
-    folder = model_of(name, scratch)
+    folder = ranks.broadcast(model_of(name, scratch) if ranks.is_main else None)
     config = config_of(case, folder)
     encoder = PromptEncoder(load_processor(folder), config.data)
     pictures = scratch / f"{name}_pictures"
@@ -103,7 +104,7 @@ def measure(name: str, scratch: Path, ranks: distributed.Ranks) -> dict:
         for i in range(case.queries)
     ]
     samples = samples_for(queries, encoder, case.lengths)
-    ((bundles,),) = plan_micro_batches(samples, budget=8192, world_size=1)
+    (bundles,) = plan_micro_batches(samples, budget=8192, world_size=ranks.world_size)[ranks.rank]
     gc.collect()
     before = resident()
     engine = PolicyEngine(config, folder, encoder, ranks, total_steps=4)
@@ -114,22 +115,34 @@ def measure(name: str, scratch: Path, ranks: distributed.Ranks) -> dict:
     peak = highest() - before
     gc.collect()
     state = resident() - before
-    patches = sum(encoder.pixels(query)[0].shape[0] for query in queries) if case.image else 4  # 4: the blank image
+    pixels = [encoder.pixels(bundle.query) for bundle in bundles]
+    patches = sum(loaded[0].shape[0] for loaded in pixels if loaded) or 4  # 4: the blank image
     batch = MicroBatch(
         tokens=sum(bundle.tokens for bundle in bundles),
-        rows=sum(len(sample.completion.token_ids) for sample in samples),
-        row=max(bundle.tokens for bundle in bundles),
+        rows=sum(len(sample.completion.token_ids) for bundle in bundles for sample in bundle.samples),
+        row=max((bundle.tokens for bundle in bundles), default=0),
         patches=patches,
     )
     engine.engine.destroy()
-    return {"name": name, "peak": peak, "state": state, "micro_batch": vars(batch), "folder": str(folder)}
+    return {
+        "ranks": ranks.world_size,
+        "name": name,
+        "peak": peak,
+        "state": state,
+        "micro_batch": vars(batch),
+        "folder": str(folder),
+    }
 
 
 def main(scratch: str, *names: str) -> None:
     torch.set_num_threads(1)
     ranks = distributed.start(120)
+    own = Path(scratch) / str(ranks.rank)
+    own.mkdir()
     for name in names:
-        print(json.dumps(measure(name, Path(scratch), ranks)), flush=True)
+        found = measure(name, own, ranks)
+        if ranks.is_main:
+            print(json.dumps(found), flush=True)
         gc.collect()
     distributed.stop()
 
