@@ -40,6 +40,7 @@ class Case:
     queries: int
     image: int  # side in pixels; 0 is text only
     tied: bool = True
+    sub_group: int | None = None  # elements that the optimizer works on at a time
     settings: PolicyConfig = field(default_factory=lambda: PolicyConfig(dtype="float32"))
 
 
@@ -52,22 +53,23 @@ CASES = {
     "checkpointing": Case(
         _NARROW, [170] * 8, 2, 0, settings=PolicyConfig(dtype="float32", gradient_checkpointing=True)
     ),
-    "images": Case(_SEEING, [8] * 4, 3, 256),
+    "images": Case(_SEEING, [8] * 4, 2, 256),
     "vocabulary": Case(replace(_NARROW, layers=2), [110] * 8, 1, 0, tied=False),
-    "state": Case(_WIDE, [32] * 4, 1, 0),
+    "state": Case(replace(_WIDE, layers=6), [32] * 4, 1, 0, sub_group=1_000_000),
     "bfloat16": Case(_WIDE, [32] * 4, 1, 0, settings=PolicyConfig(dtype="bfloat16")),
 }
 VOCABULARY = {"vocabulary": 20_000}
 
 
 def config_of(case: Case, folder: Path) -> Config:
+    zero = {"zero_optimization": {"sub_group_size": case.sub_group}} if case.sub_group else {}
     side = max(case.image, 64) ** 2
     return Config(
         policy=replace(case.settings, model=str(folder)),
         data=DataConfig(min_pixels=side, max_pixels=side),
         rollout=RolloutConfig(max_new_tokens=max(case.lengths)),
         algorithm=AlgorithmConfig(clip_low=0.9, clip_high=10.0),
-        train=TrainConfig(schedule="constant", warmup_ratio=0, micro_batch_tokens=8192),
+        train=TrainConfig(schedule="constant", warmup_ratio=0, micro_batch_tokens=8192, deepspeed=zero),
     )
 
 
@@ -85,6 +87,7 @@ def model_of(name: str, scratch: Path) -> Path:
 
 
 def resident() -> int:
+    gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -105,7 +108,6 @@ def measure(name: str, scratch: Path, ranks: distributed.Ranks) -> dict:
     ]
     samples = samples_for(queries, encoder, case.lengths)
     (bundles,) = plan_micro_batches(samples, budget=8192, world_size=ranks.world_size)[ranks.rank]
-    gc.collect()
     before = resident()
     engine = PolicyEngine(config, folder, encoder, ranks, total_steps=4)
     engine.train_step(samples[:1])
@@ -113,7 +115,6 @@ def measure(name: str, scratch: Path, ranks: distributed.Ranks) -> dict:
     Path("/proc/self/clear_refs").write_text("5")
     engine.train_step(samples)
     peak = highest() - before
-    gc.collect()
     state = resident() - before
     pixels = [encoder.pixels(bundle.query) for bundle in bundles]
     patches = sum(loaded[0].shape[0] for loaded in pixels if loaded) or 4  # 4: the blank image

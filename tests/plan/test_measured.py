@@ -20,7 +20,7 @@ from tests.plan.measure import CASES, config_of
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc (Linux)")
 
-TOLERANCE = 0.10
+TOLERANCE = 0.12
 
 
 ONE_RANK = ("warm", "images", "checkpointing", "vocabulary", "bfloat16", "state")
@@ -57,7 +57,7 @@ def _off(planned: float, measured: float) -> float:
 
 
 def test_the_peak_of_a_step_is_the_planned_one(measured):
-    """Memory at the worst moment of a step is within 10% of the plan's: long text, checkpointing, many image patches, a
+    """Memory at the worst moment of a step is within 12% of the plan's: long text, checkpointing, many image patches, a
     large head, bf16; each has another worst moment."""
     moments = set()
     for name, (_, peak, state, step) in measured.items():
