@@ -19,7 +19,7 @@ def print_plan(plan: Plan, advice: Advice | None, recipe: str, file: TextIO | No
 
     file = file or sys.stdout
     console = Console(file=file, width=None if file.isatty() else _WIDTH, highlight=False)
-    config, shape, machine = plan.config, plan.shape, plan.machine
+    shape, machine = plan.shape, plan.machine
     where = f"{machine.gpus} x {machine.gpu_memory / GIB:.0f} GiB GPU" if machine.gpus else "this CPU, one process"
 
     def print_line(text: str = "") -> None:
@@ -38,7 +38,7 @@ def print_plan(plan: Plan, advice: Advice | None, recipe: str, file: TextIO | No
         return
     for problem in plan.problems:
         print_line(f"Does not fit: {problem}")
-    for line in _advice_lines(plan, advice, config):
+    for line in _advice_lines(plan, advice):
         print_line(line)
 
 
@@ -186,7 +186,7 @@ def _effects(old: Plan, new: Plan) -> list[str]:
     return said
 
 
-def _advice_lines(plan: Plan, advice: Advice | None, config: Any) -> list[str]:
+def _advice_lines(plan: Plan, advice: Advice | None) -> list[str]:
     if advice is None:
         return []
     lines = ["", "What to change (each alone, planned again):"] if advice.single else []
