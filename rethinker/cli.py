@@ -21,6 +21,7 @@ USAGE = """usage: rethinker COMMAND ...
   rethinker eval --help                               list the benchmarks and all options
   rethinker report RUN... [--output FILE.html]        one page about a run, or several side by side
   rethinker export RUN [--push OWNER/NAME]            its model as a folder to share, with a model card
+  rethinker plan RECIPE --gpus N --gpu-memory GIB     memory, batches and time of a run, before anything starts
   rethinker doctor                                    what is installed, what is missing, how to add it
   rethinker --version
 
@@ -39,15 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command == "train":
         return train_main(arguments)
-    if command == "eval":
-        return guarded(lambda: _eval(arguments))
-    if command == "doctor":
-        return guarded(lambda: _doctor(arguments))
-    if command == "report":
-        return guarded(lambda: _report(arguments))
-    if command == "export":
-        return guarded(lambda: _export(arguments))
-    return guarded(lambda: _fail(f"unknown command {command!r}; commands are train, eval, report, export and doctor"))
+    commands = {"plan": _plan, "eval": _eval, "report": _report, "export": _export, "doctor": _doctor}
+    if command in commands:
+        return guarded(lambda: commands[command](arguments))
+    return guarded(lambda: _fail(f"unknown command {command!r}; commands are train, {', '.join(commands)}"))
 
 
 def train_main(argv: Sequence[str]) -> int:
@@ -104,6 +100,12 @@ def _doctor(arguments: list[str]) -> int:
     if arguments:
         _fail(f"rethinker doctor takes no arguments, and got {arguments[0]!r}")
     return doctor.main()
+
+
+def _plan(arguments: list[str]) -> int:
+    from rethinker.plan.command import main as plan
+
+    return plan(arguments, _fail)
 
 
 def _report(arguments: list[str]) -> int:

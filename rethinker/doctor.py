@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from pathlib import Path
 
 MIN_MEMORY_GB = 6.0
 MIN_DISK_GB = 1.0
+MIN_SHARED_GB = 1.0  # of /dev/shm: NCCL's and vLLM's processes talk through it, and containers start with 64 MB
+MIN_OPEN_FILES = 1024
 
 # What training imports, in the order it is listed; distributions that provide it under another name.
 TRAINING = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "torchvision", "datasets", "pyarrow", "PIL")
@@ -63,7 +66,7 @@ def how_to_install(package: str) -> str:
 
 def examine() -> list[Finding]:
     """Look at everything; imports torch if it is there, and nothing that is slower."""
-    return [*_machine(), *_accelerator(), *_packages(), *_compilers()]
+    return [*_machine(), *_processes(), *_accelerator(), *_packages(), *_compilers()]
 
 
 def main() -> int:
@@ -99,6 +102,28 @@ def _machine() -> Iterator[Finding]:
     yield Finding("disk free here", f"{disk:.1f} GB", disk >= MIN_DISK_GB, fix, blocks=True)
 
 
+def _processes() -> Iterator[Finding]:
+    """What several processes on this machine need of it: torchrun's ranks, vLLM's workers, answer checkers."""
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        size = shutil.disk_usage(shared).total / 2**30
+        fix = "give the container more shared memory: docker run --shm-size 16g, or mount -o remount,size=16g /dev/shm"
+        yield Finding("shared memory", f"{size:.2f} GB in /dev/shm", size >= MIN_SHARED_GB, fix)
+    if find_spec("resource") is not None:
+        import resource
+
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        few = files != resource.RLIM_INFINITY and files < MIN_OPEN_FILES
+        yield Finding("open files", "unlimited" if files < 0 else str(files), not few, "ulimit -n 65536")
+    name = socket.gethostname()
+    fix = f"add '127.0.0.1 {name}' to /etc/hosts, or torchrun's ranks wait for each other in vain"
+    try:
+        address = socket.getaddrinfo(name, None)[0][4][0]
+        yield Finding("host name", f"{name} is {address}")
+    except OSError:
+        yield Finding("host name", f"{name} has no address", False, fix)
+
+
 def _accelerator() -> Iterator[Finding]:
     names = _gpus()
     if find_spec("torch") is None:
@@ -114,6 +139,9 @@ def _accelerator() -> Iterator[Finding]:
         else:
             yield Finding("GPU", "none: everything runs on the CPU")
         return
+    nccl = torch.distributed.is_nccl_available()
+    version = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "not in this torch"
+    yield Finding("NCCL", version, nccl, how_to_install("torch"), blocks=torch.cuda.device_count() > 1)
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         flex = device.major >= 8

@@ -107,7 +107,8 @@ def test_help_and_version(capsys):
 
 def test_unknown_commands(capsys):
     """A command that does not exist, and a train without a recipe, name what does."""
-    assert cli.main(["trian"]) == 2 and "commands are train, eval, report, export and doctor" in capsys.readouterr().err
+    assert cli.main(["trian"]) == 2
+    assert "commands are train, plan, eval, report, export, doctor" in capsys.readouterr().err
     assert cli.main(["train"]) == 2 and "name a recipe first: easy_vqa_cpu" in capsys.readouterr().err
     assert cli.main(["doctor", "now"]) == 2 and "takes no arguments" in capsys.readouterr().err
 
@@ -116,7 +117,8 @@ def test_doctor_here(capsys):
     """Where the tests run, training can run: doctor says so with exit code 0 and lists the parts' versions."""
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for part in ("python", "torch", "vllm", "deepspeed", "transformers", "C++ compiler", "memory", "disk"):
+    parts = ("python", "torch", "vllm", "deepspeed", "transformers", "C++ compiler", "memory", "disk", "open files")
+    for part in (*parts, "host name"):
         assert part in printed
     assert "Training can run here" in printed
 
@@ -131,3 +133,29 @@ def test_doctor_names_what_is_missing(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "Training cannot run here yet." in printed
     assert "pip install" in printed and "# vllm" in printed
+
+
+def test_doctor_sees_what_several_processes_lack(monkeypatch, capsys):
+    """A container's 64 MB of /dev/shm, few open files and a host name without an address are named with their mend;
+    one process trains without them, so they block nothing."""
+    import resource
+    import shutil
+    import socket
+    from pathlib import Path
+
+    from rethinker import doctor
+
+    def no_address(*_):
+        raise socket.gaierror("Name or service not known")
+
+    usage = shutil.disk_usage
+    small = types.SimpleNamespace(total=64 * 2**20, used=0, free=64 * 2**20)
+    monkeypatch.setattr(Path, "is_dir", lambda self: True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: small if str(path) == "/dev/shm" else usage(path))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256))
+    monkeypatch.setattr(socket, "getaddrinfo", no_address)
+    findings = {finding.part: finding for finding in doctor._processes()}
+    assert [findings[part].ok for part in ("shared memory", "open files", "host name")] == [False] * 3
+    assert "--shm-size" in findings["shared memory"].fix and "ulimit -n" in findings["open files"].fix
+    assert "/etc/hosts" in findings["host name"].fix
+    assert not any(finding.blocks for finding in findings.values())

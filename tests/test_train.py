@@ -8,7 +8,7 @@ import pytest
 
 import rethinker
 from rethinker.config import Config, ConfigError, RolloutConfig, TrainConfig
-from rethinker.policy.engine import learning_rate
+from rethinker.policy.schedule import learning_rate
 from rethinker.samples import Completion, Group, Query, Rethought
 from rethinker.train import judge, note_rethinking, schedule_length
 

@@ -30,6 +30,8 @@ from rethinker.policy.out_of_memory import (
     smaller_budget,
 )
 from rethinker.policy.packing import pack, plan_micro_batches
+from rethinker.policy.schedule import learning_rate
+from rethinker.policy.zero3 import zero3_settings
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.ownership import bring
 from rethinker.runtime.profiling import phase
@@ -361,47 +363,3 @@ def _by_layer(named: list[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, li
             layers.append((key, []))
         layers[-1][1].append((name, parameter))
     return layers
-
-
-def learning_rate(step: int, total_steps: int, config: Config) -> float:
-    """The learning rate of optimizer step `step` (from 0): linear warm-up, then train.schedule."""
-    train = config.train
-    warmup = round(train.warmup_ratio * total_steps)
-    if step < warmup:
-        return train.learning_rate * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    shape = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    floor = train.min_lr_ratio
-    return train.learning_rate * (floor + (1 - floor) * shape[train.schedule])
-
-
-def zero3_settings(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """The DeepSpeed configuration, with `train.deepspeed` merged over it."""
-    settings: dict[str, Any] = {
-        # Micro-batches differ in number from step to step, so the step's end is ours to say.
-        "managed_gradient_accumulation": False,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.train.max_grad_norm,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.policy.dtype == "bfloat16"},
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": ranks.device.type == "cuda",
-            "contiguous_gradients": True,
-            "reduce_bucket_size": 500_000_000 if ranks.device.type == "cuda" else 5_000_000,
-            "stage3_prefetch_bucket_size": 50_000_000 if ranks.device.type == "cuda" else 500_000,
-            "stage3_param_persistence_threshold": 100_000 if ranks.device.type == "cuda" else 0,
-        },
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
-    return _merge(settings, config.train.deepspeed)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        merged[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
-    return merged

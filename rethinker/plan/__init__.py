@@ -1,0 +1,1 @@
+"""`rethinker plan`: memory, batches and time of a run before anything starts."""

@@ -1,0 +1,197 @@
+"""Memory of one rank, term by term: what stays between steps, and the worst moment of a training step.
+
+Legend: N parameters, w ranks, b bytes of a weight, T tokens and P patches of a micro-batch, R rows of the head,
+V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rethinker.config import Config
+from rethinker.plan.activations import text_activations, vision_activations
+from rethinker.plan.shapes import Shape
+from rethinker_kernels import torch_rows
+from rethinker_kernels.linear import CHUNK_BYTES, MULTIPLE
+
+GIB = 2**30
+BUCKET_BYTES = 256 << 20  # rollout.weight_sync's, which cannot be imported without vLLM
+
+
+@dataclass(frozen=True)
+class Term:
+    """One line of a budget: what, how many bytes, and where the number comes from."""
+
+    name: str
+    bytes: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The largest micro-batch that a rank meets."""
+
+    tokens: int  # T
+    rows: int  # R
+    row: int  # tokens of a prompt with its responses: what SDPA's mask is quadratic in
+    patches: int  # P
+
+
+@dataclass(frozen=True)
+class Zero3:
+    """What decides ZeRO-3's memory: DeepSpeed's settings as rethinker.policy.zero3 writes and the user overrides them.
+
+    Read in deepspeed 0.19 runtime/zero/stage3.py: gradients are accumulated in `data_types.grad_accum_dtype`; the optimizer works through `sub_group_size` elements at a time; a
+    parameter stays gathered if it is used again within `stage3_max_reuse_distance` elements.
+    """
+
+    bucket: int  # elements
+    prefetch: int
+    reuse: int
+    sub_group: int
+    gradient_bytes: int
+    optimizer_on_host: bool
+    parameters_on_host: bool
+
+    @classmethod
+    def of(cls, config: Config, on_gpu: bool) -> Zero3:
+        zero = config.train.deepspeed.get("zero_optimization", {})
+        kind = config.train.deepspeed.get("data_types", {}).get("grad_accum_dtype", "fp32")
+
+        def number(name: str, default: float) -> int:
+            return int(zero.get(f"stage3_{name}", zero.get(name, default)))
+
+        def away(name: str) -> bool:
+            return (zero.get(name) or {}).get("device", "none") != "none"
+
+        return cls(
+            bucket=number("reduce_bucket_size", 5e8 if on_gpu else 5e6),
+            prefetch=number("prefetch_bucket_size", 5e7 if on_gpu else 5e5),
+            reuse=number("max_reuse_distance", 1e9),
+            sub_group=number("sub_group_size", 1e9),
+            gradient_bytes=4 if kind in ("fp32", "float32") else 2,
+            optimizer_on_host=away("offload_optimizer"),
+            parameters_on_host=away("offload_param"),
+        )
+
+
+def weight_bytes(config: Config) -> int:
+    """b."""
+    return 2 if config.policy.dtype == "bfloat16" else 4
+
+
+def trained_parameters(config: Config, shape: Shape) -> int:
+    """Those that have gradients and optimizer state."""
+    return shape.text_parameters if config.policy.freeze_vision else shape.parameters
+
+
+def training_state(config: Config, shape: Shape, ranks: int, on_gpu: bool) -> tuple[list[Term], list[Term]]:
+    """What a rank holds between steps: (on its device, offloaded to the host)."""
+    zero, b = Zero3.of(config, on_gpu), weight_bytes(config)
+    whole, trained = shape.parameters / ranks, trained_parameters(config, shape) / ranks
+    parameters = [Term("parameters", b * whole, f"{b} bytes / ranks")]
+    optimizer = [Term("gradients", zero.gradient_bytes * trained, f"{zero.gradient_bytes} bytes / ranks")]
+    # An fp32 policy is not its own master: DeepSpeed compares a torch.device with a text and copies (measured).
+    optimizer.append(Term("fp32 master weights", 4 * trained, "4 bytes / ranks"))
+    optimizer.append(Term("AdamW moments", 8 * trained, "8 bytes / ranks"))
+    device = [Term("gradient bucket", zero.bucket * b, "reduce_bucket_size")]
+    if config.algorithm.kl_coef > 0:
+        device.append(Term("reference policy", b * whole, "algorithm.kl_coef > 0"))
+    host: list[Term] = []
+    if zero.optimizer_on_host:
+        optimizer.append(Term("fp32 gradients", 4 * trained, "4 bytes / ranks"))
+    for terms, away in ((parameters, zero.parameters_on_host), (optimizer, zero.optimizer_on_host)):
+        (host if away else device).extend(terms)
+    return device[1:] + device[:1], host
+
+
+def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on_gpu: bool) -> list[list[Term]]:
+    """What a step adds at each moment that may be its worst.
+
+    Moments: the head (its gradients are made in its forward), the head's and the layers' backward, the vision tower's
+    backward, the embedding's gradient, and the optimizer.
+    """
+    zero, b, ckpt = Zero3.of(config, on_gpu), weight_bytes(config), config.policy.gradient_checkpointing
+    kernel = {"auto": "flex" if on_gpu else "sdpa"}.get(config.policy.attention, config.policy.attention)
+    T, P, R = batch.tokens, batch.patches, batch.rows
+    row = batch.row if kernel == "sdpa" else 0
+    text = text_activations(shape, dtype=config.policy.dtype, kernel=kernel, row=row, checkpointing=ckpt)
+    vision = vision_activations(shape, dtype=config.policy.dtype, checkpointing=ckpt)
+    frozen = config.policy.freeze_vision
+
+    head = b * shape.head_parameters  # also the head's gradient, and the embedding's
+    rows, states = b * R * shape.hidden, b * T * shape.hidden
+    work = _chunk_bytes(shape, R, b, on_gpu)
+    # A full bucket is copied once more to be scattered; a gradient larger than the bucket goes alone.
+    flush = b * min(zero.bucket, trained_parameters(config, shape))
+    large = max(flush, head)
+    waits = head if shape.tied else 0  # the head's gradient waits for the embedding's
+    gathered = 0.0
+    if ranks > 1:
+        at_turn = max(shape.head_parameters, min(zero.reuse / 2, shape.parameters))
+        gathered = b * (at_turn + min(zero.prefetch, shape.parameters))
+
+    tokens, patches = f"{T:,} tokens", f"{P:,} patches"
+    kept = [Term("activations, language model", text.kept * T, tokens)]
+    seen = [] if frozen or not P else [Term("activations, vision tower", vision.kept * P, patches)]
+    seen += [Term("pixels", P * shape.patch_values * (4 + b), patches)] if P else []
+    # The hidden states and their gradient, the weight's fp32 gradient, and a chunk of logits or the narrowed gradient.
+    made = Term(
+        "loss head",
+        2 * rows + head * 4 / b + max(work, head if b < 4 else 0),
+        f"{R:,} rows, of which {_gib(work)} GiB are a chunk of logits",
+    )
+    live = [Term("gathered weights", gathered, "the head, a layer, prefetched ones")] if gathered else []
+    see = [
+        Term("vision tower's backward", (vision.extra * P + vision.fixed) + states + waits + flush)
+        if not frozen
+        else Term("vision tower's forward", vision.forward * P + states)
+    ]
+    trained = trained_parameters(config, shape) / ranks
+    moments = [
+        [*kept, *seen, *live, made],
+        [*kept, *seen, *live, Term("loss head's backward", 2 * (rows + head) + states + large)],
+        [*kept, *seen, *live, Term("layers' backward", text.extra * T + text.fixed + waits + flush)],
+        [*seen, *live, *see],
+        [*live, Term("embedding's gradient", states + (3 if shape.tied else 1) * head + large)],
+    ]
+    if not zero.optimizer_on_host:
+        # A sub-group ends with the parameter that fills it. It takes an fp32 gradient, and AdamW's temporaries: one on
+        # a GPU (foreach), two on a CPU.
+        group = min(trained, zero.sub_group + shape.head_parameters / ranks)
+        moments.append([Term("optimizer step", group * (8 if on_gpu else 12))])
+    return moments
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2g}"
+
+
+def worst(moments: list[list[Term]]) -> list[Term]:
+    """The moment that takes most."""
+    return max(moments, key=total)
+
+
+def total(terms: list[Term]) -> float:
+    """Bytes of a budget."""
+    return sum(term.bytes for term in terms)
+
+
+def _chunk_bytes(shape: Shape, rows: int, b: int, on_gpu: bool) -> float:
+    """Logits of a chunk of rows, and on a CPU the fp32 copies that its row functions work on."""
+    kind = "cuda" if on_gpu else "cpu"
+    chunks = torch_rows.chunks(rows, shape.vocabulary * b, CHUNK_BYTES[kind], MULTIPLE[kind])
+    most = max((chunk.stop - chunk.start for chunk in chunks), default=0) * shape.vocabulary
+    if on_gpu:
+        return b * most
+    widened = 4 * most if b < 4 else 0  # the weight's gradient is a product of fp32 copies
+    return b * most + max(widened, 2 * min(4 * most, torch_rows.CHUNK_BYTES))
+
+
+def sync_peak(config: Config, shape: Shape) -> list[Term]:
+    """What a weight sync adds: one gathered group, and the bucket of full tensors on its way to vLLM."""
+    b = weight_bytes(config)
+    return [
+        Term("gathered group", b * shape.largest_group, "a decoder layer or the embedding"),
+        Term("bucket of tensors", BUCKET_BYTES + b * shape.head_parameters, "full tensors, copied"),
+    ]

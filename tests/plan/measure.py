@@ -1,0 +1,152 @@
+"""Measures what `rethinker plan` computes: resident memory of real ZeRO-3 steps on this machine, as JSON.
+
+    python -m tests.plan.measure FOLDER NAME [NAME ...]
+
+One process, one rank, the policy engine as it trains. Per case: the memory held after two steps, and the most during
+the second, both above what the process took before the engine was built. For a figure to mean tensors and no more, the
+caller sets MALLOC_MMAP_THRESHOLD_, so that freed memory leaves the process.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from rethinker.config import AlgorithmConfig, Config, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
+from rethinker.plan.memory import MicroBatch
+from rethinker.policy.engine import PolicyEngine
+from rethinker.policy.model import load_processor
+from rethinker.policy.packing import plan_micro_batches
+from rethinker.policy.tiny import TinySize, create_tiny
+from rethinker.runtime import distributed
+from rethinker.samples import Query
+from rethinker.tasks.prompts import PromptEncoder
+from tests.policy.helpers import picture, samples_for
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a batch whose memory has one large part each."""
+
+    size: TinySize
+    lengths: list[int]  # of the responses to every query
+    queries: int
+    image: int  # side in pixels; 0 is text only
+    tied: bool = True
+    sub_group: int | None = None  # elements that the optimizer works on at a time
+    settings: PolicyConfig = field(default_factory=lambda: PolicyConfig(dtype="float32"))
+
+
+_WIDE = TinySize(hidden=512, intermediate=1408, layers=4, heads=8, kv_heads=4)
+_NARROW = TinySize(hidden=256, intermediate=704, layers=8, heads=4, kv_heads=2)
+_SEEING = replace(_NARROW, layers=2, vision_hidden=256, vision_intermediate=1024, vision_layers=5, vision_heads=4)
+CASES = {
+    "warm": Case(replace(_NARROW, layers=1), [8] * 2, 1, 64),  # not compared: libraries grow at their first use
+    "text": Case(_WIDE, [96] * 8, 2, 0),
+    "checkpointing": Case(
+        _NARROW, [170] * 8, 2, 0, settings=PolicyConfig(dtype="float32", gradient_checkpointing=True)
+    ),
+    "images": Case(_SEEING, [8] * 4, 2, 256),
+    "vocabulary": Case(replace(_NARROW, layers=2), [110] * 8, 1, 0, tied=False),
+    "state": Case(replace(_WIDE, layers=6), [32] * 4, 1, 0, sub_group=1_000_000),
+    "bfloat16": Case(_WIDE, [32] * 4, 1, 0, settings=PolicyConfig(dtype="bfloat16")),
+}
+VOCABULARY = {"vocabulary": 20_000}
+
+
+def config_of(case: Case, folder: Path) -> Config:
+    zero = {"zero_optimization": {"sub_group_size": case.sub_group}} if case.sub_group else {}
+    side = max(case.image, 64) ** 2
+    return Config(
+        policy=replace(case.settings, model=str(folder)),
+        data=DataConfig(min_pixels=side, max_pixels=side),
+        rollout=RolloutConfig(max_new_tokens=max(case.lengths)),
+        algorithm=AlgorithmConfig(clip_low=0.9, clip_high=10.0),
+        train=TrainConfig(schedule="constant", warmup_ratio=0, micro_batch_tokens=8192, deepspeed=zero),
+    )
+
+
+def model_of(name: str, scratch: Path) -> Path:
+    """The case's model, its vocabulary grown where the case says so."""
+    case = CASES[name]
+    folder = create_tiny(scratch / name, tie_word_embeddings=case.tied, size=case.size)
+    if name in VOCABULARY:
+        from rethinker.policy.model import load_model
+
+        model = load_model(folder, torch.float32)
+        model.resize_token_embeddings(VOCABULARY[name], mean_resizing=False)
+        model.save_pretrained(folder)
+    return folder
+
+
+def resident() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def highest() -> int:
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def measure(name: str, scratch: Path, ranks: distributed.Ranks) -> dict:
+    case = CASES[name]
+    folder = ranks.broadcast(model_of(name, scratch) if ranks.is_main else None)
+    config = config_of(case, folder)
+    encoder = PromptEncoder(load_processor(folder), config.data)
+    pictures = scratch / f"{name}_pictures"
+    pictures.mkdir()
+    queries = [
+        Query(str(i), "is it round?", "yes", (picture(pictures, i, (case.image,) * 2),) if case.image else ())
+        for i in range(case.queries)
+    ]
+    samples = samples_for(queries, encoder, case.lengths)
+    (bundles,) = plan_micro_batches(samples, budget=8192, world_size=ranks.world_size)[ranks.rank]
+    before = resident()
+    engine = PolicyEngine(config, folder, encoder, ranks, total_steps=4)
+    engine.train_step(samples[:1])
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    engine.train_step(samples)
+    peak = highest() - before
+    state = resident() - before
+    pixels = [encoder.pixels(bundle.query) for bundle in bundles]
+    patches = sum(loaded[0].shape[0] for loaded in pixels if loaded) or 4  # 4: the blank image
+    batch = MicroBatch(
+        tokens=sum(bundle.tokens for bundle in bundles),
+        rows=sum(len(sample.completion.token_ids) for bundle in bundles for sample in bundle.samples),
+        row=max((bundle.tokens for bundle in bundles), default=0),
+        patches=patches,
+    )
+    engine.engine.destroy()
+    return {
+        "ranks": ranks.world_size,
+        "name": name,
+        "peak": peak,
+        "state": state,
+        "micro_batch": vars(batch),
+        "folder": str(folder),
+    }
+
+
+def main(scratch: str, *names: str) -> None:
+    torch.set_num_threads(1)
+    ranks = distributed.start(120)
+    own = Path(scratch) / str(ranks.rank)
+    own.mkdir()
+    for name in names:
+        found = measure(name, own, ranks)
+        if ranks.is_main:
+            print(json.dumps(found), flush=True)
+        gc.collect()
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

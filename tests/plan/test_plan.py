@@ -1,0 +1,247 @@
+"""The plan's arithmetic where it can be checked without a GPU: published sizes, laws between settings, advice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rethinker import cli
+from rethinker.config import Config, ConfigError
+from rethinker.plan import memory
+from rethinker.plan.advice import advise
+from rethinker.plan.build import Machine, make_plan
+from rethinker.plan.memory import GIB, Zero3, total, training_state
+from rethinker.plan.rollout import _HF_BATCH, rollout_of
+from rethinker.plan.shapes import KNOWN, meta_model, shape_of
+from rethinker.settings import resolve_config
+
+QWEN = "Qwen/Qwen2.5-VL-{}-Instruct"
+
+
+def machine(gpus: int, gib: float = 80, **other) -> Machine:
+    return Machine(gpus, gib * GIB, 8, None, **other)
+
+
+def settings(size: str = "7B", **overrides) -> Config:
+    """A recipe's settings for a real model; `__` in a keyword stands for a dot."""
+    values = {"policy.model": QWEN.format(size), "policy.dtype": "bfloat16", "data.max_pixels": 1280 * 28 * 28}
+    values |= {"data.max_prompt_tokens": 2048, "rollout.max_new_tokens": 2048, "train.episode_queries": 1024}
+    return resolve_config("easy_vqa_cpu", values | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def phases(plan) -> dict[str, float]:
+    return {phase.name: phase.bytes / GIB for phase in (*plan.phases, plan.host, plan.disk)}
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        (QWEN.format("3B"), 3_754_622_976),
+        (QWEN.format("7B"), 8_292_166_656),
+        (QWEN.format("32B"), 33_452_718_336),
+        (QWEN.format("72B"), 73_410_777_344),
+        ("Qwen/Qwen3-VL-8B-Instruct", 8_767_123_696),
+    ],
+)
+def test_known_models_have_their_published_sizes(model, parameters):
+    """The shapes that ship with the package make exactly the parameters of the published weights."""
+    assert model in KNOWN
+    assert shape_of(model).parameters == parameters
+
+
+def test_a_model_that_is_nowhere_is_named(tmp_path):
+    """Neither a folder, nor cached, nor known: one error that says what would work."""
+    with pytest.raises(ConfigError, match=r"policy.model=nobody/nothing has no config.json here.*Qwen2.5-VL-7B"):
+        shape_of("nobody/nothing")
+    with pytest.raises(ConfigError, match="has no config.json"):
+        shape_of(str(tmp_path))
+
+
+def test_state_is_eighteen_bytes_per_parameter_over_the_ranks():
+    """bf16: 2 + 4 + 4 + 8 bytes per parameter, divided by the ranks; offloaded, the GPU keeps the 2 of the weights and
+    the host gets an fp32 gradient besides; a frozen vision tower has weights alone."""
+    shape, bucket = shape_of(QWEN.format("7B")), 5e8 * 2
+    for ranks in (1, 8, 64):
+        device, host = training_state(settings(), shape, ranks, True)
+        assert total(device) == pytest.approx(18 * shape.parameters / ranks + bucket)
+        assert host == []
+    away = settings(train__deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    device, host = training_state(away, shape, 8, True)
+    assert total(device) == pytest.approx(2 * shape.parameters / 8 + bucket)
+    assert total(host) == pytest.approx(18 * shape.parameters / 8)
+    device, _ = training_state(settings(policy__freeze_vision=True), shape, 8, True)
+    assert total(device) == pytest.approx((18 * shape.text_parameters + 2 * shape.vision_parameters) / 8 + bucket)
+
+
+def test_zero3_settings_are_the_engines():
+    """The plan's defaults are those that the policy engine gives DeepSpeed or leaves to it, on CPU and GPU."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    from rethinker.policy.zero3 import zero3_settings
+    from rethinker.runtime.distributed import Ranks
+
+    class OnGpu(Ranks):
+        device = torch.device("cuda", 0)
+
+    for ranks, on_gpu in ((Ranks(0, 1, 0), False), (OnGpu(0, 1, 0), True)):
+        if not on_gpu and torch.cuda.is_available():
+            continue
+        real = DeepSpeedZeroConfig(**zero3_settings(settings(), ranks)["zero_optimization"])
+        mine = Zero3.of(settings(), on_gpu)
+        assert mine.bucket == real.reduce_bucket_size
+        assert mine.prefetch == real.prefetch_bucket_size
+        assert mine.reuse == real.max_reuse_distance
+        assert mine.sub_group == real.sub_group_size
+
+
+def test_constants_are_those_of_the_code_they_speak_of():
+    """The bucket of a weight sync and the batch of the hf backend are the engines' own."""
+    source = Path(memory.__file__).parents[1] / "rollout"
+    assert "BUCKET_BYTES = 256 << 20" in (source / "weight_sync.py").read_text() and memory.BUCKET_BYTES == 256 << 20
+    assert f"\nBATCH = {_HF_BATCH}\n" in (source / "hf_engine.py").read_text()
+
+
+def test_every_switch_moves_its_phase():
+    """Checkpointing, fewer tokens and a frozen vision tower lessen training; without sleep the engine is added to it; a
+    reference policy adds its weights; more ranks lessen every phase of a rank and leave the disk."""
+    base = phases(make_plan(settings(), machine(8)))
+    for change in (
+        {"policy__gradient_checkpointing": True},
+        {"train__micro_batch_tokens": 8192},
+        {"policy__freeze_vision": True},
+        {"data__max_images": 1},
+    ):
+        assert phases(make_plan(settings(**change), machine(8)))["training"] < base["training"] - 1, change
+    awake = phases(make_plan(settings(rollout__sleep=False), machine(8)))
+    assert awake["training"] == pytest.approx(base["training"] + 0.4 * 80)
+    reference = phases(make_plan(settings(algorithm__kl_coef=0.01), machine(8)))
+    assert reference["rollout"] == pytest.approx(base["rollout"] + 2 * 8.292166656e9 / 8 / GIB)
+    wide = phases(make_plan(settings(), machine(16)))
+    assert all(wide[name] < base[name] for name in ("training", "rollout", "weight sync"))
+    assert wide["disk"] == base["disk"]
+
+
+def test_sdpa_pays_for_its_mask():
+    """With SDPA every layer keeps a float mask of its own, which FlexAttention does not."""
+    flex, sdpa = (phases(make_plan(settings(policy__attention=kernel), machine(8))) for kernel in ("flex", "sdpa"))
+    assert sdpa["training"] > flex["training"] + 1
+
+
+def test_the_cache_is_what_vllms_share_leaves():
+    """Weights, working memory and cache together are rollout.gpu_memory_utilization of a GPU; a token takes keys and
+    values of every layer, 56 KiB in the 7B; an engine over 4 GPUs holds a quarter of the weights on each."""
+    shape = shape_of(QWEN.format("7B"))
+    for tp in (1, 4):
+        rollout = rollout_of(settings(rollout__tensor_parallel_size=tp), shape, 8, 80 * GIB)
+        assert total(rollout.terms) == pytest.approx(0.4 * 80 * GIB)
+        assert rollout.weights == 2 * shape.parameters / tp
+        assert rollout.terms[-1].bytes / rollout.cache_tokens == pytest.approx(57344 / tp)
+    alone = rollout_of(settings("72B"), shape_of(QWEN.format("72B")), 8, 80 * GIB)
+    assert alone.cache_missing > 0 and alone.waves == 0
+
+
+def test_a_checkpoint_on_disk():
+    """A checkpoint to resume from is the model and 12 bytes per parameter; as many as are kept, one more while it is
+    written, and the best and the last model."""
+    config = settings()
+    keep, parameters = config.checkpoint.keep, 8_292_166_656
+    assert make_plan(config, machine(8)).disk.bytes == pytest.approx(((keep + 1) * 14 + 2 * 2) * parameters)
+
+
+def test_advice_fits_and_holds_nothing_needless():
+    """The advised settings make the plan fit, and without any one of them it does not; so do the advised GPUs."""
+    config = settings("72B", rollout__sleep=False)
+    advice = advise(make_plan(config, machine(64, 141)))
+    assert not make_plan(config, machine(64, 141)).fits and len(advice.together) >= 2
+    chosen = dict(option.removeprefix("--").split(" ") for option in advice.together)
+    recipe = {"policy.model": config.policy.model, "policy.dtype": "bfloat16", "rollout.sleep": False}
+    recipe |= {"data.max_pixels": 1280 * 28 * 28, "data.max_prompt_tokens": 2048, "rollout.max_new_tokens": 2048}
+    recipe |= {"train.episode_queries": 1024}
+
+    def fits(changes: dict[str, str]) -> bool:
+        return make_plan(resolve_config("easy_vqa_cpu", recipe | changes), machine(64, 141)).fits
+
+    assert fits(chosen)
+    for left_out in chosen:
+        assert not fits({key: value for key, value in chosen.items() if key != left_out}), left_out
+    small = make_plan(settings("72B", policy__gradient_checkpointing=True), Machine(1, 80 * GIB, 8, 1024 * GIB))
+    advice = advise(small)
+    assert advice.together == [] and advice.gpus > 1
+
+
+def test_parallel_sizes_that_cannot_be(capsys):
+    """A tensor_parallel_size that divides neither the GPUs nor the heads is a mistake, with sizes that work."""
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=3 must divide the number of GPUs \(8\)"):
+        make_plan(settings(rollout__tensor_parallel_size=3), machine(8))
+    with pytest.raises(ConfigError, match=r"must divide the model's 28 attention heads; on 8 GPUs: 1, 2, 4"):
+        make_plan(settings(rollout__tensor_parallel_size=8), machine(8))
+
+
+def test_command(capsys, tmp_path):
+    """Exit code 0 when it fits and 1 when not, with the same verdict in the table and in --json; 2 and one line for a
+    mistake; nothing is written."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"policy: {{model: {QWEN.format('7B')}}}\n")
+    command = ["plan", str(recipe), "--gpus", "8", "--gpu-memory", "80"]
+    assert cli.main(command) == 1
+    printed = capsys.readouterr().out
+    assert "TOO MUCH" in printed and "This fits:" in printed and max(map(len, printed.splitlines())) < 260
+    assert "\x1b" not in printed  # plain text where it is piped
+    fixed = [*command, "--policy.gradient_checkpointing", "true", "--queries", "1000"]
+    assert cli.main(fixed) == 0 and "It fits" in capsys.readouterr().out
+    assert cli.main([*fixed, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["fits"] and said["phases"]["training"]["total"] < 80 * GIB and said["geometry"]["schedule_steps"] == 46
+    assert cli.main([*command, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["advice"]["together"] == ["--policy.gradient_checkpointing true"]
+    assert cli.main(["plan", "--help"]) == 0 and "--gpu-memory" in capsys.readouterr().out
+    for mistake, words in (
+        (["plan"], "name a recipe first"),
+        ([*command, "--train.batch_pairs", "500"], "train.batch_pairs"),
+        ([*command, "--mfu", "2"], "--mfu 2"),
+        (["plan", str(recipe), "--gpus", "0"], "--gpus 0"),
+        (["plan", str(recipe), "--gpus", "many"], "--gpus"),
+        (["plan", str(recipe), "--gpu-memory", "80"], "needs --gpus"),
+        (["plan", str(recipe), "--gpu", "8"], "gpu"),
+    ):
+        assert cli.main(mistake) == 2, mistake
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
+def test_without_gpus_this_machine_is_planned(capsys, monkeypatch):
+    """The embedded default on a CPU: host memory of this process against this machine's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["plan", "easy_vqa_cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "this CPU" in printed and "vLLM's key-value cache" in printed and "fits" in printed
+    assert cli.main(["plan", "easy_vqa_cpu", "--host-memory", "2"]) == 1
+    assert "--train.micro_batch_tokens" in capsys.readouterr().out
+
+
+def test_activations_hold_at_any_depth_and_length():
+    """What is counted with two layers and thousands of tokens predicts a run of five layers and 1,024 tokens."""
+    from rethinker.plan import activations
+
+    shape = dataclasses.replace(shape_of("tiny"), layers=5)
+    counted = activations.text_activations(shape, dtype="bfloat16", kernel="flex", row=0, checkpointing=False)
+    deep = activations._policy(shape, "bfloat16", "flex", False, 5).model.language_model
+    positions = torch.empty(3, 1, 1024, dtype=torch.int64, device="meta")
+    with activations.Count() as count:
+        embeds = torch.empty(1, 1024, shape.hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        masks = {"full_attention": None, "sliding_attention": None}
+        output = deep(inputs_embeds=embeds, position_ids=positions, attention_mask=masks, use_cache=False)
+        kept = count.bytes
+    assert kept / 1024 == pytest.approx(counted.kept, rel=0.03)
+    del output
+
+
+def test_meta_models_take_no_memory():
+    """A model of any size is built without its weights."""
+    model = meta_model(shape_of(QWEN.format("72B")).config, depth=1)
+    assert all(parameter.is_meta for parameter in model.parameters())
