@@ -41,8 +41,9 @@ class MicroBatch:
 class Zero3:
     """What decides ZeRO-3's memory: DeepSpeed's settings as rethinker.policy.zero3 writes and the user overrides them.
 
-    Read in deepspeed 0.19 runtime/zero/stage3.py: gradients are accumulated in `data_types.grad_accum_dtype`; the optimizer works through `sub_group_size` elements at a time; a
-    parameter stays gathered if it is used again within `stage3_max_reuse_distance` elements.
+    Read in deepspeed 0.19 runtime/zero/stage3.py: gradients are accumulated in `data_types.grad_accum_dtype`; the
+    optimizer works through `sub_group_size` elements at a time; a parameter stays gathered if it is used again within
+    `stage3_max_reuse_distance` elements.
     """
 
     bucket: int  # elements
