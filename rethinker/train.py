@@ -44,6 +44,7 @@ from rethinker.runtime import distributed, signals
 from rethinker.runtime.checkpoint import Checkpoints
 from rethinker.runtime.display import Display
 from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.host_memory import return_free_memory
 from rethinker.runtime.logs import RankLog
 from rethinker.runtime.ownership import collect, share
 from rethinker.runtime.profiling import StepProfiler, phase
@@ -186,6 +187,7 @@ def train(config: Config) -> Run:
                     rollout.sync(policy.weights, policy.version)
                 replay.end_episode(policy.version)
                 progress.episode += 1
+                return_free_memory()
                 if not unfinished() or progress.episode % config.validation.every == 0:
                     accuracy = held_out_accuracy(held_out, rollout, encoder, checker, ranks, config)
                     display.validated(policy.steps, accuracy)
