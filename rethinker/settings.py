@@ -59,9 +59,9 @@ def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any]
 
 def resolve_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any] | None = None) -> Config:
     """As `load_config`, without looking at this machine's disk, models and packages."""
-    path = recipe_path(recipe)
     values: dict[str, Any] = {}
-    _merge(values, _read_recipe(path))
+    for path in recipe_paths(recipe):
+        _merge(values, _read_recipe(path))
     given = overrides or {}
     _merge(values, given if isinstance(given, Mapping) else _read_arguments(given))
     config = _convert(values)
@@ -71,28 +71,59 @@ def resolve_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, A
                 f"resume={config.resume} needs run.name: the run to continue, as --run.name NAME; or give its settings "
                 "as the recipe, RUN/config.yaml"
             )
-        config.run.name = f"{path.stem}-{strftime('%Y%m%d-%H%M%S')}"
+        stem = "-".join(Path(part).stem for part in str(recipe).split("+"))
+        config.run.name = f"{stem}-{strftime('%Y%m%d-%H%M%S')}"
     check_geometry(config)
     return config
 
 
 def shipped_recipes() -> dict[str, Path]:
     """Recipes that come with the package, by name."""
-    folder = Path(str(resources.files("rethinker"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return _yaml_files("recipes")
 
 
-def recipe_path(recipe: str | Path) -> Path:
-    """The file of a recipe given by name or path."""
-    shipped = shipped_recipes()
-    if str(recipe) in shipped:
-        return shipped[str(recipe)]
-    path = Path(os.path.expanduser(recipe))
-    if os.path.isfile(path):  # unlike Path.is_file no error on a name that no file can have
+def presets() -> dict[str, Path]:
+    """What can be added to a recipe as RECIPE+PRESET, by name."""
+    return _yaml_files("recipes/presets")
+
+
+def _yaml_files(folder: str) -> dict[str, Path]:
+    files = (Path(str(resources.files("rethinker"))) / folder).glob("*.yaml")
+    return {path.stem: path for path in sorted(files)}
+
+
+def recipe_paths(recipe: str | Path) -> list[Path]:
+    """The files of a recipe, `NAME` or `NAME+PRESET+...`, in the order in which later settings replace earlier ones.
+
+    A name is that of a shipped recipe or preset, or a YAML file. A recipe's `base` comes before it.
+
+    Raises:
+        ConfigError: naming the part that does not exist, and those that do.
+    """
+    if os.path.isfile(os.path.expanduser(recipe)):  # unlike Path.is_file no error on a name that no file can have
+        parts = [str(recipe)]
+    else:
+        parts = str(recipe).split("+")
+    paths: list[Path] = []
+    for number, part in enumerate(parts):
+        path = _recipe_path(part, {**presets(), **shipped_recipes()} if number else shipped_recipes())
+        base = read_yaml_file(path, f"recipe {path}")
+        name = base.get("base") if isinstance(base, dict) else None
+        if name is not None and (not isinstance(name, str) or name not in presets()):
+            raise ConfigError(f"recipe {path}: base={name!r} must be one of {', '.join(presets())}")
+        paths += [presets()[name], path] if name else [path]
+    return paths
+
+
+def _recipe_path(part: str, named: Mapping[str, Path]) -> Path:
+    path = Path(os.path.expanduser(part))
+    if part in named:
+        return named[part]
+    if os.path.isfile(path):
         return path
     if path.suffix in (".yaml", ".yml"):
-        raise ConfigError(f"recipe {recipe} does not exist")
-    raise ConfigError(f"no recipe named {recipe!r}: give a shipped one ({', '.join(shipped)}) or a .yaml file")
+        raise ConfigError(f"recipe {part} does not exist")
+    raise ConfigError(f"no recipe named {part!r}: give a shipped one ({', '.join(named)}) or a .yaml file")
 
 
 @functools.cache
@@ -226,7 +257,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     content = read_yaml_file(path, f"recipe {path}")
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"recipe {path} must map sections to settings, not be a {type(content).__name__}")
-    return content or {}
+    return {key: value for key, value in (content or {}).items() if key != "base"}
 
 
 def _read_arguments(arguments: Sequence[str]) -> dict[str, str]:
