@@ -285,14 +285,11 @@ def _example(section: str) -> str:
 
 def _convert(values: Mapping[str, Any]) -> Config:
     """Typed settings from {key: value}; a text is read as its setting's type."""
-    from jsonargparse import ArgumentParser
-
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *sections, name = key.split(".")
         functools.reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[name] = value
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Config)
+    parser = _parser()
     try:
         parsed = parser.instantiate(parser.parse_object(tree))
     except ArgumentError as error:
@@ -302,6 +299,16 @@ def _convert(values: Mapping[str, Any]) -> Config:
             raise ConfigError(" ".join(str(error).split())) from None
         raise ConfigError(f"{setting.key}={values[setting.key]!r} must be {_in_words(setting.type)}") from None
     return Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+
+
+@functools.cache
+def _parser() -> Any:
+    """The settings' types as a parser; it keeps nothing of what it has read."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config)
+    return parser
 
 
 def _in_words(hint: Any) -> str:

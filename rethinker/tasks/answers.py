@@ -237,7 +237,7 @@ def _listed(text: str) -> tuple[str, list[str]] | None:
     brackets, inner = "", text
     if text[:2] == "\\{" and text[-2:] == "\\}" and _closing(text) == len(text) - 1:
         brackets, inner = "{}", text[2:-2]
-    elif text[:1] in "([" and _closing(text) == len(text) - 1:
+    elif text[:1] in ("(", "[") and _closing(text) == len(text) - 1:
         brackets, inner = text[0] + text[-1], text[1:-1]
     items = _split(inner)
     if brackets == "()" and len(items) == 1:

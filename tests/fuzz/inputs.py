@@ -126,7 +126,7 @@ def _modes() -> list[Image.Image]:
 
 
 def sample_files() -> list[bytes]:
-    """Images of every format and mode that Pillow writes here, with EXIF, several frames and bare headers among them."""
+    """Images of every format and mode that Pillow writes here, some with EXIF or several frames, and bare headers."""
     files = []
     exif = Image.Exif()
     exif[0x0112] = 6
