@@ -14,6 +14,13 @@ from rethinker.config import ConfigError
 SUPPORTED = "qwen2_5_vl"
 INDEX = "model.safetensors.index.json"
 
+# Tensors that show the sizes of all others: part of the model, name, and the settings that its shape follows.
+_SIZES = (
+    ("text", "embed_tokens.weight", "vocab_size", "hidden_size"),
+    ("text", "layers.0.mlp.down_proj.weight", "hidden_size", "intermediate_size"),
+    ("vision", "blocks.0.mlp.down_proj.weight", "hidden_size", "intermediate_size"),
+)
+
 # A configuration has some kilobytes, an index of a thousand shards some megabytes.
 LONGEST_JSON = 64 * 2**20
 
@@ -106,11 +113,13 @@ def _check_sizes(config: dict[str, Any], tensors: dict[str, list[int]], named: s
                 f"{named}: config.json says {key}={value!r} and the weights hold {len(tensors)} tensors; "
                 "download or save the model again"
             )
-    embedding = next((shape for name, shape in tensors.items() if name.endswith("embed_tokens.weight")), None)
-    expected = [text.get("vocab_size"), text.get("hidden_size")]
-    if embedding is None or (None not in expected and embedding != expected):
-        raise ConfigError(
-            f"{named}: config.json says vocab_size x hidden_size = {expected[0]} x {expected[1]} and the weights' "
-            f"embedding is {'missing' if embedding is None else ' x '.join(map(str, embedding))}; "
-            "download or save the model again"
-        )
+    for part, suffix, *keys in _SIZES:
+        expected = [(text if part == "text" else vision).get(key) for key in keys]
+        found = next((shape for name, shape in tensors.items() if name.endswith(suffix)), None)
+        if found is None and part == "text":
+            raise ConfigError(f"{named}: its weights have no {suffix}; download or save the model again")
+        if found is not None and None not in expected and found != expected:
+            raise ConfigError(
+                f"{named}: config.json says {' x '.join(keys)} = {expected[0]} x {expected[1]} and the weights' {suffix} "
+                f"has {' x '.join(map(str, found))}; download or save the model again"
+            )

@@ -298,7 +298,11 @@ def _convert(values: Mapping[str, Any]) -> Config:
         if not setting:
             raise ConfigError(" ".join(str(error).split())) from None
         raise ConfigError(f"{setting.key}={values[setting.key]!r} must be {_in_words(setting.type)}") from None
-    return Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+    config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+    for setting in settings():  # the parser takes null for "not given", whatever the type
+        if _get(config, setting.key) is None and type(None) not in typing.get_args(setting.type):
+            raise ConfigError(f"{setting.key}={values.get(setting.key)!r} must be {_in_words(setting.type)}")
+    return config
 
 
 @functools.cache

@@ -133,6 +133,8 @@ def test_unknown_keys_name_the_nearest_valid_one(tmp_path):
         ("--train.betas=[0.9]", "train.betas='[0.9]' must be a list of 2 values, each a number"),
         ("--data.category_weights.color=red", "must be a mapping whose values are each a number"),
         ("--train.deepspeed=3", "train.deepspeed=3 must be a mapping"),
+        ("--train.weight_decay=null", "train.weight_decay='null' must be a number"),
+        ("--reward.function=null", "reward.function='null' must be a text"),
         ("--policy=tiny", "policy='tiny' is a section; give the settings below it, as policy.model"),
     ],
 )
@@ -231,7 +233,10 @@ MODEL = json.dumps({"model_type": "qwen2_5_vl"})
 
 def weights(size: int = 8) -> bytes:
     """A .safetensors file with an embedding of `size` bytes; without its data it can be made sparse."""
-    tensors = {"embed_tokens.weight": {"dtype": "U8", "shape": [size, 1], "data_offsets": [0, size]}}
+    tensors = {
+        "embed_tokens.weight": {"dtype": "U8", "shape": [size, 1], "data_offsets": [0, size]},
+        "layers.0.mlp.down_proj.weight": {"dtype": "U8", "shape": [0, 1], "data_offsets": [size, size]},
+    }
     header = json.dumps(tensors).encode()
     return len(header).to_bytes(8, "little") + header
 

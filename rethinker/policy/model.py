@@ -173,6 +173,7 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
     except ConfigError:
