@@ -120,6 +120,6 @@ def _check_sizes(config: dict[str, Any], tensors: dict[str, list[int]], named: s
             raise ConfigError(f"{named}: its weights have no {suffix}; download or save the model again")
         if found is not None and None not in expected and found != expected:
             raise ConfigError(
-                f"{named}: config.json says {' x '.join(keys)} = {expected[0]} x {expected[1]} and the weights' {suffix} "
-                f"has {' x '.join(map(str, found))}; download or save the model again"
+                f"{named}: config.json says {' x '.join(keys)} = {expected[0]} x {expected[1]} and the weights' "
+                f"{suffix} has {' x '.join(map(str, found))}; download or save the model again"
             )

@@ -129,7 +129,7 @@ def fuzz_images(examples: int, folder: Path) -> Campaign:
     return Campaign("images").run(examples, inputs.images(), use, folder)
 
 
-def fuzz_answers(examples: int, folder: Path) -> tuple[Campaign, float, float, int]:
+def fuzz_answers(examples: int, folder: Path) -> tuple[Campaign, float, float, dict[str, int]]:
     """Every answer is judged: string work at once, mathematics before its deadline.
 
     Returns:
@@ -195,6 +195,8 @@ def test_ten_thousand(folder, processor, capsys):
     with capsys.disabled():
         print("\n" + "\n".join(map(str, [*campaigns, answers])))
         print(f"in all {sum(c.inputs for c in [*campaigns, answers])} inputs")
-        print(f"answers: slowest string work {string * 1e3:.0f} ms, slowest check that ended {worker * 1e3:.0f} ms of ")
-        print(f"a deadline of {TIMEOUT_S} s; failed and scored 0: {failures}")
+        print(
+            f"answers: slowest string work {string * 1e3:.0f} ms, slowest check that ended {worker * 1e3:.0f} ms of a "
+            f"deadline of {TIMEOUT_S} s; failed and scored 0: {failures}"
+        )
     assert sum(campaign.inputs for campaign in [*campaigns, answers]) >= 10_000
