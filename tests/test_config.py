@@ -293,8 +293,8 @@ MODEL = json.dumps({"model_type": "qwen2_5_vl"})
 def weights(size: int = 8) -> bytes:
     """A .safetensors file with an embedding of `size` bytes; without its data it can be made sparse."""
     tensors = {
-        "embed_tokens.weight": {"dtype": "U8", "shape": [size, 1], "data_offsets": [0, size]},
-        "layers.0.mlp.down_proj.weight": {"dtype": "U8", "shape": [0, 1], "data_offsets": [size, size]},
+        "model.embed_tokens.weight": {"dtype": "U8", "shape": [size, 1], "data_offsets": [0, size]},
+        "model.layers.0.mlp.down_proj.weight": {"dtype": "U8", "shape": [0, 1], "data_offsets": [size, size]},
     }
     header = json.dumps(tensors).encode()
     return len(header).to_bytes(8, "little") + header
