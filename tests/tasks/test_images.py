@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import socket
+import struct
 
 import pytest
 from PIL import Image, ImageOps
@@ -117,10 +118,35 @@ def test_of_an_animation_the_first_frame(kind):
     assert image.size == (40, 24) and red > 240 and green < 16 and blue < 16
 
 
-def test_damaged_exif_does_not_cost_the_image():
-    """Cameras write EXIF that parsers choke on; the pixels are whole."""
-    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\x01\0\0\0\x06\0\0\0" + b"\xff" * 40
-    assert open_image(saved(Image.new("RGB", (40, 20), "red"), "JPEG", exif=exif), "q").size in ((40, 20), (20, 40))
+def test_odd_exif_does_not_cost_the_image():
+    """Cameras write tags of types that Pillow cannot write again; the orientation beside them is applied."""
+    exif = bytes.fromhex(
+        "457869660000 4d4d002a00000008 0003"
+        "010e 0002 00000005 00000032"  # a description
+        "0112 0003 00000001 00060000"  # to be turned by 90 degrees
+        "0141 0005 00000001 0000003a"  # a rational where an integer belongs
+        "00000000 6465736300000000 0000004800000001"
+    )
+    reference = saved(Image.new("RGB", (40, 20), "red"), "JPEG", exif=exif)
+    with Image.open(io.BytesIO(reference["bytes"])) as image, pytest.raises(struct.error):
+        ImageOps.exif_transpose(image)
+    assert open_image(reference, "q").size == (20, 40)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "WEBP", "PNG", "JPEG", "TIFF", "GIF"])
+def test_whatever_a_decoder_raises_is_the_images_fault(kind):
+    """Decoders raise RuntimeError, struct.error and worse on damaged pixels; the query and the file are named."""
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    content = saved(noise, kind)["bytes"]
+    refusals = 0
+    for length in range(60, len(content), max(1, len(content) // 40)):
+        for damaged in (content[:length], content[:length] + bytes(len(content) - length)):
+            try:
+                assert open_image({"bytes": damaged}, "row 7").size == (64, 64)
+            except UnreadableImageError as error:
+                refusals += 1
+                assert str(error).startswith("data: query row 7: cannot read the image its bytes (")
+    assert refusals > 5
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
