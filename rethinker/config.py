@@ -11,7 +11,14 @@ from typing import Literal
 
 
 class ConfigError(ValueError):
-    """A mistake in the settings or the data they name; its message says which setting to change and to what."""
+    """A mistake in the settings or the data they name; its message says which setting to change and to what.
+
+    A message quotes what was given; of a megabyte that was, the middle is left out.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= 2000 else f"{text[:1200]} [...] {text[-600:]}"
 
 
 @dataclass

@@ -6,6 +6,7 @@ torch is not imported and no tensor is read, so a folder that cannot be trained 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ from rethinker.config import ConfigError
 
 SUPPORTED = "qwen2_5_vl"
 INDEX = "model.safetensors.index.json"
+
+# How the names of a model's weights begin, in the layouts of transformers 4 and 5.
+_PARTS = ("model.", "visual.", "language_model.", "lm_head.")
+# Tensors that show the sizes of all others: part of the model, name, and the settings that its shape follows.
+_SIZES = (
+    ("text", "embed_tokens.weight", "vocab_size", "hidden_size"),
+    ("text", "layers.0.mlp.down_proj.weight", "hidden_size", "intermediate_size"),
+    ("vision", "blocks.0.mlp.down_proj.weight", "hidden_size", "intermediate_size"),
+)
 
 # A configuration has some kilobytes, an index of a thousand shards some megabytes.
 LONGEST_JSON = 64 * 2**20
@@ -99,18 +109,29 @@ def _check_sizes(config: dict[str, Any], tensors: dict[str, list[int]], named: s
         part if isinstance(part, dict) else {}
         for part in (config.get("text_config", config), config.get("vision_config"))
     )
-    counts = {"num_hidden_layers": text.get("num_hidden_layers"), "vision_config.depth": vision.get("depth")}
-    for key, value in counts.items():
-        if value is not None and not (isinstance(value, int) and 0 < value <= len(tensors)):
+    strays = [name for name in tensors if not name.startswith(_PARTS)]
+    if strays:
+        raise ConfigError(
+            f"{named}: {strays[0]} and {len(strays) - 1} more of its weights are no part of a {SUPPORTED}"
+        )
+    counts = {
+        "num_hidden_layers": (text.get("num_hidden_layers"), r"\blayers\.(\d+)\."),
+        "vision_config.depth": (vision.get("depth"), r"\bblocks\.(\d+)\."),
+    }
+    for key, (value, pattern) in counts.items():
+        held = {int(found[1]) for name in tensors if (found := re.search(pattern, name))}
+        if value is not None and (not isinstance(value, int) or value != len(held)):
             raise ConfigError(
-                f"{named}: config.json says {key}={value!r} and the weights hold {len(tensors)} tensors; "
+                f"{named}: config.json says {key}={value!r} and the weights hold {len(held)}; "
                 "download or save the model again"
             )
-    embedding = next((shape for name, shape in tensors.items() if name.endswith("embed_tokens.weight")), None)
-    expected = [text.get("vocab_size"), text.get("hidden_size")]
-    if embedding is None or (None not in expected and embedding != expected):
-        raise ConfigError(
-            f"{named}: config.json says vocab_size x hidden_size = {expected[0]} x {expected[1]} and the weights' "
-            f"embedding is {'missing' if embedding is None else ' x '.join(map(str, embedding))}; "
-            "download or save the model again"
-        )
+    for part, suffix, *keys in _SIZES:
+        expected = [(text if part == "text" else vision).get(key) for key in keys]
+        found = next((shape for name, shape in tensors.items() if name.endswith(suffix)), None)
+        if found is None and part == "text":
+            raise ConfigError(f"{named}: its weights have no {suffix}; download or save the model again")
+        if found is not None and None not in expected and found != expected:
+            raise ConfigError(
+                f"{named}: config.json says {' x '.join(keys)} = {expected[0]} x {expected[1]} and the weights' "
+                f"{suffix} has {' x '.join(map(str, found))}; download or save the model again"
+            )

@@ -100,10 +100,8 @@ def recipe_paths(recipe: str | Path) -> list[Path]:
     Raises:
         ConfigError: naming the part that does not exist, and those that do.
     """
-    if os.path.isfile(os.path.expanduser(recipe)):  # unlike Path.is_file no error on a name that no file can have
-        parts = [str(recipe)]
-    else:
-        parts = str(recipe).split("+")
+    is_file = os.path.isfile(os.path.expanduser(recipe))  # unlike Path.is_file no error on a name no file can have
+    parts = [str(recipe)] if is_file else str(recipe).split("+")
     paths: list[Path] = []
     for number, part in enumerate(parts):
         path = _recipe_path(part, {**presets(), **shipped_recipes()} if number else shipped_recipes())
@@ -327,14 +325,11 @@ def _example(section: str) -> str:
 
 def _convert(values: Mapping[str, Any]) -> Config:
     """Typed settings from {key: value}; a text is read as its setting's type."""
-    from jsonargparse import ArgumentParser
-
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *sections, name = key.split(".")
         functools.reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[name] = value
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Config)
+    parser = _parser()
     try:
         parsed = parser.instantiate(parser.parse_object(tree))
     except ArgumentError as error:
@@ -343,7 +338,21 @@ def _convert(values: Mapping[str, Any]) -> Config:
         if not setting:
             raise ConfigError(" ".join(str(error).split())) from None
         raise ConfigError(f"{setting.key}={values[setting.key]!r} must be {_in_words(setting.type)}") from None
-    return Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+    config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+    for setting in settings():  # the parser takes null for "not given", whatever the type
+        if _get(config, setting.key) is None and type(None) not in typing.get_args(setting.type):
+            raise ConfigError(f"{setting.key}={values.get(setting.key)!r} must be {_in_words(setting.type)}")
+    return config
+
+
+@functools.cache
+def _parser() -> Any:
+    """The settings' types as a parser; it keeps nothing of what it has read."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config)
+    return parser
 
 
 def _in_words(hint: Any) -> str:

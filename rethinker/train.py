@@ -90,7 +90,7 @@ def train(config: Config) -> Run:
     G, N = config.rollout.group_size, config.train.batch_pairs
     queries = load_queries(config.data, "train")
     held_out = load_held_out(config)
-    check_images([*queries, *held_out])
+    check_images([*queries, *held_out], config.data)
     total_steps = schedule_length(config, len(queries))
     with ExitStack() as stack:
         ranks = distributed.start(config.rollout.timeout_s)

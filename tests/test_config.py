@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -133,6 +134,7 @@ def test_unknown_keys_name_the_nearest_valid_one(tmp_path):
         ("--train.betas=[0.9]", "train.betas='[0.9]' must be a list of 2 values, each a number"),
         ("--data.category_weights.color=red", "must be a mapping whose values are each a number"),
         ("--train.deepspeed=3", "train.deepspeed=3 must be a mapping"),
+        ("--train.weight_decay=null", "train.weight_decay='null' must be a number"),
         ("--policy=tiny", "policy='tiny' is a section; give the settings below it, as policy.model"),
     ],
 )
@@ -146,12 +148,71 @@ def test_wrong_types_in_a_recipe(tmp_path):
     for line, message in {
         "train: {max_steps: true}": "train.max_steps=True must be an integer or null",
         "train: 3": "train=3 is a section",
+        "reward: {function: null}": "reward.function=None must be a text",
+        "train: {weight_decay: null}": "train.weight_decay=None must be a number",
+        "seed: 1\nseed: 2": "the key 'seed' is given twice",
+        "train: {max_steps: 1, max_steps: 2}": "the key 'max_steps' is given twice",
+        "data: &d {prompt: x}\nrun: *d": "aliases (*name) are not read",
+        "run: !!python/object/apply:os.system ['touch ran']": "could not determine a constructor",
+        "seed: !!timestamp never": "is not readable YAML",
+        "seed: 2001-99-99": "is not readable YAML",
+        "seed: " + "9" * 5000: "is not readable YAML",
+        "train: {deepspeed: " + "[" * 40 + "]" * 40 + "}": "more than 32 levels",
+        "seed: 1 #" + "x" * 2**20: "is longer than 1048576 bytes",
+        "seed: 1\0": "is not readable YAML",
         "policy: {warmup: null}": "policy.warmup=None is a section",
         "- a\n- b": "must map sections to settings, not be a list",
         "train: {": "is not readable YAML",
     }.items():
         (tmp_path / "r.yaml").write_text(line)
         assert message in refused(recipe=tmp_path / "r.yaml")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.timeout(20)
+def test_a_billion_values_in_nine_lines_are_refused(tmp_path):
+    """Aliases of aliases, in a recipe and in an option: refused at once, not spelled out."""
+    lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    assert "aliases (*name) are not read" in refused(recipe=tmp_path / "r.yaml")
+    assert "is not readable YAML" in refused("--data.category_weights", "{" + ", ".join(lines) + "}")
+    assert "is not readable YAML" in refused("--data.category_weights", "{a: ")
+    assert "must be" in refused("--train.betas", "&a [*a, *a]")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["~nobody-here/r.yaml", "x" * 300 + ".yaml", "a\0b.yaml", "pipe.yaml", "."])
+def test_recipes_that_are_no_files(tmp_path, name):
+    """Names that no file can have, and a pipe that would never end."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "recipe" in refused(recipe=name)
+
+
+def test_a_run_cannot_leave_its_folder(tmp_path):
+    """Neither by its name nor by a link that lies in its place."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "linked").symlink_to(elsewhere)
+    (tmp_path / "runs" / "dangling").symlink_to(tmp_path / "not yet")
+    for name in ("linked", "dangling"):
+        assert f"run.name={name}: runs/{name} is a link to elsewhere" in refused("--run.name", name)
+    odd = ["../x", "..", ".", "/x", "a/b", "a\\b", ".x", "", "a\nb", "a\0", "a\x1b[2J", "\udcff", "x" * 201, "é" * 101]
+    for name in odd:
+        assert "must be a plain folder name" in refused(f"--run.name={name}"), name
+    for name in ("x" * 200, "a b", "北京", "name-1.5_b"):
+        assert load_config("easy_vqa_cpu", {"run.name": name}).run.name == name
+    for folder in ("a\0b", "x" * 300, "~nobody-here/x", "a\nb", "\udcff", ""):
+        assert "run.dir=" in refused(f"--run.dir={folder}")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["dangling", "elsewhere", "linked", "runs"]
+
+
+def test_written_settings_have_no_aliases(tmp_path):
+    """A value that a caller used twice is written twice, since aliases are not read."""
+    shared = {"a": [1, 2]}
+    config = resolve_config("easy_vqa_cpu", {"train.deepspeed": {"x": shared, "y": shared}})
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert resolve_config(tmp_path / "again.yaml") == config
 
 
 def test_malformed_arguments():
@@ -231,7 +292,10 @@ MODEL = json.dumps({"model_type": "qwen2_5_vl"})
 
 def weights(size: int = 8) -> bytes:
     """A .safetensors file with an embedding of `size` bytes; without its data it can be made sparse."""
-    tensors = {"embed_tokens.weight": {"dtype": "U8", "shape": [size, 1], "data_offsets": [0, size]}}
+    tensors = {
+        "model.embed_tokens.weight": {"dtype": "U8", "shape": [size, 1], "data_offsets": [0, size]},
+        "model.layers.0.mlp.down_proj.weight": {"dtype": "U8", "shape": [0, 1], "data_offsets": [size, size]},
+    }
     header = json.dumps(tensors).encode()
     return len(header).to_bytes(8, "little") + header
 

@@ -173,12 +173,13 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
     except ConfigError:
         raise
     except Exception as error:  # what is wrong with files from elsewhere surfaces as anything
-        raise ConfigError(f"{named} could not be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"{named} could not be loaded: {_one_line(error)}") from error
     # transformers would fill a gap with random numbers and say so in a log.
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         if names := sorted(map(str, loaded.get(fault) or ())):
@@ -198,12 +199,12 @@ def load_processor(folder: str | Path):
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # no such folder; a folder without processor files; files that say anything
-        raise ConfigError(f"{named} has no processor: {_first_line(error)}") from error
+        raise ConfigError(f"{named} has no processor: {_one_line(error)}") from error
     for part in ("tokenizer", "image_processor", "image_token_id"):
         if getattr(processor, part, None) is None:
             raise ConfigError(f"{named} has no processor for images and texts: a {type(processor).__name__}, no {part}")
     return processor
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

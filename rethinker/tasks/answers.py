@@ -178,9 +178,7 @@ def clean(text: str) -> str:
     return text
 
 
-def _values_match(
-    predicted: str, answer: str, question: str, equal: Equal, depth: int = 0, room: int = MOST_PAIRED
-) -> bool | None:
+def _values_match(predicted: str, answer: str, question: str, equal: Equal, depth: int = 0) -> bool | None:
     """Rules 1 and 3 to 6 on two cleaned texts."""
     if predicted == answer:
         return True
@@ -196,16 +194,16 @@ def _values_match(
 
     assigned, expected = _ASSIGNMENT.fullmatch(predicted), _ASSIGNMENT.fullmatch(answer)
     if assigned and expected and assigned[1] == expected[1]:
-        return _values_match(assigned[2], expected[2], question, equal, depth + 1, room)
+        return _values_match(assigned[2], expected[2], question, equal, depth + 1)
     if assigned and "=" not in answer:
-        return _values_match(assigned[2], answer, question, equal, depth + 1, room)
+        return _values_match(assigned[2], answer, question, equal, depth + 1)
     if expected and "=" not in predicted:
-        return _values_match(predicted, expected[2], question, equal, depth + 1, room)
+        return _values_match(predicted, expected[2], question, equal, depth + 1)
 
     if "\\pm" not in predicted and "\\pm" not in answer:
         ours, theirs = _listed(predicted), _listed(answer)
         if ours or theirs:
-            return _lists_match(ours or ("", [predicted]), theirs or ("", [answer]), question, equal, depth + 1, room)
+            return _lists_match(ours or ("", [predicted]), theirs or ("", [answer]), question, equal, depth + 1)
 
     (predicted, unit), (answer, expected_unit) = (
         split_unit(predicted) or (predicted, ""),
@@ -237,7 +235,7 @@ def _listed(text: str) -> tuple[str, list[str]] | None:
     brackets, inner = "", text
     if text[:2] == "\\{" and text[-2:] == "\\}" and _closing(text) == len(text) - 1:
         brackets, inner = "{}", text[2:-2]
-    elif text[:1] in "([" and _closing(text) == len(text) - 1:
+    elif text[:1] in ("(", "[") and _closing(text) == len(text) - 1:
         brackets, inner = text[0] + text[-1], text[1:-1]
     items = _split(inner)
     if brackets == "()" and len(items) == 1:
@@ -275,7 +273,7 @@ def _closing(text: str) -> int:
 
 
 def _lists_match(
-    ours: tuple[str, list[str]], theirs: tuple[str, list[str]], question: str, equal: Equal, depth: int, room: int
+    ours: tuple[str, list[str]], theirs: tuple[str, list[str]], question: str, equal: Equal, depth: int
 ) -> bool | None:
     """Rule 4 on the prediction's and the answer's brackets and items."""
     (our_brackets, predicted), (brackets, answer) = ours, theirs
@@ -287,11 +285,15 @@ def _lists_match(
         return False
     kind = brackets or our_brackets
     if kind in ("", "{}") and not (kind == "" and _ASKS_FOR_ORDER.search(question)):
-        room //= max(1, len(answer))
-        return bool(room) and _matched(
-            predicted, answer, lambda p, a: _values_match(p, a, question, equal, depth, room)
-        )
-    return _all(_values_match(p, a, question, equal, depth, room) for p, a in zip(predicted, answer, strict=True))
+        if any(sum(map(",".join(side).count, ",;")) > MOST_PAIRED for side in (predicted, answer) if _nested(side)):
+            return False
+        return _matched(predicted, answer, lambda p, a: _values_match(p, a, question, equal, depth))
+    return _all(_values_match(p, a, question, equal, depth) for p, a in zip(predicted, answer, strict=True))
+
+
+def _nested(items: list[str]) -> bool:
+    """Whether there are sets among the items of a set: then all items of the one are compared with all of the other."""
+    return any("\\{" in item for item in items)
 
 
 def _all(verdicts: Iterable[bool | None]) -> bool | None:

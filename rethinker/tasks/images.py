@@ -167,11 +167,8 @@ def _file(reference: Any, max_pixels: int) -> BinaryIO:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF says; EXIF that cannot be read says nothing, as in every viewer."""
-    try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
-    except Exception:  # the parser too raises anything
-        turn = None
+    """Turned as EXIF says. Pillow's exif_transpose also writes the other tags anew, and fails on odd ones."""
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION))
     return image if turn is None else image.transpose(turn)
 
 

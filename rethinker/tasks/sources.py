@@ -55,7 +55,7 @@ def open_table(name: str, split: str, setting: str) -> Table:
     """
     path = Path(os.path.expanduser(name))
     if path.suffix in (".parquet", ".jsonl"):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ConfigError(f"{setting}={name}: no such file{_nearby(path)}")
         read = _parquet if path.suffix == ".parquet" else _jsonl
         try:
@@ -64,7 +64,7 @@ def open_table(name: str, split: str, setting: str) -> Table:
             raise
         except Exception as error:
             raise ConfigError(f"{setting}={name}: not a readable {path.suffix} file ({_one_line(error)})") from error
-    if path.is_file():
+    if os.path.isfile(path):
         raise ConfigError(f"{setting}={name}: files are read as .parquet or .jsonl; convert it, or give the folder")
     return _hugging_face(name, path, split, setting)
 
@@ -144,7 +144,7 @@ def _hugging_face(name: str, path: Path, split: str, setting: str) -> Table:
     except ImportError as error:
         raise ConfigError(f"{setting}={name} needs the package datasets: pip install datasets") from error
 
-    local = path.is_dir()
+    local = os.path.isdir(path)
     source, _, subset = (name, "", "") if local else name.partition(":")
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -203,7 +203,7 @@ def _only_the_cache() -> Iterator[None]:
 
 
 def _nearby(path: Path) -> str:
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f" (there is no folder {path.parent})"
     try:
         close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)

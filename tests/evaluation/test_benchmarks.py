@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -198,3 +199,52 @@ def test_your_own_benchmark(tmp_path):
     with pytest.raises(ConfigError, match=r"--benchmark mathvist: did you mean mathvista\? known are .*emma"):
         load_benchmark("mathvist")
     assert Path(file).exists()
+
+
+PLAIN = {"title": "t", "data": "a/b", "files": ["*.parquet"], "fields": {"answer": "answer"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "../../outside"}, r"name='\.\./\.\./outside' must be a plain name"),
+        ({"name": "/outside"}, "must be a plain name"),
+        ({"name": 3}, "name must be a text"),
+        ({"files": ["../*.parquet"]}, "files and folder must lie below the data's folder"),
+        ({"files": ["/etc/*"]}, "files and folder must lie below the data's folder"),
+        ({"files": [3]}, "must be lists of texts"),
+        ({"files": 3}, "does not describe a benchmark"),
+        ({"folder": "../x"}, "files and folder must lie below"),
+        ({"folder": 3}, "folder must be a text"),
+        ({"fields": {"answer": ["a"]}}, "fields must map"),
+        ({"fields": "answer"}, "fields must map"),
+        ({"prompt": None}, "prompt must be a text"),
+        ({"category_pattern": "("}, "category_pattern='\\('"),
+        ({"category_pattern": "x"}, "must have one group"),
+        ({"title": {"a": 1}}, "title must be a text"),
+        ({"colour": "red"}, "does not describe a benchmark"),
+        ({"answer_kind": "other"}, "answer_kind=other must be one of"),
+    ],
+)
+def test_a_benchmarks_file_stays_in_its_place(tmp_path, changes, message):
+    """A file from elsewhere neither writes results nor reads data outside its folders; a mistake in it is one line."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps({**PLAIN, **changes}))
+    with pytest.raises(ConfigError, match=f"--benchmark .*mine.yaml.*{message}") as caught:
+        load_benchmark(str(file))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["- a", "3", "a: &a [x]\nb: *a", "!!python/name:os.system", "a: b: c", "\0", ""])
+def test_a_benchmarks_file_is_plain_yaml(tmp_path, content):
+    """Whatever else stands in it is refused, and nothing is run."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match="--benchmark"):
+        load_benchmark(str(file))
+
+
+def test_a_plain_file_is_a_benchmark(tmp_path):
+    """So the refusals above are for their own reasons."""
+    (tmp_path / "mine.yaml").write_text(json.dumps(PLAIN))
+    assert load_benchmark(str(tmp_path / "mine.yaml")).name == "mine"

@@ -59,7 +59,7 @@ class Campaign:
             except ConfigError as error:
                 self.refused += 1
                 message = str(error)
-                assert message.strip() and len(message) < 5000, f"{len(message)} characters"
+                assert message.strip() and len(message) < 2100, f"{len(message)} characters"
                 assert listing(folder) == before, f"a refused input left {listing(folder) - before}"
                 self.messages.add(message[:40])
             took = time.perf_counter() - start

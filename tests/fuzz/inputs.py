@@ -28,7 +28,8 @@ nested = st.recursive(
     scalar, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3), max_leaves=6
 )
 
-KEYS = [setting.key for setting in settings()]
+DEFAULTS = {setting.key: setting.default for setting in settings()}
+KEYS = list(DEFAULTS)
 # A value of each type that settings take, besides the odd ones.
 plausible = st.sampled_from([1, 8, 64, 512, 0.5, "boxed", "tiny", "a/b", "runs", "grpo", "none", [0.9, 0.95], True])
 
@@ -48,17 +49,19 @@ def recipes(draw: st.DrawFn) -> tuple[bytes, list[str]]:
             node = tree
             for section in sections:
                 node = node.setdefault(section, {}) if isinstance(node.get(section, {}), dict) else {}
-            node[name] = draw(plausible | nested)
+            usual = st.just(DEFAULTS[key])
+            node[name] = draw(usual | usual | plausible | nested)
         content = json.dumps(tree).encode()  # JSON is YAML
         if draw(st.booleans()):
             place = draw(st.integers(0, len(content)))
             content = content[:place] + draw(st.binary(max_size=3)) + content[place:]
     overrides = []
-    for _ in range(draw(st.integers(0, 2))):
+    for _ in range(draw(st.sampled_from([0, 0, 0, 1, 2]))):
         key = draw(
             st.sampled_from(KEYS) | st.sampled_from(["data.fields.x", "train.deepspeed.a.b", "run", "", ".", "x.y"])
         )
-        value = draw(text | (plausible | nested).map(lambda value: json.dumps(value)))
+        odd = text | (plausible | nested).map(lambda value: json.dumps(value))
+        value = draw(odd | st.just(json.dumps(DEFAULTS.get(key))))
         overrides += draw(st.sampled_from([[f"--{key}={value}"], [f"--{key}", value], [f"--{key}"], [value]]))
     return content, overrides
 
@@ -98,9 +101,9 @@ def tables(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
             row[draw(st.sampled_from([*good, "category", ""]))] = draw(IMAGE_CELLS | nested)
         rows.append(row)
     options = {
-        "max_bad_rows": draw(st.sampled_from([0.0, 0.01, 0.5, 1.0])),
-        "max_prompt_tokens": draw(st.sampled_from([1, 30, 256])),
-        "max_images": draw(st.sampled_from([0, 1, 8])),
+        "max_bad_rows": draw(st.sampled_from([0.0, 0.5, 1.0, 1.0])),
+        "max_prompt_tokens": draw(st.sampled_from([30, 256, 256])),
+        "max_images": draw(st.sampled_from([1, 8, 8])),
         "image_root": draw(st.sampled_from([None, "/", "."])),
     }
     return rows, options
@@ -126,7 +129,7 @@ def _modes() -> list[Image.Image]:
 
 
 def sample_files() -> list[bytes]:
-    """Images of every format and mode that Pillow writes here; EXIF, several frames and bare headers among them."""
+    """Images of every format and mode that Pillow writes here, some with EXIF or several frames, and bare headers."""
     files = []
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -284,3 +284,55 @@ def test_the_templates_are_packaged():
     package = ROOT / "rethinker"
     packaged = {path for pattern in patterns for path in package.glob(pattern)}
     assert {package / "report" / f"page.{kind}" for kind in ("html", "css", "js")} <= packaged
+
+
+HOSTILE = """"'><svg onload=a()><img src=x onerror=a()></script></style></title></textarea><!-- --><script>a()</script>
+{{ 7 * 7 }} {% raw %} javascript:a() \u202e \ud800 &lt; &#60; \0 \x1b[2J"""
+
+
+def test_no_context_lets_markup_through(tmp_path):
+    """Quotes, comments, ends of script, style and title, template marks and half characters, wherever a text of a run,
+    a row or a model stands: in elements, in attributes, in figures; and image references that are no images."""
+    image = f"{tmp_path}/{HOSTILE}.png"
+    shown = group(0, [(HOSTILE, 1.0), (HOSTILE * 2, 0.0)], HOSTILE.replace("\ud800", ""), HOSTILE, image=image)
+    for completion in shown.completions:
+        completion.text = completion.text.replace("\ud800", "")  # Parquet has none
+    query = replace(shown.query, answer=HOSTILE.replace("\ud800", ""), id=HOSTILE.replace("\ud800", ""))
+    query = replace(query, images=tuple(str(i).replace("\ud800", "") for i in query.images))
+    run = write_run(tmp_path / "run", groups=[replace(shown, query=query)], accuracies={0: 0.1, 6: 0.2})
+    rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["by_category"] = {HOSTILE: 0.5}
+    (run / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = (run / "config.yaml").read_text()
+    for key, value in (("function", "boxed"), ("model", "tiny"), ("name", "ssr")):
+        config = config.replace(f"{key}: {value}\n", f"{key}: {json.dumps(HOSTILE.replace(chr(0xD800), ''))}\n")
+    (run / "config.yaml").write_text(config)
+    elements = Elements(write_report([run]))
+    assert len(elements.all("script")) == 1 and len(elements.all("style")) >= 1
+    handlers = {name for _, attributes in elements.found for name in attributes if name.startswith("on")}
+    assert not handlers
+    assert not [a for tag, a in elements.found if tag == "img" and not a["src"].startswith("data:image/jpeg;base64,")]
+    assert not [a for _, a in elements.found if "javascript:" in str(a.get("href", "")) + str(a.get("src", ""))]
+    assert "{{ 7 * 7 }}" in elements.text and "49" not in elements.text.split("{{ 7 * 7 }}")[1][:20]
+
+
+def test_files_of_another_hand(tmp_path):
+    """Metrics that are no numbers, a Parquet file of other columns, settings that bomb: a page, or one line."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    run = write_run(tmp_path / "run", groups=[group(0, [("a", 1.0)])])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[0] |= {"entropy": "high", "grad_norm": [1], "kl": {"a": 1}, "loss": True}
+    lines = [json.dumps(row) for row in rows]
+    lines[1] = lines[1].replace('"entropy": ', '"odd": ').replace('"loss": -0.1', '"loss": 1' + "0" * 400)
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    parquet.write_table(pa.table({"group": [0, 1], "x": ["a", "b"]}), run / "completions" / "episode_00001.parquet")
+    assert "Could not be read: run/episode_00001.parquet" in Elements(write_report([run])).text
+    (run / "config.yaml").write_text("a: &a [x]\nb: *a")
+    with pytest.raises(ConfigError, match=r"config\.yaml is not readable YAML: aliases"):
+        write_report([run])
+    (run / "metrics.jsonl").write_text('{"step": 1e999}\n')
+    with pytest.raises(ConfigError, match="line 1 is no JSON object with a step"):
+        write_report([run])

@@ -21,6 +21,9 @@ from rethinker.tasks.reward import AnswerChecker, load_reward
 REWARDS = """
 import ctypes, os, sys, time
 
+class Mute(Exception):
+    def __str__(self): raise RuntimeError("even this")
+
 def by_word(response, answer, query):
     word, _, rest = response.partition(" ")
     if word == "hang":
@@ -45,6 +48,38 @@ def by_word(response, answer, query):
         return float("nan")
     if word == "text":
         return "right"
+    if word == "digits":
+        return "1.0"
+    if word == "none":
+        return None
+    if word == "complex":
+        return 1j
+    if word == "huge":
+        return 10**400
+    if word == "mute":
+        raise Mute
+    if word == "surrogate":
+        raise ValueError("half \\ud800")
+    if word == "generator":
+        return (x for x in [1])
+    if word == "interrupt":
+        raise KeyboardInterrupt
+    if word == "fork":
+        return float(rest) if os.fork() else 99.0
+    if word == "thread":
+        import threading
+        threading.Thread(target=time.sleep, args=(60,)).start()
+    if word == "print":
+        print("x" * 100_000)
+        sys.stderr.write("noise\\n")
+    if word == "close":
+        os.closerange(0, 100)
+    if word == "alarm":
+        import signal
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        while True: pass
+    if word == "bool":
+        return rest == "1"
     if word == "query":
         return float(query.question == "2 + 2?" and answer == query.answer == "4" and query.metadata["level"] == 3)
     if word == "torch":
@@ -82,6 +117,16 @@ def ask(responses: dict[str, str]) -> list[tuple[str, str, Query]]:
         ("raise it", "error"),
         ("sys.exit", "error"),
         ("text", "error"),
+        ("digits", "error"),
+        ("none", "error"),
+        ("complex", "error"),
+        ("huge", "error"),
+        ("mute", "error"),
+        ("surrogate", "error"),
+        ("generator", "error"),
+        ("interrupt", "error"),
+        ("close", "crash"),
+        ("alarm", "timeout"),
         ("nan", "non_finite"),
     ],
 )
@@ -95,6 +140,30 @@ def test_a_check_that_fails_scores_0_is_counted_and_harms_no_other(checker, resp
     assert checker.failures == {reason: 1}
     assert time.monotonic() - start < 15
     assert checker.score(ask({"again": "value 3"})) == {"again": 3.0}
+
+
+@pytest.mark.parametrize("response", ["fork 5", "thread 5", "print 5", "bool 1"])
+def test_what_a_reward_may_do(checker, response, capfd):
+    """Law 7: fork and let the child return, leave a thread, print, return a number of another library: its own score
+    is counted once, and every other response keeps its own."""
+    responses = {f"r{i}": f"value {i}" for i in range(20)}
+    responses["r5"] = response
+    scores = checker.score(ask(responses))
+    assert scores == {request: float(request[1:]) for request in responses} | {"r5": 1.0 if "bool" in response else 5.0}
+    assert not checker.failures and checker.score(ask({"again": "value 3"})) == {"again": 3.0}
+
+
+def test_rewards_of_numpy(tmp_path):
+    """A NumPy number is a reward, an array of one is too, an array of two is an error."""
+    (tmp_path / "r.py").write_text("import numpy as np\ndef f(r, a, q): return np.float32(0.5) * eval(r)\n")
+    with AnswerChecker(RewardConfig(function=f"{tmp_path / 'r.py'}:f", workers=1)) as checker:
+        assert checker.score(ask({"a": "1", "b": "np.array(2)", "c": "np.ones(2)", "d": "np.nan"})) == {
+            "a": 0.5,
+            "b": 1.0,
+            "c": 0.0,
+            "d": 0.0,
+        }
+        assert checker.failures == {"error": 1, "non_finite": 1}
 
 
 def test_many_hanging_checks_cost_a_deadline_each_and_end(checker):
@@ -255,6 +324,34 @@ def test_hard_mathematics_times_out_in_the_boxed_reward():
     assert sum(checker.failures.values()) == 8
 
 
+def test_string_work_is_bounded(monkeypatch):
+    """Law 11: what is compared without a worker, and so without a deadline, ends at once: an answer that is a book, a
+    quadratic trap for a pattern, sets within sets, options without text."""
+    traps = [
+        ("\\boxed{" + "a1" * 450 + "}", Query("q", "", "a1" * 500_000 + "(")),
+        ("\\boxed{" + "a1" * 500_000 + "}", Query("q", "", "a1" * 500_000 + "(")),
+        ("\\boxed{" + sets("x", 9, 3) + "}", Query("q", "", sets("y", 9, 3))),
+        ("\\boxed{" + sets("x", 22, 2) + "}", Query("q", "", sets("y", 22, 2))),
+        ("\\boxed{" + "{" * 10_000 + "5" + "}" * 10_000 + "}", Query("q", "", "5")),
+        ("\\boxed{" + "{" * 1_000_000, Query("q", "", "5")),
+        ("\\boxed{(1}", Query("q", "(A) x (B) y", "(1", metadata={"choices": ["", "(1"]})),
+        ("\\boxed{x}", Query("q", "", "x y", metadata={"choices": "{[]: 1}"})),
+        ("\\boxed{x}", Query("q", "", "x y", metadata={"choices": "-" * 1_000_000 + "1"})),
+        ("\\boxed{x}", Query("q", "A. " * 300_000, "B")),
+    ]
+    # What is left to a worker is not asked here.
+    monkeypatch.setattr(AnswerChecker, "_run", lambda self, checks: {key: (0.0, "") for key in checks})
+    with AnswerChecker(RewardConfig(workers=1)) as checker:
+        for response, query in traps:
+            start = time.perf_counter()
+            checker.score([("a", response, query)])
+            assert time.perf_counter() - start < 1.0, response[:60]
+
+
+def sets(item: str, width: int, depth: int) -> str:
+    return item if depth == 0 else "\\{" + ",".join([sets(item, width, depth - 1)] * width) + "\\}"
+
+
 def test_plain_answers_need_no_process_and_are_fast():
     """Thousands of easy checks a second, without starting a worker."""
     items = [
@@ -289,12 +386,15 @@ def test_verdicts_of_the_worker_are_remembered():
         ("{folder}/rewards.py", "give boxed, or path"),
         ("{folder}/broken.py:f", "fails to import .ModuleNotFoundError"),
         ("{folder}/short.py:f", "must take .response, answer, query."),
+        ("{folder}/exits.py:f", "fails to import .SystemExit: 0."),
+        ("~nobody-here/x.py:f", "there is no file"),
     ],
 )
 def test_a_wrong_reward_function_is_refused_at_once(reward_file, spec, message):
     """The error names reward.function and the fix before any worker starts."""
     folder = reward_file.parent
     (folder / "broken.py").write_text("import no_such_module_at_all")
+    (folder / "exits.py").write_text("import sys\nsys.exit(0)")
     (folder / "short.py").write_text("def f(response): return 1.0")
     with pytest.raises(ConfigError, match=rf"(?s)reward\.function=.*{message}"):
         AnswerChecker(RewardConfig(function=spec.format(folder=folder)))
