@@ -224,7 +224,7 @@ def test_malformed_arguments():
 
 def test_unknown_recipes(tmp_path):
     """A recipe that is not there is refused, naming those that are."""
-    shipped = "easy_vqa_cpu, easy_vqa_cpu_stage2"
+    shipped = ", ".join(shipped_recipes())
     assert refused(recipe="easy_vqa") == f"no recipe named 'easy_vqa': give a shipped one ({shipped}) or a .yaml file"
     assert refused(recipe=tmp_path / "none.yaml") == f"recipe {tmp_path / 'none.yaml'} does not exist"
 
