@@ -337,11 +337,11 @@ def _convert(values: Mapping[str, Any]) -> Config:
         setting = found and _find(found[1])
         if not setting:
             raise ConfigError(" ".join(str(error).split())) from None
-        raise ConfigError(f"{setting.key}={values[setting.key]!r} must be {_in_words(setting.type)}") from None
+        raise ConfigError(f"{setting.key}={values[setting.key]!r} must be {in_words(setting.type)}") from None
     config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
     for setting in settings():  # the parser takes null for "not given", whatever the type
         if _get(config, setting.key) is None and type(None) not in typing.get_args(setting.type):
-            raise ConfigError(f"{setting.key}={values.get(setting.key)!r} must be {_in_words(setting.type)}")
+            raise ConfigError(f"{setting.key}={values.get(setting.key)!r} must be {in_words(setting.type)}")
     return config
 
 
@@ -355,18 +355,18 @@ def _parser() -> Any:
     return parser
 
 
-def _in_words(hint: Any) -> str:
+def in_words(hint: Any) -> str:
     """A type as a user would say it: `int | None` is "an integer or null"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_in_words, arguments))
+        return " or ".join(map(in_words, arguments))
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
-        return f"a list of {len(arguments)} values, each {_in_words(arguments[0])}"
+        return f"a list of {len(arguments)} values, each {in_words(arguments[0])}"
     if origin is list:
-        return f"a list, each entry {_in_words(arguments[0])}"
+        return f"a list, each entry {in_words(arguments[0])}"
     if origin is dict:
-        return f"a mapping whose values are each {_in_words(arguments[1])}"
+        return f"a mapping whose values are each {in_words(arguments[1])}"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     return words.get(hint, "a mapping")

@@ -103,12 +103,13 @@ def disturb(folder: Path, name: str, kills: int, seed: int) -> list[str]:
     """
     chance, told, run = random.Random(seed), [], folder / name
     for number in range(kills):
-        process = start(folder, name, "--resume", "auto")
+        process, started, back = start(folder, name, "--resume", "auto"), time.monotonic(), ""
         done, kind = len(rows(run)), ("anywhere", "in a step", "in a save")[number % 3]
         if kind == "anywhere":
             time.sleep(chance.uniform(0, 15))
         elif kind == "in a step":
             wait_for(lambda: len(rows(run)) not in (0, done), process)  # noqa: B023  (it is awaited here)
+            back = f", first new step after {time.monotonic() - started:.1f} s"
             time.sleep(chance.uniform(0, 1.5))
         else:
             after = newest(run)
@@ -118,7 +119,7 @@ def disturb(folder: Path, name: str, kills: int, seed: int) -> list[str]:
         saving = [path.name for path in run.glob("checkpoints/.*.partial")]
         kill(process)
         steps, saved = len(rows(run)), newest(run)
-        told.append(f"kill {number + 1} {kind}: {steps} steps logged, checkpoint {saved}, being written {saving}")
+        told.append(f"kill {number + 1} {kind}: {steps} steps logged, checkpoint {saved}, being written {saving}{back}")
         # One checkpoint is written while the next steps run, so at most two of them are not there yet.
         assert steps - (saved or 0) <= 2 * EVERY, told[-1]
     return told

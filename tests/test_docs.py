@@ -1,0 +1,61 @@
+"""The documentation is true where a machine can tell: links lead somewhere, settings exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rethinker.reference import settings_reference
+from rethinker.settings import settings
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SECTIONS = {setting.key.split(".")[0] for setting in settings() if "." in setting.key}
+
+
+def anchors(page: Path) -> set[str]:
+    """What `#...` may follow a link to a page: its headings as the hub spells them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """Every relative link is a file of the repository, and its anchor a heading there."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), f"{target} does not exist"
+        assert not anchor or anchor in anchors(file), f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_settings_exist(page):
+    """Every `section.name` and --section.name that a page speaks of is a setting, or an entry of a mapping."""
+    text = page.read_text()
+    names = re.findall(r"--([a-z]+\.[a-z_.]+[a-z_])", text)
+    names += [name for name in re.findall(r"`([a-z]+\.[a-z_.]*[a-z_])`", text) if name.split(".")[0] in SECTIONS]
+    known = {setting.key for setting in settings()}
+    mappings = tuple(f"{setting.key}." for setting in settings() if setting.is_mapping)
+    others = {"section.name", "train.py"}  # the form of a setting; a file
+    unknown = {name for name in names if name not in known | others and not name.startswith(mappings)}
+    assert not unknown
+
+
+def test_the_settings_reference_is_current():
+    """docs/settings.md is what config.py says; `python -m rethinker.reference > docs/settings.md` writes it again."""
+    assert (ROOT / "docs" / "settings.md").read_text() == settings_reference()
+
+
+def test_every_page_can_be_reached():
+    """Each page of docs/ is linked from the README or from another page."""
+    linked = {
+        (page.parent / t.partition("#")[0]).resolve()
+        for page in PAGES
+        for t in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    }
+    assert {page for page in PAGES if page.parent.name == "docs"} <= linked
