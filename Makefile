@@ -28,8 +28,9 @@ help:
 train: $(VENV)/.train-$(EXTRA)
 	$(BIN)/rethinker train easy_vqa_cpu $(ARGS)
 
+# Two files at a time; a file's tests share what is slow to start.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: lint
 	$(BIN)/python -m pytest -m soak -s
