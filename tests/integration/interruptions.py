@@ -97,7 +97,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
 
 
 def disturb(folder: Path, name: str, kills: int, seed: int) -> list[str]:
-    """Kill a run `kills` times at random instants, resuming it each time; returns a line about each kill.
+    """Kill a run `kills` times at random instants, or until it has come to its end; returns a line about each kill.
 
     A third of the instants lie anywhere in a process's life, a third within the steps, a third within a save.
     """
@@ -116,6 +116,8 @@ def disturb(folder: Path, name: str, kills: int, seed: int) -> list[str]:
             wait_for(lambda: newest(run) != after, process)  # noqa: B023
             wait_for(lambda: any(run.glob("checkpoints/.step*partial")), process)
             time.sleep(chance.uniform(0, 0.03))
+        if process.poll() is not None:
+            break
         saving = [path.name for path in run.glob("checkpoints/.*.partial")]
         kill(process)
         steps, saved = len(rows(run)), newest(run)
