@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rethinker.config import ConfigError
+from rethinker.families import FAMILIES, SUPPORTED
 
-SUPPORTED = "qwen2_5_vl"
 INDEX = "model.safetensors.index.json"
 
 # A configuration has some kilobytes, an index of a thousand shards some megabytes.
@@ -35,7 +35,7 @@ def check_model_folder(folder: Path, named: str) -> int:
         raise ConfigError(f"{named} has no config.json; give a folder in Hugging Face format")
     config = _read_json(folder / "config.json", named)
     kind = config.get("model_type")
-    if kind != SUPPORTED:
+    if kind not in FAMILIES:
         why = ", with code of its own (auto_map), which is never run" if "auto_map" in config else ""
         raise ConfigError(f"{named} is a {kind!r} model{why}; supported: {SUPPORTED}")
     shards = _shards(folder, named)
@@ -99,7 +99,11 @@ def _check_sizes(config: dict[str, Any], tensors: dict[str, list[int]], named: s
         part if isinstance(part, dict) else {}
         for part in (config.get("text_config", config), config.get("vision_config"))
     )
-    counts = {"num_hidden_layers": text.get("num_hidden_layers"), "vision_config.depth": vision.get("depth")}
+    counts = {
+        "num_hidden_layers": text.get("num_hidden_layers"),
+        "vision_config.depth": vision.get("depth"),
+        "vision_config.num_hidden_layers": vision.get("num_hidden_layers"),
+    }
     for key, value in counts.items():
         if value is not None and not (isinstance(value, int) and 0 < value <= len(tensors)):
             raise ConfigError(
