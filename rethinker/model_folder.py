@@ -35,7 +35,7 @@ def check_model_folder(folder: Path, named: str) -> int:
         raise ConfigError(f"{named} has no config.json; give a folder in Hugging Face format")
     config = _read_json(folder / "config.json", named)
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if kind not in tuple(FAMILIES):  # whatever JSON can hold
         why = ", with code of its own (auto_map), which is never run" if "auto_map" in config else ""
         raise ConfigError(f"{named} is a {kind!r} model{why}; supported: {SUPPORTED}")
     shards = _shards(folder, named)

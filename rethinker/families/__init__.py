@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # model_type of the config: (the module here, class name of the processor)
 FAMILIES = {
-    "qwen2_vl": ("qwen_vl", "Qwen2VLProcessor"),
     "qwen2_5_vl": ("qwen_vl", "Qwen2_5_VLProcessor"),
+    "qwen2_vl": ("qwen_vl", "Qwen2VLProcessor"),
     "qwen3_vl": ("qwen_vl", "Qwen3VLProcessor"),
     "internvl": ("internvl", "InternVLProcessor"),
 }

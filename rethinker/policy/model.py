@@ -78,6 +78,8 @@ class Policy(nn.Module):
         self.family = family_of(model.config.model_type)
         model.lm_head = LossHead.around(model.lm_head)
         use_onednn(model)
+        # Qwen's vision-language models take any attention function; transformers only never declared this one.
+        model.model.language_model._supports_flex_attn = True
         model.set_attn_implementation(
             {"text_config": {"flex": "flex_attention", "sdpa": "sdpa"}[self.kernel], "vision_config": "sdpa"}
         )

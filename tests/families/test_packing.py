@@ -122,3 +122,13 @@ def test_gradient_checkpointing_recomputes(make_policy, encoder, tmp_path):
         found[checkpointing] = gradients(policy, batch)
         assert runs[0] == (1 + checkpointing) * len(layers) and len(layers) >= 5
     torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_equals_the_default(make_policy, encoder, tmp_path):
+    """policy.attention=flex, the kernel of GPUs, here run eagerly: the same log-probs as SDPA's."""
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
+    (batch,), _ = packed(samples, encoder, make_policy())
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        found, expected = (make_policy(attention=kernel)(batch)[0] for kernel in ("flex", "sdpa"))
+    assert (found - expected).abs().max() <= 1e-5

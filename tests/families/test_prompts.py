@@ -67,13 +67,14 @@ def test_pixel_limits_bound_the_image_tokens_and_are_saved(folder, tmp_path):
 
 
 def test_placeholders_end_a_response(folder):
-    """Law 4: every token that stands for pixels is a token of the tokenizer and a stop token, as the end tokens are."""
+    """Law 4: what stands for an image in a prompt ends a response, as every placeholder and the end tokens do."""
     config, processor = AutoConfig.from_pretrained(folder), load_processor(folder)
     to_id = processor.tokenizer.convert_tokens_to_ids
     stops = stop_token_ids(processor.tokenizer, config, GenerationConfig.from_pretrained(folder))
-    named = [*family_of(config.model_type).PLACEHOLDERS, "<|im_end|>", "<|endoftext|>"]
-    assert {to_id(token) for token in named} | {config.image_token_id} <= set(stops)
-    assert config.image_token_id == processor.image_token_id and to_id("a") not in stops
+    family = family_of(config.model_type)
+    shown, named = family.image_ids(processor, 64, 64), [*family.PLACEHOLDERS, "<|im_end|>", "<|endoftext|>"]
+    assert config.image_token_id in shown and set(shown) <= set(stops)
+    assert {to_id(token) for token in named} <= set(stops) and to_id("a") not in stops
 
 
 def test_the_folder_is_accepted_and_another_kind_is_not(folder, tmp_path):
@@ -81,12 +82,12 @@ def test_the_folder_is_accepted_and_another_kind_is_not(folder, tmp_path):
     assert check_model_folder(folder, "policy.model=x") > 0
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     for load in (lambda: check_model_folder(tmp_path, "policy.model='x'"), lambda: load_model(tmp_path, torch.float32)):
-        with pytest.raises(ConfigError, match=r"is a 'llava' model; supported: qwen2_vl, .*internvl$") as refused:
+        with pytest.raises(ConfigError, match=r"is a 'llava' model; supported: qwen2_5_vl, .*internvl$") as refused:
             load()
         assert "\n" not in str(refused.value)
 
 
 def test_a_processor_of_another_kind_is_refused():
     """Its class is named, and the families that are supported."""
-    with pytest.raises(ConfigError, match="processor is a object, of no supported family .qwen2_vl, "):
+    with pytest.raises(ConfigError, match="processor is a object, of no supported family .qwen2_5_vl, "):
         family_of_processor(object())
