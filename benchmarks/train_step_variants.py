@@ -21,7 +21,7 @@ from rethinker.algorithm.objective import loss_normalizer, surrogate_inputs
 from rethinker.config import AlgorithmConfig, PolicyConfig
 from rethinker.policy.attention import lay_out
 from rethinker.policy.model import Policy
-from rethinker.policy.packing import Bundle, pack, plan_micro_batches
+from rethinker.policy.packing import Bundle, joined, pack, plan_micro_batches
 from rethinker.samples import PackedBatch, Sample
 from rethinker_kernels import reference
 
@@ -107,15 +107,14 @@ def _pad(model: nn.Module, workload: Workload, samples: list[Sample]) -> PaddedB
         attention[b, P - len(prompt) : end] = 1
         response_ids[b, : len(response)] = torch.tensor(response)
         old_logps[b, : len(response)] = torch.tensor(sample.completion.logprobs)
-    pixels, grids = zip(*(workload.pixels(sample.query) for sample in samples), strict=True)
-    grid = torch.cat(grids)
+    images = joined([workload.pixels(sample.query) for sample in samples])
+    grid = images["image_grid_thw"]
     is_image = (ids == model.config.image_token_id).int()
     return PaddedBatch(
         input_ids=ids,
         attention_mask=attention,
         position_ids=model.model.get_rope_index(ids, is_image, grid, attention_mask=attention)[0],
-        pixel_values=torch.cat(pixels),
-        image_grid_thw=grid,
+        **images,
         response_ids=response_ids,
         mask=attention[:, P:].bool(),
         old_logps=old_logps,
@@ -227,7 +226,7 @@ def rethinker(
     for batch, bundles in zip(batches, plan, strict=True):
         tokens = lay_out(batch, policy.kernel).index.numel()
         pairs = sum(map(_visible_pairs, bundles))
-        counts += Counts(tokens, len(batch.target_ids), len(batch.pixel_values), pairs)
+        counts += Counts(tokens, len(batch.target_ids), len(batch.image_inputs["pixel_values"]), pairs)
 
     def loss_of(batch: PackedBatch) -> Tensor:
         return policy(batch, TEMPERATURE, surrogate_inputs(batch, ALGORITHM, normalizer))[0]

@@ -128,11 +128,12 @@ class Workload:
         """A query's prompt; its image is a number."""
         return Prompt(query.id, self._prompts[query.images[0]], [], [])
 
-    def pixels(self, query: Query) -> tuple[torch.Tensor, torch.Tensor]:
-        """(patches [patches, channels * patch area], grid [1, 3]): noise of a processed image's scale."""
+    def pixels(self, query: Query) -> dict[str, torch.Tensor]:
+        """Patches [patches, channels * patch area] and grid [1, 3]: noise of a processed image's scale."""
         grid = self._grids[query.images[0]]
         generator = torch.Generator().manual_seed(1000 * self.seed + query.images[0])
-        return torch.randn(math.prod(grid), self.patch_width, generator=generator), torch.tensor([grid])
+        patches = torch.randn(math.prod(grid), self.patch_width, generator=generator)
+        return {"pixel_values": patches, "image_grid_thw": torch.tensor([grid])}
 
     def set_behaviour(self, logps: list[list[float]], drift: float) -> None:
         """Give every response its behaviour log-probs: the policy's own, moved by normal noise of size `drift`.

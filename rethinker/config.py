@@ -68,9 +68,9 @@ class DataConfig:
     max_prompt_tokens: int = 2048
     """Queries with longer prompts are left out, whole, and counted."""
     min_pixels: int = 256 * 28 * 28
-    """Smaller images are enlarged to this many pixels."""
+    """Smaller images are enlarged to this many pixels (InternVL: rounded down to whole tiles)."""
     max_pixels: int = 1280 * 28 * 28
-    """Larger images are reduced to this many pixels."""
+    """Larger images are reduced to this many pixels (InternVL: rounded down to whole tiles)."""
     max_images: int = 8
     """Queries with more images are left out and counted."""
     max_image_pixels: int = 89_000_000
@@ -102,7 +102,8 @@ class PolicyConfig:
     """The model that is trained."""
 
     model: str = "tiny"
-    """`tiny` (built and warmed up here), or a Hugging Face model name or folder."""
+    """`tiny` (built and warmed up here), or a Hugging Face model name or folder: Qwen2-VL, Qwen2.5-VL, Qwen3-VL or
+    InternVL3 in transformers' format."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights in the forward pass; the optimizer keeps fp32 masters."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rethinker.config import ConfigError
+from rethinker.families import FAMILIES, SUPPORTED
 
-SUPPORTED = "qwen2_5_vl"
 INDEX = "model.safetensors.index.json"
 
 # How the names of a model's weights begin, in the layouts of transformers 4 and 5.
-_PARTS = ("model.", "visual.", "language_model.", "lm_head.")
+_PARTS = ("model.", "visual.", "vision_tower.", "multi_modal_projector.", "language_model.", "lm_head.")
 # Tensors that show the sizes of all others: part of the model, name, and the settings that its shape follows.
 _SIZES = (
     ("text", "embed_tokens.weight", "vocab_size", "hidden_size"),
@@ -45,7 +45,7 @@ def check_model_folder(folder: Path, named: str) -> int:
         raise ConfigError(f"{named} has no config.json; give a folder in Hugging Face format")
     config = _read_json(folder / "config.json", named)
     kind = config.get("model_type")
-    if kind != SUPPORTED:
+    if kind not in tuple(FAMILIES):  # whatever JSON can hold
         why = ", with code of its own (auto_map), which is never run" if "auto_map" in config else ""
         raise ConfigError(f"{named} is a {kind!r} model{why}; supported: {SUPPORTED}")
     shards = _shards(folder, named)
@@ -111,12 +111,11 @@ def _check_sizes(config: dict[str, Any], tensors: dict[str, list[int]], named: s
     )
     strays = [name for name in tensors if not name.startswith(_PARTS)]
     if strays:
-        raise ConfigError(
-            f"{named}: {strays[0]} and {len(strays) - 1} more of its weights are no part of a {SUPPORTED}"
-        )
+        raise ConfigError(f"{named}: {strays[0]} and {len(strays) - 1} more of its weights are no part of the model")
     counts = {
         "num_hidden_layers": (text.get("num_hidden_layers"), r"\blayers\.(\d+)\."),
         "vision_config.depth": (vision.get("depth"), r"\bblocks\.(\d+)\."),
+        "vision_config.num_hidden_layers": (vision.get("num_hidden_layers"), r"\bencoder\.layer\.(\d+)\."),
     }
     for key, (value, pattern) in counts.items():
         held = {int(found[1]) for name in tensors if (found := re.search(pattern, name))}

@@ -191,7 +191,7 @@ class PackedBatch:
     """
 
     input_ids: torch.Tensor  # [1, T] int64
-    position_ids: torch.Tensor  # [3, 1, T] int64, M-RoPE (temporal, height, width)
+    position_ids: torch.Tensor  # [3, 1, T] int64 under M-RoPE (temporal, height, width), else [1, 1, T]
     prompt_id: torch.Tensor  # [T] int64 on the host: which prompt a token belongs to
     response_id: torch.Tensor  # [T] int64 on the host: 0 in the prompt, 1.. in its responses
     source_index: torch.Tensor  # [R] int64: the row position whose hidden state predicts the token
@@ -202,8 +202,7 @@ class PackedBatch:
     age: torch.Tensor  # [S] int64: policy versions since the response was sampled
     loss_mask: torch.Tensor  # [R] bool: False where a token carries no policy gradient
     cu_seqlens: torch.Tensor  # [S + 1] int32: response boundaries within [R]
-    pixel_values: torch.Tensor | None  # [patches, channels * patch area]
-    image_grid_thw: torch.Tensor | None  # [images, 3] int64
+    image_inputs: dict[str, torch.Tensor]  # pixels and kin by the model's names for them; empty without images
     nll_weights: torch.Tensor | None = None  # [R] fp32: factor of the supervised term -log p, where there is one
 
     @property
@@ -213,6 +212,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device; `prompt_id` and `response_id`, which the layout reads, stay on the host."""
-        stay = ("prompt_id", "response_id")
+        stay = ("prompt_id", "response_id", "image_inputs")
         moved = {k: v if k in stay or v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()}
+        moved["image_inputs"] = {k: v.to(device, non_blocking=True) for k, v in self.image_inputs.items()}
         return PackedBatch(**moved)

@@ -41,7 +41,7 @@ USAGE = """usage: rethinker eval CHECKPOINT --benchmark NAME [--benchmark NAME .
        rethinker eval --compare RESULT_FOLDER RESULT_FOLDER ...
 
 Answers a benchmark greedily, checks the answers as the training reward does, and writes result.json and
-responses.parquet. CHECKPOINT is a run's checkpoints/best, or any Qwen2.5-VL folder or Hugging Face name. A run's
+responses.parquet. CHECKPOINT is a run's checkpoints/best, or any supported folder or Hugging Face name. A run's
 checkpoint is asked as the run's config.yaml says: prompt, pixel limits, longest answer.
 
   --benchmark NAME   one or several of (also separated by commas, or a .yaml file):

@@ -19,6 +19,7 @@ from rethinker.evaluation.benchmark import Benchmark
 from rethinker.evaluation.command import RECORDED
 from rethinker.evaluation.evaluate import evaluate
 from rethinker.evaluation.results import describe_result, summarize, versions, write_result
+from rethinker.families import FAMILIES, SUPPORTED
 from rethinker.policy.model import load_processor
 from rethinker.rollout import make_engine
 from rethinker.rollout.rethinking import Trigger, make_triggers
@@ -128,8 +129,8 @@ def positions_of(checkpoint: str) -> int:
     except Exception as error:  # what is wrong with files from elsewhere surfaces as anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"checkpoint {checkpoint} cannot be read: {reason}") from error
-    if model.model_type != "qwen2_5_vl":
-        raise ConfigError(f"checkpoint {checkpoint} is a {model.model_type!r} model; supported: qwen2_5_vl")
+    if model.model_type not in FAMILIES:
+        raise ConfigError(f"checkpoint {checkpoint} is a {model.model_type!r} model; supported: {SUPPORTED}")
     return model.get_text_config().max_position_embeddings
 
 

@@ -173,7 +173,9 @@ def _config_of(model: str) -> Any:
         return tiny._config(tiny.DEFAULT_SIZE, train_tokenizer((), merges=tiny.DEFAULT_SIZE.merges), True)
     folder = Path(model).expanduser()
     try:
-        return AutoConfig.from_pretrained(folder if folder.is_dir() else model, local_files_only=True)
+        return AutoConfig.from_pretrained(
+            folder if folder.is_dir() else model, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         if model in KNOWN:
             entry = dict(KNOWN[model])

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rethinker.config import ConfigError, PolicyConfig
-from rethinker.model_folder import SUPPORTED
+from rethinker.families import FAMILIES, SUPPORTED, family_of
 from rethinker.policy.attention import lay_out
 from rethinker.policy.cpu_linear import use_onednn
 from rethinker.samples import PackedBatch, Prompt
@@ -63,33 +63,34 @@ class LossHead(nn.Linear):
 
 
 class Policy(nn.Module):
-    """A Qwen2.5-VL policy that reads shared-prompt packed batches."""
+    """A policy of any supported family that reads shared-prompt packed batches."""
 
     def __init__(self, model: nn.Module, config: PolicyConfig) -> None:
         """
         Args:
-            model: a `Qwen2_5_VLForConditionalGeneration`.
+            model: from `load_model`.
             config: `attention`, `freeze_vision` and `gradient_checkpointing` are read here.
         """
         super().__init__()
         on_cuda = torch.cuda.is_available()
         self.kernel = {"auto": "flex" if on_cuda else "sdpa"}.get(config.attention, config.attention)
         self.freeze_vision = config.freeze_vision
+        self.family = family_of(model.config.model_type)
         model.lm_head = LossHead.around(model.lm_head)
         use_onednn(model)
+        # Qwen's vision-language models take any attention function; transformers only never declared this one.
+        model.model.language_model._supports_flex_attn = True
         model.set_attn_implementation(
             {"text_config": {"flex": "flex_attention", "sdpa": "sdpa"}[self.kernel], "vision_config": "sdpa"}
         )
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.freeze_vision:
-            model.model.visual.requires_grad_(False)
+            for module in self.family.vision_modules(model):
+                module.requires_grad_(False)
         model.config.use_cache = False
         self.hf = model
-        vision = model.config.vision_config
         self.image_token_id = model.config.image_token_id
-        self._dummy_grid = (1, vision.spatial_merge_size, vision.spatial_merge_size)
-        self._patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
 
     def train(self, mode: bool = True) -> Policy:
         """As in nn.Module; but with policy.gradient_checkpointing the layers recompute in eval mode too.
@@ -103,11 +104,9 @@ class Policy(nn.Module):
                 module.training = True
         return self
 
-    def positions(self, prompt: Prompt, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
-        """M-RoPE positions of a prompt's tokens, [3, P] (transformers' get_rope_index)."""
-        ids = torch.tensor([prompt.token_ids])
-        is_image = (ids == self.image_token_id).int()
-        return self.hf.model.get_rope_index(ids, is_image, image_grid_thw)[0][:, 0]
+    def positions(self, prompt: Prompt, image_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Positions of a prompt's tokens, [3, P] under M-RoPE, else [1, P]."""
+        return self.family.positions(self.hf, torch.tensor([prompt.token_ids]), image_inputs)
 
     def forward(
         self, batch: PackedBatch, temperature: float = 1.0, surrogate: dict[str, Any] | None = None
@@ -117,43 +116,48 @@ class Policy(nn.Module):
         Without `surrogate` log-probs [R] and the entropies [R] of their distributions, fp32 nats.
         """
         device = batch.input_ids.device
-        embeds = self._embed(batch)  # [T, D]
+        embeds, place, deep = self._embed(batch)  # [T, D]
         layout = lay_out(batch, self.kernel)
-        index = layout.index.to(device)
-        mask = layout.mask.to(device)
+        index, position = layout.index.to(device), layout.position.to(device)
+        inputs = {}
+        if deep:  # Qwen3-VL's DeepStack
+            at_image = torch.zeros(index.numel(), dtype=torch.bool, device=device)
+            at_image[position[place]] = True
+            inputs = {"visual_pos_masks": at_image.view(index.shape), "deepstack_visual_embeds": deep}
         hidden = self.hf.model.language_model(
             inputs_embeds=embeds[index],  # [B, L, D]
-            position_ids=batch.position_ids[:, 0][:, index],  # [3, B, L]
-            attention_mask={"full_attention": mask, "sliding_attention": mask},
+            position_ids=batch.position_ids[:, 0][:, index].squeeze(0),  # [3, B, L], or [B, L] without M-RoPE
+            attention_mask=layout.mask.to(device),
             use_cache=False,
+            **inputs,
         ).last_hidden_state
         # Only response tokens reach the head: [R, D].
-        rows = hidden.flatten(0, 1)[layout.position.to(device)[batch.source_index]]
+        rows = hidden.flatten(0, 1)[position[batch.source_index]]
         return self.hf.lm_head(rows, batch.target_ids, temperature, surrogate)
 
-    def _embed(self, batch: PackedBatch) -> torch.Tensor:
-        """Token embeddings [T, D] with each image's features in place of its placeholders."""
+    def _embed(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Token embeddings [T, D] with each image's features in place of its placeholders; where those are, [T] bool;
+        and the features that decoder layers add there, [N, D] each."""
         embeds = self.hf.model.get_input_embeddings()(batch.input_ids[0])
-        if batch.pixel_values is None:
-            # ZeRO-3 gathers the vision tower by collectives, so a rank without images must run it too: on one blank
-            # image whose features count for nothing.
-            pixels = embeds.new_zeros(self._dummy_grid[1] * self._dummy_grid[2], self._patch_width)
-            features = self._see(pixels, torch.tensor([self._dummy_grid], device=embeds.device))
-            return embeds + 0.0 * features.sum().to(embeds.dtype)
-        features = self._see(batch.pixel_values, batch.image_grid_thw).to(embeds.dtype)
         # Placeholders inside responses were sampled by the policy and stand for no image.
         in_prompt = (batch.response_id == 0).to(embeds.device)
         place = (batch.input_ids[0] == self.image_token_id) & in_prompt
-        return embeds.masked_scatter(place[:, None], features)
+        if not batch.image_inputs:
+            # ZeRO-3 gathers the vision tower by collectives, so a rank without images must run it too: on one blank
+            # image of weight 0.
+            blank = self._see({name: part.to(embeds.device) for name, part in self.family.blank(self.hf).items()})
+            return embeds + 0.0 * sum(part.sum() for part in blank).to(embeds.dtype), place, []
+        features, *deep = self._see(batch.image_inputs)
+        return embeds.masked_scatter(place[:, None], features.to(embeds.dtype)), place, deep
 
-    def _see(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        """Image features [image tokens, D] from flattened patches."""
+    def _see(self, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Image features [N, D], and those for the decoder layers."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
-            return self.hf.model.visual(pixels.to(self.hf.model.visual.dtype), grid_thw=grid).pooler_output
+            return self.family.features(self.hf, image_inputs)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
-    """Load a Qwen2.5-VL from a Hugging Face folder or hub name, partitioned at once if ZeRO-3 is announced.
+    """Load a model from a Hugging Face folder or hub name, partitioned at once if ZeRO-3 is announced.
 
     Weights are read from safetensors only, and no code that comes with a model is run.
 
@@ -165,7 +169,7 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     named = f"policy.model={str(folder)!r}"
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if config.model_type != SUPPORTED:
+        if config.model_type not in FAMILIES:
             raise ConfigError(f"{named} is a {config.model_type!r} model; supported: {SUPPORTED}")
         model, loaded = AutoModelForImageTextToText.from_pretrained(
             folder,

@@ -13,9 +13,10 @@ import torch
 from rethinker.algorithm.objective import trainable_mask
 from rethinker.samples import Bundle, PackedBatch, Prompt, Query, Sample
 
-# (prompt, image_grid_thw) -> [3, P]
-PromptPositions = Callable[[Prompt, torch.Tensor | None], torch.Tensor]
-Pixels = tuple[torch.Tensor, torch.Tensor] | None
+# By the model's names for them; empty without images.
+ImageInputs = dict[str, torch.Tensor]
+# (prompt, its image inputs) -> [3, P] under M-RoPE, else [1, P]
+PromptPositions = Callable[[Prompt, ImageInputs], torch.Tensor]
 
 
 def plan_micro_batches(samples: list[Sample], *, budget: int, world_size: int) -> list[list[list[Bundle]]]:
@@ -64,7 +65,7 @@ def _split(group: list[Sample], budget: int) -> list[Bundle]:
 def pack(
     bundles: list[Bundle],
     encode: Callable[[Query], Prompt],
-    pixels: Callable[[Query], Pixels],
+    pixels: Callable[[Query], ImageInputs],
     positions: PromptPositions,
     *,
     policy_version: int = 0,
@@ -77,7 +78,7 @@ def pack(
     Args:
         bundles: what `plan_micro_batches` gave this rank; an empty list makes a two-token row of weight 0.
         encode, pixels: from tasks.prompts.PromptEncoder.
-        positions: (prompt, image_grid_thw) -> [3, P] M-RoPE positions, from the policy's model.
+        positions: a prompt's positions, from the policy's model: `Policy.positions`.
         policy_version: today's, to tell each sample's age.
         correction_cap: if set, weight each token by min(cap, pi_trainer / pi_rollout) and take the trainer's log-probs
             as the behaviour's (truncated importance sampling).
@@ -94,8 +95,7 @@ def pack(
     mask: list[bool] = []
     nll: list[float] = []
     position_parts: list[torch.Tensor] = []
-    pixel_parts: list[torch.Tensor] = []
-    grids: list[torch.Tensor] = []
+    image_parts: list[ImageInputs] = []
     lengths: list[int] = []
     for number, bundle in enumerate(bundles):
         prompt = encode(bundle.query)
@@ -104,12 +104,9 @@ def pack(
                 f"query {bundle.query.id!r} had {bundle.samples[0].prompt_tokens} prompt tokens in the rollout and has "
                 f"{len(prompt.token_ids)} now: its image changed, or data.min_pixels / data.max_pixels differ"
             )
-        loaded = pixels(bundle.query)
-        grid = None
-        if loaded is not None:
-            pixel_parts.append(loaded[0])
-            grids.append(grid := loaded[1])
-        prompt_positions = positions(prompt, grid)
+        images = pixels(bundle.query)
+        image_parts.append(images)
+        prompt_positions = positions(prompt, images)
         position_parts.append(prompt_positions)
         start = int(prompt_positions.max()) + 1
         ids += prompt.token_ids
@@ -126,7 +123,7 @@ def pack(
             ids += tokens[:-1]
             prompt_id += [number] * (len(tokens) - 1)
             response_id += [r] * (len(tokens) - 1)
-            position_parts.append(torch.arange(start, start + len(tokens) - 1).expand(3, -1))
+            position_parts.append(torch.arange(start, start + len(tokens) - 1).expand(len(prompt_positions), -1))
             source += [last, *range(first, first + len(tokens) - 1)]
             targets += tokens
             mask += trainable_mask(completion)
@@ -139,7 +136,7 @@ def pack(
         samples, lengths = samples[:0], [1]
         ids, prompt_id, response_id = [padding_token, padding_token], [0, 0], [0, 1]
         source, targets, old, weights, mask, nll = [0], [padding_token], [0.0], [0.0], [False], [0.0]
-        position_parts, pixel_parts, grids = [torch.arange(2).expand(3, -1)], [], []
+        position_parts, image_parts = [positions(Prompt("", ids, ids, []), {})], []
     advantages = [s.advantage for s in samples] or [0.0]
     age = [policy_version - s.policy_version for s in samples] or [0]
     cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
@@ -158,9 +155,14 @@ def pack(
         loss_mask=torch.tensor(mask),
         nll_weights=torch.tensor(nll, dtype=torch.float32) if nll_weight else None,
         cu_seqlens=cu_seqlens,
-        pixel_values=torch.cat(pixel_parts) if pixel_parts else None,
-        image_grid_thw=torch.cat(grids) if grids else None,
+        image_inputs=joined(image_parts),
     )
+
+
+def joined(parts: list[ImageInputs]) -> ImageInputs:
+    """The images of several prompts as one; prompts without images may be among them."""
+    parts = [part for part in parts if part]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def _behaviour(completion, cap: float | None) -> tuple[list[float], list[float]]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
+    PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -65,25 +67,31 @@ def create_tiny(
     Returns:
         The folder.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(texts or (), merges=size.merges)
     config = _config(size, tokenizer, tie_word_embeddings)
+    return write_random(folder, Qwen2_5_VLForConditionalGeneration, config, _processor(size, tokenizer), seed)
+
+
+def write_random(folder: str | Path, model_class: type, config: PreTrainedConfig, processor: Any, seed: int) -> Path:
+    """Write a model of any family with random weights, and its processor, to `folder`, which is made if missing."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = model_class(config)
         _widen(model)
     finally:
         torch.set_rng_state(generator_state)
+    to_id = processor.tokenizer.convert_tokens_to_ids
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-        eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")],
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        bos_token_id=to_id("<|endoftext|>"),
+        eos_token_id=[to_id(token) for token in ("<|im_end|>", "<|endoftext|>")],
+        pad_token_id=to_id("<|endoftext|>"),
         do_sample=True,
     )
     model.save_pretrained(folder)
-    _processor(size, tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 

@@ -29,6 +29,7 @@ from rethinker.config import ConfigError, DataConfig, WarmupConfig
 from rethinker.policy import descriptions, tiny, tiny_tokenizer
 from rethinker.policy.descriptions import COLORS, SHAPES, describe_images, is_negated
 from rethinker.policy.model import load_model, load_processor
+from rethinker.policy.packing import joined
 from rethinker.policy.tiny import DEFAULT_SIZE, TinySize, create_tiny
 from rethinker.runtime.display import progress
 from rethinker.samples import Query
@@ -164,8 +165,9 @@ def _learn_to_look(model, encoder: PromptEncoder, lessons: list[Query], shown: S
     rng = random.Random(warmup.seed)
     for step in progress(range(warmup.look_steps), "warm-up, looking"):
         batch = rng.sample(images, min(warmup.batch_size, len(images)))
-        patches, grid = _pixels(batch, encoder)
-        tokens = tower(patches, grid_thw=grid).pooler_output  # [tokens, hidden]
+        seen = joined([encoder.pixels(query) for query in batch])
+        grid = seen["image_grid_thw"]
+        tokens = tower(seen["pixel_values"], grid_thw=grid).pooler_output  # [tokens, hidden]
         scores = probe(F.rms_norm(tokens, tokens.shape[-1:]))  # [tokens, colours + shapes + 1]
         owner = torch.arange(len(batch)).repeat_interleave(grid.prod(-1) // tower.spatial_merge_unit)  # [tokens]
         weight = scores[:, -1:].clamp(-20, 20).exp()
@@ -203,26 +205,16 @@ def _learn_to_answer(
         for row, (prompt, response, length) in enumerate(zip(prompts, responses, lengths, strict=True)):
             input_ids[row, :length] = torch.tensor(prompt + response)
             taught[row, len(prompt) : length] = True
-        patches, grid = _pixels(batch, encoder)
         hidden = model.model(
             input_ids=input_ids,
             attention_mask=(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long(),
             mm_token_type_ids=(input_ids == model.config.image_token_id).long(),
-            pixel_values=patches,
-            image_grid_thw=grid,
             use_cache=False,
+            **joined([encoder.pixels(query) for query in batch]),
         ).last_hidden_state  # [B, L, hidden]
         logits = model.lm_head(hidden[:, :-1][taught[:, 1:]])  # [response tokens, vocabulary]
         loss = F.cross_entropy(logits, input_ids[:, 1:][taught[:, 1:]])
         _update(optimizer, loss, warmup, step / warmup.steps)
-
-
-def _pixels(batch: list[Query], encoder: PromptEncoder) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Patches [P, values] and grids [images, 3] of a batch; (None, None) if it has no images."""
-    parts = [part for part in map(encoder.pixels, batch) if part is not None]
-    if not parts:
-        return None, None
-    return torch.cat([patches for patches, _ in parts]), torch.cat([grid for _, grid in parts])
 
 
 def _optimizer(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rethinker.config import Config, ConfigError
+from rethinker.families import family_of, limit_pixels
 from rethinker.rollout import WeightStream
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.sampling import limits, preserved_random_state, seeded, stop_token_ids
@@ -23,9 +24,7 @@ class HFEngine:
     def __init__(self, config: Config, model_dir: str, *, rank: int, local_rank: int):
         """Load the model onto this rank's device."""
         make_importable()
-        from transformers import AutoImageProcessor, AutoTokenizer
-
-        from rethinker.policy.model import load_model
+        from rethinker.policy.model import load_model, load_processor
 
         self.config = config
         self._rank = rank
@@ -34,8 +33,10 @@ class HFEngine:
         with preserved_random_state():
             model = load_model(model_dir, self._dtype)
         self._model = model.to(self._device).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-        self._image_processor = AutoImageProcessor.from_pretrained(model_dir, trust_remote_code=False)
+        self._family = family_of(model.config.model_type)
+        self._processor = load_processor(model_dir)
+        limit_pixels(self._processor, self._family, config.data.min_pixels, config.data.max_pixels)
+        self._tokenizer = self._processor.tokenizer
         self._stop_ids = stop_token_ids(self._tokenizer, model.config, model.generation_config)
 
     @torch.no_grad()
@@ -119,30 +120,29 @@ class HFEngine:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         inputs = {"input_ids": ids, "attention_mask": mask}
         if any(prompt.images for prompt in prompts):
-            inputs["mm_token_type_ids"] = (ids == self._model.config.image_token_id).int()
-            pixels, grids = zip(*(self._pixels(prompt) for prompt in prompts if prompt.images), strict=True)
-            inputs["pixel_values"] = torch.cat(pixels).to(self._dtype)
-            inputs["image_grid_thw"] = torch.cat(grids)
+            if self._family.MROPE:
+                inputs["mm_token_type_ids"] = (ids == self._model.config.image_token_id).int()
+            parts = [self._image_inputs(prompt) for prompt in prompts if prompt.images]
+            inputs |= {name: torch.cat([part[name] for part in parts]) for name in self._family.IMAGE_INPUTS}
+            inputs["pixel_values"] = inputs["pixel_values"].to(self._dtype)
         return {name: tensor.to(self._device) for name, tensor in inputs.items()}
 
-    def _pixels(self, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches [P, patch size] and grids [images, 3] of a prompt's images.
+    def _image_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
+        """The family's IMAGE_INPUTS of a prompt's images.
 
         Raises:
             ConfigError: they make another number of image tokens than the prompt has.
         """
-        data = self.config.data
-        size = {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels}
-        features = self._image_processor(prompt.images, size=size, return_tensors="pt")
-        grids = features["image_grid_thw"]
-        expected = int(grids.prod(-1).sum()) // self._image_processor.merge_size**2
-        present = prompt.token_ids.count(self._model.config.image_token_id)
+        image_id, data = self._model.config.image_token_id, self.config.data
+        shown = [self._family.image_ids(self._processor, image.height, image.width) for image in prompt.images]
+        expected, present = sum(ids.count(image_id) for ids in shown), prompt.token_ids.count(image_id)
         if expected != present:
             raise ConfigError(
                 f"query {prompt.query_id!r}: the prompt has {present} image tokens and its images make {expected}; "
                 f"both must use data.min_pixels={data.min_pixels} and data.max_pixels={data.max_pixels}"
             )
-        return features["pixel_values"], grids
+        features = self._processor.image_processor(prompt.images, return_tensors="pt")
+        return {name: features[name] for name in self._family.IMAGE_INPUTS}
 
     @torch.no_grad()
     def sync(self, weights: WeightStream, version: int) -> None:

@@ -10,21 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-# Tokens that stand for pixels or open a turn. In a response they would ask for image features that do not exist,
-# so the first one ends it.
-PLACEHOLDERS = (
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|vision_pad|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|im_start|>",
-)
+from rethinker.families import family_of
+
 _CONFIG_PLACEHOLDERS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def stop_token_ids(tokenizer: Any, model_config: Any, generation_config: Any | None) -> list[int]:
     """Every token id that ends a response: the model's end tokens and all placeholders, sorted.
+
+    In a response a placeholder would ask for image features that do not exist.
 
     Args:
         tokenizer, model_config, generation_config: as transformers loads them from the model's folder.
@@ -33,7 +27,7 @@ def stop_token_ids(tokenizer: Any, model_config: Any, generation_config: Any | N
     ids = {tokenizer.eos_token_id, *_as_list(getattr(text_config, "eos_token_id", None))}
     ids.update(_as_list(getattr(generation_config, "eos_token_id", None)))
     added = tokenizer.get_added_vocab()
-    ids.update(added.get(token) for token in PLACEHOLDERS)
+    ids.update(added.get(token) for token in family_of(model_config.model_type).PLACEHOLDERS)
     ids.update(getattr(model_config, name, None) for name in _CONFIG_PLACEHOLDERS)
     return sorted(i for i in ids if i is not None)
 

@@ -14,9 +14,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
 from rethinker.config import Config, ConfigError
+from rethinker.families import family_of
 from rethinker.rollout import WeightStream
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.sampling import limits, preserved_random_state, seeded, stop_token_ids
@@ -108,9 +109,11 @@ class VLLMEngine:
                     tensor_parallel_size=settings.tensor_parallel_size,
                     max_model_len=self._max_length,
                     limit_mm_per_prompt={"image": config.data.max_images, "video": 0},
-                    mm_processor_kwargs={
-                        "size": {"shortest_edge": config.data.min_pixels, "longest_edge": config.data.max_pixels}
-                    },
+                    mm_processor_kwargs=family_of(model_config.model_type).image_settings(
+                        AutoImageProcessor.from_pretrained(model_dir, trust_remote_code=False),
+                        config.data.min_pixels,
+                        config.data.max_pixels,
+                    ),
                     # Every image is seen once per episode, so a cache of pixels only fills the host's memory.
                     mm_processor_cache_gb=0,
                     logprobs_mode="processed_logprobs",

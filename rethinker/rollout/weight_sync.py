@@ -224,14 +224,21 @@ def first_difference(model: nn.Module, sent: dict[str, Checksum], dtype: torch.d
 def _without_value(model: nn.Module, names: set[str]) -> list[str]:
     """The model's parameters, or parts of fused ones, that no checkpoint name in `names` fills."""
     mapped = {model.hf_to_vllm_mapper.map_name(name) for name in names}
+    fused_parts = _fused_parts(model)
     missing = []
     for name, _ in model.named_parameters():
         if name in mapped:
             continue
         parent, layer, leaf = name.rsplit(".", 2)
-        parts = [f"{parent}.{part}.{leaf}" for part in model.packed_modules_mapping.get(layer, [layer])]
+        parts = [f"{parent}.{part}.{leaf}" for part in fused_parts.get(layer, [layer])]
         missing += [part for part in parts if part not in mapped]
     return missing
+
+
+def _fused_parts(model: nn.Module) -> dict[str, list[str]]:
+    """Names of fused layers and of their parts in a checkpoint; some models leave them to their language model."""
+    mappings = (getattr(module, "packed_modules_mapping", None) or {} for module in model.modules())
+    return {fused: parts for mapping in mappings for fused, parts in mapping.items()}
 
 
 def _live_tensors(model: nn.Module, name: str) -> Iterator[torch.Tensor]:
@@ -246,7 +253,7 @@ def _live_tensors(model: nn.Module, name: str) -> Iterator[torch.Tensor]:
         return
     fused, part = next(
         (fused, parts.index(child))
-        for fused, parts in model.packed_modules_mapping.items()
+        for fused, parts in _fused_parts(model).items()
         if child in parts and hasattr(parent, fused)
     )
     layer = getattr(parent, fused)  # q, k and v, or gate and up, stacked along the rows

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from rethinker.config import ConfigError, DataConfig
+from rethinker.families import family_of_processor, limit_pixels
 from rethinker.samples import Prompt, Query
 from rethinker.tasks.datasets import IMAGE_MARK, QueryStream
 from rethinker.tasks.images import UNREADABLE, UnreadableImageError, check_image, image_key, image_size, open_image
@@ -38,12 +39,12 @@ class PromptEncoder:
     """Encodes queries for one model.
 
     Args:
-        processor: the model's Hugging Face processor (Qwen2-VL family); its pixel limits are set to the config's.
+        processor: the model's Hugging Face processor; its pixel limits are set to the config's.
         config: template, system message, limits.
 
     Raises:
-        ConfigError: a template without `{question}`, pixel limits that contradict each other, or a tokenizer whose
-            special tokens cannot be kept out of ordinary text.
+        ConfigError: a template without `{question}`, pixel limits that contradict each other, a processor of no
+            supported family, or a tokenizer whose special tokens cannot be kept out of ordinary text.
     """
 
     def __init__(self, processor: Any, config: DataConfig) -> None:
@@ -55,19 +56,18 @@ class PromptEncoder:
             )
         self.processor, self.config = processor, config
         self.tokenizer = processor.tokenizer
+        self.family = family_of_processor(processor)
         # In place, so that a saved checkpoint carries the limits it was trained with.
-        size = processor.image_processor.size
-        processor.image_processor.size = type(size)(shortest_edge=config.min_pixels, longest_edge=config.max_pixels)
+        limit_pixels(processor, self.family, config.min_pixels, config.max_pixels)
         self.dropped: Counter[str] = Counter()
         self._image_id = processor.image_token_id
-        self._tokens_per_patch = 1 / processor.image_processor.merge_size**2
         self._special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         added = sorted((token.content for token in self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._added = re.compile("(" + "|".join(map(re.escape, added)) + ")")
         self._layouts: dict[str, list[int | list[str | int]]] = {}
         self._prefix, self._suffix = config.prompt.split("{question}")
         self._images = _BoundedCache(IMAGE_CACHE_BYTES, lambda image: 3 * image.width * image.height)
-        self._pixels = _BoundedCache(PIXEL_CACHE_BYTES, lambda pair: pair[0].nbytes)
+        self._pixels = _BoundedCache(PIXEL_CACHE_BYTES, lambda inputs: inputs["pixel_values"].nbytes)
         self._ids = _BoundedCache(PROMPT_CACHE_TOKENS, lambda pair: len(pair[0]) + len(pair[1]))
         self._misfits: set[str] = set()
         self._whole: set[Hashable] = set()  # images that have been read to their end
@@ -90,16 +90,16 @@ class PromptEncoder:
         compact, expanded = self._token_ids(query)
         return Prompt(query.id, list(expanded), list(compact), [self._image(i, query.id) for i in query.images])
 
-    def pixels(self, query: Query) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """For the vision tower: patches [P, channels * patch area] fp32, grids [images, 3]; None without images."""
+    def pixels(self, query: Query) -> dict[str, torch.Tensor]:
+        """For the vision tower: the family's IMAGE_INPUTS of all images of the query, fp32; empty without images."""
         if not query.images:
-            return None
+            return {}
         key = tuple(image_key(image) for image in query.images)
 
-        def process() -> tuple[torch.Tensor, torch.Tensor]:
+        def process() -> dict[str, torch.Tensor]:
             images = [self._image(image, query.id) for image in query.images]
             features = self.processor.image_processor(images=images, return_tensors="pt")
-            return features["pixel_values"], features["image_grid_thw"]
+            return {name: features[name] for name in self.family.IMAGE_INPUTS}
 
         return self._pixels.get(key, process)
 
@@ -204,10 +204,10 @@ class PromptEncoder:
                 compact.append(piece)
             else:
                 compact += self._text_ids("".join(p if isinstance(p, str) else self._slot(p, texts) for p in piece))
-        counts = iter([self._image_tokens(image, query.id) for image in query.images])
+        shown = iter([self._image_ids(image, query.id) for image in query.images])
         expanded: list[int] = []
         for i in compact:
-            expanded += [i] * next(counts) if i == self._image_id else (i,)
+            expanded += next(shown) if i == self._image_id else (i,)
         return compact, expanded
 
     def _slot(self, number: int, texts: list[str]) -> str:
@@ -247,32 +247,20 @@ class PromptEncoder:
         """Ids of ordinary text; what spells a special token is split like any other characters."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
-    def _image_tokens(self, reference: Any, query_id: str) -> int:
+    def _image_ids(self, reference: Any, query_id: str) -> list[int]:
         height, width = image_size(reference, query_id, self.config.max_image_pixels)
         try:
-            patches = self.processor.image_processor.get_number_of_image_patches(height, width)
-        except ValueError as error:  # longer than 200 times its width
+            return self.family.image_ids(self.processor, height, width)
+        except ValueError as error:
             raise _ImageShapeError(f"query {query_id}: {error}") from error
-        return round(patches * self._tokens_per_patch)
 
     def _image(self, reference: Any, query_id: str) -> Image.Image:
-        limit = self.config.max_image_pixels
-        return self._images.get(image_key(reference), lambda: self._reduced(open_image(reference, query_id, limit)))
+        def read() -> Image.Image:
+            """Above `max_pixels` in the processor's size if possible, so that no photo fills the memory."""
+            image = open_image(reference, query_id, self.config.max_image_pixels)
+            return self.family.reduced(self.processor.image_processor, image)
 
-    def _reduced(self, image: Image.Image) -> Image.Image:
-        """An image above `max_pixels` in the size that the processor would give it, so that no photo fills the memory.
-
-        The processor resizes 8-bit pixels first, and by the same function, so the result is the same to the bit.
-        """
-        if image.width * image.height <= self.config.max_pixels:
-            return image
-        processor = self.processor.image_processor
-        factor = processor.patch_size * processor.merge_size
-        small = processor.resize(processor.process_image(image)[None], processor.size, processor.resample, factor)[0]
-        # Only if the processor will leave the reduced image alone; it may not where the limits are close together.
-        if not self.config.min_pixels <= small.shape[1] * small.shape[2] <= self.config.max_pixels:
-            return image
-        return Image.fromarray(small.permute(1, 2, 0).contiguous().numpy())
+        return self._images.get(image_key(reference), read)
 
 
 class _ImageShapeError(ConfigError):

@@ -47,6 +47,5 @@ def packed(samples: list[Sample]) -> PackedBatch:
         age=torch.zeros(len(samples), dtype=torch.int64),
         loss_mask=torch.tensor([m for s in samples for m in trainable_mask(s.completion)], dtype=torch.bool),
         cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
-        pixel_values=None,
-        image_grid_thw=None,
+        image_inputs={},
     )

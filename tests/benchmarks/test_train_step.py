@@ -90,7 +90,7 @@ def leak_between_responses(batch):
 
 
 def lose_an_image(batch):
-    batch.pixel_values[:100] = 0
+    batch.image_inputs["pixel_values"][:100] = 0
 
 
 def scale_advantages(batch):

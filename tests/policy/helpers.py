@@ -57,10 +57,11 @@ def per_sample_logps(model, encoder, sample: Sample) -> torch.Tensor:
     """Log-probs [L] of one response by transformers' own forward on the one ordinary sequence."""
     prompt = encoder.encode(sample.query)
     ids = torch.tensor([[*prompt.token_ids, *sample.completion.token_ids]])
-    loaded = encoder.pixels(sample.query)
-    is_image = (ids == model.config.image_token_id).int()
-    is_image[:, len(prompt.token_ids) :] = 0
-    extra = {} if loaded is None else {"pixel_values": loaded[0], "image_grid_thw": loaded[1]}
-    logits = model(input_ids=ids, mm_token_type_ids=is_image, use_cache=False, **extra).logits[0]
+    inputs = dict(encoder.pixels(sample.query))
+    if encoder.family.MROPE:
+        is_image = (ids == model.config.image_token_id).int()
+        is_image[:, len(prompt.token_ids) :] = 0
+        inputs["mm_token_type_ids"] = is_image
+    logits = model(input_ids=ids, use_cache=False, **inputs).logits[0]
     logps = logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1)
     return logps.gather(1, torch.tensor(sample.completion.token_ids)[:, None])[:, 0]

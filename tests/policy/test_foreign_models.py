@@ -193,7 +193,7 @@ def index_of_numbers(folder: Path) -> None:
         (lambda folder: change_config(folder, "vision_config", depth=10**9), "vision_config.depth=1000000000"),
         (
             lambda folder: tensors(folder, lambda weights: weights.update(value_head=torch.zeros(3))),
-            "value_head and 0 more of its weights are no part of a qwen2_5_vl",
+            "value_head and 0 more of its weights are no part of the model",
         ),
         (
             lambda folder: tensors(folder, lambda weights: drop(weights, ".layers.0.")),

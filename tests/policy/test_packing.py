@@ -112,6 +112,19 @@ def test_flex_predicate_is_the_same_mask(encoder, policy, tmp_path):
     assert not flex[:T, T:].any() and flex[T:, T:].diagonal().all()
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_equals_the_default(tiny_folder, encoder, tmp_path):
+    """policy.attention=flex, the kernel of GPUs, here run eagerly: the same log-probs as SDPA's."""
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
+    logps = {}
+    for kernel in ("flex", "sdpa"):
+        policy = Policy(load_model(tiny_folder, torch.float32), PolicyConfig(dtype="float32", attention=kernel))
+        (batch,), _ = packed(samples, encoder, policy)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            logps[kernel], _ = policy(batch)
+    assert (logps["flex"] - logps["sdpa"]).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("fault", ["leak between responses", "position of the second response", "label shift"])
 def test_planted_faults_are_seen(fault, encoder, policy, model, tmp_path, monkeypatch):
     """The comparison above is able to fail: each of three classic packing faults exceeds its bound."""

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rethinker.config import ConfigError
+from rethinker.families.qwen_vl import PLACEHOLDERS
 from rethinker.rollout.hf_engine import HFEngine
-from rethinker.rollout.sampling import PLACEHOLDERS
 from rethinker.samples import Completion, Prompt
 from tests.rollout.helpers import ends_by_itself, rollout_config
 

@@ -88,9 +88,10 @@ def test_prompts_equal_the_processors(make, prompt, system):
         assert made.query_id == query.id and len(made.images) == count
         pixels = encoder.pixels(query)
         if not count:
-            assert pixels is None
+            assert pixels == {}
             continue
-        assert torch.equal(pixels[0], expected["pixel_values"]) and torch.equal(pixels[1], expected["image_grid_thw"])
+        assert pixels.keys() == {"pixel_values", "image_grid_thw"}
+        assert all(torch.equal(made, expected[name]) for name, made in pixels.items())
 
 
 def test_compact_ids_have_one_placeholder_per_image(make):
@@ -98,7 +99,7 @@ def test_compact_ids_have_one_placeholder_per_image(make):
     encoder = make()
     image_id = encoder.processor.image_token_id
     made = encoder.encode(Query("q", "a <image> b <image>", "", (picture(64, 64), picture(40, 90))))
-    grids = encoder.pixels(Query("q", "a <image> b <image>", "", tuple(made.images)))[1]
+    grids = encoder.pixels(Query("q", "a <image> b <image>", "", tuple(made.images)))["image_grid_thw"]
     counts = iter((grids.prod(-1) // 4).tolist())
     assert made.compact_ids.count(image_id) == 2
     expanded = [j for i in made.compact_ids for j in ([i] * next(counts) if i == image_id else [i])]
@@ -163,7 +164,7 @@ def test_images_are_upright_rgb_on_white(make):
         query = Query(str(size), "q", "", (bytes_,))
         (image,) = encoder.encode(query).images
         assert (image.mode, image.size, image.getpixel((5, 5))) == ("RGB", size, color)
-        grid = encoder.pixels(query)[1][0]
+        grid = encoder.pixels(query)["image_grid_thw"][0]
         assert encoder.encode(query).token_ids.count(encoder.processor.image_token_id) == int(grid.prod()) // 4
 
 
@@ -180,7 +181,7 @@ def test_large_images_are_reduced_once_and_for_all(make):
             (image,) = made = encoder.encode(query).images
             again = encoder.processor.image_processor(images=made, return_tensors="pt")
             assert torch.equal(again["pixel_values"], expected["pixel_values"])
-            assert torch.equal(encoder.pixels(query)[0], expected["pixel_values"])
+            assert torch.equal(encoder.pixels(query)["pixel_values"], expected["pixel_values"])
             if low == 1024:
                 assert image.width * image.height <= high
 
@@ -266,7 +267,7 @@ def test_a_saved_processor_keeps_the_pixel_limits(make, tmp_path):
     loaded = load_processor(tmp_path)
     assert (loaded.image_processor.size.shortest_edge, loaded.image_processor.size.longest_edge) == (2048, 4096)
     image = picture(300, 200)
-    ours = encoder.pixels(Query("q", "q", "", (as_bytes(image),)))[0]
+    ours = encoder.pixels(Query("q", "q", "", (as_bytes(image),)))["pixel_values"]
     assert torch.equal(loaded.image_processor(images=[image], return_tensors="pt")["pixel_values"], ours)
 
 
@@ -276,10 +277,10 @@ def test_caches_stay_within_their_bounds(make, monkeypatch):
     monkeypatch.setattr("rethinker.tasks.prompts.IMAGE_CACHE_BYTES", 50_000)
     encoder = make()
     queries = [Query(str(i), "q", "", (as_bytes(picture(64, 64, i)),)) for i in range(20)]
-    first = [encoder.pixels(q)[0].clone() for q in queries]
+    first = [encoder.pixels(q)["pixel_values"].clone() for q in queries]
     assert 0 < encoder._pixels.held <= 300_000 and 0 < encoder._images.held <= 50_000
-    assert encoder._pixels.held == sum(pixels.nbytes for pixels, _ in encoder._pixels._values.values())
-    assert all(torch.equal(a, encoder.pixels(q)[0]) for a, q in zip(first, queries, strict=True))
+    assert encoder._pixels.held == sum(inputs["pixel_values"].nbytes for inputs in encoder._pixels._values.values())
+    assert all(torch.equal(a, encoder.pixels(q)["pixel_values"]) for a, q in zip(first, queries, strict=True))
 
 
 def test_the_same_id_with_another_question_is_another_prompt(make):

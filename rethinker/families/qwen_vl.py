@@ -1,0 +1,71 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size, M-RoPE, and (Qwen3) DeepStack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+
+PLACEHOLDERS = (
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|im_start|>",
+)
+IMAGE_INPUTS = ("pixel_values", "image_grid_thw")  # [patches, channels * patch area], [images, 3]
+MROPE = True
+
+
+def image_settings(image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
+    """See Family."""
+    return {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}
+
+
+def image_ids(processor: Any, height: int, width: int) -> list[int]:
+    """See Family. It refuses an image that is 200 times longer than wide."""
+    images = processor.image_processor
+    patches = images.get_number_of_image_patches(height, width)
+    return [processor.image_token_id] * (patches // images.merge_size**2)
+
+
+def reduced(image_processor: Any, image: Image.Image) -> Image.Image:
+    """See Family. The processor resizes 8-bit pixels first, and by the same function: equal to the bit."""
+    limits = image_processor.size
+    if image.width * image.height <= limits.longest_edge:
+        return image
+    factor = image_processor.patch_size * image_processor.merge_size
+    pixels = image_processor.process_image(image)[None]
+    small = image_processor.resize(pixels, limits, image_processor.resample, factor)[0]
+    # Only if the processor will leave the reduced image alone; it may not where the limits are close together.
+    if not limits.shortest_edge <= small.shape[1] * small.shape[2] <= limits.longest_edge:
+        return image
+    return Image.fromarray(small.permute(1, 2, 0).contiguous().numpy())
+
+
+def vision_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """See Family."""
+    return [model.model.visual]
+
+
+def positions(model: torch.nn.Module, ids: torch.Tensor, image_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """See Family: transformers' get_rope_index."""
+    is_image = (ids == model.config.image_token_id).int()
+    return model.model.get_rope_index(ids, is_image, image_inputs.get("image_grid_thw"))[0][:, 0]
+
+
+def features(model: torch.nn.Module, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """See Family. Qwen3-VL's DeepStack adds features of earlier vision layers in its first decoder layers."""
+    visual = model.model.visual
+    seen = visual(image_inputs["pixel_values"].to(visual.dtype), grid_thw=image_inputs["image_grid_thw"])
+    return [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ())]
+
+
+def blank(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """See Family: one image token."""
+    vision = model.config.vision_config
+    side = vision.spatial_merge_size
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {"pixel_values": torch.zeros(side * side, width), "image_grid_thw": torch.tensor([[1, side, side]])}

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+from rethinker.config import DataConfig, PolicyConfig
+from rethinker.policy.model import Policy, load_model, load_processor
+from rethinker.tasks.prompts import PromptEncoder
+from tests.families.tiny_models import FAMILIES, create
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def folder(request, tmp_path_factory):
+    """A tiny model of every family but the default one, which the other tests hold to the same laws."""
+    return create(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def encoder(folder):
+    return PromptEncoder(load_processor(folder), DataConfig(min_pixels=1024, max_pixels=8192))
+
+
+@pytest.fixture
+def make_policy(folder):
+    """Makes policies with biases and scales that are not those of an initialisation, equal ones."""
+
+    def make(**settings) -> Policy:
+        policy = Policy(load_model(folder, torch.float32), PolicyConfig(dtype="float32", **settings)).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in policy.hf.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        return policy
+
+    return make
+
+
+@pytest.fixture
+def model(folder, make_policy):
+    """The plain transformers model with the policies' weights."""
+    model = load_model(folder, torch.float32)
+    model.load_state_dict(make_policy().hf.state_dict())
+    return model

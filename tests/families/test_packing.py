@@ -1,0 +1,134 @@
+"""Laws 2, 4 and 5 in every family: packing equals the per-sample forward, whatever the batch holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rethinker.policy.packing import pack
+from tests.policy.helpers import queries_of_every_kind, samples_for
+from tests.policy.test_packing import compare, packed
+
+
+def gradients(policy, batch):
+    policy(batch)[0].sum().backward()
+    return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def without_deep(first, *deep):
+    return [first, *(0.0 * part for part in deep)]
+
+
+def test_packed_forward_equals_per_sample_forward(make_policy, model, encoder, tmp_path):
+    """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none."""
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 1, 9, 3])
+    logp_error, gradient_error = compare(samples, encoder, make_policy(), model)
+    assert logp_error <= 1e-5
+    assert gradient_error <= 1e-5
+
+
+@pytest.mark.parametrize("fault", ["no deepstack", "positions of a text", "images swapped"])
+def test_planted_faults_are_seen(fault, folder, make_policy, model, encoder, tmp_path, monkeypatch):
+    """The comparison above is able to fail: by what an adapter may get wrong."""
+    policy = make_policy()
+    family, features = policy.family, policy.family.features
+    if fault == "no deepstack":
+        monkeypatch.setattr(family, "features", lambda *given: without_deep(*features(*given)))
+    elif fault == "positions of a text":
+        axes = 3 if family.MROPE else 1
+        monkeypatch.setattr(family, "positions", lambda hf, ids, images: torch.arange(ids.shape[1]).expand(axes, -1))
+    else:
+        monkeypatch.setattr(family, "features", lambda *given: [part.flip(0) for part in features(*given)])
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
+    concerned = {"no deepstack": "qwen3" in folder.name, "positions of a text": family.MROPE, "images swapped": True}
+    logp_error = compare(samples, encoder, policy, model)[0]
+    assert logp_error > 1e-3 if concerned[fault] else logp_error <= 1e-5
+
+
+def test_sampled_placeholders_are_ordinary_tokens(make_policy, encoder, tmp_path):
+    """Law 4: placeholder ids inside a response stand for no image: the other responses' log-probs stay, to the bit."""
+    policy, placeholder = make_policy(), encoder.processor.image_token_id
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [6, 6])
+    (batch,), _ = packed(samples, encoder, policy)
+    expected, _ = policy(batch)
+    for sample in samples[::2]:
+        sample.completion.token_ids[1:4] = [placeholder] * 3
+    (batch,), _ = packed(samples, encoder, policy)
+    logps, entropy = policy(batch)
+    (logps + entropy).sum().backward()
+    assert logps.isfinite().all() and all(p.grad.isfinite().all() for p in policy.parameters() if p.grad is not None)
+    assert torch.equal(logps.view(3, 2, 6)[:, 1], expected.view(3, 2, 6)[:, 1])  # [query, response, token]
+
+
+@pytest.mark.parametrize("work", ["a text", "nothing"])
+def test_a_batch_without_images_runs_every_module(work, make_policy, encoder, tmp_path):
+    """Law 5: without images every module with weights runs as it does with them, and each weight has a gradient, or
+    ZeRO-3's ranks would wait for each other; the log-probs are as if nothing had been seen."""
+    policy = make_policy()
+    ran: set[str] = set()
+    for name, module in policy.hf.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_hook(lambda *_, name=name: ran.add(name))
+    every = samples_for(queries_of_every_kind(tmp_path), encoder, [5])
+    (batch,), _ = packed(every, encoder, policy)
+    with_images = set(gradients(policy, batch)), frozenset(ran)
+    ran.clear()
+    policy.zero_grad()
+    if work == "a text":
+        (batch,), _ = packed([sample for sample in every if not sample.query.images], encoder, policy)
+    else:
+        batch = pack([], encoder.encode, encoder.pixels, policy.positions)
+    assert not batch.image_inputs and len(batch.position_ids) == (3 if policy.family.MROPE else 1)
+    found = gradients(policy, batch)
+    assert (set(found), ran) == with_images
+    for module in policy.family.vision_modules(policy.hf):
+        assert not any(parameter.grad.any() for parameter in module.parameters())
+    with torch.no_grad():
+        expected, _ = policy(batch)
+        for module in policy.family.vision_modules(policy.hf):
+            for parameter in module.parameters():
+                parameter.mul_(2.0)
+        assert torch.equal(policy(batch)[0], expected)
+
+
+def test_frozen_vision_has_no_gradient_and_changes_no_other(make_policy, encoder, tmp_path):
+    """policy.freeze_vision: exactly the modules between pixels and image tokens have none; the rest is as before."""
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
+    free, frozen = make_policy(), make_policy(freeze_vision=True)
+    (batch,), _ = packed(samples, encoder, free)
+    whole, rest = gradients(free, batch), gradients(frozen, batch)
+    left_out = {
+        name
+        for name, parameter in frozen.named_parameters()
+        if any(parameter is p for m in frozen.family.vision_modules(frozen.hf) for p in m.parameters())
+    }
+    assert left_out and whole.keys() - rest.keys() == left_out
+    assert all("language_model" in name or "lm_head" in name for name in rest)
+    torch.testing.assert_close({name: whole[name] for name in rest}, rest, rtol=1e-5, atol=1e-7)
+
+
+def test_gradient_checkpointing_recomputes(make_policy, encoder, tmp_path):
+    """Every decoder and vision layer runs twice a step, in eval mode, and the gradients are the same."""
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
+    found = {}
+    for checkpointing in (False, True):
+        policy = make_policy(gradient_checkpointing=checkpointing)
+        layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
+        runs = [0]
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_, runs=runs: runs.__setitem__(0, runs[0] + 1))
+        (batch,), _ = packed(samples, encoder, policy)
+        found[checkpointing] = gradients(policy, batch)
+        assert runs[0] == (1 + checkpointing) * len(layers) and len(layers) >= 5
+    torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_equals_the_default(make_policy, encoder, tmp_path):
+    """policy.attention=flex, the kernel of GPUs, here run eagerly: the same log-probs as SDPA's."""
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
+    (batch,), _ = packed(samples, encoder, make_policy())
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        found, expected = (make_policy(attention=kernel)(batch)[0] for kernel in ("flex", "sdpa"))
+    assert (found - expected).abs().max() <= 1e-5

@@ -1,0 +1,93 @@
+"""Every family's prompts and pixels are its own processor's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, GenerationConfig
+
+from rethinker.config import ConfigError, DataConfig
+from rethinker.families import family_of, family_of_processor
+from rethinker.model_folder import check_model_folder
+from rethinker.policy.model import load_model, load_processor
+from rethinker.rollout.sampling import stop_token_ids
+from rethinker.samples import Query
+from rethinker.tasks.prompts import PromptEncoder
+
+SIZES = [(64, 64), (97, 41), (20, 120), (300, 200), (33, 33)]
+
+
+def picture(size: tuple[int, int], seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("pixels", [(1024, 8192), (4096, 4096), (256 * 28 * 28, 1280 * 28 * 28)])
+def test_token_ids_and_pixels_are_the_processors(folder, pixels):
+    """For images of many shapes, alone and in twos, and for texts: what the family's processor makes of the message."""
+    encoder = PromptEncoder(
+        load_processor(folder), DataConfig(prompt="{question}", min_pixels=pixels[0], max_pixels=pixels[1])
+    )
+    cases = [("what?\n", 0), *(("what? ", 1) for _ in SIZES), ("<image> and\n<image>: same?", 2)]
+    for number, (question, count) in enumerate(cases):
+        images = tuple(picture(SIZES[(number + i) % len(SIZES)], 10 * number + i) for i in range(count))
+        query = Query(f"{number}", question, "", images)
+        content = [{"type": "image"}] * (count == 1)
+        for i, text in enumerate(question.split("<image>")):
+            content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)
+        message = [{"role": "user", "content": content}]
+        text = encoder.processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        expected = encoder.processor(text=[text], images=list(images) or None, return_tensors="pt")
+        made = encoder.encode(query)
+        assert made.token_ids == expected["input_ids"][0].tolist()
+        assert made.compact_ids.count(encoder.processor.image_token_id) == count
+        inputs = encoder.pixels(query)
+        assert bool(inputs) == bool(count)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in inputs.items())
+
+
+def test_pixel_limits_bound_the_image_tokens_and_are_saved(folder, tmp_path):
+    """Between data.min_pixels and data.max_pixels, whatever the image; a saved processor keeps them."""
+    processor, whole = load_processor(folder), 4 if "internvl" in folder.name else 0
+    tokens = {}
+    for low, high in ((1024, 2048), (4096, 8192)):
+        encoder = PromptEncoder(processor, DataConfig(min_pixels=low, max_pixels=high))
+        for size in SIZES:
+            ids = encoder.family.image_ids(processor, size[1], size[0])
+            # One token for 256 pixels; InternVL adds the 4 of a tile of the whole.
+            tokens[low, size] = ids.count(processor.image_token_id)
+            assert low / 256 * 0.75 <= tokens[low, size] <= high / 256 + whole
+    assert any(tokens[1024, size] < tokens[4096, size] for size in SIZES)
+    processor.save_pretrained(tmp_path)
+    loaded = load_processor(tmp_path)
+    images = [picture(size, 0) for size in SIZES]
+    ours = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    assert torch.equal(loaded.image_processor(images, return_tensors="pt")["pixel_values"], ours)
+
+
+def test_placeholders_end_a_response(folder):
+    """Law 4: what stands for an image in a prompt ends a response, as every placeholder and the end tokens do."""
+    config, processor = AutoConfig.from_pretrained(folder), load_processor(folder)
+    to_id = processor.tokenizer.convert_tokens_to_ids
+    stops = stop_token_ids(processor.tokenizer, config, GenerationConfig.from_pretrained(folder))
+    family = family_of(config.model_type)
+    shown, named = family.image_ids(processor, 64, 64), [*family.PLACEHOLDERS, "<|im_end|>", "<|endoftext|>"]
+    assert config.image_token_id in shown and set(shown) <= set(stops)
+    assert {to_id(token) for token in named} <= set(stops) and to_id("a") not in stops
+
+
+def test_the_folder_is_accepted_and_another_kind_is_not(folder, tmp_path):
+    """A folder is judged by its config in one line that names the supported families, before anything is loaded."""
+    assert check_model_folder(folder, "policy.model=x") > 0
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    for load in (lambda: check_model_folder(tmp_path, "policy.model='x'"), lambda: load_model(tmp_path, torch.float32)):
+        with pytest.raises(ConfigError, match=r"is a 'llava' model; supported: qwen2_5_vl, .*internvl$") as refused:
+            load()
+        assert "\n" not in str(refused.value)
+
+
+def test_a_processor_of_another_kind_is_refused():
+    """Its class is named, and the families that are supported."""
+    with pytest.raises(ConfigError, match="processor is a object, of no supported family .qwen2_5_vl, "):
+        family_of_processor(object())
