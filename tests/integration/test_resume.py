@@ -66,7 +66,9 @@ def test_asked_to_stop(scratch, reference):
     process = start(scratch, "stopped")
     wait_for(lambda: len(rows(run)) >= 5, process)
     process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
     assert process.wait(60) == 0
+    print(f"SIGTERM in a step: saved and ended after {time.monotonic() - asked:.1f} s")
     steps = len(rows(run))
     assert 5 <= steps < STEPS and newest(run) == steps
     told = (scratch / "stopped.log").read_text()
@@ -77,7 +79,9 @@ def test_asked_to_stop(scratch, reference):
     wait_for(lambda: len(rows(run)) >= 8, process)
     time.sleep(0.05)  # in the rollout of the last episode
     process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
     assert process.wait(60) == 0
+    print(f"SIGINT in a rollout: saved and ended after {time.monotonic() - asked:.1f} s")
     assert 8 <= len(rows(run)) <= 9 and newest(run) == len(rows(run))
     finish(scratch, "stopped", "--resume", "auto")
     assert_equal_runs(run, reference)
