@@ -149,10 +149,11 @@ def _fail(message: str) -> int:
 
 
 def _train_help() -> str:
-    from rethinker.settings import settings, shipped_recipes
+    from rethinker.settings import presets, settings, shipped_recipes
 
     lines = ["usage: rethinker train RECIPE [--section.name value ...] [--print_config]", "", "shipped recipes:"]
     lines += [f"  {name}" for name in shipped_recipes()]
+    lines += ["", "presets, added as RECIPE+PRESET:", *(f"  {name}" for name in presets())]
     lines += ["", "settings (--name value, with the default in brackets):"]
     for setting in settings():
         lines.append(f"  --{setting.key} [{'null' if setting.default is None else setting.default}]")
