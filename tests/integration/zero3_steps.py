@@ -101,8 +101,9 @@ def main(model: str, scratch: str, output: str, budget: str) -> None:
     moved = any(not torch.equal(t, before[n]) for n, t in engine.weights)
     results["poisoned"] = {"metrics": metrics, "unchanged": unchanged, "recovered": recovered}
     results["poisoned"] |= {"finite": bool(finite), "moved": moved, "counted": engine.skipped_steps}
-    engine.save(Path(scratch) / f"saved_{ranks.world_size}")
+    save = engine.model_snapshot()
     if ranks.is_main:
+        save(Path(scratch) / f"saved_{ranks.world_size}")
         torch.save(results, output)
     distributed.stop()
 
