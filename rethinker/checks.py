@@ -49,7 +49,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every com
         "reward.memory_gb algorithm.clip_high algorithm.rollout_correction rethink.temperature train.epochs "
         "train.learning_rate train.max_grad_norm run.stall_s rollout.max_mismatch_kl",
     ),
-    "above 0 and below 1": (lambda value: 0 < value < 1, "rollout.gpu_memory_utilization algorithm.clip_low"),
+    "above 0 and below 1": (
+        lambda value: 0 < value < 1,
+        "rollout.gpu_memory_utilization algorithm.clip_low data.validation_share",
+    ),
     "above 0 and at most 1": (lambda value: 0 < value <= 1, "policy.warmup.data_fraction"),
     "from 0 to 1": (
         lambda value: 0 <= value <= 1,

@@ -28,6 +28,8 @@ class Table:
     size: int
     rows_or_errors: Iterator[dict[str, Any] | ConfigError]
     folder: Path | None
+    identity: str = ""
+    """Names this version of the data."""
 
     @property
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -85,7 +87,9 @@ def _parquet(path: Path, setting: str) -> Table:
                 yield from (_row(batch, i, columns, f"{where}: row {number + i}") for i in range(batch.num_rows))
             number += batch.num_rows
 
-    return Table(columns, file.metadata.num_rows, rows(), path.parent)
+    status = path.stat()
+    identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    return Table(columns, file.metadata.num_rows, rows(), path.parent, identity)
 
 
 def _row(batch: Any, i: int, columns: list[str], where: str) -> dict[str, Any] | ConfigError:
@@ -174,7 +178,7 @@ def _hugging_face(name: str, path: Path, split: str, setting: str) -> Table:
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             loaded = loaded.cast_column(column, type(feature)(datasets.Image(decode=False)))
     rows = _stopping(loaded, f"{setting}={name}")
-    return Table(list(loaded.column_names), len(loaded), rows, path if local else None)
+    return Table(list(loaded.column_names), len(loaded), rows, path if local else None, loaded._fingerprint)
 
 
 def hub_answers(name: str) -> bool:
