@@ -66,13 +66,13 @@ def load_queries(config: DataConfig, which: Literal["train", "validation"]) -> l
         return queries
     queries, where = load_table(config, "train"), f"data.train={config.train}"
     if split:
-        queries = one_side(queries, which, config.validation_share, _image_root(config), where)
+        queries = one_side(queries, which, config.validation_share, image_root(config), where)
     if config.pass_rate is not None and which == "train":
         queries = sometimes_right(queries, config.pass_rate, where)
     return queries
 
 
-def _image_root(config: DataConfig) -> str | None:
+def image_root(config: DataConfig) -> str | None:
     """Where the image paths of `data.train` start, if that is a place of the user's."""
     if config.image_root is not None or config.train in BUILT_IN:
         return config.image_root

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 from rethinker.config import ConfigError
 
 IN_MEMORY_BYTES = 64 * 2**20
+
+_CACHED = re.compile(r"embedded-[0-9a-f]{16}\.zip")
 
 
 def content_name(content: bytes) -> str:
@@ -94,3 +97,9 @@ class EmbeddedImages:
                 f"RETHINKER_CACHE={self.path.parent}: images embedded in the data cannot be kept there ({error}); set "
                 "RETHINKER_CACHE to a folder with room for all of them"
             ) from error
+
+
+def archive_of_embedded(reference: Any) -> tuple[str, str] | None:
+    """(archive, member) of an image that a data set holds as bytes and that waits in the cache; None for any other."""
+    archive, slash, name = os.fspath(reference).rpartition("/") if isinstance(reference, str) else ("", "", "")
+    return (archive, name) if slash and _CACHED.fullmatch(os.path.basename(archive)) else None
