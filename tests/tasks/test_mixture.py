@@ -76,9 +76,6 @@ def test_in_a_recipe(tmp_path):
     overrides = ["--data.train", "sources", "--data.sources.a.train", "a.jsonl", "--data.sources.a.weight", "2"]
     config = resolve_config("easy_vqa_cpu", [*overrides, "--data.sources.b", "{train: digits, weight: 1}"])
     wanted = {"a": {"train": "a.jsonl", "weight": 2}, "b": {"train": "digits", "weight": 1}}
-    read = {
-        name: {k: float(v) if k == "weight" else v for k, v in s.items()} for name, s in config.data.sources.items()
-    }
     assert config.data.sources == wanted
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert resolve_config(tmp_path / "again.yaml").data == config.data
