@@ -49,7 +49,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every com
         "reward.memory_gb algorithm.clip_high algorithm.rollout_correction rethink.temperature train.epochs "
         "train.learning_rate train.max_grad_norm run.stall_s rollout.max_mismatch_kl",
     ),
-    "above 0 and below 1": (lambda value: 0 < value < 1, "rollout.gpu_memory_utilization algorithm.clip_low"),
+    "above 0 and below 1": (
+        lambda value: 0 < value < 1,
+        "rollout.gpu_memory_utilization algorithm.clip_low data.validation_share",
+    ),
     "above 0 and at most 1": (lambda value: 0 < value <= 1, "policy.warmup.data_fraction"),
     "from 0 to 1": (
         lambda value: 0 <= value <= 1,
@@ -154,7 +157,7 @@ def _nearest(value: int, multiple: int) -> str:
 def check_resources(config: Config) -> None:
     """The packages, the model, the reward file, the recording, the run folder and the disk are there."""
     _check_packages(config)
-    model_bytes = _check_model(config.policy.model)
+    model_bytes = check_model(config.policy.model)
     reward_file, colon, _ = config.reward.function.rpartition(":")
     if config.reward.function != "boxed" and not (colon and reward_file.endswith(".py")):
         raise ConfigError(f"reward.function={config.reward.function} must be boxed or path/to/file.py:function")
@@ -189,7 +192,7 @@ def _check_packages(config: Config) -> None:
             raise ConfigError(f"{key}={value} needs the package {package}, which is missing: {how_to_install(package)}")
 
 
-def _check_model(model: str) -> int:
+def check_model(model: str) -> int:
     """Refuse a folder that cannot be a model. Returns the size of its weights in bytes (0 when not known yet)."""
     folder = Path(os.path.expanduser(model))
     # A name on the model hub is `name` or `owner/name`.

@@ -19,6 +19,7 @@ USAGE = """usage: rethinker COMMAND ...
   rethinker eval CHECKPOINT --benchmark NAME          answer a benchmark: accuracy with its interval, every response
   rethinker eval --compare RESULT RESULT ...          paired differences of results on the same questions
   rethinker eval --help                               list the benchmarks and all options
+  rethinker curate RECIPE --output FOLDER             measure pass rates; write the questions worth training on
   rethinker report RUN... [--output FILE.html]        one page about a run, or several side by side
   rethinker export RUN [--push OWNER/NAME]            its model as a folder to share, with a model card
   rethinker plan RECIPE --gpus N --gpu-memory GIB     memory, batches and time of a run, before anything starts
@@ -40,7 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command == "train":
         return train_main(arguments)
-    commands = {"plan": _plan, "eval": _eval, "report": _report, "export": _export, "doctor": _doctor}
+    commands = {
+        "plan": _plan,
+        "eval": _eval,
+        "curate": _curate,
+        "report": _report,
+        "export": _export,
+        "doctor": _doctor,
+    }
     if command in commands:
         return guarded(lambda: commands[command](arguments))
     return guarded(lambda: _fail(f"unknown command {command!r}; commands are train, {', '.join(commands)}"))
@@ -95,6 +103,12 @@ def _eval(arguments: list[str]) -> int:
     from rethinker.evaluation.command import main as evaluate
 
     return evaluate(arguments)
+
+
+def _curate(arguments: list[str]) -> int:
+    from rethinker.curation.command import main as curate
+
+    return curate(arguments, _fail)
 
 
 def _doctor(arguments: list[str]) -> int:

@@ -43,11 +43,21 @@ class DataConfig:
     """The questions: which data set, which columns, which prompt."""
 
     train: str = "easy_vqa"
-    """`easy_vqa` or `digits` (embedded), a Hugging Face data set name or folder, or a .parquet / .jsonl file."""
+    """`easy_vqa` or `digits` (embedded), a Hugging Face data set name or folder, or a .parquet / .jsonl file; `sources`
+    mixes those of data.sources."""
+    sources: dict[str, dict] = field(default_factory=dict)
+    """Data sets to mix, by name: `{geometry: {train: geometry.parquet, weight: 2}, charts: {train: charts.jsonl,
+    weight: 1}}`. Weights are shares of the questions drawn, given for all or for none (then by size). An entry may have
+    its own train_split, fields, image_root, pass_rate, max_bad_rows and category_weights."""
     train_split: str = "train"
     """Split of a Hugging Face data set to train on."""
     validation: str | None = "easy_vqa"
-    """Held-out questions, named as `train` is; null trains without validation."""
+    """Held-out questions, named as `train` is; `split` holds out a part of data.train; null: no validation."""
+    validation_share: float = 0.02
+    """With data.validation=split: share of the images held out, with all questions about them (text-only questions by
+    their text). Which ones is a matter of their hash alone: not of the order, the seed, or rows added later."""
+    pass_rate: str | None = None
+    """Column of a model's pass rates: train only on questions with 0 < pass rate < 1. -1 is not measured: left out."""
     validation_split: str = "test"
     """Split of a Hugging Face data set to validate on."""
     fields: dict[str, str] = field(
@@ -58,7 +68,8 @@ class DataConfig:
     """Share of the rows that may be unusable (no question, odd answer, broken image): they are left out and counted;
     beyond it, and with any such row in a data set too small for a share, the run stops at the first."""
     image_root: str | None = None
-    """Folder that relative image paths start from; by default the data file's own folder. A path in a row may lead
+    """Folder that relative image paths start from; by default the data file's own folder. It may be a .zip or .tar that
+    is read as it is, and paths may lead through one (`images.zip/a/1.png`). A path in a row may lead
     anywhere, but is read only if it is a regular file, and only as an image (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM,
     AVIF; of an animation the first frame). Nothing is downloaded."""
     prompt: str = "{question}\nPut your final answer within \\boxed{}."

@@ -56,6 +56,7 @@ from rethinker.samples import Completion, Group, Query
 from rethinker.settings import load_config
 from rethinker.tasks.datasets import QueryStream, load_queries
 from rethinker.tasks.images import check_images
+from rethinker.tasks.mixture import stream_weights
 from rethinker.tasks.prompts import PromptEncoder, select_fitting
 from rethinker.tasks.reward import AnswerChecker
 
@@ -89,6 +90,7 @@ def train(config: Config) -> Run:
     """
     G, N = config.rollout.group_size, config.train.batch_pairs
     queries = load_queries(config.data, "train")
+    weights = stream_weights(queries, config.data)
     held_out = load_held_out(config)
     check_images([*queries, *held_out], config.data)
     total_steps = schedule_length(config, len(queries))
@@ -109,7 +111,7 @@ def train(config: Config) -> Run:
         model_dir = checkpoint or initial_model(config, ranks)
         encoder = PromptEncoder(load_processor(model_dir), config.data)
         held_out, _ = select_fitting(held_out, encoder)
-        stream = QueryStream(queries, seed=config.seed, category_weights=config.data.category_weights)
+        stream = QueryStream(queries, seed=config.seed, **weights)
         reference = initial_model(config, ranks) if config.algorithm.kl_coef > 0 else None
         budget_file = run.folder / "micro_batch_tokens.json"
         policy = PolicyEngine(config, model_dir, encoder, ranks, total_steps, reference, budget_file)

@@ -10,7 +10,8 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +19,21 @@ import numpy as np
 
 from rethinker.config import ConfigError, DataConfig
 from rethinker.samples import Query
+from rethinker.tasks.archives import has_member, split_archive
 from rethinker.tasks.digits import digits
 from rethinker.tasks.easy_vqa import easy_vqa
+from rethinker.tasks.embedded import EmbeddedImages
 from rethinker.tasks.faults import Faults
+from rethinker.tasks.mixture import SOURCES, source_configs
 from rethinker.tasks.sources import Table, open_table
+from rethinker.tasks.subsets import one_side, sometimes_right
 
 log = logging.getLogger(__name__)
 
 IMAGE_MARK = "<image>"
+
+# As data.validation: a part of data.train.
+SPLIT = "split"
 
 # Metadata is printed, pickled and written as JSON, each by recursion.
 DEEPEST_METADATA = 32
@@ -36,6 +44,44 @@ BUILT_IN = {"easy_vqa": easy_vqa, "digits": digits}
 
 def load_queries(config: DataConfig, which: Literal["train", "validation"]) -> list[Query]:
     """Load and check the questions that `data.train` or `data.validation` names.
+
+    `data.train: sources` loads all of `data.sources`; with `data.validation: split` both are parts of `data.train`, and
+    `data.pass_rate` then leaves some out of training.
+
+    Raises:
+        ConfigError: as `load_table`; and sources, a split or pass rates that leave nothing or cannot be meant.
+    """
+    split = config.validation == SPLIT
+    if which == "validation" and not split:
+        return load_table(config, "validation")
+    if (config.train == SOURCES) != bool(config.sources):
+        raise ConfigError(f"data.sources goes with data.train=sources, and data.train is {config.train}; set both")
+    if config.train == SOURCES:
+        queries = []
+        for source, own in source_configs(config).items():
+            try:
+                queries += [replace(query, id=f"{source}/{query.id}") for query in load_queries(own, which)]
+            except ConfigError as error:
+                raise type(error)(f"data.sources.{source}: {error}") from error
+        return queries
+    queries, where = load_table(config, "train"), f"data.train={config.train}"
+    if split:
+        queries = one_side(queries, which, config.validation_share, image_root(config), where)
+    if config.pass_rate is not None and which == "train":
+        queries = sometimes_right(queries, config.pass_rate, where)
+    return queries
+
+
+def image_root(config: DataConfig) -> str | None:
+    """Where the image paths of `data.train` start, if that is a place of the user's."""
+    if config.image_root is not None or config.train in BUILT_IN:
+        return config.image_root
+    path = Path(os.path.expanduser(config.train))
+    return str(path.parent if path.suffix in (".parquet", ".jsonl") else path)
+
+
+def load_table(config: DataConfig, which: Literal["train", "validation"]) -> list[Query]:
+    """All questions of the data set that `data.train` or `data.validation` names.
 
     Columns that `data.fields` does not name become metadata under their own names; a further entry of `data.fields`
     (`choices: options`) renames one. Without an id column, ids are the row numbers.
@@ -59,22 +105,23 @@ def load_queries(config: DataConfig, which: Literal["train", "validation"]) -> l
     rows = _Rows(where, columns, Path(config.image_root) if config.image_root else table.folder)
     faults = Faults(config.max_bad_rows, table.size)
     queries: dict[str, Query] = {}
-    for number, row in enumerate(table.rows_or_errors):
-        if isinstance(row, ConfigError):
-            faults.add("damaged row", row)
-            continue
-        try:
-            query = rows.query(number, row)
-            if query.id in queries:
-                raise _BadRowError(
-                    "repeated id",
-                    f"data.fields.id={columns.get('id', 'id')}: the id {query.id!r} occurs more than once; ids must be "
-                    "unique",
-                )
-        except _BadRowError as error:
-            faults.add(error.reason, ConfigError(str(error)))
-            continue
-        queries[query.id] = query
+    with EmbeddedImages(table.identity) as rows.embedded:
+        for number, row in enumerate(table.rows_or_errors):
+            if isinstance(row, ConfigError):
+                faults.add("damaged row", row)
+                continue
+            try:
+                query = rows.query(number, row)
+                if query.id in queries:
+                    raise _BadRowError(
+                        "repeated id",
+                        f"data.fields.id={columns.get('id', 'id')}: the id {query.id!r} occurs more than once; ids "
+                        "must be unique",
+                    )
+            except _BadRowError as error:
+                faults.add(error.reason, ConfigError(str(error)))
+                continue
+            queries[query.id] = query
     if faults.reasons and os.environ.get("RANK", "0") == "0":  # every rank reads the same rows
         log.warning("%s: %s", where, faults)
     if not queries:
@@ -115,6 +162,7 @@ class _Rows:
 
     def __init__(self, where: str, columns: dict[str, str], image_root: Path | None) -> None:
         self.where, self.columns, self.image_root = where, columns, image_root
+        self.embedded: EmbeddedImages
         self._exists: dict[str, bool] = {}
         main = {columns.get(noun) for noun in ("question", "answer", "images", "id")}
         self._main, self._names = main, {column: noun for noun, column in columns.items() if column not in main}
@@ -174,7 +222,7 @@ class _Rows:
         if isinstance(item, Mapping) and (item.get("bytes") or item.get("path")):
             item = item.get("bytes") if isinstance(item.get("bytes"), (bytes, bytearray)) else item.get("path")
         if isinstance(item, (bytes, bytearray)):
-            return {"bytes": bytes(item)}
+            return self.embedded.keep(bytes(item))
         if hasattr(item, "convert"):  # a PIL image
             return item
         if not isinstance(item, (str, Path)) or not str(item):
@@ -194,7 +242,7 @@ class _Rows:
             path = self.image_root / path
         path = str(path)
         if path not in self._exists:
-            self._exists[path] = os.path.isfile(path)  # through links too; never a pipe or a device
+            self._exists[path] = os.path.isfile(path) or self._in_archive(path)  # through links; no pipe, no device
         if not self._exists[path]:
             hint = "data.image_root says where paths start"
             if "://" in path or str(item).startswith("data:"):
@@ -202,6 +250,13 @@ class _Rows:
             shown = path if len(path) <= 300 else f"{path[:300]}..."
             raise _BadRowError("no image", f"{self.where}: row {name}: no image file {shown}; {hint}")
         return path
+
+    def _in_archive(self, path: str) -> bool:
+        archived = split_archive(path)
+        try:
+            return archived is not None and has_member(*archived)
+        except ValueError as error:
+            raise ConfigError(f"{self.where}: {error}") from error
 
 
 def _deeper(value: Any, levels: int) -> bool:
@@ -235,12 +290,20 @@ class QueryStream:
         queries: the questions.
         seed: of the permutations.
         category_weights: share of each `metadata["category"]`, in any scale; empty keeps the data's own mix.
+        label: what the weights are about instead, as `mixture.stream_weights` gives it.
 
     Raises:
         ConfigError: no queries, or weights that name no category of theirs.
     """
 
-    def __init__(self, queries: list[Query], *, seed: int, category_weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        queries: list[Query],
+        *,
+        seed: int,
+        category_weights: Mapping[str, float] | None = None,
+        label: Callable[[Query], str] = lambda query: str(query.metadata.get("category")),
+    ) -> None:
         if not queries:
             raise ConfigError("data.train: there are no queries to train on")
         self.queries, self.seed = queries, seed
@@ -249,7 +312,7 @@ class QueryStream:
         if weights:
             members = {}
             for i, query in enumerate(queries):
-                members.setdefault(str(query.metadata.get("category")), []).append(i)
+                members.setdefault(label(query), []).append(i)
             self._check(weights, members)
             members = {name: members[name] for name, weight in weights.items() if weight > 0}
         total = sum(weights.values())

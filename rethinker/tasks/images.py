@@ -20,6 +20,7 @@ from PIL import Image
 
 from rethinker.config import ConfigError, DataConfig
 from rethinker.samples import Query
+from rethinker.tasks.archives import open_member, split_archive
 from rethinker.tasks.faults import Faults
 
 # The reason under which queries with such an image are counted.
@@ -155,10 +156,13 @@ def _file(reference: Any, max_pixels: int) -> BinaryIO:
         if reference.get("bytes"):
             return io.BytesIO(reference["bytes"])
         reference = reference["path"]
+    longest = MOST_BYTES_PER_PIXEL * max_pixels + 2**20
+    if archived := split_archive(os.fspath(reference)):
+        return open_member(*archived, longest)
     # Not blocking: to open a named pipe would wait for its writer.
     number = os.open(reference, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     status = os.fstat(number)
-    if stat.S_ISREG(status.st_mode) and status.st_size <= MOST_BYTES_PER_PIXEL * max_pixels + 2**20:
+    if stat.S_ISREG(status.st_mode) and status.st_size <= longest:
         return os.fdopen(number, "rb")
     os.close(number)
     if not stat.S_ISREG(status.st_mode):

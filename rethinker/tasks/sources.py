@@ -16,6 +16,9 @@ from rethinker.config import ConfigError
 # Of a .jsonl file, in bytes; a row with its images in base64 is far below.
 LONGEST_LINE = 256 * 2**20
 
+# Of a .parquet file's rows, at once.
+BATCH_BYTES = 8 * 2**20
+
 
 @dataclass(frozen=True)
 class Table:
@@ -28,6 +31,8 @@ class Table:
     size: int
     rows_or_errors: Iterator[dict[str, Any] | ConfigError]
     folder: Path | None
+    identity: str = ""
+    """Names this version of the data."""
 
     @property
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -70,22 +75,29 @@ def open_table(name: str, split: str, setting: str) -> Table:
 
 
 def _parquet(path: Path, setting: str) -> Table:
+    import pyarrow
     import pyarrow.parquet as parquet
 
-    file = parquet.ParquetFile(path)
+    # Read in pieces: a column of images may be one chunk of gigabytes.
+    file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+    size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+    batch_size = max(1, min(1024, BATCH_BYTES * file.metadata.num_rows // max(1, size)))
     columns = list(file.schema_arrow.names)
     where = f"{setting}={path}"
 
     def rows() -> Iterator[dict[str, Any] | ConfigError]:
         number = 0
-        for batch in _stopping(file.iter_batches(batch_size=1024), where):
+        for batch in _stopping(file.iter_batches(batch_size=batch_size), where):
             try:
                 yield from batch.to_pylist()
             except Exception:  # one value that is not what its column says, such as a text that is no UTF-8
                 yield from (_row(batch, i, columns, f"{where}: row {number + i}") for i in range(batch.num_rows))
             number += batch.num_rows
+        pyarrow.default_memory_pool().release_unused()  # up to gigabytes that the allocator would keep
 
-    return Table(columns, file.metadata.num_rows, rows(), path.parent)
+    status = path.stat()
+    identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    return Table(columns, file.metadata.num_rows, rows(), path.parent, identity)
 
 
 def _row(batch: Any, i: int, columns: list[str], where: str) -> dict[str, Any] | ConfigError:
@@ -174,7 +186,7 @@ def _hugging_face(name: str, path: Path, split: str, setting: str) -> Table:
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             loaded = loaded.cast_column(column, type(feature)(datasets.Image(decode=False)))
     rows = _stopping(loaded, f"{setting}={name}")
-    return Table(list(loaded.column_names), len(loaded), rows, path if local else None)
+    return Table(list(loaded.column_names), len(loaded), rows, path if local else None, loaded._fingerprint)
 
 
 def hub_answers(name: str) -> bool:

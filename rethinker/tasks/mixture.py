@@ -1,0 +1,127 @@
+"""Several data sets as one: `data.train: sources` with an entry per data set in `data.sources`.
+
+    data:
+      train: sources
+      sources:
+        virl: {train: virl39k.parquet, image_root: images.zip, fields: {images: image, id: qid}, weight: 3}
+        shapes: {train: easy_vqa, weight: 1, category_weights: {"yes/no": 1, shape: 1}}
+
+An entry takes the settings below of the data section, and the section's own values where it has none; ids become
+`virl/<id>`. With weights the sources take turns in those shares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections import Counter
+from typing import Any
+
+from rethinker.config import ConfigError, DataConfig
+from rethinker.samples import Query
+
+SOURCES = "sources"
+OF_A_SOURCE = ("train", "train_split", "fields", "image_root", "pass_rate", "max_bad_rows", "category_weights")
+
+
+def source_configs(config: DataConfig) -> dict[str, DataConfig]:
+    """The data settings of every source, by its name.
+
+    Raises:
+        ConfigError: no sources, or an entry that cannot be meant.
+    """
+    if not config.sources:
+        raise ConfigError("data.train=sources needs data.sources: {NAME: {train: FILE, weight: 1}, ...}")
+    if config.category_weights:
+        raise ConfigError(
+            f"data.category_weights={config.category_weights} with data.train=sources: give each source its own, as "
+            "data.sources.NAME.category_weights, and data.category_weights={}"
+        )
+    return {name: _source(name, entry, config) for name, entry in config.sources.items()}
+
+
+def _source(name: str, entry: Any, config: DataConfig) -> DataConfig:
+    key = f"data.sources.{name}"
+    if not name or "/" in name:
+        raise ConfigError(f"{key}: the name of a source is not empty and has no /, since ids begin with it")
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{key}={entry!r} must be a mapping, such as {{train: FILE, weight: 1}}")
+    for field in entry:
+        if field not in (*OF_A_SOURCE, "weight"):
+            close = difflib.get_close_matches(str(field), [*OF_A_SOURCE, "weight"], n=1)
+            hint = f"did you mean {close[0]}?" if close else f"a source takes {', '.join(OF_A_SOURCE)}, weight"
+            raise ConfigError(f"{key}.{field}: no such setting; {hint}")
+    if not isinstance(entry.get("train"), str) or entry["train"] == SOURCES:
+        raise ConfigError(f"{key}.train={entry.get('train')!r} must name a data set, as data.train does")
+    for field, kind in (("fields", dict), ("category_weights", dict), ("train_split", str), ("image_root", str)):
+        if not isinstance(entry.get(field, kind()), kind):
+            words = "a mapping" if kind is dict else "a text"
+            raise ConfigError(f"{key}.{field}={entry[field]!r} must be {words}")
+    own = {field: value for field, value in entry.items() if field != "weight"}
+    own["fields"] = {**config.fields, **entry.get("fields", {})}
+    return dataclasses.replace(config, sources={}, **own)
+
+
+def stream_weights(queries: list[Query], config: DataConfig) -> dict[str, Any]:
+    """What QueryStream needs to draw as the settings say: `category_weights`, and with sources their `label`.
+
+    A source's share is divided among its categories; each of these parts then runs through its own permutations.
+
+    Raises:
+        ConfigError: a weight that cannot be meant, or one of a category that the source does not have.
+    """
+    if config.train != SOURCES:
+        return {"category_weights": config.category_weights}
+    weights, parts = _source_weights(queries, config), source_configs(config)
+    if not weights:
+        return {"category_weights": {}}
+    present = {(_source_of(query), _category(query)) for query in queries}
+    shares = {}
+    for name, part in parts.items():
+        own = part.category_weights
+        for category in own:
+            if (name, category) not in present:
+                known = ", ".join(sorted(c for source, c in present if source == name))
+                raise ConfigError(
+                    f"data.sources.{name}.category_weights.{category}: the source has no such category, but {known}"
+                )
+        if own and not sum(own.values()) > 0:
+            raise ConfigError(f"data.sources.{name}.category_weights={own}: one of them must be positive")
+        for category, weight in own.items():
+            shares[f"{name}/{category}"] = weights[name] * weight / sum(own.values())
+        if not own:
+            shares[name] = weights[name]
+
+    def label(query: Query) -> str:
+        source = _source_of(query)
+        return f"{source}/{_category(query)}" if parts[source].category_weights else source
+
+    return {"category_weights": shares, "label": label}
+
+
+def _source_weights(queries: list[Query], config: DataConfig) -> dict[str, float]:
+    """Share of every source, in any scale: its weight, or where none has one its number of questions.
+
+    {} where there is nothing to weigh: the sources' mix is that of their sizes.
+    """
+    weights = {name: entry.get("weight") for name, entry in config.sources.items()}
+    if all(weight is None for weight in weights.values()):
+        if not any(part.category_weights for part in source_configs(config).values()):
+            return {}
+        return {name: float(n) for name, n in Counter(map(_source_of, queries)).items()}
+    for name, weight in weights.items():
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight) or weight <= 0:
+            raise ConfigError(
+                f"data.sources.{name}.weight={weight!r} must be a positive number; give every source one, or none"
+            )
+    return {name: float(weight) for name, weight in weights.items()}
+
+
+def _source_of(query: Query) -> str:
+    return query.id.partition("/")[0]
+
+
+def _category(query: Query) -> str:
+    return str(query.metadata.get("category"))
