@@ -22,6 +22,7 @@ USAGE = """usage: rethinker COMMAND ...
   rethinker report RUN... [--output FILE.html]        one page about a run, or several side by side
   rethinker export RUN [--push OWNER/NAME]            its model as a folder to share, with a model card
   rethinker plan RECIPE --gpus N --gpu-memory GIB     memory, batches and time of a run, before anything starts
+  rethinker serve RECIPE [--replicas N]               vLLM servers for runs with rollout.backend=server
   rethinker doctor                                    what is installed, what is missing, how to add it
   rethinker --version
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command == "train":
         return train_main(arguments)
-    commands = {"plan": _plan, "eval": _eval, "report": _report, "export": _export, "doctor": _doctor}
+    commands = {"plan": _plan, "eval": _eval, "report": _report, "export": _export, "serve": _serve, "doctor": _doctor}
     if command in commands:
         return guarded(lambda: commands[command](arguments))
     return guarded(lambda: _fail(f"unknown command {command!r}; commands are train, {', '.join(commands)}"))
@@ -106,6 +107,12 @@ def _plan(arguments: list[str]) -> int:
     from rethinker.plan.command import main as plan
 
     return plan(arguments, _fail)
+
+
+def _serve(arguments: list[str]) -> int:
+    from rethinker.rollout.serve import main as serve
+
+    return serve(arguments, _fail)
 
 
 def _report(arguments: list[str]) -> int:
