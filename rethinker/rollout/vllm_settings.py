@@ -116,8 +116,8 @@ class Asking:
         return {
             "max_tokens": 1,
             "prompt_logprobs": 0,
-            "logprobs": 1,
-            "logprob_token_ids": [last],
+            "logprobs": 2,
+            "logprob_token_ids": [last, last],  # over HTTP as many are told as asked for, the sampled token first
             "temperature": 1.0,
             "detokenize": False,
         }

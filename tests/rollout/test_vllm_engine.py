@@ -92,13 +92,7 @@ def test_a_sampled_placeholder_ends_the_response(engine, policy, prompts):
     """Law 4: with a policy that likes placeholders, every response ends at its first one, and it can be scored."""
     ids = engine._asking.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
     liked = engine._asking.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_pad|>"])
-    states = []
-    hook = policy.model.lm_head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0, -1]))
-    for prompt in prompts:
-        policy.logits(prompt, [])
-    hook.remove()
-    with torch.no_grad():  # these rows are no prompt's input, so the states stay
-        policy.model.lm_head.weight[liked] = torch.linalg.pinv(torch.stack(states)) @ torch.full((len(prompts),), 8.0)
+    policy.like(liked, prompts)
     engine.sync(policy, 1)
     sampled = engine.generate(prompts, n=32, max_new_tokens=12, temperature=1.0, seed=0)
     ended = [one for group in sampled for one in group if one.token_ids[-1] in ids]
