@@ -211,6 +211,9 @@ class ServerEngine:
                     sent[name] = astuple(checksum(tensor, dtype))
 
             try:
+                if self._rank == 0:
+                    body = {"method": "rethinker_end_broken_update"}
+                    self._replicas.run(self._replicas.each("/collective_rpc", body), deadline)
                 self._transfer.send(weights, deadline, watch)
                 if self._rank == 0:
                     self._put_in_use(label, sent, deadline)

@@ -14,12 +14,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from rethinker.rollout.checksums import Checksum
 from rethinker.rollout.vllm_settings import outline
-from rethinker.rollout.weight_sync import InProcessWeightTransferEngine, first_difference, without_value
+from rethinker.rollout.weight_sync import InProcessWeightTransferEngine, end_broken_update, first_difference
 
 BACKEND = "file"
 
@@ -62,15 +63,22 @@ if BACKEND not in WeightTransferEngineFactory._registry:
 class ServerWorker:
     """Methods that vLLM mixes into its worker; the trainer calls them through /collective_rpc. Answers are JSON."""
 
-    model_runner: Any  # the worker's
+    # The worker's:
+    model_runner: Any
+    model_config: Any
+    vllm_config: Any
+    weight_transfer_engine: Any
 
     def rethinker_outline(self) -> dict[str, Any]:
         """The numbers that shape the served model."""
-        return outline(self.model_runner.vllm_config.model_config.hf_config)
+        return outline(self.model_config.hf_config)
 
-    def rethinker_without_value(self, names: list[str]) -> dict[str, Any]:
-        """Parameters that no checkpoint name in `names` fills."""
-        return {"missing": without_value(self.model_runner.get_model(), set(names))}
+    def rethinker_end_broken_update(self) -> None:
+        """Make ready for a weight update after one that broke off: its trainer was killed, or a file was not whole."""
+        self._weight_update_active = False
+        self.weight_transfer_engine.reset_weight_update_target()
+        with set_current_vllm_config(self.vllm_config):
+            end_broken_update(self.model_runner.get_model(), self.model_config)
 
     def rethinker_first_difference(self, sent: dict[str, list], dtype: str) -> dict[str, Any]:
         """First tensor whose checksum differs from the policy's; `sent` maps a name to [sha256, rows]."""

@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from rethinker.rollout import WeightStream
 from rethinker.rollout.checksums import Checksum, checksum
@@ -205,6 +206,13 @@ def first_difference(model: nn.Module, sent: dict[str, Checksum], dtype: torch.d
             if checksum(live[: expected.rows], dtype) != expected:
                 return name
     return None
+
+
+def end_broken_update(model: nn.Module, model_config: Any) -> None:
+    """Take a model out of the loading state in which a broken update left it; it needs a whole update then."""
+    if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
+        finalize_layerwise_reload(model, model_config)
+        _repack_tied_heads(model)
 
 
 def without_value(model: nn.Module, names: set[str]) -> list[str]:
