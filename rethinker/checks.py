@@ -14,6 +14,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import how_to_install
@@ -71,7 +72,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every com
     "the name of a folder": (lambda name: bool(name) and _is_path(name), "run.dir"),
     "a path or name that can exist: printable, no part longer than 255 bytes": (
         lambda name: _is_path(name),
-        "data.train data.validation data.image_root policy.model rollout.recording reward.function",
+        "data.train data.validation data.image_root policy.model rollout.recording rollout.weight_folder "
+        "reward.function",
     ),
 }
 
@@ -126,8 +128,37 @@ def check_geometry(config: Config) -> None:
         )
     if config.rollout.backend != "recorded" and config.rollout.recording:
         raise ConfigError(f"rollout.recording={config.rollout.recording} needs rollout.backend=recorded")
+    _check_servers(config)
     _check_rethinking(config)
     parse_steps(config.profile.steps)
+
+
+def _check_servers(config: Config) -> None:
+    servers, backend = config.rollout.servers, config.rollout.backend
+    if backend == "server" and not servers:
+        raise ConfigError(
+            "rollout.backend=server needs rollout.servers: the addresses that `rethinker serve` prints, as "
+            "[http://127.0.0.1:8100]"
+        )
+    if backend != "server" and servers:
+        raise ConfigError(f"rollout.servers={servers} needs rollout.backend=server")
+    if backend != "server" and config.rollout.weight_folder:
+        raise ConfigError(f"rollout.weight_folder={config.rollout.weight_folder} needs rollout.backend=server")
+    for server in servers:
+        if not _is_address(server):
+            raise ConfigError(f"rollout.servers: {server!r} must be an address as http://127.0.0.1:8100, with no path")
+    if len({server.rstrip("/") for server in servers}) < len(servers):
+        raise ConfigError(f"rollout.servers={servers} names a server twice")
+
+
+def _is_address(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        port = url.port  # refuses what is no number
+    except ValueError:
+        return False
+    plain = url.path in ("", "/") and not (url.query or url.fragment or url.username)
+    return _is_text(text) and url.scheme in ("http", "https") and bool(url.hostname) and port != 0 and plain
 
 
 def _check_rethinking(config: Config) -> None:
@@ -168,6 +199,9 @@ def check_resources(config: Config) -> None:
         raise ConfigError(
             f"rollout.recording={recording} holds no episode_*.parquet; give a runs/<name>/completions folder"
         )
+    weight_folder = config.rollout.weight_folder
+    if weight_folder and not os.path.isdir(weight_folder):
+        raise ConfigError(f"rollout.weight_folder={weight_folder} is not a folder")
     _check_run_folder(config, needed=max(_checkpoint_bytes(config, model_bytes), MIN_FREE_BYTES))
 
 

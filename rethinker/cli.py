@@ -23,6 +23,7 @@ USAGE = """usage: rethinker COMMAND ...
   rethinker report RUN... [--output FILE.html]        one page about a run, or several side by side
   rethinker export RUN [--push OWNER/NAME]            its model as a folder to share, with a model card
   rethinker plan RECIPE --gpus N --gpu-memory GIB     memory, batches and time of a run, before anything starts
+  rethinker serve RECIPE [--replicas N]               vLLM servers for runs with rollout.backend=server
   rethinker doctor                                    what is installed, what is missing, how to add it
   rethinker --version
 
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "curate": _curate,
         "report": _report,
         "export": _export,
+        "serve": _serve,
         "doctor": _doctor,
     }
     if command in commands:
@@ -123,6 +125,12 @@ def _plan(arguments: list[str]) -> int:
     from rethinker.plan.command import main as plan
 
     return plan(arguments, _fail)
+
+
+def _serve(arguments: list[str]) -> int:
+    from rethinker.rollout.serve import main as serve
+
+    return serve(arguments, _fail)
 
 
 def _report(arguments: list[str]) -> int:

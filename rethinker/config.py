@@ -131,8 +131,15 @@ class PolicyConfig:
 class RolloutConfig:
     """How responses are sampled."""
 
-    backend: Literal["vllm", "hf", "recorded"] = "vllm"
-    """`vllm`; `hf` (transformers' generate); or `recorded`: read them from another run's completions."""
+    backend: Literal["vllm", "server", "hf", "recorded"] = "vllm"
+    """`vllm` in the trainer's own processes; `server`: the vLLM servers of `rethinker serve`; `hf` (transformers'
+    generate); or `recorded`: read them from another run's completions."""
+    servers: list[str] = field(default_factory=list)
+    """Addresses of the `server` backend's servers, as `[http://127.0.0.1:8100]`; prompts are spread over them, and one
+    that is lost is left out and reported."""
+    weight_folder: str | None = None
+    """Folder through which servers without NCCL (on CPU) get weights: one that trainer and servers both see. By default
+    a temporary one, for servers on this machine."""
     recording: str | None = None
     """Folder `runs/<name>/completions` that the `recorded` backend reads."""
     group_size: int = 8

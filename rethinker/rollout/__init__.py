@@ -96,6 +96,10 @@ def make_engine(config: Config, model_dir: str, *, rank: int, world_size: int, l
         from rethinker.rollout.hf_engine import HFEngine
 
         return HFEngine(config, model_dir, rank=rank, local_rank=local_rank)
+    if config.rollout.backend == "server":
+        from rethinker.rollout.server_engine import ServerEngine
+
+        return ServerEngine(config, model_dir, rank=rank, world_size=world_size)
     if find_spec("vllm") is None:
         raise ConfigError("rollout.backend=vllm: vLLM is not installed; `rethinker doctor` says how, or set it to hf")
     from rethinker.rollout.vllm_engine import VLLMEngine

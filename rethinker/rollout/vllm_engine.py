@@ -14,13 +14,12 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
 from rethinker.config import Config, ConfigError
-from rethinker.families import family_of
 from rethinker.rollout import WeightStream
 from rethinker.rollout.deadline import Deadline
-from rethinker.rollout.sampling import limits, preserved_random_state, seeded, stop_token_ids
+from rethinker.rollout.sampling import limits, preserved_random_state, seeded
+from rethinker.rollout.vllm_settings import Asking, engine_arguments
 from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
 
@@ -54,18 +53,12 @@ class VLLMEngine:
         self._asleep = False
         self._requests = 0
         self._replica = rank // settings.tensor_parallel_size
-        model_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-        self._tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-        self._stop_ids = stop_token_ids(self._tokenizer, model_config, _generation_config(model_dir))
-        self._max_length = min(
-            config.data.max_prompt_tokens + settings.max_new_tokens,
-            model_config.get_text_config().max_position_embeddings,
-        )
+        self._asking = Asking(config, model_dir)
         with preserved_random_state():
-            self._llm = self._build(model_dir, model_config, world_size)
+            self._llm = self._build(model_dir, world_size)
         self._engine = self._llm.llm_engine
 
-    def _build(self, model_dir: str, model_config: Any, world_size: int) -> Any:
+    def _build(self, model_dir: str, world_size: int) -> Any:
         make_importable()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # Its warnings here are about choices made on purpose. The first ones come before it reads the variable.
@@ -80,48 +73,22 @@ class VLLMEngine:
         logs.follow("vllm")  # which has just configured its logger
 
         weight_sync.register()
-        _register_classes(model_config.architectures)
-        config, settings = self.config, self.config.rollout
+        _register_classes(self._asking.model_config.architectures)
+        settings = self.config.rollout
+        arguments = engine_arguments(self.config, self._asking, gpu=self._gpu)
         if self._gpu:
-            device: dict[str, Any] = {
-                "gpu_memory_utilization": settings.gpu_memory_utilization,
-                "enable_sleep_mode": settings.sleep,
-            }
-        else:
-            device = {
-                "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
-                "enforce_eager": True,
-                "block_size": 32,  # the least here: the G samples share whole blocks of their prompt only
-                "max_num_seqs": 512,
-            }
+            arguments["enable_sleep_mode"] = settings.sleep
         if world_size > 1:
-            device["distributed_executor_backend"] = "external_launcher"
+            arguments["distributed_executor_backend"] = "external_launcher"
         set_num_threads = torch.set_num_threads
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # vLLM's own imports
                 return LLM(
                     model_dir,
-                    dtype=config.policy.dtype,
-                    load_format="safetensors",  # never a pickle, and no code of the model's own
-                    trust_remote_code=False,
-                    seed=config.seed,
-                    tensor_parallel_size=settings.tensor_parallel_size,
-                    max_model_len=self._max_length,
-                    limit_mm_per_prompt={"image": config.data.max_images, "video": 0},
-                    mm_processor_kwargs=family_of(model_config.model_type).image_settings(
-                        AutoImageProcessor.from_pretrained(model_dir, trust_remote_code=False),
-                        config.data.min_pixels,
-                        config.data.max_pixels,
-                    ),
-                    # Every image is seen once per episode, so a cache of pixels only fills the host's memory.
-                    mm_processor_cache_gb=0,
-                    logprobs_mode="processed_logprobs",
-                    generation_config="vllm",
                     weight_transfer_config={"backend": weight_sync.BACKEND},
                     use_tqdm_on_load=False,
-                    disable_log_stats=True,
-                    **device,
+                    **arguments,
                 )
         except ValueError as error:
             if "memory" not in str(error):
@@ -142,18 +109,12 @@ class VLLMEngine:
 
         def params(longest: int) -> SamplingParams:
             return SamplingParams(
-                n=n,
-                temperature=temperature,
-                max_tokens=longest,
-                logprobs=0,  # the sampled token's only
-                stop_token_ids=self._stop_ids,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
+                **self._asking.sampling(n, temperature, longest), output_kind=RequestOutputKind.FINAL_ONLY
             )
 
         inputs, own = self._share(list(zip(prompts, limits(max_new_tokens, len(prompts)), strict=True)))
         for prompt, longest in inputs:
-            self._check_length(prompt, longest)
+            self._asking.check_length(prompt, longest)
         with seeded(seed + 1_000_003 * self._replica):
             outputs = self._run([(prompt, [], params(longest)) for prompt, longest in inputs], "rollout")
         return [
@@ -169,19 +130,11 @@ class VLLMEngine:
         """
         from vllm import SamplingParams
 
-        if self.config.rollout.temperature != 1.0:
-            raise ConfigError(
-                f"rollout.temperature={self.config.rollout.temperature:g}: vLLM scores given tokens at temperature 1 "
-                "only; use rollout.backend=hf"
-            )
         inputs, own = self._share(list(zip(prompts, completions, strict=True)))
         requests = []
         for prompt, completion in inputs:
             *body, last = completion.token_ids or [0]
-            params = SamplingParams(
-                max_tokens=1, prompt_logprobs=0, logprob_token_ids=[last], temperature=1.0, detokenize=False
-            )
-            requests.append((prompt, body, params))
+            requests.append((prompt, body, SamplingParams(**self._asking.scoring(last))))
         with preserved_random_state():
             outputs = self._run(requests, "scoring")
         scores = []
@@ -271,7 +224,7 @@ class VLLMEngine:
                     if prompt.images:
                         inputs["multi_modal_data"] = {"image": prompt.images}
                     (rendered,) = self._llm.renderer.render_cmpl([inputs])
-                    self._check_prompt(prompt, rendered["prompt_token_ids"], continuation)
+                    self._asking.check_prompt(prompt, rendered["prompt_token_ids"], continuation)
                     request_id = f"{what}-{self._requests}"
                     self._requests += 1
                     self._engine.add_request(request_id, rendered, params)
@@ -303,30 +256,10 @@ class VLLMEngine:
         start = sum(len(part) for part in gathered[: group.rank_in_group])
         return [item for part in gathered for item in part], slice(start, start + len(items))
 
-    def _check_length(self, prompt: Prompt, max_new_tokens: int) -> None:
-        if len(prompt.token_ids) + max_new_tokens > self._max_length:
-            raise ConfigError(
-                f"query {prompt.query_id!r}: {len(prompt.token_ids)} prompt tokens and rollout.max_new_tokens="
-                f"{max_new_tokens} exceed vLLM's {self._max_length}; data.max_prompt_tokens="
-                f"{self.config.data.max_prompt_tokens} should leave such queries out"
-            )
-
-    def _check_prompt(self, prompt: Prompt, expanded: list[int], continuation: list[int]) -> None:
-        if list(expanded) != prompt.token_ids + continuation:
-            raise ConfigError(
-                f"query {prompt.query_id!r}: the policy reads {len(prompt.token_ids)} prompt tokens and vLLM "
-                f"{len(expanded) - len(continuation)}, so image features would not match image tokens; both must use "
-                f"data.min_pixels={self.config.data.min_pixels} and data.max_pixels={self.config.data.max_pixels}"
-            )
-
     def _completion(self, output: Any) -> Completion:
         token_ids = list(output.token_ids)
-        return Completion(
-            token_ids=token_ids,
-            logprobs=[step[token].logprob for step, token in zip(output.logprobs, token_ids, strict=True)],
-            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
-            finish_reason=output.finish_reason,
-        )
+        logprobs = [step[token].logprob for step, token in zip(output.logprobs, token_ids, strict=True)]
+        return self._asking.completion(token_ids, logprobs, output.finish_reason)
 
 
 @contextmanager
@@ -340,13 +273,6 @@ def _named(what: str) -> Iterator[None]:
         raise EngineFailure(
             f"vLLM failed in {what}: {type(error).__name__}: {error}; the run can go on from its last checkpoint"
         ) from error
-
-
-def _generation_config(model_dir: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(model_dir)
-    except OSError:  # optional in a model's folder
-        return None
 
 
 def _register_classes(architectures: list[str]) -> None:

@@ -7,7 +7,6 @@ a Hugging Face checkpoint, so every model that vLLM loads from a checkpoint also
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,8 +25,10 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from rethinker.rollout import WeightStream
+from rethinker.rollout.checksums import Checksum, checksum
 
 BACKEND = "inprocess"
 # Tensors are copied when they leave the stream (it may reuse their memory) and live until their layer is loaded.
@@ -61,7 +62,7 @@ class InProcessWeightTransferEngine(WeightTransferEngine[InProcessInitInfo, InPr
         Raises:
             RuntimeError: a parameter, or a part of a fused one, would get no value.
         """
-        if missing := _without_value(self.model, set(init_info.names)):
+        if missing := without_value(self.model, set(init_info.names)):
             raise RuntimeError(
                 f"weight sync: the policy has no value for {len(missing)} of vLLM's parameters, the first {missing[0]}"
             )
@@ -185,20 +186,6 @@ class StreamSource(WeightSource):
             yield name, tensor
 
 
-@dataclass(frozen=True)
-class Checksum:
-    """SHA-256 of a tensor's bytes as one type, and its length along the first dimension."""
-
-    sha256: str
-    rows: int
-
-
-def checksum(tensor: torch.Tensor, dtype: torch.dtype) -> Checksum:
-    """Checksum of a tensor as `dtype`, in row-major order, whatever its device."""
-    flat = tensor.detach().to(dtype).cpu().contiguous().view(-1)
-    return Checksum(hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest(), len(tensor))
-
-
 def first_difference(model: nn.Module, sent: dict[str, Checksum], dtype: torch.dtype) -> str | None:
     """Compare the weights a vLLM model computes with against the policy's checksums.
 
@@ -221,7 +208,14 @@ def first_difference(model: nn.Module, sent: dict[str, Checksum], dtype: torch.d
     return None
 
 
-def _without_value(model: nn.Module, names: set[str]) -> list[str]:
+def end_broken_update(model: nn.Module, model_config: Any) -> None:
+    """Take a model out of the loading state in which a broken update left it; it needs a whole update then."""
+    if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
+        finalize_layerwise_reload(model, model_config)
+        _repack_tied_heads(model)
+
+
+def without_value(model: nn.Module, names: set[str]) -> list[str]:
     """The model's parameters, or parts of fused ones, that no checkpoint name in `names` fills."""
     mapped = {model.hf_to_vllm_mapper.map_name(name) for name in names}
     fused_parts = _fused_parts(model)

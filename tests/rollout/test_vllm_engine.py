@@ -90,15 +90,9 @@ def test_greedy_equals_transformers(engine, policy, prompts, folder):
 
 def test_a_sampled_placeholder_ends_the_response(engine, policy, prompts):
     """Law 4: with a policy that likes placeholders, every response ends at its first one, and it can be scored."""
-    ids = engine._tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
-    liked = engine._tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_pad|>"])
-    states = []
-    hook = policy.model.lm_head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0, -1]))
-    for prompt in prompts:
-        policy.logits(prompt, [])
-    hook.remove()
-    with torch.no_grad():  # these rows are no prompt's input, so the states stay
-        policy.model.lm_head.weight[liked] = torch.linalg.pinv(torch.stack(states)) @ torch.full((len(prompts),), 8.0)
+    ids = engine._asking.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
+    liked = engine._asking.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_pad|>"])
+    policy.like(liked, prompts)
     engine.sync(policy, 1)
     sampled = engine.generate(prompts, n=32, max_new_tokens=12, temperature=1.0, seed=0)
     ended = [one for group in sampled for one in group if one.token_ids[-1] in ids]
@@ -106,7 +100,7 @@ def test_a_sampled_placeholder_ends_the_response(engine, policy, prompts):
     for group in sampled:
         for one in group:
             assert not set(one.token_ids[:-1]) & set(ids)
-            assert (one.finish_reason == "stop") == ends_by_itself(one, engine._stop_ids)
+            assert (one.finish_reason == "stop") == ends_by_itself(one, engine._asking.stop_ids)
     with_image = [(prompts[0], one) for one in sampled[0] if one.token_ids[-1] in ids]
     scores = engine.logprobs(*map(list, zip(*with_image, strict=True)))
     for row, (_, one) in zip(scores, with_image, strict=True):

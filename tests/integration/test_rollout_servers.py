@@ -1,0 +1,86 @@
+"""Training over two vLLM servers that `rethinker serve` started: whole runs, on one rank and two, and a lost server."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.integration.interruptions import ROOT, finish, prepare, rows, start
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1500)]
+SAME = 1e-9  # nats of mismatch_kl: rounding in fp32
+
+
+def servers_of(folder) -> list[psutil.Process]:
+    """Processes that serve the model in a folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "vllm.entrypoints.openai.api_server" in line and str(folder / "model") in line:
+            found.append(process)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The folder of model and data, and the settings that `rethinker serve` says to train with."""
+    folder = tmp_path_factory.mktemp("pair")
+    prepare(folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "rethinker", "serve", "easy_vqa_cpu", "--replicas", "2", "--port", str(port)]
+    command += ["--run.dir", str(folder), "--policy.model", str(folder / "model")]
+    command += ["--rollout.max_new_tokens", "16", "--rollout.kv_cache_gb", "0.1"]
+    log = folder / "serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+    try:
+        while "ready; train with:" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.5)
+        line = re.search(r"train with: (.*)", log.read_text()).group(1)
+        yield folder, line.replace("'", "").split()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert servers_of(folder) == []
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_trains_over_servers(pair, ranks):
+    """Law 1 in a whole run, with forced rethinking: what the servers sample is what the policy scores."""
+    folder, options = pair
+    finish(folder, f"over_{ranks}", *options, "--train.max_steps", "2", "--rollout.check_sync", "true", ranks=ranks)
+    steps = rows(folder / f"over_{ranks}")
+    assert [row["step"] for row in steps] == [1, 2]
+    assert max(row["mismatch_kl"] for row in steps) < SAME
+
+
+def test_a_run_outlives_one_of_its_servers(pair):
+    """One of two servers is killed (SIGKILL) in the run: a warning names it, and the run ends as if it had not been."""
+    folder, options = pair
+    process = start(folder, "outlives", *options, "--train.max_steps", "8")
+    while len(rows(folder / "outlives")) < 2:
+        assert process.poll() is None, (folder / "outlives.log").read_text()[-4000:]
+        time.sleep(0.1)
+    victim = servers_of(folder)[0]
+    address = f"http://127.0.0.1:{victim.cmdline()[victim.cmdline().index('--port') + 1]}"
+    os.killpg(victim.pid, signal.SIGKILL)
+    assert process.wait(300) == 0, (folder / "outlives.log").read_text()[-4000:]
+    log = (folder / "outlives.log").read_text()
+    log += "".join(file.read_text() for file in (folder / "outlives" / "logs").glob("*"))
+    assert f"the rollout server {address} is lost" in log
+    steps = rows(folder / "outlives")
+    assert len(steps) == 8
+    assert max(row["mismatch_kl"] for row in steps) < SAME
+    assert address in (folder / "serve.log").read_text()
