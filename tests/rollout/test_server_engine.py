@@ -19,10 +19,10 @@ import pytest
 from transformers import AutoConfig
 
 from rethinker.config import Config, ConfigError
+from rethinker.families.qwen_vl import PLACEHOLDERS
 from rethinker.policy.tiny import create_tiny
 from rethinker.rollout import make_engine, replicas, serve, server_sync
 from rethinker.rollout.replicas import NoServerLeft
-from rethinker.rollout.sampling import PLACEHOLDERS
 from rethinker.runtime import signals
 from rethinker.runtime.signals import StopRequested
 from rethinker.samples import Prompt
