@@ -20,9 +20,9 @@ from rethinker.doctor import how_to_install
 from rethinker.samples import Query
 
 _DESCRIPTION = """Ask the recipe's model every question of its training data several times, and write the questions
-that it answers sometimes (0 < pass rate < 1), an equal share of each category: the others teach it nothing. What
-was stopped goes on when the command is given again; with another --size it only chooses again. The output holds
-pass_rates.parquet, pass_rates.svg, subset.parquet, provenance.json, and recipe.yaml, which trains on the subset.
+that it answers sometimes (0 < pass rate < 1), an equal share of each category: the others teach it nothing. A
+measurement that was stopped goes on when the command is given again; with another --size it only chooses again. The
+output holds pass_rates.parquet, pass_rates.svg, subset.parquet, provenance.json, and recipe.yaml, which trains on it.
 On several GPUs: torchrun --nproc-per-node N -m rethinker curate RECIPE ..."""
 
 # What a measurement depends on besides model, data, samples and seed.
