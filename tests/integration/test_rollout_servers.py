@@ -58,7 +58,7 @@ def pair(tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_trains_over_servers(pair, ranks):
-    """Law 1 in a whole run, with forced rethinking: what the servers sample is what the policy scores, at every step."""
+    """Law 1 in a whole run, with forced rethinking: what servers sample is what the policy scores, at every step."""
     folder, options = pair
     finish(folder, f"over_{ranks}", *options, "--train.max_steps", "2", "--rollout.check_sync", "true", ranks=ranks)
     steps = rows(folder / f"over_{ranks}")
