@@ -143,9 +143,7 @@ def _check_servers(config: Config) -> None:
         raise ConfigError(f"rollout.weight_folder={config.rollout.weight_folder} needs rollout.backend=server")
     for server in servers:
         if not _is_address(server):
-            raise ConfigError(
-                f"rollout.servers: {server!r} must be an address as http://127.0.0.1:8100, with no path"
-            )
+            raise ConfigError(f"rollout.servers: {server!r} must be an address as http://127.0.0.1:8100, with no path")
     if len({server.rstrip("/") for server in servers}) < len(servers):
         raise ConfigError(f"rollout.servers={servers} names a server twice")
 
