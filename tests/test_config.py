@@ -128,7 +128,7 @@ def test_unknown_keys_name_the_nearest_valid_one(tmp_path):
         ("--rollout.group_size=8.5", "rollout.group_size='8.5' must be an integer"),
         ("--train.learning_rate=fast", "train.learning_rate='fast' must be a number"),
         ("--rollout.sleep=maybe", "rollout.sleep='maybe' must be true or false"),
-        ("--rollout.backend=sglang", "rollout.backend='sglang' must be one of vllm, hf, recorded"),
+        ("--rollout.backend=sglang", "rollout.backend='sglang' must be one of vllm, server, hf, recorded"),
         ("--run.trackers=wandb", "run.trackers='wandb' must be a list, each entry one of tensorboard, wandb, trackio"),
         ("--train.betas=[0.9]", "train.betas='[0.9]' must be a list of 2 values, each a number"),
         ("--data.category_weights.color=red", "must be a mapping whose values are each a number"),
