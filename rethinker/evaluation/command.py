@@ -226,7 +226,7 @@ def run_settings(checkpoint: str) -> dict[str, Any]:
         section, name = key.split(".")
         part = content.get(section) if isinstance(content, dict) else None
         value = part.get(name) if isinstance(part, dict) else None
-        if value is not None and value != "recorded":
+        if value is not None and value not in ("recorded", "server"):
             found[key] = value
     return found
 

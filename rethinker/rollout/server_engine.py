@@ -47,9 +47,10 @@ class ServerEngine:
         self._transfer: FileTransfer | NCCLTransfer | None = None
         self._prefix = self._agree(f"{config.run.name or 'run'}-{os.urandom(4).hex()}")[0]
         self._label = ""
+        self._asked = 0
         try:
             self._connect()
-            self._sync(Checkpoint(model_dir) if rank == 0 else _NOTHING, 0)
+            self._sync(Checkpoint(model_dir, self._transfer.device) if rank == 0 else _NOTHING, 0)
         except BaseException:
             self.close()
             raise
@@ -149,7 +150,8 @@ class ServerEngine:
 
     def _ask(self, requests: list[tuple[Prompt, list[int], dict[str, Any]]], what: str) -> list[dict[str, Any]]:
         """The servers' answers to requests (prompt, tokens after it, sampling parameters), in the requests' order."""
-        keys = {f"{self._prefix}-{self._rank}-{i}": request for i, request in enumerate(requests)}
+        self._asked += 1  # an id is used once
+        keys = {f"{self._prefix}-{self._rank}-{self._asked}-{i}": request for i, request in enumerate(requests)}
         answers: dict[str, dict[str, Any]] = {}
 
         async def ask(address: str, key: str) -> dict[str, Any]:

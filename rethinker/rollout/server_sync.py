@@ -28,9 +28,10 @@ Watch = Callable[[str, torch.Tensor], None]
 
 
 class Checkpoint:
-    """A model folder's weights as a WeightStream: what the servers begin with."""
+    """A model folder's weights as a WeightStream on `device`: what the servers begin with."""
 
-    def __init__(self, model_dir: str):
+    def __init__(self, model_dir: str, device: str):
+        self._device = device
         folder = Path(model_dir)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
@@ -52,13 +53,15 @@ class Checkpoint:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for file in self._files:
-            with safetensors.safe_open(file, framework="pt") as tensors:
+            with safetensors.safe_open(file, framework="pt", device=self._device) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (no mapping)
                     yield name, tensors.get_tensor(name)
 
 
 class FileTransfer:
     """Sends weights as safetensors files through a folder that the servers see, one bucket at a time."""
+
+    device = "cpu"
 
     def __init__(self, replicas: Replicas, folder: str | None, is_sender: bool):
         self._replicas = replicas
@@ -129,6 +132,7 @@ class NCCLTransfer:
     def __init__(self, replicas: Replicas, rank: int):
         self._replicas = replicas
         self._rank = rank
+        self.device = f"cuda:{torch.cuda.current_device()}"  # NCCL sends from there
         self._members: list[str] = []
         self._trainer: Any = None
 
