@@ -108,7 +108,7 @@ def test_help_and_version(capsys):
 def test_unknown_commands(capsys):
     """A command that does not exist, and a train without a recipe, name what does."""
     assert cli.main(["trian"]) == 2
-    assert "commands are train, plan, eval, report, export, doctor" in capsys.readouterr().err
+    assert "commands are train, plan, eval, curate, report, export, doctor" in capsys.readouterr().err
     assert cli.main(["train"]) == 2 and "name a recipe first: easy_vqa_cpu" in capsys.readouterr().err
     assert cli.main(["doctor", "now"]) == 2 and "takes no arguments" in capsys.readouterr().err
 
