@@ -27,12 +27,14 @@ class TableEngine:
 
     def __init__(self):
         self.asked: list[list[str]] = []
+        self.seeds: list[int] = []
         self.dies_at: int | None = None
 
     def generate(self, prompts, *, n, max_new_tokens, temperature, seed):
         if self.dies_at is not None and len(self.asked) == self.dies_at:
             raise KeyboardInterrupt
         self.asked.append([prompt.query_id for prompt in prompts])
+        self.seeds.append(seed)
         rng = np.random.default_rng(seed)
         return [
             [self._answer(prompt.query_id, rng.random() < int(prompt.query_id[-5:]) // 3 % 5 / 4) for _ in range(n)]
@@ -112,13 +114,15 @@ def test_provenance(curate, scratch):
 
 def test_a_killed_measurement_goes_on(curate):
     """Stopped in its fourth chunk, it asks that one and those after it, and ends with the same pass rates."""
-    whole = curate(output="whole")
-    curate.engine.asked.clear()
+    whole, seeds = curate(output="whole"), curate.engine.seeds
+    assert len(set(seeds)) == 200 // CHUNK
+    curate.engine.asked, curate.engine.seeds = [], []
     curate.engine.dies_at = 3
     with pytest.raises(KeyboardInterrupt):
         curate()
     curate.engine.dies_at = None
     folder = curate()
+    assert curate.engine.seeds == seeds
     assert [ids[0] for ids in curate.engine.asked] == [f"Processed-{n:05d}" for n in range(0, 200, CHUNK)]
     for name in ("subset.parquet", "pass_rates.parquet"):
         assert parquet.read_table(folder / name).equals(parquet.read_table(whole / name))
