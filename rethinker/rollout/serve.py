@@ -240,6 +240,8 @@ def end(servers: list[Server]) -> None:
     for server in servers:
         _signal(server, signal.SIGKILL)
         server.process.wait()
+    while time.monotonic() < limit + 5 and any(_signal(server, 0) for server in servers):
+        time.sleep(0.05)  # what the server had started is on its way out
 
 
 def _signal(server: Server, number: int) -> bool:
