@@ -39,7 +39,7 @@ def rollout_of(config: Config, shape: Shape, ranks: int, memory: float | None) -
     longest = min(config.data.max_prompt_tokens + settings.max_new_tokens, shape.max_positions)
     engines = max(1, ranks // tp)
     sequences = math.ceil(config.train.episode_queries / engines) * settings.group_size
-    if settings.backend == "recorded":
+    if settings.backend in ("recorded", "server"):
         return Rollout([], 0.0, 0.0, 0.0, 0.0, 0, 0, True)
     if settings.backend == "hf":
         at_once = min(_HF_BATCH, sequences)
