@@ -99,7 +99,7 @@ def fuzz_rows(examples: int, folder: Path, processor) -> Campaign:
             if encoder.fits(query):
                 prompt = encoder.encode(query)
                 assert len(prompt.token_ids) <= config.max_prompt_tokens
-                grids = encoder.pixels(query)[1] if query.images else []
+                grids = encoder.pixels(query)["image_grid_thw"] if query.images else []
                 assert prompt.token_ids.count(image_token) == sum(int(grid.prod()) // 4 for grid in grids)
                 assert prompt.compact_ids.count(image_token) == len(query.images) == len(prompt.images)
         encoder.fitting(QueryStream(queries, seed=0))

@@ -117,7 +117,7 @@ def measure(name: str, scratch: Path, ranks: distributed.Ranks) -> dict:
     peak = highest() - before
     state = resident() - before
     pixels = [encoder.pixels(bundle.query) for bundle in bundles]
-    patches = sum(loaded[0].shape[0] for loaded in pixels if loaded) or 4  # 4: the blank image
+    patches = sum(len(loaded["pixel_values"]) for loaded in pixels if loaded) or 4  # 4: the blank image
     batch = MicroBatch(
         tokens=sum(bundle.tokens for bundle in bundles),
         rows=sum(len(sample.completion.token_ids) for bundle in bundles for sample in bundle.samples),
