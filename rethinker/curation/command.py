@@ -219,7 +219,7 @@ def _model_version(model: str) -> str:
     if not folder.is_dir():
         from transformers import AutoConfig
 
-        return f"commit {getattr(AutoConfig.from_pretrained(model), '_commit_hash', None)}"
+        return f"commit {getattr(AutoConfig.from_pretrained(model, trust_remote_code=False), '_commit_hash', None)}"
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
         digest.update(path.name.encode())
