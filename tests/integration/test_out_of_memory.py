@@ -107,9 +107,9 @@ def test_several_ranks_end_and_leave_a_note(tiny_folder, tmp_path):  # noqa: F81
         done.stderr
     )
     assert str(file) in done.stderr and "CUDA out of memory" in done.stderr  # the cause itself, too
-    assert "Connection closed by peer" in done.stderr  # rank 0 did not wait for its timeout of 60 s
     fault = float(re.search(r"fault at ([\d.]+)", done.stderr)[1])
     print(f"two ranks: fault to the end of both {stopped - fault:.1f} s")
+    # Rank 0 ends by a lost connection or by torchrun's SIGTERM: it does not wait for its timeout of 60 s.
     assert stopped - fault < 30
 
 
