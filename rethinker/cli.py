@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rethinker import __version__
+from rethinker.command_line import Parser, recipe_first
 from rethinker.config import ConfigError
 
 USAGE = """usage: rethinker COMMAND ...
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if command in commands:
         return guarded(lambda: commands[command](arguments))
-    return guarded(lambda: _fail(f"unknown command {command!r}; commands are train, {', '.join(commands)}"))
+    return guarded(lambda: _unknown(command, commands))
 
 
 def train_main(argv: Sequence[str]) -> int:
@@ -72,6 +72,8 @@ def guarded(command: Callable[[], int]) -> int:
             time.sleep(3)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
+    except SystemExit as end:  # argparse has printed the help
+        return end.code or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -81,15 +83,14 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    from rethinker.settings import load_config, resolve_config, shipped_recipes, to_yaml
+    from rethinker.settings import load_config, resolve_config, to_yaml
 
     if "-h" in argv or "--help" in argv:
         print(_train_help())
         return 0
     print_config = "--print_config" in argv
     argv = [argument for argument in argv if argument != "--print_config"]
-    if not argv or argv[0].startswith("-"):
-        _fail(f"name a recipe first: {', '.join(shipped_recipes())}, or a .yaml file")
+    recipe_first(argv)
     recipe, *overrides = argv
     if print_config:
         print(to_yaml(resolve_config(recipe, overrides)), end="")
@@ -110,36 +111,35 @@ def _eval(arguments: list[str]) -> int:
 def _curate(arguments: list[str]) -> int:
     from rethinker.curation.command import main as curate
 
-    return curate(arguments, _fail)
+    return curate(arguments)
 
 
 def _doctor(arguments: list[str]) -> int:
     from rethinker import doctor
 
     if arguments:
-        _fail(f"rethinker doctor takes no arguments, and got {arguments[0]!r}")
+        raise ConfigError(f"rethinker doctor takes no arguments, and got {arguments[0]!r}")
     return doctor.main()
 
 
 def _plan(arguments: list[str]) -> int:
     from rethinker.plan.command import main as plan
 
-    return plan(arguments, _fail)
+    return plan(arguments)
 
 
 def _serve(arguments: list[str]) -> int:
     from rethinker.rollout.serve import main as serve
 
-    return serve(arguments, _fail)
+    return serve(arguments)
 
 
 def _report(arguments: list[str]) -> int:
-    parser = ArgumentParser(
+    parser = Parser(
         prog="rethinker report",
         description="Write one HTML page about a run, or about several side by side: its figures, its settings, and "
         "a browser of its completions. The page needs no network; the figures also lie beside it as SVG.",
     )
-    parser.error = _fail  # one line instead of the whole usage
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, runs/<run.name>; it may be running")
     parser.add_argument(
         "--output", metavar="FILE.html", help="the page [report.html in the run's folder; for several runs, here]"
@@ -153,9 +153,6 @@ def _report(arguments: list[str]) -> int:
         help="results of `rethinker eval`, for the rethinking analysis: of the model trained without forced "
         "rethinking, in its modes normal, forced and oracle, and of the one trained with it",
     )
-    if "-h" in arguments or "--help" in arguments:
-        print(parser.format_help(), end="")
-        return 0
     options = parser.parse_args(arguments)
     from rethinker.report.page import write_report
 
@@ -169,8 +166,8 @@ def _export(arguments: list[str]) -> int:
     return export(arguments)
 
 
-def _fail(message: str) -> int:
-    raise ConfigError(message)
+def _unknown(command: str, commands: Iterable[str]) -> int:
+    raise ConfigError(f"unknown command {command!r}; commands are train, {', '.join(commands)}")
 
 
 def _train_help() -> str:

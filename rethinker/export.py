@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rethinker.command_line import Parser
 from rethinker.config import ConfigError
 from rethinker.report.runs import RunRecord, read_run
 from rethinker.report.summary import Table, categories, changed_settings, summary
@@ -131,26 +132,17 @@ def push(folder: Path, name: str, private: bool) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """The command: prints the folder, and the address if it was pushed."""
-    from argparse import ArgumentParser
-
-    parser = ArgumentParser(
+    parser = Parser(
         prog="rethinker export",
         description="Write a run's model as a folder that vllm serve and transformers load: safetensors, processor, "
         "and a model card with the run's figures.",
     )
 
-    def fail(message: str) -> None:
-        raise ConfigError(message)
-
-    parser.error = fail  # one line instead of the whole usage
     parser.add_argument("run", metavar="RUN", help="folder of a run, runs/<run.name>")
     parser.add_argument("--output", metavar="FOLDER", help="where to [exports/<run.name>]")
     parser.add_argument("--checkpoint", metavar="NAME", help="best, last or step_000040 [best, or else last]")
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="with --push: nobody else sees it")
-    if "-h" in arguments or "--help" in arguments:
-        print(parser.format_help(), end="")
-        return 0
     options = parser.parse_args(list(arguments))
     if options.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.push):
         raise ConfigError(f"--push {options.push} must be OWNER/NAME")

@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 import random
-from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from rethinker.command_line import Parser
 from rethinker.config import Config, ConfigError
 from rethinker.curation.subset import PRESETS, PassRate, choose, parse_size
 from rethinker.doctor import how_to_install
@@ -32,32 +32,28 @@ _SHAPING = (
 )
 
 
-def main(arguments: Sequence[str], fail: Callable[[str], NoReturn]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code.
 
     Raises:
         ConfigError: any mistake in arguments, settings or data.
     """
     parser = _parser()
-    parser.error = fail  # one line instead of the whole usage
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        print(parser.format_help(), end="")
-        return 0
-    options, overrides = parser.parse_known_args(list(arguments))
+    options, overrides = parser.parse_recipe(arguments)
     size = None if options.size is None else parse_size(options.size)
     for name in ("samples", "limit"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            fail(f"--{name} {value} must be at least 1")
+            parser.error(f"--{name} {value} must be at least 1")
     config = _config(options.recipe, overrides)
     samples = options.samples or config.rollout.group_size
     if samples < 2:
-        fail(f"--samples {samples} must be at least 2: a single answer is never right sometimes")
+        parser.error(f"--samples {samples} must be at least 2: a single answer is never right sometimes")
     folder = Path(options.output).expanduser()
     if folder.exists() and not folder.is_dir():
-        fail(f"--output {folder} is a file; choose another folder")
+        parser.error(f"--output {folder} is a file; choose another folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / _MANIFEST).is_file():
-        fail(f"--output {folder} holds other files; choose another folder")
+        parser.error(f"--output {folder} holds other files; choose another folder")
     from rethinker.tasks.datasets import load_queries
 
     # All questions: with data.validation=split the subset is split again, and by hash alike.
@@ -75,12 +71,11 @@ def main(arguments: Sequence[str], fail: Callable[[str], NoReturn]) -> int:
 _MANIFEST = "measurement.json"
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="rethinker curate",
         description=_DESCRIPTION,
         usage="%(prog)s RECIPE --output FOLDER [options] [--section.name value ...]",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "recipe", metavar="RECIPE", help="a shipped recipe or a .yaml file: model, data, prompt, reward"

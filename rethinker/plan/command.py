@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from rethinker.command_line import Parser
 from rethinker.config import ConfigError
 
 _DESCRIPTION = """What a run of RECIPE takes: memory of a rank in each phase, of the host and the disk, the geometry of
@@ -16,23 +15,14 @@ batches, and an estimate of time. If something does not fit: what to change. Not
 model's config.json (or a table of well-known models) is enough. Without --gpus it plans for this machine."""
 
 
-def main(arguments: list[str], fail: Callable[[str], NoReturn]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Plan and print. Returns 0 if the run fits, 1 if not.
 
     Raises:
         ConfigError: a mistake in the options, the recipe or the settings.
     """
     parser = _parser()
-    parser.error = fail  # one line instead of the whole usage
-    if "-h" in arguments or "--help" in arguments:
-        print(parser.format_help(), end="")
-        return 0
-    if not arguments or arguments[0].startswith("-"):
-        from rethinker.settings import shipped_recipes
-
-        fail(f"name a recipe first: {', '.join(shipped_recipes())}, or a .yaml file")
-    recipe, *rest = arguments
-    options, overrides = parser.parse_known_args(["RECIPE", *rest])
+    options, overrides = parser.parse_recipe(arguments)
     for name in (
         "gpus",
         "gpu_memory",
@@ -45,12 +35,12 @@ def main(arguments: list[str], fail: Callable[[str], NoReturn]) -> int:
     ):
         value = getattr(options, name)
         if value is not None and value <= 0:
-            fail(f"--{name.replace('_', '-')} {value:g} must be above 0")
+            parser.error(f"--{name.replace('_', '-')} {value:g} must be above 0")
     if not 0 < options.mfu <= 1:
-        fail(f"--mfu {options.mfu:g} must be above 0 and at most 1")
+        parser.error(f"--mfu {options.mfu:g} must be above 0 and at most 1")
     from rethinker.settings import resolve_config
 
-    config = resolve_config(recipe, overrides)  # before anything slow is imported
+    config = resolve_config(options.recipe, overrides)  # before anything slow is imported
     from rethinker.plan.advice import advise
     from rethinker.plan.build import make_plan
     from rethinker.plan.report import as_json, print_plan
@@ -63,18 +53,17 @@ def main(arguments: list[str], fail: Callable[[str], NoReturn]) -> int:
     plan = make_plan(config, _machine(options, config.run.dir), **likely)
     advice = None if plan.fits else advise(plan, **likely)
     if options.json:
-        print(json.dumps(as_json(plan, advice, recipe), indent=2))
+        print(json.dumps(as_json(plan, advice, options.recipe), indent=2))
     else:
-        print_plan(plan, advice, recipe)
+        print_plan(plan, advice, options.recipe)
     return 0 if plan.fits else 1
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="rethinker plan",
         usage="rethinker plan RECIPE [--gpus N --gpu-memory GIB] [options] [--section.name value ...]",
         description=_DESCRIPTION,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="a shipped recipe or a .yaml file; settings are overridden as for train")

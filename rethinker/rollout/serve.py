@@ -16,12 +16,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
+from rethinker.command_line import Parser
 from rethinker.config import Config, ConfigError
 
 _DESCRIPTION = """Start vLLM servers for training RECIPE with rollout.backend=server, wait until they answer, and print
@@ -46,30 +46,21 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
 
 
-def main(arguments: list[str], fail: Callable[[str], NoReturn]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Start servers and stay until they, or this command, are ended.
 
     Raises:
         ConfigError: a mistake in the options or the settings, or a server that does not start.
     """
     parser = _parser()
-    parser.error = fail  # one line instead of the whole usage
-    if "-h" in arguments or "--help" in arguments:
-        print(parser.format_help(), end="")
-        return 0
-    if not arguments or arguments[0].startswith("-"):
-        from rethinker.settings import shipped_recipes
-
-        fail(f"name a recipe first: {', '.join(shipped_recipes())}, or a .yaml file")
-    recipe, *rest = arguments
-    options, overrides = parser.parse_known_args(["RECIPE", *rest])
+    options, overrides = parser.parse_recipe(arguments)
     from rethinker.settings import resolve_config
 
-    config = resolve_config(recipe, overrides)  # before anything slow is imported
+    config = resolve_config(options.recipe, overrides)  # before anything slow is imported
     if options.replicas < 1:
-        fail(f"--replicas {options.replicas} must be at least 1")
+        parser.error(f"--replicas {options.replicas} must be at least 1")
     if not 0 < options.port <= 65536 - options.replicas:
-        fail(f"--port {options.port} must leave room for {options.replicas} ports below 65536")
+        parser.error(f"--port {options.port} must leave room for {options.replicas} ports below 65536")
     import torch
 
     gpus = torch.cuda.device_count()
@@ -262,13 +253,12 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _parser() -> Any:
-    parser = ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="rethinker serve",
         usage="rethinker serve RECIPE [--port N] [--replicas N] [--host ADDRESS] [--section.name value ...]",
         description=_DESCRIPTION,
         formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe or a .yaml file")
     parser.add_argument("--port", type=int, default=8100, help="of the first server; the others follow [8100]")

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
+import rethinker.evaluation.run  # noqa: F401  (it keeps make_engine under a name of its own: import it before the patch)
 from rethinker.config import ConfigError
 from rethinker.curation import measure as measuring
 from rethinker.curation.command import main
@@ -72,10 +73,7 @@ def curate(scratch, tmp_path, monkeypatch):
     def run(*options: str, output: str = "out") -> Path:
         arguments = [str(scratch / "recipe.yaml"), "--output", str(tmp_path / output), "--samples", str(SAMPLES)]
 
-        def fail(message):
-            raise ConfigError(message)
-
-        assert main([*arguments, *options], fail) == 0
+        assert main([*arguments, *options]) == 0
         return tmp_path / output
 
     run.engine = engine
