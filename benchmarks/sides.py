@@ -40,6 +40,7 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
     from rethinker.algorithm.advantages import assign_advantages
     from rethinker.algorithm.replay import ReplayBuffer
     from rethinker.algorithm.selection import select_batch
+    from rethinker.episode import judge, roll_out
     from rethinker.policy.engine import PolicyEngine
     from rethinker.policy.model import load_processor
     from rethinker.rollout import make_engine
@@ -47,7 +48,7 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
     from rethinker.runtime.profiling import phase
     from rethinker.tasks.prompts import PromptEncoder
     from rethinker.tasks.reward import AnswerChecker
-    from rethinker.train import judge, roll_out, seed_everything
+    from rethinker.train import seed_everything
 
     ranks = distributed.start(config.rollout.timeout_s)
     seed_everything(config.seed)
@@ -63,7 +64,8 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
             start, cpu_start = time.perf_counter(), time.process_time()
             with phase("rollout", times):
                 asked = queries[policy.steps * Q : (policy.steps + 1) * Q]
-                groups = roll_out(asked, policy.steps, policy.version, rollout, encoder, config, ranks)
+                prompts = [encoder.encode(query) for query in asked]
+                groups = roll_out(asked, prompts, policy.version, rollout, config, seed=policy.steps)
             with phase("reward", times):
                 judge(groups, checker, config)
             assign_advantages(groups, config.algorithm.advantage_scale)

@@ -57,7 +57,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every com
     "above 0 and at most 1": (lambda value: 0 < value <= 1, "policy.warmup.data_fraction"),
     "from 0 to 1": (
         lambda value: 0 <= value <= 1,
-        "data.max_bad_rows train.warmup_ratio train.min_lr_ratio rethink.fraction",
+        "data.max_bad_rows rollout.max_staleness train.warmup_ratio train.min_lr_ratio rethink.fraction",
     ),
     "above 1": (lambda value: value > 1, "algorithm.dual_clip"),
     "two numbers of at least 0 and below 1": (lambda betas: all(0 <= beta < 1 for beta in betas), "train.betas"),
@@ -140,6 +140,17 @@ def _check_servers(config: Config) -> None:
             "rollout.backend=server needs rollout.servers: the addresses that `rethinker serve` prints, as "
             "[http://127.0.0.1:8100]"
         )
+    if config.rollout.max_staleness:
+        if backend != "server":
+            raise ConfigError(
+                f"rollout.max_staleness=1 needs rollout.backend=server, whose rollouts run beside the training; with "
+                f"{backend} set it to 0"
+            )
+        if config.algorithm.rollout_correction is None:
+            raise ConfigError(
+                "rollout.max_staleness=1 needs algorithm.rollout_correction, as 2.0: without it the older policy's "
+                "responses would count as the newer one's"
+            )
     if backend != "server" and servers:
         raise ConfigError(f"rollout.servers={servers} needs rollout.backend=server")
     if backend != "server" and config.rollout.weight_folder:

@@ -158,6 +158,9 @@ class RolloutConfig:
     """Free vLLM's GPU memory while the policy trains (CUDA only)."""
     check_sync: bool = False
     """After every weight sync compare a checksum of every tensor on both sides."""
+    max_staleness: int = 0
+    """Episodes by which rollouts may lag behind the policy: 0, or 1 to sample the next episode while this one trains
+    (`server` only, with algorithm.rollout_correction). mismatch_kl then holds what an episode's steps changed, too."""
     max_mismatch_kl: float | None = 0.1
     """The run stops when mismatch_kl (k3 in nats per token between rollout and trainer, first step after a sync)
     exceeds this: rounding stays far below (1e-4 in bf16), large moves that did not arrive do not. null: never."""

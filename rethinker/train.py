@@ -18,7 +18,7 @@ import sys
 import time
 import types
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from rethinker.algorithm.advantages import assign_advantages
 from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.algorithm.selection import select_batch
 from rethinker.config import Config, ConfigError
-from rethinker.evaluation.rethinking import rethinks
+from rethinker.episode import Episodes
 from rethinker.evaluation.validation import Accuracy, validate
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
@@ -39,14 +39,13 @@ from rethinker.report.learning import learning_curve
 from rethinker.report.page import report_or_warning
 from rethinker.rollout import RolloutEngine, make_engine
 from rethinker.rollout.mismatch import check_mismatch
-from rethinker.rollout.rethinking import Rethinker, make_triggers, released_reward
 from rethinker.runtime import distributed, signals
 from rethinker.runtime.checkpoint import Checkpoints
 from rethinker.runtime.display import Display
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.host_memory import return_free_memory
 from rethinker.runtime.logs import RankLog
-from rethinker.runtime.ownership import collect, share
+from rethinker.runtime.ownership import collect
 from rethinker.runtime.profiling import StepProfiler, phase
 from rethinker.runtime.resume import Progress, RunState, saved_state
 from rethinker.runtime.run_directory import RunDirectory
@@ -120,10 +119,11 @@ def train(config: Config) -> Run:
         )
         stack.callback(rollout.close)
         checker = stack.enter_context(AnswerChecker(config.reward))
-        rethinker = make_rethinker(config, encoder)
+        episodes = Episodes(config, stream, encoder, rollout, checker, ranks)
+        stack.callback(episodes.close)
         replay = ReplayBuffer(config.replay, config.seed)
         progress = Progress()
-        state = RunState(config, ranks, progress, policy, rollout, stream, encoder, checker, replay, run)
+        state = RunState(config, ranks, progress, policy, episodes, replay, run)
         if checkpoint:
             state.load(checkpoint, saved)
         display = stack.enter_context(Display(total_steps, enabled=ranks.is_main, done=policy.steps))
@@ -143,35 +143,31 @@ def train(config: Config) -> Run:
         def unfinished() -> bool:
             return policy.steps < total_steps and (bool(progress.groups) or progress.generated < budget)
 
+        def another_episode() -> bool:
+            return policy.steps + len(progress.groups) * G // N < total_steps and progress.generated < budget
+
         clock, times, saved_step = time.perf_counter(), {}, policy.steps if checkpoint else None
         while unfinished():
             watchdog.step = policy.steps + 1
             if not progress.groups:
-                position = state.position()
-                try:
-                    with phase("rollout", times):
-                        asked = [encoder.fitting(stream) for _ in range(config.train.episode_queries)]
-                        groups = roll_out(asked, progress.episode, policy.version, rollout, encoder, config, ranks)
+                try:  # rollout, reward, forced rethinking
+                    groups = episodes.take(progress.episode, policy.version, times)
                 except StopRequested:
-                    state.rewind(position)
                     break
-                with phase("reward", times):
-                    judge(groups, checker, config)
-                if rethinker:
-                    with phase("rethink", times):
-                        rethink(groups, rethinker, progress.episode, rollout, encoder, checker, config, ranks)
-                note_rethinking(groups, config)
-                groups = share(groups, asked, first_number=progress.episode * len(asked), ranks=ranks)
                 progress.generated += sum(group.sampled_tokens for group in groups)
                 progress.failed_checks = sum(ranks.gather(checker.failures.total()))
                 assign_advantages(groups, config.algorithm.advantage_scale)
-                if rethinker and rethinker.needs_scores:
+                if episodes.rethinker and episodes.rethinker.needs_scores:
                     rescore(groups, policy)
+                progress.mismatch = None
                 if config.algorithm.rollout_correction is not None:
-                    policy.score([sample for group in groups for sample in group.samples()])
+                    progress.mismatch = policy.score([sample for group in groups for sample in group.samples()])
+                    check_mismatch(progress.mismatch, config)
                 if config.run.save_completions:
                     run.write_completions(progress.episode, collect(groups, ranks))
-                progress.groups, progress.mismatch = groups[: (total_steps - policy.steps) * (N // G)], None
+                progress.groups = groups[: (total_steps - policy.steps) * (N // G)]
+                if config.rollout.max_staleness and another_episode():
+                    episodes.begin(progress.episode + 1, policy.version, times)
 
             rollout.sleep()
             fresh, progress.groups = progress.groups[: N // G], progress.groups[N // G :]
@@ -184,6 +180,7 @@ def train(config: Config) -> Run:
             row = describe(policy.steps, progress, fresh, update) | batch.metrics(replay)
             row |= {"left_out_queries": encoder.dropped.total(), "failed_checkpoints": checkpoints.failed}
             if not progress.groups:
+                episodes.wait(times)
                 with phase("sync", times):
                     policy.version += 1
                     rollout.sync(policy.weights, policy.version)
@@ -230,81 +227,6 @@ def train(config: Config) -> Run:
     return result
 
 
-def roll_out(
-    queries: list[Query],
-    episode: int,
-    version: int,
-    rollout: RolloutEngine,
-    encoder: PromptEncoder,
-    config: Config,
-    ranks: Ranks,
-) -> list[Group]:
-    """This rank's share of the episode's groups: every world_size-th query, G responses each.
-
-    Raises:
-        StopRequested: on every rank, if one broke its rollout off because the run is to stop.
-    """
-    mine = queries[ranks.rank :: ranks.world_size]
-    prompts = [encoder.encode(query) for query in mine]
-    answers = None
-    with suppress(StopRequested), signals.interruptible():
-        answers = rollout.generate(
-            prompts,
-            n=config.rollout.group_size,
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=config.rollout.temperature,
-            seed=episode_seed(config, episode, ranks),
-        )
-    if ranks.any(answers is None):
-        raise StopRequested
-    return [
-        Group(query, completions, version, len(prompt.token_ids), sampled_tokens=sum(c.tokens for c in completions))
-        for query, prompt, completions in zip(mine, prompts, answers, strict=True)
-    ]
-
-
-def episode_seed(config: Config, episode: int, ranks: Ranks, stream: int = 0) -> int:
-    """A seed of its own for every episode, rank and stream of random numbers."""
-    streams = [config.seed, episode, ranks.rank] + [stream] * (stream > 0)
-    return int(np.random.SeedSequence(streams).generate_state(1)[0])
-
-
-def rethink(
-    groups: list[Group],
-    rethinker: Rethinker,
-    episode: int,
-    rollout: RolloutEngine,
-    encoder: PromptEncoder,
-    checker: AnswerChecker,
-    config: Config,
-    ranks: Ranks,
-) -> None:
-    """Second passes over a share of this rank's responses; see Rethinker.force."""
-    prompts = [encoder.encode(group.query) for group in groups]
-    seed = episode_seed(config, episode, ranks, stream=1)
-    rethinker.force(groups, prompts, rollout, lambda trials: judge(trials, checker, config), seed)
-
-
-def note_rethinking(groups: list[Group], config: Config) -> None:
-    """Set `group.rethinks`: which responses rethink of their own accord."""
-    for group in groups:
-        forced = [c.rethought and config.rethink.triggers.get(c.rethought.name) for c in group.completions]
-        group.rethinks = [rethinks(c.text, phrase or "") for c, phrase in zip(group.completions, forced, strict=True)]
-
-
-def make_rethinker(config: Config, encoder: PromptEncoder) -> Rethinker | None:
-    """Forced rethinking as `rethink` says; None where it is off."""
-    if config.rethink.fraction == 0:
-        return None
-    return Rethinker(
-        config.rethink,
-        make_triggers(encoder.tokenizer, config.rethink.triggers),
-        encoder.decode,
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
-    )
-
-
 def rescore(groups: list[Group], policy: PolicyEngine) -> None:
     """Give rethought responses the behaviour log-probs of the policy's own forward (collective)."""
     rethought = [sample for group in groups for sample in group.samples() if sample.completion.supervised]
@@ -312,20 +234,6 @@ def rescore(groups: list[Group], policy: PolicyEngine) -> None:
     for sample in rethought:
         if isinstance(sample.completion, Completion):
             sample.completion.logprobs = sample.completion.trainer_logprobs
-
-
-def judge(groups: list[Group], checker: AnswerChecker, config: Config) -> None:
-    """Give every completion the reward of its own final text; requests carry ids, so order does not matter."""
-    requests = {
-        f"{g}/{i}": (completion.text, group.query)
-        for g, group in enumerate(groups)
-        for i, completion in enumerate(group.completions)
-    }
-    rewards = checker.score([(key, text, query) for key, (text, query) in requests.items()])
-    for g, group in enumerate(groups):
-        group.rewards = [rewards[f"{g}/{i}"] for i in range(len(group.completions))]
-        if config.rethink.fraction > 0 and config.rethink.preset == "released_code":
-            group.rewards = list(map(released_reward, group.rewards, group.completions))
 
 
 def held_out_accuracy(

@@ -113,11 +113,11 @@ class PolicyEngine:
 
         Returns:
             `loss`, `entropy`, `kl`, `clip_fraction_low`, `clip_fraction_high`, `old_kl` (k3 of the current policy from
-            the behaviour policy, on samples of the current version), `grad_norm`, `learning_rate`, `train_tokens`
-            (processed, over all ranks), `supervised_loss` (the part of `loss` from rethought responses), `skipped`
-            (1 if a non-finite number kept the step from being applied), `oom_retries` (since the run began: times that
-            memory ran out and the work was repeated in smaller micro-batches). An empty batch (every query all right
-            or all wrong, and nothing to replay) leaves the weights as they are.
+            the one that the ratio is taken against, on samples of the current version), `grad_norm`, `learning_rate`,
+            `train_tokens` (processed, over all ranks), `supervised_loss` (the part of `loss` from rethought responses),
+            `skipped` (1 if a non-finite number kept the step from being applied), `oom_retries` (since the run began:
+            times that memory ran out and the work was repeated in smaller micro-batches). An empty batch (every query
+            all right or all wrong, and nothing to replay) leaves the weights as they are.
 
         Raises:
             OutOfMemory: memory ran out on one of several ranks, or in the optimizer's step.
@@ -169,10 +169,24 @@ class PolicyEngine:
         return dict(zip(METRICS, metrics, strict=True))
 
     @torch.no_grad()
-    def score(self, samples: list[Sample]) -> None:
-        """Set `completion.trainer_logprobs` of the samples that this rank holds, from the current policy's forward."""
+    def score(self, samples: list[Sample]) -> float:
+        """Set `completion.trainer_logprobs` of the samples that this rank holds, from the current policy's forward.
+
+        Returns:
+            k3 of the policy from the behaviour policy, nats per sampled token, over the samples of all ranks.
+        """
         mine = [sample for sample in samples if sample.owner == self.ranks.rank]
         self._fitting(lambda budget: plan_micro_batches(mine, budget=budget, world_size=1), self._score)
+        gaps = [
+            behaviour - own
+            for sample in mine
+            for behaviour, own in zip(sample.completion.logprobs, sample.completion.trainer_logprobs, strict=True)
+            if not math.isnan(behaviour)  # forced, not sampled
+        ]
+        gap = torch.tensor(gaps, dtype=torch.float64)
+        sums = torch.stack([(gap.expm1() - gap).sum(), gap.new_tensor(len(gaps))]).to(self.ranks.device)
+        kl, tokens = self.ranks.sum(sums).tolist()
+        return kl / max(tokens, 1.0)
 
     def _score(self, mine: Plan) -> None:
         (plan,) = mine

@@ -9,7 +9,10 @@ from typing import Any, Protocol
 import torch
 
 from rethinker.config import Config, ConfigError
+from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
+
+make_importable()  # the engines import transformers' processors, and they torchvision
 
 
 class WeightStream(Protocol):

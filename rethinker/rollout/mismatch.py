@@ -13,10 +13,11 @@ def check_mismatch(value: float, config: Config) -> None:
     """Refuse to train on rollouts of another policy.
 
     Call it with the first step after a weight sync: until then the policy has not moved, so whatever the k3 estimate
-    shows is rounding or weights that did not arrive. Measured with the tiny model on CPU: 1e-12 nats in fp32, 1.4e-4 in
-    bf16; 0.4 to 7 with an engine left behind by a move of every weight by 0.02 to 0.05. A single small update that is
-    lost stays below any useful ceiling: that is what rollout.check_sync compares checksums for. The step's update has
-    been made when this is known, so the last checkpoint is the one to go on from.
+    shows is rounding or weights that did not arrive; with rollout.max_staleness=1 also what the steps of one episode
+    changed, which the ceiling bounds, too. Measured with the tiny model on CPU: 1e-12 nats in fp32, 1.4e-4 in bf16; 0.4
+    to 7 with an engine left behind by a move of every weight by 0.02 to 0.05. A single small update that is lost stays
+    below any useful ceiling: that is what rollout.check_sync compares checksums for. The step's update may have been
+    made when this is known, so the last checkpoint is the one to go on from.
 
     Args:
         value: `mismatch_kl`, nats per token, the same on all ranks. A NaN passes: the step that had it was skipped and
@@ -29,9 +30,11 @@ def check_mismatch(value: float, config: Config) -> None:
     if ceiling is None or config.rollout.backend == "recorded":  # recorded by a policy of its own
         return
     if value > ceiling:
+        cause = "weights did not arrive in the rollout engine, or it computes differently from the trainer"
+        if config.rollout.max_staleness:
+            cause = f"the policy moves too far in an episode (rollout.max_staleness=0 waits for it), or {cause}"
         raise MismatchError(
             f"mismatch_kl={value:.3g} nats per token in the first step after a weight sync exceeds "
-            f"rollout.max_mismatch_kl={ceiling:g}: weights did not arrive in the rollout engine, or it computes "
-            "differently from the trainer; rollout.check_sync=true names the tensor that differs after a sync. Go on "
-            "from the last checkpoint; null switches this check off"
+            f"rollout.max_mismatch_kl={ceiling:g}: {cause}; rollout.check_sync=true names the tensor that differs "
+            "after a sync. Go on from the last checkpoint; null switches this check off"
         )

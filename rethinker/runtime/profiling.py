@@ -24,7 +24,7 @@ progress = Progress((), time.monotonic())  # of this process; the watchdog reads
 
 
 @contextmanager
-def phase(name: str, times: dict[str, float] | None = None) -> Iterator[None]:
+def phase(name: str, times: dict[str, float] | None = None, watched: bool = True) -> Iterator[None]:
     """Mark a phase of the step for Nsight and the watchdog, and add its wall time.
 
     The NVTX range costs nothing when no profiler listens, and is left out without CUDA. The time is the host's: work
@@ -33,10 +33,12 @@ def phase(name: str, times: dict[str, float] | None = None) -> Iterator[None]:
     Args:
         name: `rollout`, `reward`, `train`, `sync`, ...
         times: its entry `time_<name>_s` grows by the seconds spent here.
+        watched: False in a thread beside the loop's, which alone the watchdog follows.
     """
     global progress
     outer = progress.phases
-    progress = Progress((*outer, name), time.monotonic())
+    if watched:
+        progress = Progress((*outer, name), time.monotonic())
     torch = sys.modules.get("torch")  # only a process that uses torch can use CUDA
     nvtx = torch.cuda.nvtx if torch and torch.cuda.is_initialized() else None
     if nvtx:
@@ -45,7 +47,8 @@ def phase(name: str, times: dict[str, float] | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        progress = Progress(outer, time.monotonic())
+        if watched:
+            progress = Progress(outer, time.monotonic())
         if times is not None:
             key = f"time_{name}_s"
             times[key] = times.get(key, 0.0) + time.perf_counter() - start

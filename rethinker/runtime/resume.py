@@ -28,12 +28,9 @@ from rethinker.settings import flat
 
 if TYPE_CHECKING:
     from rethinker.algorithm.replay import ReplayBuffer
+    from rethinker.episode import Episodes
     from rethinker.policy.engine import PolicyEngine
-    from rethinker.rollout import RolloutEngine
     from rethinker.runtime.run_directory import RunDirectory
-    from rethinker.tasks.datasets import QueryStream
-    from rethinker.tasks.prompts import PromptEncoder
-    from rethinker.tasks.reward import AnswerChecker
 
 log = logging.getLogger(__name__)
 
@@ -78,29 +75,9 @@ class RunState:
     ranks: Ranks
     progress: Progress
     policy: PolicyEngine
-    rollout: RolloutEngine
-    stream: QueryStream
-    encoder: PromptEncoder
-    checker: AnswerChecker
+    episodes: Episodes
     replay: ReplayBuffer
     run: RunDirectory
-
-    def position(self) -> dict[str, Any]:
-        """Where the data stands: what an episode moves before its first step."""
-        return {
-            "stream": self.stream.state_dict(),
-            "encoder": self.encoder.state_dict(),
-            "failures": dict(self.checker.failures),
-            "rollout": self.rollout.state_dict(),
-        }
-
-    def rewind(self, position: dict[str, Any]) -> None:
-        """Go back to a position; what was sampled since is forgotten."""
-        self.progress.groups = []
-        self.stream.load_state_dict(position["stream"])
-        self.encoder.load_state_dict(position["encoder"])
-        self.checker.failures = Counter(position["failures"])
-        self.rollout.load_state_dict(position["rollout"])
 
     def snapshot(self) -> Callable[[Path], None]:
         """Everything as it is now; what comes back writes it into trainer/, while training goes on."""
@@ -109,7 +86,7 @@ class RunState:
         replay["entries"] = [
             [slot, [sample_outline(s) for s in samples], added] for slot, samples, added in replay["entries"]
         ]
-        position = self.position()
+        position = self.episodes.state_dict()
         own = {"samples": payload(self.progress.groups, replayed), "random": random_state(), "position": position}
         state = None
         if self.ranks.is_main:
@@ -120,7 +97,7 @@ class RunState:
                 "settings": flat(self.config),
                 "versions": versions(),
                 "world_size": self.ranks.world_size,
-                "data": fingerprint(self.stream.queries),
+                "data": fingerprint(self.episodes.stream.queries),
                 "progress": progress | {"groups": [group_outline(group) for group in self.progress.groups]},
                 "policy": self.policy.state_dict(),
                 "replay": replay,
@@ -147,14 +124,14 @@ class RunState:
             ConfigError: it belongs to other data or another kind of run.
         """
         folder = checkpoint / "trainer"
-        if state["data"] != fingerprint(self.stream.queries):
+        if state["data"] != fingerprint(self.episodes.stream.queries):
             raise ConfigError(f"data.train={self.config.data.train}: its questions are not those of {checkpoint}")
         ranks, world_size = self.ranks, state["world_size"]
         if self.config.rollout.backend == "recorded" and world_size != ranks.world_size:
             raise ConfigError(f"rollout.backend=recorded: resume on as many ranks as before ({world_size})")
         taken = range(ranks.rank, world_size, ranks.world_size)  # the ranks whose responses fall to this one
         owns = [read_state(folder / f"rank_{rank:05d}") for rank in taken]
-        responses = Responses({q.id: q for q in self.stream.queries}, [own["samples"] for own in owns], ranks)
+        responses = Responses({q.id: q for q in self.episodes.stream.queries}, [own["samples"] for own in owns], ranks)
         self.policy.load_state_dict(state["policy"])
         self.policy.load_optimizer(folder, state["policy"]["adam_steps"])
         for name, value in state["progress"].items():
@@ -170,7 +147,7 @@ class RunState:
         # A rank that the run did not have before goes on from rank 0's place in the data, with streams of its own.
         position = owns[0]["position"] if owns else read_state(folder / "rank_00000")["position"] | {"failures": {}}
         position["failures"] = dict(sum((Counter(own["position"]["failures"]) for own in owns), Counter()))
-        self.rewind(position)
+        self.episodes.load_state_dict(position)
         self.progress.groups = [responses.group(outline) for outline in state["progress"]["groups"]]
         if owns:
             set_random_state(owns[0]["random"])

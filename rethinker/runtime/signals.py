@@ -26,7 +26,16 @@ class StopRequested(Exception):
 class _State:
     name: str | None = None  # of the signal
     at = 0.0
-    interruptible = False
+
+
+class _Interruptible(threading.local):
+    """Whether this thread's work may be broken off, and what else than a signal asks for it."""
+
+    now = False
+    abandoned: threading.Event | None = None
+
+
+_interruptible = _Interruptible()
 
 
 def requested() -> str | None:
@@ -40,18 +49,21 @@ def check() -> None:
     Raises:
         StopRequested: a stop was asked for, and the work is within `interruptible`.
     """
-    if _State.name is not None and _State.interruptible:
-        raise StopRequested(_State.name)
+    if not _interruptible.now:
+        return
+    if _State.name is not None or (_interruptible.abandoned and _interruptible.abandoned.is_set()):
+        raise StopRequested(_State.name or "abandoned")
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Work that a stop may break off."""
-    _State.interruptible = True
+def interruptible(abandoned: threading.Event | None = None) -> Iterator[None]:
+    """Work of this thread that a stop may break off, and so may the event `abandoned`."""
+    outer = _interruptible.now, _interruptible.abandoned
+    _interruptible.now, _interruptible.abandoned = True, abandoned
     try:
         yield
     finally:
-        _State.interruptible = False
+        _interruptible.now, _interruptible.abandoned = outer
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
@@ -59,6 +60,8 @@ class PromptEncoder:
         self.family = family_of_processor(processor)
         # In place, so that a saved checkpoint carries the limits it was trained with.
         limit_pixels(processor, self.family, config.min_pixels, config.max_pixels)
+        # Rollouts beside the training decode in their thread, and two in one fast tokenizer fail: "Already borrowed".
+        self._one_at_a_time = threading.Lock()
         self.dropped: Counter[str] = Counter()
         self._image_id = processor.image_token_id
         self._special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
@@ -105,7 +108,8 @@ class PromptEncoder:
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of a response, spaces as they are, without special tokens."""
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        with self._one_at_a_time:
+            return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def misfit(self, query: Query) -> str | None:
         """Why the query is left out, or None if it fits: `data.max_images`, `data.max_prompt_tokens`, `image shape`, or
@@ -245,7 +249,8 @@ class PromptEncoder:
 
     def _text_ids(self, text: str) -> list[int]:
         """Ids of ordinary text; what spells a special token is split like any other characters."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        with self._one_at_a_time:
+            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
     def _image_ids(self, reference: Any, query_id: str) -> list[int]:
         height, width = image_size(reference, query_id, self.config.max_image_pixels)

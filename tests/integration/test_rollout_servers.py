@@ -66,6 +66,29 @@ def test_a_run_trains_over_servers(pair, ranks):
     assert max(row["mismatch_kl"] for row in steps) < SAME
 
 
+def test_rollouts_one_episode_ahead(pair):
+    """Every episode but the first was sampled with the weights before the last sync, which mismatch_kl shows and the
+    correction takes into account; a run that is killed goes on."""
+    folder, options = pair
+    options = [*options, "--rollout.max_staleness", "1", "--algorithm.rollout_correction", "2"]
+    options += ["--train.max_steps", "16", "--checkpoint.every", "2"]  # four steps an episode
+    options += ["--train.learning_rate", "1e-4"]  # at 1e-3 the ceiling of mismatch_kl ends the run: 0.56 in one episode
+    process = start(folder, "ahead", *options)
+    while len(rows(folder / "ahead")) < 6:
+        assert process.poll() is None, (folder / "ahead.log").read_text()[-4000:]
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    finish(folder, "ahead", *options, "--resume", "auto")
+    steps = rows(folder / "ahead")
+    assert [row["step"] for row in steps] == list(range(1, 17))
+    assert all(row["skipped"] == 0 for row in steps)
+    apart = {row["episode"]: row["mismatch_kl"] for row in steps}
+    # Nothing is ahead of the first episode, nor of the first one after the resume: both come from the newest weights.
+    assert apart[0] < SAME and sum(value < SAME for value in apart.values()) == 2
+    assert max(apart.values()) < 0.1
+
+
 def test_a_run_outlives_one_of_its_servers(pair):
     """One of two servers is killed (SIGKILL) in the run: a warning names it, and the run ends as if it had not been."""
     folder, options = pair

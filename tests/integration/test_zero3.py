@@ -111,6 +111,13 @@ def test_every_response_is_scored_by_its_owner(runs):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+def test_scoring_tells_how_far_the_policy_is_from_the_behaviour(runs, ranks):
+    """The k3 estimate over all ranks' sampled tokens, whoever scored them; forced tokens do not count."""
+    measured, expected = runs[ranks, 10_000]["score_kl"]
+    assert measured == pytest.approx(expected, rel=1e-9) and measured > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_saved_checkpoint_loads_in_transformers(ranks, runs):
     """A checkpoint written from shards loads with transformers, weights and processor, and equals the live weights."""
     from rethinker.policy.model import load_processor

@@ -5,6 +5,7 @@ Usage: torchrun --nproc-per-node N -m tests.integration.zero3_steps MODEL_FOLDER
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -53,19 +54,29 @@ def gradients_at_step(engine: PolicyEngine) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def scores(engine: PolicyEngine, pictures: Path, encoder: PromptEncoder, ranks) -> dict[tuple, list[float]]:
-    """Log-probs of each response by (group, index, tokens), from the rank that owns it.
+def scores(engine: PolicyEngine, pictures: Path, encoder: PromptEncoder, ranks) -> tuple[dict, tuple[float, float]]:
+    """Log-probs of each response by (group, index, tokens), from the rank that owns it; k3 from the behaviour's, as
+    the engine and as the definition has it.
 
     With two ranks each has some; then one batch without a token at all, on one rank.
     """
     samples = scenario("mixed", pictures, encoder) + scenario("empty responses", pictures, encoder)[:1]
     for i, sample in enumerate(samples):
         sample.owner = i % ranks.world_size
-    engine.score(samples[:-1])
-    engine.score(samples[-1:])
+    forced = samples[0].completion.logprobs
+    sampled, forced[0] = forced[0], float("nan")  # a token of a trigger: nobody sampled it
+    kl = engine.score(samples[:-1])
+    behaviour = {(s.group, s.index): list(s.completion.logprobs) for s in samples[:-1]}
+    forced[0] = sampled
+    assert engine.score(samples[-1:]) == 0.0
     mine = [(s.group, s.index, s.completion) for s in samples if s.owner == ranks.rank]
     shares = ranks.gather({(group, index, c.tokens): c.trainer_logprobs for group, index, c in mine})
-    return {place: logps for share in shares for place, logps in share.items()}
+    own = {place: logps for share in shares for place, logps in share.items()}
+    scored = {(group, index): logps for (group, index, tokens), logps in own.items() if tokens}
+    gaps = [b - p for place, old in behaviour.items() for b, p in zip(old, scored.get(place, []), strict=True)]
+    terms = [math.expm1(gap) - gap for gap in gaps if not math.isnan(gap)]
+    assert len(terms) == len(gaps) - 1
+    return own, (kl, sum(terms) / len(terms))
 
 
 def main(model: str, scratch: str, output: str, budget: str) -> None:
@@ -84,7 +95,7 @@ def main(model: str, scratch: str, output: str, budget: str) -> None:
         engine = PolicyEngine(config, model, encoder, ranks, total_steps=10)
         partitioned = [p for p in engine.policy.parameters() if p.ds_tensor.numel() < p.ds_numel]
         if name == "mixed":
-            results["scored"] = scores(engine, pictures, encoder, ranks)
+            results["scored"], results["score_kl"] = scores(engine, pictures, encoder, ranks)
         gradients = gradients_at_step(engine)
         metrics = engine.train_step(scenario(name, pictures, encoder))
         weights = {n: t.clone() for n, t in engine.weights}

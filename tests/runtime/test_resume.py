@@ -21,8 +21,8 @@ def test_other_questions_are_refused(tmp_path):
     """Any changed id, question, answer or number of images changes the fingerprint, and with it nothing is resumed."""
     for change in ({"id": "c"}, {"question": "what"}, {"answer": "Red"}, {"images": ()}):
         assert fingerprint([dataclasses.replace(QUERIES[0], **change), QUERIES[1]]) != fingerprint(QUERIES)
-    stream = SimpleNamespace(queries=QUERIES[::-1])
-    state = RunState(Config(), Ranks(0, 1, 0), Progress(), *[None] * 2, stream, *[None] * 4)
+    episodes = SimpleNamespace(stream=SimpleNamespace(queries=QUERIES[::-1]))
+    state = RunState(Config(), Ranks(0, 1, 0), Progress(), None, episodes, None, None)
     with pytest.raises(ConfigError, match=r"data.train=easy_vqa: its questions are not those of"):
         state.load(tmp_path, {"data": fingerprint(QUERIES)})
 

@@ -1,0 +1,234 @@
+"""The first half of an episode: queries become groups of rewarded responses, at once or one episode ahead of training.
+
+With `rollout.max_staleness: 1` the next episode is sampled, judged and rethought in a thread while this one trains,
+with the weights of the last sync; it has ended before the next sync, so that no response mixes two policies.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rethinker.config import Config
+from rethinker.evaluation.rethinking import rethinks
+from rethinker.rollout import RolloutEngine
+from rethinker.rollout.rethinking import Rethinker, make_triggers, released_reward
+from rethinker.runtime import signals
+from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.ownership import share
+from rethinker.runtime.profiling import phase
+from rethinker.runtime.signals import StopRequested
+from rethinker.samples import Group, Prompt, Query
+from rethinker.tasks.datasets import QueryStream
+from rethinker.tasks.prompts import PromptEncoder
+from rethinker.tasks.reward import AnswerChecker
+
+
+@dataclass
+class _Work:
+    """An episode's rollouts on this rank, under way or done."""
+
+    number: int
+    version: int  # of the policy that samples
+    asked: list[Query]  # on all ranks
+    prompts: list[Prompt]  # of this rank's share: every world_size-th
+    before: dict[str, Any]  # where the data stood
+    thread: threading.Thread | None = None
+    abandoned: threading.Event = field(default_factory=threading.Event)
+    groups: list[Group] | None = None  # of this rank; None: broken off because the run is to stop
+    error: BaseException | None = None
+
+
+class Episodes:
+    """The run's episodes, one after the other. On every rank: each rolls out every world_size-th query."""
+
+    def __init__(
+        self,
+        config: Config,
+        stream: QueryStream,
+        encoder: PromptEncoder,
+        rollout: RolloutEngine,
+        checker: AnswerChecker,
+        ranks: Ranks,
+    ) -> None:
+        self.config, self.stream, self.encoder = config, stream, encoder
+        self.rollout, self.checker, self.ranks = rollout, checker, ranks
+        self.rethinker = make_rethinker(config, encoder)
+        self._begun: _Work | None = None
+
+    def take(self, number: int, version: int, times: dict[str, float]) -> list[Group]:
+        """The groups of episode `number`, rewarded: this rank's whole, those of others in outline (collective).
+
+        Args:
+            number: of the episode, from 0; the next one after a `begin`.
+            version: of the policy that the rollout engine has now; those begun ahead carry that of their time.
+            times: `time_rollout_s`, `time_reward_s` and `time_rethink_s` grow by the seconds spent here: for an episode
+                begun ahead only by what was waited for, as rollout.
+
+        Raises:
+            StopRequested: on every rank, if one broke its rollout off because the run is to stop. The data stands where
+                it stood before.
+        """
+        if self._begun:
+            self.wait(times)
+            work, self._begun = self._begun, None
+            if work.error:
+                raise work.error
+            stopped = self.ranks.any(work.groups is None)
+        else:
+            work = self._prepare(number, version, times)
+            stopped = not self._produce(work, times, any_stopped=self.ranks.any)
+        if stopped:
+            self.load_state_dict(work.before)
+            raise StopRequested
+        return share(work.groups, work.asked, first_number=work.number * len(work.asked), ranks=self.ranks)
+
+    def begin(self, number: int, version: int, times: dict[str, float]) -> None:
+        """Start on episode `number` in a thread; the next `take` returns it. Until `wait` the engine is busy."""
+        work = self._prepare(number, version, times)
+
+        def produce() -> None:
+            try:
+                # Collectives are the main thread's, so each rank sees alone that the run is to stop.
+                with signals.interruptible(work.abandoned):
+                    self._produce(work, {}, any_stopped=bool, watched=False)
+            except StopRequested:
+                work.groups = None
+            except BaseException as error:  # told by `take`, where the loop can end for it
+                work.error = error
+            finally:
+                work.prompts = []  # and their images
+
+        work.thread = threading.Thread(target=produce, name=f"episode {number}", daemon=True)
+        self._begun = work
+        work.thread.start()
+
+    def wait(self, times: dict[str, float]) -> None:
+        """Until what was begun has ended, as a weight sync needs it; whether well or not, `take` says."""
+        if self._begun:
+            with phase("rollout", times):
+                self._begun.thread.join()
+
+    def close(self) -> None:
+        """Break off what was begun."""
+        if self._begun:
+            self._begun.abandoned.set()
+            self._begun.thread.join(timeout=10)
+            self._begun = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the data stands for a run that goes on from here: an episode that was begun ahead is sampled again."""
+        return self._begun.before if self._begun else self._position()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back there; what was sampled since is forgotten."""
+        self.stream.load_state_dict(state["stream"])
+        self.encoder.load_state_dict(state["encoder"])
+        self.checker.failures = Counter(state["failures"])
+        self.rollout.load_state_dict(state["rollout"])
+
+    def _position(self) -> dict[str, Any]:
+        return {
+            "stream": self.stream.state_dict(),
+            "encoder": self.encoder.state_dict(),
+            "failures": dict(self.checker.failures),
+            "rollout": self.rollout.state_dict(),
+        }
+
+    def _prepare(self, number: int, version: int, times: dict[str, float]) -> _Work:
+        before = self._position()
+        with phase("rollout", times):
+            asked = [self.encoder.fitting(self.stream) for _ in range(self.config.train.episode_queries)]
+            prompts = [self.encoder.encode(query) for query in asked[self.ranks.rank :: self.ranks.world_size]]
+        return _Work(number, version, asked, prompts, before)
+
+    def _produce(
+        self, work: _Work, times: dict[str, float], any_stopped: Callable[[bool], bool], watched: bool = True
+    ) -> bool:
+        """Queries to rewarded groups; False if a rank broke its rollout off because the run is to stop.
+
+        Args:
+            any_stopped: whether any rank did, from whether this one did.
+            watched: whether the phases are the loop's own.
+        """
+        config, mine = self.config, work.asked[self.ranks.rank :: self.ranks.world_size]
+        with phase("rollout", times, watched):
+            with suppress(StopRequested), signals.interruptible(work.abandoned):
+                work.groups = roll_out(mine, work.prompts, work.version, self.rollout, config, self._seed(work))
+            if any_stopped(work.groups is None):
+                return False
+        with phase("reward", times, watched):
+            judge(work.groups, self.checker, config)
+        if self.rethinker:
+            with phase("rethink", times, watched):
+                self.rethinker.force(
+                    work.groups,
+                    work.prompts,
+                    self.rollout,
+                    lambda trials: judge(trials, self.checker, config),
+                    self._seed(work, stream=1),
+                )
+        note_rethinking(work.groups, config)
+        return True
+
+    def _seed(self, work: _Work, stream: int = 0) -> int:
+        """A seed of its own for every episode, rank and stream of random numbers."""
+        streams = [self.config.seed, work.number, self.ranks.rank] + [stream] * (stream > 0)
+        return int(np.random.SeedSequence(streams).generate_state(1)[0])
+
+
+def roll_out(
+    queries: list[Query], prompts: list[Prompt], version: int, rollout: RolloutEngine, config: Config, seed: int
+) -> list[Group]:
+    """One group of `rollout.group_size` responses to every query, not rewarded yet."""
+    answers = rollout.generate(
+        prompts,
+        n=config.rollout.group_size,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        seed=seed,
+    )
+    return [
+        Group(query, completions, version, len(prompt.token_ids), sampled_tokens=sum(c.tokens for c in completions))
+        for query, prompt, completions in zip(queries, prompts, answers, strict=True)
+    ]
+
+
+def judge(groups: list[Group], checker: AnswerChecker, config: Config) -> None:
+    """Give every completion the reward of its own final text; requests carry ids, so order does not matter."""
+    requests = {
+        f"{g}/{i}": (completion.text, group.query)
+        for g, group in enumerate(groups)
+        for i, completion in enumerate(group.completions)
+    }
+    rewards = checker.score([(key, text, query) for key, (text, query) in requests.items()])
+    for g, group in enumerate(groups):
+        group.rewards = [rewards[f"{g}/{i}"] for i in range(len(group.completions))]
+        if config.rethink.fraction > 0 and config.rethink.preset == "released_code":
+            group.rewards = list(map(released_reward, group.rewards, group.completions))
+
+
+def make_rethinker(config: Config, encoder: PromptEncoder) -> Rethinker | None:
+    """Forced rethinking as `rethink` says; None where it is off."""
+    if config.rethink.fraction == 0:
+        return None
+    return Rethinker(
+        config.rethink,
+        make_triggers(encoder.tokenizer, config.rethink.triggers),
+        encoder.decode,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+    )
+
+
+def note_rethinking(groups: list[Group], config: Config) -> None:
+    """Set `group.rethinks`: which responses rethink of their own accord."""
+    for group in groups:
+        forced = [c.rethought and config.rethink.triggers.get(c.rethought.name) for c in group.completions]
+        group.rethinks = [rethinks(c.text, phrase or "") for c, phrase in zip(group.completions, forced, strict=True)]

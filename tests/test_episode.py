@@ -1,0 +1,192 @@
+"""An episode's rollouts, at once and one episode ahead: the same responses, older weights, and a clean end."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from rethinker.checks import check_geometry
+from rethinker.config import AlgorithmConfig, Config, ConfigError, RolloutConfig, TrainConfig
+from rethinker.episode import Episodes
+from rethinker.runtime import profiling, signals
+from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.signals import StopRequested
+from rethinker.samples import Completion, Prompt, Query
+from rethinker.tasks.datasets import QueryStream
+
+QUERIES = [Query(f"q{i}", "?", "1") for i in range(12)]
+
+
+class MainThreadRanks(Ranks):
+    """Collectives of a single rank, refused off the main thread: there, ranks would meet in any order."""
+
+    def any(self, value):
+        assert threading.current_thread() is threading.main_thread()
+        return super().any(value)
+
+    def gather(self, value):
+        assert threading.current_thread() is threading.main_thread()
+        return super().gather(value)
+
+
+class Encoder:
+    """Prompts of one token; nothing is left out."""
+
+    def encode(self, query):
+        return Prompt(query.id, [1], [1], [])
+
+    def fitting(self, stream):
+        return stream.next(1)[0]
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class Engine:
+    """Answers at once, or when `gate` opens; says what it was asked."""
+
+    def __init__(self):
+        self.gate, self.asked, self.error = threading.Event(), [], None
+        self.gate.set()
+
+    def generate(self, prompts, *, n, max_new_tokens, temperature, seed):
+        self.asked.append(([prompt.query_id for prompt in prompts], seed))
+        while not self.gate.wait(0.01):
+            signals.check()
+        if self.error:
+            raise self.error
+        return [[Completion([seed % 97, i], [-1.0, -1.0], str(i), "stop") for i in range(n)] for _ in prompts]
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class Checker:
+    """Every other response is right."""
+
+    def __init__(self):
+        self.failures = {}
+
+    def score(self, requests):
+        return {key: float(text == "1") for key, text, _ in requests}
+
+
+def make(**settings) -> tuple[Episodes, Engine]:
+    config = Config(rollout=RolloutConfig(group_size=2), train=TrainConfig(episode_queries=3), **settings)
+    engine = Engine()
+    return Episodes(
+        config, QueryStream(QUERIES, seed=0), Encoder(), engine, Checker(), MainThreadRanks(0, 1, 0)
+    ), engine
+
+
+def told(groups):
+    """What training sees of groups."""
+    return [
+        (group.query.id, group.number, group.rewards, [completion.token_ids for completion in group.completions])
+        for group in groups
+    ]
+
+
+def test_an_episode_begun_ahead_is_the_one_sampled_at_once():
+    """Same questions in the same order, same seeds, rewards and numbers; only the policy's version is the older one."""
+    at_once, _ = make()
+    expected = [at_once.take(number, number, {}) for number in range(3)]
+    ahead, _ = make()
+    got = [ahead.take(0, 0, {})]
+    for number in (1, 2):
+        ahead.begin(number, number - 1, {})
+        ahead.wait({})
+        got.append(ahead.take(number, number, {}))
+    assert [told(groups) for groups in got] == [told(groups) for groups in expected]
+    assert [{group.policy_version for group in groups} for groups in got] == [{0}, {0}, {1}]
+
+
+def test_it_runs_beside_the_training():
+    """`begin` returns while the engine samples; the watchdog's phases stay the loop's; the wait counts as rollout."""
+    episodes, engine = make()
+    engine.gate.clear()
+    episodes.begin(0, 0, {})
+    while not engine.asked:
+        time.sleep(0.01)
+    assert profiling.progress.phases == ()
+    threading.Timer(0.2, engine.gate.set).start()
+    times = {}
+    assert len(episodes.take(0, 1, times)) == 3
+    assert times["time_rollout_s"] > 0.1
+    assert "time_reward_s" not in times
+
+
+def test_what_was_begun_is_not_part_of_a_checkpoint():
+    """A run that goes on from a checkpoint asks the questions of the episode begun ahead again: none is lost."""
+    episodes, _ = make()
+    episodes.take(0, 0, {})
+    episodes.begin(1, 0, {})
+    saved = episodes.state_dict()
+    episodes.wait({})
+    assert episodes.state_dict() == saved
+    again = told(episodes.take(1, 1, {}))
+    assert episodes.state_dict() != saved
+    resumed, _ = make()
+    resumed.load_state_dict(saved)
+    assert told(resumed.take(1, 1, {})) == again
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_stop_breaks_it_off_and_nothing_is_lost(ahead, monkeypatch):
+    """A signal ends the sampling, at once or ahead, and the questions are asked again after the resume."""
+    episodes, engine = make()
+    engine.gate.clear()
+    before = episodes.state_dict()
+    timer = threading.Timer(0.1, lambda: monkeypatch.setattr(signals._State, "name", "SIGTERM"))
+    timer.start()
+    if ahead:
+        episodes.begin(0, 0, {})
+    with pytest.raises(StopRequested):
+        episodes.take(0, 0, {})
+    timer.join()
+    assert episodes.state_dict() == before
+
+
+def test_a_fault_ahead_ends_the_run_where_it_is_needed():
+    """What goes wrong in the thread is raised by `take`, with its own words, and not by `begin` or `wait`."""
+    episodes, engine = make()
+    engine.error = RuntimeError("no rollout server is left")
+    episodes.begin(0, 0, {})
+    episodes.wait({})
+    with pytest.raises(RuntimeError, match="no rollout server is left"):
+        episodes.take(0, 0, {})
+
+
+def test_the_end_of_a_run_does_not_wait():
+    """`close` breaks a rollout off that would take for ever; without one it does nothing."""
+    episodes, engine = make()
+    engine.gate.clear()
+    episodes.begin(0, 0, {})
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "episode 0"]
+    start = time.monotonic()
+    episodes.close()
+    assert not thread.is_alive() and time.monotonic() - start < 5
+    episodes.close()
+
+
+def test_staleness_needs_servers_and_a_correction():
+    """Refused with what to set: an engine in the trainer's process, and responses taken for the policy's own."""
+    config = Config(rollout=RolloutConfig(max_staleness=1))
+    with pytest.raises(ConfigError, match=r"rollout\.max_staleness=1 needs rollout\.backend=server"):
+        check_geometry(config)
+    config.rollout.backend, config.rollout.servers = "server", ["http://127.0.0.1:1"]
+    with pytest.raises(ConfigError, match=r"rollout\.max_staleness=1 needs algorithm\.rollout_correction, as 2\.0"):
+        check_geometry(config)
+    config.algorithm = AlgorithmConfig(rollout_correction=2.0)
+    check_geometry(config)
+    config.rollout.max_staleness = 2
+    with pytest.raises(ConfigError, match=r"rollout\.max_staleness=2 must be from 0 to 1"):
+        check_geometry(config)
