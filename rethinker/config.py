@@ -117,8 +117,10 @@ class PolicyConfig:
     InternVL3 in transformers' format."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights in the forward pass; the optimizer keeps fp32 masters."""
-    attention: Literal["auto", "sdpa", "flex"] = "auto"
-    """Kernel of the shared-prompt attention: auto takes flex on CUDA and sdpa elsewhere."""
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
+    """Kernel of the language model's attention: flex (FlexAttention) and sdpa compute a prompt once for all its
+    responses, auto takes flex on CUDA and sdpa elsewhere. varlen (flash attention over sequences of variable length)
+    repeats the prompt for every response: more tokens, a simpler kernel; to compare with, and where flex is slow."""
     freeze_vision: bool = False
     """Train the language model only."""
     gradient_checkpointing: bool = False

@@ -39,7 +39,7 @@ class Geometry:
     def of(cls, config: Config, traffic: Traffic, ranks: int, queries: int | None) -> Geometry:
         """Counts for `ranks` ranks and a data set of `queries` questions, if that is known."""
         G, N, E = config.rollout.group_size, config.train.batch_pairs, config.train.episode_queries
-        tokens = N // G * traffic.prompt + N * traffic.response
+        tokens = N // G * _copies(config) * traffic.prompt + N * traffic.response
         steps = config.train.max_steps or (int(config.train.epochs * queries) * G // N if queries else None)
         return cls(
             steps_per_episode=E * G // N,
@@ -50,6 +50,11 @@ class Geometry:
             likely_micro_batches_per_rank=math.ceil(tokens / (config.train.micro_batch_tokens * ranks)),
             schedule_steps=steps,
         )
+
+
+def _copies(config: Config) -> int:
+    """How often the policy computes a prompt."""
+    return config.rollout.group_size if config.policy.attention == "varlen" else 1
 
 
 def likely_traffic(config: Config, shape: Shape, prompt: int | None, response: int | None) -> Traffic:
@@ -109,8 +114,8 @@ class Times:
         G, N = config.rollout.group_size, config.train.batch_pairs
         queries, tp, b = N // G, config.rollout.tensor_parallel_size, weight_bytes(config)
         p, r = traffic.prompt, traffic.response
-        tokens = queries * p + N * r
-        pairs = queries * p * p / 2 + N * (r * p + r * r / 2)
+        tokens = queries * _copies(config) * p + N * r
+        pairs = queries * _copies(config) * p * p / 2 + N * (r * p + r * r / 2)
         patches = queries * max(0, p - _TEXT_TOKENS) * shape.merge**2
         linear = shape.text_parameters * tokens + shape.vision_parameters * patches
         passes = 8 if config.policy.gradient_checkpointing else 6

@@ -129,7 +129,7 @@ class PolicyEngine:
             return dict.fromkeys(METRICS, 0.0) | {"oom_retries": float(self.oom_retries)}
 
         def plan_for(budget: int) -> Plan:
-            return plan_micro_batches(samples, budget=budget, world_size=self.ranks.world_size)
+            return self._plan(samples, budget, self.ranks.world_size)
 
         sums = self._fitting(plan_for, lambda plan: self._accumulate(samples, plan))
         rate = learning_rate(self.steps, self.total_steps, config)
@@ -176,7 +176,7 @@ class PolicyEngine:
             k3 of the policy from the behaviour policy, nats per sampled token, over the samples of all ranks.
         """
         mine = [sample for sample in samples if sample.owner == self.ranks.rank]
-        self._fitting(lambda budget: plan_micro_batches(mine, budget=budget, world_size=1), self._score)
+        self._fitting(lambda budget: self._plan(mine, budget, 1), self._score)
         gaps = [
             behaviour - own
             for sample in mine
@@ -187,6 +187,10 @@ class PolicyEngine:
         sums = torch.stack([(gap.expm1() - gap).sum(), gap.new_tensor(len(gaps))]).to(self.ranks.device)
         kl, tokens = self.ranks.sum(sums).tolist()
         return kl / max(tokens, 1.0)
+
+    def _plan(self, samples: list[Sample], budget: int, world_size: int) -> Plan:
+        shared = self.policy.kernel != "varlen"
+        return plan_micro_batches(samples, budget=budget, world_size=world_size, shared=shared)
 
     def _score(self, mine: Plan) -> None:
         (plan,) = mine

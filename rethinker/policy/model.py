@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rethinker.config import ConfigError, PolicyConfig
 from rethinker.families import FAMILIES, SUPPORTED, family_of
-from rethinker.policy.attention import lay_out
+from rethinker.policy.attention import VARLEN, lay_out
 from rethinker.policy.cpu_linear import use_onednn
 from rethinker.samples import PackedBatch, Prompt
 from rethinker_kernels import linear_grpo_loss, linear_selective_log_softmax
@@ -80,9 +80,10 @@ class Policy(nn.Module):
         use_onednn(model)
         # Qwen's vision-language models take any attention function; transformers only never declared this one.
         model.model.language_model._supports_flex_attn = True
-        model.set_attn_implementation(
-            {"text_config": {"flex": "flex_attention", "sdpa": "sdpa"}[self.kernel], "vision_config": "sdpa"}
-        )
+        implementation = {"flex": "flex_attention", "sdpa": "sdpa", "varlen": VARLEN}[self.kernel]
+        if self.kernel == "varlen" and on_cuda and model.dtype == torch.float32:
+            raise ConfigError("policy.attention=varlen needs policy.dtype=bfloat16 on CUDA; set that, or flex")
+        model.set_attn_implementation({"text_config": implementation, "vision_config": "sdpa"})
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.freeze_vision:
@@ -117,22 +118,23 @@ class Policy(nn.Module):
         """
         device = batch.input_ids.device
         embeds, place, deep = self._embed(batch)  # [T, D]
-        layout = lay_out(batch, self.kernel)
-        index, position = layout.index.to(device), layout.position.to(device)
-        inputs = {}
-        if deep:  # Qwen3-VL's DeepStack
-            at_image = torch.zeros(index.numel(), dtype=torch.bool, device=device)
-            at_image[position[place]] = True
-            inputs = {"visual_pos_masks": at_image.view(index.shape), "deepstack_visual_embeds": deep}
+        layout = lay_out(batch, self.kernel).to(device)
+        index, inputs = layout.index, {}
+        if layout.segments:
+            inputs["segments"] = layout.segments
+        if deep:  # Qwen3-VL's DeepStack, at every copy of an image
+            at_image = place[index] & ~layout.padding
+            which = (place.cumsum(0) - 1)[index[at_image]]
+            inputs |= {"visual_pos_masks": at_image, "deepstack_visual_embeds": [part[which] for part in deep]}
         hidden = self.hf.model.language_model(
             inputs_embeds=embeds[index],  # [B, L, D]
             position_ids=batch.position_ids[:, 0][:, index].squeeze(0),  # [3, B, L], or [B, L] without M-RoPE
-            attention_mask=layout.mask.to(device),
+            attention_mask=layout.mask,
             use_cache=False,
             **inputs,
         ).last_hidden_state
         # Only response tokens reach the head: [R, D].
-        rows = hidden.flatten(0, 1)[position[batch.source_index]]
+        rows = hidden.flatten(0, 1)[layout.position[batch.source_index]]
         return self.hf.lm_head(rows, batch.target_ids, temperature, surrogate)
 
     def _embed(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:

@@ -39,11 +39,13 @@ def compare(samples, encoder, policy, model):
     return (logps - expected).abs().max().item(), gradient_error
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
 @pytest.mark.parametrize("folder", ["tiny_folder", "untied_folder"])
-def test_packed_forward_equals_per_sample_forward(folder, encoder, tmp_path, request):
-    """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none."""
+def test_packed_forward_equals_per_sample_forward(folder, kernel, encoder, tmp_path, request):
+    """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none, whether
+    prompts are shared or repeated."""
     path = request.getfixturevalue(folder)
-    policy = Policy(load_model(path, torch.float32), PolicyConfig(dtype="float32"))
+    policy = Policy(load_model(path, torch.float32), PolicyConfig(dtype="float32", attention=kernel))
     model = load_model(path, torch.float32)
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 1, 9, 3])
     logp_error, gradient_error = compare(samples, encoder, policy, model)
@@ -112,6 +114,21 @@ def test_flex_predicate_is_the_same_mask(encoder, policy, tmp_path):
     assert not flex[:T, T:].any() and flex[T:, T:].diagonal().all()
 
 
+def test_unshared_sequences_are_prompt_and_response(encoder, policy, tmp_path):
+    """policy.attention=varlen: one sequence per response, its prompt before it; one of a single token, which is no
+    input, adds none; every row token is found where it stands."""
+    samples = samples_for(queries_of_every_kind(tmp_path)[:2], encoder, [5, 1, 3])
+    (batch,), (bundles,) = packed(samples, encoder, policy)
+    layout = attention.lay_out(batch, "varlen")
+    prompts = [bundle.samples[0].prompt_tokens for bundle in bundles]
+    assert layout.segments.bounds.diff().tolist() == [n for p in prompts for n in (p + 4, p + 2)]
+    assert layout.segments.longest == max(prompts) + 4
+    assert torch.equal(layout.index[0, layout.position], torch.arange(batch.tokens))
+    alone = samples_for(queries_of_every_kind(tmp_path)[:1], encoder, [1, 1])
+    (batch,), (bundle,) = packed(alone, encoder, policy)
+    assert attention.lay_out(batch, "varlen").segments.bounds.tolist() == [0, bundle[0].samples[0].prompt_tokens]
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_equals_the_default(tiny_folder, encoder, tmp_path):
     """policy.attention=flex, the kernel of GPUs, here run eagerly: the same log-probs as SDPA's."""
@@ -123,6 +140,22 @@ def test_flex_attention_equals_the_default(tiny_folder, encoder, tmp_path):
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             logps[kernel], _ = policy(batch)
     assert (logps["flex"] - logps["sdpa"]).abs().max() <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["flex", "varlen"])
+def test_the_gpus_kernels_equal_the_default(kernel, tiny_folder, encoder, tmp_path):
+    """Compiled FlexAttention and flash attention in bf16 are as far from fp32 as SDPA in bf16 is, or nearer."""
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 1, 9])
+    logps = {}
+    for name, dtype in ((kernel, "bfloat16"), ("sdpa", "bfloat16"), ("exact", "float32")):
+        config = PolicyConfig(dtype=dtype, attention="sdpa" if name == "exact" else name)
+        policy = Policy(load_model(tiny_folder, getattr(torch, dtype)), config).cuda()
+        (batch,), _ = packed(samples, encoder, policy)
+        with torch.no_grad():
+            logps[name] = policy(batch.to(torch.device("cuda")))[0]
+    error, usual = ((logps[name] - logps["exact"]).abs().mean() for name in (kernel, "sdpa"))
+    assert error <= 1.5 * usual
 
 
 @pytest.mark.parametrize("fault", ["leak between responses", "position of the second response", "label shift"])
@@ -189,8 +222,8 @@ def test_plan_is_balanced_bounded_and_complete(encoder, tmp_path):
     """Every sample is in one micro-batch, within the budget, the same number on every rank, loads within 10%."""
     queries = [dataclasses.replace(q, id=f"{q.id}/{n}") for n in range(20) for q in queries_of_every_kind(tmp_path)]
     samples = samples_for(queries, encoder, [5, 12, 30])
-    for world in (1, 2, 3):
-        plan = plan_micro_batches(samples, budget=600, world_size=world)
+    for world, shared in ((1, True), (2, True), (3, True), (2, False)):
+        plan = plan_micro_batches(samples, budget=600, world_size=world, shared=shared)
         assert len({len(rank) for rank in plan}) == 1
         flat = [s for rank in plan for micro in rank for bundle in micro for s in bundle.samples]
         assert sorted(map(id, flat)) == sorted(map(id, samples))
@@ -208,6 +241,10 @@ def test_groups_beyond_the_budget_are_split(encoder, tmp_path):
     plan = plan_micro_batches(samples, budget=prompt + 100, world_size=1)
     bundles = [b for micro in plan[0] for b in micro]
     assert len(bundles) == 4 and all(len(b.samples) == 2 and b.tokens == prompt + 78 for b in bundles)
+    (repeated,) = plan_micro_batches(samples, budget=3 * (prompt + 39), world_size=1, shared=False)
+    bundles = [b for micro in repeated for b in micro]
+    assert [len(b.samples) for b in bundles] == [3, 3, 2]
+    assert all(b.tokens == len(b.samples) * (prompt + 39) for b in bundles)
     oversized = plan_micro_batches(samples, budget=10, world_size=2)
     assert sum(len(micro) for rank in oversized for micro in rank) == 8
 
