@@ -1,15 +1,23 @@
 """One GRPO step, end to end: this trainer beside TRL's GRPOTrainer, on the same model, questions and machine.
 
     python -m benchmarks.end_to_end [--steps 5] [--queries 64] [--group-size 8] [--json FILE]
+    python -m benchmarks.end_to_end --size 3B --queries 16 --trl-micro-batch 8 --json FILE     # on a GPU
 
 A step is rollout, reward, advantages, one optimizer step on all queries x group-size pairs and, here, the weight sync.
 Each side runs in a process of its own with the same number of threads and does nothing while the other one works;
-they take turns, after one step each that is not counted.
+they take turns, after one step each that is not counted. On a GPU, whose memory may not hold both, one ends before the
+other begins.
 
-TRL generates with transformers: on CPU its vLLM integration stops at the first weight sync, as it loads weights into
-layers that vLLM's CPU kernels have packed. Otherwise TRL gets what makes it fastest: one generation per optimizer step,
-so that it needs no old log-probs; no gradient checkpointing; no reference model, evaluation, logging or saving; the
-micro-batch that measured fastest.
+With --size the model is Qwen2.5-VL of that size with random weights: bfloat16 with fp32 masters and gradient
+checkpointing on both sides (on a GPU), every image of --image-tokens tokens, every response of --max-new-tokens. Both
+sides generate with transformers then, unless --vllm gives both vLLM in the trainer's process. MFU is that of training:
+6 FLOP per language model parameter and token, every response with its own prompt, whether a side computes the prompt
+once or each time.
+
+On the tiny model TRL generates with transformers: on CPU its vLLM integration stops at the first weight sync, as it
+loads weights into layers that vLLM's CPU kernels have packed. Otherwise TRL gets what makes it fastest: one generation
+per optimizer step, so that it needs no old log-probs; no gradient checkpointing; no reference model, evaluation,
+logging or saving; the micro-batch that measured fastest.
 """
 
 from __future__ import annotations
@@ -27,9 +35,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.machine import cores, describe
+from benchmarks.random_model import write_model
 from benchmarks.sides import PHASES, Step, rethinker_side, trl_settings, trl_side
 from rethinker.config import Config
+from rethinker.policy.throughput import PEAK_FLOPS
 from rethinker.settings import load_config
 
 _COLUMNS = (*PHASES, "total", "cpu")
@@ -84,32 +96,43 @@ def prepare_model(config: Config) -> Path:
     return warmed_up_tiny(config.policy.warmup, config.data)
 
 
-def measure(config: Config, model_dir: Path, steps: int, trl_micro_batch: int) -> dict[str, list[Step]]:
-    """Both sides' counted steps, taken in turns after one step each that is not counted."""
-    taken: dict[str, list[Step]] = {"rethinker": [], "trl": []}
-    sides: list[Side] = []
-    try:
-        sides.append(Side("rethinker", rethinker_side, config, model_dir, steps + 1))
-        sides[0].step()
-        sides.append(Side("trl", trl_side, config, model_dir, steps + 1, trl_micro_batch))
-        sides[1].step()
-        for number in range(steps):
-            for side in sides if number % 2 == 0 else reversed(sides):
-                taken[side.name].append(side.step())
-            print(f"step {number + 1}/{steps}: " + "  ".join(f"{n} {s[-1].total_s:.2f} s" for n, s in taken.items()))
-    finally:
-        for side in sides:
-            side.close()
+def measure(
+    config: Config, model_dir: Path, steps: int, trl_micro_batch: int, in_turns: bool = True
+) -> dict[str, list[Step]]:
+    """Both sides' counted steps after one step each that is not counted; in turns, or one side after the other."""
+    starts = {
+        "rethinker": lambda: Side("rethinker", rethinker_side, config, model_dir, steps + 1),
+        "trl": lambda: Side("trl", trl_side, config, model_dir, steps + 1, trl_micro_batch),
+    }
+    taken: dict[str, list[Step]] = {name: [] for name in starts}
+    for together in (list(starts),) if in_turns else ([name] for name in starts):
+        sides: list[Side] = []
+        try:
+            for name in together:
+                sides.append(starts[name]())
+                sides[-1].step()
+            for number in range(steps):
+                for side in sides if number % 2 == 0 else reversed(sides):
+                    taken[side.name].append(side.step())
+                done = "  ".join(f"{side.name} {taken[side.name][-1].total_s:.2f} s" for side in sides)
+                print(f"step {number + 1}/{steps}: {done}")
+        finally:
+            for side in sides:
+                side.close()
     return taken
 
 
-def summarize(taken: dict[str, list[Step]]) -> dict[str, Any]:
+def summarize(taken: dict[str, list[Step]], flop: float | None = None, peak: float | None = None) -> dict[str, Any]:
     """Medians and spreads.
+
+    Args:
+        flop: of training on one token.
+        peak: what the GPU could do, FLOP/s.
 
     Returns:
         For each side `<phase>_s` as {median, min, max}, `tokens_per_s` (sampled tokens over the step's seconds),
-        `response_tokens`, `prompt_tokens`, `peak_memory_gb`; and `ratio` of TRL's step time to ours as
-        {median (of the medians), min, max (of the turns)}.
+        `response_tokens`, `prompt_tokens`, `peak_memory_gb`, `mfu` where flop and peak are known; and `ratio` of TRL's
+        step time to ours as {median (of the medians), min, max (of the turns)}.
     """
     summary: dict[str, Any] = {}
     for name, steps in taken.items():
@@ -121,6 +144,9 @@ def summarize(taken: dict[str, list[Step]]) -> dict[str, Any]:
             "response_tokens": statistics.fmean(step.response_tokens for step in steps),
             "peak_memory_gb": max(step.peak_memory_gb for step in steps),
         }
+        if flop and peak:
+            done = [flop * (step.prompt_tokens + step.response_tokens) / step.train_s for step in steps]
+            summary[name]["mfu"] = _spread([rate / peak for rate in done])
     turns = [trl.total_s / ours.total_s for trl, ours in zip(taken["trl"], taken["rethinker"], strict=True)]
     medians = [summary[name]["total_s"]["median"] for name in ("trl", "rethinker")]
     summary["ratio"] = _spread(turns) | {"median": medians[0] / medians[1]}
@@ -141,6 +167,8 @@ def table(summary: dict[str, Any]) -> str:
         cells.append(f"{side['total_s']['min']:.2f}-{side['total_s']['max']:.2f}")
         cells += [f"{side['tokens_per_s']['median']:,.0f}", f"{side['peak_memory_gb']:.2f}"]
         lines.append(f"{name:<10}" + "".join(f"{cell:>12}" for cell in cells))
+        if "mfu" in side:
+            lines[-1] += f"   MFU {side['mfu']['median']:.3f}"
     ratio = summary["ratio"]
     lines.append(
         f"TRL's step takes {ratio['median']:.2f} times as long ({ratio['min']:.2f}-{ratio['max']:.2f} by turn)"
@@ -148,9 +176,9 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def benchmark_config(queries: int, group_size: int, scratch: str) -> Config:
+def benchmark_config(queries: int, group_size: int, scratch: str, changes: dict[str, Any] | None = None) -> Config:
     """The default recipe with one optimizer step per rollout on every pair, as TRL trains."""
-    overrides = {
+    overrides = (changes or {}) | {
         "algorithm.name": "grpo",
         "rollout.group_size": group_size,
         "train.episode_queries": queries,
@@ -161,6 +189,35 @@ def benchmark_config(queries: int, group_size: int, scratch: str) -> Config:
     return load_config("easy_vqa_cpu", overrides)
 
 
+def random_config(options: argparse.Namespace, model_dir: Path, scratch: str) -> Config:
+    """The same step on a model of `write_model`."""
+    from benchmarks.train_step_workload import SIZES
+
+    on_gpu = torch.cuda.is_available()
+    pixels = options.image_tokens * (2 * SIZES[options.size].patch) ** 2
+    overrides = {
+        "policy.model": str(model_dir),
+        "policy.dtype": "bfloat16" if on_gpu else "float32",
+        "policy.gradient_checkpointing": on_gpu,
+        "rollout.backend": "vllm" if options.vllm else "hf",
+        "rollout.max_new_tokens": options.max_new_tokens,
+        "train.micro_batch_tokens": options.micro_batch_tokens,
+        "train.learning_rate": 1e-6,
+        "data.min_pixels": pixels,
+        "data.max_pixels": pixels,
+        "reward.function": f"{Path(__file__).with_name('random_model.py')}:coin",
+    }
+    return benchmark_config(options.queries, options.group_size, scratch, overrides)
+
+
+def training_flop(size: str, layers: int | None) -> float:
+    """6 FLOP per parameter of the language model: of one token, forward and backward."""
+    from benchmarks.train_step_workload import SIZES, build_model, model_config
+
+    model = build_model(model_config(SIZES[size], layers), "meta", torch.float32)
+    return 6.0 * sum(p.numel() for p in model.model.language_model.parameters())
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=5, help="counted steps of each side")
@@ -168,23 +225,39 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--group-size", type=int, default=8, help="responses per query")
     parser.add_argument("--threads", type=int, default=cores(), help="threads of each side")
     parser.add_argument("--trl-micro-batch", type=int, default=128, help="pairs per forward pass of TRL")
+    parser.add_argument(
+        "--size", choices=["3B", "7B", "small", "tiny"], help="random weights, instead of the tiny model"
+    )
+    parser.add_argument("--layers", type=int, help="with --size: decoder layers, for a model that would not fit")
+    parser.add_argument("--image-tokens", type=int, default=256, help="with --size: of every image")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="with --size: of every response")
+    parser.add_argument("--micro-batch-tokens", type=int, default=16384, help="with --size: of this trainer")
+    parser.add_argument("--vllm", action="store_true", help="with --size: both sides sample with vLLM")
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args(arguments)
+    on_gpu = torch.cuda.is_available()
     os.environ.update(
         OMP_NUM_THREADS=str(options.threads),
-        DS_ACCELERATOR="cpu",
+        **({} if on_gpu else {"DS_ACCELERATOR": "cpu"}),
         HF_HUB_OFFLINE="1",
         TOKENIZERS_PARALLELISM="false",
         VLLM_LOGGING_LEVEL="ERROR",
         PYTHONWARNINGS="ignore",
     )
     with tempfile.TemporaryDirectory() as scratch:
-        config = benchmark_config(options.queries, options.group_size, scratch)
         # In a process of its own, so that this one stays small: a child's peak memory starts at its parent's.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as aside:
-            model_dir = aside.submit(prepare_model, config).result()
-        taken = measure(config, model_dir, options.steps, options.trl_micro_batch)
-    summary = summarize(taken)
+            if options.size:
+                model_dir = Path(scratch) / "model"
+                aside.submit(write_model, model_dir, options.size, options.layers, options.image_tokens).result()
+                config = random_config(options, model_dir, scratch)
+            else:
+                config = benchmark_config(options.queries, options.group_size, scratch)
+                model_dir = aside.submit(prepare_model, config).result()
+        taken = measure(config, model_dir, options.steps, options.trl_micro_batch, in_turns=not on_gpu)
+    flop = training_flop(options.size, options.layers) if options.size else None
+    name = torch.cuda.get_device_name() if on_gpu else ""
+    summary = summarize(taken, flop, next((peak for part, peak in PEAK_FLOPS.items() if part in name), None))
     print(table(summary))
     if options.json:
         settings = {name: value for name, value in vars(options).items() if name != "json"}

@@ -151,6 +151,7 @@ def trl_side(pipe: Connection, config: Config, model_dir: Path, steps: int, micr
             return [scores[str(i)] for i in range(len(texts))]
 
         trainer = TimedTrainer(
+            # fp32 masters; on a GPU it computes in bfloat16 by autocast
             model=Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32),
             reward_funcs=reward,
             args=GRPOConfig(output_dir=scratch, **trl_settings(config, steps, micro_batch)),
@@ -164,11 +165,18 @@ def trl_side(pipe: Connection, config: Config, model_dir: Path, steps: int, micr
 
 def trl_settings(config: Config, steps: int, micro_batch: int) -> dict[str, Any]:
     """GRPOConfig's arguments for the same step as `config`'s, chosen for speed."""
+    import torch
+
     train, algorithm = config.train, config.algorithm
-    return {
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
+    with_vllm = {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": config.rollout.gpu_memory_utilization,
+    }
+    return (with_vllm if torch.cuda.is_available() and config.rollout.backend == "vllm" else {}) | {
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": config.policy.dtype == "bfloat16",
+        "gradient_checkpointing": config.policy.gradient_checkpointing,
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": train.batch_pairs // micro_batch,
         "num_generations": config.rollout.group_size,

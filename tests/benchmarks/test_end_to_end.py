@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from benchmarks.end_to_end import benchmark_config, measure, summarize, table
+from benchmarks.end_to_end import benchmark_config, main, measure, summarize, table, training_flop
 from benchmarks.sides import Step
 from rethinker.policy.tiny import create_tiny
 
@@ -40,3 +42,24 @@ def test_the_ratio_is_of_the_median_steps():
     assert summary["rethinker"]["peak_memory_gb"] == 3.0
     assert summary["trl"]["tokens_per_s"] == {"median": 25.0, "min": 25.0, "max": 50.0}
     assert "4.00 times as long" in table(summary)
+
+
+def test_mfu_counts_every_response_with_its_prompt():
+    """Arithmetic: the FLOP of both kinds of tokens over the training seconds, as a share of the peak."""
+    one = Step(0.5, 0.0, 0.25, 0.0, 1.0, 1.0, 500, 100, 0.5, 1.0)
+    summary = summarize({"rethinker": [one], "trl": [one]}, flop=10.0, peak=1e5)
+    assert summary["trl"]["mfu"]["median"] == pytest.approx(600 * 10 / 0.25 / 1e5)
+    assert "mfu" not in summarize({"rethinker": [one], "trl": [one]})["trl"]
+    assert training_flop("7B", None) == pytest.approx(6 * 7.07e9, rel=0.01)  # its text model without the LM head
+
+
+@pytest.mark.soak
+def test_random_weights_of_a_real_size_train_on_both_sides(tmp_path):
+    """What runs on a GPU with --size 3B, here with a small one: the same prompts, and rewards to learn from."""
+    arguments = "--size small --queries 4 --group-size 4 --steps 1 --trl-micro-batch 8 --image-tokens 16".split()
+    file = tmp_path / "result.json"
+    assert main([*arguments, "--max-new-tokens", "16", "--threads", "1", "--json", str(file)]) == 0
+    steps = json.loads(file.read_text())["steps"]
+    assert steps["rethinker"][0]["prompt_tokens"] == steps["trl"][0]["prompt_tokens"] > 16 * 16
+    for one in (steps["rethinker"][0], steps["trl"][0]):
+        assert 0 < one["reward_mean"] < 1 and 200 < one["response_tokens"] <= 16 * 16
