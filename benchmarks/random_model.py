@@ -49,5 +49,9 @@ def write_model(folder: Path, size: str, layers: int | None, image_tokens: int) 
 
 
 def coin(response: str, answer: str, query: Query) -> float:
-    """A reward that depends on the response alone, and is 1 for half of them."""
+    """A reward that depends on the response alone, and is 1 for half of them.
+
+    The tokenizer knows about 1,000 of the model's tokens, the others decode to nothing: of 512 random tokens of Qwen's
+    151,936 some are known almost surely, of 16 hardly any, and then the reward is 0.
+    """
     return float(zlib.crc32(response.encode()) % 2)

@@ -55,8 +55,8 @@ def test_mfu_counts_every_response_with_its_prompt():
 
 @pytest.mark.soak
 def test_random_weights_of_a_real_size_train_on_both_sides(tmp_path):
-    """What runs on a GPU with --size 3B, here with a small one: the same prompts, and rewards to learn from."""
-    arguments = "--size small --queries 4 --group-size 4 --steps 1 --trl-micro-batch 8 --image-tokens 16".split()
+    """What runs on a GPU with --size 3B, here with a tiny one: the same prompts, and rewards to learn from."""
+    arguments = "--size tiny --queries 4 --group-size 4 --steps 1 --trl-micro-batch 8 --image-tokens 16".split()
     file = tmp_path / "result.json"
     assert main([*arguments, "--max-new-tokens", "16", "--threads", "1", "--json", str(file)]) == 0
     steps = json.loads(file.read_text())["steps"]
