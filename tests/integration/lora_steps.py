@@ -28,7 +28,7 @@ from rethinker.policy.model import load_processor
 from rethinker.rollout.hf_engine import HFEngine
 from rethinker.runtime import distributed
 from rethinker.tasks.prompts import PromptEncoder
-from tests.integration.zero3_steps import scenario
+from tests.policy.helpers import queries_of_every_kind, samples_for
 
 STEPS = 2  # before the stop, and after it
 
@@ -40,7 +40,7 @@ def settings(model: str, **algorithm) -> Config:
         rollout=RolloutConfig(max_new_tokens=16),
         # Random behaviour log-probs: leave all unclipped.
         algorithm=AlgorithmConfig(clip_low=10.0, clip_high=10.0, **algorithm),
-        train=TrainConfig(learning_rate=1e-2, schedule="constant", warmup_ratio=0, micro_batch_tokens=100),
+        train=TrainConfig(learning_rate=1e-2, schedule="constant", warmup_ratio=0, micro_batch_tokens=50),
     )
 
 
@@ -75,17 +75,11 @@ def stopped_and_resumed(config: Config, scratch: Path, encoder: PromptEncoder, s
     again.load_state_dict(counters)
     again.load_optimizer(folder / "trainer", counters["adam_steps"])
     results["resumed"] = [again.train_step(samples) for _ in range(STEPS)], state_of(again)
-    new = PolicyEngine(dataclasses.replace(config, policy=policy_from(config, folder)), folder, encoder, ranks, 10)
-    results["new run"] = state_of(new)
     return results
 
 
 def parts(engine: PolicyEngine) -> list[torch.nn.Parameter]:
     return list(engine.policy.parameters())
-
-
-def policy_from(config: Config, folder: Path) -> PolicyConfig:
-    return dataclasses.replace(config.policy, model=str(folder))
 
 
 def mismatch(engine: PolicyEngine, folder: Path, config: Config, encoder: PromptEncoder, samples: list) -> float:
@@ -126,18 +120,18 @@ def main(model: str, scratch: str, output: str) -> None:
     pictures = Path(scratch) / f"pictures_{ranks.world_size}_{ranks.rank}"
     pictures.mkdir()
     encoder = PromptEncoder(load_processor(model), DataConfig(min_pixels=1024, max_pixels=8192))
-    samples = scenario("mixed", pictures, encoder)
+    one, _, text = queries_of_every_kind(pictures)
+    samples = samples_for([one, text], encoder, [5, 9])
     config = settings(model)
     results = stopped_and_resumed(config, Path(scratch), encoder, samples, ranks)
-    # The frozen weights as the reference, and a second model with the same ones.
-    copy = Path(scratch) / f"copy_{ranks.world_size}"
-    if ranks.is_main:
-        shutil.copytree(model, copy)
-    ranks.gather(None)
-    for name, reference in (("own reference", None), ("second model", copy)):
-        engine = PolicyEngine(settings(model, kl_coef=0.1), model, encoder, ranks, 10, reference_dir=reference)
-        results[name] = [engine.train_step(samples) for _ in range(2)], state_of(engine), engine.reference is None
     if ranks.world_size == 1:
+        checkpoint, copy = Path(scratch) / "checkpoint_1", shutil.copytree(model, Path(scratch) / "copy")
+        # As a new run that is waited for by a scheduler would: with resume=auto, and nothing to resume yet.
+        new = dataclasses.replace(settings(str(checkpoint)), resume="auto")
+        results["new run"] = state_of(PolicyEngine(new, checkpoint, encoder, ranks, total_steps=10))
+        for name, reference in (("own reference", None), ("second model", copy)):
+            engine = PolicyEngine(settings(model, kl_coef=0.1), model, encoder, ranks, 10, reference_dir=reference)
+            results[name] = [engine.train_step(samples) for _ in range(2)], state_of(engine), engine.reference is None
         results["refusals"] = refusals(config, Path(scratch), encoder, engine.state_dict(), ranks)
     if ranks.is_main:
         torch.save(results, output)
