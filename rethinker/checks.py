@@ -5,12 +5,13 @@ Every check raises ConfigError with the setting's dotted name, its value, and wh
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import os
 import shutil
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import how_to_install
-from rethinker.model_folder import check_model_folder
+from rethinker.model_folder import check_model_folder, decoder_matrices
 from rethinker.runtime.profiling import parse_steps
 
 MOST_IMAGE_PIXELS = 178_956_970  # above twice its own threshold Pillow opens no image
@@ -41,12 +42,13 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every com
     "from 0 to 4294967295": (lambda value: 0 <= value < 2**32, "seed policy.warmup.seed"),  # NumPy's seeds
     "at least 0": (
         lambda value: value >= 0,
-        "data.max_images policy.warmup.look_steps policy.warmup.steps algorithm.kl_coef "
+        "data.max_images policy.lora.rank policy.warmup.look_steps policy.warmup.steps algorithm.kl_coef "
         "replay.alpha replay.max_age replay.importance_exponent rethink.supervised_weight train.weight_decay",
     ),
     "positive": (
         lambda value: 0 < value < math.inf,
-        "policy.warmup.learning_rate rollout.temperature rollout.kv_cache_gb rollout.timeout_s reward.timeout_s "
+        "policy.lora.alpha policy.warmup.learning_rate rollout.temperature rollout.kv_cache_gb rollout.timeout_s "
+        "reward.timeout_s "
         "reward.memory_gb algorithm.clip_high algorithm.rollout_correction rethink.temperature train.epochs "
         "train.learning_rate train.max_grad_norm run.stall_s rollout.max_mismatch_kl",
     ),
@@ -130,6 +132,9 @@ def check_geometry(config: Config) -> None:
         raise ConfigError(f"rollout.recording={config.rollout.recording} needs rollout.backend=recorded")
     _check_servers(config)
     _check_rethinking(config)
+    lora = config.policy.lora
+    if lora.target_modules and not lora.rank:
+        raise ConfigError(f"policy.lora.target_modules={lora.target_modules} needs policy.lora.rank, as 16")
     parse_steps(config.profile.steps)
 
 
@@ -183,6 +188,34 @@ def _check_rethinking(config: Config) -> None:
         )
 
 
+def lora_targets(linears: Collection[str], targets: list[str]) -> list[str]:
+    """The linear layers that get adapters.
+
+    Args:
+        linears: names within a decoder layer, as self_attn.q_proj.
+        targets: policy.lora.target_modules.
+
+    Returns:
+        Those whose name, or the end of it, is among the targets, sorted; without targets all.
+
+    Raises:
+        ConfigError: a target is none of them.
+    """
+
+    def ends(name: str, target: str) -> bool:
+        return f".{name}".endswith(f".{target}")
+
+    for target in targets:
+        if not any(ends(name, target) for name in linears):
+            short = {name.rpartition(".")[2] for name in linears}
+            close = difflib.get_close_matches(target.rpartition(".")[2], short, n=2) or sorted(short)
+            raise ConfigError(
+                f"policy.lora.target_modules: {target!r} is no linear layer of the model's decoder layers; "
+                f"nearest: {', '.join(close)}"
+            )
+    return sorted(name for name in linears if not targets or any(ends(name, target) for target in targets))
+
+
 def _check_ranges(config: Config) -> None:
     for needed, (holds, keys) in _RANGES.items():
         for key in keys.split():
@@ -200,6 +233,8 @@ def check_resources(config: Config) -> None:
     """The packages, the model, the reward file, the recording, the run folder and the disk are there."""
     _check_packages(config)
     model_bytes = check_model(config.policy.model)
+    if config.policy.lora.rank and model_bytes:
+        lora_targets(decoder_matrices(Path(config.policy.model).expanduser()), config.policy.lora.target_modules)
     reward_file, colon, _ = config.reward.function.rpartition(":")
     if config.reward.function != "boxed" and not (colon and reward_file.endswith(".py")):
         raise ConfigError(f"reward.function={config.reward.function} must be boxed or path/to/file.py:function")
@@ -217,9 +252,9 @@ def check_resources(config: Config) -> None:
 
 
 def _checkpoint_bytes(config: Config, model_bytes: int) -> float:
-    """Disk for the kept checkpoints and the one being written: bf16 models with 12 bytes of optimizer per parameter,
-    and two best models."""
-    whole = model_bytes + 12 * model_bytes / 2
+    """Disk for the kept checkpoints and the one being written: bf16 models with 12 bytes of optimizer per parameter
+    (adapters have a few hundredths of that), and two best models."""
+    whole = model_bytes + (0 if config.policy.lora.rank else 12 * model_bytes / 2)
     return (config.checkpoint.keep + 1) * whole + 2 * model_bytes
 
 
@@ -227,6 +262,8 @@ def _check_packages(config: Config) -> None:
     needs = [("policy.model", config.policy.model, "transformers"), ("policy.model", config.policy.model, "deepspeed")]
     if config.rollout.backend == "vllm":
         needs.append(("rollout.backend", "vllm", "vllm"))
+    if config.policy.lora.rank:
+        needs.append(("policy.lora.rank", str(config.policy.lora.rank), "peft"))
     needs += [("run.trackers", tracker, tracker) for tracker in config.run.trackers]
     if config.run.save_completions:
         needs.append(("run.save_completions", "true", "pyarrow"))

@@ -109,6 +109,20 @@ class WarmupConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters: train W + (alpha / rank) B A with W frozen, for linear layers of the language model's decoder
+    layers. Everything else, the vision tower too, stays as it was. Rollouts and checkpoints get the merged weights."""
+
+    rank: int | None = None
+    """Columns of B and rows of A; null or 0: off, all weights are trained."""
+    alpha: float = 32.0
+    """The product is multiplied by alpha / rank."""
+    target_modules: list[str] = field(default_factory=list)
+    """Linear layers of a decoder layer that get adapters, by the end of their names, as [q_proj, mlp.up_proj]; by
+    default all of them."""
+
+
+@dataclass
 class PolicyConfig:
     """The model that is trained."""
 
@@ -122,9 +136,11 @@ class PolicyConfig:
     responses, auto takes flex on CUDA and sdpa elsewhere. varlen (flash attention over sequences of variable length)
     repeats the prompt for every response: more tokens, a simpler kernel; to compare with, and where flex is slow."""
     freeze_vision: bool = False
-    """Train the language model only."""
+    """Train the language model only; with policy.lora always so."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more compute."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters instead of all weights."""
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     """The tiny model's supervised stage."""
 
@@ -227,7 +243,8 @@ class AlgorithmConfig:
     dual_clip: float | None = None
     """Bound c > 1 on the surrogate of negative advantages (dual-clip PPO)."""
     kl_coef: float = 0.0
-    """Weight of the KL to the reference policy; 0 loads no reference model."""
+    """Weight of the KL to the reference policy, the model where training started; 0 loads no reference model, and
+    policy.lora needs none: its frozen weights are the reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that KL."""
     importance: Literal["token", "sequence"] = "token"

@@ -30,6 +30,7 @@ OPTIONAL = {
     "wandb": "run.trackers: [wandb]",
     "trackio": "run.trackers: [trackio]",
     "matplotlib": "figures",
+    "peft": "policy.lora",
     "trl": "benchmarks/end_to_end.py",
     "pytest": "make test",
 }

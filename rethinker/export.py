@@ -1,7 +1,8 @@
 """`rethinker export`: a run's model as a folder to share, with a model card that says what was trained and how it went.
 
 The folder is what `vllm serve` and transformers load unchanged: weights in safetensors, configuration, processor. It
-leaves out what only training needs (the optimizer, replay).
+leaves out what only training needs (the optimizer, replay). Of a LoRA run the weights are merged, and the adapters come
+along.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rethinker.report.runs import RunRecord, read_run
 from rethinker.report.summary import Table, categories, changed_settings, summary
 
 CHECKPOINTS = ("best", "last")
+ADAPTER = "adapter"  # of a checkpoint of a run with policy.lora: the adapters alone, in peft's format
 
 
 def export(run: str | Path, output: str | Path | None = None, checkpoint: str | None = None) -> Path:
@@ -47,6 +49,8 @@ def export(run: str | Path, output: str | Path | None = None, checkpoint: str | 
         for path in sorted(source.iterdir()):
             if path.is_file() and path.name != "COMPLETE" and not path.name.startswith("."):
                 shutil.copy2(path, partial / path.name)
+        if (source / ADAPTER).is_dir():
+            shutil.copytree(source / ADAPTER, partial / ADAPTER)
         if (record.folder / "config.yaml").is_file():
             shutil.copy2(record.folder / "config.yaml", partial / "rethinker.yaml")
         _figure(record.folder, partial / "learning.png")
@@ -98,6 +102,12 @@ def model_card(run: RunRecord, checkpoint: str, folder: Path) -> str:
         "([VL-Rethinker](https://arxiv.org/abs/2504.08837)'s method: GRPO, selective sample replay, forced "
         f"rethinking). This is the run's checkpoint `{checkpoint}`."
     )
+    if rank := run.settings.get("policy.lora.rank"):
+        parts.append(
+            f"It was trained with LoRA (rank {rank}, alpha {run.settings['policy.lora.alpha']}) in the language "
+            "model's layers. The weights here are merged; the folder `adapter` has the adapters alone, for "
+            "`peft.PeftModel.from_pretrained` over the model where training started."
+        )
     if (folder / "learning.png").is_file():
         parts.append("![Sampled reward and held-out accuracy over the run](learning.png)")
     for table in (summary([run]), categories([run]), changed_settings([run])):

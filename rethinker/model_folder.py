@@ -54,6 +54,13 @@ def check_model_folder(folder: Path, named: str) -> int:
     return sum(shard.stat().st_size for shard in shards)
 
 
+def decoder_matrices(folder: Path) -> set[str]:
+    """Names within a decoder layer, as self_attn.q_proj, of its matrices, in a folder that was not refused above."""
+    shapes = {name: shape for shard in folder.glob("*.safetensors") for name, shape in _shapes(shard, "").items()}
+    found = (re.search(r"\blayers\.\d+\.(.+)\.weight$", name) for name, shape in shapes.items() if len(shape) == 2)
+    return {match[1] for match in found if match}
+
+
 def _read_json(file: Path, named: str) -> dict[str, Any]:
     try:
         with file.open("rb") as opened:

@@ -71,6 +71,22 @@ def test_the_card_tells_what_was_trained(run):
     assert f"| Steps | {record.last_step}" in card and "vllm serve" in card and "(learning.png)" in card
 
 
+def test_a_lora_run_brings_its_adapters(run):
+    """The adapters come along and the card says rank and alpha, and that the weights are merged; else neither."""
+    assert not (export(run) / "adapter").exists() and "LoRA" not in Path("exports/mine/README.md").read_text()
+    adapter = run / "checkpoints" / "best_000004" / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_text(name)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["policy"]["lora"] = {"rank": 8, "alpha": 24.0}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    folder = export(run, "with_adapters")
+    assert {path.name for path in (folder / "adapter").iterdir()} == {path.name for path in adapter.iterdir()}
+    card = (folder / "README.md").read_text()
+    assert "LoRA (rank 8, alpha 24.0)" in card and "merged" in card
+
+
 def test_a_card_runs_nothing(run):
     """A name or setting with Markdown or HTML in it is shown as it is spelled."""
     record = read_run(run)

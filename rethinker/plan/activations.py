@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rethinker.config import PolicyConfig
+from rethinker.config import LoraConfig, PolicyConfig
 from rethinker.plan.shapes import Shape, meta_model
 
 _ATTENTION = "rethinker_plan"
@@ -74,7 +74,16 @@ class Count(TorchDispatchMode):
 
 
 @functools.lru_cache(maxsize=64)
-def text_activations(shape: Shape, *, dtype: str, kernel: str, row: int, checkpointing: bool) -> Activations:
+def text_activations(
+    shape: Shape,
+    *,
+    dtype: str,
+    kernel: str,
+    row: int,
+    checkpointing: bool,
+    rank: int = 0,
+    targets: tuple[str, ...] = (),
+) -> Activations:
     """Of the language model, embedding and head excepted, per token.
 
     Args:
@@ -83,19 +92,21 @@ def text_activations(shape: Shape, *, dtype: str, kernel: str, row: int, checkpo
         kernel: "flex", or "sdpa", whose mask takes `row` entries per token.
         row: L, tokens of a prompt with its responses.
         checkpointing: policy.gradient_checkpointing.
+        rank, targets: policy.lora's; then the embedding is frozen, too.
     """
+    lora = LoraConfig(rank=rank, target_modules=list(targets))
     row = row if kernel == "sdpa" else _FLEX_BLOCK
     most_rows = max(1, _TOKENS // row)
 
     def run(depth: int, factor: int) -> tuple[float, float, float]:
         rows = factor * most_rows
-        language = _policy(shape, dtype, kernel, checkpointing, depth).model.language_model
+        language = _policy(shape, dtype, kernel, checkpointing, depth, lora).model.language_model
         mask = torch.empty(rows, 1, row, row, dtype=torch.bool, device="meta") if kernel == "sdpa" else None
         positions = torch.empty(3, rows, row, dtype=torch.int64, device="meta")
         index = torch.empty(rows, row, dtype=torch.int64, device="meta")
 
         def forward() -> torch.Tensor:
-            embeds = torch.empty(rows * row, shape.hidden, dtype=_dtype(dtype), device="meta", requires_grad=True)
+            embeds = torch.empty(rows * row, shape.hidden, dtype=_dtype(dtype), device="meta", requires_grad=not rank)
             keep.append(embeds)
             return language(
                 inputs_embeds=embeds[index],
@@ -138,7 +149,8 @@ def vision_activations(shape: Shape, *, dtype: str, checkpointing: bool) -> Acti
 def _run(module: nn.Module, forward: Any, keep: list[torch.Tensor]) -> tuple[float, float, float]:
     """(kept, extra, forward without gradients) of one run, in bytes; `keep` holds what the caller of it holds."""
     for parameter in module.parameters():  # ZeRO-3 takes each gradient away as soon as it is there
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with Count() as count:
         output = forward()
         kept = count.bytes - output.untyped_storage().nbytes()
@@ -163,15 +175,21 @@ def _per_unit(run: Any, depth: int, units: int) -> Activations:
     return Activations(kept / units, slope / units, max(0.0, extra - slope), (forward_more - forward) / units)
 
 
-def _policy(shape: Shape, dtype: str, kernel: str, checkpointing: bool, depth: int) -> nn.Module:
+def _policy(
+    shape: Shape, dtype: str, kernel: str, checkpointing: bool, depth: int, lora: LoraConfig | None = None
+) -> nn.Module:
     """The model as the policy sets it up, `depth` layers deep, its attention replaced by the stand-in."""
     from transformers import AttentionInterface
 
+    from rethinker.policy.lora import add_adapters
     from rethinker.policy.model import Policy
 
     AttentionInterface.register(_ATTENTION, functools.partial(_attention, kernel))
     model = meta_model(shape.config, depth=depth, dtype=_dtype(dtype))
     settings = PolicyConfig(dtype=dtype, attention="sdpa", gradient_checkpointing=checkpointing)
+    if lora and lora.rank:
+        settings.lora = lora
+        add_adapters(model, lora, seed=0)
     policy = Policy(model, settings).eval()
     model.set_attn_implementation({"text_config": _ATTENTION, "vision_config": _ATTENTION})
     return policy.hf

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from rethinker.config import Config
-from rethinker.plan.memory import MicroBatch, weight_bytes
+from rethinker.plan.memory import MicroBatch, lora_parameters, weight_bytes
 from rethinker.plan.shapes import Shape
 
 _TEXT_TOKENS = 100  # of a likely prompt, besides its image
@@ -107,9 +107,10 @@ class Times:
         """From arithmetic alone.
 
         Training: 6 FLOP per parameter and token, 8 with gradient checkpointing, and 12 D per layer and attended pair,
-        at `mfu` of `peak_flops`. ZeRO-3: every micro-batch gathers the weights twice and scatters their gradients, at
-        `network` bytes/s per GPU. Sampling: every token of every wave reads the engine's weights and the cache of its
-        sequences, at half of `bandwidth`; the prompts are computed once, at `mfu`.
+        at `mfu` of `peak_flops`; under adapters the frozen weights have no gradients (2 less), and the vision tower no
+        backward. ZeRO-3: every micro-batch gathers the weights twice and scatters the gradients, at `network` bytes/s
+        per GPU. Sampling: every token of every wave reads the engine's weights and the cache of its sequences, at half
+        of `bandwidth`; the prompts are computed once, at `mfu`.
         """
         G, N = config.rollout.group_size, config.train.batch_pairs
         queries, tp, b = N // G, config.rollout.tensor_parallel_size, weight_bytes(config)
@@ -117,9 +118,12 @@ class Times:
         tokens = queries * _copies(config) * p + N * r
         pairs = queries * _copies(config) * p * p / 2 + N * (r * p + r * r / 2)
         patches = queries * max(0, p - _TEXT_TOKENS) * shape.merge**2
-        linear = shape.text_parameters * tokens + shape.vision_parameters * patches
         passes = 8 if config.policy.gradient_checkpointing else 6
-        flop = passes * linear + 2 * passes * shape.layers * shape.heads * shape.head_dim * pairs
+        text, seen, adapters = (
+            (passes - 2, 2, lora_parameters(config, shape)) if config.policy.lora.rank else (passes, passes, 0)
+        )
+        linear = (text * shape.text_parameters + passes * adapters) * tokens + seen * shape.vision_parameters * patches
+        flop = linear + 2 * passes * shape.layers * shape.heads * shape.head_dim * pairs
 
         engines = max(1, gpus // tp)
         sequences = N / engines
@@ -130,7 +134,9 @@ class Times:
         prompts = 2 * (shape.text_parameters * queries * p + shape.vision_parameters * patches)
         prefill = prompts / (gpus * peak_flops * mfu)
         micro_batches = math.ceil(tokens / (config.train.micro_batch_tokens * gpus))
-        moved = 3 * b * shape.parameters * (gpus - 1) / gpus * micro_batches
+        gathered = shape.parameters + adapters
+        scattered = adapters or shape.parameters
+        moved = b * (2 * gathered + scattered) * (gpus - 1) / gpus * micro_batches
         return cls(flop, flop / (gpus * peak_flops * mfu), moved / network, decode + prefill, mfu)
 
     @property

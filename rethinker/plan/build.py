@@ -10,6 +10,7 @@ from rethinker.plan.memory import (
     GIB,
     MicroBatch,
     Term,
+    lora_parameters,
     step_moments,
     sync_peak,
     total,
@@ -213,7 +214,7 @@ def _host(
 
 def _disk(config: Config, shape: Shape, machine: Machine) -> Phase:
     b = weight_bytes(config)
-    model = b * shape.parameters
+    model = b * (shape.parameters + lora_parameters(config, shape))
     resumable = model + 12 * trained_parameters(config, shape)
     keep = config.checkpoint.keep
     return Phase(

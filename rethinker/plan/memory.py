@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rethinker.checks import lora_targets
 from rethinker.config import Config
 from rethinker.plan.activations import text_activations, vision_activations
 from rethinker.plan.shapes import Shape
@@ -81,8 +82,27 @@ def weight_bytes(config: Config) -> int:
     return 2 if config.policy.dtype == "bfloat16" else 4
 
 
+def lora_parameters(config: Config, shape: Shape) -> int:
+    """A and B of policy.lora; 0 without."""
+    chosen = lora_linears(config, shape)
+    return shape.layers * (config.policy.lora.rank or 0) * sum(wide + high for wide, high in chosen)
+
+
+def lora_linears(config: Config, shape: Shape) -> list[tuple[int, int]]:
+    """(in, out) of the linear layers of a decoder layer that get adapters.
+
+    Raises:
+        ConfigError: policy.lora.target_modules names another one.
+    """
+    lora = config.policy.lora
+    sizes = {name: (wide, high) for name, wide, high in shape.linears}
+    return [sizes[name] for name in lora_targets(sizes, lora.target_modules)] if lora.rank else []
+
+
 def trained_parameters(config: Config, shape: Shape) -> int:
     """Those that have gradients and optimizer state."""
+    if config.policy.lora.rank:
+        return lora_parameters(config, shape)
     return shape.text_parameters if config.policy.freeze_vision else shape.parameters
 
 
@@ -90,13 +110,14 @@ def training_state(config: Config, shape: Shape, ranks: int, on_gpu: bool) -> tu
     """What a rank holds between steps: (on its device, offloaded to the host)."""
     zero, b = Zero3.of(config, on_gpu), weight_bytes(config)
     whole, trained = shape.parameters / ranks, trained_parameters(config, shape) / ranks
-    parameters = [Term("parameters", b * whole, f"{b} bytes / ranks")]
+    adapters = lora_parameters(config, shape) / ranks
+    parameters = [Term("parameters", b * (whole + adapters), f"{b} bytes / ranks")]
     optimizer = [Term("gradients", zero.gradient_bytes * trained, f"{zero.gradient_bytes} bytes / ranks")]
     # An fp32 policy is not its own master: DeepSpeed compares a torch.device with a text and copies (measured).
     optimizer.append(Term("fp32 master weights", 4 * trained, "4 bytes / ranks"))
     optimizer.append(Term("AdamW moments", 8 * trained, "8 bytes / ranks"))
     device = [Term("gradient bucket", zero.bucket * b, "reduce_bucket_size")]
-    if config.algorithm.kl_coef > 0:
+    if config.algorithm.kl_coef > 0 and not adapters:
         device.append(Term("reference policy", b * whole, "algorithm.kl_coef > 0"))
     host: list[Term] = []
     if zero.optimizer_on_host:
@@ -116,17 +137,20 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
     kernel = {"auto": "flex" if on_gpu else "sdpa"}.get(config.policy.attention, config.policy.attention)
     T, P, R = batch.tokens, batch.patches, batch.rows
     row = batch.row if kernel == "sdpa" else 0
-    text = text_activations(shape, dtype=config.policy.dtype, kernel=kernel, row=row, checkpointing=ckpt)
+    lora = config.policy.lora
+    given = {"dtype": config.policy.dtype, "kernel": kernel, "row": row, "checkpointing": ckpt}
+    text = text_activations(shape, **given, rank=lora.rank or 0, targets=tuple(lora.target_modules))
     vision = vision_activations(shape, dtype=config.policy.dtype, checkpointing=ckpt)
-    frozen = config.policy.freeze_vision
+    frozen = config.policy.freeze_vision or bool(lora.rank)
 
     head = b * shape.head_parameters  # also the head's gradient, and the embedding's
+    learned = 0 if lora.rank else head  # either of them, where it has one
     rows, states = b * R * shape.hidden, b * T * shape.hidden
     work = _chunk_bytes(shape, R, b, on_gpu)
     # A full bucket is copied once more to be scattered; a gradient larger than the bucket goes alone.
     flush = b * min(zero.bucket, trained_parameters(config, shape))
-    large = max(flush, head)
-    waits = head if shape.tied else 0  # the head's gradient waits for the embedding's
+    large = max(flush, learned)
+    waits = learned if shape.tied else 0  # the head's gradient waits for the embedding's
     gathered = 0.0
     if ranks > 1:
         at_turn = max(shape.head_parameters, min(zero.reuse / 2, shape.parameters))
@@ -139,7 +163,7 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
     # The hidden states and their gradient, the weight's fp32 gradient, and a chunk of logits or the narrowed gradient.
     made = Term(
         "loss head",
-        2 * rows + head * 4 / b + max(work, head if b < 4 else 0),
+        2 * rows + learned * 4 / b + max(work, learned if b < 4 else 0),
         f"{R:,} rows, of which {_gib(work)} GiB are a chunk of logits",
     )
     live = [Term("gathered weights", gathered, "the head, a layer, prefetched ones")] if gathered else []
@@ -151,11 +175,12 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
     trained = trained_parameters(config, shape) / ranks
     moments = [
         [*kept, *seen, *live, made],
-        [*kept, *seen, *live, Term("loss head's backward", 2 * (rows + head) + states + large)],
+        [*kept, *seen, *live, Term("loss head's backward", 2 * (rows + learned) + states + large)],
         [*kept, *seen, *live, Term("layers' backward", text.extra * T + text.fixed + waits + flush)],
         [*seen, *live, *see],
-        [*live, Term("embedding's gradient", states + (3 if shape.tied else 1) * head + large)],
     ]
+    if learned:
+        moments.append([*live, Term("embedding's gradient", states + (3 if shape.tied else 1) * head + large)])
     if not zero.optimizer_on_host:
         # A sub-group ends with the parameter that fills it. It takes an fp32 gradient, and AdamW's temporaries: one on
         # a GPU (foreach), two on a CPU.
@@ -192,7 +217,11 @@ def _chunk_bytes(shape: Shape, rows: int, b: int, on_gpu: bool) -> float:
 def sync_peak(config: Config, shape: Shape) -> list[Term]:
     """What a weight sync adds: one gathered group, and the bucket of full tensors on its way to vLLM."""
     b = weight_bytes(config)
-    return [
+    terms = [
         Term("gathered group", b * shape.largest_group, "a decoder layer or the embedding"),
         Term("bucket of tensors", BUCKET_BYTES + b * shape.head_parameters, "full tensors, copied"),
     ]
+    if config.policy.lora.rank:
+        merged = max(wide * high for wide, high in lora_linears(config, shape))
+        terms.append(Term("a merged weight", (8 if b < 4 else 4) * merged, "in fp32, and rounded"))
+    return terms

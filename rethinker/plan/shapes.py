@@ -82,6 +82,7 @@ class Shape:
     tied: bool
     max_positions: int
     largest_group: int  # parameters that a weight sync gathers at once: a decoder layer, or the embedding
+    linears: tuple[tuple[str, int, int], ...]  # of a decoder layer: name, in, out
     patch: int  # pixels
     merge: int  # patches per side of an image token
     patch_values: int  # numbers that the processor makes of a patch
@@ -108,6 +109,8 @@ def shape_of(model: str) -> Shape:
     Raises:
         ConfigError: the config is nowhere to be found, or no model of this kind can be planned.
     """
+    import torch
+
     config = _config_of(model)
     try:
         built = meta_model(config)
@@ -134,6 +137,11 @@ def shape_of(model: str) -> Shape:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         tied=built.lm_head.weight is language.embed_tokens.weight,
         max_positions=text.max_position_embeddings,
+        linears=tuple(
+            (name, part.in_features, part.out_features)
+            for name, part in language.layers[0].named_modules()
+            if isinstance(part, torch.nn.Linear)
+        ),
         largest_group=max(count(language.layers[0]), built.lm_head.weight.numel()),
         patch=vision.patch_size,
         merge=vision.spatial_merge_size,

@@ -9,16 +9,17 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import deepspeed
 import torch
 
 from rethinker.algorithm.objective import loss_normalizer, supervised_weight, surrogate_inputs
-from rethinker.config import Config
-from rethinker.policy import optimizer_state
+from rethinker.config import Config, ConfigError
+from rethinker.policy import lora, optimizer_state
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.out_of_memory import (
     OutOfMemory,
@@ -59,11 +60,13 @@ class PolicyEngine:
         """
         Args:
             config: the run's settings.
-            model_dir: Hugging Face folder or name of the policy to start from.
+            model_dir: Hugging Face folder or name of the policy to start from. A checkpoint of a run with policy.lora
+                names in its adapters the model that they belong to, and that one is loaded.
             encoder: turns queries into prompts and pixels.
             ranks: this process's place.
             total_steps: length of the learning-rate schedule.
-            reference_dir: the model that algorithm.kl_coef keeps the policy close to; by default model_dir.
+            reference_dir: the model that algorithm.kl_coef keeps the policy close to; by default the one loaded. With
+                policy.lora that one needs no second copy.
             budget_file: where a rank that ran out of memory notes the smaller micro-batch budget for the next start;
                 a note that is there is followed.
         """
@@ -85,10 +88,17 @@ class PolicyEngine:
 
         announced = HfDeepSpeedConfig(settings)
         dtype = getattr(torch, config.policy.dtype)
-        policy = Policy(load_model(model_dir, dtype), config.policy)
+        going_on = lora.resumed(config, model_dir)
+        self.base_dir = lora.base_of(going_on) if going_on else model_dir
+        model = load_model(self.base_dir, dtype)
+        self.adapters = lora.add_adapters(model, config.policy.lora, config.seed) if config.policy.lora.rank else {}
+        if going_on:
+            lora.load(self.adapters, going_on)
+        policy = Policy(model, config.policy)
+        reference_dir = reference_dir or self.base_dir
         self.reference = None
-        if config.algorithm.kl_coef > 0:
-            reference = Policy(load_model(reference_dir or model_dir, dtype), config.policy)
+        if config.algorithm.kl_coef > 0 and not (self.adapters and lora.is_same_model(reference_dir, self.base_dir)):
+            reference = Policy(load_model(reference_dir, dtype), config.policy)
             reference.requires_grad_(False)
             without_optimizer = {k: v for k, v in settings.items() if k not in ("optimizer", "gradient_clipping")}
             self.reference, *_ = deepspeed.initialize(model=reference, config=without_optimizer)
@@ -102,6 +112,8 @@ class PolicyEngine:
             model=policy.eval(), optimizer=optimizer, config=settings, model_parameters=trained
         )
         self.policy = policy
+        # Resumed adapters need the very weights that they were trained beside.
+        self._base = lora.fingerprint(FullWeights(lora.base_parameters(policy.hf))) if self.adapters else None
         self._at_rest = ZeroState(*(engine for engine in (self.engine, self.reference) if engine))
 
     def train_step(self, samples: list[Sample]) -> dict[str, float]:
@@ -205,19 +217,24 @@ class PolicyEngine:
 
     @property
     def weights(self) -> FullWeights:
-        """The policy's full weights under their Hugging Face names, gathered a few at a time."""
-        return FullWeights(self.policy.hf)
+        """The policy's full weights under their Hugging Face names, adapters merged in, gathered a few at a time."""
+        return FullWeights(lora.base_parameters(self.policy.hf), self.adapters)
 
     def model_snapshot(self) -> Callable[[Path], None]:
         """The policy as it is now (collective); what comes back writes it, in Hugging Face format, on rank 0.
 
-        vLLM and transformers load that folder as it is; the processor is in it.
+        vLLM and transformers load that folder as it is; the processor is in it. With policy.lora its weights are
+        merged, and its folder `adapter` has the adapters alone, in peft's format.
         """
         state = {name: tensor.to("cpu", copy=True) for name, tensor in self.weights if self.ranks.is_main}
+        adapters = FullWeights(lora.adapter_parameters(self.adapters))
+        trained = {name: tensor.to("cpu", copy=True) for name, tensor in adapters if self.ranks.is_main}
 
         def write(folder: Path) -> None:
             self.policy.hf.save_pretrained(folder, state_dict=state)
             self.encoder.processor.save_pretrained(folder)
+            if trained:
+                lora.save(folder / lora.FOLDER, self.policy.hf, trained, self.base_dir)
 
         return write
 
@@ -234,10 +251,20 @@ class PolicyEngine:
         return {name: getattr(self, name) for name in _COUNTERS} | {
             "adam_steps": optimizer_state.applied_steps(self.optimizer),
             "micro_batch_tokens": {"setting": self.config.train.micro_batch_tokens, "budget": self.micro_batch_tokens},
+            "base": self._base,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the counters; the reduced micro-batch budget too, unless train.micro_batch_tokens has been changed."""
+        """Take the counters; the reduced micro-batch budget too, unless train.micro_batch_tokens has been changed.
+
+        Raises:
+            ConfigError: the frozen weights under the adapters are not those of the run that is continued.
+        """
+        if state.get("base") != self._base:
+            raise ConfigError(
+                f"resume: the model {self.base_dir} is no longer the one that this run's adapters were trained beside; "
+                "bring that one back, or start a new run with policy.model=<the checkpoint>, whose weights are merged"
+            )
         for name in _COUNTERS:
             setattr(self, name, state[name])
         if state["micro_batch_tokens"]["setting"] == self.config.train.micro_batch_tokens:
@@ -315,10 +342,13 @@ class PolicyEngine:
         ).to(self.ranks.device)
 
     def _reference_logps(self, batch: PackedBatch) -> torch.Tensor | None:
-        if self.reference is None:
+        if self.config.algorithm.kl_coef == 0:
             return None
         with torch.no_grad():
-            return self.reference(batch, self.config.rollout.temperature)[0]
+            if self.reference is not None:
+                return self.reference(batch, self.config.rollout.temperature)[0]
+            with lora.adapters_off(self.adapters):
+                return self.engine(batch, self.config.rollout.temperature)[0]
 
     def _extra_sums(self, loss: torch.Tensor, logps: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """What the loss's own statistics lack, as sums over tokens: the last fields of `_SUMS`."""
@@ -356,8 +386,15 @@ class FullWeights:
     Iterating is collective: every rank must take the whole pass.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._named = list(model.named_parameters())
+    def __init__(
+        self, named: list[tuple[str, torch.nn.Parameter]], adapters: Mapping[str, lora.Adapter] = MappingProxyType({})
+    ) -> None:
+        """
+        Args:
+            named: parameters in order, whole or partitioned.
+            adapters: by the name of the weight that each is merged into, on its way out.
+        """
+        self._named, self._adapters = named, adapters
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, full shape) of every weight, in the order of iteration, without gathering any."""
@@ -365,9 +402,12 @@ class FullWeights:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for _, members in _by_layer(self._named):
-            with deepspeed.zero.GatheredParameters([p for _, p in members]):
+            adapters = {name: self._adapters[name] for name, _ in members if name in self._adapters}
+            parts = [part for adapter in adapters.values() for part in (adapter.a, adapter.b)]
+            with deepspeed.zero.GatheredParameters([*(p for _, p in members), *parts]):
                 for name, parameter in members:
-                    yield name, parameter.detach()
+                    weight = parameter.detach()
+                    yield name, adapters[name].merged(weight) if name in adapters else weight
 
 
 def _by_layer(named: list[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, list[tuple[str, torch.nn.Parameter]]]]:

@@ -69,12 +69,12 @@ class Policy(nn.Module):
         """
         Args:
             model: from `load_model`.
-            config: `attention`, `freeze_vision` and `gradient_checkpointing` are read here.
+            config: `attention`, `freeze_vision`, `lora` and `gradient_checkpointing` are read here.
         """
         super().__init__()
         on_cuda = torch.cuda.is_available()
         self.kernel = {"auto": "flex" if on_cuda else "sdpa"}.get(config.attention, config.attention)
-        self.freeze_vision = config.freeze_vision
+        self.freeze_vision = config.freeze_vision or bool(config.lora.rank)
         self.family = family_of(model.config.model_type)
         model.lm_head = LossHead.around(model.lm_head)
         use_onednn(model)

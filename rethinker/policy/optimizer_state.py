@@ -63,7 +63,7 @@ def load(model: nn.Module, zero: Any, folder: Path, adam_steps: int, rank: int) 
         if other := saved ^ {f"{kind}.{name}" for kind, name, _, _ in _pieces(model, zero)}:
             raise ConfigError(
                 f"resume: {folder} is of a model with other parameters ({min(other)}); set that policy.model, and "
-                "policy.freeze_vision as it was"
+                "policy.freeze_vision and policy.lora as they were"
             )
         for kind, name, numel, piece in _pieces(model, zero):
             parts = [file.get_slice(f"{kind}.{name}") for file in files]

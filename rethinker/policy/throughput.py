@@ -16,7 +16,8 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "
 def model_flops_utilization(model: torch.nn.Module, tokens: float, seconds: float, ranks: Ranks) -> float | None:
     """6 FLOP per parameter and token (forward and backward) over what the ranks' GPUs could do.
 
-    The vision tower and attention scores are left out, as is usual. None where the peak is unknown, as on CPU.
+    A frozen parameter has no gradient: 4. The vision tower and attention scores are left out, as is usual. None where
+    the peak is unknown, as on CPU.
     """
     if ranks.device.type != "cuda":
         return None
@@ -24,8 +25,9 @@ def model_flops_utilization(model: torch.nn.Module, tokens: float, seconds: floa
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
     if peak is None:
         return None
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.model.language_model.parameters())
-    return 6 * parameters * tokens / (seconds * peak * ranks.world_size)
+    parts = model.model.language_model.parameters()
+    flop = sum((6 if p.requires_grad else 4) * getattr(p, "ds_numel", p.numel()) for p in parts)
+    return flop * tokens / (seconds * peak * ranks.world_size)
 
 
 def peak_memory_gb() -> float:

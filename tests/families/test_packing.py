@@ -6,6 +6,9 @@ import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rethinker.config import LoraConfig, PolicyConfig
+from rethinker.policy.lora import add_adapters
+from rethinker.policy.model import Policy, load_model
 from rethinker.policy.packing import pack
 from tests.policy.helpers import queries_of_every_kind, samples_for
 from tests.policy.test_packing import compare, packed
@@ -108,6 +111,24 @@ def test_frozen_vision_has_no_gradient_and_changes_no_other(make_policy, encoder
     assert left_out and whole.keys() - rest.keys() == left_out
     assert all("language_model" in name or "lm_head" in name for name in rest)
     torch.testing.assert_close({name: whole[name] for name in rest}, rest, rtol=1e-5, atol=1e-7)
+
+
+def test_adapters_alone_have_gradients(folder, encoder, tmp_path):
+    """policy.lora: the log-probs are the plain policy's to the bit, and every adapter of the decoder layers, but
+    nothing else, has a gradient: B at once, and A as soon as B is not zero."""
+    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
+    plain = Policy(load_model(folder, torch.float32), PolicyConfig(dtype="float32")).eval()
+    model, settings = load_model(folder, torch.float32), LoraConfig(rank=4)
+    adapters = add_adapters(model, settings, seed=0)
+    policy = Policy(model, PolicyConfig(dtype="float32", lora=settings)).eval()
+    (batch,), _ = packed(samples, encoder, policy)
+    assert torch.equal(policy(batch)[0], plain(batch)[0])
+    for adapter in adapters.values():
+        adapter.b.data.fill_(1e-3)
+    assert len(adapters) == 7 * len(model.model.language_model.layers)
+    trained = {id(p) for adapter in adapters.values() for p in (adapter.a, adapter.b)}
+    gradients(policy, batch)
+    assert {id(p) for p in policy.parameters() if p.grad is not None and p.grad.any()} == trained
 
 
 def test_gradient_checkpointing_recomputes(make_policy, encoder, tmp_path):

@@ -44,5 +44,6 @@ def test_a_run_trains_and_its_checkpoint_starts_the_next(folder, ranks, tmp_path
     after = load_model(last, torch.float32).state_dict()
     assert before.keys() == after.keys()
     assert not [name for name, tensor in before.items() if torch.equal(tensor, after[name])]
-    again = train("two", last, "--train.max_steps", "2", "--policy.freeze_vision", "true")
-    assert all(0 <= row["mismatch_kl"] < 1e-10 for row in again)
+    for name, options in (("two", ("--policy.freeze_vision", "true")), ("three", ("--policy.lora.rank", "4"))):
+        again = train(name, last, "--train.max_steps", "2", *options)
+        assert all(0 <= row["mismatch_kl"] < 1e-10 for row in again)

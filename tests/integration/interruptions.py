@@ -96,14 +96,14 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         time.sleep(0.01)
 
 
-def disturb(folder: Path, name: str, kills: int, seed: int) -> list[str]:
+def disturb(folder: Path, name: str, kills: int, seed: int, options: tuple[str, ...] = ()) -> list[str]:
     """Kill a run `kills` times at random instants, or until it has come to its end; returns a line about each kill.
 
     A third of the instants lie anywhere in a process's life, a third within the steps, a third within a save.
     """
     chance, told, run = random.Random(seed), [], folder / name
     for number in range(kills):
-        process, started, back = start(folder, name, "--resume", "auto"), time.monotonic(), ""
+        process, started, back = start(folder, name, "--resume", "auto", *options), time.monotonic(), ""
         done, kind = len(rows(run)), ("anywhere", "in a step", "in a save")[number % 3]
         if kind == "anywhere":
             time.sleep(chance.uniform(0, 15))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from rethinker.config import AlgorithmConfig, Config, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
+from rethinker.config import AlgorithmConfig, Config, DataConfig, LoraConfig, PolicyConfig, RolloutConfig, TrainConfig
 from rethinker.plan.memory import MicroBatch
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
@@ -53,6 +53,7 @@ CASES = {
     "checkpointing": Case(
         _NARROW, [170] * 8, 2, 0, settings=PolicyConfig(dtype="float32", gradient_checkpointing=True)
     ),
+    "lora": Case(_WIDE, [96] * 8, 2, 64, settings=PolicyConfig(dtype="float32", lora=LoraConfig(rank=32))),
     "images": Case(_SEEING, [8] * 4, 2, 256),
     "vocabulary": Case(replace(_NARROW, layers=2), [110] * 8, 1, 0, tied=False),
     "state": Case(replace(_WIDE, layers=6), [32] * 4, 1, 0, sub_group=1_000_000),

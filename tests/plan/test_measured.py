@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 TOLERANCE = 0.12
 
 
-ONE_RANK = ("warm", "images", "checkpointing", "vocabulary", "bfloat16", "state")
+ONE_RANK = ("warm", "lora", "images", "checkpointing", "vocabulary", "bfloat16", "state")
 TWO_RANKS = ("warm", "text")
 
 

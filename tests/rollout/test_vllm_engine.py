@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from rethinker.config import ConfigError
+from rethinker.config import ConfigError, LoraConfig
 from rethinker.families.qwen_vl import PLACEHOLDERS
+from rethinker.policy.engine import FullWeights
+from rethinker.policy.lora import add_adapters, base_parameters
+from rethinker.policy.model import load_model
 from rethinker.rollout.hf_engine import HFEngine
 from rethinker.samples import Completion, Prompt
 from tests.rollout.helpers import ends_by_itself, rollout_config
@@ -25,6 +28,21 @@ def test_logprobs_equal_the_policys_before_and_after_every_sync(engine, policy, 
         policy.perturb(seed=version)
         engine.sync(policy, version)
         assert policy.error(prompts, engine.generate(prompts, seed=version, **PLAIN)) < TOLERANCE
+
+
+def test_adapters_arrive_merged(engine, policy, prompts, folder):
+    """Law 1 with policy.lora: vLLM samples from the merged weights as a model with adapters computes."""
+    adapted = load_model(folder, torch.float32)
+    adapters = add_adapters(adapted, LoraConfig(rank=4), seed=0)
+    for number, adapter in enumerate(adapters.values()):
+        adapter.b.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(number))
+    before = policy.model
+    engine.sync(FullWeights(base_parameters(adapted), adapters), 1)
+    sampled = engine.generate(prompts, seed=1, **PLAIN)
+    policy.model = adapted.eval()
+    assert policy.error(prompts, sampled) < TOLERANCE
+    policy.model = before
+    assert policy.error(prompts, sampled) > 1e-2
 
 
 @pytest.mark.parametrize(("fault", "part"), [("reset_encoder_cache", "visual"), ("reset_prefix_cache", "")])

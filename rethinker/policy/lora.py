@@ -1,0 +1,187 @@
+"""LoRA: small trained matrices beside frozen linear layers, and the full weights that they amount to.
+
+A weight W [out, in] of the language model's decoder layers becomes W + (alpha / rank) B A, with A [rank, in] and
+B [out, rank] (arXiv 2106.09685). peft puts A and B beside the layer, in the layer's own module tree; W never changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rethinker.checks import lora_targets
+from rethinker.config import Config, ConfigError, LoraConfig
+
+FOLDER = "adapter"  # of a checkpoint: the adapters alone, in peft's format
+_NAME = "default"  # peft's, of the only set of adapters
+_LAYERS = "model.language_model.layers"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a frozen weight is trained by."""
+
+    layer: Any  # peft's, around the linear layer
+
+    @property
+    def a(self) -> nn.Parameter:
+        """A [rank, in]."""
+        return self.layer.lora_A[_NAME].weight
+
+    @property
+    def b(self) -> nn.Parameter:
+        """B [out, rank]."""
+        return self.layer.lora_B[_NAME].weight
+
+    @torch.no_grad()
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """W + (alpha / rank) B A [out, in], added in fp32 and rounded once to the type of W; `weight` stays as it is.
+
+        Args:
+            weight: W [out, in]; A and B must be whole, too.
+        """
+        scale = self.layer.scaling[_NAME]
+        return torch.addmm(weight.float(), self.b.float(), self.a.float(), alpha=scale).to(weight.dtype)
+
+
+def add_adapters(model: nn.Module, lora: LoraConfig, seed: int) -> dict[str, Adapter]:
+    """Freeze a model and put adapters into its decoder layers: A random, B zero, so that nothing changes yet.
+
+    Args:
+        model: from `load_model`, its weights partitioned or not.
+        lora: policy.lora, switched on.
+        seed: of A; every rank draws the same, and the process's random stream is left alone.
+
+    Returns:
+        The adapter of each weight, by the weight's Hugging Face name.
+
+    Raises:
+        ConfigError: a name in policy.lora.target_modules is no linear layer's.
+    """
+    import peft
+
+    layers = model.get_submodule(_LAYERS)
+    linears = {name for layer in layers for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
+    targets = "|".join(map(re.escape, lora_targets(linears, lora.target_modules)))
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,  # the policy trains without: the ratio would not be 1 on policy
+        target_modules=rf"{re.escape(_LAYERS)}\.\d+\.({targets})",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        peft.inject_adapter_in_model(config, model, _NAME)
+    return {f"{name}.weight": Adapter(part) for name, part in model.named_modules() if hasattr(part, "lora_A")}
+
+
+def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that the model has without adapters, under their Hugging Face names and in its order."""
+    named = model.named_parameters()
+    return [(name.replace(".base_layer.", "."), p) for name, p in named if not re.search(r"\.lora_[AB]\.", name)]
+
+
+def adapter_parameters(adapters: dict[str, Adapter]) -> list[tuple[str, nn.Parameter]]:
+    """All A and B under the names that they have in peft's files."""
+    stems = {f"base_model.model.{name.removesuffix('.weight')}": adapter for name, adapter in adapters.items()}
+    return [(f"{stem}.lora_{kind}.weight", p) for stem, x in stems.items() for kind, p in (("A", x.a), ("B", x.b))]
+
+
+@contextmanager
+def adapters_off(adapters: dict[str, Adapter]) -> Iterator[None]:
+    """Within it the model computes as it did before it was trained."""
+    # peft's own switch would also take the adapters' gradients away, behind ZeRO-3's back.
+    for adapter in adapters.values():
+        adapter.layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for adapter in adapters.values():
+            adapter.layer._disable_adapters = False
+
+
+def save(folder: Path, model: nn.Module, state: dict[str, torch.Tensor], base: str | Path) -> None:
+    """Write adapters that `peft.PeftModel.from_pretrained` loads.
+
+    Args:
+        folder: is made.
+        model: with adapters.
+        state: `adapter_parameters`, whole and on the CPU.
+        base: the model that they belong to; a folder is named by its whole path.
+    """
+    folder.mkdir()
+    model.peft_config[_NAME].save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    named = json.loads(file.read_text()) | {"base_model_name_or_path": _whole_name(base), "inference_mode": True}
+    file.write_text(json.dumps(named, indent=2, sort_keys=True) + "\n")
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load(adapters: dict[str, Adapter], folder: Path) -> None:
+    """Take A and B from a folder of `save`, before ZeRO-3 partitions them.
+
+    Raises:
+        ConfigError: they are of other layers or of another rank.
+    """
+    saved, own = load_file(folder / "adapter_model.safetensors"), dict(adapter_parameters(adapters))
+    if {name: t.shape for name, t in saved.items()} != {name: p.shape for name, p in own.items()}:
+        raise ConfigError(f"resume: {folder} has adapters of other layers or another rank; set policy.lora as it was")
+    for name, parameter in own.items():
+        parameter.data.copy_(saved[name])
+
+
+def resumed(config: Config, model_dir: str | Path) -> Path | None:
+    """The adapters that a run goes on with: those of its own checkpoint; None for a run that starts.
+
+    A run that starts from another run's checkpoint starts from that one's merged weights.
+    """
+    started_here = _whole_name(model_dir) == _whole_name(config.policy.model)
+    folder = Path(model_dir) / FOLDER
+    goes_on = bool(config.policy.lora.rank) and config.resume is not None and not started_here
+    return folder if goes_on and folder.is_dir() else None
+
+
+def base_of(folder: Path) -> str:
+    """The model that the adapters in a folder belong to. Merged weights cannot be taken apart again exactly.
+
+    Raises:
+        ConfigError: it was a folder that is gone.
+    """
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ConfigError(
+            f"resume: {folder} has adapters of the model {base}, which is gone; bring it back there (training goes on "
+            "from its weights, not from the merged ones)"
+        )
+    return base
+
+
+def is_same_model(one: str | Path, other: str | Path) -> bool:
+    """Whether two folders or hub names are one."""
+    return _whole_name(one) == _whole_name(other)
+
+
+def _whole_name(model: str | Path) -> str:
+    """A folder's whole path; a hub name as it is."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(model)
+
+
+def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 of the names and first rows of a model's weights: what tells it from one that has been trained since."""
+    digest = hashlib.sha256()
+    for name, tensor in weights:
+        digest.update(name.encode())
+        digest.update(tensor[:1].cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

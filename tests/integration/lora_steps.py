@@ -1,0 +1,142 @@
+"""Run under torchrun by test_lora.py: ZeRO-3 steps with adapters, stopped, resumed, and against a reference policy.
+
+Usage: torchrun --nproc-per-node N -m tests.integration.lora_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from rethinker.config import (
+    AlgorithmConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    LoraConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+from rethinker.policy import lora
+from rethinker.policy.engine import FullWeights, PolicyEngine
+from rethinker.policy.model import load_processor
+from rethinker.rollout.hf_engine import HFEngine
+from rethinker.runtime import distributed
+from rethinker.tasks.prompts import PromptEncoder
+from tests.policy.helpers import queries_of_every_kind, samples_for
+
+STEPS = 2  # before the stop, and after it
+
+
+def settings(model: str, **algorithm) -> Config:
+    return Config(
+        policy=PolicyConfig(model=model, dtype="float32", gradient_checkpointing=True, lora=LoraConfig(rank=4)),
+        data=DataConfig(min_pixels=1024, max_pixels=8192),
+        rollout=RolloutConfig(max_new_tokens=16),
+        # Random behaviour log-probs: leave all unclipped.
+        algorithm=AlgorithmConfig(clip_low=10.0, clip_high=10.0, **algorithm),
+        train=TrainConfig(learning_rate=1e-2, schedule="constant", warmup_ratio=0, micro_batch_tokens=50),
+    )
+
+
+def full(named: list, adapters: dict | None = None) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in FullWeights(named, adapters or {})}
+
+
+def state_of(engine: PolicyEngine) -> dict[str, torch.Tensor]:
+    """All that training moves, or must not: base and merged weights under `base.*` and `merged.*`, A and B."""
+    base = full(lora.base_parameters(engine.policy.hf))
+    merged = {name: tensor.clone() for name, tensor in engine.weights}
+    both = {f"base.{n}": t for n, t in base.items()} | {f"merged.{n}": t for n, t in merged.items()}
+    return both | full(lora.adapter_parameters(engine.adapters))
+
+
+def stopped_and_resumed(config: Config, scratch: Path, encoder: PromptEncoder, samples: list, ranks) -> dict:
+    """The metrics and states of a run, and of one that goes on from its checkpoint in the middle."""
+    model, folder = config.policy.model, scratch / f"checkpoint_{ranks.world_size}"
+    engine = PolicyEngine(config, model, encoder, ranks, total_steps=10)
+    results = {"start": state_of(engine), "partitioned": all(p.ds_tensor.numel() < p.ds_numel for p in parts(engine))}
+    results["first"] = [engine.train_step(samples) for _ in range(STEPS)]
+    write, write_optimizer, counters = engine.model_snapshot(), engine.optimizer_snapshot(), engine.state_dict()
+    (folder / "trainer").mkdir(parents=True, exist_ok=True)
+    write_optimizer(folder / "trainer")
+    if ranks.is_main:
+        write(folder)
+    results["saved"] = state_of(engine)
+    results["mismatch"] = mismatch(engine, folder, config, encoder, samples)
+    results["rest"] = [engine.train_step(samples) for _ in range(STEPS)], state_of(engine)
+    ranks.gather(None)  # rank 0 has written
+    again = PolicyEngine(dataclasses.replace(config, resume="auto"), folder, encoder, ranks, total_steps=10)
+    again.load_state_dict(counters)
+    again.load_optimizer(folder / "trainer", counters["adam_steps"])
+    results["resumed"] = [again.train_step(samples) for _ in range(STEPS)], state_of(again)
+    return results
+
+
+def parts(engine: PolicyEngine) -> list[torch.nn.Parameter]:
+    return list(engine.policy.parameters())
+
+
+def mismatch(engine: PolicyEngine, folder: Path, config: Config, encoder: PromptEncoder, samples: list) -> float:
+    """Largest difference, in nats, between the policy's log-probs and a synced hf engine's."""
+    rollout = HFEngine(config, config.policy.model, rank=0, local_rank=0)
+    rollout.sync(engine.weights, 1)
+    for sample in samples:
+        sample.owner = engine.ranks.rank
+    engine.score(samples)
+    prompts = [encoder.encode(sample.query) for sample in samples]
+    scores = rollout.logprobs(prompts, [sample.completion for sample in samples])
+    ours = [sample.completion.trainer_logprobs for sample in samples]
+    return max((torch.tensor(a) - torch.tensor(b)).abs().max().item() for a, b in zip(ours, scores, strict=True))
+
+
+def refusals(config: Config, scratch: Path, encoder: PromptEncoder, counters: dict, ranks) -> list[str]:
+    """What a resumed run says when its base has been trained since, and when it is gone."""
+    folder, moved = scratch / f"checkpoint_{ranks.world_size}", scratch / "base"
+    said = []
+    resumed = dataclasses.replace(config, resume="auto")
+    file = folder / "adapter" / "adapter_config.json"
+    text = file.read_text()
+    shutil.copytree(config.policy.model, moved)
+    shutil.copy2(folder / "model.safetensors", moved)  # merged weights in the base's place
+    file.write_text(text.replace(str(Path(config.policy.model).resolve()), str(moved.resolve())))
+    for change in (lambda: None, lambda: shutil.rmtree(moved)):
+        change()
+        try:
+            PolicyEngine(resumed, folder, encoder, ranks, total_steps=10).load_state_dict(counters)
+        except ConfigError as error:
+            said.append(str(error))
+    file.write_text(text)
+    return said
+
+
+def main(model: str, scratch: str, output: str) -> None:
+    ranks = distributed.start(120)
+    pictures = Path(scratch) / f"pictures_{ranks.world_size}_{ranks.rank}"
+    pictures.mkdir()
+    encoder = PromptEncoder(load_processor(model), DataConfig(min_pixels=1024, max_pixels=8192))
+    one, _, text = queries_of_every_kind(pictures)
+    samples = samples_for([one, text], encoder, [5, 9])
+    config = settings(model)
+    results = stopped_and_resumed(config, Path(scratch), encoder, samples, ranks)
+    if ranks.world_size == 1:
+        checkpoint, copy = Path(scratch) / "checkpoint_1", shutil.copytree(model, Path(scratch) / "copy")
+        # As a new run that is waited for by a scheduler would: with resume=auto, and nothing to resume yet.
+        new = dataclasses.replace(settings(str(checkpoint)), resume="auto")
+        results["new run"] = state_of(PolicyEngine(new, checkpoint, encoder, ranks, total_steps=10))
+        for name, reference in (("own reference", None), ("second model", copy)):
+            engine = PolicyEngine(settings(model, kl_coef=0.1), model, encoder, ranks, 10, reference_dir=reference)
+            results[name] = [engine.train_step(samples) for _ in range(2)], state_of(engine), engine.reference is None
+        results["refusals"] = refusals(config, Path(scratch), encoder, engine.state_dict(), ranks)
+    if ranks.is_main:
+        torch.save(results, output)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
