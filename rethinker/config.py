@@ -123,6 +123,9 @@ class PolicyConfig:
     """Train the language model only."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more compute."""
+    fused_layers: bool = False
+    """Liger's fused RMSNorm, SwiGLU and rotary embedding: less memory for activations, the same numbers to rounding.
+    Needs a CUDA device and liger-kernel."""
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     """The tiny model's supervised stage."""
 

@@ -17,6 +17,7 @@ from rethinker.config import ConfigError, PolicyConfig
 from rethinker.families import FAMILIES, SUPPORTED, family_of
 from rethinker.policy.attention import lay_out
 from rethinker.policy.cpu_linear import use_onednn
+from rethinker.policy.fused_layers import use_liger
 from rethinker.samples import PackedBatch, Prompt
 from rethinker_kernels import linear_grpo_loss, linear_selective_log_softmax
 
@@ -69,7 +70,7 @@ class Policy(nn.Module):
         """
         Args:
             model: from `load_model`.
-            config: `attention`, `freeze_vision` and `gradient_checkpointing` are read here.
+            config: `attention`, `freeze_vision`, `gradient_checkpointing` and `fused_layers` are read here.
         """
         super().__init__()
         on_cuda = torch.cuda.is_available()
@@ -78,6 +79,8 @@ class Policy(nn.Module):
         self.family = family_of(model.config.model_type)
         model.lm_head = LossHead.around(model.lm_head)
         use_onednn(model)
+        if config.fused_layers:
+            use_liger(model)
         # Qwen's vision-language models take any attention function; transformers only never declared this one.
         model.model.language_model._supports_flex_attn = True
         model.set_attn_implementation(
