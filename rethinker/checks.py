@@ -129,6 +129,10 @@ def check_geometry(config: Config) -> None:
         )
     if config.rollout.backend != "recorded" and config.rollout.recording:
         raise ConfigError(f"rollout.recording={config.rollout.recording} needs rollout.backend=recorded")
+    if config.policy.fused_layers and config.policy.compile:
+        raise ConfigError(
+            "policy.fused_layers=true and policy.compile=true fuse the same operations; set one of them to false"
+        )
     _check_servers(config)
     _check_rethinking(config)
     parse_steps(config.profile.steps)

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rethinker.config import ConfigError, PolicyConfig
 from rethinker.families import FAMILIES, SUPPORTED, family_of
 from rethinker.policy.attention import lay_out
+from rethinker.policy.compiled_layers import apart, compile_layers
 from rethinker.policy.cpu_linear import use_onednn
 from rethinker.policy.fused_layers import use_liger
 from rethinker.samples import PackedBatch, Prompt
@@ -70,7 +71,7 @@ class Policy(nn.Module):
         """
         Args:
             model: from `load_model`.
-            config: `attention`, `freeze_vision`, `gradient_checkpointing` and `fused_layers` are read here.
+            config: `attention`, `freeze_vision`, `gradient_checkpointing`, `fused_layers` and `compile` are read here.
         """
         super().__init__()
         on_cuda = torch.cuda.is_available()
@@ -81,11 +82,14 @@ class Policy(nn.Module):
         use_onednn(model)
         if config.fused_layers:
             use_liger(model)
+        if config.compile:
+            compile_layers(model)
         # Qwen's vision-language models take any attention function; transformers only never declared this one.
         model.model.language_model._supports_flex_attn = True
-        model.set_attn_implementation(
-            {"text_config": {"flex": "flex_attention", "sdpa": "sdpa"}[self.kernel], "vision_config": "sdpa"}
-        )
+        attention = {"flex": "flex_attention", "sdpa": "sdpa"}[self.kernel]
+        if config.compile and self.kernel == "flex":
+            attention = apart(attention)
+        model.set_attn_implementation({"text_config": attention, "vision_config": "sdpa"})
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.freeze_vision:
