@@ -1,6 +1,7 @@
 """What must hold before anything is loaded or written: the geometry of a step, and what the run needs of the machine.
 
-Every check raises ConfigError with the setting's dotted name, its value, and what would work. torch is not imported.
+Every check raises ConfigError with the setting's dotted name, its value, and what would work. torch is imported only
+for policy.fused_layers, which needs a GPU.
 """
 
 from __future__ import annotations
@@ -130,6 +131,10 @@ def check_geometry(config: Config) -> None:
         )
     if config.rollout.backend != "recorded" and config.rollout.recording:
         raise ConfigError(f"rollout.recording={config.rollout.recording} needs rollout.backend=recorded")
+    if config.policy.fused_layers and config.policy.compile:
+        raise ConfigError(
+            "policy.fused_layers=true and policy.compile=true fuse the same operations; set one of them to false"
+        )
     _check_servers(config)
     _check_rethinking(config)
     lora = config.policy.lora
@@ -264,6 +269,8 @@ def _check_packages(config: Config) -> None:
         needs.append(("rollout.backend", "vllm", "vllm"))
     if config.policy.lora.rank:
         needs.append(("policy.lora.rank", str(config.policy.lora.rank), "peft"))
+    if config.policy.fused_layers:
+        needs.append(("policy.fused_layers", "true", "liger_kernel"))
     needs += [("run.trackers", tracker, tracker) for tracker in config.run.trackers]
     if config.run.save_completions:
         needs.append(("run.save_completions", "true", "pyarrow"))
@@ -272,6 +279,13 @@ def _check_packages(config: Config) -> None:
     for key, value, package in needs:
         if find_spec(package) is None:
             raise ConfigError(f"{key}={value} needs the package {package}, which is missing: {how_to_install(package)}")
+    if config.policy.fused_layers:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "policy.fused_layers=true needs a CUDA device: Liger's kernels are Triton's; set it to false"
+            )
 
 
 def check_model(model: str) -> int:

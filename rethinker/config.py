@@ -139,6 +139,12 @@ class PolicyConfig:
     """Train the language model only; with policy.lora always so."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more compute."""
+    fused_layers: bool = False
+    """Liger's fused RMSNorm, SwiGLU and rotary embedding: less memory for activations, the same numbers to rounding.
+    Needs a CUDA device and liger-kernel."""
+    compile: bool = False
+    """torch.compile of the decoder layers: faster and less memory for activations, after a first step that compiles.
+    ZeRO-3 then gathers a whole layer's weights at a time."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters instead of all weights."""
     warmup: WarmupConfig = field(default_factory=WarmupConfig)

@@ -25,7 +25,7 @@ TRAINING = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "torchvi
 TRAINING += ("easy_vqa", "math_verify")
 OPTIONAL = {
     "triton": "compiled kernels",
-    "liger_kernel": "a peer in the kernel benchmarks",
+    "liger_kernel": "policy.fused_layers, and a peer in the kernel benchmarks",
     "tensorboard": "run.trackers: [tensorboard]",
     "wandb": "run.trackers: [wandb]",
     "trackio": "run.trackers: [trackio]",

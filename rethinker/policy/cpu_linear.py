@@ -64,4 +64,17 @@ class _Linear(torch.autograd.Function):
 
 def _times_transposed(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """a @ b.T + bias."""
+    if torch.compiler.is_compiling():
+        return _opaque_product(a, b, bias)
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+@torch.library.custom_op("rethinker::times_transposed", mutates_args=())
+def _opaque_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same as one operation for policy.compile: inductor knows oneDNN's only with weights packed for inference."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+@_opaque_product.register_fake
+def _(a, b, bias):
+    return a.new_empty((*a.shape[:-1], b.shape[0]))

@@ -1,7 +1,7 @@
 """The policy under DeepSpeed ZeRO-3: one optimizer step on a global batch, full weights out, models saved.
 
-Only this module and out_of_memory.py know DeepSpeed. Every method is collective: all ranks call it with the same
-samples.
+Only this module, zero3.py and out_of_memory.py know DeepSpeed. Every method is collective: all ranks call it with the
+same samples.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rethinker.policy.out_of_memory import (
 )
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.policy.schedule import learning_rate
-from rethinker.policy.zero3 import zero3_settings
+from rethinker.policy.zero3 import gather_whole_layers, zero3_settings
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.ownership import bring
 from rethinker.runtime.profiling import phase
@@ -95,11 +95,15 @@ class PolicyEngine:
         if going_on:
             lora.load(self.adapters, going_on)
         policy = Policy(model, config.policy)
+        if config.policy.compile:
+            gather_whole_layers(policy)
         reference_dir = reference_dir or self.base_dir
         self.reference = None
         if config.algorithm.kl_coef > 0 and not (self.adapters and lora.is_same_model(reference_dir, self.base_dir)):
             reference = Policy(load_model(reference_dir, dtype), config.policy)
             reference.requires_grad_(False)
+            if config.policy.compile:
+                gather_whole_layers(reference)
             without_optimizer = {k: v for k, v in settings.items() if k not in ("optimizer", "gradient_clipping")}
             self.reference, *_ = deepspeed.initialize(model=reference, config=without_optimizer)
         del announced  # or the rollout's own copy of the model would be partitioned too

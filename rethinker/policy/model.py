@@ -16,7 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rethinker.config import ConfigError, PolicyConfig
 from rethinker.families import FAMILIES, SUPPORTED, family_of
 from rethinker.policy.attention import VARLEN, lay_out
+from rethinker.policy.compiled_layers import apart, compile_layers
 from rethinker.policy.cpu_linear import use_onednn
+from rethinker.policy.fused_layers import use_liger
 from rethinker.samples import PackedBatch, Prompt
 from rethinker_kernels import linear_grpo_loss, linear_selective_log_softmax
 
@@ -69,7 +71,8 @@ class Policy(nn.Module):
         """
         Args:
             model: from `load_model`.
-            config: `attention`, `freeze_vision`, `lora` and `gradient_checkpointing` are read here.
+            config: `attention`, `freeze_vision`, `lora`, `gradient_checkpointing`, `fused_layers` and `compile` are
+                read here.
         """
         super().__init__()
         on_cuda = torch.cuda.is_available()
@@ -78,11 +81,17 @@ class Policy(nn.Module):
         self.family = family_of(model.config.model_type)
         model.lm_head = LossHead.around(model.lm_head)
         use_onednn(model)
+        if config.fused_layers:
+            use_liger(model)
+        if config.compile:
+            compile_layers(model)
         # Qwen's vision-language models take any attention function; transformers only never declared this one.
         model.model.language_model._supports_flex_attn = True
         implementation = {"flex": "flex_attention", "sdpa": "sdpa", "varlen": VARLEN}[self.kernel]
         if self.kernel == "varlen" and on_cuda and model.dtype == torch.float32:
             raise ConfigError("policy.attention=varlen needs policy.dtype=bfloat16 on CUDA; set that, or flex")
+        if config.compile and self.kernel != "sdpa":
+            implementation = apart(implementation)
         model.set_attn_implementation({"text_config": implementation, "vision_config": "sdpa"})
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

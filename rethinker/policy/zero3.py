@@ -1,8 +1,10 @@
-"""The DeepSpeed configuration of a run: ZeRO-3, with the user's entries over it."""
+"""The DeepSpeed configuration of a run: ZeRO-3, with the user's entries over it; and what is gathered at a time."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 from rethinker.config import Config
 from rethinker.runtime.distributed import Ranks
@@ -33,6 +35,17 @@ def zero3_settings(config: Config, ranks: Ranks) -> dict[str, Any]:
         "wall_clock_breakdown": False,
     }
     return _merge(settings, config.train.deepspeed)
+
+
+def gather_whole_layers(model: torch.nn.Module) -> None:
+    """Let ZeRO-3 gather a decoder layer's weights together, with no hooks inside the layer, which is then compiled.
+
+    Args:
+        model: with `hf.model.language_model.layers`, not yet under DeepSpeed.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, list({type(layer) for layer in model.hf.model.language_model.layers}))
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

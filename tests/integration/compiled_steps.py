@@ -1,0 +1,73 @@
+"""Run by test_compiled_layers.py, also under torchrun: steps with policy.compile and without it; rank 0 saves both.
+
+Usage: python -m tests.integration.compiled_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt BACKEND [checkpointing] [kl]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch._dynamo.utils import counters
+
+import rethinker.policy.model
+from rethinker.config import AlgorithmConfig, Config, PolicyConfig, TrainConfig
+from rethinker.policy.compiled_layers import compile_layers
+from rethinker.policy.engine import PolicyEngine
+from rethinker.runtime import distributed
+from tests.integration.zero3_steps import gradients_at_step
+from tests.policy.switches import encoder_for, short_samples
+
+# Response lengths of each step's two queries, an image's and a text; odd steps have the image's only: one row for one.
+STEPS = ([2, 3], [7], [5, 9, 1], [4, 4, 4, 4], [20, 30], [1, 2, 3], [17])
+COMPILED_BY = 2  # steps until each kind of batch has come once
+
+# Nothing stays gathered that is not at work.
+TIGHT = {"zero_optimization": {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}}
+
+
+def main(model: str, scratch: str, output: str, backend: str, *options: str) -> None:
+    rethinker.policy.model.compile_layers = partial(compile_layers, backend=backend)
+    ranks = distributed.start(300)
+    pictures = Path(scratch) / f"pictures_{ranks.rank}"
+    pictures.mkdir(exist_ok=True)
+    encoder = encoder_for(Path(model))
+    results = {}
+    for compiled in (False, True):
+        config = Config(
+            policy=PolicyConfig(dtype="float32", compile=compiled, gradient_checkpointing="checkpointing" in options),
+            # Random behaviour log-probs: leave all unclipped. And no step moves the weights: each can be compared.
+            algorithm=AlgorithmConfig(clip_low=10.0, clip_high=10.0, kl_coef=0.1 if "kl" in options else 0.0),
+            train=TrainConfig(learning_rate=0.0, weight_decay=0.0, deepspeed=TIGHT),
+        )
+        engine = PolicyEngine(config, model, encoder, ranks, total_steps=10)
+        gradients = gradients_at_step(engine)
+        layers = [p for p in engine.policy.hf.model.language_model.layers.parameters() if p.requires_grad]
+        steps = []
+        for number, lengths in enumerate(STEPS):
+            samples = short_samples(encoder, pictures, lengths)
+            if number % 2:
+                samples = samples[: len(lengths)]
+            for i, sample in enumerate(samples):
+                sample.owner = i % ranks.world_size
+            engine.score(samples)
+            live = sum(p.numel() for p in layers)
+            start = time.monotonic()
+            metrics = engine.train_step(samples)
+            seconds = time.monotonic() - start
+            graphs = counters["stats"]["unique_graphs"]
+            steps.append(
+                {"metrics": metrics, "gradients": dict(gradients), "live": live, "graphs": graphs, "seconds": seconds}
+            )
+        results[compiled] = steps
+    results["breaks"] = dict(counters["graph_break"])
+    if ranks.is_main:
+        torch.save(results, output)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,76 @@
+"""policy.compile under ZeRO-3: the same steps, one graph for all layers, and weights that do not stay gathered."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from rethinker.config import ConfigError
+from rethinker.policy.compiled_layers import compile_layers
+from rethinker.settings import load_config
+from tests.conftest import ROOT
+from tests.integration.compiled_steps import COMPILED_BY
+from tests.integration.test_zero3 import relative_error
+from tests.policy.conftest import tiny_folder  # noqa: F401  (a fixture)
+from tests.policy.switches import batch_for, make
+
+
+def compare(model: Path, scratch: Path, backend: str, *options: str, ranks: int = 1) -> None:
+    output = scratch / "steps.pt"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launch, "-m", "tests.integration.compiled_steps"]
+    command += [str(model), str(scratch), str(output), backend, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = torch.load(output, weights_only=False)
+    for plain, compiled in zip(results[False], results[True], strict=True):
+        for name in ("loss", "entropy", "kl", "old_kl", "grad_norm"):
+            assert compiled["metrics"][name] == pytest.approx(plain["metrics"][name], rel=1e-5, abs=1e-7), name
+        assert relative_error(compiled["gradients"], plain["gradients"]) <= 1e-5
+        assert plain["live"] == compiled["live"] == 0
+        assert plain["graphs"] == 0
+    assert not results["breaks"]
+    graphs = [step["graphs"] for step in results[True]]
+    most = 6 if "kl" in options else 4  # one row and several: without gradients, with them, and the reference's
+    assert 1 <= graphs[-1] <= most and graphs[COMPILED_BY - 1] == graphs[-1], graphs
+
+
+def test_steps_are_those_of_the_plain_layers(tiny_folder, tmp_path):  # noqa: F811
+    """Loss, entropy and gradients of seven batches of different shapes within 1e-5 relative, with gradient
+    checkpointing; no graph is cut, none is compiled after each kind of batch came once, and after a forward no layer's
+    weights are left gathered. Here without inductor's code generation, whose compilation takes minutes."""
+    compare(tiny_folder, tmp_path, "aot_eager", "checkpointing")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("options", [(), ("checkpointing", "kl")], ids=["plain", "checkpointing and a reference"])
+def test_inductors_code_takes_the_same_steps(ranks, options, tiny_folder, tmp_path):  # noqa: F811
+    """The same with the code that policy.compile runs, on one rank and on two."""
+    compare(tiny_folder, tmp_path, "inductor", *options, ranks=ranks)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_stays_apart(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
+    """With policy.attention=flex the kernel of GPUs, which has no backward on CPU, is called by compiled layers, which
+    are cut there: the same log-probs as SDPA's in plain layers."""
+    monkeypatch.setattr("rethinker.policy.model.compile_layers", partial(compile_layers, backend="eager"))
+    plain, compiled = make(tiny_folder), make(tiny_folder, attention="flex", compile=True)
+    batch = batch_for(tiny_folder, plain, tmp_path)
+    stats = torch._dynamo.utils.counters["stats"]
+    before = stats["unique_graphs"]
+    with torch.no_grad():
+        found, expected = compiled(batch)[0], plain(batch)[0]
+    assert stats["unique_graphs"] - before >= 2
+    assert (found - expected).abs().max() <= 1e-5
+
+
+def test_not_together_with_fused_layers():
+    """Both settings are named: Liger's kernels and inductor's fuse the same operations."""
+    with pytest.raises(ConfigError, match="policy.fused_layers=true and policy.compile=true"):
+        load_config("easy_vqa_cpu", {"policy.fused_layers": True, "policy.compile": True})
