@@ -46,6 +46,7 @@ MAY_CHANGE = """
     reward.workers reward.timeout_s reward.memory_gb train.max_steps train.epochs data.max_bad_rows
     train.max_generated_tokens train.micro_batch_tokens train.deepspeed validation.every
 """.split()
+OF_A_SOURCE_MAY_CHANGE = {"image_root", "max_bad_rows"}  # of each entry of data.sources
 
 
 @dataclass
@@ -190,7 +191,7 @@ def saved_state(checkpoint: Path | None, config: Config) -> dict[str, Any]:
     differing = [
         f"{key}={own[key]} (was {saved[key]})"
         for key in own
-        if key in saved and own[key] != saved[key] and not key.startswith(tuple(MAY_CHANGE))
+        if key in saved and _compared(key, own[key]) != _compared(key, saved[key])
     ]
     if differing:
         raise ConfigError(
@@ -198,6 +199,15 @@ def saved_state(checkpoint: Path | None, config: Config) -> dict[str, Any]:
             "run with another run.name"
         )
     return state
+
+
+def _compared(key: str, value: Any) -> Any:
+    """What of a setting's value must be the same in a resumed run."""
+    if key.startswith(tuple(MAY_CHANGE)):
+        return None
+    if key == "data.sources":
+        return {name: {k: entry[k] for k in entry.keys() - OF_A_SOURCE_MAY_CHANGE} for name, entry in value.items()}
+    return value
 
 
 def versions() -> dict[str, str]:
