@@ -9,7 +9,11 @@ from typing import Any, Protocol
 import torch
 
 from rethinker.config import Config, ConfigError
+from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
+
+# The engines import transformers' processors, and they import torchvision.
+make_importable()
 
 
 class WeightStream(Protocol):

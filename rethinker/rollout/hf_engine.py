@@ -11,7 +11,6 @@ from rethinker.families import family_of, limit_pixels
 from rethinker.rollout import WeightStream
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.sampling import limits, preserved_random_state, seeded, stop_token_ids
-from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
 
 # Sequences that one call of generate advances together.
@@ -23,7 +22,6 @@ class HFEngine:
 
     def __init__(self, config: Config, model_dir: str, *, rank: int, local_rank: int):
         """Load the model onto this rank's device."""
-        make_importable()
         from rethinker.policy.model import load_model, load_processor
 
         self.config = config

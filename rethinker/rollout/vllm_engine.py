@@ -20,7 +20,6 @@ from rethinker.rollout import WeightStream
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.sampling import limits, preserved_random_state, seeded
 from rethinker.rollout.vllm_settings import Asking, engine_arguments
-from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
 
 
@@ -59,7 +58,6 @@ class VLLMEngine:
         self._engine = self._llm.llm_engine
 
     def _build(self, model_dir: str, world_size: int) -> Any:
-        make_importable()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # Its warnings here are about choices made on purpose. The first ones come before it reads the variable.
         level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

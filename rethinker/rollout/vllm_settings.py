@@ -9,7 +9,6 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Generati
 from rethinker.config import Config, ConfigError
 from rethinker.families import family_of
 from rethinker.rollout.sampling import stop_token_ids
-from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
 
 # What two models must share for one's weights to fit the other, and for both to read the same tokens.
@@ -76,7 +75,6 @@ class Asking:
 
     def __init__(self, config: Config, model_dir: str):
         self.config = config
-        make_importable()
         self.model_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         self.stop_ids = stop_token_ids(self.tokenizer, self.model_config, _generation_config(model_dir))
