@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 
 from rethinker.config import Config, ConfigError
 from rethinker.runtime.distributed import Ranks
-from rethinker.runtime.resume import (
-    MAY_CHANGE,
-    OF_A_SOURCE_MAY_CHANGE,
-    Progress,
-    RunState,
-    fingerprint,
-    saved_state,
-    versions,
-)
+from rethinker.runtime.resume import MAY_CHANGE, OF_A_SOURCE_MAY_CHANGE, Progress, RunState, saved_state, versions
 from rethinker.runtime.state_file import write_state
 from rethinker.samples import Query
 from rethinker.settings import flat, resolve_config, settings
+from rethinker.tasks.datasets import QueryStream, fingerprint
 from rethinker.tasks.mixture import OF_A_SOURCE
 
 QUERIES = [Query("a", "what?", "red", ("a.png",)), Query("b", "and?", "blue")]
@@ -30,7 +22,7 @@ def test_other_questions_are_refused(tmp_path):
     """Any changed id, question, answer or number of images changes the fingerprint, and with it nothing is resumed."""
     for change in ({"id": "c"}, {"question": "what"}, {"answer": "Red"}, {"images": ()}):
         assert fingerprint([dataclasses.replace(QUERIES[0], **change), QUERIES[1]]) != fingerprint(QUERIES)
-    stream = SimpleNamespace(queries=QUERIES[::-1])
+    stream = QueryStream(QUERIES[::-1], seed=0)
     state = RunState(Config(), Ranks(0, 1, 0), Progress(), *[None] * 2, stream, *[None] * 4)
     with pytest.raises(ConfigError, match=r"data.train=easy_vqa: its questions are not those of"):
         state.load(tmp_path, {"data": fingerprint(QUERIES)})
