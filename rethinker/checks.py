@@ -35,7 +35,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # NaN fails every com
         lambda value: value >= 1,
         "data.max_prompt_tokens data.min_pixels policy.warmup.batch_size rollout.group_size rollout.max_new_tokens "
         "rethink.max_kept train.max_generated_tokens rollout.tensor_parallel_size replay.capacity "
-        "train.max_steps train.episode_queries "
+        "data.shuffle_buffer train.max_steps train.episode_queries "
         "train.batch_pairs train.micro_batch_tokens validation.every validation.size checkpoint.every checkpoint.keep "
         "checkpoint.keep_every",
     ),
@@ -135,12 +135,25 @@ def check_geometry(config: Config) -> None:
         raise ConfigError(
             "policy.fused_layers=true and policy.compile=true fuse the same operations; set one of them to false"
         )
+    _check_streaming(config)
     _check_servers(config)
     _check_rethinking(config)
     lora = config.policy.lora
     if lora.target_modules and not lora.rank:
         raise ConfigError(f"policy.lora.target_modules={lora.target_modules} needs policy.lora.rank, as 16")
     parse_steps(config.profile.steps)
+
+
+def _check_streaming(config: Config) -> None:
+    if config.data.streaming and config.train.max_steps is None:
+        raise ConfigError(
+            "data.streaming=true does not know how many questions train.epochs is about; set train.max_steps"
+        )
+    if config.data.streaming and config.policy.model == "tiny":
+        raise ConfigError(
+            "policy.model=tiny is warmed up on all questions, which data.streaming=true does not hold; give a model "
+            "folder, or set data.streaming=false"
+        )
 
 
 def _check_servers(config: Config) -> None:

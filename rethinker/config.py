@@ -49,6 +49,12 @@ class DataConfig:
     """Data sets to mix, by name: `{geometry: {train: geometry.parquet, weight: 2}, charts: {train: charts.jsonl,
     weight: 1}}`. Weights are shares of the questions drawn, given for all or for none (then by size). An entry may have
     its own train_split, fields, image_root, pass_rate, max_bad_rows and category_weights."""
+    streaming: bool = False
+    """Read data.train while training instead of whole before it: for a data set that does not fit in memory, or on this
+    disk. Needs train.max_steps; without data.category_weights, and data.sources with weights."""
+    shuffle_buffer: int = 10_000
+    """With data.streaming: questions held at a time (with their images, where a row holds these as bytes), and shuffled
+    among themselves. The parts of the data set (row groups, files) come in another order in each epoch, too."""
     train_split: str = "train"
     """Split of a Hugging Face data set to train on."""
     validation: str | None = "easy_vqa"

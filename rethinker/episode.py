@@ -28,6 +28,7 @@ from rethinker.samples import Group, Prompt, Query
 from rethinker.tasks.datasets import QueryStream
 from rethinker.tasks.prompts import PromptEncoder
 from rethinker.tasks.reward import AnswerChecker
+from rethinker.tasks.streaming import StreamedQueries
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Episodes:
     def __init__(
         self,
         config: Config,
-        stream: QueryStream,
+        stream: QueryStream | StreamedQueries,
         encoder: PromptEncoder,
         rollout: RolloutEngine,
         checker: AnswerChecker,

@@ -53,11 +53,11 @@ from rethinker.runtime.signals import StopRequested
 from rethinker.runtime.watchdog import Watchdog
 from rethinker.samples import Completion, Group, Query
 from rethinker.settings import load_config
-from rethinker.tasks.datasets import QueryStream, load_queries
+from rethinker.tasks.datasets import load_queries
 from rethinker.tasks.images import check_images
-from rethinker.tasks.mixture import stream_weights
 from rethinker.tasks.prompts import PromptEncoder, select_fitting
 from rethinker.tasks.reward import AnswerChecker
+from rethinker.tasks.streaming import open_stream
 
 PHASES = ("rollout", "reward", "rethink", "train", "sync", "checkpoint")
 
@@ -88,11 +88,10 @@ def train(config: Config) -> Run:
     A run that is asked to stop (SIGTERM, SIGINT) saves itself and returns what it has; `resume` continues it.
     """
     G, N = config.rollout.group_size, config.train.batch_pairs
-    queries = load_queries(config.data, "train")
-    weights = stream_weights(queries, config.data)
+    stream, questions = open_stream(config.data, config.seed)
     held_out = load_held_out(config)
-    check_images([*queries, *held_out], config.data)
-    total_steps = schedule_length(config, len(queries))
+    check_images([*stream.queries, *held_out], config.data)
+    total_steps = schedule_length(config, questions)
     with ExitStack() as stack:
         ranks = distributed.start(config.rollout.timeout_s)
         stack.callback(distributed.stop)
@@ -110,7 +109,6 @@ def train(config: Config) -> Run:
         model_dir = checkpoint or initial_model(config, ranks)
         encoder = PromptEncoder(load_processor(model_dir), config.data)
         held_out, _ = select_fitting(held_out, encoder)
-        stream = QueryStream(queries, seed=config.seed, **weights)
         reference = initial_model(config, ranks) if config.algorithm.kl_coef > 0 else None
         budget_file = run.folder / "micro_batch_tokens.json"
         policy = PolicyEngine(config, model_dir, encoder, ranks, total_steps, reference, budget_file)
@@ -292,13 +290,13 @@ def load_held_out(config: Config) -> list[Query]:
     """The validation questions: the first `validation.size` of a seeded shuffle, the same ones at every seed."""
     if config.data.validation is None:
         return []
-    queries = load_queries(config.data, "validation")
+    queries = load_queries(config.data, "validation", most=config.validation.size)
     random.Random(0).shuffle(queries)
     return queries[: config.validation.size]
 
 
-def schedule_length(config: Config, queries: int) -> int:
-    """Optimizer steps of the run: train.max_steps, or what train.epochs amounts to."""
+def schedule_length(config: Config, queries: int | None) -> int:
+    """Optimizer steps of the run: train.max_steps, or what train.epochs over so many queries amounts to."""
     G, N = config.rollout.group_size, config.train.batch_pairs
     steps = config.train.max_steps or int(config.train.epochs * queries) * G // N
     if steps < 1:

@@ -194,8 +194,8 @@ def _ask(
 
 def _measured(config: Config, model: str, queries: list[Query], samples: int) -> dict[str, Any]:
     """What the pass rates depend on; a measurement goes on only if all of it is the same."""
-    from rethinker.runtime.resume import fingerprint
     from rethinker.settings import flat
+    from rethinker.tasks.datasets import fingerprint
 
     return {
         "model": model,

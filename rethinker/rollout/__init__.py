@@ -12,7 +12,8 @@ from rethinker.config import Config, ConfigError
 from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
 
-make_importable()  # the engines import transformers' processors, and they torchvision
+# The engines import transformers' processors, and they import torchvision.
+make_importable()
 
 
 class WeightStream(Protocol):

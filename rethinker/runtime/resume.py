@@ -7,11 +7,10 @@ random streams (trainer/rank_*) and its part of the optimizer.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +22,7 @@ from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.held_samples import Responses, group_outline, payload, sample_outline
 from rethinker.runtime.random_state import random_state, set_random_state
 from rethinker.runtime.state_file import read_state, write_state
-from rethinker.samples import Group, Query
+from rethinker.samples import Group
 from rethinker.settings import flat
 
 if TYPE_CHECKING:
@@ -43,6 +42,7 @@ MAY_CHANGE = """
     reward.workers reward.timeout_s reward.memory_gb train.max_steps train.epochs data.max_bad_rows
     train.max_generated_tokens train.micro_batch_tokens train.deepspeed validation.every
 """.split()
+OF_A_SOURCE_MAY_CHANGE = {"image_root", "max_bad_rows"}  # of each entry of data.sources
 
 
 @dataclass
@@ -97,7 +97,8 @@ class RunState:
                 "settings": flat(self.config),
                 "versions": versions(),
                 "world_size": self.ranks.world_size,
-                "data": fingerprint(self.episodes.stream.queries),
+                "data": self.episodes.stream.fingerprint(),
+                "queries": self.episodes.stream.keep([x.query for x in (*self.progress.groups, *replayed)]),
                 "progress": progress | {"groups": [group_outline(group) for group in self.progress.groups]},
                 "policy": self.policy.state_dict(),
                 "replay": replay,
@@ -124,14 +125,15 @@ class RunState:
             ConfigError: it belongs to other data or another kind of run.
         """
         folder = checkpoint / "trainer"
-        if state["data"] != fingerprint(self.episodes.stream.queries):
+        if state["data"] != self.episodes.stream.fingerprint():
             raise ConfigError(f"data.train={self.config.data.train}: its questions are not those of {checkpoint}")
         ranks, world_size = self.ranks, state["world_size"]
         if self.config.rollout.backend == "recorded" and world_size != ranks.world_size:
             raise ConfigError(f"rollout.backend=recorded: resume on as many ranks as before ({world_size})")
         taken = range(ranks.rank, world_size, ranks.world_size)  # the ranks whose responses fall to this one
         owns = [read_state(folder / f"rank_{rank:05d}") for rank in taken]
-        responses = Responses({q.id: q for q in self.episodes.stream.queries}, [own["samples"] for own in owns], ranks)
+        queries = self.episodes.stream.kept(state.get("queries"))
+        responses = Responses(queries, [own["samples"] for own in owns], ranks)
         self.policy.load_state_dict(state["policy"])
         self.policy.load_optimizer(folder, state["policy"]["adam_steps"])
         for name, value in state["progress"].items():
@@ -167,7 +169,7 @@ def saved_state(checkpoint: Path | None, config: Config) -> dict[str, Any]:
     differing = [
         f"{key}={own[key]} (was {saved[key]})"
         for key in own
-        if key in saved and own[key] != saved[key] and not key.startswith(tuple(MAY_CHANGE))
+        if key in saved and _compared(key, own[key]) != _compared(key, saved[key])
     ]
     if differing:
         raise ConfigError(
@@ -175,6 +177,15 @@ def saved_state(checkpoint: Path | None, config: Config) -> dict[str, Any]:
             "run with another run.name"
         )
     return state
+
+
+def _compared(key: str, value: Any) -> Any:
+    """What of a setting's value must be the same in a resumed run."""
+    if key.startswith(tuple(MAY_CHANGE)):
+        return None
+    if key == "data.sources":
+        return {name: {k: entry[k] for k in entry.keys() - OF_A_SOURCE_MAY_CHANGE} for name, entry in value.items()}
+    return value
 
 
 def versions() -> dict[str, str]:
@@ -186,14 +197,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def fingerprint(queries: Iterable[Query]) -> str:
-    """SHA-256 of the questions' ids, texts and answers, in order."""
-    digest = hashlib.sha256()
-    for query in queries:
-        digest.update(repr((query.id, query.question, query.answer, len(query.images))).encode())
-    return digest.hexdigest()
 
 
 def _warn_of_other_versions(saved: dict[str, str]) -> None:

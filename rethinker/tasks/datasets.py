@@ -6,11 +6,12 @@ What is wrong with the data is said before a model is loaded: the setting, the r
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +23,10 @@ from rethinker.samples import Query
 from rethinker.tasks.archives import has_member, split_archive
 from rethinker.tasks.digits import digits
 from rethinker.tasks.easy_vqa import easy_vqa
-from rethinker.tasks.embedded import EmbeddedImages
+from rethinker.tasks.embedded import EmbeddedImages, InRows
 from rethinker.tasks.faults import Faults
-from rethinker.tasks.mixture import SOURCES, source_configs
-from rethinker.tasks.sources import Table, open_table
+from rethinker.tasks.mixture import SOURCES, furthest_behind, source_configs
+from rethinker.tasks.sources import open_table
 from rethinker.tasks.subsets import one_side, sometimes_right
 
 log = logging.getLogger(__name__)
@@ -42,11 +43,12 @@ DEEPEST_METADATA = 32
 BUILT_IN = {"easy_vqa": easy_vqa, "digits": digits}
 
 
-def load_queries(config: DataConfig, which: Literal["train", "validation"]) -> list[Query]:
+def load_queries(config: DataConfig, which: Literal["train", "validation"], most: int | None = None) -> list[Query]:
     """Load and check the questions that `data.train` or `data.validation` names.
 
     `data.train: sources` loads all of `data.sources`; with `data.validation: split` both are parts of `data.train`, and
-    `data.pass_rate` then leaves some out of training.
+    `data.pass_rate` then leaves some out of training. Of a data set with `data.streaming` the first `most` held-out
+    questions are taken, so that no more of it is read.
 
     Raises:
         ConfigError: as `load_table`; and sources, a split or pass rates that leave nothing or cannot be meant.
@@ -60,10 +62,14 @@ def load_queries(config: DataConfig, which: Literal["train", "validation"]) -> l
         queries = []
         for source, own in source_configs(config).items():
             try:
-                queries += [replace(query, id=f"{source}/{query.id}") for query in load_queries(own, which)]
+                queries += [replace(query, id=f"{source}/{query.id}") for query in load_queries(own, which, most)]
             except ConfigError as error:
                 raise type(error)(f"data.sources.{source}: {error}") from error
         return queries
+    if split and which == "validation" and config.streaming:
+        from rethinker.tasks.windows import held_out
+
+        return held_out(config, most)
     queries, where = load_table(config, "train"), f"data.train={config.train}"
     if split:
         queries = one_side(queries, which, config.validation_share, image_root(config), where)
@@ -101,8 +107,8 @@ def load_table(config: DataConfig, which: Literal["train", "validation"]) -> lis
     if not table.size:
         raise ConfigError(f"{setting}={name}: the data set is empty")
     where = f"{setting}={name}"
-    columns = _columns(config, table, where)
-    rows = _Rows(where, columns, Path(config.image_root) if config.image_root else table.folder)
+    columns = find_columns(config, table.columns, where)
+    rows = RowReader(where, columns, Path(config.image_root) if config.image_root else table.folder)
     faults = Faults(config.max_bad_rows, table.size)
     queries: dict[str, Query] = {}
     with EmbeddedImages(table.identity) as rows.embedded:
@@ -113,12 +119,8 @@ def load_table(config: DataConfig, which: Literal["train", "validation"]) -> lis
             try:
                 query = rows.query(number, row)
                 if query.id in queries:
-                    raise _BadRowError(
-                        "repeated id",
-                        f"data.fields.id={columns.get('id', 'id')}: the id {query.id!r} occurs more than once; ids "
-                        "must be unique",
-                    )
-            except _BadRowError as error:
+                    raise repeated_id(query.id, columns)
+            except BadRowError as error:
                 faults.add(error.reason, ConfigError(str(error)))
                 continue
             queries[query.id] = query
@@ -129,7 +131,7 @@ def load_table(config: DataConfig, which: Literal["train", "validation"]) -> lis
     return list(queries.values())
 
 
-class _BadRowError(ConfigError):
+class BadRowError(ConfigError):
     """A row that is left out: the reason it is counted under, and what is wrong with it."""
 
     def __init__(self, reason: str, message: str) -> None:
@@ -137,48 +139,61 @@ class _BadRowError(ConfigError):
         self.reason = reason
 
 
-def _columns(config: DataConfig, table: Table, where: str) -> dict[str, str]:
+def repeated_id(name: str, columns: dict[str, str]) -> BadRowError:
+    """The error of a row whose id another one has."""
+    column = columns.get("id", "id")
+    return BadRowError(
+        "repeated id", f"data.fields.id={column}: the id {name!r} occurs more than once; ids must be unique"
+    )
+
+
+def find_columns(config: DataConfig, present: list[str], where: str) -> dict[str, str]:
     """Noun to column, for the columns that exist; a missing one is an error unless it is optional and not asked for."""
     defaults = DataConfig().fields
     fields = {**defaults, **config.fields}
     found = {}
     for noun, column in fields.items():
-        if column in table.columns:
+        if column in present:
             found[noun] = column
             continue
-        close = difflib.get_close_matches(column, table.columns, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
         optional = noun in ("images", "id") and column == defaults[noun]
         # A data set without images may be text-only, but `image` beside a wanted `images` is an oversight.
         if optional and not (noun == "images" and close):
             continue
-        known = ", ".join(map(str, table.columns[:40])) + (", ..." if len(table.columns) > 40 else "")
+        known = ", ".join(map(str, present[:40])) + (", ..." if len(present) > 40 else "")
         near = f"; the nearest is {close[0]}: set --data.fields.{noun} {close[0]}" if close else ""
         raise ConfigError(f"data.fields.{noun}={column}: {where} has no such column, but {known}{near}")
     return found
 
 
-class _Rows:
+class RowReader:
     """Turns the rows of one table into queries."""
 
     def __init__(self, where: str, columns: dict[str, str], image_root: Path | None) -> None:
         self.where, self.columns, self.image_root = where, columns, image_root
-        self.embedded: EmbeddedImages
+        self.embedded: EmbeddedImages | InRows
         self._exists: dict[str, bool] = {}
         main = {columns.get(noun) for noun in ("question", "answer", "images", "id")}
         self._main, self._names = main, {column: noun for noun, column in columns.items() if column not in main}
 
-    def query(self, number: int, row: dict[str, Any]) -> Query:
+    def query(self, number: int | str, row: dict[str, Any]) -> Query:
+        """The row's query; without an id of its own it is called by its number.
+
+        Raises:
+            BadRowError: the row is to be left out.
+        """
         given = self.columns.get("id")
         name = str(number if given is None or row.get(given) is None else row[given])
         shown = name if len(name) <= 80 else f"{name[:80]}..."
         question = row.get(self.columns["question"])
         if not isinstance(question, str):
-            raise _BadRowError(
+            raise BadRowError(
                 "no question", f"{self.where}: row {shown} has no question text in column {self.columns['question']!r}"
             )
         answer = row.get(self.columns["answer"])
         if not isinstance(answer, (str, int, float)) or (isinstance(answer, float) and not math.isfinite(answer)):
-            raise _BadRowError(
+            raise BadRowError(
                 "no answer",
                 f"{self.where}: row {shown} has {_kind(answer)} as answer in column {self.columns['answer']!r}; "
                 "an answer is a text or a number",
@@ -186,7 +201,7 @@ class _Rows:
         images = self._images(shown, row.get(self.columns["images"]) if "images" in self.columns else None)
         marks = question.count(IMAGE_MARK)
         if marks and marks != len(images):
-            raise _BadRowError(
+            raise BadRowError(
                 "image marks",
                 f"{self.where}: row {shown} has {marks} {IMAGE_MARK} marks in its question but {len(images)} images; "
                 "mark every image once, or none",
@@ -201,12 +216,12 @@ class _Rows:
         words = (value for value in query.metadata.values() if isinstance(value, str))
         for text in (query.id, query.question, query.answer, *words):
             if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-                raise _BadRowError(
+                raise BadRowError(
                     "no Unicode", f"{self.where}: row {shown!a} has a lone surrogate in {ascii(text)[:80]}"
                 )
         for column, value in query.metadata.items():
             if isinstance(value, (list, dict)) and _deeper(value, DEEPEST_METADATA):
-                raise _BadRowError(
+                raise BadRowError(
                     "nested too deep",
                     f"{self.where}: row {shown} has more than {DEEPEST_METADATA} levels in column {column!r}",
                 )
@@ -226,7 +241,7 @@ class _Rows:
         if hasattr(item, "convert"):  # a PIL image
             return item
         if not isinstance(item, (str, Path)) or not str(item):
-            raise _BadRowError(
+            raise BadRowError(
                 "no image",
                 f"{self.where}: row {name} has {_kind(item)} in the image column {self.columns['images']!r}; "
                 "images are paths, bytes or a list of these",
@@ -234,7 +249,7 @@ class _Rows:
         path = Path(os.path.expanduser(item))
         if not path.is_absolute():
             if self.image_root is None:
-                raise _BadRowError(
+                raise BadRowError(
                     "no image",
                     f"data.image_root is not set, but {self.where} holds relative image paths (row {name}: "
                     f"{str(item)[:200]}); set it to the folder that they start from",
@@ -248,7 +263,7 @@ class _Rows:
             if "://" in path or str(item).startswith("data:"):
                 hint = "images are files or bytes, nothing is downloaded"
             shown = path if len(path) <= 300 else f"{path[:300]}..."
-            raise _BadRowError("no image", f"{self.where}: row {name}: no image file {shown}; {hint}")
+            raise BadRowError("no image", f"{self.where}: row {name}: no image file {shown}; {hint}")
         return path
 
     def _in_archive(self, path: str) -> bool:
@@ -278,6 +293,14 @@ def _kind(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def fingerprint(queries: Iterable[Query]) -> str:
+    """SHA-256 of the questions' ids, texts and answers, in order."""
+    digest = hashlib.sha256()
+    for query in queries:
+        digest.update(repr((query.id, query.question, query.answer, len(query.images))).encode())
+    return digest.hexdigest()
 
 
 class QueryStream:
@@ -335,6 +358,17 @@ class QueryStream:
         """Queries in the order: all of them, or those of the weighted categories."""
         return sum(map(len, self._members.values()))
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the questions' ids, texts and answers, in the data's order."""
+        return fingerprint(self.queries)
+
+    def keep(self, queries: Iterable[Query]) -> None:
+        """What a checkpoint must hold of the queries that held samples refer to: nothing, the data has them."""
+
+    def kept(self, state: None) -> dict[str, Query]:
+        """The queries by id, of what `keep` gave."""
+        return {query.id: query for query in self.queries}
+
     @property
     def epoch(self) -> float:
         """Queries drawn so far as a multiple of the queries there are."""
@@ -345,9 +379,7 @@ class QueryStream:
         return [self._one() for _ in range(n)]
 
     def _one(self) -> Query:
-        # The category that is furthest behind its share is next: exact shares in every stretch of the order.
-        total = sum(self._drawn.values()) + 1
-        name = max(self._members, key=lambda c: self._shares[c] * total - self._drawn[c])
+        name = furthest_behind(self._shares, self._drawn)
         members = self._members[name]
         epoch, place = divmod(self._drawn[name], len(members))
         if name not in self._orders or self._orders[name][0] != epoch:

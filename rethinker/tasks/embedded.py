@@ -1,7 +1,7 @@
 """Images that a data set holds as bytes: the first 64 MiB stay in memory, the others wait in a file for their turn.
 
-Why not an iterable stream: an exact resume, a seeded order and the split by image need every question by its number. So
-all questions are read once and held (39,000 of them take 50 MB), and their images are read when their turn comes.
+All questions are read once and held (39,000 of them take 50 MB), and their images are read when their turn comes. With
+`data.streaming` images stay in the rows, and only a window of these is held.
 """
 
 from __future__ import annotations
@@ -24,6 +24,15 @@ _CACHED = re.compile(r"embedded-[0-9a-f]{16}\.zip")
 def content_name(content: bytes) -> str:
     """The name of an image by its bytes."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+class InRows:
+    """Takes a stream's embedded images: each stays with its row, and goes with it."""
+
+    @staticmethod
+    def keep(content: bytes) -> dict[str, Any]:
+        """A reference to the image, with a name: a cache whose keys are bytes would never let go of them."""
+        return {"bytes": content, "name": content_name(content)}
 
 
 class EmbeddedImages:

@@ -15,11 +15,12 @@ class Faults:
 
     Args:
         share: `data.max_bad_rows`.
-        rows: of the data set.
+        rows: of the data set, as far as known.
     """
 
     def __init__(self, share: float, rows: int) -> None:
-        self.share, self.limit = share, int(share * rows)
+        self.share = share
+        self.rows(rows)
         self.reasons: Counter[str] = Counter()
         self.first: ConfigError | None = None
 
@@ -31,14 +32,22 @@ class Faults:
         """
         self.first = self.first or error
         self.reasons[reason] += 1
+        self.check()
+
+    def rows(self, rows: int) -> None:
+        """Set the number of rows, where it is not known from the beginning."""
+        self.limit = int(self.share * rows)
+
+    def check(self) -> None:
+        """Raise ConfigError, as `add` does, if there are more than the limit."""
         if self.reasons.total() <= self.limit:
             return
         if not self.limit:
-            raise error
+            raise self.first
         raise type(self.first)(
             f"{self.first} (the first of {self.reasons.total()} unusable rows; data.max_bad_rows={self.share:g} allows "
             f"{self.limit})"
-        ) from error
+        )
 
     def __str__(self) -> str:
         counts = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common())

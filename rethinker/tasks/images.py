@@ -113,9 +113,9 @@ def check_images(queries: Iterable[Query], config: DataConfig | None = None, bud
 
 
 def image_key(reference: Any) -> Any:
-    """What identifies an image in a cache: its path, its bytes, or the object."""
+    """What identifies an image in a cache: its path, its bytes or their name, or the object."""
     if isinstance(reference, Mapping):
-        return reference.get("bytes") or reference["path"]
+        return reference.get("name") or reference.get("bytes") or reference["path"]
     return _Identity(reference) if isinstance(reference, Image.Image) else str(reference)
 
 

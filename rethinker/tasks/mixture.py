@@ -100,6 +100,12 @@ def stream_weights(queries: list[Query], config: DataConfig) -> dict[str, Any]:
     return {"category_weights": shares, "label": label}
 
 
+def furthest_behind(shares: dict[str, float], drawn: dict[str, int]) -> str:
+    """Whose turn it is: exact shares (they sum to 1) in every stretch of the order."""
+    total = sum(drawn.values()) + 1
+    return max(shares, key=lambda name: shares[name] * total - drawn[name])
+
+
 def _source_weights(queries: list[Query], config: DataConfig) -> dict[str, float]:
     """Share of every source, in any scale: its weight, or where none has one its number of questions.
 
@@ -110,6 +116,15 @@ def _source_weights(queries: list[Query], config: DataConfig) -> dict[str, float
         if not any(part.category_weights for part in source_configs(config).values()):
             return {}
         return {name: float(n) for name, n in Counter(map(_source_of, queries)).items()}
+    return check_weights(weights)
+
+
+def check_weights(weights: dict[str, Any]) -> dict[str, float]:
+    """The sources' weights, all of them given.
+
+    Raises:
+        ConfigError: one is no positive number.
+    """
     for name, weight in weights.items():
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not number or not math.isfinite(weight) or weight <= 0:

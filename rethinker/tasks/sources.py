@@ -9,9 +9,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rethinker.config import ConfigError
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow.parquet as parquet
 
 # Of a .jsonl file, in bytes; a row with its images in base64 is far below.
 LONGEST_LINE = 256 * 2**20
@@ -61,14 +65,14 @@ def open_table(name: str, split: str, setting: str) -> Table:
     path = Path(os.path.expanduser(name))
     if path.suffix in (".parquet", ".jsonl"):
         if not os.path.isfile(path):
-            raise ConfigError(f"{setting}={name}: no such file{_nearby(path)}")
+            raise ConfigError(f"{setting}={name}: no such file{nearby(path)}")
         read = _parquet if path.suffix == ".parquet" else _jsonl
         try:
             return read(path, setting)
         except ConfigError:
             raise
         except Exception as error:
-            raise ConfigError(f"{setting}={name}: not a readable {path.suffix} file ({_one_line(error)})") from error
+            raise ConfigError(f"{setting}={name}: not a readable {path.suffix} file ({one_line(error)})") from error
     if os.path.isfile(path):
         raise ConfigError(f"{setting}={name}: files are read as .parquet or .jsonl; convert it, or give the folder")
     return _hugging_face(name, path, split, setting)
@@ -76,43 +80,58 @@ def open_table(name: str, split: str, setting: str) -> Table:
 
 def _parquet(path: Path, setting: str) -> Table:
     import pyarrow
-    import pyarrow.parquet as parquet
 
-    # Read in pieces: a column of images may be one chunk of gigabytes.
-    file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
-    size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-    batch_size = max(1, min(1024, BATCH_BYTES * file.metadata.num_rows // max(1, size)))
-    columns = list(file.schema_arrow.names)
-    where = f"{setting}={path}"
+    file, where = open_parquet(path), f"{setting}={path}"
 
     def rows() -> Iterator[dict[str, Any] | ConfigError]:
         number = 0
-        for batch in _stopping(file.iter_batches(batch_size=batch_size), where):
-            try:
-                yield from batch.to_pylist()
-            except Exception:  # one value that is not what its column says, such as a text that is no UTF-8
-                yield from (_row(batch, i, columns, f"{where}: row {number + i}") for i in range(batch.num_rows))
-            number += batch.num_rows
+        for group in range(file.metadata.num_row_groups):
+            yield from parquet_rows(file, group, where, number)
+            number += file.metadata.row_group(group).num_rows
         pyarrow.default_memory_pool().release_unused()  # up to gigabytes that the allocator would keep
 
     status = path.stat()
     identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    return Table(columns, file.metadata.num_rows, rows(), path.parent, identity)
+    return Table(list(file.schema_arrow.names), file.metadata.num_rows, rows(), path.parent, identity)
+
+
+def open_parquet(path: Path) -> parquet.ParquetFile:
+    """The file, to be read in pieces: a column of images may be one chunk of gigabytes."""
+    import pyarrow.parquet as parquet
+
+    return parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+
+
+def parquet_rows(
+    file: parquet.ParquetFile, group: int, where: str, number: int = 0
+) -> Iterator[dict[str, Any] | ConfigError]:
+    """The rows of one row group, or the errors of those that cannot be read; the first row is called `number`."""
+    size = file.metadata.row_group(group)
+    batch_size = max(1, min(1024, BATCH_BYTES * size.num_rows // max(1, size.total_byte_size)))
+    columns = list(file.schema_arrow.names)
+    for batch in stopping(file.iter_batches(batch_size=batch_size, row_groups=[group]), where):
+        try:
+            yield from batch.to_pylist()
+        except Exception:  # one value that is not what its column says, such as a text that is no UTF-8
+            yield from (_row(batch, i, columns, f"{where}: row {number + i}") for i in range(batch.num_rows))
+        number += batch.num_rows
 
 
 def _row(batch: Any, i: int, columns: list[str], where: str) -> dict[str, Any] | ConfigError:
     try:
         return {name: column[i].as_py() for name, column in zip(columns, batch.columns, strict=True)}
     except Exception as error:
-        return ConfigError(f"{where} cannot be read ({_one_line(error)})")
+        return ConfigError(f"{where} cannot be read ({one_line(error)})")
 
 
-def _stopping(rows: Any, where: str) -> Iterator[Any]:
+def stopping(rows: Any, where: str) -> Iterator[Any]:
     """What a library reads; whatever it raises on damaged bytes becomes one line."""
     try:
         yield from rows
+    except ConfigError:
+        raise
     except Exception as error:
-        raise ConfigError(f"{where}: damaged data ({_one_line(error)})") from error
+        raise ConfigError(f"{where}: damaged data ({one_line(error)})") from error
 
 
 def _jsonl(path: Path, setting: str) -> Table:
@@ -125,7 +144,7 @@ def _jsonl(path: Path, setting: str) -> Table:
                 continue
             if len(line) == LONGEST_LINE:
                 raise ConfigError(f"{where}: line {number} is longer than {LONGEST_LINE >> 20} MiB")
-            row = _object(line, where, number)
+            row = json_object(line, where, number)
             rows.append(row)
             if isinstance(row, dict):
                 columns.update(dict.fromkeys(row))
@@ -138,19 +157,33 @@ def _jsonl(path: Path, setting: str) -> Table:
     return Table(list(columns), len(rows), iter(rows), path.parent)
 
 
-def _object(line: bytes, where: str, number: int) -> dict[str, Any] | ConfigError:
+def json_object(line: bytes, where: str, number: int | str) -> dict[str, Any] | ConfigError:
     try:
         row = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
         return ConfigError(f"{where}: line {number} is not JSON ({error.msg})")
     except (ValueError, RecursionError) as error:  # no UTF-8, a number of 5,000 digits, a thousand brackets
-        return ConfigError(f"{where}: not a readable .jsonl file (line {number}: {_one_line(error)})")
+        return ConfigError(f"{where}: not a readable .jsonl file (line {number}: {one_line(error)})")
     if not isinstance(row, dict):
         return ConfigError(f"{where}: line {number} is not a JSON object with a column per key")
     return row
 
 
 def _hugging_face(name: str, path: Path, split: str, setting: str) -> Table:
+    loaded = load_hugging_face(name, path, split, setting, streaming=False)
+    rows = stopping(loaded, f"{setting}={name}")
+    folder = path if os.path.isdir(path) else None
+    return Table(list(loaded.column_names), len(loaded), rows, folder, loaded._fingerprint)
+
+
+def load_hugging_face(
+    name: str, path: Path, split: str, setting: str, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    """A split as the library gives it, images still encoded. What `save_to_disk` wrote is no stream, but mapped.
+
+    Raises:
+        ConfigError: as `open_table`.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -165,7 +198,7 @@ def _hugging_face(name: str, path: Path, split: str, setting: str) -> Table:
             loaded = datasets.load_from_disk(str(path))
         else:
             with contextlib.nullcontext() if local or hub_answers(source) else _only_the_cache():
-                loaded = datasets.load_dataset(str(path) if local else source, subset or None)
+                loaded = datasets.load_dataset(str(path) if local else source, subset or None, streaming=streaming)
     except Exception as error:  # the library raises anything from FileNotFoundError to its own and the hub's errors
         hint = difflib.get_close_matches(name, ["easy_vqa", "digits"], cutoff=0.7)
         fix = (
@@ -173,20 +206,19 @@ def _hugging_face(name: str, path: Path, split: str, setting: str) -> Table:
             if hint
             else "give easy_vqa, digits, a .parquet or .jsonl file, a folder, or a data set name"
         )
-        raise ConfigError(f"{setting}={name}: cannot load it ({_one_line(error)}); {fix}") from error
+        raise ConfigError(f"{setting}={name}: cannot load it ({one_line(error)}); {fix}") from error
     finally:
         datasets.enable_progress_bars()
     if isinstance(loaded, dict):
         if split not in loaded:
             raise ConfigError(f"{setting}_split={split}: {name} has the splits {', '.join(loaded)}")
         loaded = loaded[split]
-    for column, feature in loaded.features.items():  # images stay encoded until they are needed
+    for column, feature in (loaded.features or {}).items():  # images stay encoded until they are needed
         if isinstance(feature, datasets.Image):
             loaded = loaded.cast_column(column, datasets.Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             loaded = loaded.cast_column(column, type(feature)(datasets.Image(decode=False)))
-    rows = _stopping(loaded, f"{setting}={name}")
-    return Table(list(loaded.column_names), len(loaded), rows, path if local else None, loaded._fingerprint)
+    return loaded
 
 
 def hub_answers(name: str) -> bool:
@@ -214,7 +246,7 @@ def _only_the_cache() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _nearby(path: Path) -> str:
+def nearby(path: Path) -> str:
     if not os.path.isdir(path.parent):
         return f" (there is no folder {path.parent})"
     try:
@@ -224,5 +256,5 @@ def _nearby(path: Path) -> str:
     return f"; did you mean {path.with_name(close[0])}?" if close else ""
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

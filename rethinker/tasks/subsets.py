@@ -36,7 +36,7 @@ def one_side(queries: list[Query], side: Side, share: float, root: str | None, w
     Raises:
         ConfigError: nothing is left.
     """
-    sides = [_side(query, share, root) for query in queries]
+    sides = [side_of(query, share, root) for query in queries]
     torn = sides.count(None)
     if torn and side == "train" and os.environ.get("RANK", "0") == "0":
         log.warning("%s: left out %d questions whose images fall on both sides of the split", where, torn)
@@ -49,8 +49,9 @@ def one_side(queries: list[Query], side: Side, share: float, root: str | None, w
     return chosen
 
 
-def _side(query: Query, share: float, root: str | None) -> Side | None:
-    keys = {_image_name(image, root) for image in query.images} or {f"question {query.question}"}
+def side_of(query: Query, share: float, root: str | None) -> Side | None:
+    """The side that a question falls to by its hash; None with images of both."""
+    keys = {image_name(image, root) for image in query.images} or {f"question {query.question}"}
     sides: set[Side] = {"validation" if _fraction(key) < share else "train" for key in keys}
     return sides.pop() if len(sides) == 1 else None
 
@@ -61,7 +62,7 @@ def _fraction(key: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _image_name(reference: Any, root: str | None) -> str:
+def image_name(reference: Any, root: str | None) -> str:
     """What an image is called wherever the data lies."""
     if isinstance(reference, Mapping):
         if reference.get("bytes"):
@@ -85,10 +86,8 @@ def sometimes_right(queries: list[Query], column: str, where: str) -> list[Query
     Raises:
         ConfigError: no such column, or none is left.
     """
-    if not any(column in query.metadata for query in queries):
-        known = ", ".join(sorted({name for query in queries[:100] for name in query.metadata})) or "none besides"
-        raise ConfigError(f"data.pass_rate={column}: {where} has no such column, but {known}")
-    reasons = [_why_not(query.metadata.get(column)) for query in queries]
+    check_pass_rates(queries, column, where)
+    reasons = [why_not(query.metadata.get(column)) for query in queries]
     chosen = [query for query, reason in zip(queries, reasons, strict=True) if reason is None]
     counts = ", ".join(f"{reason} {n}" for reason, n in Counter(filter(None, reasons)).most_common())
     if not chosen:
@@ -100,7 +99,15 @@ def sometimes_right(queries: list[Query], column: str, where: str) -> list[Query
     return chosen
 
 
-def _why_not(rate: Any) -> str | None:
+def check_pass_rates(queries: list[Query], column: str, where: str) -> None:
+    """Refuse (ConfigError) a column that none of the questions has."""
+    if not any(column in query.metadata for query in queries):
+        known = ", ".join(sorted({name for query in queries[:100] for name in query.metadata})) or "none besides"
+        raise ConfigError(f"data.pass_rate={column}: {where} has no such column, but {known}")
+
+
+def why_not(rate: Any) -> str | None:
+    """Why a question with this pass rate is left out; None if it is trained on."""
     measured = isinstance(rate, (int, float)) and math.isfinite(rate) and rate >= 0
     if not measured:
         return "not measured"

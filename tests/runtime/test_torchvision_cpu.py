@@ -29,6 +29,11 @@ def test_transforms_work_after_the_repair():
     assert result.stdout == "(3, 4, 4) torchvision.nms\n"
 
 
+def test_a_server_is_described_before_any_model_is_loaded():
+    """`rethinker serve` reads the engine's settings first: the module comes with the repair, like the policy's."""
+    assert python("import rethinker.rollout.vllm_settings").stderr == ""
+
+
 def test_children_repair_themselves(tmp_path):
     """Under child_environment() a fresh Python imports torchvision with no call of ours, and pays nothing before."""
     code = "import sys; assert 'torch' not in sys.modules; import torchvision, torchvision.ops; print('imported')"

@@ -82,9 +82,9 @@ def test_a_wrong_column_stops_after_the_share(tmp_path, monkeypatch):
     """A column of the wrong type ends a large data set after 1% of its rows, not after all."""
     file = write(tmp_path, 1000, {number: {"answer": None} for number in range(1000)})
     read = []
-    real = datasets._Rows.query
+    real = datasets.RowReader.query
     monkeypatch.setattr(
-        datasets._Rows, "query", lambda self, number, row: read.append(number) or real(self, number, row)
+        datasets.RowReader, "query", lambda self, number, row: read.append(number) or real(self, number, row)
     )
     with pytest.raises(ConfigError, match="row row 0 has nothing as answer"):
         load_queries(DataConfig(train=file), "train")
