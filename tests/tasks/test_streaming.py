@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -240,6 +241,16 @@ def test_queries_of_held_samples_are_kept(tmp_path):
     moved = StreamedQueries(data, 5).kept(read_state(tmp_path / "state"))
     paths = [path for query in moved.values() for path in query.images if isinstance(path, str)]
     assert len(paths) > 20 and all(Path(path).is_file() for path in paths)
+
+
+def test_kept_queries_are_told_apart_by_id(tmp_path):
+    """One that was read twice is one, whatever its metadata; two questions of one id cannot both be found again."""
+    stream = StreamedQueries(config(tmp_path), 0)
+    (query,) = stream.next(1)
+    again = replace(query, metadata={"number": float("nan")})
+    assert len(stream.keep([query, again])["queries"]) == 1
+    with pytest.raises(ConfigError, match=r"data\.fields\.id=qid: the id .* occurs more than once"):
+        stream.keep([query, replace(query, answer="another")])
 
 
 @pytest.mark.parametrize(
