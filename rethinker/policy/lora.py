@@ -120,7 +120,7 @@ def save(folder: Path, model: nn.Module, state: dict[str, torch.Tensor], base: s
         state: `adapter_parameters`, whole and on the CPU.
         base: the model that they belong to; a folder is named by its whole path.
     """
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     model.peft_config[_NAME].save_pretrained(folder)
     file = folder / "adapter_config.json"
     named = json.loads(file.read_text()) | {"base_model_name_or_path": _whole_name(base), "inference_mode": True}
