@@ -83,6 +83,8 @@ def _changes(config: Config, machine: Machine) -> Iterator[tuple[str, Any]]:
     yield "rollout.max_new_tokens", config.rollout.max_new_tokens // 2
     if config.algorithm.kl_coef > 0:
         yield "algorithm.kl_coef", 0.0
+    if not config.policy.lora.rank:
+        yield "policy.lora.rank", 16
 
 
 def _together(plan: Plan, machine: Machine, likely: dict[str, Any]) -> dict[str, Any]:

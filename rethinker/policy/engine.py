@@ -89,7 +89,7 @@ class PolicyEngine:
         announced = HfDeepSpeedConfig(settings)
         dtype = getattr(torch, config.policy.dtype)
         going_on = lora.resumed(config, model_dir)
-        self.base_dir = lora.base_of(going_on) if going_on else model_dir
+        self.base_dir = lora.base_of(going_on, config.policy.model) if going_on else model_dir
         model = load_model(self.base_dir, dtype)
         self.adapters = lora.add_adapters(model, config.policy.lora, config.seed) if config.policy.lora.rank else {}
         if going_on:

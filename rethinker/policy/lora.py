@@ -120,7 +120,7 @@ def save(folder: Path, model: nn.Module, state: dict[str, torch.Tensor], base: s
         state: `adapter_parameters`, whole and on the CPU.
         base: the model that they belong to; a folder is named by its whole path.
     """
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     model.peft_config[_NAME].save_pretrained(folder)
     file = folder / "adapter_config.json"
     named = json.loads(file.read_text()) | {"base_model_name_or_path": _whole_name(base), "inference_mode": True}
@@ -152,19 +152,25 @@ def resumed(config: Config, model_dir: str | Path) -> Path | None:
     return folder if goes_on and folder.is_dir() else None
 
 
-def base_of(folder: Path) -> str:
+def base_of(folder: Path, model: str) -> str:
     """The model that the adapters in a folder belong to. Merged weights cannot be taken apart again exactly.
 
+    Args:
+        folder: of `save`.
+        model: policy.model, for a folder that has been moved.
+
     Raises:
-        ConfigError: it was a folder that is gone.
+        ConfigError: it is a folder, and neither where it was nor at policy.model.
     """
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    if Path(base).is_absolute() and not Path(base).is_dir():
-        raise ConfigError(
-            f"resume: {folder} has adapters of the model {base}, which is gone; bring it back there (training goes on "
-            "from its weights, not from the merged ones)"
-        )
-    return base
+    if not Path(base).is_absolute() or Path(base).is_dir():
+        return base
+    if Path(model).expanduser().is_dir():
+        return _whole_name(model)
+    raise ConfigError(
+        f"resume: {folder} has adapters of the model {base}, which is gone; bring it back there (training goes on from "
+        "its weights, not from the merged ones)"
+    )
 
 
 def is_same_model(one: str | Path, other: str | Path) -> bool:

@@ -96,7 +96,7 @@ def mismatch(engine: PolicyEngine, folder: Path, config: Config, encoder: Prompt
 
 
 def refusals(config: Config, scratch: Path, encoder: PromptEncoder, counters: dict, ranks) -> list[str]:
-    """What a resumed run says when its base has been trained since, and when it is gone."""
+    """What a resumed run says when its base has been trained since, when it is gone, and when it has been moved."""
     folder, moved = scratch / f"checkpoint_{ranks.world_size}", scratch / "base"
     said = []
     resumed = dataclasses.replace(config, resume="auto")
@@ -105,10 +105,13 @@ def refusals(config: Config, scratch: Path, encoder: PromptEncoder, counters: di
     shutil.copytree(config.policy.model, moved)
     shutil.copy2(folder / "model.safetensors", moved)  # merged weights in the base's place
     file.write_text(text.replace(str(Path(config.policy.model).resolve()), str(moved.resolve())))
-    for change in (lambda: None, lambda: shutil.rmtree(moved)):
-        change()
+    lost = dataclasses.replace(resumed, policy=dataclasses.replace(config.policy, model=str(moved)))
+    for given in (resumed, lost, resumed):
+        if given is lost:
+            shutil.rmtree(moved)
         try:
-            PolicyEngine(resumed, folder, encoder, ranks, total_steps=10).load_state_dict(counters)
+            PolicyEngine(given, folder, encoder, ranks, total_steps=10).load_state_dict(counters)
+            said.append("")
         except ConfigError as error:
             said.append(str(error))
     file.write_text(text)

@@ -57,8 +57,8 @@ def _off(planned: float, measured: float) -> float:
 
 
 def test_the_peak_of_a_step_is_the_planned_one(measured):
-    """Memory at the worst moment of a step is within 12% of the plan's: long text, checkpointing, many image patches, a
-    large head, bf16; each has another worst moment."""
+    """Memory at the worst moment of a step is within 12% of the plan's: long text, adapters, checkpointing, many image
+    patches, a large head, bf16; each has another worst moment."""
     moments = set()
     for name, (_, peak, state, step) in measured.items():
         assert _off(total(state) + total(step), peak) < TOLERANCE, (name, peak, state, step)

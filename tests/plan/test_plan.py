@@ -77,6 +77,25 @@ def test_state_is_eighteen_bytes_per_parameter_over_the_ranks():
     assert total(device) == pytest.approx((18 * shape.text_parameters + 2 * shape.vision_parameters) / 8 + bucket)
 
 
+def test_only_adapters_have_gradients_and_moments():
+    """policy.lora.rank: 2 bytes of every weight, 18 of an adapter's, whatever else is frozen; no second model for
+    algorithm.kl_coef; a checkpoint is a model with little more; the sync has a merged weight besides."""
+    shape, config = shape_of(QWEN.format("7B")), settings(policy__lora__rank=16)
+    sides = {name: wide + high for name, wide, high in shape.linears}
+    assert len(sides) == 7 and sides["self_attn.q_proj"] == 2 * 3584 and sides["mlp.up_proj"] == 3584 + 18944
+    adapters = memory.lora_parameters(config, shape)
+    assert adapters == 28 * 16 * sum(sides.values())
+    few = settings(policy__lora__rank=16, policy__lora__target_modules=["q_proj"])
+    assert memory.lora_parameters(few, shape) == 28 * 16 * 2 * 3584
+    for other in ({}, {"algorithm__kl_coef": 0.01}, {"policy__freeze_vision": True}):
+        device, _ = training_state(settings(policy__lora__rank=16, **other), shape, 8, True)
+        assert total(device) == pytest.approx((2 * shape.parameters + 18 * adapters) / 8 + 5e8 * 2)
+    base, lora = phases(make_plan(settings(), machine(8))), phases(make_plan(config, machine(8)))
+    assert lora["training"] < base["training"] - 16 and lora["disk"] < base["disk"] / 4
+    with pytest.raises(ConfigError, match="nearest: q_proj"):
+        make_plan(settings(policy__lora__rank=16, policy__lora__target_modules=["q_prj"]), machine(8))
+
+
 def test_zero3_settings_are_the_engines():
     """The plan's defaults are those that the policy engine gives DeepSpeed or leaves to it, on CPU and GPU."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
