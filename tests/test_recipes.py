@@ -23,7 +23,7 @@ SCALES = {
 def test_every_recipe_is_listed():
     """A new recipe joins the table above, and with it these tests."""
     assert set(SCALES) == {name for name in shipped_recipes() if not name.startswith("easy_vqa")}
-    assert set(presets()) == {"virl39k", "released_code", "stage2"}
+    assert set(presets()) == {"virl39k", "released_code", "stage2", "offload", "zeropp"}
 
 
 @pytest.mark.parametrize("name", SCALES)
@@ -60,10 +60,10 @@ def test_parts_that_do_not_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="no recipe named 'stage2': give a shipped one"):
         resolve_config("stage2")
-    with pytest.raises(ConfigError, match=r"no recipe named 'stage3': give a shipped one \(released_code, stage2"):
+    with pytest.raises(ConfigError, match=r"no recipe named 'stage3': give a shipped one \(offload, released_code, "):
         resolve_config("qwen2_5_vl_7b+stage3")
     (tmp_path / "mine.yaml").write_text("base: stage9\n")
-    with pytest.raises(ConfigError, match="base='stage9' must be one of released_code, stage2, virl39k"):
+    with pytest.raises(ConfigError, match="base='stage9' must be one of offload, released_code, stage2, virl39k"):
         resolve_config("mine.yaml")
     (tmp_path / "mine.yaml").write_text("base: virl39k\npolicy: {model: /m}\n")
     config = resolve_config("mine.yaml+stage2")

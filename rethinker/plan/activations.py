@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rethinker.config import LoraConfig, PolicyConfig
+from rethinker.families import family_of
 from rethinker.plan.shapes import Shape, meta_model
 
 _ATTENTION = "rethinker_plan"
@@ -102,7 +103,8 @@ def text_activations(
         rows = factor * most_rows
         language = _policy(shape, dtype, kernel, checkpointing, depth, lora).model.language_model
         mask = torch.empty(rows, 1, row, row, dtype=torch.bool, device="meta") if kernel == "sdpa" else None
-        positions = torch.empty(3, rows, row, dtype=torch.int64, device="meta")
+        axes = (3,) if family_of(shape.config.model_type).MROPE else ()
+        positions = torch.empty(*axes, rows, row, dtype=torch.int64, device="meta")
         index = torch.empty(rows, row, dtype=torch.int64, device="meta")
 
         def forward() -> torch.Tensor:
@@ -124,12 +126,14 @@ def text_activations(
 @functools.lru_cache(maxsize=64)
 def vision_activations(shape: Shape, *, dtype: str, checkpointing: bool) -> Activations:
     """Of the vision tower, its merger included, per patch."""
+    if shape.tile:
+        return _tile_activations(shape, dtype, checkpointing)
 
     def run(depth: int, factor: int) -> tuple[float, float, float]:
         patches = factor * _PATCHES
         cu_seqlens = torch.arange(0, patches + 1, _WINDOW)
         visual = _policy(shape, dtype, "flex", checkpointing, depth).model.visual
-        width = visual.config.hidden_size // visual.config.num_heads
+        width = shape.vision_hidden // visual.config.num_heads
 
         def forward() -> torch.Tensor:
             pixels = torch.empty(patches, shape.patch_values, device="meta")
@@ -143,7 +147,27 @@ def vision_activations(shape: Shape, *, dtype: str, checkpointing: bool) -> Acti
         keep: list[torch.Tensor] = []
         return _run(visual, forward, keep)
 
-    return _per_unit(run, shape.config.vision_config.depth, _PATCHES)
+    return _per_unit(run, shape.vision_layers, _PATCHES)
+
+
+def _tile_activations(shape: Shape, dtype: str, checkpointing: bool) -> Activations:
+    """Of InternVL's vision tower and projector, per patch."""
+    tiles = max(1, _PATCHES // shape.tile_patches)
+    channels = shape.config.vision_config.num_channels
+
+    def run(depth: int, factor: int) -> tuple[float, float, float]:
+        model = _policy(shape, dtype, "flex", checkpointing, depth)
+        family = family_of(shape.config.model_type)
+
+        def forward() -> torch.Tensor:
+            pixels = torch.empty(factor * tiles, channels, shape.tile, shape.tile, device="meta")
+            keep.append(pixels)
+            return family.features(model, {"pixel_values": pixels})[0]
+
+        keep: list[torch.Tensor] = []
+        return _run(nn.ModuleList(family.vision_modules(model)), forward, keep)
+
+    return _per_unit(run, shape.vision_layers, tiles * shape.tile_patches)
 
 
 def _run(module: nn.Module, forward: Any, keep: list[torch.Tensor]) -> tuple[float, float, float]:

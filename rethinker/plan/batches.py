@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from rethinker.config import Config
-from rethinker.plan.memory import MicroBatch, lora_parameters, weight_bytes
+from rethinker.plan.memory import MicroBatch, Zero3, lora_parameters, weight_bytes
 from rethinker.plan.shapes import Shape
 
 _TEXT_TOKENS = 100  # of a likely prompt, besides its image
@@ -103,14 +103,16 @@ class Times:
         peak_flops: float,
         bandwidth: float,
         network: float,
+        local: float,
     ) -> Times:
         """From arithmetic alone.
 
         Training: 6 FLOP per parameter and token, 8 with gradient checkpointing, and 12 D per layer and attended pair,
         at `mfu` of `peak_flops`; under adapters the frozen weights have no gradients (2 less), and the vision tower no
         backward. ZeRO-3: every micro-batch gathers the weights twice and scatters the gradients, at `network` bytes/s
-        per GPU. Sampling: every token of every wave reads the engine's weights and the cache of its sequences, at half
-        of `bandwidth`; the prompts are computed once, at `mfu`.
+        per GPU; with hpZ only a step's first gather takes that way, the others the node's `local` one. Sampling: every
+        token of every wave reads the engine's weights and the cache of its sequences, at half of `bandwidth`; the
+        prompts are computed once, at `mfu`.
         """
         G, N = config.rollout.group_size, config.train.batch_pairs
         queries, tp, b = N // G, config.rollout.tensor_parallel_size, weight_bytes(config)
@@ -134,10 +136,12 @@ class Times:
         prompts = 2 * (shape.text_parameters * queries * p + shape.vision_parameters * patches)
         prefill = prompts / (gpus * peak_flops * mfu)
         micro_batches = math.ceil(tokens / (config.train.micro_batch_tokens * gpus))
-        gathered = shape.parameters + adapters
-        scattered = adapters or shape.parameters
-        moved = b * (2 * gathered + scattered) * (gpus - 1) / gpus * micro_batches
-        return cls(flop, flop / (gpus * peak_flops * mfu), moved / network, decode + prefill, mfu)
+        away = b * (gpus - 1) / gpus  # of a parameter, on other GPUs
+        gather, scatter = away * (shape.parameters + adapters), away * (adapters or shape.parameters)
+        within = 2 * micro_batches - 1 if Zero3.of(config, on_gpu=True).node_copy > 1 else 0  # gathers
+        between = gather * (2 * micro_batches - within) + scatter * micro_batches
+        moved = between / network + gather * within / local
+        return cls(flop, flop / (gpus * peak_flops * mfu), moved, decode + prefill, mfu)
 
     @property
     def step_s(self) -> float:

@@ -144,8 +144,9 @@ def make_plan(
     if on_gpu and not rollout.cache_missing:
         network = machine.network if machine.nodes > 1 else machine.nvlink
         given = {"mfu": machine.mfu, "peak_flops": machine.peak_flops, "bandwidth": machine.bandwidth}
+        given |= {"network": network, "local": machine.nvlink}
         likely = rollout.cache_tokens / (traffic.prompt / config.rollout.group_size + traffic.response)
-        times = Times.of(config, shape, traffic, ranks, min(rollout.most_sequences, likely), **given, network=network)
+        times = Times.of(config, shape, traffic, ranks, min(rollout.most_sequences, likely), **given)
     phases = _device_phases(machine, state, step, sync, rollout) if on_gpu else []
     return Plan(
         config=config,

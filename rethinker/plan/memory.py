@@ -54,6 +54,7 @@ class Zero3:
     gradient_bytes: int
     optimizer_on_host: bool
     parameters_on_host: bool
+    node_copy: int  # GPUs that share a second copy of the weights (hpZ); 1: there is none
 
     @classmethod
     def of(cls, config: Config, on_gpu: bool) -> Zero3:
@@ -74,6 +75,7 @@ class Zero3:
             gradient_bytes=4 if kind in ("fp32", "float32") else 2,
             optimizer_on_host=away("offload_optimizer"),
             parameters_on_host=away("offload_param"),
+            node_copy=max(1, number("zero_hpz_partition_size", 1)),
         )
 
 
@@ -117,6 +119,9 @@ def training_state(config: Config, shape: Shape, ranks: int, on_gpu: bool) -> tu
     optimizer.append(Term("fp32 master weights", 4 * trained, "4 bytes / ranks"))
     optimizer.append(Term("AdamW moments", 8 * trained, "8 bytes / ranks"))
     device = [Term("gradient bucket", zero.bucket * b, "reduce_bucket_size")]
+    if (sharing := min(zero.node_copy, ranks)) > 1:
+        copied = b * shape.parameters / sharing
+        device.append(Term("the node's copy of the weights", copied, f"{b} bytes / {sharing}, zero_hpz_partition_size"))
     if config.algorithm.kl_coef > 0 and not adapters:
         device.append(Term("reference policy", b * whole, "algorithm.kl_coef > 0"))
     host: list[Term] = []

@@ -81,9 +81,8 @@ def _working_memory(config: Config, shape: Shape, batched: int, sequences: int) 
     Estimated from the sizes of its tensors: gate, up and their product; four fp32 copies of the logits.
     """
     b, tp = weight_bytes(config), config.rollout.tensor_parallel_size
-    vision = shape.config.vision_config
     layer = batched * b * (3 * shape.intermediate / tp + 6 * shape.hidden)
     sampler = sequences * shape.vocabulary * 4 * 4
     tokens = min(batched, config.data.max_prompt_tokens)
-    seen = tokens * shape.merge**2 * b * (3 * vision.intermediate_size + 6 * vision.hidden_size)
+    seen = tokens * shape.merge**2 * b * (3 * shape.vision_intermediate + 6 * shape.vision_hidden)
     return max(layer, sampler, seen) + batched * shape.hidden * b

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rethinker.config import ConfigError
+from rethinker.families import FAMILIES, SUPPORTED, family_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,6 +87,10 @@ class Shape:
     patch: int  # pixels
     merge: int  # patches per side of an image token
     patch_values: int  # numbers that the processor makes of a patch
+    vision_layers: int
+    vision_hidden: int
+    vision_intermediate: int
+    tile: int = 0  # pixels per side of the tiles that an image is cut into; 0: images of any size
 
     @property
     def head_parameters(self) -> int:
@@ -98,8 +103,16 @@ class Shape:
         return self.parameters - self.vision_parameters
 
     def image_tokens(self, pixels: int) -> int:
-        """Tokens of an image of that many pixels."""
+        """Tokens of an image of that many pixels: of its tiles and, if there are several, one of the whole."""
+        if self.tile:
+            tiles = max(1, pixels // self.tile**2)
+            pixels = (tiles + (tiles > 1)) * self.tile**2
         return pixels // (self.patch * self.merge) ** 2
+
+    @property
+    def tile_patches(self) -> int:
+        """Patches of a tile."""
+        return (self.tile // self.patch) ** 2
 
 
 @functools.cache
@@ -112,10 +125,13 @@ def shape_of(model: str) -> Shape:
     import torch
 
     config = _config_of(model)
+    if config.model_type not in FAMILIES:
+        raise ConfigError(f"policy.model={model} is a {config.model_type!r} model; supported: {SUPPORTED}")
     try:
         built = meta_model(config)
-        text, vision = config.get_text_config(), config.vision_config
-        language, visual = built.model.language_model, built.model.visual
+        text = config.get_text_config()
+        language = built.model.language_model
+        visual = family_of(config.model_type).vision_modules(built)
     except (ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"policy.model={model}: no vision-language model that can be planned: {reason}") from error
@@ -127,7 +143,7 @@ def shape_of(model: str) -> Shape:
         name=model,
         config=config,
         parameters=count(built),
-        vision_parameters=count(visual),
+        vision_parameters=sum(map(count, visual)),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
@@ -143,10 +159,33 @@ def shape_of(model: str) -> Shape:
             if isinstance(part, torch.nn.Linear)
         ),
         largest_group=max(count(language.layers[0]), built.lm_head.weight.numel()),
-        patch=vision.patch_size,
-        merge=vision.spatial_merge_size,
-        patch_values=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        **_images(config),
     )
+
+
+def _images(config: Any) -> dict[str, int]:
+    """What Shape says of images: Qwen's are of any size, InternVL's are cut into square tiles."""
+    vision = config.vision_config
+    if config.model_type == "internvl":
+        (patch, _), (tile, _) = vision.patch_size, vision.image_size
+        return {
+            "patch": patch,
+            "merge": round(1 / config.downsample_ratio),
+            "patch_values": vision.num_channels * patch**2,
+            "vision_layers": vision.num_hidden_layers,
+            "vision_hidden": vision.hidden_size,
+            "vision_intermediate": vision.intermediate_size,
+            "tile": tile,
+        }
+    hidden = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL calls the language model's the hidden size
+    return {
+        "patch": vision.patch_size,
+        "merge": vision.spatial_merge_size,
+        "patch_values": vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        "vision_layers": vision.depth,
+        "vision_hidden": hidden,
+        "vision_intermediate": getattr(vision, "intermediate_size", None) or vision.mlp_ratio * hidden,
+    }
 
 
 def meta_model(config: Any, *, depth: int | None = None, dtype: Any = None) -> nn.Module:
@@ -159,7 +198,8 @@ def meta_model(config: Any, *, depth: int | None = None, dtype: Any = None) -> n
     if depth is not None:
         config = copy.deepcopy(config)
         text, vision = config.get_text_config(), config.vision_config
-        text.num_hidden_layers = vision.depth = depth
+        text.num_hidden_layers = depth
+        setattr(vision, "num_hidden_layers" if config.model_type == "internvl" else "depth", depth)
         if getattr(text, "layer_types", None):
             text.layer_types = (text.layer_types * depth)[:depth]
         for late in ("fullatt_block_indexes", "deepstack_visual_indexes"):

@@ -32,7 +32,7 @@ from rethinker.policy.out_of_memory import (
 )
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.policy.schedule import learning_rate
-from rethinker.policy.zero3 import gather_whole_layers, zero3_settings
+from rethinker.policy.zero3 import gather_whole_layers, reference_settings, zero3_settings
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.ownership import bring
 from rethinker.runtime.profiling import phase
@@ -100,12 +100,13 @@ class PolicyEngine:
         reference_dir = reference_dir or self.base_dir
         self.reference = None
         if config.algorithm.kl_coef > 0 and not (self.adapters and lora.is_same_model(reference_dir, self.base_dir)):
+            frozen = reference_settings(settings)
+            announced = HfDeepSpeedConfig(frozen)
             reference = Policy(load_model(reference_dir, dtype), config.policy)
             reference.requires_grad_(False)
             if config.policy.compile:
                 gather_whole_layers(reference)
-            without_optimizer = {k: v for k, v in settings.items() if k not in ("optimizer", "gradient_clipping")}
-            self.reference, *_ = deepspeed.initialize(model=reference, config=without_optimizer)
+            self.reference, *_ = deepspeed.initialize(model=reference, config=frozen)
         del announced  # or the rollout's own copy of the model would be partitioned too
         # eval(): no dropout in the policy, the ratio would not be 1 on policy.
         trained = [p for p in policy.parameters() if p.requires_grad]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rethinker.config import Config
+from rethinker.config import Config, ConfigError
 from rethinker.runtime.distributed import Ranks
 
 
@@ -34,7 +34,24 @@ def zero3_settings(config: Config, ranks: Ranks) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    return _merge(settings, config.train.deepspeed)
+    merged = _merge(settings, config.train.deepspeed)
+    part = merged["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if ranks.world_size % max(1, min(part, ranks.world_size)):
+        raise ConfigError(
+            f"train.deepspeed.zero_optimization.zero_hpz_partition_size={part} must divide the number of ranks "
+            f"({ranks.world_size}): give the GPUs of a node"
+        )
+    return merged
+
+
+def reference_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a reference policy beside the one of `zero3_settings`.
+
+    No optimizer; and no hpZ, whose groups of ranks DeepSpeed makes once in a process.
+    """
+    zero = {name: value for name, value in settings["zero_optimization"].items() if name != "zero_hpz_partition_size"}
+    kept = {name: value for name, value in settings.items() if name not in ("optimizer", "gradient_clipping")}
+    return kept | {"zero_optimization": zero}
 
 
 def gather_whole_layers(model: torch.nn.Module) -> None:

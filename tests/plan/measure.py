@@ -21,6 +21,7 @@ import torch
 
 from rethinker.config import AlgorithmConfig, Config, DataConfig, LoraConfig, PolicyConfig, RolloutConfig, TrainConfig
 from rethinker.plan.memory import MicroBatch
+from rethinker.plan.shapes import shape_of
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
 from rethinker.policy.packing import plan_micro_batches
@@ -28,6 +29,7 @@ from rethinker.policy.tiny import TinySize, create_tiny
 from rethinker.runtime import distributed
 from rethinker.samples import Query
 from rethinker.tasks.prompts import PromptEncoder
+from tests.families import tiny_models
 from tests.policy.helpers import picture, samples_for
 
 
@@ -42,6 +44,7 @@ class Case:
     tied: bool = True
     sub_group: int | None = None  # elements that the optimizer works on at a time
     settings: PolicyConfig = field(default_factory=lambda: PolicyConfig(dtype="float32"))
+    family: str = ""  # a model of tests/families/tiny_models.py instead of `size`
 
 
 _WIDE = TinySize(hidden=512, intermediate=1408, layers=4, heads=8, kv_heads=4)
@@ -58,6 +61,9 @@ CASES = {
     "vocabulary": Case(replace(_NARROW, layers=2), [110] * 8, 1, 0, tied=False),
     "state": Case(replace(_WIDE, layers=6), [32] * 4, 1, 0, sub_group=1_000_000),
     "bfloat16": Case(_WIDE, [32] * 4, 1, 0, settings=PolicyConfig(dtype="bfloat16")),
+}
+FAMILY_CASES = {
+    "internvl": Case(_NARROW, [170] * 8, 2, 64, settings=PolicyConfig(dtype="float32"), family="internvl"),
 }
 VOCABULARY = {"vocabulary": 20_000}
 
@@ -76,7 +82,10 @@ def config_of(case: Case, folder: Path) -> Config:
 
 def model_of(name: str, scratch: Path) -> Path:
     """The case's model, its vocabulary grown where the case says so."""
-    case = CASES[name]
+    case = (CASES | FAMILY_CASES)[name]
+    if case.family:
+        tiny_models.HIDDEN = 256  # large beside what libraries take
+        return tiny_models.create(case.family, scratch / name)
     folder = create_tiny(scratch / name, tie_word_embeddings=case.tied, size=case.size)
     if name in VOCABULARY:
         from rethinker.policy.model import load_model
@@ -97,7 +106,7 @@ def highest() -> int:
 
 
 def measure(name: str, scratch: Path, ranks: distributed.Ranks) -> dict:
-    case = CASES[name]
+    case = (CASES | FAMILY_CASES)[name]
     folder = ranks.broadcast(model_of(name, scratch) if ranks.is_main else None)
     config = config_of(case, folder)
     encoder = PromptEncoder(load_processor(folder), config.data)
@@ -119,6 +128,7 @@ def measure(name: str, scratch: Path, ranks: distributed.Ranks) -> dict:
     state = resident() - before
     pixels = [encoder.pixels(bundle.query) for bundle in bundles]
     patches = sum(len(loaded["pixel_values"]) for loaded in pixels if loaded) or 4  # 4: the blank image
+    patches *= shape_of(str(folder)).tile_patches or 1
     batch = MicroBatch(
         tokens=sum(bundle.tokens for bundle in bundles),
         rows=sum(len(sample.completion.token_ids) for bundle in bundles for sample in bundle.samples),

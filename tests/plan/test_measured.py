@@ -16,7 +16,7 @@ import pytest
 
 from rethinker.plan.memory import MicroBatch, Term, step_moments, total, training_state, worst
 from rethinker.plan.shapes import shape_of
-from tests.plan.measure import CASES, config_of
+from tests.plan.measure import CASES, FAMILY_CASES, config_of
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc (Linux)")
 
@@ -30,24 +30,25 @@ TWO_RANKS = ("warm", "text")
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """{case: (bytes held between steps, most bytes in a step, state terms, terms of the worst moment)} of rank 0."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     found = {}
     for launcher, cases in (([sys.executable], ONE_RANK), (torchrun, TWO_RANKS)):
-        command = [*launcher, "-m", "tests.plan.measure", str(tmp_path_factory.mktemp("measured")), *cases]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        for line in done.stdout.splitlines():
-            if line.startswith("{"):
-                said = json.loads(line)
-                found[said["name"]] = said["state"], said["peak"], *_planned(said)
-    assert found.keys() == CASES.keys()
-    found.pop("warm")
+        found |= _measure(launcher, tmp_path_factory.mktemp("measured"), cases)
+    assert found.keys() | {"warm"} == CASES.keys()
     return found
 
 
+def _measure(launcher: list[str], scratch: Path, cases: tuple[str, ...]) -> dict[str, tuple]:
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "-m", "tests.plan.measure", str(scratch), *cases]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {said["name"]: (said["state"], said["peak"], *_planned(said)) for said in lines if said["name"] != "warm"}
+
+
 def _planned(said: dict) -> tuple[list[Term], list[Term]]:
-    config, shape = config_of(CASES[said["name"]], Path(said["folder"])), shape_of(said["folder"])
+    config, shape = config_of((CASES | FAMILY_CASES)[said["name"]], Path(said["folder"])), shape_of(said["folder"])
     state, _ = training_state(config, shape, said["ranks"], False)
     return state, worst(step_moments(config, shape, MicroBatch(**said["micro_batch"]), said["ranks"], False))
 
@@ -64,6 +65,14 @@ def test_the_peak_of_a_step_is_the_planned_one(measured):
         assert _off(total(state) + total(step), peak) < TOLERANCE, (name, peak, state, step)
         moments.add(step[-1].name)
     assert moments == {"layers' backward", "loss head", "optimizer step"}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("family", FAMILY_CASES)
+def test_other_families_peak_is_the_planned_one(family, tmp_path):
+    """The same of a step with images of a model of another family."""
+    ((_, peak, state, step),) = _measure([sys.executable], tmp_path, ("warm", family)).values()
+    assert _off(total(state) + total(step), peak) < TOLERANCE, (peak, state, step)
 
 
 def test_the_state_between_steps_is_the_planned_one(measured):

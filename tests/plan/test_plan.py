@@ -73,6 +73,11 @@ def test_state_is_eighteen_bytes_per_parameter_over_the_ranks():
     device, host = training_state(away, shape, 8, True)
     assert total(device) == pytest.approx(2 * shape.parameters / 8 + bucket)
     assert total(host) == pytest.approx(20 * shape.parameters / 8)
+    nodes = settings(train__deepspeed={"zero_optimization": {"zero_hpz_partition_size": 8}})
+    for ranks, sharing in ((64, 8), (4, 4)):  # of a node, whose GPUs share a second copy of the weights
+        device, host = training_state(nodes, shape, ranks, True)
+        assert total(device) == pytest.approx((18 / ranks + 2 / sharing) * shape.parameters + bucket)
+        assert host == []
     device, _ = training_state(settings(policy__freeze_vision=True), shape, 8, True)
     assert total(device) == pytest.approx((18 * shape.text_parameters + 2 * shape.vision_parameters) / 8 + bucket)
 
@@ -94,6 +99,16 @@ def test_only_adapters_have_gradients_and_moments():
     assert lora["training"] < base["training"] - 16 and lora["disk"] < base["disk"] / 4
     with pytest.raises(ConfigError, match="nearest: q_proj"):
         make_plan(settings(policy__lora__rank=16, policy__lora__target_modules=["q_prj"]), machine(8))
+
+
+def test_a_nodes_copy_of_the_weights_spares_the_network():
+    """hpZ: of 3 transfers of the weights per micro-batch 1 stays between nodes, and 2 run at NVLink's speed, which is
+    9 times the network's; in one node nothing changes."""
+    hpz = {"zero_optimization": {"zero_hpz_partition_size": 8}}
+    configs = [settings(train__micro_batch_tokens=256, train__deepspeed=zero) for zero in ({}, hpz)]
+    for gpus, share in ((8, 1.0), (64, (1 + 2 / 9) / 3)):
+        plain, copied = (make_plan(config, machine(gpus)).times.gather_s for config in configs)
+        assert copied / plain == pytest.approx(share, abs=0.02)
 
 
 def test_zero3_settings_are_the_engines():

@@ -17,12 +17,13 @@ from tests.conftest import ROOT
 from tests.policy.switches import batch_for, create_family, errors, make, outcome
 
 
-def test_the_layers_in_tritons_interpreter():
-    """The tests of fused_interpreted.py: every family, and a ZeRO-3 step."""
+@pytest.mark.parametrize("tests", ["not soak", pytest.param("soak", marks=pytest.mark.soak)])
+def test_the_layers_in_tritons_interpreter(tests):
+    """The tests of fused_interpreted.py: the families, and (soak) a ZeRO-3 step."""
     pytest.importorskip("liger_kernel", reason="needs liger-kernel: pip install liger-kernel")
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    command += ["tests/policy/fused_interpreted.py"]
+    command += ["tests/policy/fused_interpreted.py", "-m", tests]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
