@@ -89,6 +89,7 @@ class Times:
     gather_s: float  # of ZeRO-3's collectives; they overlap with the computation in part
     rollout_s: float
     mfu: float
+    ahead: bool  # rollouts run beside the training
 
     @classmethod
     def of(
@@ -141,12 +142,14 @@ class Times:
         within = 2 * micro_batches - 1 if Zero3.of(config, on_gpu=True).node_copy > 1 else 0  # gathers
         between = gather * (2 * micro_batches - within) + scatter * micro_batches
         moved = between / network + gather * within / local
-        return cls(flop, flop / (gpus * peak_flops * mfu), moved, decode + prefill, mfu)
+        ahead = config.rollout.max_staleness > 0
+        return cls(flop, flop / (gpus * peak_flops * mfu), moved, decode + prefill, mfu, ahead)
 
     @property
     def step_s(self) -> float:
         """At least: the collectives hide behind the computation, or it behind them."""
-        return max(self.train_s, self.gather_s) + self.rollout_s
+        training = max(self.train_s, self.gather_s)
+        return max(training, self.rollout_s) if self.ahead else training + self.rollout_s
 
 
 def kv_bytes_per_token(config: Config, shape: Shape) -> float:

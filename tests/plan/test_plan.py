@@ -101,6 +101,15 @@ def test_only_adapters_have_gradients_and_moments():
         make_plan(settings(policy__lora__rank=16, policy__lora__target_modules=["q_prj"]), machine(8))
 
 
+def test_rollouts_ahead_run_beside_the_training():
+    """rollout.max_staleness=1: a step takes the longer of its halves, not their sum."""
+    servers = {"rollout__backend": "server", "rollout__servers": ["http://127.0.0.1:1"]}
+    ahead = {"rollout__max_staleness": 1, "algorithm__rollout_correction": 2.0}
+    after, beside = (make_plan(settings(**servers, **more), machine(8)).times for more in ({}, ahead))
+    training = max(after.train_s, after.gather_s)
+    assert (after.step_s, beside.step_s) == (training + after.rollout_s, max(training, after.rollout_s))
+
+
 def test_a_nodes_copy_of_the_weights_spares_the_network():
     """hpZ: of 3 transfers of the weights per micro-batch 1 stays between nodes, and 2 run at NVLink's speed, which is
     9 times the network's; in one node nothing changes."""
