@@ -130,11 +130,11 @@ class PolicyEngine:
 
         Returns:
             `loss`, `entropy`, `kl`, `clip_fraction_low`, `clip_fraction_high`, `old_kl` (k3 of the current policy from
-            the one that the ratio is taken against, on samples of the current version), `grad_norm`, `learning_rate`,
-            `train_tokens` (processed, over all ranks), `supervised_loss` (the part of `loss` from rethought responses),
-            `skipped` (1 if a non-finite number kept the step from being applied), `oom_retries` (since the run began:
-            times that memory ran out and the work was repeated in smaller micro-batches). An empty batch (every query
-            all right or all wrong, and nothing to replay) leaves the weights as they are.
+            the one that the ratio is taken against, on samples no older than rollout.max_staleness), `grad_norm`,
+            `learning_rate`, `train_tokens` (processed, over all ranks), `supervised_loss` (the part of `loss` from
+            rethought responses), `skipped` (1 if a non-finite number kept the step from being applied), `oom_retries`
+            (since the run began: times that memory ran out and the work was repeated in smaller micro-batches). An
+            empty batch (every query all right or all wrong, and nothing to replay) leaves the weights as they are.
 
         Raises:
             OutOfMemory: memory ran out on one of several ranks, or in the optimizer's step.
@@ -359,7 +359,7 @@ class PolicyEngine:
         """What the loss's own statistics lack, as sums over tokens: the last fields of `_SUMS`."""
         counted = batch.loss_mask & (batch.weights != 0)
         of_sample = torch.repeat_interleave(batch.age, batch.cu_seqlens.diff(), output_size=len(logps))
-        fresh = counted & (of_sample == 0)
+        fresh = counted & (of_sample <= self.config.rollout.max_staleness)
         gap = (batch.old_logps - logps).double()  # near 1e-6 on policy, where fp32 would lose its square
         kl = torch.where(fresh, gap.expm1() - gap, 0.0).sum()
         processed = torch.full((), float(batch.tokens), device=loss.device)

@@ -78,6 +78,7 @@ class Policy(nn.Module):
         on_cuda = torch.cuda.is_available()
         self.kernel = {"auto": "flex" if on_cuda else "sdpa"}.get(config.attention, config.attention)
         self.freeze_vision = config.freeze_vision or bool(config.lora.rank)
+        self.compiled = config.compile
         self.family = family_of(model.config.model_type)
         model.lm_head = LossHead.around(model.lm_head)
         use_onednn(model)
@@ -127,6 +128,9 @@ class Policy(nn.Module):
         """
         device = batch.input_ids.device
         embeds, place, deep = self._embed(batch)  # [T, D]
+        if self.compiled and torch.is_grad_enabled() and not embeds.requires_grad:  # a frozen embedding, under adapters
+            # ZeRO-3 takes a whole layer's gradients away in a hook that comes before them if no input has one.
+            embeds.requires_grad_()
         layout = lay_out(batch, self.kernel).to(device)
         index, inputs = layout.index, {}
         if layout.segments:

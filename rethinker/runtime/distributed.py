@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -100,6 +101,7 @@ def _meeting_point() -> dict[str, Any]:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group. DeepSpeed, where it was used, is to forget it too: the process may train once more."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        used = sys.modules.get("deepspeed.comm")
+        (used if used and used.is_initialized() else dist).destroy_process_group()

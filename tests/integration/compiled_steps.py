@@ -1,6 +1,7 @@
 """Run by test_compiled_layers.py, also under torchrun: steps with policy.compile and without it; rank 0 saves both.
 
-Usage: python -m tests.integration.compiled_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt BACKEND [checkpointing] [kl]
+Usage: python -m tests.integration.compiled_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt BACKEND [OPTION ...]
+Options: checkpointing, kl, lora.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import rethinker.policy.model
-from rethinker.config import AlgorithmConfig, Config, PolicyConfig, TrainConfig
+from rethinker.config import AlgorithmConfig, Config, LoraConfig, PolicyConfig, TrainConfig
 from rethinker.policy.compiled_layers import compile_layers
 from rethinker.policy.engine import PolicyEngine
 from rethinker.runtime import distributed
@@ -38,7 +39,12 @@ def main(model: str, scratch: str, output: str, backend: str, *options: str) -> 
     results = {}
     for compiled in (False, True):
         config = Config(
-            policy=PolicyConfig(dtype="float32", compile=compiled, gradient_checkpointing="checkpointing" in options),
+            policy=PolicyConfig(
+                dtype="float32",
+                compile=compiled,
+                gradient_checkpointing="checkpointing" in options,
+                lora=LoraConfig(rank=4 if "lora" in options else None),
+            ),
             # Random behaviour log-probs: leave all unclipped. And no step moves the weights: each can be compared.
             algorithm=AlgorithmConfig(clip_low=10.0, clip_high=10.0, kl_coef=0.1 if "kl" in options else 0.0),
             train=TrainConfig(learning_rate=0.0, weight_decay=0.0, deepspeed=TIGHT),

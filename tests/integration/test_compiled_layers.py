@@ -47,9 +47,15 @@ def test_steps_are_those_of_the_plain_layers(tiny_folder, tmp_path):  # noqa: F8
     compare(tiny_folder, tmp_path, "eager", "checkpointing")
 
 
+def test_adapters_in_compiled_layers(tiny_folder, tmp_path):  # noqa: F811
+    """With policy.lora, whose frozen weights are the reference, nothing before the first layer is trained: the first
+    layer's adapters get the same gradients all the same."""
+    compare(tiny_folder, tmp_path, "aot_eager", "lora", "kl")
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("options", [(), ("checkpointing", "kl")], ids=["plain", "checkpointing and a reference"])
+@pytest.mark.parametrize("options", [(), ("checkpointing", "kl"), ("checkpointing", "lora", "kl")], ids=" ".join)
 def test_inductors_code_takes_the_same_steps(ranks, options, tiny_folder, tmp_path):  # noqa: F811
     """The same with the code that policy.compile runs, on one rank and on two."""
     compare(tiny_folder, tmp_path, "inductor", *options, ranks=ranks)

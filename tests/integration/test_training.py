@@ -237,3 +237,23 @@ def test_summary_says_what_was_learned(ssr, scratch):
     """The last lines name the sampled reward, the greedy accuracy and the run's folder."""
     log = (scratch / "ssr.log").read_text()
     assert "sampled reward" in log and "greedy accuracy" in log and str(scratch / "ssr") in log
+
+
+def test_one_run_after_another_in_one_process(scratch):
+    """`rethinker.train` may be called again: the second run of the same settings is the first one."""
+    code = """
+import sys, rethinker
+folder, losses = sys.argv[1], []
+for name in ("one", "two"):
+    run = rethinker.train("easy_vqa_cpu", {
+        "run.dir": folder, "run.name": name, "policy.model": f"{folder}/model", "rollout.backend": "hf",
+        "reward.function": f"{folder}/reward.py:parity", "train.max_steps": 1, "train.episode_queries": 4,
+        "train.batch_pairs": 8, "rollout.group_size": 2, "rollout.max_new_tokens": 8, "data.validation": None,
+    })
+    losses.append((run.metrics[0]["loss"], run.metrics[0]["grad_norm"]))
+assert losses[0] == losses[1] and losses[0][1] > 0, losses
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(scratch)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -41,13 +41,14 @@ def scenario(name: str, folder: Path, encoder: PromptEncoder):
 
 
 def gradients_at_step(engine: PolicyEngine) -> dict[str, torch.Tensor]:
-    """Full gradients as they stand when the next optimizer step begins; the dict fills then."""
+    """Full gradients of what is trained, as they stand when the next optimizer step begins; the dict fills then."""
     gradients: dict[str, torch.Tensor] = {}
     step = engine.engine.step
 
     def record_and_step():
         for name, parameter in engine.policy.hf.named_parameters():
-            gradients[name] = safe_get_full_grad(parameter).clone()
+            if parameter.requires_grad:
+                gradients[name] = safe_get_full_grad(parameter).clone()
         step()
 
     engine.engine.step = record_and_step
