@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rethinker.config import Config, ConfigError
-from rethinker.doctor import how_to_install
+from rethinker.doctor import cpp_compiler, how_to_install
 from rethinker.model_folder import check_model_folder, decoder_matrices
 from rethinker.runtime.profiling import parse_steps
 
@@ -174,6 +174,16 @@ def _check_servers(config: Config) -> None:
                 "rollout.max_staleness=1 needs algorithm.rollout_correction, as 2.0: without it the older policy's "
                 "responses would count as the newer one's"
             )
+        rethink = config.rethink
+        default = 0.9 if rethink.preset == "released_code" else config.rollout.temperature
+        second = default if rethink.temperature is None else rethink.temperature
+        if rethink.fraction and (second != config.rollout.temperature or not rethink.mask_trigger_tokens):
+            raise ConfigError(
+                "rollout.max_staleness=1 has no log-probs of the older policy for responses that were rethought at "
+                f"another temperature or whose triggers are trained: set rethink.temperature (now {second}) to "
+                f"rollout.temperature ({config.rollout.temperature}) and rethink.mask_trigger_tokens=true, or "
+                "rollout.max_staleness=0"
+            )
     if backend != "server" and servers:
         raise ConfigError(f"rollout.servers={servers} needs rollout.backend=server")
     if backend != "server" and config.rollout.weight_folder:
@@ -280,6 +290,8 @@ def _check_packages(config: Config) -> None:
     needs = [("policy.model", config.policy.model, "transformers"), ("policy.model", config.policy.model, "deepspeed")]
     if config.rollout.backend == "vllm":
         needs.append(("rollout.backend", "vllm", "vllm"))
+    if config.policy.compile and not cpp_compiler():
+        raise ConfigError("policy.compile=true needs a C++ compiler: apt-get install g++, or set it to false")
     if config.policy.lora.rank:
         needs.append(("policy.lora.rank", str(config.policy.lora.rank), "peft"))
     if config.policy.fused_layers:

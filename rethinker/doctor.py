@@ -170,8 +170,13 @@ def _packages() -> Iterator[Finding]:
         yield Finding(module, state, version is not None, how_to_install(module))
 
 
+def cpp_compiler() -> str | None:
+    """The path of the C++ compiler, or None."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+
+
 def _compilers() -> Iterator[Finding]:
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    compiler = cpp_compiler()
     # The sum tree, and what vLLM or DeepSpeed find worth it, are compiled at first use.
     yield Finding("C++ compiler", compiler or "not found", bool(compiler), "apt-get install g++", blocks=True)
     if find_spec("torch") is not None:

@@ -182,7 +182,7 @@ def train(config: Config) -> Run:
                 with phase("sync", times):
                     policy.version += 1
                     rollout.sync(policy.weights, policy.version)
-                replay.end_episode(policy.version)
+                replay.end_episode(policy.version - config.rollout.max_staleness)
                 progress.episode += 1
                 return_free_memory()
                 if not unfinished() or progress.episode % config.validation.every == 0:

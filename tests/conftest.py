@@ -13,13 +13,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
-if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background job ignores Ctrl-C, one under nohup a lost terminal, and so would all that a test starts and
+# interrupts.
+if threading.current_thread() is threading.main_thread():
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # two files run at a time, and a forked copy of a process has no OpenMP threads
+# Two files run at a time, and a forked copy of a process has no OpenMP threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a download
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from rethinker.checks import check_geometry
-from rethinker.config import AlgorithmConfig, Config, ConfigError, RolloutConfig, TrainConfig
+from rethinker.config import AlgorithmConfig, Config, ConfigError, RethinkConfig, RolloutConfig, TrainConfig
 from rethinker.episode import Episodes
 from rethinker.runtime import profiling, signals
 from rethinker.runtime.distributed import Ranks
@@ -187,6 +187,13 @@ def test_staleness_needs_servers_and_a_correction():
         check_geometry(config)
     config.algorithm = AlgorithmConfig(rollout_correction=2.0)
     check_geometry(config)
+    config.rethink = RethinkConfig(fraction=0.5)
+    check_geometry(config)
+    for change in ({"temperature": 0.5}, {"mask_trigger_tokens": False}, {"preset": "released_code"}):
+        config.rethink = RethinkConfig(fraction=0.5, **change)
+        with pytest.raises(ConfigError, match=r"rollout\.max_staleness=1 .* set rethink\.temperature"):
+            check_geometry(config)
+    config.rethink = RethinkConfig()
     config.rollout.max_staleness = 2
     with pytest.raises(ConfigError, match=r"rollout\.max_staleness=2 must be from 0 to 1"):
         check_geometry(config)

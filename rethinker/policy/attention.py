@@ -92,8 +92,8 @@ def _unshared(batch: PackedBatch) -> Layout:
         parts += [torch.cat([prompt, own[response == r]]) for r in response.unique().tolist() if r] or [prompt]
     lengths = torch.tensor([len(part) for part in parts])
     index = torch.cat(parts)
-    position = torch.empty(batch.tokens, dtype=torch.int64)
-    position[index.flip(0)] = torch.arange(len(index)).flip(0)  # of several places the first
+    last = torch.full((batch.tokens,), len(index))
+    position = last.scatter_reduce(0, index, torch.arange(len(index)), "amin")  # of several places the first
     bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
     index = index[None]
     return Layout(index, position, torch.zeros_like(index).bool(), segments=Segments(bounds, int(lengths.max())))

@@ -1,7 +1,7 @@
 """The policy under DeepSpeed ZeRO-3: one optimizer step on a global batch, full weights out, models saved.
 
-Only this module, zero3.py and out_of_memory.py know DeepSpeed. Every method is collective: all ranks call it with the
-same samples.
+Only this module, full_weights.py, zero3.py and out_of_memory.py know DeepSpeed. Every method is collective: all ranks
+call it with the same samples.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import deepspeed
@@ -20,6 +19,7 @@ import torch
 from rethinker.algorithm.objective import loss_normalizer, supervised_weight, surrogate_inputs
 from rethinker.config import Config, ConfigError
 from rethinker.policy import lora, optimizer_state
+from rethinker.policy.full_weights import FullWeights
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.out_of_memory import (
     OutOfMemory,
@@ -383,46 +383,3 @@ METRICS = (
 )
 _COUNTERS = ("steps", "version", "skipped_steps", "oom_retries")
 _SUMS = (*LINEAR_GRPO_STATS, "loss", "fresh_kl_sum", "fresh_tokens", "processed", "supervised_loss")
-
-
-class FullWeights:
-    """A policy's weights as (name, full tensor), re-iterable; each pass gathers one decoder layer at a time.
-
-    Iterating is collective: every rank must take the whole pass.
-    """
-
-    def __init__(
-        self, named: list[tuple[str, torch.nn.Parameter]], adapters: Mapping[str, lora.Adapter] = MappingProxyType({})
-    ) -> None:
-        """
-        Args:
-            named: parameters in order, whole or partitioned.
-            adapters: by the name of the weight that each is merged into, on its way out.
-        """
-        self._named, self._adapters = named, adapters
-
-    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """(name, dtype, full shape) of every weight, in the order of iteration, without gathering any."""
-        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self._named]
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for _, members in _by_layer(self._named):
-            adapters = {name: self._adapters[name] for name, _ in members if name in self._adapters}
-            parts = [part for adapter in adapters.values() for part in (adapter.a, adapter.b)]
-            with deepspeed.zero.GatheredParameters([*(p for _, p in members), *parts]):
-                for name, parameter in members:
-                    weight = parameter.detach()
-                    yield name, adapters[name].merged(weight) if name in adapters else weight
-
-
-def _by_layer(named: list[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, list[tuple[str, torch.nn.Parameter]]]]:
-    """Consecutive parameters that share everything up to their first index: `model.language_model.layers.3`."""
-    layers: list[tuple[str, list[tuple[str, torch.nn.Parameter]]]] = []
-    for name, parameter in named:
-        parts = name.split(".")
-        digit = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        key = name if digit is None else ".".join(parts[: digit + 1])
-        if not layers or layers[-1][0] != key:
-            layers.append((key, []))
-        layers[-1][1].append((name, parameter))
-    return layers

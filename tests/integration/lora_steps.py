@@ -23,7 +23,8 @@ from rethinker.config import (
     TrainConfig,
 )
 from rethinker.policy import lora
-from rethinker.policy.engine import FullWeights, PolicyEngine
+from rethinker.policy.engine import PolicyEngine
+from rethinker.policy.full_weights import FullWeights
 from rethinker.policy.model import load_processor
 from rethinker.rollout.hf_engine import HFEngine
 from rethinker.runtime import distributed

@@ -13,7 +13,7 @@ from rethinker.config import Config, ConfigError, LoraConfig, PolicyConfig
 from rethinker.plan.memory import lora_parameters, trained_parameters
 from rethinker.plan.shapes import shape_of
 from rethinker.policy import lora
-from rethinker.policy.engine import FullWeights
+from rethinker.policy.full_weights import FullWeights
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.settings import load_config, resolve_config

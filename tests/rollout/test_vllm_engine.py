@@ -10,7 +10,7 @@ import torch
 
 from rethinker.config import ConfigError, LoraConfig
 from rethinker.families.qwen_vl import PLACEHOLDERS
-from rethinker.policy.engine import FullWeights
+from rethinker.policy.full_weights import FullWeights
 from rethinker.policy.lora import add_adapters, base_parameters
 from rethinker.policy.model import load_model
 from rethinker.rollout.hf_engine import HFEngine
