@@ -244,7 +244,7 @@ def test_one_run_after_another_in_one_process(scratch):
     code = """
 import sys, rethinker
 folder, losses = sys.argv[1], []
-for name in ("one", "two"):
+for name in ("called_once", "called_twice"):
     run = rethinker.train("easy_vqa_cpu", {
         "run.dir": folder, "run.name": name, "policy.model": f"{folder}/model", "rollout.backend": "hf",
         "reward.function": f"{folder}/reward.py:parity", "train.max_steps": 1, "train.episode_queries": 4,
