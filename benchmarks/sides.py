@@ -205,7 +205,8 @@ def trl_settings(config: Config, steps: int, micro_batch: int) -> dict[str, Any]
 
 def first_queries(config: Config, encoder: Any, steps: int) -> list[Query]:
     """The questions of the first `steps` steps, in the order in which a run asks them."""
-    from rethinker.tasks.datasets import QueryStream, load_queries
+    from rethinker.tasks.datasets import load_queries
+    from rethinker.tasks.query_stream import QueryStream
 
     stream = QueryStream(
         load_queries(config.data, "train"), seed=config.seed, category_weights=config.data.category_weights

@@ -25,8 +25,8 @@ from rethinker.runtime.ownership import share
 from rethinker.runtime.profiling import phase
 from rethinker.runtime.signals import StopRequested
 from rethinker.samples import Group, Prompt, Query
-from rethinker.tasks.datasets import QueryStream
 from rethinker.tasks.prompts import PromptEncoder
+from rethinker.tasks.query_stream import QueryStream
 from rethinker.tasks.reward import AnswerChecker
 from rethinker.tasks.streaming import StreamedQueries
 
@@ -106,6 +106,7 @@ class Episodes:
             finally:
                 work.prompts = []  # and their images
 
+        # A daemon: one that hangs in C code must not keep a run that has ended.
         work.thread = threading.Thread(target=produce, name=f"episode {number}", daemon=True)
         self._begun = work
         work.thread.start()

@@ -14,7 +14,7 @@ from rethinker.runtime import profiling, signals
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.signals import StopRequested
 from rethinker.samples import Completion, Prompt, Query
-from rethinker.tasks.datasets import QueryStream
+from rethinker.tasks.query_stream import QueryStream
 
 QUERIES = [Query(f"q{i}", "?", "1") for i in range(12)]
 
@@ -31,7 +31,17 @@ class MainThreadRanks(Ranks):
         return super().gather(value)
 
 
-class Encoder:
+class WithoutState:
+    """What has nothing to go on from."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class Encoder(WithoutState):
     """Prompts of one token; nothing is left out."""
 
     def encode(self, query):
@@ -40,33 +50,21 @@ class Encoder:
     def fitting(self, stream):
         return stream.next(1)[0]
 
-    def state_dict(self):
-        return {}
 
-    def load_state_dict(self, state):
-        pass
-
-
-class Engine:
-    """Answers at once, or when `gate` opens; says what it was asked."""
+class Engine(WithoutState):
+    """Answers at once, or when `gate` opens."""
 
     def __init__(self):
-        self.gate, self.asked, self.error = threading.Event(), [], None
+        self.gate, self.started, self.error = threading.Event(), threading.Event(), None
         self.gate.set()
 
     def generate(self, prompts, *, n, max_new_tokens, temperature, seed):
-        self.asked.append(([prompt.query_id for prompt in prompts], seed))
+        self.started.set()
         while not self.gate.wait(0.01):
             signals.check()
         if self.error:
             raise self.error
         return [[Completion([seed % 97, i], [-1.0, -1.0], str(i), "stop") for i in range(n)] for _ in prompts]
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
 
 
 class Checker:
@@ -114,8 +112,7 @@ def test_it_runs_beside_the_training():
     episodes, engine = make()
     engine.gate.clear()
     episodes.begin(0, 0, {})
-    while not engine.asked:
-        time.sleep(0.01)
+    assert engine.started.wait(10)
     assert profiling.progress.phases == ()
     threading.Timer(0.2, engine.gate.set).start()
     times = {}

@@ -195,7 +195,7 @@ def _ask(
 def _measured(config: Config, model: str, queries: list[Query], samples: int) -> dict[str, Any]:
     """What the pass rates depend on; a measurement goes on only if all of it is the same."""
     from rethinker.settings import flat
-    from rethinker.tasks.datasets import fingerprint
+    from rethinker.tasks.query_stream import fingerprint
 
     return {
         "model": model,

@@ -33,9 +33,10 @@ from rethinker.policy.packing import joined
 from rethinker.policy.tiny import DEFAULT_SIZE, TinySize, create_tiny
 from rethinker.runtime.display import progress
 from rethinker.samples import Query
-from rethinker.tasks.datasets import QueryStream, load_queries
+from rethinker.tasks.datasets import load_queries
 from rethinker.tasks.images import image_key
 from rethinker.tasks.prompts import PromptEncoder, select_fitting
+from rethinker.tasks.query_stream import QueryStream
 
 # Colour and shape of an image, by its `image_key`.
 Shown = Mapping[Hashable, tuple[str, str]]

@@ -22,8 +22,9 @@ from PIL import Image
 from rethinker.config import ConfigError, DataConfig
 from rethinker.families import family_of_processor, limit_pixels
 from rethinker.samples import Prompt, Query
-from rethinker.tasks.datasets import IMAGE_MARK, QueryStream
+from rethinker.tasks.datasets import IMAGE_MARK
 from rethinker.tasks.images import UNREADABLE, UnreadableImageError, check_image, image_key, image_size, open_image
+from rethinker.tasks.query_stream import QueryStream
 
 log = logging.getLogger(__name__)
 

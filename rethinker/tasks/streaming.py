@@ -17,8 +17,9 @@ import torch
 
 from rethinker.config import ConfigError, DataConfig
 from rethinker.samples import Query
-from rethinker.tasks.datasets import QueryStream, load_queries, repeated_id
+from rethinker.tasks.datasets import load_queries, repeated_id
 from rethinker.tasks.mixture import SOURCES, check_weights, furthest_behind, source_configs, stream_weights
+from rethinker.tasks.query_stream import QueryStream
 from rethinker.tasks.windows import Windows
 
 

@@ -27,12 +27,12 @@ from rethinker.tasks.datasets import (
     BadRowError,
     RowReader,
     find_columns,
-    fingerprint,
     image_root,
     repeated_id,
 )
 from rethinker.tasks.embedded import InRows
 from rethinker.tasks.faults import Faults
+from rethinker.tasks.query_stream import fingerprint
 from rethinker.tasks.streamed_rows import StreamedTable, open_stream_of_rows
 from rethinker.tasks.subsets import image_name, side_of, why_not
 

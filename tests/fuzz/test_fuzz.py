@@ -24,9 +24,10 @@ from rethinker.policy.tiny import create_tiny
 from rethinker.samples import Query
 from rethinker.settings import load_config, resolve_config, to_yaml
 from rethinker.tasks.answers import compare, extract_boxed, undecided
-from rethinker.tasks.datasets import QueryStream, load_queries
+from rethinker.tasks.datasets import load_queries
 from rethinker.tasks.images import check_image, image_size, open_image
 from rethinker.tasks.prompts import PromptEncoder
+from rethinker.tasks.query_stream import QueryStream
 from rethinker.tasks.reward import AnswerChecker
 from tests.fuzz import inputs
 from tests.fuzz.campaign import Campaign

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from rethinker.config import Config
+from rethinker.families.qwen_vl import PLACEHOLDERS
 from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
 
@@ -20,6 +21,8 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration  # no
 PIXELS = 64 * 64
 LONG = "Look at the picture, then say in one word which shape you see, and of which colour it is. "
 QUESTIONS = (("What shape is it?", 1), ("Say hello.", 0), ("Do these two differ, and if so, how?", 2), (LONG, 1))
+
+TOLERANCE = 1e-5  # nats, law 1
 
 
 def rollout_config(**rollout) -> Config:
@@ -119,3 +122,20 @@ def ends_by_itself(completion: Completion, stop_ids: list[int]) -> bool:
     """Whether the completion's only stop token is its last token."""
     stops = [i for i, token in enumerate(completion.token_ids) if token in stop_ids]
     return stops == [len(completion.token_ids) - 1]
+
+
+def check_sampled_placeholders(engine, policy: Policy, prompts: list[Prompt]) -> None:
+    """Law 4: with a policy that likes placeholders, every response ends at its first one, and it can be scored."""
+    ids = engine._asking.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
+    liked = engine._asking.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_pad|>"])
+    policy.like(liked, prompts)
+    engine.sync(policy, 1)
+    sampled = engine.generate(prompts, n=32, max_new_tokens=12, temperature=1.0, seed=0)
+    pairs = [(prompt, one) for prompt, group in zip(prompts, sampled, strict=True) for one in group]
+    ended = [(prompt, one) for prompt, one in pairs if one.token_ids[-1] in ids]
+    assert {one.token_ids[-1] for _, one in ended} >= set(liked)
+    for _, one in pairs:
+        assert not set(one.token_ids[:-1]) & set(ids)
+        assert (one.finish_reason == "stop") == ends_by_itself(one, engine._asking.stop_ids)
+    for row, (_, one) in zip(engine.logprobs(*map(list, zip(*ended, strict=True))), ended, strict=True):
+        np.testing.assert_allclose(row, one.logprobs, atol=TOLERANCE, rtol=0)

@@ -9,9 +9,7 @@ import torch
 from rethinker.config import ConfigError
 from rethinker.rollout import make_engine
 from rethinker.samples import Prompt
-from tests.rollout.helpers import rollout_config
-
-TOLERANCE = 1e-5
+from tests.rollout.helpers import TOLERANCE, rollout_config
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ import pytest
 from transformers import AutoConfig
 
 from rethinker.config import Config, ConfigError
-from rethinker.families.qwen_vl import PLACEHOLDERS
 from rethinker.policy.tiny import create_tiny
 from rethinker.rollout import make_engine, replicas, serve, server_sync
 from rethinker.rollout.replicas import NoServerLeft
@@ -27,9 +26,8 @@ from rethinker.runtime import signals
 from rethinker.runtime.signals import StopRequested
 from rethinker.samples import Prompt
 from rethinker.settings import resolve_config
-from tests.rollout.helpers import Policy, ends_by_itself, make_prompts, rollout_config
+from tests.rollout.helpers import TOLERANCE, Policy, check_sampled_placeholders, make_prompts, rollout_config
 
-TOLERANCE = 1e-5  # nats, law 1
 PLAIN = {"n": 2, "max_new_tokens": 12, "temperature": 1.0}
 LONG = {"n": 32, "max_new_tokens": 32, "temperature": 1.0, "seed": 0}
 
@@ -149,19 +147,7 @@ def test_greedy_equals_the_engine_in_the_trainers_process(engine, policy, asked,
 
 def test_a_sampled_placeholder_ends_the_response(engine, policy, asked):
     """Law 4: with a policy that likes placeholders, every response ends at its first one, and it can be scored."""
-    ids = engine._asking.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
-    liked = engine._asking.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_pad|>"])
-    policy.like(liked, asked)
-    engine.sync(policy, 1)
-    sampled = engine.generate(asked, n=32, max_new_tokens=12, temperature=1.0, seed=0)
-    ended = [(p, one) for p, group in zip(asked, sampled, strict=True) for one in group if one.token_ids[-1] in ids]
-    assert {one.token_ids[-1] for _, one in ended} >= set(liked)
-    for group in sampled:
-        for one in group:
-            assert not set(one.token_ids[:-1]) & set(ids)
-            assert (one.finish_reason == "stop") == ends_by_itself(one, engine._asking.stop_ids)
-    for row, (_, one) in zip(engine.logprobs(*map(list, zip(*ended, strict=True))), ended, strict=True):
-        assert row == pytest.approx(one.logprobs, abs=TOLERANCE)
+    check_sampled_placeholders(engine, policy, asked)
 
 
 def test_completions_belong_to_their_prompt_whatever_order_they_come_in(engine, policy, asked, monkeypatch):

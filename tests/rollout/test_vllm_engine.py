@@ -9,15 +9,13 @@ import pytest
 import torch
 
 from rethinker.config import ConfigError, LoraConfig
-from rethinker.families.qwen_vl import PLACEHOLDERS
 from rethinker.policy.full_weights import FullWeights
 from rethinker.policy.lora import add_adapters, base_parameters
 from rethinker.policy.model import load_model
 from rethinker.rollout.hf_engine import HFEngine
 from rethinker.samples import Completion, Prompt
-from tests.rollout.helpers import ends_by_itself, rollout_config
+from tests.rollout.helpers import TOLERANCE, check_sampled_placeholders, rollout_config
 
-TOLERANCE = 1e-5  # nats, law 1
 PLAIN = {"n": 2, "max_new_tokens": 12, "temperature": 1.0}
 
 
@@ -108,21 +106,7 @@ def test_greedy_equals_transformers(engine, policy, prompts, folder):
 
 def test_a_sampled_placeholder_ends_the_response(engine, policy, prompts):
     """Law 4: with a policy that likes placeholders, every response ends at its first one, and it can be scored."""
-    ids = engine._asking.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
-    liked = engine._asking.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_pad|>"])
-    policy.like(liked, prompts)
-    engine.sync(policy, 1)
-    sampled = engine.generate(prompts, n=32, max_new_tokens=12, temperature=1.0, seed=0)
-    ended = [one for group in sampled for one in group if one.token_ids[-1] in ids]
-    assert {one.token_ids[-1] for one in ended} >= set(liked)
-    for group in sampled:
-        for one in group:
-            assert not set(one.token_ids[:-1]) & set(ids)
-            assert (one.finish_reason == "stop") == ends_by_itself(one, engine._asking.stop_ids)
-    with_image = [(prompts[0], one) for one in sampled[0] if one.token_ids[-1] in ids]
-    scores = engine.logprobs(*map(list, zip(*with_image, strict=True)))
-    for row, (_, one) in zip(scores, with_image, strict=True):
-        np.testing.assert_allclose(row, one.logprobs, atol=TOLERANCE, rtol=0)
+    check_sampled_placeholders(engine, policy, prompts)
 
 
 def test_completions_belong_to_their_prompt_whatever_order_they_end_in(engine, policy, prompts, monkeypatch):

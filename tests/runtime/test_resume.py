@@ -13,8 +13,8 @@ from rethinker.runtime.resume import MAY_CHANGE, OF_A_SOURCE_MAY_CHANGE, Progres
 from rethinker.runtime.state_file import write_state
 from rethinker.samples import Query
 from rethinker.settings import flat, resolve_config, settings
-from rethinker.tasks.datasets import QueryStream, fingerprint
 from rethinker.tasks.mixture import OF_A_SOURCE
+from rethinker.tasks.query_stream import QueryStream, fingerprint
 
 QUERIES = [Query("a", "what?", "red", ("a.png",)), Query("b", "and?", "blue")]
 

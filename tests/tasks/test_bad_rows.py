@@ -15,9 +15,10 @@ from rethinker.policy.model import load_processor
 from rethinker.policy.tiny import create_tiny
 from rethinker.samples import Query
 from rethinker.tasks import datasets
-from rethinker.tasks.datasets import QueryStream, load_queries
+from rethinker.tasks.datasets import load_queries
 from rethinker.tasks.images import check_images
 from rethinker.tasks.prompts import PromptEncoder, select_fitting
+from rethinker.tasks.query_stream import QueryStream
 
 BAD = [
     ({"question": None}, "no question"),

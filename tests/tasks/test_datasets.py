@@ -17,7 +17,8 @@ from PIL import Image
 
 from rethinker.config import ConfigError, DataConfig
 from rethinker.samples import Query
-from rethinker.tasks.datasets import QueryStream, load_queries
+from rethinker.tasks.datasets import load_queries
+from rethinker.tasks.query_stream import QueryStream
 
 ROWS = [
     {"question": "What color?", "answer": "red", "images": ["a.png"], "id": "one", "level": 3},

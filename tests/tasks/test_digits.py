@@ -12,8 +12,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from rethinker.config import ConfigError, DataConfig
-from rethinker.tasks.datasets import IMAGE_MARK, QueryStream, load_queries
+from rethinker.tasks.datasets import IMAGE_MARK, load_queries
 from rethinker.tasks.digits import SIDE, digits
+from rethinker.tasks.query_stream import QueryStream
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import pytest
 
 from rethinker.config import ConfigError, DataConfig
 from rethinker.settings import resolve_config, to_yaml
-from rethinker.tasks.datasets import QueryStream, load_queries
+from rethinker.tasks.datasets import load_queries
 from rethinker.tasks.mixture import stream_weights
+from rethinker.tasks.query_stream import QueryStream
 from tests.tasks.virl39k import write_fixture
 
 

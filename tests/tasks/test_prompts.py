@@ -15,8 +15,9 @@ from rethinker.config import ConfigError, DataConfig
 from rethinker.policy.model import load_processor
 from rethinker.policy.tiny import create_tiny
 from rethinker.samples import Query
-from rethinker.tasks.datasets import QueryStream, load_queries
+from rethinker.tasks.datasets import load_queries
 from rethinker.tasks.prompts import PromptEncoder, select_fitting
+from rethinker.tasks.query_stream import QueryStream
 
 LIMITS = {"min_pixels": 32 * 32, "max_pixels": 128 * 128}
 

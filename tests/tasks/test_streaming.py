@@ -18,7 +18,8 @@ from rethinker.config import ConfigError, DataConfig
 from rethinker.runtime.state_file import read_state, write_state
 from rethinker.settings import resolve_config
 from rethinker.tasks import streamed_rows
-from rethinker.tasks.datasets import QueryStream, load_queries
+from rethinker.tasks.datasets import load_queries
+from rethinker.tasks.query_stream import QueryStream
 from rethinker.tasks.streaming import StreamedQueries, open_stream
 from tests.tasks.virl39k import SCHEMA, picture, write_fixture
 
