@@ -23,7 +23,7 @@ def exact(hidden, weight, index, temperature):
 )
 def test_log_probs_of_16_bit_inputs(device, rows, width, vocabulary):
     """verl's four shapes, values, temperature and tolerances (tests/utils/test_linear_cross_entropy.py), against fp64;
-    a CPU takes the first rows. With logits rounded to bf16 the error is 30 times what is allowed."""
+    a CPU takes fewer rows. Logits rounded to bf16 fail it on any of them."""
     g = torch.Generator(device).manual_seed(0)
     rows = rows if device == "cuda" else 5
 
@@ -59,3 +59,29 @@ def test_log_ratios_are_larger_than_their_error(device, dtype):
     want = exact(hidden, changed, index, 1.0)[0] - exact(hidden, weight, index, 1.0)[0]
     assert 0.002 < want.abs().mean() < 0.004, want.abs().mean()
     assert (got.double() - want).abs().mean() < 0.1 * want.abs().mean()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_the_upstream_gradient_scales_exactly(device, dtype, importance):
+    """A third of the loss has a third of its gradients: to 1e-6 in fp32; in 16 bits the fp32 sums of weight and bias
+    are scaled before they are rounded, so rounding happens once."""
+    torch.manual_seed(0)
+    rows, width, vocabulary = 40, 24, 300
+    sizes = ((rows, width), (vocabulary, width), (vocabulary,))
+    hidden, weight, bias = ((torch.randn(*s) / 2).to(dtype).to(device).requires_grad_() for s in sizes)
+    index = torch.randint(vocabulary, (rows,), device=device)
+    per_row = {"old_logps": torch.full((rows,), -6.0, device=device), "advantages": torch.randn(rows, device=device)}
+    sequences = torch.tensor([0, 15, rows], device=device)
+    loss, *_ = linear_grpo_loss(
+        hidden, weight, index, **per_row, bias=bias, cu_seqlens=sequences, importance=importance, normalizer=rows
+    )
+    sums = [g.clone() for g in loss.grad_fn.saved_tensors]
+    assert sums[1].dtype == sums[2].dtype == torch.float32
+    third = torch.tensor(1 / 3, device=device)
+    for got, total in zip(torch.autograd.grad(loss * third, (hidden, weight, bias)), sums, strict=True):
+        assert got.dtype == dtype and got.norm() > 0
+        assert torch.equal(got, (total.float() * third).to(dtype))
+        if dtype == torch.float32:
+            assert (got.double() - total.double() / 3).norm() <= 1e-6 * total.norm()
