@@ -2,9 +2,9 @@
 
 Run by test_compile_gate.py in a process of its own, or by hand: `python -m tests.kernels.compile_gate`. No GPU is
 needed: a driver that launches nothing notes how each launch specialises its kernel, types, alignments and constants,
-first of the ops at a real vocabulary, then of the whole fuzzing suite. Prints what was found for the former, and exits
-with 1 where any form has spills or a stack, needs more shared memory than the chip has, or, at a real vocabulary, reads
-logits in less than 16 bytes; or where a kernel of the package was never launched.
+first of the ops at a real vocabulary, then of the whole fuzzing suite. Prints what was found for the former, with a
+time estimated for an H200, and exits with 1 where any form spills registers or has a stack, needs more shared memory
+than the chip has, or, at a real vocabulary, reads logits in less than 16 bytes; or where a kernel was never launched.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 
 import rethinker_kernels as ops
 from rethinker_kernels import linear
-from rethinker_kernels.triton_kernels import grpo_loss, group_advantages, log_softmax, scaled, tiles
+from rethinker_kernels.triton_kernels import group_advantages, grpo_loss, log_softmax, scaled, tiles
 from rethinker_kernels.triton_kernels import linear as linear_kernels
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -42,6 +42,9 @@ PROCESSORS = 132
 """Of the GPU whose launches are noted: they decide which rows are few."""
 
 VOCABULARY, ROWS = 151_936, 8 * PROCESSORS
+
+ROWS_OF_A_STEP = 16_384
+"""For which times are estimated."""
 
 KERNELS = [
     log_softmax.forward_kernel,
@@ -64,7 +67,18 @@ class Form:
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], list]
     warps: int
+    registers: int | None  # at most
     name: str  # of the op at a real vocabulary that launched it first; empty for the fuzzing suite's own
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it goes over rows of logits."""
+        return "logits" in self.signature and self.kernel is not log_softmax.combine_kernel
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of a logit."""
+        return 4 if self.signature["logits"] == "*fp32" else 2
 
     def constant(self, name: str) -> Any:
         return self.constants.get((self.kernel.arg_names.index(name),))
@@ -89,7 +103,9 @@ class Launches:
         launches = self
 
         def note(kernel, key, signature, device, constants, options, attributes, warmup):
-            launches.forms.append(Form(kernel, signature, constants, attributes, options.num_warps, launches.name))
+            launches.forms.append(
+                Form(kernel, signature, constants, attributes, options.num_warps, options.maxnreg, launches.name)
+            )
             kernel.device_caches[device][0][key] = done = MagicMock()
             return done
 
@@ -144,7 +160,9 @@ class Launches:
         """A failed comparison is a pass here: nothing was computed."""
         report = (yield).get_result()
         failed = call.excinfo is not None and call.when == "call"
-        if failed and (call.excinfo.errisinstance(AssertionError) or "opcheck" in str(call.excinfo.value)[:200].lower()):
+        if failed and (
+            call.excinfo.errisinstance(AssertionError) or "opcheck" in str(call.excinfo.value)[:200].lower()
+        ):
             report.outcome = "passed"
 
 
@@ -153,37 +171,74 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def measure(form: Form, capability: int) -> dict[str, int]:
-    """Compile, and read resources and instructions from the binary."""
+def measure(form: Form, capability: int) -> dict[str, Any]:
+    """Compile, and read resources from the binary, and of an op at a real vocabulary on sm_90 the instructions too."""
     source = ASTSource(form.kernel, form.signature, form.constants, form.attributes)
-    options = {"num_warps": form.warps}
+    options = {"num_warps": form.warps, "maxnreg": form.registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [tool("cuobjdump"), "--dump-resource-usage", "--dump-sass", cubin.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
-    widths = [int(w) for w in re.findall(r"\bLDG\.E(?:\.[A-Z]\w*)*?\.(64|128)\b", said)] or [32]
+        usage = _output(tool("cuobjdump"), "--dump-resource-usage", cubin.name)
+        estimated = capability == 90 and form.name and form.reads_rows
+        sass = _output(tool("cuobjdump"), "--dump-sass", cubin.name) if estimated else ""
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
     return {
         "registers": found["REG"],
-        "stack": found["STACK"],
+        "stack": found["STACK"],  # spilled registers lie there, too
         "local": found["LOCAL"],
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", said)),
         "shared": compiled.metadata.shared,
-        "widest": max(widths) // 8,
-        "compares": len(re.findall(r"\bISETP\b", said)),
-        "wide compares": len(re.findall(r"\bISETP\S*\.EX\b", said)),
+        "widest": max((int(count or 1) * int(bits) // 8 for count, bits in loads), default=0),
+        "work": work_per_logit(sass, form.element_size) if estimated else None,
     }
 
 
-def faults(form: Form, capability: int, found: dict[str, int]) -> list[str]:
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def work_per_logit(sass: str, element_size: int) -> tuple[float, float]:
+    """(instructions, special-function instructions) per logit, over all loops that take exponentials."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(.*?) *;", sass)
+    place = {int(address, 16): position for position, (address, _) in enumerate(lines)}
+    loops = []
+    for position, (address, text) in enumerate(lines):
+        jump = re.search(r"\bBRA\S* (?:\S+, )?`?\(?0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < int(address, 16) and int(jump[1], 16) in place:
+            loops.append((place[int(jump[1], 16)], position + 1))
+    instructions = special = 0.0
+    for start, end in loops:
+        body = [text for _, text in lines[start:end]]
+        exponentials = sum("MUFU" in text for text in body)
+        widths = [re.search(r"\bLDG\.E(?:\.[A-Z]\w*)*?(?:\.(64|128|256))?(?:\.CONSTANT)? ", text) for text in body]
+        logits = sum(int(width[1] or 32) // 8 for width in widths if width) / element_size
+        inner = any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops)
+        if exponentials and logits and not inner:
+            instructions += len(body) / logits
+            special += exponentials / logits
+    return instructions, special
+
+
+def estimate(form: Form, work: tuple[float, float]) -> tuple[float, float]:
+    """(milliseconds for ROWS_OF_A_STEP rows on an H200, the floor): what takes longest of memory, issue slots and the
+    special-function units, were each busy alone; the floor is what the op must read and write."""
+    logits = ROWS_OF_A_STEP * VOCABULARY
+    size, out = form.element_size, 2 if form.signature.get("out") in ("*bf16", "*fp16") else 4
+    reads = {"forward_kernel": size, "backward_kernel": size + out, "grpo_rows_kernel": 2 * size + out}
+    must = {"forward_kernel": size, "backward_kernel": size + out, "grpo_rows_kernel": size + out}
+    memory, floor = (logits * table[form.kernel.__name__] / 4.25e9 for table in (reads, must))
+    instructions, special = work
+    clock = 1.7e6 * PROCESSORS  # cycles of all processors per millisecond
+    return max(memory, logits * instructions / (4 * 32 * clock), logits * special / (16 * clock)), floor
+
+
+def faults(form: Form, capability: int, found: dict[str, Any]) -> list[str]:
     """What is wrong with a compiled kernel, in words."""
-    wrong = [f"{name} {found[name]}" for name in ("stack", "local", "spills") if found[name]]
+    wrong = [f"{name} {found[name]}" for name in ("stack", "local") if found[name]]
     if found["shared"] > SHARED_MEMORY[capability]:
         wrong.append(f"shared memory {found['shared']} of {SHARED_MEMORY[capability]}")
-    reads_rows = "logits" in form.signature and form.kernel is not log_softmax.combine_kernel
-    if form.name and reads_rows and found["widest"] < 16:
+    if form.name and form.reads_rows and found["widest"] < 16:
         wrong.append(f"loads of {found['widest']} bytes")
     return wrong
 
@@ -209,16 +264,23 @@ def main() -> int:
     wrong = [f"{kernel.__name__}: never launched" for kernel in KERNELS if kernel not in {f.kernel for f in FORMS}]
     if not any(f.constant("SPLIT") for f in FORMS if f.kernel is log_softmax.forward_kernel and not f.name):
         wrong.append("forward_kernel: no split rows in the fuzzing suite")
-    print(f"{'op':42} {'kernel':16} {'arch':>6} {'warps':>5} {'regs':>5} {'shared':>7} {'ISETP':>6} {'64-bit':>6} {'load':>5}")
+    print(
+        f"{'op':42} {'kernel':10} {'arch':>6} {'warps':>5} {'regs':>5} {'shared':>6} {'load':>4} "
+        f"{'ops/logit':>9} {'ms':>5} floor"
+    )
     for (position, capability), found in zip(tasks, results, strict=True):
         form = FORMS[position]
-        name = form.kernel.__name__.removesuffix("_kernel")
         wrong += [f"sm_{capability} {form}: {fault}" for fault in faults(form, capability, found)]
         if form.name:
-            print(
-                f"{form.name:42} {name:16} sm_{capability:<3} {form.warps:5} {found['registers']:5} {found['shared']:7} "
-                f"{found['compares']:6} {found['wide compares']:6} {found['widest']:4}B"
+            name = form.kernel.__name__.removesuffix("_kernel")
+            line = (
+                f"{form.name:42} {name:10} sm_{capability:<3} {form.warps:5} {found['registers']:5} {found['shared']:6}"
             )
+            line += f" {found['widest']:3}B"
+            if found["work"]:
+                milliseconds, floor = estimate(form, found["work"])
+                line += f" {found['work'][0]:9.1f} {milliseconds:5.2f} {floor:5.2f}"
+            print(line)
     print(f"triton {triton.__version__}: {len(FORMS)} forms of {len(KERNELS)} kernels, {len(wrong)} faults")
     print(*wrong, sep="\n")
     return int(bool(wrong))

@@ -50,9 +50,9 @@ HEADS = [(2048, 151_936, 1.6), (3584, 152_064, 2.31)]
 
 @pytest.mark.parametrize(("width", "vocabulary", "gigabytes"), HEADS)
 def test_workspace_at_a_real_head(width, vocabulary, gigabytes, monkeypatch):
-    """Beyond the gradients it returns, a step over 16,384 bf16 rows takes, forward, the weight's fp32 gradient, a chunk's
-    logits and their gradient (1.6 GB at 3B); backward that fp32 gradient and hidden's, unscaled (2.3 GB at 7B, of which
-    2.2 are the fp32 gradient). All logits alone would take 5 GB in bf16."""
+    """Beyond the gradients it returns, a step over 16,384 bf16 rows takes, forward, the weight's fp32 gradient, a
+    chunk's logits and their gradient (1.6 GB at 3B); backward that fp32 gradient and hidden's, unscaled (2.3 GB at 7B,
+    of which 2.2 are the fp32 gradient). All logits alone would take 5 GB in bf16."""
     monkeypatch.setattr(linear, "processors", lambda device: 132)
     # The GPU's way on tensors without data: the row kernel and the products allocate nothing more.
     monkeypatch.setattr(linear_grpo, "takes_triton", lambda hidden: True)

@@ -284,6 +284,7 @@ def loss_and_gradient(
             MASK=mask is not None, ESTIMATOR=0 if ref_logps is None else ESTIMATORS[options.kl_estimator],
             SHARED_RATIO=options.importance == "sequence", MEAN=options.aggregation == "sequence",
             NORMALIZERS=normalizers is not None, BLOCK=tile.tokens, num_warps=tile.token_warps,
+            maxnreg=tile.token_registers,
         )  # fmt: skip
         total_kernel[(1,)](partial, loss, stats, programs, STATS=statistics, BLOCK=64, num_warps=4)
     return loss, stats, gradient

@@ -19,7 +19,8 @@ class Tiles:
     gradient: int = 2048  # columns a row kernel writes at a time
     warps: int = 4
     tokens: int = 256  # rows of vectors [R] that a program takes at a time
-    token_warps: int = 4
+    token_warps: int = 8
+    token_registers: int = 128  # at most; left to itself ptxas (CUDA 12.8) takes 32 to 48, and a stack for an address
     group: int = 128  # rewards of a group that a program takes at a time
     scaled: int = 2048  # numbers that a program of the scaling kernel takes
     few: int = 1  # fewer rows than this do not fill the processors: each is read and written twice as wide
