@@ -13,9 +13,10 @@ from rethinker.config import Config
 from rethinker.plan.activations import text_activations, vision_activations
 from rethinker.plan.shapes import Shape
 from rethinker_kernels import torch_rows
-from rethinker_kernels.linear import CHUNK_BYTES, MULTIPLE
+from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_bytes
 
 GIB = 2**30
+H100_PROCESSORS = 132  # the loss head's chunks depend on them; other GPUs' differ by a few percent
 BUCKET_BYTES = 256 << 20  # rollout.weight_sync's, which cannot be imported without vLLM
 
 
@@ -165,10 +166,11 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
     kept = [Term("activations, language model", text.kept * T, tokens)]
     seen = [] if frozen or not P else [Term("activations, vision tower", vision.kept * P, patches)]
     seen += [Term("pixels", P * shape.patch_values * (4 + b), patches)] if P else []
-    # The hidden states and their gradient, the weight's fp32 gradient, and a chunk of logits or the narrowed gradient.
+    # The hidden states and their gradient, the weight's fp32 gradient, and a chunk of logits; in the backward pass both
+    # gradients scaled, the weight's from fp32, where it waits until then.
     made = Term(
         "loss head",
-        2 * rows + learned * 4 / b + max(work, learned if b < 4 else 0),
+        2 * rows + learned * 4 / b + work,
         f"{R:,} rows, of which {_gib(work)} GiB are a chunk of logits",
     )
     live = [Term("gathered weights", gathered, "the head, a layer, prefetched ones")] if gathered else []
@@ -180,7 +182,7 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
     trained = trained_parameters(config, shape) / ranks
     moments = [
         [*kept, *seen, *live, made],
-        [*kept, *seen, *live, Term("loss head's backward", 2 * (rows + learned) + states + large)],
+        [*kept, *seen, *live, Term("loss head's backward", 2 * rows + learned * (1 + 4 / b) + states + large)],
         [*kept, *seen, *live, Term("layers' backward", text.extra * T + text.fixed + waits + flush)],
         [*seen, *live, *see],
     ]
@@ -209,14 +211,12 @@ def total(terms: list[Term]) -> float:
 
 
 def _chunk_bytes(shape: Shape, rows: int, b: int, on_gpu: bool) -> float:
-    """Logits of a chunk of rows, and on a CPU the fp32 copies that its row functions work on."""
-    kind = "cuda" if on_gpu else "cpu"
-    chunks = torch_rows.chunks(rows, shape.vocabulary * b, CHUNK_BYTES[kind], MULTIPLE[kind])
-    most = max((chunk.stop - chunk.start for chunk in chunks), default=0) * shape.vocabulary
+    """Logits of a chunk of rows and their gradient, and on a CPU the fp32 copies that its functions work on."""
+    size = chunk_bytes(rows, shape.hidden, shape.vocabulary, b, H100_PROCESSORS if on_gpu else 0)
     if on_gpu:
-        return b * most
-    widened = 4 * most if b < 4 else 0  # the weight's gradient is a product of fp32 copies
-    return b * most + max(widened, 2 * min(4 * most, torch_rows.CHUNK_BYTES))
+        return size
+    widened = CPU_LOGITS_BYTES if b < 4 else 0  # products of 16-bit factors are made of fp32 copies of a part
+    return size + max(widened, 2 * min(size, torch_rows.CHUNK_BYTES))
 
 
 def sync_peak(config: Config, shape: Shape) -> list[Term]:

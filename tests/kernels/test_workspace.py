@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 
 import pytest
@@ -11,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rethinker_kernels import linear, linear_grpo
+from rethinker_kernels.chunks import CPU_LOGITS_BYTES, WORKSPACE, chunk_bytes, chunk_rows
+from rethinker_kernels.scaled import scaled
 from rethinker_kernels.triton_kernels import linear as row_kernel
 
 ROWS = 16_384
@@ -41,27 +44,62 @@ class Peak(TorchDispatchMode):
         self.bytes -= size
 
 
-@pytest.mark.parametrize(("width", "vocabulary", "gigabytes"), [(2048, 151_936, 1.5), (3584, 152_064, 2.19)])
+HEADS = [(2048, 151_936, 1.6), (3584, 152_064, 2.31)]
+"""(D, V, GB beyond the returned gradients) of Qwen2.5-VL 3B and 7B."""
+
+
+@pytest.mark.parametrize(("width", "vocabulary", "gigabytes"), HEADS)
 def test_workspace_at_a_real_head(width, vocabulary, gigabytes, monkeypatch):
-    """Beyond the gradients it returns, one pass over 16,384 bf16 rows takes an fp32 weight gradient and a chunk of
-    logits, never both together with the narrowed gradient; the logits alone would take 5 GB."""
-    for settings in (linear.CHUNK_BYTES, linear.MULTIPLE):
-        monkeypatch.setitem(settings, "cpu", settings["cuda"])
-    # The GPU's way on tensors without data: the row kernel and the fp32-accumulating product allocate nothing more.
+    """Beyond the gradients it returns, a step over 16,384 bf16 rows takes, forward, the weight's fp32 gradient, a chunk's
+    logits and their gradient (1.6 GB at 3B); backward that fp32 gradient and hidden's, unscaled (2.3 GB at 7B, of which
+    2.2 are the fp32 gradient). All logits alone would take 5 GB in bf16."""
+    monkeypatch.setattr(linear, "processors", lambda device: 132)
+    # The GPU's way on tensors without data: the row kernel and the products allocate nothing more.
     monkeypatch.setattr(linear_grpo, "takes_triton", lambda hidden: True)
-    monkeypatch.setattr(linear, "_add_product", lambda total, a, b: None)
-    monkeypatch.setattr(row_kernel, "grpo_rows_", lambda logits, *_: (torch.empty(len(logits)),) * 2)
+    monkeypatch.setattr(linear, "product", lambda a, b, out, add=False: None)
+    monkeypatch.setattr(row_kernel, "grpo_rows", lambda logits, *_, out: (logits.new_empty(len(logits)),) * 2)
     with FakeTensorMode():
-        hidden = torch.empty(ROWS, width, dtype=torch.bfloat16)
-        weight = torch.empty(vocabulary, width, dtype=torch.bfloat16)
-        index = torch.zeros(ROWS, dtype=torch.int64)
-        per_row = torch.zeros(ROWS)
+        hidden, weight = (torch.empty(n, width, dtype=torch.bfloat16) for n in (ROWS, vocabulary))
+        index, per_row, one = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS), torch.ones(())
         with Peak(hidden, weight, index, per_row) as peak:
             terms = linear_grpo._Terms(hidden, per_row, per_row, None, None, None, None, None, "token")
-            *_, gradients = linear_grpo._one_pass(
-                hidden, weight, None, index, None, 1.0, terms, (True, True, False), None
-            )
-        returned = sum(gradient.untyped_storage().nbytes() for gradient in gradients)
+            needs = (True, True, False)
+            sums = linear_grpo._one_pass(hidden, weight, None, index, None, 1.0, terms, needs, None)[2].wide()
+            forward = peak.most
+            returned = [scaled(gradient, one, torch.bfloat16) for gradient in sums]
+        returned = sum(gradient.untyped_storage().nbytes() for gradient in returned)
     assert returned == 2 * width * (ROWS + vocabulary)
     assert gigabytes - 0.1 < (peak.most - returned) / 1e9 < gigabytes
-    assert (peak.most - returned) / 1e9 < 2 * ROWS * vocabulary / 1e9 / 2
+    chunk = chunk_bytes(ROWS, width, vocabulary, 2, 132)
+    assert forward - returned == pytest.approx(2 * width * vocabulary + chunk, rel=0.01)
+
+
+@pytest.mark.parametrize("processors", [108, 132, 148])
+@pytest.mark.parametrize(("width", "vocabulary"), [(896, 151_936), *(head[:2] for head in HEADS), (8192, 152_064)])
+@pytest.mark.parametrize("rows", [0, 1, 500, 3_000, ROWS])
+def test_chunk_rows_of_real_heads(rows, width, vocabulary, processors):
+    """Whole tiles, no more than there are rows, within the bound on memory, and at most 8 passes over 16,384 rows."""
+    logits, products = chunk_rows(rows, width, vocabulary, 2, processors)
+    assert (logits % 128 == 0 and products % 128 == 0 and products < rows + 128) or rows == 0
+    taken = 2 * width * vocabulary + chunk_bytes(rows, width, vocabulary, 2, processors)
+    assert taken <= max(WORKSPACE, 4 * width * vocabulary)
+    assert math.ceil(rows / max(products, 1)) <= 9
+    same, in_place = chunk_rows(rows, width, vocabulary, 4, processors)
+    assert same == in_place and chunk_bytes(rows, width, vocabulary, 4, processors) <= WORKSPACE
+
+
+@pytest.mark.parametrize(("width", "vocabulary"), [head[:2] for head in HEADS])
+def test_chunks_fill_the_processors(width, vocabulary):
+    """On an H100 or H200 the hidden states' gradient keeps at least 95% of the processors at work."""
+    _, products = chunk_rows(ROWS, width, vocabulary, 2, 132)
+    tiles = math.ceil(products / 128) * math.ceil(width / 256)
+    assert tiles / (math.ceil(tiles / 132) * 132) > 0.95
+
+
+@pytest.mark.parametrize("element_size", [2, 4, 8])
+def test_chunk_rows_on_a_cpu(element_size):
+    """Logits within their bound, at least a row."""
+    for vocabulary in (10, 151_936, 10**9):
+        logits, products = chunk_rows(10**6, 64, vocabulary, element_size, 0)
+        assert logits == products >= 1
+        assert logits == 1 or logits * vocabulary * max(element_size, 4) <= CPU_LOGITS_BYTES
