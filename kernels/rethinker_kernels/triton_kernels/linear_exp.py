@@ -6,9 +6,9 @@ gradient of the logits differ by a factor per row and by the chosen entry alone,
 
     dloss/dz = slope / T * (onehot - e / s) = scale_of_row * (e - s * onehot),  scale_of_row = -slope / (T * s)
 
-The offset must be known before the product. The chosen token's logit minus its old log-prob is the log-sum-exp up to the
-change of the log-prob since. Where that guess is more than LIMIT too low, the product is made again with the offset
-that the first one found; the host never asks which it was.
+The offset must be known before the product. The chosen token's logit minus its old log-prob is the log-sum-exp up to
+the change of the log-prob since. Where that guess is more than LIMIT too low, the product is made again with the
+offset that the first one found; the host never asks which it was.
 
 Legend: C rows of a chunk, D hidden size, V vocabulary, N tiles that V is cut into.
 """
