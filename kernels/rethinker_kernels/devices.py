@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -25,3 +27,18 @@ def row_kernels(tensor: Tensor) -> ModuleType:
     from rethinker_kernels.triton_kernels import log_softmax
 
     return log_softmax
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Makes the tensor's GPU the current one: Triton launches on that, wherever its arguments are."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 0 for a CPU."""
+    return _processors(device.index or 0) if device.type == "cuda" else 0
+
+
+@cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

@@ -5,21 +5,17 @@ Legend: R rows (response tokens), C rows of a chunk, D hidden size, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
-from rethinker_kernels import torch_rows
 from rethinker_kernels.arguments import check_index, check_linear, check_temperature
-from rethinker_kernels.devices import row_kernels
+from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_rows
+from rethinker_kernels.devices import processors, row_kernels
 from rethinker_kernels.log_softmax import split_temperature
 from rethinker_kernels.reference import wide
-
-CHUNK_BYTES = {"cuda": 832 * 2**20, "cpu": 64 * 2**20}
-"""Size of a chunk's logits. On a GPU 2,816 rows of a bf16 vocabulary of 152,064: enough for matrix products at full
-speed and for few passes over the weight's gradient, and no more than that gradient takes when it is narrowed."""
-
-MULTIPLE = {"cuda": 128, "cpu": 1}
-"""A chunk's rows are a multiple of this: a tile of the matrix product."""
+from rethinker_kernels.torch_rows import slices
 
 
 def linear_selective_log_softmax(
@@ -36,9 +32,9 @@ def linear_selective_log_softmax(
         logits = hidden @ weight.T + bias
         logps, entropy = selective_log_softmax(logits, index, temperature=temperature, return_entropy=True)
 
-    The logits [R, V] are never held whole, only those of a chunk of rows (CHUNK_BYTES); the backward pass computes
-    them again. The weight's gradient is accumulated in fp32. An input that needs no gradient (a frozen head) costs
-    nothing in the backward pass.
+    The logits [R, V] are never held whole, only those of a chunk of rows, and in fp32 also where the inputs are of 16
+    bits: rounded to bf16 they would move a log-prob by 0.01. The backward pass computes them again. The weight's
+    gradient is accumulated in fp32. An input that needs no gradient (a frozen head) costs nothing in the backward pass.
 
     Args:
         hidden: [R, D] floating.
@@ -62,59 +58,98 @@ def linear_selective_log_softmax(
 
 
 class Gradients:
-    """Gradients of hidden, weight and bias, chunk by chunk; one that is not needed is [0]."""
+    """Gradients of hidden, weight and bias, a chunk of rows at a time; one that is not needed is [0].
+
+    Those of weight and bias are sums over all rows: fp32 until `narrowed`.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> None:
         self.inputs, self.needs = (hidden, weight, bias), needs
-        # The weight's gradient is a sum over all rows: it is kept in fp32 until it is complete.
-        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.weight = torch.zeros(weight.shape, dtype=wide(weight), device=weight.device) if needs[1] else None
-        self.bias = torch.zeros(bias.shape, dtype=wide(weight), device=weight.device) if needs[2] else None
+        self.hidden = hidden.new_empty(hidden.shape if needs[0] else 0)
+        self.weight = self.bias = None
 
-    def add(self, rows: slice, grad_logits: Tensor) -> None:
-        """Take in the gradient [C, V] of a chunk's logits."""
+    def accumulate(self, fill: Callable[[slice, Tensor], None]) -> None:
+        """Take in all rows: `fill(rows, out)` writes the gradient of the logits of `rows` into `out` [C, V]."""
         hidden, weight, _ = self.inputs
+        _, size = chunks_of(hidden, weight)
+        buffer = hidden.new_empty(min(size, hidden.shape[0]), weight.shape[0])
+        for rows in slices(0, hidden.shape[0], size):
+            grad_logits = buffer[: rows.stop - rows.start]
+            fill(rows, grad_logits)
+            self._add(rows, grad_logits)
+
+    def _add(self, rows: slice, grad_logits: Tensor) -> None:
+        hidden, weight, bias = self.inputs
         if self.needs[0]:
             torch.mm(grad_logits, weight, out=self.hidden[rows])
         if self.needs[1]:
-            _add_product(self.weight, grad_logits.t(), hidden[rows])
+            first = self.weight is None
+            if first:
+                self.weight = torch.empty(weight.shape, dtype=wide(weight), device=weight.device)
+            product(grad_logits.t(), hidden[rows], out=self.weight, add=not first)
         if self.needs[2]:
-            self.bias += grad_logits.sum(0, dtype=self.bias.dtype)
+            part = grad_logits.sum(0, dtype=wide(bias))
+            self.bias = part if self.bias is None else self.bias.add_(part)
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, weight, bias = self.inputs
-        none = hidden.new_empty
-        return (
-            self.hidden if self.needs[0] else none(0),
-            self.weight.to(weight.dtype) if self.needs[1] else none(0),
-            self.bias.to(bias.dtype) if self.needs[2] else none(0),
-        )
+    def wide(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden's in its own type, weight's and bias's in fp32 (or fp64)."""
+        sums = []
+        for x, need, total in zip(self.inputs[1:], self.needs[1:], (self.weight, self.bias), strict=True):
+            if not need:
+                total = self.hidden.new_empty(0)
+            sums.append(x.new_zeros(x.shape, dtype=wide(x)) if total is None else total)
+        return self.hidden, *sums
 
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; total is fp32 also where a and b are of 16 bits."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    def narrowed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All in the type of the inputs."""
+        return tuple(gradient.to(self.hidden.dtype) for gradient in self.wide())
 
 
-def chunks_of_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None):
-    """(rows, their logits [C, V]) for all rows; the logits may be overwritten, and are by the next chunk."""
-    kind = "cuda" if hidden.is_cuda else "cpu"
-    vocabulary = weight.shape[0]
-    row_bytes = vocabulary * weight.element_size()
-    chunks = torch_rows.chunks(hidden.shape[0], row_bytes, CHUNK_BYTES[kind], MULTIPLE[kind])
-    buffer = hidden.new_empty(max((c.stop - c.start for c in chunks), default=0), vocabulary)
-    for rows in chunks:
-        logits = buffer[: rows.stop - rows.start]
-        if bias is None:
-            torch.mm(hidden[rows], weight.t(), out=logits)
+def chunks_of(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
+    """`chunk_rows` of these tensors on their device."""
+    return chunk_rows(hidden.shape[0], *weight.shape[::-1], hidden.element_size(), processors(hidden.device))
+
+
+def logits_of(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice, out: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """(part of the rows, its logits [B, V] in fp32 or fp64, its rows of `out`) for all `rows`.
+
+    The logits may be overwritten, and are by the next part. Where `out` [C, V] is as wide, they are in its place.
+    """
+    size, _ = chunks_of(hidden, weight)
+    in_place = out is not None and out.dtype == wide(hidden)
+    shape = (0 if in_place else min(size, rows.stop - rows.start), weight.shape[0])
+    buffer = hidden.new_empty(shape, dtype=wide(hidden))
+    for part in slices(rows.start, rows.stop, size):
+        into = None if out is None else out[part.start - rows.start : part.stop - rows.start]
+        logits = into if in_place else buffer[: part.stop - part.start]
+        if bias is not None:
+            logits.copy_(bias)
+        product(hidden[part], weight.t(), out=logits, add=bias is not None)
+        yield part, logits, into
+
+
+def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b; an fp32 `out` of 16-bit a and b is never rounded to 16 bits on the way."""
+    if out.dtype == a.dtype:
+        if add:
+            out.addmm_(a, b)
         else:
-            torch.addmm(bias, hidden[rows], weight.t(), out=logits)
-        yield rows, logits
+            torch.mm(a, b, out=out)
+    elif out.is_cuda:
+        if add:
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        else:
+            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    elif out.shape[0] > out.shape[1]:  # a CPU has no such product; the longer factor is widened piece by piece
+        b = b.to(out.dtype)
+        for piece in slices(0, out.shape[0], max(CPU_LOGITS_BYTES // (4 * a.shape[1]), 1)):
+            product(a[piece].to(out.dtype), b, out=out[piece], add=add)
+    else:
+        a = a.to(out.dtype)
+        for piece in slices(0, out.shape[1], max(CPU_LOGITS_BYTES // (4 * b.shape[0]), 1)):
+            product(a, b[:, piece].to(out.dtype), out=out[:, piece], add=add)
 
 
 def at(values: Tensor | None, rows: slice) -> Tensor | None:
@@ -137,7 +172,7 @@ def log_softmax_op(
     logps = hidden.new_empty(rows, dtype=wide(hidden))
     entropies = logps.new_empty(rows if return_entropy else 0)
     saved = logps.new_empty(2, rows)
-    for here, logits in chunks_of_logits(hidden, weight, bias):
+    for here, logits, _ in logits_of(hidden, weight, bias, slice(0, rows)):
         logps[here], entropy, saved[:, here] = kernels.forward_rows(
             logits, index[here], at(temperatures, here), temperature, return_entropy
         )
@@ -169,36 +204,54 @@ def log_softmax_backward_op(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = Gradients(hidden, weight, bias, (needs_hidden, needs_weight, needs_bias))
-    if grad_logps is None and grad_entropies is None:
-        return gradients.result()
-    kernels = row_kernels(hidden)
-    for here, logits in chunks_of_logits(hidden, weight, bias):
-        kernels.gradient_rows(
-            logits,
-            index[here],
-            at(temperatures, here),
-            temperature,
-            saved[:, here].contiguous(),
-            entropies[here] if grad_entropies is not None else None,
-            at(grad_logps, here),
-            at(grad_entropies, here),
-            out=logits,
-        )
-        gradients.add(here, logits)
-        del logits  # the chunk's buffer is free before the weight's gradient is narrowed
-    return gradients.result()
+    given = (hidden, weight, bias, index, temperatures, temperature)
+    needs = (needs_hidden, needs_weight, needs_bias)
+    return log_softmax_gradients(*given, saved, entropies, grad_logps, grad_entropies, needs).narrowed()
+
+
+def log_softmax_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    saved: Tensor,
+    entropies: Tensor,
+    grad_logps: Tensor | None,
+    grad_entropies: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    """Of the log-probs and entropies, whose own gradients [R] may be None."""
+    gradients, kernels = Gradients(hidden, weight, bias, needs), row_kernels(hidden)
+
+    def fill(rows: slice, out: Tensor) -> None:
+        for here, logits, into in logits_of(hidden, weight, bias, rows, out):
+            kernels.gradient_rows(
+                logits,
+                index[here],
+                at(temperatures, here),
+                temperature,
+                saved[:, here].contiguous(),
+                entropies[here] if grad_entropies is not None else None,
+                at(grad_logps, here),
+                at(grad_entropies, here),
+                out=into,
+            )
+
+    gradients.accumulate(fill)
+    return gradients
 
 
 @log_softmax_backward_op.register_fake
 def _(hidden, weight, bias, *rest):
-    return fake_gradients(hidden, weight, bias, rest[-3:])
+    return fake_gradients((hidden, weight, bias), rest[-3:], (hidden.dtype,) * 3)
 
 
-def fake_gradients(hidden, weight, bias, needs):
+def fake_gradients(inputs, needs, dtypes):
     return tuple(
-        x.new_empty(x.shape) if need else hidden.new_empty(0)
-        for x, need in zip((hidden, weight, bias), needs, strict=True)
+        x.new_empty(x.shape, dtype=dtype) if need else inputs[0].new_empty(0)
+        for x, need, dtype in zip(inputs, needs, dtypes, strict=True)
     )
 
 

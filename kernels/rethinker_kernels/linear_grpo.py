@@ -20,9 +20,10 @@ from rethinker_kernels.arguments import (
     check_vector,
 )
 from rethinker_kernels.devices import takes_triton
-from rethinker_kernels.linear import Gradients, at, chunks_of_logits, fake_gradients
+from rethinker_kernels.linear import Gradients, at, fake_gradients, logits_of
 from rethinker_kernels.log_softmax import split_temperature
 from rethinker_kernels.reference import LINEAR_GRPO_STATS, wide
+from rethinker_kernels.scaled import scaled
 from rethinker_kernels.surrogate import grpo_loss, split_normalizer
 
 
@@ -94,7 +95,13 @@ def linear_grpo_loss(
         **tensors,
         nll_weights=nll_weights,
         **split_normalizer(normalizer),
-        **vars(surrogate),
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        importance=importance,
+        aggregation=aggregation,
         needs_hidden=learns and hidden.requires_grad,
         needs_weight=learns and weight.requires_grad,
         needs_bias=learns and bias is not None and bias.requires_grad,
@@ -130,7 +137,7 @@ def _grpo(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logps, stats, gradients of hidden, weight and bias); a gradient that is not needed is [0]."""
+    """(loss, logps, stats, gradients of hidden, weight and bias as `Gradients.wide` has them)."""
     needs = (needs_hidden, needs_weight, needs_bias)
     surrogate = Surrogate(clip_low, clip_high, dual_clip, kl_coef, kl_estimator, importance, aggregation)
     given = (hidden, weight, bias, index, temperatures, temperature)
@@ -138,13 +145,13 @@ def _grpo(
     terms.factors /= normalizer if normalizers is None else normalizers
     if not any(needs):
         logps, entropies, _ = linear.log_softmax_op(*given, True)
-        gradients = Gradients(hidden, weight, bias, needs).result()
+        gradients = Gradients(hidden, weight, bias, needs)
     elif importance == "token":
         logps, entropies, gradients = _one_pass(*given, terms, needs, surrogate)
     else:
         logps, entropies, saved = linear.log_softmax_op(*given, True)
         slopes = terms.slopes(slice(None), logps, surrogate)
-        gradients = linear.log_softmax_backward_op(*given, saved, entropies, slopes, None, *needs)
+        gradients = linear.log_softmax_gradients(*given, saved, entropies, slopes, None, needs)
 
     with torch.no_grad():
         loss, stats = grpo_loss(
@@ -162,7 +169,7 @@ def _grpo(
             loss = loss - torch.where(terms.nll_weights != 0, terms.nll_weights * logps, 0.0).sum()
         counts = terms.active & entropies.isfinite()
         entropy_sum = torch.where(counts, entropies, 0.0).sum(dtype=torch.float64)
-    return loss, logps, torch.cat([stats, entropy_sum[None]]), *gradients
+    return loss, logps, torch.cat([stats, entropy_sum[None]]), *gradients.wide()
 
 
 class _Terms:
@@ -212,32 +219,35 @@ class _Terms:
 
 
 def _one_pass(hidden, weight, bias, index, temperatures, temperature, terms, needs, surrogate):
-    """Log-probs, entropies and gradients, each chunk's logits computed once (importance="token")."""
+    """Log-probs, entropies and gradients, each row's logits computed once (importance="token")."""
     logps = hidden.new_empty(hidden.shape[0], dtype=wide(hidden))
     entropies = torch.empty_like(logps)
-    gradients = Gradients(hidden, weight, bias, needs)
-    for here, logits in chunks_of_logits(hidden, weight, bias):
-        chosen = (index[here], at(temperatures, here), temperature)
-        if takes_triton(hidden):
-            from rethinker_kernels.triton_kernels.linear import grpo_rows_
 
-            logps[here], entropies[here] = grpo_rows_(
-                logits,
-                *chosen,
-                terms.old_logps[here],
-                terms.advantages[here],
-                terms.factors[here],
-                at(terms.ref_logps, here),
-                at(terms.nll_weights, here),
-                surrogate,
-            )
-        else:
-            logps[here], entropies[here], saved = torch_rows.forward_rows(logits, *chosen, True)
-            slopes = terms.slopes(here, logps[here], surrogate)
-            torch_rows.gradient_rows(logits, *chosen, saved, None, slopes, None, out=logits)
-        gradients.add(here, logits)
-        del logits  # the chunk's buffer is free before the weight's gradient is narrowed
-    return logps, entropies, gradients.result()
+    def fill(rows: slice, out: Tensor) -> None:
+        for here, logits, into in logits_of(hidden, weight, bias, rows, out):
+            chosen = (index[here], at(temperatures, here), temperature)
+            if takes_triton(hidden):
+                from rethinker_kernels.triton_kernels.linear import grpo_rows
+
+                logps[here], entropies[here] = grpo_rows(
+                    logits,
+                    *chosen,
+                    terms.old_logps[here],
+                    terms.advantages[here],
+                    terms.factors[here],
+                    at(terms.ref_logps, here),
+                    at(terms.nll_weights, here),
+                    surrogate,
+                    out=into,
+                )
+            else:
+                logps[here], entropies[here], saved = torch_rows.forward_rows(logits, *chosen, True)
+                slopes = terms.slopes(here, logps[here], surrogate)
+                torch_rows.gradient_rows(logits, *chosen, saved, None, slopes, None, out=into)
+
+    gradients = Gradients(hidden, weight, bias, needs)
+    gradients.accumulate(fill)
+    return logps, entropies, gradients
 
 
 @_grpo.register_fake
@@ -246,7 +256,7 @@ def _(hidden, weight, bias, *rest):
         hidden.new_empty((), dtype=wide(hidden)),
         hidden.new_empty(hidden.shape[0], dtype=wide(hidden)),
         hidden.new_empty(len(LINEAR_GRPO_STATS), dtype=torch.float64),
-        *fake_gradients(hidden, weight, bias, rest[-3:]),
+        *fake_gradients((hidden, weight, bias), rest[-3:], (hidden.dtype, wide(weight), wide(weight))),
     )
 
 
@@ -254,12 +264,12 @@ def _setup_grpo(ctx, inputs, output) -> None:
     _, logps, stats, *gradients = output
     ctx.mark_non_differentiable(logps, stats, *gradients)
     ctx.save_for_backward(*gradients)
-    ctx.needs, ctx.others = inputs[-3:], len(inputs) - 3
+    ctx.needs, ctx.dtype, ctx.others = inputs[-3:], inputs[0].dtype, len(inputs) - 3
 
 
 def _gradient_grpo(ctx, grad_loss, *_):
-    scaled = (g * grad_loss.to(g.dtype) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True))
-    return (*scaled, *(None,) * ctx.others)
+    given = zip(ctx.saved_tensors, ctx.needs, strict=True)
+    return *(scaled(g, grad_loss, ctx.dtype) if need else None for g, need in given), *(None,) * ctx.others
 
 
 _grpo.register_autograd(_gradient_grpo, setup_context=_setup_grpo)

@@ -68,14 +68,13 @@ def grpo_loss(
     Raises:
         ValueError: a shape, type, device or option that does not fit, naming it.
     """
-    surrogate = Surrogate(clip_low, clip_high, dual_clip, kl_coef, kl_estimator, importance, aggregation)
+    options = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "kl_coef": kl_coef}
+    options |= {"kl_estimator": kl_estimator, "importance": importance, "aggregation": aggregation}
     tensors = {"cu_seqlens": cu_seqlens, "ref_logps": ref_logps, "weights": weights, "mask": mask}
     if not takes_triton(logps):
-        return reference.grpo_loss(logps, old_logps, advantages, **tensors, normalizer=normalizer, **vars(surrogate))
-    check_grpo(logps, old_logps, advantages, surrogate, **tensors, normalizer=normalizer)
-    loss, stats, _ = _grpo_loss(
-        logps, old_logps, advantages, **tensors, **split_normalizer(normalizer), **vars(surrogate)
-    )
+        return reference.grpo_loss(logps, old_logps, advantages, **tensors, normalizer=normalizer, **options)
+    check_grpo(logps, old_logps, advantages, Surrogate(**options), **tensors, normalizer=normalizer)
+    loss, stats, _ = _grpo_loss(logps, old_logps, advantages, **tensors, **split_normalizer(normalizer), **options)
     return loss, stats
 
 

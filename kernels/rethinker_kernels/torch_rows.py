@@ -40,7 +40,7 @@ def forward_rows(
     logps = logits.new_empty(logits.shape[0], dtype=wide(logits))
     entropies = torch.empty_like(logps[: logps.shape[0] if return_entropy else 0])
     saved = logits.new_empty(2, logits.shape[0], dtype=wide(logits))
-    for rows in chunks(logits.shape[0], logits.shape[1] * logps.element_size(), CHUNK_BYTES):
+    for rows in chunks(logits.shape[0], logits.shape[1] * logps.element_size()):
         x = logits[rows].to(logps.dtype, copy=True)  # [C, V]
         top = x.amax(-1)
         x -= torch.where(top == -math.inf, torch.finfo(x.dtype).min, top)[:, None]
@@ -69,7 +69,7 @@ def gradient_rows(
     *,
     out: Tensor,
 ) -> Tensor:
-    """The gradient of the logits, into `out` [..., V], which may be the logits themselves.
+    """The gradient of the logits, into `out` [..., V] of any type, which may be the logits themselves.
 
     Args: `saved` and `entropies` are `forward_rows`'s; a gradient that is None is 0.
     """
@@ -83,7 +83,7 @@ def gradient_rows(
         for g in (grad_logps, grad_entropies)
     )
     into = out.view(-1, vocabulary)
-    for rows in chunks(flat.shape[0], vocabulary * saved.element_size(), CHUNK_BYTES):
+    for rows in chunks(flat.shape[0], vocabulary * saved.element_size()):
         x = flat[rows].to(saved.dtype, copy=True)  # [C, V]
         x.sub_(saved[0, rows, None]).mul_(_finite(inverse[rows])[:, None]).sub_(saved[1, rows, None])
         x.clamp_(min=_NO_MASS)  # log p
@@ -143,12 +143,22 @@ def loss_gradient(
     return torch.where(active, slope, 0.0)
 
 
-def chunks(rows: int, row_bytes: int, chunk_bytes: int, multiple: int = 1) -> list[slice]:
-    """Rows in as few chunks of at most `chunk_bytes` as it takes, all of about the same size (a multiple of it)."""
-    most = max(chunk_bytes // row_bytes // multiple, 1) * multiple
-    count = max(math.ceil(rows / most), 1)
-    size = math.ceil(math.ceil(rows / count) / multiple) * multiple
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size or 1)]
+def scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(values * factor) in `dtype`."""
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    for part in slices(0, values.numel(), CHUNK_BYTES // 4):
+        out.view(-1)[part] = values.reshape(-1)[part] * factor.to(wide(values))
+    return out
+
+
+def slices(start: int, stop: int, size: int) -> list[slice]:
+    """[start, stop) in pieces of `size`, the last of what is left."""
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+def chunks(rows: int, row_bytes: int) -> list[slice]:
+    """Rows of which at most CHUNK_BYTES are worked on at a time."""
+    return slices(0, rows, max(CHUNK_BYTES // row_bytes, 1))
 
 
 def _inverse(logits: Tensor, temperatures: Tensor | None, temperature: float) -> Tensor:

@@ -22,8 +22,8 @@ def naive(logits: torch.Tensor, index: torch.Tensor, temperature: float = 1.0) -
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of a few rows, so that a few rows already cross chunk borders."""
-    monkeypatch.setattr(linear, "CHUNK_BYTES", {"cpu": 3 * 8 * 6})
+    """Logits of 2 rows and products of 3 at a time: a few rows already cross both borders."""
+    monkeypatch.setattr(linear, "chunk_rows", lambda *_: (2, 3))
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 127, 129, 1000])
@@ -123,7 +123,7 @@ def test_linear_never_holds_all_logits(monkeypatch):
     """No tensor of [R, V] size is alive at once: the largest allocation is one chunk's logits."""
     rows, width, vocabulary = 512, 4, 64
     chunk = 64 * vocabulary * 4
-    monkeypatch.setattr(linear, "CHUNK_BYTES", {"cpu": chunk})
+    monkeypatch.setattr(linear, "chunk_rows", lambda *_: (64, 64))
     hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
     index = torch.randint(vocabulary, (rows,))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rethinker_kernels.devices import on_device_of
 from rethinker_kernels.triton_kernels.tiles import tiles
 
 
@@ -76,8 +77,9 @@ def group_advantages(rewards: Tensor, group_offsets: Tensor, scale: str, eps: fl
     whole_batch = scale == "batch" and rewards.shape[0] > 1
     batch_std = rewards.float().std() if whole_batch else None
     tile = tiles(rewards.device)
-    group_kernel[(groups,)](
-        rewards.contiguous(), group_offsets.contiguous(), batch_std, advantages, degenerate.view(torch.int8),
-        rewards.shape[0], eps, STD=scale == "std", BATCH=whole_batch, BLOCK=tile.group, num_warps=1,
-    )  # fmt: skip
+    with on_device_of(rewards):
+        group_kernel[(groups,)](
+            rewards.contiguous(), group_offsets.contiguous(), batch_std, advantages, degenerate.view(torch.int8),
+            rewards.shape[0], eps, STD=scale == "std", BATCH=whole_batch, BLOCK=tile.group, num_warps=1,
+        )  # fmt: skip
     return advantages, degenerate

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rethinker_kernels.arguments import Surrogate
+from rethinker_kernels.devices import on_device_of
 from rethinker_kernels.triton_kernels.tiles import tiles
 
 MAX_LOG_RATIO = tl.constexpr(20.0)
@@ -271,17 +272,18 @@ def loss_and_gradient(
     stats = torch.empty(statistics, dtype=torch.float64, device=logps.device)
     partial = torch.empty(programs, SUMS.value, dtype=torch.float32, device=logps.device)
     given = [None if t is None else t.contiguous() for t in (logps, old_logps, advantages, ref_logps, weights)]
-    loss_kernel[(programs,)](
-        *given, None if mask is None else mask.contiguous().view(torch.uint8),
-        None if cu_seqlens is None else cu_seqlens.contiguous(), normalizers, gradient, partial,
-        rows, sequences or 0, *bounds(options), options.kl_coef, normalizer,
-        SEQUENCES=sequences is not None,
-        # Where there are as many rows as sequences, advantages belong to sequences and weights to rows.
-        ADVANTAGES="sequences" if advantages.shape[0] == sequences else "rows",
-        WEIGHTS=None if weights is None else "rows" if weights.shape[0] == rows else "sequences",
-        MASK=mask is not None, ESTIMATOR=0 if ref_logps is None else ESTIMATORS[options.kl_estimator],
-        SHARED_RATIO=options.importance == "sequence", MEAN=options.aggregation == "sequence",
-        NORMALIZERS=normalizers is not None, BLOCK=tile.tokens, num_warps=tile.token_warps,
-    )  # fmt: skip
-    total_kernel[(1,)](partial, loss, stats, programs, STATS=statistics, BLOCK=64, num_warps=4)
+    with on_device_of(logps):
+        loss_kernel[(programs,)](
+            *given, None if mask is None else mask.contiguous().view(torch.uint8),
+            None if cu_seqlens is None else cu_seqlens.contiguous(), normalizers, gradient, partial,
+            rows, sequences or 0, *bounds(options), options.kl_coef, normalizer,
+            SEQUENCES=sequences is not None,
+            # Where there are as many rows as sequences, advantages belong to sequences and weights to rows.
+            ADVANTAGES="sequences" if advantages.shape[0] == sequences else "rows",
+            WEIGHTS=None if weights is None else "rows" if weights.shape[0] == rows else "sequences",
+            MASK=mask is not None, ESTIMATOR=0 if ref_logps is None else ESTIMATORS[options.kl_estimator],
+            SHARED_RATIO=options.importance == "sequence", MEAN=options.aggregation == "sequence",
+            NORMALIZERS=normalizers is not None, BLOCK=tile.tokens, num_warps=tile.token_warps,
+        )  # fmt: skip
+        total_kernel[(1,)](partial, loss, stats, programs, STATS=statistics, BLOCK=64, num_warps=4)
     return loss, stats, gradient

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rethinker_kernels.devices import on_device_of
 from rethinker_kernels.triton_kernels.tiles import MAX_SPLITS, tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -86,10 +87,16 @@ def join(lane_top, lane_s, lane_u, scale):
 
 
 @triton.jit
-def chosen_logit(row, index, vocabulary):
-    """The logit of `index`, NaN if there is no such column: nothing is read out of bounds."""
+def chosen_column(index, vocabulary):
+    """The 64-bit `index` as a column in 32 bits, in which columns are compared with it; -1 if there is none such."""
     valid = (index >= 0) & (index < vocabulary)
-    return tl.load(row + index, mask=valid, other=float("nan")).to(tl.float32)
+    return tl.where(valid, index, -1).to(tl.int32)
+
+
+@triton.jit
+def chosen_logit(row, column):
+    """The logit of a `chosen_column`, NaN if there is none: nothing is read out of bounds."""
+    return tl.load(row + column, mask=column >= 0, other=float("nan")).to(tl.float32)
 
 
 @triton.jit
@@ -104,10 +111,10 @@ def log_prob_and_entropy(x, top, s, u, inverse):
 
 @triton.jit
 def write_gradient(
-    row, out, start, end, index, top, log2_s, scale, per_logp, per_entropy, entropy,
+    row, out, start, end, chosen, top, log2_s, scale, per_logp, per_entropy, entropy,
     ENTROPY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """per_logp * d logp / dx + per_entropy * d entropy / dx, times T, for columns [start, end); may overwrite x."""
+    """per_logp * d logp / dx + per_entropy * d entropy / dx, times T, of columns [start, end). `out` may be the row."""
     for first in range(start, end, TILE):
         columns = first + tl.arange(0, TILE)
         inside = columns < end
@@ -116,7 +123,7 @@ def write_gradient(
         if ENTROPY:
             log2_p = at_least_no_mass(log2_p)
         p = tl.exp2(log2_p)
-        gradient = tl.where(columns == index, per_logp, 0.0) - per_logp * p
+        gradient = tl.where(columns == chosen, per_logp, 0.0) - per_logp * p
         if ENTROPY:
             gradient -= per_entropy * (p * (log2_p * LN2 + entropy))
         tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=inside)
@@ -151,7 +158,8 @@ def forward_kernel(
         tl.store(partial + program * 3 + 2, u)
     else:
         inverse, _ = inverse_and_scale(temperatures, temperature, row, PER_ROW)
-        logp, entropy = log_prob_and_entropy(chosen_logit(x, tl.load(index + row), vocabulary), top, s, u, inverse)
+        chosen = chosen_column(tl.load(index + row), vocabulary)
+        logp, entropy = log_prob_and_entropy(chosen_logit(x, chosen), top, s, u, inverse)
         tl.store(logps + row, logp)
         tl.store(saved + row, top)
         tl.store(saved + rows + row, tl.log2(s))
@@ -178,7 +186,8 @@ def combine_kernel(
         scale,
     )
     x = logits + row_offset(row, inner, outer_stride, inner_stride)
-    logp, entropy = log_prob_and_entropy(chosen_logit(x, tl.load(index + row), vocabulary), top, s, u, inverse)
+    chosen = chosen_column(tl.load(index + row), vocabulary)
+    logp, entropy = log_prob_and_entropy(chosen_logit(x, chosen), top, s, u, inverse)
     tl.store(logps + row, logp)
     tl.store(saved + row, top)
     tl.store(saved + rows + row, tl.log2(s))
@@ -197,7 +206,7 @@ def backward_kernel(
     row = program // splits
     start = (program - row * splits) * span
     end = tl.minimum(start + span, vocabulary)
-    chosen = tl.load(index + row)
+    chosen = chosen_column(tl.load(index + row), vocabulary)
     inverse, scale = inverse_and_scale(temperatures, temperature, row, PER_ROW)
     per_logp = 0.0
     if LOGPS:
@@ -209,7 +218,7 @@ def backward_kernel(
         entropy = tl.load(entropies + row)
     place = out + row.to(tl.int64) * out_stride
     # At temperature 0 (1 / T = inf), or one that is none (NaN), there is no gradient.
-    live = (chosen >= 0) & (chosen < vocabulary) & (inverse < float("inf"))
+    live = (chosen >= 0) & (inverse < float("inf"))
     if live & ((per_logp != 0.0) | (per_entropy != 0.0)):
         x = logits + row_offset(row, inner, outer_stride, inner_stride)
         top = tl.load(saved + row)
@@ -257,18 +266,20 @@ def forward_rows(
     saved = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
         return logps, entropies, saved
-    tile = tiles(logits.device)
-    splits, span = _split(rows, vocabulary, tile.depth * tile.lanes, tile.programs)
+    tile = tiles(logits.device).of_rows(rows)
+    lanes = tile.lane_bytes // logits.element_size()
+    splits, span = _split(rows, vocabulary, tile.depth * lanes, tile.programs)
     partial = torch.empty(rows * splits * 3 if splits > 1 else 0, dtype=torch.float32, device=logits.device)
     shared = (logits, index, temperatures, temperature, logps, entropies, saved, partial)
     layout = (rows, inner, outer_stride, inner_stride, vocabulary, splits)
     options = {"PER_ROW": temperatures is not None, "ENTROPY": return_entropy}
-    forward_kernel[(rows * splits,)](
-        *shared, *layout, span, **options, SPLIT=splits > 1,
-        DEPTH=tile.depth, LANES=tile.lanes, num_warps=tile.row_warps,
-    )  # fmt: skip
-    if splits > 1:
-        combine_kernel[(rows,)](*shared, *layout, **options, SPLITS=MAX_SPLITS, num_warps=1)
+    with on_device_of(logits):
+        forward_kernel[(rows * splits,)](
+            *shared, *layout, span, **options, SPLIT=splits > 1,
+            DEPTH=tile.depth, LANES=lanes, num_warps=tile.warps,
+        )  # fmt: skip
+        if splits > 1:
+            combine_kernel[(rows,)](*shared, *layout, **options, SPLITS=MAX_SPLITS, num_warps=1)
     return logps, entropies, saved
 
 
@@ -284,7 +295,7 @@ def gradient_rows(
     *,
     out: Tensor,
 ) -> Tensor:
-    """The gradient of the logits, into `out` [R, V], which may be the logits themselves.
+    """The gradient of the logits, into `out` [R, V] of any type, which may be the logits themselves.
 
     Args: `saved` and `entropies` are `forward_rows`'s; a gradient that is None is 0.
     """
@@ -294,17 +305,18 @@ def gradient_rows(
         return out
     if grad_logps is None and grad_entropies is None:
         return out.zero_()
-    tile = tiles(logits.device)
+    tile = tiles(logits.device).of_rows(rows)
     splits, span = _split(rows, vocabulary, tile.gradient, tile.programs)
-    backward_kernel[(rows * splits,)](
-        logits, out, index.reshape(-1).contiguous(),
-        None if temperatures is None else temperatures.reshape(-1).contiguous(), temperature, saved, entropies,
-        None if grad_logps is None else grad_logps.reshape(-1).contiguous(),
-        None if grad_entropies is None else grad_entropies.reshape(-1).contiguous(),
-        rows, inner, outer_stride, inner_stride, out.stride(-2), vocabulary, splits, span,
-        PER_ROW=temperatures is not None, LOGPS=grad_logps is not None, ENTROPY=grad_entropies is not None,
-        TILE=tile.gradient, num_warps=tile.row_warps,
-    )  # fmt: skip
+    with on_device_of(logits):
+        backward_kernel[(rows * splits,)](
+            logits, out, index.reshape(-1).contiguous(),
+            None if temperatures is None else temperatures.reshape(-1).contiguous(), temperature, saved, entropies,
+            None if grad_logps is None else grad_logps.reshape(-1).contiguous(),
+            None if grad_entropies is None else grad_entropies.reshape(-1).contiguous(),
+            rows, inner, outer_stride, inner_stride, out.stride(-2), vocabulary, splits, span,
+            PER_ROW=temperatures is not None, LOGPS=grad_logps is not None, ENTROPY=grad_entropies is not None,
+            TILE=tile.gradient, num_warps=tile.warps,
+        )  # fmt: skip
     return out
 
 
