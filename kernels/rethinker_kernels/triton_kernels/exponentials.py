@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rethinker_kernels.devices import on_device_of, processors
 from rethinker_kernels.triton_kernels.log_softmax import LN2, LOG2E, NO_MASS
 
 LIMIT = tl.constexpr(64.0)
@@ -162,23 +163,13 @@ def close_kernel(out, index, chosen, offsets, sums, slopes, scales, vocabulary, 
     tl.store(scales + row, tl.where(valid & (slope != 0.0), -slope * inverse / s, 0.0))
 
 
-def takes_exponentials(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatures: Tensor | None, temperature: float
-) -> bool:
-    """Whether this path serves these inputs: bf16 on a Hopper GPU, rows that the bulk copy engine can read (16-byte
-    strides), no bias, and one temperature that is not nearly 0. Everything else has `log_softmax`'s kernels."""
-    fits = hidden.is_cuda and hidden.dtype == torch.bfloat16 and torch.cuda.get_device_capability(hidden.device)[0] == 9
-    aligned = all(t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight))
-    return fits and aligned and bias is None and temperatures is None and temperature >= 1e-2
-
-
 class Exponentials:
     """A chunk's product with the head, as e and the statistics of its rows."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, index: Tensor, temperature: float, out: Tensor | None) -> None:
         """
         Args:
-            hidden: [C, D], weight: [V, D], index: [C] int64; as `takes_exponentials` takes them.
+            hidden: [C, D], weight: [V, D], index: [C] int64; as `devices.takes_exponentials` says.
             temperature: of all rows.
             out: [C, V] of hidden's type and any row stride, which e is written to; None if only statistics are wanted.
         """
@@ -187,6 +178,7 @@ class Exponentials:
         self.scale = LOG2E.value / temperature
         self.interpreted = not hidden.is_cuda
         self.shape = INTERPRETED if self.interpreted else TILES
+        self.programs = 3 if self.interpreted else processors(hidden.device)
         rows, vocabulary = hidden.shape[0], weight.shape[0]
         self.row_tiles = triton.cdiv(rows, self.shape["BM"])
         self.column_tiles = triton.cdiv(vocabulary, self.shape["BN"])
@@ -205,23 +197,25 @@ class Exponentials:
         entropies = logps.new_empty(rows if return_entropy else 0)
         saved = logps.new_empty(2, rows)
         parts = logps.new_empty(3, rows, self.column_tiles)
-        self._guess(old_logps)
-        self._product(self.work, parts)
         lanes = {"BLOCK": 32 if self.interpreted else 1024}
-        raise_kernel[(rows,)](parts, self.offsets, self.work, self.tiles, self.column_tiles, **lanes)
-        self._product(self.work[1:], parts)
-        total_kernel[(rows,)](
-            parts, self.chosen, self.offsets, logps, entropies, saved, self.sums, rows, self.column_tiles, self.scale,
-            ENTROPY=return_entropy, **lanes,
-        )  # fmt: skip
+        with on_device_of(self.hidden):
+            self._guess(old_logps)
+            self._product(self.work, parts)
+            raise_kernel[(rows,)](parts, self.offsets, self.work, self.tiles, self.column_tiles, **lanes)
+            self._product(self.work[1:], parts)
+            total_kernel[(rows,)](
+                parts, self.chosen, self.offsets, logps, entropies, saved, self.sums, rows, self.column_tiles,
+                self.scale, ENTROPY=return_entropy, **lanes,
+            )  # fmt: skip
         return logps, entropies, saved
 
     def repeat(self, saved: Tensor) -> None:
         """Makes the product again, with what `measure` returned [2, C]: e is then the probability."""
-        self._guess(None)
-        self.offsets.copy_(saved[0] * self.scale + saved[1])
-        self.sums.fill_(1.0)
-        self._product(self.work, None)
+        with on_device_of(self.hidden):
+            self._guess(None)
+            torch.add(saved[1], saved[0], alpha=self.scale, out=self.offsets)
+            self.sums.fill_(1.0)
+            self._product(self.work, None)
 
     def close(self, slopes: Tensor) -> Tensor:
         """Makes `out` the gradient of the logits up to a factor per row, which is returned [C] fp32.
@@ -230,10 +224,11 @@ class Exponentials:
             slopes: [C] d loss / d log-prob.
         """
         scales = torch.empty_like(self.chosen)
-        close_kernel[(len(scales),)](
-            self.out, self.index, self.chosen, self.offsets, self.sums, slopes.contiguous(), scales,
-            self.weight.shape[0], self.out.stride(0), self.scale, self.inverse, num_warps=1,
-        )  # fmt: skip
+        with on_device_of(self.hidden):
+            close_kernel[(len(scales),)](
+                self.out, self.index, self.chosen, self.offsets, self.sums, slopes.contiguous(), scales,
+                self.weight.shape[0], self.out.stride(0), self.scale, self.inverse, num_warps=1,
+            )  # fmt: skip
         return scales
 
     def _guess(self, old_logps: Tensor | None) -> None:
@@ -244,15 +239,11 @@ class Exponentials:
         )  # fmt: skip
 
     def _product(self, work: Tensor, parts: Tensor | None) -> None:
-        shape = self.shape
-        programs = 3
-        if not self.interpreted:
-            programs = torch.cuda.get_device_properties(self.hidden.device).multi_processor_count
-        product_kernel[(min(programs, self.tiles),)](
-            TensorDescriptor.from_tensor(self.hidden, [shape["BM"], shape["BK"]]),
-            TensorDescriptor.from_tensor(self.weight, [shape["BN"], shape["BK"]]),
+        rows, columns = ([self.shape[side], self.shape["BK"]] for side in ("BM", "BN"))
+        product_kernel[(self.programs,)](
+            TensorDescriptor.from_tensor(self.hidden, rows), TensorDescriptor.from_tensor(self.weight, columns),
             self.out, self.offsets, parts, work, self.hidden.shape[0], self.weight.shape[0], self.hidden.shape[1],
             0 if self.out is None else self.out.stride(0), self.scale, self.row_tiles, self.column_tiles,
-            PROGRAMS=min(programs, self.tiles), STORE=self.out is not None, PARTS=parts is not None, **shape,
+            PROGRAMS=self.programs, STORE=self.out is not None, PARTS=parts is not None, **self.shape,
             num_warps=WARPS,
         )  # fmt: skip
