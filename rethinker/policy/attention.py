@@ -68,8 +68,8 @@ class Layout:
 
 
 def lay_out(batch: PackedBatch, kernel: str) -> Layout:
-    """Arrange a packed batch for `kernel`, once for all layers: "flash" keeps the row as it is, "sdpa" gives each prompt
-    a row of its own, "varlen" gives each response a sequence of its own with a copy of its prompt.
+    """Arrange a packed batch for `kernel`, once for all layers: "flash" keeps the row as it is, "sdpa" gives each
+    prompt a row of its own, "varlen" gives each response a sequence of its own with a copy of its prompt.
 
     SDPA computes every masked pair too, so one row of T tokens would cost T^2; a row per prompt costs sum(L^2).
     Where prompts differ so much that padding would more than double the row, SDPA keeps the single row as well.

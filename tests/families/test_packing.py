@@ -23,7 +23,7 @@ def without_deep(first, *deep):
     return [first, *(0.0 * part for part in deep)]
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+@pytest.mark.parametrize("kernel", ["sdpa", "flash", "varlen"])
 def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, encoder, tmp_path):
     """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none, whether
     prompts are shared or repeated."""

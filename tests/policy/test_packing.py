@@ -39,7 +39,7 @@ def compare(samples, encoder, policy, model):
     return (logps - expected).abs().max().item(), gradient_error
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+@pytest.mark.parametrize("kernel", ["sdpa", "flash", "varlen"])
 @pytest.mark.parametrize("folder", ["tiny_folder", "untied_folder"])
 def test_packed_forward_equals_per_sample_forward(folder, kernel, encoder, tmp_path, request):
     """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none, whether
