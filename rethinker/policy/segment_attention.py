@@ -58,7 +58,7 @@ class SharedKeys:
 
 @dataclass(frozen=True)
 class Visible:
-    """What each token of a row sees. No tuple: torch.compile would compile anew for every number in one."""
+    """What each token of a row sees."""
 
     own: Segments  # each segment itself
     causal: bool
