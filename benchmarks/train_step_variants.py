@@ -224,7 +224,7 @@ def rethinker(
     normalizer = normalizer_of(workload)
     counts = Counts()
     for batch, bundles in zip(batches, plan, strict=True):
-        tokens = lay_out(batch, policy.kernel).index.numel()
+        tokens = lay_out(batch, policy.kernel).tokens
         pairs = sum(map(_visible_pairs, bundles))
         counts += Counts(tokens, len(batch.target_ids), len(batch.image_inputs["pixel_values"]), pairs)
 

@@ -217,5 +217,7 @@ class PackedBatch:
         """The same batch on another device; `prompt_id` and `response_id`, which the layout reads, stay on the host."""
         stay = ("prompt_id", "response_id", "image_inputs")
         moved = {k: v if k in stay or v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()}
-        moved["image_inputs"] = {k: v.to(device, non_blocking=True) for k, v in self.image_inputs.items()}
+        moved["image_inputs"] = {  # so do the extents of images, from which the vision tower's windows are laid out
+            k: v.to(device, non_blocking=True) if v.is_floating_point() else v for k, v in self.image_inputs.items()
+        }
         return PackedBatch(**moved)

@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from rethinker.config import PolicyConfig
+from rethinker.config import ConfigError, PolicyConfig
 from rethinker.policy import attention
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.samples import Bundle
+from rethinker.settings import load_config
 
 from .helpers import per_sample_logps, queries_of_every_kind, samples_for
 
@@ -39,7 +40,7 @@ def compare(samples, encoder, policy, model):
     return (logps - expected).abs().max().item(), gradient_error
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+@pytest.mark.parametrize("kernel", ["sdpa", "flash", "varlen"])
 @pytest.mark.parametrize("folder", ["tiny_folder", "untied_folder"])
 def test_packed_forward_equals_per_sample_forward(folder, kernel, encoder, tmp_path, request):
     """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none, whether
@@ -53,13 +54,14 @@ def test_packed_forward_equals_per_sample_forward(folder, kernel, encoder, tmp_p
     assert gradient_error <= 1e-5
 
 
-def test_gradient_checkpointing_recomputes(tiny_folder, encoder, tmp_path):
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+def test_gradient_checkpointing_recomputes(kernel, tiny_folder, encoder, tmp_path):
     """With policy.gradient_checkpointing every decoder layer and vision block runs twice a step, in eval mode, without
     dropout; the gradients are the same."""
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
     found = {}
     for checkpointing in (False, True):
-        config = PolicyConfig(dtype="float32", gradient_checkpointing=checkpointing)
+        config = PolicyConfig(dtype="float32", attention=kernel, gradient_checkpointing=checkpointing)
         policy = Policy(load_model(tiny_folder, torch.float32), config).eval()
         runs = [0]
         layers = [*policy.hf.model.language_model.layers, *policy.hf.model.visual.blocks]
@@ -78,12 +80,14 @@ def test_a_batch_on_a_device_keeps_its_layout_on_the_host(encoder, policy, tmp_p
     (batch,), _ = packed(samples_for(queries_of_every_kind(tmp_path), encoder, [5]), encoder, policy)
     moved = batch.to("meta")
     kept = {name for name, value in vars(moved).items() if isinstance(value, torch.Tensor) and not value.is_meta}
-    assert kept == {"prompt_id", "response_id"}
-    attention.lay_out(moved, "sdpa")
+    kept |= {name for name, value in moved.image_inputs.items() if not value.is_meta}
+    assert kept == {"prompt_id", "response_id", "image_grid_thw"}
+    for kernel in ("sdpa", "flash", "varlen"):
+        attention.lay_out(moved, kernel)
 
 
 def test_single_row_layout_equals_row_per_prompt(encoder, policy, tmp_path, monkeypatch):
-    """The [T, T] mask (what FlexAttention computes) and the row-per-prompt layout give the same log-probs."""
+    """The [T, T] mask and the row-per-prompt layout give the same log-probs."""
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
     (batch,), _ = packed(samples, encoder, policy)
     folded = attention.lay_out(batch, "sdpa")
@@ -96,24 +100,6 @@ def test_single_row_layout_equals_row_per_prompt(encoder, policy, tmp_path, monk
     assert (single - expected).abs().max() <= 1e-5
 
 
-def test_flex_predicate_is_the_same_mask(encoder, policy, tmp_path):
-    """The BlockMask's predicate marks exactly the pairs that the boolean mask marks."""
-    from torch.nn.attention.flex_attention import create_mask
-
-    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
-    (batch,), _ = packed(samples, encoder, policy)
-    layout = attention.lay_out(batch, "flex")
-    n = layout.index.shape[1]
-    assert n % attention.FLEX_BLOCK == 0
-    flex = create_mask(layout.mask.mask_mod, None, None, n, n, device="cpu")[0, 0]
-    T = batch.tokens
-    i, j = torch.meshgrid(torch.arange(T), torch.arange(T), indexing="ij")
-    p, r = batch.prompt_id, batch.response_id
-    law = (j <= i) & (p[i] == p[j]) & ((r[j] == 0) | (r[j] == r[i]))
-    assert torch.equal(flex[:T, :T], law)
-    assert not flex[:T, T:].any() and flex[T:, T:].diagonal().all()
-
-
 def test_unshared_sequences_are_prompt_and_response(encoder, policy, tmp_path):
     """policy.attention=varlen: one sequence per response, its prompt before it; one of a single token, which is no
     input, adds none; every row token is found where it stands."""
@@ -121,31 +107,52 @@ def test_unshared_sequences_are_prompt_and_response(encoder, policy, tmp_path):
     (batch,), (bundles,) = packed(samples, encoder, policy)
     layout = attention.lay_out(batch, "varlen")
     prompts = [bundle.samples[0].prompt_tokens for bundle in bundles]
-    assert layout.segments.bounds.diff().tolist() == [n for p in prompts for n in (p + 4, p + 2)]
-    assert layout.segments.longest == max(prompts) + 4
+    assert layout.visible.own.queries.diff().tolist() == [n for p in prompts for n in (p + 4, p + 2)]
+    assert layout.visible.own.longest_queries == max(prompts) + 4 and layout.visible.shared is None
     assert torch.equal(layout.index[0, layout.position], torch.arange(batch.tokens))
     alone = samples_for(queries_of_every_kind(tmp_path)[:1], encoder, [1, 1])
     (batch,), (bundle,) = packed(alone, encoder, policy)
-    assert attention.lay_out(batch, "varlen").segments.bounds.tolist() == [0, bundle[0].samples[0].prompt_tokens]
+    bounds = attention.lay_out(batch, "varlen").visible.own.queries
+    assert bounds.tolist() == [0, bundle[0].samples[0].prompt_tokens]
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_equals_the_default(tiny_folder, encoder, tmp_path):
-    """policy.attention=flex, the kernel of GPUs, here run eagerly: the same log-probs as SDPA's."""
-    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
-    logps = {}
-    for kernel in ("flex", "sdpa"):
-        policy = Policy(load_model(tiny_folder, torch.float32), PolicyConfig(dtype="float32", attention=kernel))
-        (batch,), _ = packed(samples, encoder, policy)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            logps[kernel], _ = policy(batch)
-    assert (logps["flex"] - logps["sdpa"]).abs().max() <= 1e-5
+def test_replayed_samples_see_their_groups_prompt(encoder, model, tiny_folder, tmp_path):
+    """policy.attention=flash: replayed samples, also drawn twice, and groups of one, of text and of nothing but an
+    empty response give the per-sample forward's log-probs and gradients."""
+    one, two, text = queries_of_every_kind(tmp_path)
+    samples = samples_for([one], encoder, [5, 9]) + samples_for([two], encoder, [1]) + samples_for([text], encoder, [7])
+    empty = samples_for([dataclasses.replace(text, id="empty")], encoder, [0])
+    policy = Policy(load_model(tiny_folder, torch.float32), PolicyConfig(dtype="float32", attention="flash"))
+    logp_error, gradient_error = compare([*samples, samples[0], samples[0], *empty], encoder, policy, model)
+    assert logp_error <= 1e-5 and gradient_error <= 1e-5
+
+
+@pytest.mark.parametrize("kernel", ["flash", "varlen"])
+def test_flash_kernels_take_16_bits_on_a_gpu(kernel, monkeypatch):
+    """On CUDA fp32 is refused, naming policy.dtype, and auto takes SDPA for it; 16 bits take flash attention."""
+    with pytest.raises(ConfigError, match=f"policy.attention={kernel} needs policy.dtype=bfloat16"):
+        attention.kernel_for(PolicyConfig(dtype="float32", attention=kernel), on_gpu=True)
+    assert attention.kernel_for(PolicyConfig(dtype="float32", attention=kernel), on_gpu=False) == kernel
+    chosen = {
+        (dtype, on_gpu): attention.kernel_for(PolicyConfig(dtype=dtype), on_gpu)
+        for dtype in ("float32", "bfloat16")
+        for on_gpu in (False, True)
+    }
+    assert [key for key, value in chosen.items() if value != "sdpa"] == [("bfloat16", True)]
+    assert chosen["bfloat16", True] == "flash"
+
+
+def test_flex_attention_is_refused():
+    """What replaces it is named."""
+    with pytest.raises(ConfigError, match="policy.attention='flex' must be one of .*flash"):
+        load_config("easy_vqa_cpu", {"policy.attention": "flex"})
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["flex", "varlen"])
+@pytest.mark.parametrize("kernel", ["flash", "varlen"])
 def test_the_gpus_kernels_equal_the_default(kernel, tiny_folder, encoder, tmp_path):
-    """Compiled FlexAttention and flash attention in bf16 are as far from fp32 as SDPA in bf16 is, or nearer."""
+    """Flash attention in bf16, of shared prompts and of repeated ones, is as far from fp32 as SDPA in bf16 is, or
+    nearer."""
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 1, 9])
     logps = {}
     for name, dtype in ((kernel, "bfloat16"), ("sdpa", "bfloat16"), ("exact", "float32")):
@@ -156,6 +163,26 @@ def test_the_gpus_kernels_equal_the_default(kernel, tiny_folder, encoder, tmp_pa
             logps[name] = policy(batch.to(torch.device("cuda")))[0]
     error, usual = ((logps[name] - logps["exact"]).abs().mean() for name in (kernel, "sdpa"))
     assert error <= 1.5 * usual
+
+
+def assert_queued(policy, batch):
+    """A second forward and backward of the batch never asks the device for an answer."""
+    assert policy.kernel == "flash"
+    policy(batch)[0].sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        policy(batch)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_gpu(tiny_folder, encoder, tmp_path):
+    """From a batch on the GPU to its gradients everything is queued, the vision tower's windows included."""
+    policy = Policy(load_model(tiny_folder, torch.bfloat16), PolicyConfig()).eval().cuda()
+    (batch,), _ = packed(samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9]), encoder, policy)
+    assert_queued(policy, batch.to("cuda"))
 
 
 @pytest.mark.parametrize("fault", ["leak between responses", "position of the second response", "label shift"])
