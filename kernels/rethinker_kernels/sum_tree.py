@@ -181,7 +181,7 @@ class SumTree:
         """Restore the weights exactly.
 
         Raises:
-            ValueError: the state is of a tree with another capacity or alpha, or of a release that weighed in other units.
+            ValueError: the state is of a tree with another capacity or alpha, or of a release with other units.
         """
         for name, own in (("capacity", self.capacity), ("alpha", self.alpha)):
             if state[name] != own:

@@ -58,9 +58,7 @@ def sample_(nodes: Tensor, capacity: int, key: Tensor, slots: Tensor) -> None:
         slots.copy_(_draw(nodes, capacity, key, slots.numel(), 0))
 
 
-def sample_distinct_(
-    nodes: Tensor, capacity: int, key: Tensor, slots: Tensor, taken: Tensor, ended: Tensor
-) -> None:
+def sample_distinct_(nodes: Tensor, capacity: int, key: Tensor, slots: Tensor, taken: Tensor, ended: Tensor) -> None:
     n, found, step = slots.numel(), 0, 0
     while found < n and nodes[-1] != 0:
         drawn = _draw(nodes, capacity, key, n - found, step)

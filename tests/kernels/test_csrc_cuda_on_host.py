@@ -120,7 +120,7 @@ def test_kernels_agree_with_the_cpu(kernels, capacity, alpha, steps, largest):
     "fault",
     [
         ("if (present) atomicMax(&table.place[at]", "if (present) atomicExch(&table.place[at]"),  # any write holds
-        ("atomicMin(reinterpret_cast<long long*>(node)", "atomicExch(reinterpret_cast<long long*>(node)"),  # any draw counts
+        ("atomicMin(reinterpret_cast<long", "atomicExch(reinterpret_cast<long"),  # any draw counts
         ("change = weight - exchange(nodes + slot, weight);", "change = weight;"),
         ("mask & ((1u << lane) - 1)", "mask & ~((2u << lane) - 1)"),  # order inside a warp
         ("number += w < warp ? counts[w] : 0;", "number += w > warp ? counts[w] : 0;"),  # and of warps
