@@ -96,7 +96,7 @@ def padded(model: nn.Module, workload: Workload, settings: Settings) -> tuple[li
 
 def _pad(model: nn.Module, workload: Workload, samples: list[Sample]) -> PaddedBatch:
     prompts = [workload.encode(sample.query).token_ids for sample in samples]
-    responses = [sample.completion.token_ids for sample in samples]
+    responses = [sample.completion.token_ids.tolist() for sample in samples]
     P, C = max(map(len, prompts)), max(map(len, responses))
     ids, attention = (torch.zeros(len(samples), P + C, dtype=torch.int64) for _ in range(2))
     response_ids = torch.zeros(len(samples), C, dtype=torch.int64)

@@ -106,7 +106,7 @@ class HFEngine:
             for prompt, completion in zip(prompts, completions, strict=True):
                 deadline.check(f"{len(scores)} scored")
                 # The last token is a label only, never an input.
-                inputs = self._inputs([prompt], [prompt.token_ids + completion.token_ids[:-1]])
+                inputs = self._inputs([prompt], [prompt.token_ids + completion.token_ids[:-1].tolist()])
                 length = len(completion.token_ids)
                 logits = self._model(**inputs).logits[0, len(prompt.token_ids) - 1 :][:length]  # [L, V]
                 labels = torch.tensor(completion.token_ids, dtype=torch.long, device=self._device)

@@ -67,11 +67,11 @@ def scores(engine: PolicyEngine, pictures: Path, encoder: PromptEncoder, ranks) 
     forced = samples[0].completion.logprobs
     sampled, forced[0] = forced[0], float("nan")  # a token of a trigger: nobody sampled it
     kl = engine.score(samples[:-1])
-    behaviour = {(s.group, s.index): list(s.completion.logprobs) for s in samples[:-1]}
+    behaviour = {(s.group, s.index): s.completion.logprobs.tolist() for s in samples[:-1]}
     forced[0] = sampled
     assert engine.score(samples[-1:]) == 0.0
     mine = [(s.group, s.index, s.completion) for s in samples if s.owner == ranks.rank]
-    shares = ranks.gather({(group, index, c.tokens): c.trainer_logprobs for group, index, c in mine})
+    shares = ranks.gather({(group, index, c.tokens): c.trainer_logprobs.tolist() for group, index, c in mine})
     own = {place: logps for share in shares for place, logps in share.items()}
     scored = {(group, index): logps for (group, index, tokens), logps in own.items() if tokens}
     gaps = [b - p for place, old in behaviour.items() for b, p in zip(old, scored.get(place, []), strict=True)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from rethinker.config import ConfigError, PolicyConfig
 from rethinker.policy import attention
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.packing import pack, plan_micro_batches
-from rethinker.samples import Bundle
+from rethinker.samples import Bundle, Completion, Prompt, Query, Rethought, Sample
 from rethinker.settings import load_config
 
 from .helpers import per_sample_logps, queries_of_every_kind, samples_for
@@ -226,7 +228,7 @@ def test_empty_responses_and_single_samples(encoder, policy, model, tmp_path):
     assert (batch.cu_seqlens.diff() == 0).sum() == len(queries)
     assert len(batch.advantages) == len(samples) and len(batch.target_ids) == 4 * len(queries)
     logps, _ = policy(batch)
-    expected = torch.cat([per_sample_logps(model, encoder, s) for s in samples if s.completion.token_ids])
+    expected = torch.cat([per_sample_logps(model, encoder, s) for s in samples if s.completion.tokens])
     ours = {tuple(s.completion.token_ids): None for s in samples}
     assert len(ours) > 1
     assert sorted((logps - 0).tolist()) == pytest.approx(sorted(expected.tolist()), abs=1e-5)
@@ -283,6 +285,78 @@ def test_replayed_sample_joins_its_group(encoder, tmp_path):
     (micro,) = plan[0]
     assert len(micro) == 3
     assert {b.query.id: len(b.samples) for b in micro} == {"one": 4, "two": 2, "text": 2}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_row_is_what_its_responses_say_token_by_token(seed, cap):
+    """Every tensor of a packed batch, built up one token at a time in plain Python: the same bits, with responses of
+    any length, masked spans, -inf and NaN log-probs, importance weights, a correction cap and the supervised term."""
+    rng = np.random.default_rng(seed)
+    prompts = {str(i): list(range(10 * i, 10 * i + 3 + i)) for i in range(4)}
+    bundles = []
+    for name, ids in prompts.items():
+        samples = []
+        for index, length in enumerate(rng.integers(0, 9, 3)):
+            logprobs, scores = -rng.random((2, length)).astype(np.float32)
+            logprobs[length // 2 :: 4] = (-np.inf, np.nan)[index % 2]
+            rethought = Rethought(1, 3, "x", 0, 3) if length > 3 else None
+            tokens = rng.integers(0, 150_000, length).tolist()
+            completion = Completion(tokens, logprobs.tolist(), "", "stop", rethought, scores.tolist())
+            known = {"prompt_tokens": len(ids), "weight": float(rng.random()), "policy_version": index}
+            samples.append(Sample(Query(name, "", ""), completion, float(rng.standard_normal()), **known))
+        bundles.append(Bundle(samples[0].query, tuple(samples)))
+    expected = {name: [] for name in "ids prompt response position source target old weight mask nll ends".split()}
+
+    def put(**values):
+        for name, value in values.items():
+            expected[name].append(value)
+
+    for number, bundle in enumerate(bundles):
+        for place, token in enumerate(prompts[bundle.query.id]):
+            put(ids=token, prompt=number, response=0, position=2 * place)
+        last = len(expected["ids"]) - 1
+        for r, sample in enumerate(bundle.samples, start=1):
+            completion, source = sample.completion, last
+            for i, token in enumerate(completion.token_ids.tolist()):
+                old, factor = completion.logprobs[i], 1.0
+                if cap is not None:
+                    old, gap = completion.trainer_logprobs[i], completion.trainer_logprobs[i] - completion.logprobs[i]
+                    factor = min(cap, torch.tensor(gap).exp().item()) if np.isfinite(gap) else math.nan
+                span = completion.rethought
+                put(source=source, target=token, old=old, weight=sample.weight * factor)
+                put(mask=span is None or not span.masked_start <= i < span.masked_end, nll=0.25 * (span is not None))
+                source = len(expected["ids"])
+                if i + 1 < completion.tokens:  # the last one is no input
+                    put(ids=token, prompt=number, response=r, position=2 * place + 1 + i)
+            put(ends=len(expected["target"]))
+    batch = pack(
+        bundles,
+        lambda query: Prompt(query.id, prompts[query.id], [], []),
+        lambda query: {},
+        lambda prompt, images: 2 * torch.arange(len(prompt.token_ids)).expand(3, -1),
+        policy_version=5,
+        correction_cap=cap,
+        nll_weight=0.25,
+    )
+    samples = [sample for bundle in bundles for sample in bundle.samples]
+    pairs = {
+        "input_ids": torch.tensor([expected["ids"]]),
+        "position_ids": torch.tensor(expected["position"]).expand(3, 1, -1),
+        "prompt_id": torch.tensor(expected["prompt"]),
+        "response_id": torch.tensor(expected["response"]),
+        "source_index": torch.tensor(expected["source"]),
+        "target_ids": torch.tensor(expected["target"]),
+        "old_logps": torch.tensor(np.array(expected["old"], np.float32)),
+        "weights": torch.tensor(expected["weight"], dtype=torch.float32),
+        "loss_mask": torch.tensor(expected["mask"]),
+        "nll_weights": torch.tensor(expected["nll"], dtype=torch.float32),
+        "cu_seqlens": torch.tensor([0, *expected["ends"]], dtype=torch.int32),
+        "advantages": torch.tensor([s.advantage for s in samples], dtype=torch.float32),
+        "age": torch.tensor([5 - s.policy_version for s in samples]),
+    }
+    for name, tensor in pairs.items():
+        torch.testing.assert_close(getattr(batch, name), tensor, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def test_bundle_counts_tokens_once_per_prompt(encoder, tmp_path):
