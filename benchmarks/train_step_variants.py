@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from benchmarks.train_step_workload import Counts, Workload
 from rethinker.algorithm.objective import loss_normalizer, surrogate_inputs
 from rethinker.config import AlgorithmConfig, PolicyConfig
-from rethinker.policy.attention import lay_out
-from rethinker.policy.model import Policy
 from rethinker.policy.packing import Bundle, joined, pack, plan_micro_batches
 from rethinker.samples import PackedBatch, Sample
 from rethinker_kernels import reference
@@ -214,6 +212,9 @@ def rethinker(
     model: nn.Module, workload: Workload, settings: Settings, *, attention: str = "auto", shared: bool = True
 ) -> Prepared:
     """This project's policy, packing and fused loss; with `shared=False` every response brings its own prompt."""
+    from rethinker.policy.attention import lay_out
+    from rethinker.policy.model import Policy
+
     config = PolicyConfig(attention=attention, gradient_checkpointing=settings.gradient_checkpointing)
     policy = Policy(model, config)
     samples = workload.samples

@@ -1,0 +1,183 @@
+"""How the head's ops depend on what is fixed in the code: the rows of a chunk, and the tiles of the row kernels.
+
+    python -m benchmarks.sweeps [chunks tiles products] [--out FILE]
+
+Three sweeps: `linear_grpo_loss` as a whole, the three row kernels on a chunk's logits, and the matrix products of a
+chunk. Needs a GPU; with TRITON_INTERPRET=1 every line runs at toy sizes in Triton's interpreter, which says nothing
+about one.
+
+Legend: R rows (tokens), C rows of a chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.ceilings import HEADS, ROWS
+from benchmarks.kernels import grpo_of, head_inputs, loss_step, ours
+from benchmarks.timing import Step, measure
+from rethinker_kernels import linear
+from rethinker_kernels.arguments import Surrogate
+from rethinker_kernels.devices import takes_triton
+
+REPEATS = 7 if torch.cuda.is_available() else 1
+
+CHUNKS = (1920, 2048, 2304, 2816, 3584, 4096, 4736)
+
+TILES: tuple[dict[str, int], ...] = (
+    {},  # the kernels' own
+    {"row_warps": 4, "lanes": 1024, "gradient": 2048},
+    {"row_warps": 8, "lanes": 2048, "gradient": 4096},
+    {"row_warps": 16, "lanes": 4096, "gradient": 8192},
+    {"row_warps": 32, "lanes": 8192, "gradient": 16384},
+)
+
+
+@contextmanager
+def chunk_rows(rows: int, vocabulary: int, bytes_per_logit: int) -> Iterator[None]:
+    """The head's ops take so many rows at a time."""
+    size = rows * vocabulary * bytes_per_logit
+    with mock.patch.object(linear, "CHUNK_BYTES", dict.fromkeys(linear.CHUNK_BYTES, size)):
+        yield
+
+
+@contextmanager
+def row_tiles(**changes: int) -> Iterator[None]:
+    """The row kernels run with these tiles."""
+    from rethinker_kernels.triton_kernels import linear as linear_rows
+    from rethinker_kernels.triton_kernels import log_softmax, tiles
+
+    def changed(device: torch.device) -> tiles.Tiles:
+        return replace(tiles.tiles(device), **changes)
+
+    with mock.patch.object(linear_rows, "tiles", changed), mock.patch.object(log_softmax, "tiles", changed):
+        yield
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor) -> Step:
+    """out = a @ b, where out may be wider than a and b."""
+    if out.dtype == a.dtype:
+        return lambda: torch.mm(a, b, out=out)
+    if out.is_cuda:
+        return lambda: torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    return lambda: torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def product_added_to(out: Tensor, a: Tensor, b: Tensor) -> Step:
+    """out += a @ b, where out may be wider than a and b."""
+    if out.is_cuda and out.dtype != a.dtype:
+        return lambda: torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    return lambda: out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+
+def sweep_products(head: tuple[int, int], chunks: tuple[int, ...], device: str) -> list[dict[str, Any]]:
+    """TFLOP/s of the matrix products of a chunk by its rows."""
+    D, V = head
+    half = torch.bfloat16
+    weight = torch.randn(V, D, device=device).to(half)
+    grad_weight = torch.zeros(V, D, device=device)
+    results = []
+    for C in chunks:
+        hidden, logits = torch.randn(C, D, device=device).to(half), torch.randn(C, V, device=device).to(half)
+        steps = {
+            "logits": product_into(torch.empty_like(logits), hidden, weight.t()),
+            "logits in fp32": product_into(torch.empty(C, V, device=device), hidden, weight.t()),
+            "hidden's gradient": product_into(torch.empty_like(hidden), logits, weight),
+            "weight's gradient": product_into(torch.empty_like(weight), logits.t(), hidden),
+            "weight's gradient in fp32": product_into(grad_weight, logits.t(), hidden),
+            "weight's gradient added in fp32": product_added_to(grad_weight, logits.t(), hidden),
+        }
+        rates = {name: 2 * C * D * V / measure(step, REPEATS)["median_ms"] / 1e9 for name, step in steps.items()}
+        results.append({"chunk_rows": C, "tflop_per_s": rates})
+    return results
+
+
+def sweep_chunks(head: tuple[int, int], rows: int, chunks: tuple[int, ...], device: str) -> list[dict[str, Any]]:
+    """`linear_grpo_loss`, forward and backward, by the rows of a chunk; None: the op's own choice."""
+    inputs = head_inputs(rows, *head, device)
+    step = loss_step(grpo_of(ours))(inputs)
+    results = [{"chunk_rows": None, **measure(step, REPEATS)}]
+    for C in chunks:
+        with chunk_rows(C, head[1], inputs["weight"].element_size()):
+            results.append({"chunk_rows": C, **measure(step, REPEATS)})
+    return results
+
+
+def sweep_tiles(shape: tuple[int, int], tiles: tuple[dict[str, int], ...], device: str) -> list[dict[str, Any]]:
+    """Milliseconds of the row kernels on logits [C, V] of 16 bits by their tiles, and bytes per second.
+
+    The bytes are those of reading each logit once and, in `grpo_rows` and `gradient`, writing it once: what a second
+    read takes beyond the L2 cache lowers the rate.
+    """
+    from rethinker_kernels.triton_kernels import linear as linear_rows
+    from rethinker_kernels.triton_kernels import log_softmax
+
+    C, V = shape
+    logits = torch.randn(C, V, device=device).to(torch.bfloat16)
+    index, ones = torch.randint(V, (C,), device=device), torch.ones(C, device=device)
+    # A positive advantage and a ratio far below 1: no row is clipped, so every gradient is computed.
+    old = torch.full((C,), 10.0, device=device)
+    results = []
+    for changes in tiles:
+        with row_tiles(**changes):
+            _, _, saved = log_softmax.forward_rows(logits, index, None, 1.0, True)
+            out = torch.empty_like(logits)
+            steps = {
+                "forward": lambda: log_softmax.forward_rows(logits, index, None, 1.0, True),
+                "gradient": lambda saved=saved, out=out: log_softmax.gradient_rows(
+                    logits, index, None, 1.0, saved, None, ones, None, out=out
+                ),
+                "grpo_rows": lambda out=out: linear_rows.grpo_rows_(
+                    out, index, None, 1.0, old, ones, ones, None, None, Surrogate()
+                ),
+            }
+            measured = {}
+            for name, step in steps.items():
+                out.copy_(logits)
+                ms = measure(step, REPEATS)["median_ms"]
+                passes = 1 if name == "forward" else 2
+                measured[name] = {"median_ms": ms, "tb_per_s": passes * logits.numel() * 2 / ms / 1e9}
+        results.append({"tiles": changes, "rows_vocabulary": shape, **measured})
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", nargs="*", help="which: chunks, tiles, products (default: all)")
+    parser.add_argument("--out", type=Path, help="write the result here, after every sweep")
+    options = parser.parse_args(arguments)
+    if not takes_triton(torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")):
+        sys.exit("benchmarks.sweeps measures Triton kernels: it needs a GPU (or TRITON_INTERPRET=1 for toy sizes)")
+    on_gpu = torch.cuda.is_available()
+    device, rows = ("cuda", ROWS) if on_gpu else ("cpu", 16)
+    heads = {name: HEADS[name] for name in ("3B", "7B")} if on_gpu else {"toy": (16, 300)}
+    chunks = CHUNKS if on_gpu else (8,)
+    shape, tiles = ((2816, HEADS["7B"][1]), TILES) if on_gpu else ((2, 300), ({}, {"lanes": 64, "gradient": 256}))
+    sweeps: dict[str, Callable[[], Any]] = {
+        "chunks": lambda: {name: sweep_chunks(head, rows, chunks, device) for name, head in heads.items()},
+        "tiles": lambda: sweep_tiles(shape, tiles, device),
+        "products": lambda: {name: sweep_products(head, chunks, device) for name, head in heads.items()},
+    }
+    if unknown := set(options.sweeps) - set(sweeps):
+        parser.error(f"no sweep is called {', '.join(sorted(unknown))}; there are {', '.join(sweeps)}")
+    result: dict[str, Any] = {}
+    for name in options.sweeps or sweeps:
+        result[name] = sweeps[name]()
+        print(name, json.dumps(result[name]), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
