@@ -44,7 +44,7 @@ RESULTS = Path(__file__).parent / "results"
 
 SANITIZED = (
     "(test_log_softmax and near and 7-129) or out_of_range or (test_linear_grpo_loss and options1 and token-token) "
-    "or (test_grpo_loss and all and token-token) or (test_group_advantages and std)"
+    "or (test_grpo_loss and all and token-token) or (test_group_advantages and std) or (test_grpo and options0-token)"
 )
 """A part of the fuzzing suite that reaches every kernel: compute-sanitizer slows it down a hundred times."""
 
@@ -63,6 +63,7 @@ METRICS = (
     "sm__warps_active.avg.pct_of_peak_sustained_active,smsp__issue_active.avg.pct,launch__registers_per_thread"
 )
 PYTEST = "python -m pytest -q -p no:cacheprovider -W ignore"
+FUZZ = "tests/kernels/fuzz_triton.py tests/kernels/fuzz_exponentials.py"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ PARTS = (
         "correctness",
         "the kernels' fuzzing suite and all tests marked gpu",
         (
-            PYTEST + " {workers} -m '' tests/kernels/fuzz_triton.py --junitxml {out}/fuzz.xml",
+            PYTEST + " {workers} -m '' " + FUZZ + " --junitxml {out}/fuzz.xml",
             PYTEST + " {workers} -m gpu {gpu_tests} -k 'not fuzz_on and not sanitizer' --junitxml {out}/gpu_tests.xml",
         ),
         (
@@ -203,7 +204,7 @@ PARTS = (
         "compute-sanitizer over a part of the fuzzing suite",
         tuple(
             f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool {tool} --error-exitcode 9 {PYTEST} "
-            f"tests/kernels/fuzz_triton.py -k '{SANITIZED}' --junitxml {{out}}/{tool}.xml"
+            f"{FUZZ} -k '{SANITIZED}' --junitxml {{out}}/{tool}.xml"
             for tool in ("memcheck", "racecheck")
         ),
         ("TRITON_INTERPRET=1 " + PYTEST + f" tests/kernels/fuzz_triton.py -k '{SANITIZED}' --collect-only",),
