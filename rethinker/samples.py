@@ -245,9 +245,9 @@ class PackedBatch:
 
         To a GPU through pinned memory: the host waits for nothing and packs the next batch while this one is computed.
         """
-        pinned = str(device).startswith("cuda")
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
+            pinned = str(device).startswith("cuda") and not tensor.is_cuda
             return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
         stay = ("prompt_id", "response_id", "image_inputs")
