@@ -88,6 +88,21 @@ def test_a_batch_on_a_device_keeps_its_layout_on_the_host(encoder, policy, tmp_p
         attention.lay_out(moved, kernel)
 
 
+@pytest.mark.gpu
+def test_a_batch_goes_to_a_gpu_without_waiting(encoder, policy, tmp_path):
+    """Packing never waits for the device, which computes the last batch meanwhile; the values arrive."""
+    (batch,), _ = packed(samples_for(queries_of_every_kind(tmp_path), encoder, [5]), encoder, policy)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved = batch.to("cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(moved, name).cpu(), value), name
+    assert all(torch.equal(moved.image_inputs[name].cpu(), value) for name, value in batch.image_inputs.items())
+
+
 def test_single_row_layout_equals_row_per_prompt(encoder, policy, tmp_path, monkeypatch):
     """The [T, T] mask and the row-per-prompt layout give the same log-probs."""
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
