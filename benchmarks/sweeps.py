@@ -17,13 +17,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from benchmarks.ceilings import HEADS, ROWS
 from benchmarks.kernels import grpo_of, head_inputs, loss_step, ours
@@ -66,22 +66,6 @@ def row_tiles(**changes: int) -> Iterator[None]:
         yield
 
 
-def product_into(out: Tensor, a: Tensor, b: Tensor) -> Step:
-    """out = a @ b, where out may be wider than a and b."""
-    if out.dtype == a.dtype:
-        return lambda: torch.mm(a, b, out=out)
-    if out.is_cuda:
-        return lambda: torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
-    return lambda: torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def product_added_to(out: Tensor, a: Tensor, b: Tensor) -> Step:
-    """out += a @ b, where out may be wider than a and b."""
-    if out.is_cuda and out.dtype != a.dtype:
-        return lambda: torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
-    return lambda: out.addmm_(a.to(out.dtype), b.to(out.dtype))
-
-
 def sweep_products(head: tuple[int, int], chunks: tuple[int, ...], device: str) -> list[dict[str, Any]]:
     """TFLOP/s of the matrix products of a chunk by its rows."""
     D, V = head
@@ -91,15 +75,21 @@ def sweep_products(head: tuple[int, int], chunks: tuple[int, ...], device: str) 
     results = []
     for C in chunks:
         hidden, logits = torch.randn(C, D, device=device).to(half), torch.randn(C, V, device=device).to(half)
-        steps = {
-            "logits": product_into(torch.empty_like(logits), hidden, weight.t()),
-            "logits in fp32": product_into(torch.empty(C, V, device=device), hidden, weight.t()),
-            "hidden's gradient": product_into(torch.empty_like(hidden), logits, weight),
-            "weight's gradient": product_into(torch.empty_like(weight), logits.t(), hidden),
-            "weight's gradient in fp32": product_into(grad_weight, logits.t(), hidden),
-            "weight's gradient added in fp32": product_added_to(grad_weight, logits.t(), hidden),
+        wide, half_logits = torch.empty(C, V, device=device), torch.empty_like(logits)
+        grad_hidden, half_weight = torch.empty_like(hidden), torch.empty_like(weight)
+        # (a, b, out, added to out)
+        products = {
+            "logits": (hidden, weight.t(), half_logits, False),
+            "logits in fp32": (hidden, weight.t(), wide, False),
+            "hidden's gradient": (logits, weight, grad_hidden, False),
+            "weight's gradient": (logits.t(), hidden, half_weight, False),
+            "weight's gradient in fp32": (logits.t(), hidden, grad_weight, False),
+            "weight's gradient added in fp32": (logits.t(), hidden, grad_weight, True),
         }
-        rates = {name: 2 * C * D * V / measure(step, REPEATS)["median_ms"] / 1e9 for name, step in steps.items()}
+        rates = {}
+        for name, (a, b, out, add) in products.items():
+            step: Step = partial(linear.product, a, b, out=out, add=add)
+            rates[name] = 2 * C * D * V / measure(step, REPEATS)["median_ms"] / 1e9
         results.append({"chunk_rows": C, "tflop_per_s": rates})
     return results
 
