@@ -127,7 +127,7 @@ def sweep_tiles(rows: int, vocabulary: int, dtype: torch.dtype, tiles: tuple[dic
     steps: dict[str, Step] = {
         "forward": lambda: log_softmax.forward_rows(logits, index, None, 1.0, True),
         "gradient": lambda: log_softmax.gradient_rows(logits, index, None, 1.0, saved, None, ones, None, out=out),
-        "grpo_rows": lambda: linear_rows.grpo_rows_(logits, index, None, 1.0, *surrogate, out=out),
+        "grpo_rows": lambda: linear_rows.grpo_rows(logits, index, None, 1.0, *surrogate, out=out),
     }
     results = []
     for changes in tiles:
