@@ -93,12 +93,14 @@ def of_policy(kernel: str) -> Callable[[PackedBatch, str, float], Prepared]:
 
     def provider(batch: PackedBatch, device: str, scale: float) -> Prepared:
         layout = policy_attention.lay_out(batch, kernel).to(torch.device(device))
-        function = policy_attention.varlen_attention
+        row = torch.arange(batch.tokens, device=device)
+        places = (row, row) if layout.index is None else (layout.index[0], layout.position)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return function(nn.Identity(), q, k, v, layout.mask, scaling=scale, segments=layout.segments)[0]
+            function = policy_attention.row_attention
+            return function(nn.Identity(), q, k, v, None, scaling=scale, visible=layout.visible)[0]
 
-        return Prepared(layout.index[0], layout.position, attend)
+        return Prepared(*places, attend)
 
     return provider
 

@@ -412,10 +412,9 @@ def _sweeps_line(result: dict[str, Any]) -> str:
     found = result["sweeps"]
     parts = []
     for head, rows in found["chunks"].items():
-        best = min(rows, key=lambda row: row["median_ms"])
-        parts.append(
-            f"{head}: own choice {rows[0]['median_ms']:.1f} ms, best {best['chunk_rows']} {best['median_ms']:.1f} ms"
-        )
+        own, best = rows[0], min(rows, key=lambda row: row["median_ms"])
+        rows_of = f"{best['logits_rows']}/{best['gradient_rows']}" if best is not own else "its own"
+        parts.append(f"{head}: own choice {own['median_ms']:.1f} ms, best {rows_of} {best['median_ms']:.1f} ms")
     best = min(found["tiles"], key=lambda row: row["grpo_rows"]["median_ms"])
     return "; ".join(parts) + f"; best tiles {best['tiles'] or 'own'}"
 
