@@ -241,15 +241,11 @@ class PackedBatch:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on another device; `prompt_id` and `response_id`, which the layout reads, stay on the host.
-
-        To a GPU through pinned memory: the host waits for nothing and packs the next batch while this one is computed.
-        """
+        """The same batch on another device, without stopping the host. What layouts are made of stays on the host:
+        `prompt_id`, `response_id` and the extents of images."""
         from rethinker.runtime.device_copies import to_device
 
         stay = ("prompt_id", "response_id", "image_inputs")
         moved = {k: v if k in stay or v is None else to_device(v, device) for k, v in vars(self).items()}
-        moved["image_inputs"] = {  # so do the extents of images, from which the vision tower's windows are laid out
-            k: to_device(v, device) if v.is_floating_point() else v for k, v in self.image_inputs.items()
-        }
-        return PackedBatch(**moved)
+        pixels = {k: to_device(v, device) for k, v in self.image_inputs.items() if v.is_floating_point()}
+        return PackedBatch(**moved | {"image_inputs": self.image_inputs | pixels})

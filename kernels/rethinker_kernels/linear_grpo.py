@@ -269,6 +269,7 @@ def _(hidden, weight, bias, *rest):
 
 
 def _setup_grpo(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # or zeros would be made for the outputs without one, the gradients among them
     _, logps, stats, *gradients = output
     ctx.mark_non_differentiable(logps, stats, *gradients)
     ctx.save_for_backward(*gradients)
@@ -276,6 +277,8 @@ def _setup_grpo(ctx, inputs, output) -> None:
 
 
 def _gradient_grpo(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * (len(ctx.needs) + ctx.others)
     given = zip(ctx.saved_tensors, ctx.needs, strict=True)
     return *(scaled(g, grad_loss, ctx.dtype) if need else None for g, need in given), *(None,) * ctx.others
 

@@ -228,7 +228,14 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _attention(
-    kernel: str, module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, **_: Any
+    kernel: str,
+    module: nn.Module,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Stand-in for transformers' attention functions: query [B, heads, L, d] to [B, L, heads, d].
 
@@ -237,21 +244,22 @@ def _attention(
     heads = query.shape[1]
     if kernel == "sdpa" and attention_mask is not None and key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-    return _Fused.apply(query, key, value, attention_mask, kernel).transpose(1, 2).contiguous(), None
+    segments = 0 if cu_seq_lens_q is None else len(cu_seq_lens_q) - 1
+    return _Fused.apply(query, key, value, attention_mask, kernel, segments).transpose(1, 2).contiguous(), None
 
 
 class _Fused(torch.autograd.Function):
     """A fused attention kernel's allocations."""
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, kernel):
+    def forward(ctx, query, key, value, mask, kernel, segments):
         out = torch.empty_like(query)
         if kernel == "flash":
             torch.empty_like(query)  # the part over shared keys, until it is merged
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         bias = None if mask is None else query.new_empty(mask.shape)  # SDPA turns a boolean mask into numbers
         ctx.save_for_backward(query, key, value, out, lse, bias)
-        ctx.kernel = kernel
+        ctx.flash, ctx.segments = kernel != "sdpa", segments
         return out
 
     @staticmethod
@@ -259,8 +267,12 @@ class _Fused(torch.autograd.Function):
         query, key, value, out, lse, _ = ctx.saved_tensors
         gradients = tuple(torch.empty_like(x) for x in (query, key, value))
         scratch = [torch.empty_like(lse)]
-        if ctx.kernel != "sdpa":  # flash attention adds up the query's in fp32, the others for each query head
-            scratch += [query.new_empty(query.shape, dtype=torch.float32)]
+        if ctx.flash:
+            # Flash attention adds up the query's gradient in fp32, heads padded to 32 entries and segments by 128
+            # tokens (counted where they are short: windows), and the others' for each query head.
+            rows, heads, tokens, size = query.shape
+            padded = rows * tokens + 128 * ctx.segments, heads, -(-size // 32) * 32
+            scratch += [query.new_empty(padded, dtype=torch.float32)]
             scratch += [torch.empty_like(query) for _ in range(2) if key.shape != query.shape]
         del scratch, out
-        return *gradients, None, None
+        return *gradients, None, None, None

@@ -165,8 +165,10 @@ class Policy(nn.Module):
         if not batch.image_inputs:
             # ZeRO-3 gathers the vision tower by collectives, so a rank without images must run it too: on one blank
             # image of weight 0.
-            blank = self._see({name: part.to(embeds.device) for name, part in self.family.blank(self.hf).items()})
-            return embeds + 0.0 * sum(part.sum() for part in blank).to(embeds.dtype), None, []
+            blank = self.family.blank(self.hf)
+            pixels = {name: to_device(part, ids.device) for name, part in blank.items() if part.is_floating_point()}
+            seen = self._see(blank | pixels)
+            return embeds + 0.0 * sum(part.sum() for part in seen).to(embeds.dtype), None, []
         features, *deep = self._see(batch.image_inputs)
         # Placeholders inside responses were sampled by the policy and stand for no image.
         place = (ids == self.image_token_id) & to_device(batch.response_id == 0, ids.device)

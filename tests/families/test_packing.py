@@ -165,7 +165,9 @@ def test_attention_is_one_call_a_layer(make_policy, encoder, tmp_path, monkeypat
 
 @pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_gpu(folder, encoder, tmp_path):
-    """From a batch on the GPU to its gradients everything is queued, images and DeepStack included."""
+    """From a batch on the host to its gradients everything is queued, images and DeepStack included."""
     policy = Policy(load_model(folder, torch.bfloat16), PolicyConfig()).eval().cuda()
     (batch,), _ = packed(samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9]), encoder, policy)
-    assert_queued(policy, batch.to("cuda"))
+    assert_queued(policy, batch)
+    (text,), _ = packed(samples_for(queries_of_every_kind(tmp_path)[2:], encoder, [5, 9]), encoder, policy)
+    assert_queued(policy, text)

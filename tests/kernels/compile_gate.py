@@ -144,7 +144,9 @@ class Launches:
         """A failed comparison is a pass here: nothing was computed."""
         report = (yield).get_result()
         failed = call.excinfo is not None and call.when == "call"
-        if failed and (call.excinfo.errisinstance(AssertionError) or "opcheck" in str(call.excinfo.value)[:200].lower()):
+        if failed and (
+            call.excinfo.errisinstance(AssertionError) or "opcheck" in str(call.excinfo.value)[:200].lower()
+        ):
             report.outcome = "passed"
 
 
@@ -209,7 +211,9 @@ def main() -> int:
     wrong = [f"{kernel.__name__}: never launched" for kernel in KERNELS if kernel not in {f.kernel for f in FORMS}]
     if not any(f.constant("SPLIT") for f in FORMS if f.kernel is log_softmax.forward_kernel and not f.name):
         wrong.append("forward_kernel: no split rows in the fuzzing suite")
-    print(f"{'op':42} {'kernel':16} {'arch':>6} {'warps':>5} {'regs':>5} {'shared':>7} {'ISETP':>6} {'64-bit':>6} {'load':>5}")
+    print(
+        f"{'op':42} {'kernel':16} {'arch':>6} {'warps':>5} {'regs':>5} {'shared':>7} {'ISETP':>6} {'64-bit':>6} {'load':>5}"
+    )
     for (position, capability), found in zip(tasks, results, strict=True):
         form = FORMS[position]
         name = form.kernel.__name__.removesuffix("_kernel")

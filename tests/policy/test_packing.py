@@ -183,23 +183,25 @@ def test_the_gpus_kernels_equal_the_default(kernel, tiny_folder, encoder, tmp_pa
 
 
 def assert_queued(policy, batch):
-    """A second forward and backward of the batch never asks the device for an answer."""
+    """Its second trip to the GPU, forward and backward never ask the device for an answer."""
     assert policy.kernel == "flash"
-    policy(batch)[0].sum().backward()
+    policy(batch.to("cuda"))[0].sum().backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        policy(batch)[0].sum().backward()
+        policy(batch.to("cuda"))[0].sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_gpu(tiny_folder, encoder, tmp_path):
-    """From a batch on the GPU to its gradients everything is queued, the vision tower's windows included."""
+    """From a batch on the host to its gradients everything is queued, the vision tower's windows included."""
     policy = Policy(load_model(tiny_folder, torch.bfloat16), PolicyConfig()).eval().cuda()
     (batch,), _ = packed(samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9]), encoder, policy)
-    assert_queued(policy, batch.to("cuda"))
+    assert_queued(policy, batch)
+    (text,), _ = packed(samples_for(queries_of_every_kind(tmp_path)[2:], encoder, [5, 9]), encoder, policy)
+    assert_queued(policy, text)
 
 
 @pytest.mark.parametrize("fault", ["leak between responses", "position of the second response", "label shift"])

@@ -30,7 +30,7 @@ LIMIT = tl.constexpr(64.0)
 LOWEST_OLD = tl.constexpr(-40.0)
 """Old log-probs below this are taken for it, nats: 2^-58 is still an ordinary bf16 number."""
 
-TILES = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 16, "STAGES": 4}
+TILES = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 16, "STAGES": 3}
 WARPS = 8
 """Measured on an H200 among other shapes: see kernels/README.md."""
 
@@ -67,7 +67,7 @@ def offset_kernel(
         tl.store(work + 1, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # a single row would become a constant, which has no 64-bit form
 def product_kernel(
     hidden, weight, out, offsets, parts, work, rows, vocabulary, width, out_stride, scale, row_tiles, column_tiles,
     PROGRAMS: tl.constexpr, STORE: tl.constexpr, PARTS: tl.constexpr,
@@ -121,7 +121,7 @@ def raise_kernel(parts, offsets, work, tiles, column_tiles, BLOCK: tl.constexpr)
         tl.atomic_max(work + 1, tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def total_kernel(
     parts, chosen, offsets, logps, entropies, saved, sums, rows, column_tiles, scale, ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
