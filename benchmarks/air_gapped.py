@@ -1,6 +1,6 @@
 """Carries what a machine without a network lacks: gathers wheels for it, and cuts what is too large for one transfer.
 
-    python -m benchmarks.air_gapped gather FOLDER [--have FILE] [--python 3.12] [--limit 60]     # with a network
+    python -m benchmarks.air_gapped gather FOLDER [--have FILE] [--want NAME ...]     # with a network
     python -m benchmarks.air_gapped cut WHEEL FOLDER [--without PATTERN ...] [--limit 60]
     python -m benchmarks.air_gapped join FOLDER TARGET                                           # without one
 
@@ -95,7 +95,8 @@ def _pip(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check"]
     done = subprocess.run(command, text=True, capture_output=True, **options)
     if done.returncode:
-        sys.exit(f"pip {arguments[0]} failed:\n{done.stderr[-3000:]}")
+        said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("WARNING")]
+        sys.exit(f"pip {arguments[0]} failed:\n" + "\n".join(said)[-3000:])
     return done
 
 
@@ -117,23 +118,24 @@ def resolve(requirements: list[str], have: dict[str, str | None], python: str, b
         pins = [f"{name}=={stand_in(folder, name, version)}" for name, version in have.items() if version]
         (folder / "pins.txt").write_text("\n".join(pins))
         links = ["--find-links", str(folder), "--find-links", str(built)]
-        report = ["--dry-run", "--quiet", "--report", str(folder / "report.json"), "--target", str(folder / "target")]
+        report = ["--dry-run", "--report", str(folder / "report.json"), "--target", str(folder / "target")]
         _pip("install", *report, *links, "-c", str(folder / "pins.txt"), *for_machine(python), *requirements)
         found = json.loads((folder / "report.json").read_text())["install"]
     chosen = [(item["metadata"]["name"], item["metadata"]["version"]) for item in found]
     return sorted(f"{_name(name)}=={version}" for name, version in chosen if _name(name) not in have)
 
 
-def build(folder: Path) -> None:
-    """Make wheels of BUILT_HERE, as pyproject.toml pins them; needs setuptools and torch beside this program."""
-    for requirement in wanted():
+def build(folder: Path, requirements: list[str]) -> None:
+    """Make wheels of those that are BUILT_HERE; needs setuptools and torch beside this program."""
+    for requirement in requirements:
         if _name(requirement) in BUILT_HERE:
             options = ["--no-deps", "--no-build-isolation", "--no-binary", _name(requirement), "-w", str(folder)]
-            _pip("wheel", "--quiet", *options, requirement, env=os.environ | {"DS_BUILD_OPS": "0"})
+            _pip("wheel", *options, requirement, env=os.environ | {"DS_BUILD_OPS": "0"})
 
 
-def gather(folder: Path, have: dict[str, str | None], python: str, limit: float) -> list[Path]:
-    """Download what the machine lacks into folder/1, folder/2, ..., each of at most `limit` MiB, and return those.
+def gather(folder: Path, requirements: list[str], have: dict[str, str | None], python: str, limit: float) -> list[Path]:
+    """Download what the requirements need and the machine lacks into folder/1, folder/2, ..., of at most `limit` MiB
+    each, and return those.
 
     Raises:
         SystemExit: pip finds no versions that fit what is there, or one wheel is above the limit.
@@ -141,10 +143,10 @@ def gather(folder: Path, have: dict[str, str | None], python: str, limit: float)
     with tempfile.TemporaryDirectory() as scratch:
         built, wheels = Path(scratch) / "built", Path(scratch) / "wheels"
         built.mkdir()
-        build(built)
-        lacking = resolve(wanted(), have, python, built)
+        build(built, requirements)
+        lacking = resolve(requirements, have, python, built)
         if lacking:
-            options = ["--quiet", "--no-deps", "--find-links", str(built), "-d", str(wheels)]
+            options = ["--no-deps", "--find-links", str(built), "-d", str(wheels)]
             _pip("download", *options, *for_machine(python), *lacking)
         return share_out(list(wheels.glob("*.whl")), folder, limit)
 
@@ -282,6 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = commands.add_parser("gather", help="download what a machine lacks").add_argument
     add("folder", type=Path)
     add("--have", type=Path, help="the machine's `pip list` (default: an image with PyTorch 2.11 and transformers)")
+    add("--want", nargs="+", metavar="NAME", help="requirements (default: those of training and of the benchmarks)")
     add("--python", default="3.12", help="the machine's (default: %(default)s)")
     add("--limit", type=float, default=60, help="MiB of a transfer (default: %(default)s)")
     add = commands.add_parser("cut", help="pack a large wheel and cut it into parts").add_argument
@@ -300,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
         made = cut(options.wheel, options.folder, options.without, options.limit)
     else:
         have = installed(options.have.read_text() if options.have else "\n".join(HAVE.split()))
-        made = gather(options.folder, have, options.python, options.limit)
+        made = gather(options.folder, options.want or wanted(), have, options.python, options.limit)
     for path in made:
         size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
         print(f"{path}  {size / MIB:.1f} MiB")
