@@ -2,6 +2,7 @@
 #              make train ARGS="--train.max_steps 20" overrides its settings
 # make test    install the test tools too, then check style and run the whole test suite
 # make soak    the long tests: twenty kills, 300 steps, 10,000 fuzzed inputs
+# make gpu     check and measure everything on the GPU at hand; make gpu ARGS="--minutes 20" (--list says what)
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,11 +17,12 @@ TORCH := torch==2.13.0
 # Bytecode of what is never imported is not worth its time.
 PIP := $(BIN)/python -m pip install -q --no-compile
 
-.PHONY: help train test soak lint install clean
+.PHONY: help train test soak gpu lint install clean
 help:
 	@echo 'make train    install into $(VENV), then train a tiny vision-language model on this machine'
 	@echo 'make test     install into $(VENV), then check style and run all tests'
 	@echo 'make soak     run the long tests'
+	@echo 'make gpu      check and measure everything on the GPU at hand, in 8 minutes'
 	@echo 'make lint     check style only'
 	@echo 'make install  install everything, run nothing'
 	@echo 'make clean    remove build products and caches; runs/ and $(VENV) stay'
@@ -34,6 +36,9 @@ test: lint
 
 soak: lint
 	$(BIN)/python -m pytest -m soak -s
+
+gpu: $(VENV)/.dev-$(EXTRA)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 lint: $(VENV)/.dev-$(EXTRA)
 	$(BIN)/ruff check .

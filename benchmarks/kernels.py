@@ -1,10 +1,11 @@
 """Speed and memory of the fused ops, beside plain PyTorch, torch.compile and every installed peer.
 
-    python -m benchmarks.kernels [OP ...] [--size 7B] [--repeats 20]
+    python -m benchmarks.kernels [OP ...] [--size 7B] [--repeats 20] [--providers NAME ...] [--without NAME ...]
 
 Writes results/<gpu>/kernels.json, with the machine, and one chart per op. Without a GPU it says so and measures the CPU
 paths at a small size, which says nothing about a GPU. Inputs come from one factory per op; a peer is skipped, with the
-reason, where it is not installed or does not take the inputs.
+reason, where it is not installed or does not take the inputs. Floors come from a copy and from plain matrix products
+of the same shapes, timed the same way just before the op (benchmarks.ceilings).
 
 Legend: R rows (tokens), D hidden size, V vocabulary.
 """
@@ -12,11 +13,10 @@ Legend: R rows (tokens), D hidden size, V vocabulary.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import resource
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,21 +26,12 @@ from torch import Tensor
 
 import rethinker_kernels as ours
 from benchmarks import kernel_peers as peers
+from benchmarks.ceilings import HEADS, ROWS, SMALL, copy_bytes_per_s, head_products
 from benchmarks.machine import describe
+from benchmarks.timing import Step, kernels_of, measure
 from rethinker_kernels import reference
 
 RESULTS = Path(__file__).parent / "results"
-
-HEADS = {"3B": (2048, 151_936), "7B": (3584, 152_064), "32B": (5120, 152_064), "72B": (8192, 152_064)}
-"""(D, V) of Qwen2.5-VL's heads."""
-
-ROWS = 16_384
-SMALL = (512, 64, 4_096)  # (R, D, V) without a GPU
-
-COPY_BYTES_PER_S, MATMUL_FLOP_PER_S = 4.3e12, 790e12
-"""Measured on an H200: what the floors are computed from. Other GPUs get no floor."""
-
-Step = Callable[[], Any]
 
 
 # Inputs: the one factory of every op
@@ -164,7 +155,9 @@ def grpo_from(log_probs: Callable, sign: float = 1.0) -> Callable[[dict], Tensor
 
 
 def compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=False)
+    """The function through torch.compile, whose own import takes seconds, from its first call on."""
+    made = functools.cache(lambda: torch.compile(function, dynamic=False))
+    return lambda *given, **options: made()(*given, **options)
 
 
 def with_entropy(op: Callable) -> Callable:
@@ -175,18 +168,28 @@ def head_with_entropy(module: Any) -> Callable:
     return lambda *given: module.linear_selective_log_softmax(*given, return_entropy=True)
 
 
-def logits_floor(reads: int) -> Callable[[int, int, int], float]:
-    return lambda rows, width, vocabulary: reads * 2 * rows * vocabulary / COPY_BYTES_PER_S
+# Floors: (size, repeats) -> milliseconds
 
 
-def matmul_floor(products: int) -> Callable[[int, int, int], float]:
-    return lambda rows, width, vocabulary: products * 2 * rows * width * vocabulary / MATMUL_FLOP_PER_S
+def copy_floor(passes: int) -> Callable[[tuple[int, int, int], int], float]:
+    """Of so many passes over the logits, at the rate of a copy."""
+
+    def floor(size: tuple[int, int, int], repeats: int) -> float:
+        width = 2 if torch.cuda.is_available() else 4
+        return 1e3 * passes * width * size[0] * size[2] / copy_bytes_per_s(repeats)
+
+    return floor
+
+
+def product_floor(products: int) -> Callable[[tuple[int, int, int], int], float]:
+    """The head's plain matrix products, over as long a time as the op."""
+    return lambda size, repeats: measure(head_products(size, products), repeats)["median_ms"]
 
 
 OPS: dict[str, dict[str, Any]] = {
     "selective_log_softmax forward": {
         "inputs": logits_inputs,
-        "floor": logits_floor(1),
+        "floor": copy_floor(1),
         "providers": {
             "rethinker": log_softmax_forward(with_entropy(ours.selective_log_softmax)),
             "pytorch": log_softmax_forward(with_entropy(reference.selective_log_softmax)),
@@ -196,7 +199,7 @@ OPS: dict[str, dict[str, Any]] = {
     },
     "selective_log_softmax forward+backward": {
         "inputs": logits_inputs,
-        "floor": logits_floor(3),
+        "floor": copy_floor(3),
         "providers": {
             "rethinker": log_softmax_step(with_entropy(ours.selective_log_softmax)),
             "pytorch": log_softmax_step(with_entropy(reference.selective_log_softmax)),
@@ -206,7 +209,7 @@ OPS: dict[str, dict[str, Any]] = {
     },
     "linear_selective_log_softmax forward": {
         "inputs": head_inputs,
-        "floor": matmul_floor(1),
+        "floor": product_floor(1),
         "providers": {
             "rethinker": linear_forward(head_with_entropy(ours)),
             "pytorch": linear_forward(head_with_entropy(reference)),
@@ -216,7 +219,7 @@ OPS: dict[str, dict[str, Any]] = {
     },
     "linear_grpo_loss": {
         "inputs": head_inputs,
-        "floor": matmul_floor(3),
+        "floor": product_floor(3),
         "providers": {
             "rethinker": loss_step(grpo_of(ours)),
             "pytorch": loss_step(grpo_of(reference)),
@@ -267,52 +270,22 @@ def gradient_error(inputs: dict, name: str) -> float:
     return ((inputs["hidden"].grad[some].double() - hidden.grad).abs().max() / hidden.grad.abs().max()).item()
 
 
-def measure(provider: Callable[[dict], Step], inputs: dict, repeats: int) -> dict[str, Any]:
-    """Milliseconds (median and quartiles) of a step, and the memory it takes beyond its inputs, MiB."""
-    step = provider(inputs)
-    on_gpu = torch.cuda.is_available()
-    for _ in range(3):
-        step()
-    times = []
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        scratch = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")  # clears the L2 between repeats
-        extra = scratch.numel() * 4
-        for _ in range(repeats):
-            scratch.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        memory = (torch.cuda.max_memory_allocated() - before - extra) / 2**20
-    else:
-        for _ in range(repeats):
-            start = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - start))
-        memory = None  # a process's peak cannot be told apart by step; tests/kernels/test_memory.py measures it
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    return {"median_ms": median, "quartiles_ms": [low, high], "memory_mib": memory, "repeats": repeats}
-
-
-def run(op: str, size: tuple[int, int, int], repeats: int) -> dict[str, Any]:
-    """All providers of an op on the same inputs."""
+def run(op: str, size: tuple[int, int, int], repeats: int, chosen: list[str]) -> dict[str, Any]:
+    """An op's providers of these names on the same inputs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    about, results = OPS[op], {}
+    about, results, kernels = OPS[op], {}, None
+    floor = about["floor"](size, repeats) if about["floor"] else None
     inputs = about["inputs"](*size, device)
-    is_h200 = device == "cuda" and "H200" in torch.cuda.get_device_name(0)
-    floor = about["floor"](*size) * 1e3 if about["floor"] and is_h200 else None
     for name, provider in about["providers"].items():
-        if device == "cpu" and name == "torch.compile":
-            continue  # compiling takes longer than the measurement is worth here
+        if name not in chosen or (device == "cpu" and name == "torch.compile"):
+            continue  # compiling for a CPU takes longer than the measurement is worth
         for tensor in inputs.values():
             tensor.grad = None
         try:
-            results[name] = measure(provider, inputs, repeats)
+            step = provider(inputs)
+            results[name] = measure(step, repeats)
+            if name == "rethinker":
+                kernels = kernels_of(step)
         except ImportError as error:
             results[name] = {"skipped": str(error).splitlines()[0]}
         except Exception as error:  # a peer's failure is a result of its own
@@ -326,14 +299,14 @@ def run(op: str, size: tuple[int, int, int], repeats: int) -> dict[str, Any]:
         if floor and "median_ms" in results[name]:
             results[name]["share_of_floor"] = floor / results[name]["median_ms"]
         print(f"  {name:38} {_line(results[name])}", flush=True)
-    return {"op": op, "rows_width_vocabulary": size, "floor_ms": floor, "providers": results}
+    return {"op": op, "rows_width_vocabulary": size, "floor_ms": floor, "providers": results, "our_kernels": kernels}
 
 
 def _line(result: dict[str, Any]) -> str:
     if "median_ms" not in result:
         return next(f"{key}: {value}" for key, value in result.items())
     low, high = result["quartiles_ms"]
-    text = f"{result['median_ms']:10.3f} ms ({low:.3f} to {high:.3f})"
+    text = f"{result['median_ms']:10.3f} ms ({low:.3f} to {high:.3f}), host {result['host_ms']:.3f} ms"
     if result["memory_mib"] is not None:
         text += f" {result['memory_mib']:10.0f} MiB"
     if "gradient_error" in result:
@@ -369,6 +342,9 @@ def main() -> None:
     parser.add_argument("--size", choices=HEADS, default="7B", help="whose head (GPU only)")
     parser.add_argument("--rows", type=int, default=ROWS, help="tokens (GPU only)")
     parser.add_argument("--repeats", type=int, default=20)
+    names = sorted({name for op in OPS.values() for name in op["providers"]})
+    parser.add_argument("--providers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--without", nargs="+", choices=names, default=[], metavar="NAME", help="leave these out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     machine = describe()
@@ -381,15 +357,16 @@ def main() -> None:
         parser.error(f"no op starts with {', '.join(args.ops)}; there are {', '.join(OPS)}")
     folder = args.out / (re.sub(r"\W+", "-", machine["gpu"]).strip("-").lower() if on_gpu else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
-    results = []
+    report: dict[str, Any] = {"machine": machine, "head": args.size if on_gpu else "small", "results": []}
+    providers = [name for name in args.providers if name not in args.without]
     for op in chosen:
         print(f"{op}, R, D, V = {size}", flush=True)
-        results.append(run(op, size, args.repeats))
+        result = run(op, size, args.repeats, providers)
         label = f"{op}, R, D, V = {', '.join(f'{n:,}' for n in size)}, {machine['gpu'] or machine['cpu']}"
-        chart(results[-1], label, folder / f"kernels_{re.sub(r'[^a-z_]+', '_', op)}.svg")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    report = {"machine": machine, "head": args.size if on_gpu else "small", "peak_rss_gib": peak, "results": results}
-    (folder / "kernels.json").write_text(json.dumps(report, indent=2) + "\n")
+        chart(result, label, folder / f"kernels_{re.sub(r'[^a-z_]+', '_', op)}.svg")
+        report["results"].append(result)
+        report["peak_rss_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        (folder / "kernels.json").write_text(json.dumps(report, indent=2) + "\n")  # what follows may be cut off
     print(f"wrote {folder / 'kernels.json'}")
 
 

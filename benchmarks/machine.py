@@ -21,7 +21,7 @@ def describe() -> dict[str, Any]:
     Returns:
         `cpu` (model name), `cores` (this process may use), `memory_gb` (GiB), `gpu` and `driver` (None without one),
         `os`, `python`, `versions` of the libraries that matter, and `commit` of this repository ("+changes" where the
-        working tree differs from it; None outside a repository).
+        working tree differs from it; in a copy without its .git what RETHINKER_COMMIT says, or None).
     """
     return {
         "cpu": _cpu_model(),
@@ -68,7 +68,7 @@ def _commit() -> str | None:
     root = str(Path(__file__).resolve().parent)
     commit = _output("git", "-C", root, "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
-    return commit and commit + ("+changes" if changed else "")
+    return commit + ("+changes" if changed else "") if commit else os.environ.get("RETHINKER_COMMIT")
 
 
 def _output(*command: str) -> str | None:

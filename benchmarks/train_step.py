@@ -11,7 +11,7 @@ of memory is reported with the reason.
 Variants: `eager` (transformers' model, one copy of prompt and image per response, padded batches sorted by length,
 whole logits of the response columns, plain PyTorch loss), `torch.compile` (the same, decoder layers and loss compiled),
 `liger` (Liger's layers, fused head and GRPO loss, same batches), `rethinker` (shared prompts, fused loss),
-`rethinker per-sample` (the same without sharing), `rethinker sdpa` (SDPA instead of FlexAttention; GPU only). `eager`
+`rethinker per-sample` (the same without sharing), `rethinker sdpa` (SDPA instead of flash attention; GPU only). `eager`
 and its kin compute no entropy; `rethinker` does.
 
 Useful tokens are those of the per-sample layout without padding, the same number for every variant; processed tokens

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from benchmarks.train_step_workload import Counts, Workload
 from rethinker.algorithm.objective import loss_normalizer, surrogate_inputs
 from rethinker.config import AlgorithmConfig, PolicyConfig
-from rethinker.policy.attention import lay_out
-from rethinker.policy.model import Policy
 from rethinker.policy.packing import Bundle, joined, pack, plan_micro_batches
 from rethinker.samples import PackedBatch, Sample
 from rethinker_kernels import reference
@@ -96,7 +94,7 @@ def padded(model: nn.Module, workload: Workload, settings: Settings) -> tuple[li
 
 def _pad(model: nn.Module, workload: Workload, samples: list[Sample]) -> PaddedBatch:
     prompts = [workload.encode(sample.query).token_ids for sample in samples]
-    responses = [sample.completion.token_ids for sample in samples]
+    responses = [sample.completion.token_ids.tolist() for sample in samples]
     P, C = max(map(len, prompts)), max(map(len, responses))
     ids, attention = (torch.zeros(len(samples), P + C, dtype=torch.int64) for _ in range(2))
     response_ids = torch.zeros(len(samples), C, dtype=torch.int64)
@@ -214,6 +212,9 @@ def rethinker(
     model: nn.Module, workload: Workload, settings: Settings, *, attention: str = "auto", shared: bool = True
 ) -> Prepared:
     """This project's policy, packing and fused loss; with `shared=False` every response brings its own prompt."""
+    from rethinker.policy.attention import lay_out
+    from rethinker.policy.model import Policy
+
     config = PolicyConfig(attention=attention, gradient_checkpointing=settings.gradient_checkpointing)
     policy = Policy(model, config)
     samples = workload.samples
@@ -224,7 +225,7 @@ def rethinker(
     normalizer = normalizer_of(workload)
     counts = Counts()
     for batch, bundles in zip(batches, plan, strict=True):
-        tokens = lay_out(batch, policy.kernel).index.numel()
+        tokens = lay_out(batch, policy.kernel).tokens
         pairs = sum(map(_visible_pairs, bundles))
         counts += Counts(tokens, len(batch.target_ids), len(batch.image_inputs["pixel_values"]), pairs)
 

@@ -11,6 +11,7 @@ import random
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -142,7 +143,7 @@ class Workload:
         """
         rng = random.Random(self.seed + 1)
         for sample, mine in zip(self.samples, logps, strict=True):
-            sample.completion.logprobs = [logp + rng.gauss(0, drift) for logp in mine]
+            sample.completion.logprobs = np.array([logp + rng.gauss(0, drift) for logp in mine], np.float32)
 
     @property
     def useful(self) -> Counts:

@@ -26,8 +26,7 @@ constexpr int kFanOutBits = 5;
 constexpr int kFanOut = 1 << kFanOutBits;
 constexpr int kMaxLevels = 8;     // 2^31 leaves
 constexpr int kSumBits = 62;      // the sum of all weights stays at or below 2^62
-constexpr int kWeightBits = 16;   // priority^alpha lies below 2^16
-constexpr int kRound = 512;       // draws of one round without replacement
+constexpr int kWeightBits = 27;   // priority^alpha lies below 2^27
 constexpr int64_t kNothing = -1;  // what a draw from weights that are all 0 returns
 
 // Why an update was refused: refused[0]; refused[1] is the index, refused[2] the bits of the priority as fp64.
@@ -72,7 +71,7 @@ SUM_TREE_FN int64_t as_bits(double value) {
   return bits;
 }
 
-// x^alpha for finite x > 0 and alpha >= 0: exact for alpha 0 and 1, else within 1e-14 relative where it is below 2^16
+// x^alpha for finite x > 0 and alpha >= 0: exact for alpha 0 and 1, else within 1e-14 relative where it is below 2^27
 // and above 2^-62 (what lies outside is refused or rounds to one unit). The libraries' pow differ in their last bit.
 SUM_TREE_FN double power(double x, double alpha) {
   if (alpha == 1.0) return x;

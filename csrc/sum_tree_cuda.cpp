@@ -44,15 +44,17 @@ void sample(Tensor nodes, int64_t capacity, Tensor key, Tensor slots) {
       queue.stream()));
 }
 
-void sample_distinct(Tensor nodes, int64_t capacity, Tensor key, Tensor slots, Tensor taken) {
+void sample_distinct(Tensor nodes, int64_t capacity, Tensor key, Tensor slots, Tensor taken, Tensor ended) {
   checked_layout(nodes, capacity);
   const int64_t n = checked_draws(slots, nodes);
   check(key, "key", 2, nodes);
   check(taken, "taken", n, nodes);
+  check(ended, "ended", 1, nodes);
   const Queue queue(nodes);
   check_launch(launch_sample_distinct(
       nodes.mutable_data_ptr<int64_t>(), capacity, key.const_data_ptr<int64_t>(), n,
-      slots.mutable_data_ptr<int64_t>(), taken.mutable_data_ptr<int64_t>(), queue.stream()));
+      slots.mutable_data_ptr<int64_t>(), taken.mutable_data_ptr<int64_t>(), ended.mutable_data_ptr<int64_t>(),
+      queue.stream()));
 }
 
 }  // namespace

@@ -12,6 +12,6 @@ const char* launch_update(
 const char* launch_sample(const int64_t* nodes, int64_t capacity, const int64_t* key, int64_t n, int64_t* slots,
                           void* stream);
 const char* launch_sample_distinct(int64_t* nodes, int64_t capacity, const int64_t* key, int64_t n, int64_t* slots,
-                                   int64_t* taken, void* stream);
+                                   int64_t* taken, int64_t* ended, void* stream);
 
 }  // namespace sum_tree

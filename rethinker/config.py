@@ -137,10 +137,10 @@ class PolicyConfig:
     InternVL3 in transformers' format."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights in the forward pass; the optimizer keeps fp32 masters."""
-    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
-    """Kernel of the language model's attention: flex (FlexAttention) and sdpa compute a prompt once for all its
-    responses, auto takes flex on CUDA and sdpa elsewhere. varlen (flash attention over sequences of variable length)
-    repeats the prompt for every response: more tokens, a simpler kernel; to compare with, and where flex is slow."""
+    attention: Literal["auto", "sdpa", "flash", "varlen"] = "auto"
+    """Kernel of the language model's attention: flash (flash attention, exact and without a mask) and sdpa compute a
+    prompt once for all its responses; auto takes flash on CUDA with 16-bit weights and sdpa elsewhere. varlen (flash
+    attention over ordinary sequences) repeats the prompt for every response: more tokens; to compare with."""
     freeze_vision: bool = False
     """Train the language model only; with policy.lora always so."""
     gradient_checkpointing: bool = False

@@ -145,12 +145,12 @@ def _accelerator() -> Iterator[Finding]:
     yield Finding("NCCL", version, nccl, how_to_install("torch"), blocks=torch.cuda.device_count() > 1)
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        flex = device.major >= 8
+        flash = device.major >= 8
         yield Finding(
             f"GPU {index}",
             f"{device.name}, {device.total_memory / 2**30:.0f} GB, compute capability {device.major}.{device.minor}, "
-            f"bf16 {'yes' if device.major >= 8 else 'no'}, flex attention {'yes' if flex else 'no'}",
-            flex,
+            f"bf16 {'yes' if device.major >= 8 else 'no'}, flash attention {'yes' if flash else 'no'}",
+            flash,
             f"GPU {index} is older than Ampere: set policy.dtype float32 and policy.attention sdpa",
         )
 

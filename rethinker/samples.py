@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # a checking process needs Query, not torch
+if TYPE_CHECKING:  # a checking process needs Query, not numpy and torch
+    import numpy as np
     import torch
 
 
@@ -74,21 +75,47 @@ class Completion:
     """One response: L sampled token ids, its end token included when it ended by itself.
 
     `logprobs[i]` is the behaviour policy's log-probability of `token_ids[i]` under the distribution that was
-    sampled (fp32 nats; NaN for a token that was forced). `finish_reason` is "stop" or "length".
+    sampled (nats; NaN for a token that was forced). `finish_reason` is "stop" or "length". Any sequences of numbers
+    may be given; arrays are kept: 8 bytes a token.
     """
 
-    token_ids: list[int]
-    logprobs: list[float]
+    token_ids: np.ndarray  # [L] int32
+    logprobs: np.ndarray  # [L] fp32
     text: str
     finish_reason: str
     rethought: Rethought | None = None
-    trainer_logprobs: list[float] | None = None
+    trainer_logprobs: np.ndarray | None = None  # [L] fp32
     """The same from the trainer's forward, when algorithm.rollout_correction."""
+
+    def __post_init__(self) -> None:
+        import numpy as np
+
+        self.token_ids = np.asarray(self.token_ids, np.int32)
+        self.logprobs = np.asarray(self.logprobs, np.float32)
+        if self.trainer_logprobs is not None:
+            self.trainer_logprobs = np.asarray(self.trainer_logprobs, np.float32)
+
+    def __eq__(self, other: object) -> bool:
+        """Field by field; a NaN equals a NaN."""
+        import numpy as np
+
+        def same(a: Any, b: Any) -> bool:
+            return type(a) is type(b) and (
+                np.array_equal(a, b, equal_nan=True) if isinstance(a, np.ndarray) else bool(a == b)
+            )
+
+        return isinstance(other, Completion) and all(same(a, vars(other)[name]) for name, a in vars(self).items())
 
     @property
     def tokens(self) -> int:
         """L."""
         return len(self.token_ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its numbers, in bytes."""
+        scored = 0 if self.trainer_logprobs is None else self.trainer_logprobs.nbytes
+        return self.token_ids.nbytes + self.logprobs.nbytes + scored
 
     @property
     def trainable_tokens(self) -> int:
@@ -214,8 +241,11 @@ class PackedBatch:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on another device; `prompt_id` and `response_id`, which the layout reads, stay on the host."""
+        """The same batch on another device, without stopping the host. What layouts are made of stays on the host:
+        `prompt_id`, `response_id` and the extents of images."""
+        from rethinker.runtime.device_copies import to_device
+
         stay = ("prompt_id", "response_id", "image_inputs")
-        moved = {k: v if k in stay or v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()}
-        moved["image_inputs"] = {k: v.to(device, non_blocking=True) for k, v in self.image_inputs.items()}
-        return PackedBatch(**moved)
+        moved = {k: v if k in stay or v is None else to_device(v, device) for k, v in vars(self).items()}
+        pixels = {k: to_device(v, device) for k, v in self.image_inputs.items() if v.is_floating_point()}
+        return PackedBatch(**moved | {"image_inputs": self.image_inputs | pixels})

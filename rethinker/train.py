@@ -119,7 +119,7 @@ def train(config: Config) -> Run:
         checker = stack.enter_context(AnswerChecker(config.reward))
         episodes = Episodes(config, stream, encoder, rollout, checker, ranks)
         stack.callback(episodes.close)
-        replay = ReplayBuffer(config.replay, config.seed)
+        replay = ReplayBuffer(config.replay, config.seed, ranks.device)
         progress = Progress()
         state = RunState(config, ranks, progress, policy, episodes, replay, run)
         if checkpoint:
@@ -154,7 +154,7 @@ def train(config: Config) -> Run:
                     break
                 progress.generated += sum(group.sampled_tokens for group in groups)
                 progress.failed_checks = sum(ranks.gather(checker.failures.total()))
-                assign_advantages(groups, config.algorithm.advantage_scale)
+                assign_advantages(groups, config.algorithm.advantage_scale, ranks.device)
                 if episodes.rethinker and episodes.rethinker.needs_scores:
                     rescore(groups, policy)
                 progress.mismatch = None

@@ -88,7 +88,7 @@ def make(**settings) -> tuple[Episodes, Engine]:
 def told(groups):
     """What training sees of groups."""
     return [
-        (group.query.id, group.number, group.rewards, [completion.token_ids for completion in group.completions])
+        (group.query.id, group.number, group.rewards, [c.token_ids.tolist() for c in group.completions])
         for group in groups
     ]
 

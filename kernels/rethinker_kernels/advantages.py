@@ -43,7 +43,7 @@ def group_advantages(
         ValueError: a shape, type, device or option that does not fit, naming it.
     """
     check_group_advantages(rewards, group_offsets, scale, eps)
-    if takes_triton(rewards):
+    if takes_triton(group_offsets):  # the kernel takes fp64 rewards too
         return _group_advantages(rewards.detach(), group_offsets, scale, eps)
     return reference.group_advantages(rewards, group_offsets, scale=scale, eps=eps)
 
@@ -58,4 +58,5 @@ def _group_advantages(rewards: Tensor, group_offsets: Tensor, scale: str, eps: f
 @_group_advantages.register_fake
 def _(rewards, group_offsets, scale, eps):
     groups = group_offsets.shape[0] - 1
-    return rewards.new_empty(rewards.shape, dtype=torch.float32), rewards.new_empty(groups, dtype=torch.bool)
+    dtype = torch.promote_types(rewards.dtype, torch.float32)
+    return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(groups, dtype=torch.bool)

@@ -29,6 +29,20 @@ def row_kernels(tensor: Tensor) -> ModuleType:
     return log_softmax
 
 
+def takes_exponentials(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatures: Tensor | None, temperature: float
+) -> bool:
+    """Whether the head's product leaves exponentials instead of logits (triton_kernels/exponentials.py).
+
+    On a Hopper GPU, for bf16 rows that its copy engine can read (16-byte strides), without a bias, at one temperature
+    that is not nearly 0. Everything else has fp32 logits.
+    """
+    if not hidden.is_cuda or hidden.dtype != torch.bfloat16 or _architecture(hidden.device.index or 0) != 9:
+        return False
+    aligned = all(t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight))
+    return aligned and bias is None and temperatures is None and temperature >= 1e-2
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
     """Makes the tensor's GPU the current one: Triton launches on that, wherever its arguments are."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
@@ -42,3 +56,8 @@ def processors(device: torch.device) -> int:
 @cache
 def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@cache
+def _architecture(index: int) -> int:
+    return torch.cuda.get_device_capability(index)[0]

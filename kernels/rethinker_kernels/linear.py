@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rethinker_kernels.arguments import check_index, check_linear, check_temperature
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_rows
-from rethinker_kernels.devices import processors, row_kernels
+from rethinker_kernels.devices import processors, row_kernels, takes_exponentials
 from rethinker_kernels.log_softmax import split_temperature
 from rethinker_kernels.reference import wide
 from rethinker_kernels.torch_rows import slices
@@ -68,25 +68,34 @@ class Gradients:
         self.hidden = hidden.new_empty(hidden.shape if needs[0] else 0)
         self.weight = self.bias = None
 
-    def accumulate(self, fill: Callable[[slice, Tensor], None]) -> None:
-        """Take in all rows: `fill(rows, out)` writes the gradient of the logits of `rows` into `out` [C, V]."""
+    def accumulate(self, fill: Callable[[slice, Tensor], Tensor | None]) -> None:
+        """Take in all rows: `fill(rows, out)` writes the gradient of the logits of `rows` into `out` [C, V].
+
+        It may leave a factor per row out of them, and return it: fp32 [C].
+        """
         hidden, weight, _ = self.inputs
         _, size = chunks_of(hidden, weight)
         buffer = hidden.new_empty(min(size, hidden.shape[0]), weight.shape[0])
         for rows in slices(0, hidden.shape[0], size):
             grad_logits = buffer[: rows.stop - rows.start]
-            fill(rows, grad_logits)
-            self._add(rows, grad_logits)
+            self._add(rows, grad_logits, fill(rows, grad_logits))
 
-    def _add(self, rows: slice, grad_logits: Tensor) -> None:
+    def _add(self, rows: slice, grad_logits: Tensor, factors: Tensor | None) -> None:
         hidden, weight, bias = self.inputs
-        if self.needs[0]:
+        if self.needs[0] and factors is None:
             torch.mm(grad_logits, weight, out=self.hidden[rows])
+        elif self.needs[0]:
+            unscaled = torch.empty_like(self.hidden[rows], dtype=wide(hidden))
+            product(grad_logits, weight, out=unscaled)
+            torch.mul(unscaled, factors[:, None], out=self.hidden[rows])
         if self.needs[1]:
             first = self.weight is None
             if first:
                 self.weight = torch.empty(weight.shape, dtype=wide(weight), device=weight.device)
-            product(grad_logits.t(), hidden[rows], out=self.weight, add=not first)
+            inputs = hidden[rows]
+            if factors is not None:
+                inputs = torch.mul(inputs, factors[:, None], out=torch.empty_like(inputs))
+            product(grad_logits.t(), inputs, out=self.weight, add=not first)
         if self.needs[2]:
             part = grad_logits.sum(0, dtype=wide(bias))
             self.bias = part if self.bias is None else self.bias.add_(part)
@@ -172,6 +181,15 @@ def log_softmax_op(
     logps = hidden.new_empty(rows, dtype=wide(hidden))
     entropies = logps.new_empty(rows if return_entropy else 0)
     saved = logps.new_empty(2, rows)
+    if takes_exponentials(hidden, weight, bias, temperatures, temperature):
+        from rethinker_kernels.triton_kernels.exponentials import Exponentials
+
+        for here in slices(0, rows, chunks_of(hidden, weight)[1]):
+            e = Exponentials(hidden[here], weight, index[here], temperature, None)
+            logps[here], entropy, saved[:, here] = e.measure(None, return_entropy)
+            if return_entropy:
+                entropies[here] = entropy
+        return logps, entropies, saved
     for here, logits, _ in logits_of(hidden, weight, bias, slice(0, rows)):
         logps[here], entropy, saved[:, here] = kernels.forward_rows(
             logits, index[here], at(temperatures, here), temperature, return_entropy
@@ -225,6 +243,13 @@ def log_softmax_gradients(
     """Of the log-probs and entropies, whose own gradients [R] may be None."""
     gradients, kernels = Gradients(hidden, weight, bias, needs), row_kernels(hidden)
 
+    def fill_exponentials(rows: slice, out: Tensor) -> Tensor:
+        from rethinker_kernels.triton_kernels.exponentials import Exponentials
+
+        e = Exponentials(hidden[rows], weight, index[rows], temperature, out)
+        e.repeat(saved[:, rows])
+        return e.close(grad_logps[rows])
+
     def fill(rows: slice, out: Tensor) -> None:
         for here, logits, into in logits_of(hidden, weight, bias, rows, out):
             kernels.gradient_rows(
@@ -239,7 +264,8 @@ def log_softmax_gradients(
                 out=into,
             )
 
-    gradients.accumulate(fill)
+    fused = grad_entropies is None and takes_exponentials(hidden, weight, bias, temperatures, temperature)
+    gradients.accumulate(fill_exponentials if fused else fill)
     return gradients
 
 

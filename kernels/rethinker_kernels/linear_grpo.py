@@ -19,7 +19,7 @@ from rethinker_kernels.arguments import (
     check_temperature,
     check_vector,
 )
-from rethinker_kernels.devices import takes_triton
+from rethinker_kernels.devices import takes_exponentials, takes_triton
 from rethinker_kernels.linear import Gradients, at, fake_gradients, logits_of
 from rethinker_kernels.log_softmax import split_temperature
 from rethinker_kernels.reference import LINEAR_GRPO_STATS, wide
@@ -223,6 +223,13 @@ def _one_pass(hidden, weight, bias, index, temperatures, temperature, terms, nee
     logps = hidden.new_empty(hidden.shape[0], dtype=wide(hidden))
     entropies = torch.empty_like(logps)
 
+    def fill_exponentials(rows: slice, out: Tensor) -> Tensor:
+        from rethinker_kernels.triton_kernels.exponentials import Exponentials
+
+        e = Exponentials(hidden[rows], weight, index[rows], temperature, out)
+        logps[rows], entropies[rows], _ = e.measure(terms.old_logps[rows], True)
+        return e.close(terms.slopes(rows, logps[rows], surrogate))
+
     def fill(rows: slice, out: Tensor) -> None:
         for here, logits, into in logits_of(hidden, weight, bias, rows, out):
             chosen = (index[here], at(temperatures, here), temperature)
@@ -246,7 +253,8 @@ def _one_pass(hidden, weight, bias, index, temperatures, temperature, terms, nee
                 torch_rows.gradient_rows(logits, *chosen, saved, None, slopes, None, out=into)
 
     gradients = Gradients(hidden, weight, bias, needs)
-    gradients.accumulate(fill)
+    fused = takes_exponentials(hidden, weight, bias, temperatures, temperature)
+    gradients.accumulate(fill_exponentials if fused else fill)
     return logps, entropies, gradients
 
 
@@ -261,6 +269,7 @@ def _(hidden, weight, bias, *rest):
 
 
 def _setup_grpo(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # or zeros would be made for the outputs without one, the gradients among them
     _, logps, stats, *gradients = output
     ctx.mark_non_differentiable(logps, stats, *gradients)
     ctx.save_for_backward(*gradients)
@@ -268,6 +277,8 @@ def _setup_grpo(ctx, inputs, output) -> None:
 
 
 def _gradient_grpo(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * (len(ctx.needs) + ctx.others)
     given = zip(ctx.saved_tensors, ctx.needs, strict=True)
     return *(scaled(g, grad_loss, ctx.dtype) if need else None for g, need in given), *(None,) * ctx.others
 

@@ -26,9 +26,11 @@ class SumTree:
         slots = torch.multinomial(weights, n, replacement)
 
     but in time that grows with log(capacity), for any capacity, with 64 random bits per draw, and exactly: a weight is
-    priority^alpha rounded to a multiple of 2^-fraction_bits, where fraction_bits = 62 - 16 - ceil(log2(capacity)): 26
-    bits at a capacity of 2^20, 46 at 1. All weights together stay at or below 2^62. A priority above 0 never rounds to
-    weight 0; a priority of 0 has weight 0 for every alpha, and weight 0 is never drawn.
+    priority^alpha rounded to a multiple of 2^-fraction_bits, where fraction_bits = 62 - 27 - ceil(log2(capacity)), so
+    that all weights together stay at or below 2^62. The unit bounds how finely small weights are told apart: it is
+    3e-5 (2^-15) at a capacity of 2^20 and 5e-7 (2^-21) at 2^14, and a weight w is off by at most half a unit, 0.15%
+    for w = 0.01 at 2^20. A priority above 0 weighs at least one unit, so that one far below is drawn too often beside
+    others; a priority of 0 has weight 0 for every alpha, and weight 0 is never drawn.
 
     On CUDA, update and sample are one launch each, wait for nothing and can be captured in a CUDA graph, if their
     tensors are on the device (priorities in fp64) and the random numbers come from a (seed, offset) tensor. What the
@@ -46,7 +48,7 @@ class SumTree:
     """
 
     WEIGHT_BITS = sum_tree_torch.WEIGHT_BITS
-    """A weight priority^alpha lies below 2^16; the bits that remain hold its fraction."""
+    """A weight priority^alpha lies below 2^27 (1.3e8); the bits that remain hold its fraction."""
 
     def __init__(self, capacity: int, device: torch.device | str = "cpu", alpha: float = 1.0) -> None:
         if not 1 <= capacity <= 1 << 31:
@@ -60,6 +62,7 @@ class SumTree:
         self._nodes = torch.zeros(sum(sizes), dtype=torch.int64, device=device)  # leaves first, root last
         self._levels = self._nodes.split(sizes)
         self._refused = torch.zeros(3, dtype=torch.int64, device=device)  # kind, index, bits of the priority
+        self._ended = torch.zeros(1, dtype=torch.int64, device=device)  # blocks of a draw on a GPU; 0 between calls
         self._on_host = self._nodes.device.type == "cpu"
         self._ops = _compiled() if native.load(self._nodes.device.type) else sum_tree_torch
 
@@ -71,7 +74,7 @@ class SumTree:
     @property
     def nbytes(self) -> int:
         """Memory of the tree, in bytes: 8.26 per slot, when there are many."""
-        return self._nodes.nbytes + self._refused.nbytes
+        return self._nodes.nbytes + self._refused.nbytes + self._ended.nbytes
 
     @property
     def total(self) -> Tensor:
@@ -83,7 +86,7 @@ class SumTree:
 
         Args:
             indices: [n] int64 in [0, capacity).
-            priorities: [n] floating, finite, at least 0, with priority^alpha below 2^16.
+            priorities: [n] floating, finite, at least 0, with priority^alpha below 2^27 (see `accepts`).
 
         Raises:
             ValueError: a wrong shape or type, an index out of range, or a priority out of range, naming the slot.
@@ -98,6 +101,10 @@ class SumTree:
         self._ops.update_(self._nodes, self.capacity, self.alpha, indices, priorities, self._refused)
         if self._on_host:
             self.check()
+
+    def accepts(self, priorities: Tensor) -> Tensor:
+        """Which of these priorities [n] `update` takes: bool [n]. Where they are on the host, so is all the work."""
+        return sum_tree_torch.fixed_point(priorities.double(), self.alpha, self.fraction_bits)[1]
 
     def check(self) -> None:
         """Raise what updates on a GPU could not raise at once: the first one that was refused. Waits for the device.
@@ -147,7 +154,7 @@ class SumTree:
         if replacement:
             self._ops.sample_(self._nodes, self.capacity, key, slots)
         else:
-            self._ops.sample_distinct_(self._nodes, self.capacity, key, slots, torch.empty_like(slots))
+            self._ops.sample_distinct_(self._nodes, self.capacity, key, slots, torch.empty_like(slots), self._ended)
         if self._on_host and slots[-1].item() < 0:
             if self._nodes[-1].item() == 0:
                 raise ValueError("sample: every weight in the tree is 0; there is nothing to draw")
@@ -166,6 +173,7 @@ class SumTree:
         return {
             "capacity": self.capacity,
             "alpha": self.alpha,
+            "fraction_bits": self.fraction_bits,
             "leaves": self._levels[0][: self.capacity].cpu().clone(),
         }
 
@@ -173,11 +181,16 @@ class SumTree:
         """Restore the weights exactly.
 
         Raises:
-            ValueError: the state is of a tree with another capacity or alpha.
+            ValueError: the state is of a tree with another capacity or alpha, or of a release with other units.
         """
         for name, own in (("capacity", self.capacity), ("alpha", self.alpha)):
             if state[name] != own:
                 raise ValueError(f"{name}: the saved tree has {state[name]}, this one {own}")
+        if state.get("fraction_bits") != self.fraction_bits:
+            raise ValueError(
+                f"leaves: another release of rethinker_kernels saved this tree, with weights in other units than "
+                f"2^-{self.fraction_bits}; fill the tree with `update`"
+            )
         self._levels[0][: self.capacity] = state["leaves"].to(self.device)
         for children, parents in zip(self._levels, self._levels[1:], strict=False):
             sums = children.view(-1, FAN_OUT).sum(-1)

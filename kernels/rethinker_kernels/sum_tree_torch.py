@@ -13,8 +13,7 @@ from torch import Tensor
 
 FAN_OUT = 32
 SUM_BITS = 62
-WEIGHT_BITS = 16
-ROUND = 512
+WEIGHT_BITS = 27
 BAD_INDEX, BAD_PRIORITY = 1, 2
 _LOW = 0xFFFFFFFF
 
@@ -59,10 +58,10 @@ def sample_(nodes: Tensor, capacity: int, key: Tensor, slots: Tensor) -> None:
         slots.copy_(_draw(nodes, capacity, key, slots.numel(), 0))
 
 
-def sample_distinct_(nodes: Tensor, capacity: int, key: Tensor, slots: Tensor, taken: Tensor) -> None:
+def sample_distinct_(nodes: Tensor, capacity: int, key: Tensor, slots: Tensor, taken: Tensor, ended: Tensor) -> None:
     n, found, step = slots.numel(), 0, 0
     while found < n and nodes[-1] != 0:
-        drawn = _draw(nodes, capacity, key, min(n - found, ROUND), step)
+        drawn = _draw(nodes, capacity, key, n - found, step)
         order = drawn.argsort(stable=True)
         run = drawn[order]
         first = torch.ones_like(run, dtype=torch.bool)

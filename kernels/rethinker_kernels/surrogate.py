@@ -133,6 +133,7 @@ def _(logps, *_):
 
 
 def _setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     _, stats, gradient = output
     ctx.mark_non_differentiable(stats, gradient)
     ctx.save_for_backward(gradient)
@@ -140,6 +141,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _gradient(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * (1 + ctx.others)
     (gradient,) = ctx.saved_tensors
     return ((grad_loss * gradient).to(ctx.dtype), *(None,) * ctx.others)
 

@@ -11,7 +11,7 @@ from rethinker.samples import Group
 from rethinker_kernels import group_advantages
 
 
-def assign_advantages(groups: list[Group], scale: str) -> float:
+def assign_advantages(groups: list[Group], scale: str, device: torch.device | str = "cpu") -> float:
     """Fill `group.advantages` from `group.rewards` (METHOD: GRPO).
 
     Computed in fp64 on the rewards as they are, so that an advantage differs from 0 only where the group is
@@ -20,6 +20,7 @@ def assign_advantages(groups: list[Group], scale: str) -> float:
     Args:
         groups: groups with one finite reward per completion. With `scale="batch"` these are the batch.
         scale: `algorithm.advantage_scale`: "std", "none" or "batch".
+        device: where to compute: on a GPU in one launch, or two with "batch", and one wait for the result.
 
     Returns:
         effective_query_ratio: share of the groups whose rewards differ; 0 without groups.
@@ -42,7 +43,8 @@ def assign_advantages(groups: list[Group], scale: str) -> float:
                 )
     sizes = torch.tensor([0] + [len(group.rewards) for group in groups])
     rewards = torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float64)
-    advantages, degenerate = group_advantages(rewards, sizes.cumsum(0), scale=scale)
+    found = group_advantages(rewards.to(device), sizes.cumsum(0).to(device), scale=scale)
+    advantages, degenerate = torch.cat(found).cpu().split([len(rewards), len(groups)])
     for group, values in zip(groups, advantages.split(sizes[1:].tolist()), strict=True):
         group.advantages = values.tolist()
-    return (~degenerate).double().mean().item()
+    return (1.0 - degenerate).mean().item()

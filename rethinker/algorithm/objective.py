@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from rethinker.config import AlgorithmConfig
@@ -74,13 +75,12 @@ def supervised_weight(samples: list[Sample], weight: float) -> float:
     return weight / tokens if tokens else 0.0
 
 
-def trainable_mask(completion: Completion) -> list[bool]:
-    """Per response token whether it carries a policy gradient: masked tokens (forced ones were not sampled) do not.
+def trainable_mask(completion: Completion) -> np.ndarray:
+    """bool [L]: whether a token carries a policy gradient. Masked tokens (forced ones were not sampled) do not.
 
     A non-finite log-prob elsewhere is a fault and stays in, to be noticed.
     """
-    mask = [True] * len(completion.token_ids)
+    mask = np.ones(completion.tokens, bool)
     if completion.rethought is not None:
-        start, end = completion.rethought.masked_start, completion.rethought.masked_end
-        mask[start:end] = [False] * (end - start)
+        mask[completion.rethought.masked_start : completion.rethought.masked_end] = False
     return mask

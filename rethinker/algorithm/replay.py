@@ -1,7 +1,8 @@
 """The replay buffer of Selective Sample Replay: samples drawn in proportion to |advantage|^alpha.
 
 The distribution is global: every rank holds the same tree over all ranks' samples and draws from the same seed, so the
-draws agree without communication. The tokens of a sample stay with the rank that owns it (runtime/ownership.py).
+draws agree without communication. The tokens of a sample stay with the rank that owns it (runtime/ownership.py). A tree
+on a GPU draws the slots that one on the host would draw: the random numbers start from the host's generator.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import sys
 from collections import deque
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from rethinker.config import ConfigError, ReplayConfig
 from rethinker.samples import Completion, Sample
 from rethinker_kernels import SumTree
+
+_SAME = ("capacity", "alpha", "unit")  # settings that a resumed buffer must share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +40,14 @@ class ReplayBuffer:
     Args:
         config: the `replay` settings.
         seed: seed of the draws; the same on every rank.
+        device: where the tree lives. On a GPU an `add` and the end of an episode are one launch each and wait for
+            nothing; a draw is one launch and waits once, for its slots to come back.
 
     Raises:
         ConfigError: a setting out of range.
     """
 
-    def __init__(self, config: ReplayConfig, seed: int) -> None:
+    def __init__(self, config: ReplayConfig, seed: int, device: torch.device | str = "cpu") -> None:
         if not 1 <= config.capacity <= 1 << 31:
             raise ConfigError(f"replay.capacity={config.capacity}: must be between 1 and 2^31")
         if not 0 <= config.alpha < math.inf:
@@ -53,7 +57,7 @@ class ReplayBuffer:
         if config.max_age is not None and config.max_age < 0:
             raise ConfigError(f"replay.max_age={config.max_age}: must be at least 0, or null")
         self._config = config
-        self._tree = SumTree(config.capacity, alpha=config.alpha)
+        self._tree = SumTree(config.capacity, device, config.alpha)
         self._entries: dict[int, _Entry] = {}  # slot of the tree -> entry, oldest first
         self._free = deque(range(config.capacity))  # slots without an entry
         self._size = 0  # samples in all entries
@@ -68,10 +72,9 @@ class ReplayBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Host memory of this rank's share, in bytes: the tree, and the tokens and log-probs that it holds."""
+        """Memory of this rank's share, in bytes: the tree, and the tokens and log-probs that it holds."""
         completions = (s.completion for entry in self._entries.values() for s in entry.samples)
-        held = (_list_bytes(c.tokens) for c in completions if isinstance(c, Completion))
-        return self._tree.nbytes + sum(held)
+        return self._tree.nbytes + sum(c.nbytes for c in completions if isinstance(c, Completion))
 
     def add(self, samples: list[Sample]) -> None:
         """Keep these samples, in order; those with zero advantage carry no gradient and are left out.
@@ -101,12 +104,12 @@ class ReplayBuffer:
                 break
             leaving.append(slot)
             remaining -= len(entry.samples)
-        self._evict(leaving)
+        self._release(leaving)
         slots = [self._free.popleft() for _ in entries]
         self._entries.update(zip(slots, entries, strict=True))
         self._size += incoming
-        priorities = torch.tensor([entry.priority for entry in entries], dtype=torch.float64)
-        self._tree.update(torch.tensor(slots, dtype=torch.int64), priorities)
+        # A slot that is free again may be taken at once: of its two priorities the last one holds.
+        self._weigh(leaving + slots, [0.0] * len(leaving) + [entry.priority for entry in entries])
 
     def draw(self, n: int) -> list[Sample]:
         """Draw samples with P(j) = |A_j|^alpha / sum_k |A_k|^alpha; with replay.unit=group, whole groups.
@@ -125,8 +128,9 @@ class ReplayBuffer:
         # Every entry holds a sample at least, so n entries are enough.
         slots = self._tree.sample(entries, generator=self._generator, replacement=config.replacement)
         factors = [1.0] * entries
-        if config.importance_exponent > 0:
-            factors = (len(self._entries) * self._tree.probability(slots)).pow(-config.importance_exponent).tolist()
+        if config.importance_exponent > 0:  # both come back at once; fp64 holds every slot exactly
+            slots, chances = torch.stack([slots.double(), self._tree.probability(slots)]).cpu()
+            factors = (len(self._entries) * chances).pow(-config.importance_exponent).tolist()
         drawn = [
             (dataclasses.replace(sample, weight=sample.weight * factor), self._adds - 1 - self._entries[slot].added)
             for slot, factor in zip(slots.tolist(), factors, strict=True)
@@ -142,22 +146,25 @@ class ReplayBuffer:
             policy_version: the version that the next episode's responses will have.
         """
         if self._config.clear_every_episode:
-            self._evict(list(self._entries))
+            leaving = list(self._entries)
         elif self._config.max_age is not None:
             oldest = policy_version - self._config.max_age
-            self._evict([slot for slot, e in self._entries.items() if e.samples[0].policy_version < oldest])
+            leaving = [slot for slot, e in self._entries.items() if e.samples[0].policy_version < oldest]
+        else:
+            return
+        self._release(leaving)
+        self._weigh(leaving, [0.0] * len(leaving))
 
     def state_dict(self) -> dict[str, Any]:
-        """Samples, weights and the random stream: a restored buffer draws exactly what this one would.
+        """Samples and the random stream: a restored buffer, on any device, draws exactly what this one would.
 
-        Each rank saves its own; the tokens of other ranks' samples are in theirs.
+        Weights follow from the samples. Each rank saves its own; the tokens of other ranks' samples are in theirs.
         """
         return {
-            "unit": self._config.unit,
+            **{name: getattr(self._config, name) for name in _SAME},
             "entries": [(slot, list(entry.samples), entry.added) for slot, entry in self._entries.items()],
             "free": list(self._free),
             "adds": self._adds,
-            "tree": self._tree.state_dict(),
             "generator": self._generator.get_state(),
         }
 
@@ -167,21 +174,24 @@ class ReplayBuffer:
         Raises:
             ConfigError: it was saved with another `replay.capacity`, `replay.alpha` or `replay.unit`.
         """
-        for name, saved in {**{k: state["tree"][k] for k in ("capacity", "alpha")}, "unit": state["unit"]}.items():
+        settings = state.get("tree", {}) | state  # an older checkpoint has two of them with its tree
+        for name in _SAME:
             own = getattr(self._config, name)
-            if saved != own:
-                raise ConfigError(f"replay.{name}={own}: the checkpoint has {saved}; resume with that")
-        self._tree.load_state_dict(state["tree"])
+            if settings[name] != own:
+                raise ConfigError(f"replay.{name}={own}: the checkpoint has {settings[name]}; resume with that")
+        leaving = list(self._entries)
         self._entries = {slot: _Entry(list(samples), added) for slot, samples, added in state["entries"]}
         self._size = sum(len(entry.samples) for entry in self._entries.values())
         self._free = deque(state["free"])
         self._adds = state["adds"]
         self._generator.set_state(state["generator"])
+        weights = [0.0] * len(leaving) + [entry.priority for entry in self._entries.values()]
+        self._weigh([*leaving, *self._entries], weights)
 
     def _check(self, entries: list[_Entry]) -> None:
         """Refuse what the tree could not weigh, before anything changes."""
         priorities = torch.tensor([entry.priority for entry in entries], dtype=torch.float64)
-        fits = priorities.isfinite() & (priorities**self._config.alpha < 2.0**SumTree.WEIGHT_BITS)
+        fits = self._tree.accepts(priorities)
         if not fits.all():
             sample = max(
                 entries[fits.long().argmin()].samples, key=lambda s: (s.advantage != s.advantage, abs(s.advantage))
@@ -192,13 +202,12 @@ class ReplayBuffer:
                 "algorithm.advantage_scale=std keeps advantages small"
             )
 
-    def _evict(self, slots: list[int]) -> None:
+    def _release(self, slots: list[int]) -> None:
+        """Forget the entries of these slots, whose weights are then to become 0."""
         for slot in slots:
             self._size -= len(self._entries.pop(slot).samples)
         self._free.extend(slots)
-        self._tree.update(torch.tensor(slots, dtype=torch.int64), torch.zeros(len(slots)))
 
-
-def _list_bytes(tokens: int) -> int:
-    """Of a list of token ids and one of log-probs: a pointer and an object for each."""
-    return 2 * sys.getsizeof([]) + tokens * (8 + sys.getsizeof(2**20) + 8 + sys.getsizeof(0.5))
+    def _weigh(self, slots: list[int], priorities: list[float]) -> None:
+        if slots:
+            self._tree.update(torch.tensor(slots), torch.tensor(priorities, dtype=torch.float64))

@@ -145,7 +145,7 @@ def _row(query: Query, answer: Answer) -> dict[str, Any]:
         "response": completion.text if completion else None,
         "reward": answer.reward,
         "finish_reason": completion.finish_reason if completion else None,
-        "token_ids": completion.token_ids if completion else None,
+        "token_ids": completion.token_ids.tolist() if completion else None,
         "trigger": spans.name if spans else None,
         "trigger_start": spans.trigger_start if spans else None,
         "trigger_end": spans.trigger_end if spans else None,

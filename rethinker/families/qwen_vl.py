@@ -6,6 +6,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
+
+from rethinker.runtime.device_copies import to_device
 
 PLACEHOLDERS = (
     "<|image_pad|>",
@@ -58,9 +66,35 @@ def positions(model: torch.nn.Module, ids: torch.Tensor, image_inputs: dict[str,
 
 def features(model: torch.nn.Module, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """See Family. Qwen3-VL's DeepStack adds features of earlier vision layers in its first decoder layers."""
-    visual = model.model.visual
-    seen = visual(image_inputs["pixel_values"].to(visual.dtype), grid_thw=image_inputs["image_grid_thw"])
+    visual, pixels, grid = model.model.visual, image_inputs["pixel_values"], image_inputs["image_grid_thw"].cpu()
+    seen = visual(pixels.to(visual.dtype), grid_thw=grid, **_arrangement(visual, grid, pixels.device))
     return [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ())]
+
+
+def _arrangement(visual: torch.nn.Module, grid: torch.Tensor, device: torch.device) -> dict[str, Any]:
+    """What the tower needs to know of the images besides their pixels, from their extents `grid` [images, 3].
+
+    transformers would make it of extents on the device, and ask the device for every one of them.
+    """
+    config, side = visual.config, visual.spatial_merge_size
+    bounds = get_vision_cu_seqlens(grid)
+    made: dict[str, Any] = {
+        "cu_seqlens": bounds,
+        "max_seqlen": int(bounds.diff().max()),
+        "position_ids": get_vision_position_ids(grid, side),
+    }
+    if hasattr(visual, "fullatt_block_indexes"):  # Qwen2.5-VL: most layers see windows of an image
+        index, windows = get_vision_window_index(grid, side, visual.window_size, visual.patch_size)
+        made |= {"window_index": index, "cu_window_seqlens": windows, "max_window_seqlen": int(windows.diff().max())}
+    if hasattr(visual, "num_grid_per_side"):  # Qwen3-VL: learned positions, between which it interpolates
+        made["interp_indices"], made["interp_weights"] = get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=visual.num_grid_per_side,
+            mode=visual.interpolation_mode,
+            align_corners=visual.interpolation_align_corners,
+            spatial_merge_size=config.spatial_merge_size,
+        )
+    return {name: to_device(part, device) if torch.is_tensor(part) else part for name, part in made.items()}
 
 
 def blank(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -2,7 +2,8 @@
 
 Nothing here is a formula for a transformer. Every tensor that the real modules make is counted while it lives, with one
 layer and with two; the difference is what a layer keeps. Only the attention kernel has a stand-in, which saves what
-fused kernels save: query, key, value, output, log-sum-exp, and the float mask where SDPA makes one.
+fused kernels save (query, key, value, output, log-sum-exp, and the float mask where SDPA makes one) and takes for a
+moment what they take.
 
 Legend: T tokens of a row, B rows of L tokens each, D hidden size, P patches.
 """
@@ -24,8 +25,9 @@ from rethinker.families import family_of
 from rethinker.plan.shapes import Shape, meta_model
 
 _ATTENTION = "rethinker_plan"
+_VISION = "rethinker_plan_flash"  # "flash": transformers hands a tower's whole row over, see policy/attention.py
 _TOKENS, _PATCHES, _WINDOW = 4096, 1024, 64  # counted with these and twice as many; the rest is a straight line
-_FLEX_BLOCK = 128
+_ROW = 128  # tokens of a row where no mask makes memory grow with it
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,13 @@ def text_activations(
     Args:
         shape: the model's.
         dtype: policy.dtype.
-        kernel: "flex", or "sdpa", whose mask takes `row` entries per token.
+        kernel: from policy.attention.kernel_for; the mask of "sdpa" takes `row` entries per token.
         row: L, tokens of a prompt with its responses.
         checkpointing: policy.gradient_checkpointing.
         rank, targets: policy.lora's; then the embedding is frozen, too.
     """
     lora = LoraConfig(rank=rank, target_modules=list(targets))
-    row = row if kernel == "sdpa" else _FLEX_BLOCK
+    row = row if kernel == "sdpa" else _ROW
     most_rows = max(1, _TOKENS // row)
 
     def run(depth: int, factor: int) -> tuple[float, float, float]:
@@ -111,7 +113,7 @@ def text_activations(
             embeds = torch.empty(rows * row, shape.hidden, dtype=_dtype(dtype), device="meta", requires_grad=not rank)
             keep.append(embeds)
             return language(
-                inputs_embeds=embeds[index],
+                inputs_embeds=embeds.view(rows, row, -1) if kernel == "flash" else embeds[index],
                 position_ids=positions,
                 attention_mask={"full_attention": mask, "sliding_attention": mask},
                 use_cache=False,
@@ -124,15 +126,15 @@ def text_activations(
 
 
 @functools.lru_cache(maxsize=64)
-def vision_activations(shape: Shape, *, dtype: str, checkpointing: bool) -> Activations:
-    """Of the vision tower, its merger included, per patch."""
+def vision_activations(shape: Shape, *, dtype: str, kernel: str, checkpointing: bool) -> Activations:
+    """Of the vision tower, its merger included, per patch; arguments as in `text_activations`."""
     if shape.tile:
-        return _tile_activations(shape, dtype, checkpointing)
+        return _tile_activations(shape, dtype, kernel, checkpointing)
 
     def run(depth: int, factor: int) -> tuple[float, float, float]:
         patches = factor * _PATCHES
         cu_seqlens = torch.arange(0, patches + 1, _WINDOW)
-        visual = _policy(shape, dtype, "flex", checkpointing, depth).model.visual
+        visual = _policy(shape, dtype, kernel, checkpointing, depth).model.visual
         width = shape.vision_hidden // visual.config.num_heads
 
         def forward() -> torch.Tensor:
@@ -150,13 +152,13 @@ def vision_activations(shape: Shape, *, dtype: str, checkpointing: bool) -> Acti
     return _per_unit(run, shape.vision_layers, _PATCHES)
 
 
-def _tile_activations(shape: Shape, dtype: str, checkpointing: bool) -> Activations:
+def _tile_activations(shape: Shape, dtype: str, kernel: str, checkpointing: bool) -> Activations:
     """Of InternVL's vision tower and projector, per patch."""
     tiles = max(1, _PATCHES // shape.tile_patches)
     channels = shape.config.vision_config.num_channels
 
     def run(depth: int, factor: int) -> tuple[float, float, float]:
-        model = _policy(shape, dtype, "flex", checkpointing, depth)
+        model = _policy(shape, dtype, kernel, checkpointing, depth)
         family = family_of(shape.config.model_type)
 
         def forward() -> torch.Tensor:
@@ -209,13 +211,15 @@ def _policy(
     from rethinker.policy.model import Policy
 
     AttentionInterface.register(_ATTENTION, functools.partial(_attention, kernel))
+    AttentionInterface.register(_VISION, functools.partial(_attention, "varlen"))
     model = meta_model(shape.config, depth=depth, dtype=_dtype(dtype))
     settings = PolicyConfig(dtype=dtype, attention="sdpa", gradient_checkpointing=checkpointing)
     if lora and lora.rank:
         settings.lora = lora
         add_adapters(model, lora, seed=0)
     policy = Policy(model, settings).eval()
-    model.set_attn_implementation({"text_config": _ATTENTION, "vision_config": _ATTENTION})
+    vision = _ATTENTION if kernel == "sdpa" or shape.tile else _VISION
+    model.set_attn_implementation({"text_config": _ATTENTION, "vision_config": vision})
     return policy.hf
 
 
@@ -224,35 +228,51 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _attention(
-    kernel: str, module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, **_: Any
+    kernel: str,
+    module: nn.Module,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Stand-in for transformers' attention functions: query [B, heads, L, d] to [B, L, heads, d].
 
-    As there, keys and values are repeated for SDPA under a mask, and for FlexAttention where the number of heads is
-    not a power of two.
+    As there, SDPA repeats keys and values under a mask.
     """
     heads = query.shape[1]
-    repeated = attention_mask is not None if kernel == "sdpa" else heads & (heads - 1) != 0
-    if key.shape[1] != heads and repeated:
+    if kernel == "sdpa" and attention_mask is not None and key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-    return _Fused.apply(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+    segments = 0 if cu_seq_lens_q is None else len(cu_seq_lens_q) - 1
+    return _Fused.apply(query, key, value, attention_mask, kernel, segments).transpose(1, 2).contiguous(), None
 
 
 class _Fused(torch.autograd.Function):
     """A fused attention kernel's allocations."""
 
     @staticmethod
-    def forward(ctx, query, key, value, mask):
+    def forward(ctx, query, key, value, mask, kernel, segments):
         out = torch.empty_like(query)
+        if kernel == "flash":
+            torch.empty_like(query)  # the part over shared keys, until it is merged
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         bias = None if mask is None else query.new_empty(mask.shape)  # SDPA turns a boolean mask into numbers
         ctx.save_for_backward(query, key, value, out, lse, bias)
+        ctx.flash, ctx.segments = kernel != "sdpa", segments
         return out
 
     @staticmethod
     def backward(ctx, grad):
         query, key, value, out, lse, _ = ctx.saved_tensors
-        delta = torch.empty_like(lse)
         gradients = tuple(torch.empty_like(x) for x in (query, key, value))
-        del delta, out
-        return *gradients, None
+        scratch = [torch.empty_like(lse)]
+        if ctx.flash:
+            # Flash attention adds up the query's gradient in fp32, heads padded to 32 entries and segments by 128
+            # tokens (counted where they are short: windows), and the others' for each query head.
+            rows, heads, tokens, size = query.shape
+            padded = rows * tokens + 128 * ctx.segments, heads, -(-size // 32) * 32
+            scratch += [query.new_empty(padded, dtype=torch.float32)]
+            scratch += [torch.empty_like(query) for _ in range(2) if key.shape != query.shape]
+        del scratch, out
+        return *gradients, None, None, None

@@ -27,7 +27,7 @@ FRAGMENTATION = 0.05  # of what the trainer allocates; assumed
 PROCESS = 4.0 * GIB  # of host memory per rank: Python, CUDA's and vLLM's libraries; assumed
 CPU_PROCESS = 1.1 * GIB  # Python, torch, DeepSpeed and vLLM's CPU build in one process; measured, see test_measured.py
 CHECKER = 0.25 * GIB  # an answer-checking process; assumed
-TOKEN_BYTES = 72  # of a response in Python: an id and a log-prob, each an object in a list
+TOKEN_BYTES = 8  # of a response: an id and a log-prob (samples.Completion)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from rethinker.checks import lora_targets
 from rethinker.config import Config
 from rethinker.plan.activations import text_activations, vision_activations
 from rethinker.plan.shapes import Shape
+from rethinker.policy.attention import kernel_for
 from rethinker_kernels import torch_rows
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_bytes
 
@@ -140,13 +141,13 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
     backward, the embedding's gradient, and the optimizer.
     """
     zero, b, ckpt = Zero3.of(config, on_gpu), weight_bytes(config), config.policy.gradient_checkpointing
-    kernel = {"auto": "flex" if on_gpu else "sdpa"}.get(config.policy.attention, config.policy.attention)
+    kernel = kernel_for(config.policy, on_gpu)
     T, P, R = batch.tokens, batch.patches, batch.rows
     row = batch.row if kernel == "sdpa" else 0
     lora = config.policy.lora
     given = {"dtype": config.policy.dtype, "kernel": kernel, "row": row, "checkpointing": ckpt}
     text = text_activations(shape, **given, rank=lora.rank or 0, targets=tuple(lora.target_modules))
-    vision = vision_activations(shape, dtype=config.policy.dtype, checkpointing=ckpt)
+    vision = vision_activations(shape, dtype=config.policy.dtype, kernel=kernel, checkpointing=ckpt)
     frozen = config.policy.freeze_vision or bool(lora.rank)
 
     head = b * shape.head_parameters  # also the head's gradient, and the embedding's

@@ -1,4 +1,4 @@
-"""Which tokens see which: the shared-prompt mask, laid out for the attention kernel at hand.
+"""Which tokens see which: the shared-prompt rule, laid out for the attention kernel at hand.
 
 Token i attends to token j iff j <= i, both belong to the same prompt, and j is in the prompt or in i's own response.
 Legend: T tokens of the packed row; B rows of L tokens as the kernel sees them; N sequences, H heads of size E.
@@ -7,65 +7,85 @@ Legend: T tokens of the packed row; B rows of L tokens as the kernel sees them; 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rethinker.config import ConfigError, PolicyConfig
+from rethinker.policy.segment_attention import Segments, SharedKeys, Visible, attend
+from rethinker.runtime.device_copies import to_device
 from rethinker.samples import PackedBatch
 
-FLEX_BLOCK = 128  # FlexAttention's tile; rows padded to it share one compiled kernel
+# transformers' names for `row_attention` and `vision_attention`. It makes no mask for functions it does not know, and
+# hands a vision tower's whole row over, with the bounds of its images or windows, if "flash" is in the name; else it
+# calls the function for each of them in a Python loop, and asks the device for the bounds in every layer.
+ROW = "rethinker_row"
+VISION = "rethinker_flash_vision"
 
 
-VARLEN = "rethinker_varlen"  # transformers' name for `varlen_attention`
+def kernel_for(config: PolicyConfig, on_gpu: bool) -> str:
+    """What policy.attention comes to: "sdpa", "flash" or "varlen".
 
-
-class Segments(NamedTuple):
-    """Sequences behind one another in one row."""
-
-    bounds: torch.Tensor  # [N + 1] int32: sequence n is the tokens bounds[n] to bounds[n + 1]
-    longest: int
+    Raises:
+        ConfigError: flash attention of a type that its kernels do not take.
+    """
+    narrow = config.dtype != "float32"
+    if config.attention == "auto":
+        return "flash" if on_gpu and narrow else "sdpa"
+    if config.attention != "sdpa" and on_gpu and not narrow:
+        raise ConfigError(
+            f"policy.attention={config.attention} needs policy.dtype=bfloat16 on CUDA, not {config.dtype}; set that, "
+            "or policy.attention to sdpa"
+        )
+    return config.attention
 
 
 @dataclass
 class Layout:
-    """The packed row rearranged for the attention kernel.
+    """The packed row arranged for the attention kernel.
 
     `index[b, l]` is the row position that stands at (b, l); padding repeats position 0 and attends to itself only.
     `position[t]` is where row token t went, in the flattened [B * L]; if it went to several places, one of them.
+    Without an index the row stays as it is: nothing is copied.
     """
 
-    index: torch.Tensor  # [B, L] int64
-    position: torch.Tensor  # [T] int64
-    padding: torch.Tensor  # [B, L] bool
-    mask: Any = None  # [B, 1, L, L] bool for SDPA, a BlockMask for FlexAttention
-    segments: Segments | None = None  # for sequences of variable length, instead of a mask
+    tokens: int  # B * L
+    index: torch.Tensor | None = None  # [B, L] int64
+    position: torch.Tensor | None = None  # [T] int64
+    padding: torch.Tensor | None = None  # [B, L] bool
+    mask: torch.Tensor | None = None  # [B, 1, L, L] bool, for SDPA
+    visible: Visible | None = None  # for the other kernels, instead of a mask
 
     def to(self, device: torch.device) -> Layout:
-        """On a device."""
-        mask = None if self.mask is None else self.mask.to(device)
-        segments = self.segments and self.segments._replace(bounds=self.segments.bounds.to(device))
-        return Layout(self.index.to(device), self.position.to(device), self.padding.to(device), mask, segments)
+        """On a device, without stopping the host."""
+        parts = (part if part is None else to_device(part, device) for part in self._tensors())
+        return Layout(self.tokens, *parts, self.visible and self.visible.to(device))
+
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.index, self.position, self.padding, self.mask
 
 
 def lay_out(batch: PackedBatch, kernel: str) -> Layout:
-    """Arrange a packed batch for `kernel`: "flex" keeps one row, "sdpa" gives each prompt a row of its own, "varlen"
-    gives each response a sequence of its own with a copy of its prompt.
+    """Arrange a packed batch for `kernel`, once for all layers: "flash" keeps the row as it is, "sdpa" gives each
+    prompt a row of its own, "varlen" gives each response a sequence of its own with a copy of its prompt.
 
     SDPA computes every masked pair too, so one row of T tokens would cost T^2; a row per prompt costs sum(L^2).
     Where prompts differ so much that padding would more than double the row, SDPA keeps the single row as well.
     """
+    if kernel == "flash":
+        return Layout(batch.tokens, visible=_shared(batch))
     if kernel == "varlen":
         return _unshared(batch)
     T = batch.tokens
     lengths = torch.bincount(batch.prompt_id)
     longest = int(lengths.max())
-    if kernel == "sdpa" and longest * len(lengths) <= 2 * T:
+    if longest * len(lengths) <= 2 * T:
         rows, width = len(lengths), longest
         starts = torch.cumsum(lengths, 0) - lengths
     else:
-        rows, width = 1, T if kernel == "sdpa" else -(-T // FLEX_BLOCK) * FLEX_BLOCK
+        rows, width = 1, T
         starts, lengths = torch.zeros(1, dtype=torch.int64), torch.tensor([T])
     column = torch.arange(width).expand(rows, width)
     valid = column < lengths[:, None]
@@ -74,16 +94,34 @@ def lay_out(batch: PackedBatch, kernel: str) -> Layout:
     response = batch.response_id[index]
     position = torch.empty(T, dtype=torch.int64)
     position[index[valid]] = torch.arange(rows * width).view(rows, width)[valid]
-    if kernel == "flex":
-        return Layout(index, position, ~valid, _block_mask(prompt[0], response[0]))
     causal = torch.ones(width, width, dtype=torch.bool).tril()
     same_prompt = prompt[:, :, None] == prompt[:, None, :]
     shared = (response[:, None, :] == 0) | (response[:, :, None] == response[:, None, :])
-    return Layout(index, position, ~valid, (causal & same_prompt & shared)[:, None])
+    return Layout(rows * width, index, position, ~valid, (causal & same_prompt & shared)[:, None])
+
+
+def _shared(batch: PackedBatch) -> Visible:
+    """Prompts and responses see themselves, causally; a prompt's responses, which stand behind one another and behind
+    it, see the prompt besides."""
+    prompt, response = batch.prompt_id, batch.response_id
+    change = (prompt[1:] != prompt[:-1]) | (response[1:] != response[:-1])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.nonzero(change)[:, 0] + 1])
+    lengths = torch.diff(starts, append=torch.tensor([len(prompt)]))
+    own = Segments.of(lengths, lengths)
+    answered = torch.bincount(prompt[response > 0], minlength=int(prompt[-1]) + 1)  # response tokens of each prompt
+    if not answered.any():
+        return Visible(own, causal=True)
+    asked = torch.bincount(prompt[response == 0])
+    # Two segments a prompt: its own tokens, which see no shared key, and its responses.
+    queries = torch.stack([asked, answered], dim=1).flatten()
+    keys = torch.stack([torch.zeros_like(asked), torch.where(answered > 0, asked, 0)], dim=1).flatten()
+    (at_keys,) = torch.nonzero((response == 0) & (answered[prompt] > 0), as_tuple=True)
+    (at_queries,) = torch.nonzero(response, as_tuple=True)
+    return Visible(own, causal=True, shared=SharedKeys(Segments.of(queries, keys), at_keys, at_queries))
 
 
 def _unshared(batch: PackedBatch) -> Layout:
-    """`[prompt][r1] [prompt][r2] ...`: ordinary causal sequences, for kernels that know no mask of pairs."""
+    """`[prompt][r1] [prompt][r2] ...`: ordinary causal sequences."""
     parts: list[torch.Tensor] = []
     for number in range(int(batch.prompt_id.max()) + 1):
         (own,) = torch.nonzero(batch.prompt_id == number, as_tuple=True)
@@ -94,60 +132,56 @@ def _unshared(batch: PackedBatch) -> Layout:
     index = torch.cat(parts)
     last = torch.full((batch.tokens,), len(index))
     position = last.scatter_reduce(0, index, torch.arange(len(index)), "amin")  # of several places the first
-    bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    visible = Visible(Segments.of(lengths, lengths), causal=True)
     index = index[None]
-    return Layout(index, position, torch.zeros_like(index).bool(), segments=Segments(bounds, int(lengths.max())))
+    return Layout(index.numel(), index, position, torch.zeros_like(index).bool(), visible=visible)
 
 
-def varlen_attention(
+def row_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: None,
     scaling: float | None = None,
-    segments: Segments | None = None,
+    visible: Visible | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sequence: torch's flash-attention kernel on CUDA, sequence by sequence elsewhere.
+    """Attention of a decoder layer over one row, as transformers calls it.
 
     Args:
         query: [1, H, L, E].
         key, value: [1, H or a divisor of it, L, E].
-        segments: of the L tokens.
+        visible: what each of the L tokens sees.
 
     Returns:
         [1, L, H, E], and no attention weights.
     """
-    bounds, longest = segments
-    if query.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-
-        q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
-        out = varlen_attn(
-            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True
-        )
-        return out[None], None
-    pieces = [part.split(bounds.diff().tolist(), dim=2) for part in (query, key, value)]
-    outs = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        for q, k, v in zip(*pieces, strict=True)
-    ]
-    return torch.cat(outs, dim=2).transpose(1, 2), None
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    return attend(q, k, v, visible, scaling)[None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register(VARLEN, varlen_attention)
+def vision_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a vision layer, in one call: [1, H, L, E] to [1, L, H, E], within images or windows of a row.
+
+    A tower whose images are a batch of tiles of one size (InternVL) has no such bounds: SDPA takes it as it is.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    own = Segments(cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    visible = Visible(own, causal=False)
+    return row_attention(module, query, key, value, None, scaling=scaling, visible=visible)
 
 
-def _block_mask(prompt: torch.Tensor, response: torch.Tensor) -> Any:
-    """The same predicate as a FlexAttention BlockMask: only blocks with a visible pair are computed."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    prompt, response = prompt.to(device), response.to(device)
-
-    def visible(_batch, _head, i, j):
-        return (i >= j) & (prompt[i] == prompt[j]) & ((response[j] == 0) | (response[j] == response[i]))
-
-    n = len(prompt)
-    return create_block_mask(visible, None, None, n, n, device=device, _compile=device == "cuda")
+ALL_ATTENTION_FUNCTIONS.register(ROW, row_attention)
+ALL_ATTENTION_FUNCTIONS.register(VISION, vision_attention)

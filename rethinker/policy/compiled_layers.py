@@ -27,10 +27,8 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
 
 
 def apart(attention: str) -> str:
-    """A name for transformers' attention function `attention` as one that compiled layers call and do not contain.
-
-    FlexAttention compiles itself, for each extent and mask of its own.
-    """
+    """A name for transformers' attention function `attention` as one that compiled layers call and do not contain:
+    it launches kernels of its own."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = f"{attention}_apart"

@@ -36,7 +36,7 @@ class OneDNNLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        if not x.numel():  # oneDNN refuses empty products
+        if not x.numel() or x.device.type != "cpu":  # oneDNN refuses empty products; the model may have moved since
             return super().forward(x)
         return _Linear.apply(x, self.weight, self.bias)
 

@@ -6,7 +6,6 @@ call it with the same samples.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
+import numpy as np
 import torch
 
 from rethinker.algorithm.objective import loss_normalizer, supervised_weight, surrogate_inputs
@@ -194,14 +194,10 @@ class PolicyEngine:
         """
         mine = [sample for sample in samples if sample.owner == self.ranks.rank]
         self._fitting(lambda budget: self._plan(mine, budget, 1), self._score)
-        gaps = [
-            behaviour - own
-            for sample in mine
-            for behaviour, own in zip(sample.completion.logprobs, sample.completion.trainer_logprobs, strict=True)
-            if not math.isnan(behaviour)  # forced, not sampled
-        ]
-        gap = torch.tensor(gaps, dtype=torch.float64)
-        sums = torch.stack([(gap.expm1() - gap).sum(), gap.new_tensor(len(gaps))]).to(self.ranks.device)
+        held = [np.zeros((2, 0)), *((s.completion.logprobs, s.completion.trainer_logprobs) for s in mine)]
+        behaviour, own = np.concatenate(held, axis=1, dtype=np.float64)
+        gap = (behaviour - own)[~np.isnan(behaviour)]  # without the forced tokens, which were not sampled
+        sums = torch.tensor([(np.expm1(gap) - gap).sum(), len(gap)], dtype=torch.float64, device=self.ranks.device)
         kl, tokens = self.ranks.sum(sums).tolist()
         return kl / max(tokens, 1.0)
 
@@ -213,12 +209,17 @@ class PolicyEngine:
         (plan,) = mine
         # ZeRO-3 gathers weights by collectives: the ranks run equally many forwards, some of them on nothing.
         plan += [[]] * (max(self.ranks.gather(len(plan))) - len(plan))
+        scores = []  # [R] per micro-batch, on the device: the host waits for them once
         for bundles in plan:
             batch = self._pack(bundles, correction_cap=None, nll_weight=0.0)
             logps, _ = self.engine(batch, self.config.rollout.temperature)
-            scores = iter(logps.tolist())  # a batch without a token has one score too many
-            for sample in (sample for bundle in bundles for sample in bundle.samples):
-                sample.completion.trainer_logprobs = list(itertools.islice(scores, sample.completion.tokens))
+            scores.append(logps)
+        held = torch.cat(scores).float().cpu().split([len(logps) for logps in scores])
+        for bundles, logps in zip(plan, held, strict=True):
+            start = 0  # a batch without a token has one score too many
+            for completion in (sample.completion for bundle in bundles for sample in bundle.samples):
+                completion.trainer_logprobs = logps[start : start + completion.tokens].numpy().copy()
+                start += completion.tokens
 
     @property
     def weights(self) -> FullWeights:

@@ -15,10 +15,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rethinker.config import ConfigError, PolicyConfig
 from rethinker.families import FAMILIES, SUPPORTED, family_of
-from rethinker.policy.attention import VARLEN, lay_out
+from rethinker.policy.attention import ROW, VISION, kernel_for, lay_out
 from rethinker.policy.compiled_layers import apart, compile_layers
 from rethinker.policy.cpu_linear import use_onednn
 from rethinker.policy.fused_layers import use_liger
+from rethinker.runtime.device_copies import to_device
 from rethinker.samples import PackedBatch, Prompt
 from rethinker_kernels import linear_grpo_loss, linear_selective_log_softmax
 
@@ -75,8 +76,7 @@ class Policy(nn.Module):
                 read here.
         """
         super().__init__()
-        on_cuda = torch.cuda.is_available()
-        self.kernel = {"auto": "flex" if on_cuda else "sdpa"}.get(config.attention, config.attention)
+        self.kernel = kernel_for(config, torch.cuda.is_available())
         self.freeze_vision = config.freeze_vision or bool(config.lora.rank)
         self.compiled = config.compile
         self.family = family_of(model.config.model_type)
@@ -86,14 +86,12 @@ class Policy(nn.Module):
             use_liger(model)
         if config.compile:
             compile_layers(model)
-        # Qwen's vision-language models take any attention function; transformers only never declared this one.
-        model.model.language_model._supports_flex_attn = True
-        implementation = {"flex": "flex_attention", "sdpa": "sdpa", "varlen": VARLEN}[self.kernel]
-        if self.kernel == "varlen" and on_cuda and model.dtype == torch.float32:
-            raise ConfigError("policy.attention=varlen needs policy.dtype=bfloat16 on CUDA; set that, or flex")
-        if config.compile and self.kernel != "sdpa":
-            implementation = apart(implementation)
-        model.set_attn_implementation({"text_config": implementation, "vision_config": "sdpa"})
+        text, vision = ("sdpa", "sdpa") if self.kernel == "sdpa" else (ROW, VISION)
+        if config.compile and text == ROW:
+            text = apart(ROW)
+        model.set_attn_implementation({"text_config": text, "vision_config": vision})
+        if hasattr(model.model.language_model, "_deepstack_process"):
+            model.model.language_model._deepstack_process = _add_at
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.freeze_vision:
@@ -127,48 +125,70 @@ class Policy(nn.Module):
         Without `surrogate` log-probs [R] and the entropies [R] of their distributions, fp32 nats.
         """
         device = batch.input_ids.device
-        embeds, place, deep = self._embed(batch)  # [T, D]
+        embeds, spots, deep = self._embed(batch)  # [T, D]
         if self.compiled and torch.is_grad_enabled() and not embeds.requires_grad:  # a frozen embedding, under adapters
             # ZeRO-3 takes a whole layer's gradients away in a hook that comes before them if no input has one.
             embeds.requires_grad_()
         layout = lay_out(batch, self.kernel).to(device)
-        index, inputs = layout.index, {}
-        if layout.segments:
-            inputs["segments"] = layout.segments
-        if deep:  # Qwen3-VL's DeepStack, at every copy of an image
-            at_image = place[index] & ~layout.padding
-            which = (place.cumsum(0) - 1)[index[at_image]]
-            inputs |= {"visual_pos_masks": at_image, "deepstack_visual_embeds": [part[which] for part in deep]}
+        positions, sources, inputs = batch.position_ids[:, 0], batch.source_index, {}
+        if layout.visible:
+            inputs["visible"] = layout.visible
+        if layout.index is None:
+            embeds, positions = embeds[None], positions[:, None]
+        else:
+            embeds, positions = embeds[layout.index], positions[:, layout.index]
+            sources = layout.position[sources]
+            if deep:  # at every copy of an image
+                number = torch.full_like(batch.input_ids[0], -1)
+                number[spots] = torch.arange(len(spots), device=device)
+                copies = number[layout.index].masked_fill(layout.padding, -1).flatten()
+                (spots,) = torch.nonzero(copies >= 0, as_tuple=True)
+                deep = [part[copies[spots]] for part in deep]
+        if deep:
+            inputs |= {"visual_pos_masks": spots, "deepstack_visual_embeds": deep}
         hidden = self.hf.model.language_model(
-            inputs_embeds=embeds[index],  # [B, L, D]
-            position_ids=batch.position_ids[:, 0][:, index].squeeze(0),  # [3, B, L], or [B, L] without M-RoPE
+            inputs_embeds=embeds,  # [B, L, D]
+            position_ids=positions.squeeze(0),  # [3, B, L], or [B, L] without M-RoPE
             attention_mask=layout.mask,
             use_cache=False,
             **inputs,
         ).last_hidden_state
         # Only response tokens reach the head: [R, D].
-        rows = hidden.flatten(0, 1)[layout.position[batch.source_index]]
+        rows = hidden.flatten(0, 1)[sources]
         return self.hf.lm_head(rows, batch.target_ids, temperature, surrogate)
 
-    def _embed(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Token embeddings [T, D] with each image's features in place of its placeholders; where those are, [T] bool;
-        and the features that decoder layers add there, [N, D] each."""
-        embeds = self.hf.model.get_input_embeddings()(batch.input_ids[0])
-        # Placeholders inside responses were sampled by the policy and stand for no image.
-        in_prompt = (batch.response_id == 0).to(embeds.device)
-        place = (batch.input_ids[0] == self.image_token_id) & in_prompt
+    def _embed(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        """Token embeddings [T, D] with each image's features in place of its placeholders; where those are, [N]; and
+        the features that decoder layers add there, [N, D] each."""
+        ids = batch.input_ids[0]
+        embeds = self.hf.model.get_input_embeddings()(ids)
         if not batch.image_inputs:
             # ZeRO-3 gathers the vision tower by collectives, so a rank without images must run it too: on one blank
             # image of weight 0.
-            blank = self._see({name: part.to(embeds.device) for name, part in self.family.blank(self.hf).items()})
-            return embeds + 0.0 * sum(part.sum() for part in blank).to(embeds.dtype), place, []
+            blank = self.family.blank(self.hf)
+            pixels = {name: to_device(part, ids.device) for name, part in blank.items() if part.is_floating_point()}
+            seen = self._see(blank | pixels)
+            return embeds + 0.0 * sum(part.sum() for part in seen).to(embeds.dtype), None, []
         features, *deep = self._see(batch.image_inputs)
-        return embeds.masked_scatter(place[:, None], features.to(embeds.dtype)), place, deep
+        # Placeholders inside responses were sampled by the policy and stand for no image.
+        place = (ids == self.image_token_id) & to_device(batch.response_id == 0, ids.device)
+        # That they are as many as the features is known: to count them would stop the host until the device is there.
+        torch._assert_async(place.sum() == len(features))
+        spots = torch.nonzero_static(place, size=len(features))[:, 0]
+        return embeds.index_copy(0, spots, features.to(embeds.dtype)), spots, deep
 
     def _see(self, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Image features [N, D], and those for the decoder layers."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
             return self.family.features(self.hf, image_inputs)
+
+
+def _add_at(hidden: torch.Tensor, spots: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Qwen3-VL's DeepStack: features [N, D] added to the tokens `spots` [N] of hidden states [B, L, D].
+
+    transformers' own takes a mask of the tokens, and asks the device twice a layer how many they are.
+    """
+    return hidden.flatten(0, 1).index_add(0, spots, features.to(hidden.dtype)).view_as(hidden)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:

@@ -6,12 +6,14 @@ plus 1); its first token is predicted by the prompt's last token, and its last t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from rethinker.algorithm.objective import trainable_mask
-from rethinker.samples import Bundle, PackedBatch, Prompt, Query, Sample
+from rethinker.samples import Bundle, Completion, PackedBatch, Prompt, Query, Sample
 
 # By the model's names for them; empty without images.
 ImageInputs = dict[str, torch.Tensor]
@@ -90,18 +92,20 @@ def pack(
         nll_weight: factor of the supervised term on tokens of rethought responses.
         padding_token: any ordinary token id.
     """
-    ids: list[int] = []
-    prompt_id: list[int] = []
-    response_id: list[int] = []
-    source: list[int] = []
-    targets: list[int] = []
-    old: list[float] = []
-    weights: list[float] = []
-    mask: list[bool] = []
-    nll: list[float] = []
+    # Of every prompt and response in the row: its tokens, and [prompt's number, response's number, length].
+    ids: list[np.ndarray] = []
+    segments: list[tuple[int, int, int]] = []
+    # Of every response with a token, [L] each.
+    source: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    old: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
+    mask: list[np.ndarray] = []
+    nll: list[np.ndarray] = []
     position_parts: list[torch.Tensor] = []
     image_parts: list[ImageInputs] = []
-    lengths: list[int] = []
+    lengths: list[int] = []  # of every response
+    row = 0  # tokens so far
     for number, bundle in enumerate(bundles):
         prompt = encode(bundle.query)
         if len(prompt.token_ids) != bundle.samples[0].prompt_tokens:
@@ -114,52 +118,51 @@ def pack(
         prompt_positions = positions(prompt, images)
         position_parts.append(prompt_positions)
         start = int(prompt_positions.max()) + 1
-        ids += prompt.token_ids
-        last = len(ids) - 1
-        prompt_id += [number] * len(prompt.token_ids)
-        response_id += [0] * len(prompt.token_ids)
+        ids.append(np.asarray(prompt.token_ids))
+        segments.append((number, 0, len(prompt.token_ids)))
+        row += len(prompt.token_ids)
+        last = row - 1
         for r, sample in enumerate(bundle.samples, start=1):
-            completion = sample.completion
-            tokens = completion.token_ids
-            lengths.append(len(tokens))
-            if not tokens:
+            completion, L = sample.completion, sample.completion.tokens
+            lengths.append(L)
+            if L == 0:
                 continue
-            first = len(ids)
-            ids += tokens[:-1]
-            prompt_id += [number] * (len(tokens) - 1)
-            response_id += [r] * (len(tokens) - 1)
-            position_parts.append(torch.arange(start, start + len(tokens) - 1).expand(len(prompt_positions), -1))
-            source += [last, *range(first, first + len(tokens) - 1)]
-            targets += tokens
-            mask += trainable_mask(completion)
-            nll += [nll_weight if completion.supervised else 0.0] * len(tokens)
+            ids.append(completion.token_ids[:-1])
+            segments.append((number, r, L - 1))
+            position_parts.append(torch.arange(start, start + L - 1).expand(len(prompt_positions), -1))
+            source.append(np.arange(row - 1, row + L - 1))
+            source[-1][0] = last
+            row += L - 1
+            targets.append(completion.token_ids)
+            mask.append(trainable_mask(completion))
+            nll.append(np.full(L, nll_weight if completion.supervised else 0.0))
             logps, factor = _behaviour(completion, correction_cap)
-            old += logps
-            weights += [sample.weight * f for f in factor]
+            old.append(logps)
+            weights.append(sample.weight * factor)
     samples = [sample for bundle in bundles for sample in bundle.samples]
     if not targets:  # nothing to train on: a row that only keeps the ranks' collectives in step
-        samples, lengths = samples[:0], [1]
-        ids, prompt_id, response_id = [padding_token, padding_token], [0, 0], [0, 1]
-        source, targets, old, weights, mask, nll = [0], [padding_token], [0.0], [0.0], [False], [0.0]
-        position_parts, image_parts = [positions(Prompt("", ids, ids, []), {})], []
+        padding = [padding_token, padding_token]
+        samples, lengths, segments = [], [1], [(0, 0, 1), (0, 1, 1)]
+        ids, source, targets = [np.array(padding)], [np.array([0])], [np.array([padding_token])]
+        old, weights, mask, nll = [np.zeros(1)], [np.zeros(1)], [np.zeros(1, bool)], [np.zeros(1)]
+        position_parts, image_parts = [positions(Prompt("", padding, padding, []), {})], []
     advantages = [s.advantage for s in samples] or [0.0]
     age = [policy_version - s.policy_version for s in samples] or [0]
-    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    cu_seqlens[1:] = torch.tensor(lengths).cumsum(0)
+    prompt_id, response_id, counts = torch.tensor(segments).unbind(1)
     return PackedBatch(
-        input_ids=torch.tensor([ids]),
+        input_ids=_joined(ids, np.int64)[None],
         position_ids=torch.cat(position_parts, dim=1)[:, None],
-        prompt_id=torch.tensor(prompt_id),
-        response_id=torch.tensor(response_id),
-        source_index=torch.tensor(source),
-        target_ids=torch.tensor(targets),
-        old_logps=torch.tensor(old, dtype=torch.float32),
+        prompt_id=prompt_id.repeat_interleave(counts),
+        response_id=response_id.repeat_interleave(counts),
+        source_index=_joined(source, np.int64),
+        target_ids=_joined(targets, np.int64),
+        old_logps=_joined(old, np.float32),
         advantages=torch.tensor(advantages, dtype=torch.float32),
-        weights=torch.tensor(weights, dtype=torch.float32),
+        weights=_joined(weights, np.float32),
         age=torch.tensor(age),
-        loss_mask=torch.tensor(mask),
-        nll_weights=torch.tensor(nll, dtype=torch.float32) if nll_weight else None,
-        cu_seqlens=cu_seqlens,
+        loss_mask=_joined(mask, np.bool_),
+        nll_weights=_joined(nll, np.float32) if nll_weight else None,
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
         image_inputs=joined(image_parts),
     )
 
@@ -170,15 +173,19 @@ def joined(parts: list[ImageInputs]) -> ImageInputs:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def _behaviour(completion, cap: float | None) -> tuple[list[float], list[float]]:
-    """Per token: the log-prob the ratio is taken against, and the truncated importance weight (1 without a cap)."""
+def _joined(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts, dtype=dtype, casting="same_kind"))
+
+
+def _behaviour(completion: Completion, cap: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """[L] each: the log-prob the ratio is taken against, and the truncated importance weight (1 without a cap)."""
     rollout = completion.logprobs
     if cap is None:
-        return rollout, [1.0] * len(rollout)
+        return rollout, np.ones(len(rollout))
     trainer = completion.trainer_logprobs
     if trainer is None:
         raise RuntimeError("algorithm.rollout_correction needs the trainer's log-probs: call PolicyEngine.score first")
     log_ratio = torch.tensor(trainer) - torch.tensor(rollout)
     # A non-finite log-prob must reach the loss, where it stops the step, not be capped into a plausible weight.
     ratio = torch.where(log_ratio.isfinite(), log_ratio.exp().clamp(max=cap), torch.nan)
-    return trainer, ratio.tolist()
+    return trainer, ratio.double().numpy()

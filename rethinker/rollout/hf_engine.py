@@ -42,6 +42,7 @@ class HFEngine:
         self, prompts: list[Prompt], *, n: int, max_new_tokens: int | list[int], temperature: float, seed: int
     ) -> list[list[Completion]]:
         """Sample n completions of every prompt; see RolloutEngine."""
+        self.wake()
         completions: list[list[Completion]] = []
         batch, most = max(1, BATCH // n), limits(max_new_tokens, len(prompts))
         with (
@@ -98,13 +99,14 @@ class HFEngine:
     @torch.no_grad()
     def logprobs(self, prompts: list[Prompt], completions: list[Completion]) -> list[list[float]]:
         """Score given tokens with one plain forward each; see RolloutEngine."""
+        self.wake()
         temperature = self.config.rollout.temperature
         scores = []
         with self._deadline(f"the scoring of {len(prompts)} completions") as deadline:
             for prompt, completion in zip(prompts, completions, strict=True):
                 deadline.check(f"{len(scores)} scored")
                 # The last token is a label only, never an input.
-                inputs = self._inputs([prompt], [prompt.token_ids + completion.token_ids[:-1]])
+                inputs = self._inputs([prompt], [prompt.token_ids + completion.token_ids[:-1].tolist()])
                 length = len(completion.token_ids)
                 logits = self._model(**inputs).logits[0, len(prompt.token_ids) - 1 :][:length]  # [L, V]
                 labels = torch.tensor(completion.token_ids, dtype=torch.long, device=self._device)
@@ -145,6 +147,7 @@ class HFEngine:
     @torch.no_grad()
     def sync(self, weights: WeightStream, version: int) -> None:
         """Copy the policy's weights; see RolloutEngine."""
+        self.wake()
         own = dict(self._model.named_parameters())
         seen = set()
         with self._deadline("the weight sync") as deadline:

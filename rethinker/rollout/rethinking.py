@@ -69,7 +69,7 @@ def continue_after_trigger(
     fits = [i for i, room in enumerate(rooms) if room > 0]
     extended = []
     for i in fits:
-        forced = [*bodies[i], *triggers[i].token_ids]
+        forced = [*bodies[i].tolist(), *triggers[i].token_ids]
         prompt = prompts[i]
         extended.append(replace(prompt, token_ids=prompt.token_ids + forced, compact_ids=prompt.compact_ids + forced))
     passes = rollout.generate(
@@ -78,20 +78,20 @@ def continue_after_trigger(
     results: list[Completion | None] = [None] * len(first)
     for i, (y2,) in zip(fits, passes, strict=True):
         body, trigger = bodies[i], triggers[i]
-        token_ids = [*body, *trigger.token_ids, *y2.token_ids]
+        token_ids = np.concatenate([body, trigger.token_ids, y2.token_ids])
         start, end = len(body), len(body) + len(trigger.token_ids)
         results[i] = Completion(
             token_ids=token_ids,
-            logprobs=[*first[i].logprobs[:start], *[float("nan")] * (end - start), *y2.logprobs],
-            text=decode(token_ids),
+            logprobs=np.concatenate([first[i].logprobs[:start], np.full(end - start, np.nan), y2.logprobs]),
+            text=decode(token_ids.tolist()),
             finish_reason=y2.finish_reason,
             rethought=Rethought(start, end, trigger.name, start, end),
         )
     return results
 
 
-def answer_tokens(completion: Completion) -> list[int]:
-    """The response without its end token."""
+def answer_tokens(completion: Completion) -> np.ndarray:
+    """The response [L] without its end token."""
     return completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
 
 
@@ -170,7 +170,7 @@ class Rethinker:
         was_right, is_right = group.rewards[i] >= 1.0, reward >= 1.0
         group.rethinking.fixed += is_right and not was_right
         group.rethinking.broken += was_right and not is_right
-        known = any(y.token_ids == other.token_ids for other in group.completions)
+        known = any(np.array_equal(y.token_ids, other.token_ids) for other in group.completions)
         if is_right and not known and group.rethinking.kept < self._config.max_kept:
             group.completions[i], group.rewards[i] = self._masked(y), reward
             group.rethinking.kept += 1
@@ -200,7 +200,7 @@ class Rethinker:
         """The released code cuts every other y1 back before its last "Wait", boxed answer, "answer" or paragraph."""
         if self._config.preset != "released_code" or rng.random() >= 0.5:
             return y1
-        body = answer_tokens(y1)
+        body = answer_tokens(y1).tolist()
         text = self._decode(body)
         places = [m[-1].start() for cut in _CUTS if (m := list(re.finditer(cut, text))) and m[-1].start() > 0]
         if not places:

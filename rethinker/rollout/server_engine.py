@@ -12,8 +12,9 @@ import hashlib
 import io
 import os
 import time
+from collections.abc import Callable
 from dataclasses import astuple
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,8 @@ from rethinker.rollout.sampling import limits
 from rethinker.rollout.server_sync import Checkpoint, FileTransfer, NCCLTransfer
 from rethinker.rollout.vllm_settings import WORKER, Asking, outline
 from rethinker.samples import Completion, Prompt
+
+T = TypeVar("T")
 
 HOW_TO_START = "start it with `rethinker serve`, the same recipe and the same settings"
 
@@ -126,35 +129,42 @@ class ServerEngine:
             self._asking.check_length(prompt, longest)
             sampling = self._asking.sampling(n, temperature, longest) | {"seed": _seed(seed, self._rank, i)}
             bodies.append((prompt, [], sampling))
-        return [
-            [self._completion(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
-            for answer in self._ask(bodies, "rollout")
-        ]
+        return self._ask(bodies, "rollout", self._read)
 
     def logprobs(self, prompts: list[Prompt], completions: list[Completion]) -> list[list[float]]:
         """Score given tokens; see RolloutEngine and VLLMEngine.logprobs."""
         bodies = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            *body, last = completion.token_ids or [0]
+            *body, last = completion.token_ids.tolist() or [0]
             bodies.append((prompt, body, self._asking.scoring(last)))
         scores = []
-        for prompt, completion, answer in zip(prompts, completions, self._ask(bodies, "scoring"), strict=True):
+        answers = self._ask(bodies, "scoring", lambda answer: answer)
+        for prompt, completion, answer in zip(prompts, completions, answers, strict=True):
             given = answer["prompt_logprobs"][len(prompt.token_ids) :]
-            row = [at[str(token)]["logprob"] for at, token in zip(given, completion.token_ids[:-1], strict=True)]
-            if completion.token_ids:
+            token_ids = completion.token_ids.tolist()
+            row = [at[str(token)]["logprob"] for at, token in zip(given, token_ids[:-1], strict=True)]
+            if token_ids:
                 (last,) = answer["choices"][0]["logprobs"]["content"]
                 found = {top["token_id"]: top["logprob"] for top in last["top_logprobs"]}
-                row.append(found[completion.token_ids[-1]])
+                row.append(found[token_ids[-1]])
             scores.append(row)
         return scores
 
-    def _ask(self, requests: list[tuple[Prompt, list[int], dict[str, Any]]], what: str) -> list[dict[str, Any]]:
-        """The servers' answers to requests (prompt, tokens after it, sampling parameters), in the requests' order."""
+    def _ask(
+        self,
+        requests: list[tuple[Prompt, list[int], dict[str, Any]]],
+        what: str,
+        read: Callable[[dict[str, Any]], T],
+    ) -> list[T]:
+        """The servers' answers to requests (prompt, tokens after it, sampling parameters), in the requests' order.
+
+        An answer, which is large, is read when it comes and dropped.
+        """
         self._asked += 1  # an id is used once
         keys = {f"{self._prefix}-{self._rank}-{self._asked}-{i}": request for i, request in enumerate(requests)}
-        answers: dict[str, dict[str, Any]] = {}
+        answers: dict[str, T] = {}
 
-        async def ask(address: str, key: str) -> dict[str, Any]:
+        async def ask(address: str, key: str) -> T:
             prompt, continuation, sampling = keys[key]
             body = {
                 "request_id": key,
@@ -168,7 +178,7 @@ class ServerEngine:
             answer = await self._replicas.call(address, "/inference/v1/generate", body)
             self._check_answer(address, key, answer)
             self._asking.check_prompt(prompt, answer["prompt_token_ids"], continuation)
-            return answer
+            return read(answer)
 
         def progress() -> str:
             return f"{len(answers)} requests ended"
@@ -190,6 +200,9 @@ class ServerEngine:
                     f"{address} sampled with the weights {sorted(used)} and not with {self._label}: another trainer "
                     "sends its weights to this server, or it was started again"
                 )
+
+    def _read(self, answer: dict[str, Any]) -> list[Completion]:
+        return [self._completion(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
 
     def _completion(self, choice: dict[str, Any]) -> Completion:
         logprobs = [at["logprob"] for at in choice["logprobs"]["content"]]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.sampling import limits, preserved_random_state, seeded
 from rethinker.rollout.vllm_settings import Asking, engine_arguments
 from rethinker.samples import Completion, Prompt
+
+T = TypeVar("T")
 
 
 class EngineFailure(RuntimeError):
@@ -107,18 +109,16 @@ class VLLMEngine:
 
         def params(longest: int) -> SamplingParams:
             return SamplingParams(
-                **self._asking.sampling(n, temperature, longest), output_kind=RequestOutputKind.FINAL_ONLY
+                **self._asking.sampling(n, temperature, longest),
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                flat_logprobs=True,  # a few lists per response, not a few objects per token
             )
 
         inputs, own = self._share(list(zip(prompts, limits(max_new_tokens, len(prompts)), strict=True)))
         for prompt, longest in inputs:
             self._asking.check_length(prompt, longest)
         with seeded(seed + 1_000_003 * self._replica):
-            outputs = self._run([(prompt, [], params(longest)) for prompt, longest in inputs], "rollout")
-        return [
-            [self._completion(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
-            for output in outputs[own]
-        ]
+            return self._run([(prompt, [], params(longest)) for prompt, longest in inputs], "rollout", self._read, own)
 
     def logprobs(self, prompts: list[Prompt], completions: list[Completion]) -> list[list[float]]:
         """Score given tokens; see RolloutEngine. The last token is a label only, so it may be a placeholder.
@@ -131,17 +131,17 @@ class VLLMEngine:
         inputs, own = self._share(list(zip(prompts, completions, strict=True)))
         requests = []
         for prompt, completion in inputs:
-            *body, last = completion.token_ids or [0]
+            *body, last = completion.token_ids.tolist() or [0]
             requests.append((prompt, body, SamplingParams(**self._asking.scoring(last))))
         with preserved_random_state():
-            outputs = self._run(requests, "scoring")
+            outputs = self._run(requests, "scoring", lambda output: output, own)
         scores = []
-        for (prompt, completion), output in list(zip(inputs, outputs, strict=True))[own]:
+        for (prompt, completion), output in zip(inputs[own], outputs, strict=True):
             start = len(prompt.token_ids)
-            body = completion.token_ids[:-1]
-            row = [output.prompt_logprobs[start + i][token].logprob for i, token in enumerate(body)]
-            if completion.token_ids:
-                row.append(output.outputs[0].logprobs[0][completion.token_ids[-1]].logprob)
+            token_ids = completion.token_ids.tolist()
+            row = [output.prompt_logprobs[start + i][token].logprob for i, token in enumerate(token_ids[:-1])]
+            if token_ids:
+                row.append(output.outputs[0].logprobs[0][token_ids[-1]].logprob)
             scores.append(row)
         return scores
 
@@ -210,10 +210,17 @@ class VLLMEngine:
         """Shut the engine down."""
         self._engine.engine_core.shutdown()
 
-    def _run(self, requests: list[tuple[Prompt, list[int], Any]], what: str) -> list[Any]:
-        """Run requests (prompt, tokens after it, sampling parameters) to their end; outputs in the requests' order."""
+    def _run(
+        self, requests: list[tuple[Prompt, list[int], Any]], what: str, read: Callable[[Any], T], own: slice
+    ) -> list[T]:
+        """Run requests (prompt, tokens after it, sampling parameters) to their end.
+
+        Returns:
+            What `read` makes of the outputs of requests[own], in their order. An output, which is large, is read and
+            dropped when it comes.
+        """
         self.wake()
-        finished: dict[str, Any] = {}
+        finished: dict[str, T | None] = {}
         ids: list[str] = []
         with self._deadline(f"the {what} of {len(requests)} requests") as deadline:
             try:
@@ -228,16 +235,20 @@ class VLLMEngine:
                     self._engine.add_request(request_id, rendered, params)
                     ids.append(request_id)
                     deadline.check(f"{len(ids)} requests prepared")
+                kept = set(ids[own])
                 while self._engine.has_unfinished_requests():
                     with _named(f"the {what} of {len(requests)} requests, after {len(finished)} of them"):
                         outputs = self._engine.step()
-                    finished |= {output.request_id: output for output in outputs if output.finished}
+                    for output in outputs:
+                        if output.finished:
+                            key = output.request_id
+                            finished[key] = read(output) if key in kept else None
                     deadline.check(f"{len(finished)} requests ended")
             except BaseException:
                 with suppress(Exception):  # an engine that is dead cannot do that either; the cause is what matters
                     self._engine.abort_request([request_id for request_id in ids if request_id not in finished])
                 raise
-        return [finished[request_id] for request_id in ids]
+        return [finished[request_id] for request_id in ids[own]]
 
     def _deadline(self, what: str) -> Deadline:
         return Deadline(what, self.config.rollout.timeout_s, "rollout.timeout_s")
@@ -254,10 +265,14 @@ class VLLMEngine:
         start = sum(len(part) for part in gathered[: group.rank_in_group])
         return [item for part in gathered for item in part], slice(start, start + len(items))
 
-    def _completion(self, output: Any) -> Completion:
-        token_ids = list(output.token_ids)
-        logprobs = [step[token].logprob for step, token in zip(output.logprobs, token_ids, strict=True)]
-        return self._asking.completion(token_ids, logprobs, output.finish_reason)
+    def _read(self, output: Any) -> list[Completion]:
+        return [self._completion(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
+
+    def _completion(self, sample: Any) -> Completion:
+        flat, token_ids = sample.logprobs, list(sample.token_ids)
+        at = flat.start_indices  # of each position the sampled token comes first
+        assert [flat.token_ids[i] for i in at] == token_ids
+        return self._asking.completion(token_ids, [flat.logprobs[i] for i in at], sample.finish_reason)
 
 
 @contextmanager

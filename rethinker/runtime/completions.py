@@ -7,10 +7,17 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rethinker.config import ConfigError
 from rethinker.samples import Completion, Group, Query, Rethought
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_NUMBERS = ("token_ids", "logprobs", "trainer_logprobs")  # of a completion, as arrays; the last one may be missing
 
 
 def write_completions(folder: str | Path, episode: int, groups: Sequence[Group]) -> None:
@@ -26,7 +33,13 @@ def write_completions(folder: str | Path, episode: int, groups: Sequence[Group])
         for number, group in enumerate(groups)
         for index, completion in enumerate(group.completions)
     ]
-    table = pa.Table.from_pylist(rows, schema=_schema())
+    schema = _schema()
+    table = pa.Table.from_pylist(rows, schema=pa.schema([field for field in schema if field.name not in _NUMBERS]))
+    completions = [completion for group in groups for completion in group.completions]
+    for name in _NUMBERS:
+        arrays = [getattr(completion, name) for completion in completions]
+        table = table.append_column(schema.field(name), _lists(arrays, schema.field(name).type))
+    table = table.select(schema.names)
     path = _file(folder, episode)
     partial = path.with_suffix(".partial")
     pq.write_table(table, partial, compression="zstd")
@@ -44,7 +57,7 @@ def read_completions(folder: str | Path, episode: int) -> list[Group]:
 
     path = _file(folder, episode)
     try:
-        rows = pq.read_table(path, schema=_schema()).to_pylist()
+        table = pq.read_table(path, schema=_schema())
     except FileNotFoundError:
         raise ConfigError(
             f"rollout.recording={folder} has no {path.name}; it was recorded with fewer episodes"
@@ -54,12 +67,34 @@ def read_completions(folder: str | Path, episode: int) -> list[Group]:
         raise ConfigError(
             f"rollout.recording={folder}: {path.name} is no completions file of a run: {reason}"
         ) from None
+    numbers = zip(*(_arrays(table.column(name)) for name in _NUMBERS), strict=True)
     groups: list[Group] = []
-    for row in rows:
+    for row, arrays in zip(table.drop_columns(list(_NUMBERS)).to_pylist(), numbers, strict=True):
         if row["index"] == 0:
             groups.append(_group_from(row))
-        _add_completion(groups[-1], row)
+        _add_completion(groups[-1], row, dict(zip(_NUMBERS, arrays, strict=True)))
     return groups
+
+
+def _lists(arrays: list[np.ndarray | None], kind: pyarrow.ListType) -> pyarrow.ListArray:
+    """A column of lists, null for None, without a Python object per number."""
+    import pyarrow as pa
+
+    present = [array for array in arrays if array is not None]
+    values = np.concatenate([np.zeros(0, kind.value_type.to_pandas_dtype()), *present])
+    offsets = np.cumsum([0, *(0 if array is None else len(array) for array in arrays)], dtype=np.int32)
+    missing = pa.array([array is None for array in arrays], pa.bool_())
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=kind, mask=missing)
+
+
+def _arrays(column: pyarrow.ChunkedArray) -> list[np.ndarray | None]:
+    """The lists of a column; views of one array that is not kept."""
+    found: list[np.ndarray | None] = []
+    for chunk in column.chunks:
+        values, offsets = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
+        spans = zip(offsets[:-1].tolist(), offsets[1:].tolist(), chunk.is_valid().to_pylist(), strict=True)
+        found += [values[start:end] if valid else None for start, end, valid in spans]
+    return found
 
 
 def _file(folder: str | Path, episode: int) -> Path:
@@ -91,7 +126,7 @@ def _schema() -> Any:
             "policy_version": pa.int64(),
             "prompt_tokens": pa.int64(),
             "token_ids": pa.list_(pa.int64()),
-            "logprobs": pa.list_(pa.float64()),  # wide enough to give back the same Python floats
+            "logprobs": pa.list_(pa.float64()),  # of fp32 numbers
             "trainer_logprobs": pa.list_(pa.float64()),
             "rethought": pa.struct(
                 {
@@ -123,9 +158,6 @@ def _to_row(episode: int, number: int, index: int, group: Group, completion: Com
         "finish_reason": completion.finish_reason,
         "policy_version": group.policy_version,
         "prompt_tokens": group.prompt_tokens,
-        "token_ids": completion.token_ids,
-        "logprobs": completion.logprobs,
-        "trainer_logprobs": completion.trainer_logprobs,
         "rethought": completion.rethought and dataclasses.asdict(completion.rethought),
     }
 
@@ -142,12 +174,10 @@ def _group_from(row: Mapping[str, Any]) -> Group:
     return Group(query, [], row["policy_version"], prompt_tokens=row["prompt_tokens"])
 
 
-def _add_completion(group: Group, row: Mapping[str, Any]) -> None:
+def _add_completion(group: Group, row: Mapping[str, Any], arrays: dict[str, np.ndarray | None]) -> None:
     rethought = row["rethought"] and Rethought(**row["rethought"])
     group.completions.append(
-        Completion(
-            row["token_ids"], row["logprobs"], row["response"], row["finish_reason"], rethought, row["trainer_logprobs"]
-        )
+        Completion(text=row["response"], finish_reason=row["finish_reason"], rethought=rethought, **arrays)
     )
     if row["reward"] is not None:
         group.rewards.append(row["reward"])

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from rethinker.runtime.distributed import Ranks
@@ -81,32 +82,41 @@ def payload(groups: Iterable[Group], samples: Iterable[Sample]) -> dict[str, Any
         held |= {(group.number, i): c for i, c in enumerate(group.completions) if isinstance(c, Completion)}
     held |= {(s.group, s.index): s.completion for s in samples if isinstance(s.completion, Completion)}
     completions = list(held.values())
-    scored = [c.trainer_logprobs for c in completions]
+    scored = [c.trainer_logprobs for c in completions if c.trainer_logprobs is not None]
     return {
         "keys": torch.tensor(list(held), dtype=torch.int64).view(-1, 2),  # [n, 2]
         "lengths": torch.tensor([c.tokens for c in completions], dtype=torch.int64),  # [n]
-        "token_ids": torch.tensor([t for c in completions for t in c.token_ids], dtype=torch.int64),  # [T]
-        "logprobs": torch.tensor([p for c in completions for p in c.logprobs], dtype=torch.float64),  # [T]
-        "scored": [values is not None for values in scored],
-        "trainer_logprobs": torch.tensor([p for values in scored if values for p in values], dtype=torch.float64),
+        "token_ids": _joined([c.token_ids for c in completions], np.int32),  # [T]
+        "logprobs": _joined([c.logprobs for c in completions], np.float32),  # [T]
+        "scored": [c.trainer_logprobs is not None for c in completions],
+        "trainer_logprobs": _joined(scored, np.float32),
         "texts": [c.text for c in completions],
         "finish_reasons": [c.finish_reason for c in completions],
         "rethought": [c.rethought and dataclasses.asdict(c.rethought) for c in completions],
     }
 
 
+def _joined(arrays: list[np.ndarray], dtype: type) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *arrays]))
+
+
 def _completions(payload: dict[str, Any]) -> dict[Key, Completion]:
-    token_ids, logprobs = iter(payload["token_ids"].tolist()), iter(payload["logprobs"].tolist())
-    trainer_logprobs = iter(payload["trainer_logprobs"].tolist())
-    held = {}
+    held: dict[Key, Completion] = {}
+    start = scored = 0  # where the next response's tokens and trainer's log-probs begin
     for i, (key, length) in enumerate(zip(payload["keys"].tolist(), payload["lengths"].tolist(), strict=True)):
-        rethought = payload["rethought"][i]
+        rethought, end = payload["rethought"][i], start + length
         held[key[0], key[1]] = Completion(
-            token_ids=[next(token_ids) for _ in range(length)],
-            logprobs=[next(logprobs) for _ in range(length)],
+            # Copies: one response that is kept would keep them all.
+            token_ids=payload["token_ids"][start:end].int().numpy().copy(),
+            logprobs=payload["logprobs"][start:end].float().numpy().copy(),
             text=payload["texts"][i],
             finish_reason=payload["finish_reasons"][i],
             rethought=rethought and Rethought(**rethought),
-            trainer_logprobs=[next(trainer_logprobs) for _ in range(length)] if payload["scored"][i] else None,
         )
+        if payload["scored"][i]:
+            held[key[0], key[1]].trainer_logprobs = (
+                payload["trainer_logprobs"][scored : scored + length].float().numpy().copy()
+            )
+            scored += length
+        start = end
     return held

@@ -52,6 +52,20 @@ def test_rewards_that_differ_in_the_last_bit_are_effective(scale):
     assert max(map(abs, near.advantages)) < 1e-6  # a difference of rounding stays a small advantage
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", ["std", "none", "batch"])
+def test_a_gpu_assigns_the_same_advantages(scale):
+    """On CUDA, in the fused kernel: the CPU's advantages to rounding, its exact zeros, its effective groups, also where
+    rewards differ in the last bit of fp64 only."""
+    rewards = [[0.1] * 7, [1.0, 0.0], [0.7], [0.1 + 0.2, 0.3, 0.3, 0.3], [1 / 3] * 3, [0.0, 0.5, 1.0], [1e-300, 0.0]]
+    groups = {device: list(map(group, rewards)) for device in ("cpu", "cuda")}
+    ratios = {device: assign_advantages(groups[device], scale, device) for device in groups}
+    assert ratios["cpu"] == ratios["cuda"]
+    for ours, theirs in zip(groups["cuda"], groups["cpu"], strict=True):
+        assert ours.advantages == pytest.approx(theirs.advantages, rel=1e-7, abs=0)
+        assert any(a != 0 for a in ours.advantages) == ours.effective
+
+
 def test_no_groups():
     """Nothing to do, and no division by zero."""
     assert assign_advantages([], "std") == 0.0

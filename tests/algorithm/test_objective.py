@@ -145,10 +145,10 @@ def test_mask_is_the_triggers_span():
     """Only [trigger_start, trigger_end) is masked; a NaN elsewhere is a fault and stays unmasked."""
     plain = completion(4)
     plain.logprobs[2] = math.nan
-    assert trainable_mask(plain) == [True] * 4
-    assert trainable_mask(completion(6, TRIGGER)) == [True, True, False, False, True, True]
-    assert trainable_mask(completion(4, Rethought(1, 4, "x", 1, 4))) == [True, False, False, False]
-    assert trainable_mask(completion(0)) == []
+    assert trainable_mask(plain).tolist() == [True] * 4
+    assert trainable_mask(completion(6, TRIGGER)).tolist() == [True, True, False, False, True, True]
+    assert trainable_mask(completion(4, Rethought(1, 4, "x", 1, 4))).tolist() == [True, False, False, False]
+    assert trainable_mask(completion(0)).tolist() == []
 
 
 def test_supervised_weight_is_a_mean_over_rethought_tokens():

@@ -7,11 +7,12 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rethinker.config import LoraConfig, PolicyConfig
+from rethinker.policy import attention
 from rethinker.policy.lora import add_adapters
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.packing import pack
 from tests.policy.helpers import queries_of_every_kind, samples_for
-from tests.policy.test_packing import compare, packed
+from tests.policy.test_packing import assert_queued, compare, packed
 
 
 def gradients(policy, batch):
@@ -23,7 +24,7 @@ def without_deep(first, *deep):
     return [first, *(0.0 * part for part in deep)]
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+@pytest.mark.parametrize("kernel", ["sdpa", "flash", "varlen"])
 def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, encoder, tmp_path):
     """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none, whether
     prompts are shared or repeated."""
@@ -147,11 +148,26 @@ def test_gradient_checkpointing_recomputes(make_policy, encoder, tmp_path):
     torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_equals_the_default(make_policy, encoder, tmp_path):
-    """policy.attention=flex, the kernel of GPUs, here run eagerly: the same log-probs as SDPA's."""
-    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
-    (batch,), _ = packed(samples, encoder, make_policy())
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        found, expected = (make_policy(attention=kernel)(batch)[0] for kernel in ("flex", "sdpa"))
-    assert (found - expected).abs().max() <= 1e-5
+def test_attention_is_one_call_a_layer(make_policy, encoder, tmp_path, monkeypatch):
+    """policy.attention=flash: each decoder layer and each layer of a vision tower that has images or windows in one row
+    attends to all of them at once; InternVL's tiles are a batch, one call of SDPA."""
+    policy = make_policy(attention="flash")
+    calls = []
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda q, *given: calls.append(q) or attend(q, *given))
+    (batch,), _ = packed(samples_for(queries_of_every_kind(tmp_path), encoder, [5]), encoder, policy)
+    policy(batch)
+    layers = len(policy.hf.model.language_model.layers)
+    seeing = len(policy.hf.model.visual.blocks) if policy.family.MROPE else 0
+    assert [len(q) for q in calls[seeing:]] == [batch.tokens] * layers
+    assert [len(q) for q in calls[:seeing]] == [len(batch.image_inputs["pixel_values"])] * seeing
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_gpu(folder, encoder, tmp_path):
+    """From a batch on the host to its gradients everything is queued, images and DeepStack included."""
+    policy = Policy(load_model(folder, torch.bfloat16), PolicyConfig()).eval().cuda()
+    (batch,), _ = packed(samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9]), encoder, policy)
+    assert_queued(policy, batch)
+    (text,), _ = packed(samples_for(queries_of_every_kind(tmp_path)[2:], encoder, [5, 9]), encoder, policy)
+    assert_queued(policy, text)

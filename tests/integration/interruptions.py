@@ -132,7 +132,7 @@ def assert_equal_runs(run: Path, reference: Path) -> None:
     assert rows(run) == rows(reference)
     assert (run / "validation.jsonl").read_text() == (reference / "validation.jsonl").read_text()
     for episode in range(STEPS // 4):
-        completions = [repr(read_completions(folder / "completions", episode)) for folder in (run, reference)]
+        completions = [read_completions(folder / "completions", episode) for folder in (run, reference)]
         assert completions[0] == completions[1]
     a, b = (folder / "checkpoints" / "last" for folder in (run, reference))
     for file in ("model.safetensors", "trainer/optimizer_00000.safetensors"):

@@ -144,7 +144,7 @@ def step(engine: PolicyEngine) -> dict:
 
 def scores(engine: PolicyEngine) -> list[list[float]]:
     engine.score(engine.samples)
-    return [sample.completion.trainer_logprobs for sample in engine.samples]
+    return [sample.completion.trainer_logprobs.tolist() for sample in engine.samples]
 
 
 def held(engine: PolicyEngine) -> int:

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.integration.compiled_steps import COMPILED_BY
 from tests.integration.test_zero3 import relative_error
 from tests.policy.conftest import tiny_folder  # noqa: F401  (a fixture)
-from tests.policy.switches import batch_for, make
+from tests.policy.switches import batch_for, errors, make, outcome
 
 
 def compare(model: Path, scratch: Path, backend: str, *options: str, ranks: int = 1) -> None:
@@ -61,19 +61,21 @@ def test_inductors_code_takes_the_same_steps(ranks, options, tiny_folder, tmp_pa
     compare(tiny_folder, tmp_path, "inductor", *options, ranks=ranks)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_stays_apart(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
-    """With policy.attention=flex the kernel of GPUs, which has no backward on CPU, is called by compiled layers, which
-    are cut there: the same log-probs as SDPA's in plain layers."""
+@pytest.mark.parametrize("kernel", ["flash", "varlen"])
+def test_flash_attention_stays_apart(kernel, tiny_folder, tmp_path, monkeypatch):  # noqa: F811
+    """With the kernels of GPUs compiled layers call attention, which cuts them: the same log-probs and gradients as
+    SDPA's in plain layers, and nothing is compiled anew for other lengths."""
     monkeypatch.setattr("rethinker.policy.model.compile_layers", partial(compile_layers, backend="eager"))
-    plain, compiled = make(tiny_folder), make(tiny_folder, attention="flex", compile=True)
-    batch = batch_for(tiny_folder, plain, tmp_path)
+    torch._dynamo.reset()
+    plain, compiled = make(tiny_folder), make(tiny_folder, attention=kernel, compile=True)
     stats = torch._dynamo.utils.counters["stats"]
-    before = stats["unique_graphs"]
-    with torch.no_grad():
-        found, expected = compiled(batch)[0], plain(batch)[0]
-    assert stats["unique_graphs"] - before >= 2
-    assert (found - expected).abs().max() <= 1e-5
+    before, graphs = stats["unique_graphs"], []
+    for lengths in ((2, 3), (5, 4, 9), (30, 1), (7,)):
+        batch = batch_for(tiny_folder, plain, tmp_path, lengths)
+        logp_error, gradient_error = errors(outcome(compiled, batch), outcome(plain, batch))
+        assert logp_error <= 1e-5 and gradient_error <= 1e-5
+        graphs.append(stats["unique_graphs"] - before)
+    assert 2 <= graphs[1] == graphs[-1], graphs
 
 
 def test_not_together_with_fused_layers():

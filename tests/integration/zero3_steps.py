@@ -1,6 +1,6 @@
 """Run under torchrun by test_zero3.py: one ZeRO-3 step of each scenario; rank 0 saves metrics and weights.
 
-Usage: torchrun --nproc-per-node N -m tests.integration.zero3_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt BUDGET
+Usage: torchrun --nproc-per-node N -m tests.integration.zero3_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt BUDGET KERNEL
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def scores(engine: PolicyEngine, pictures: Path, encoder: PromptEncoder, ranks) 
     forced = samples[0].completion.logprobs
     sampled, forced[0] = forced[0], float("nan")  # a token of a trigger: nobody sampled it
     kl = engine.score(samples[:-1])
-    behaviour = {(s.group, s.index): list(s.completion.logprobs) for s in samples[:-1]}
+    behaviour = {(s.group, s.index): s.completion.logprobs.tolist() for s in samples[:-1]}
     forced[0] = sampled
     assert engine.score(samples[-1:]) == 0.0
     mine = [(s.group, s.index, s.completion) for s in samples if s.owner == ranks.rank]
-    shares = ranks.gather({(group, index, c.tokens): c.trainer_logprobs for group, index, c in mine})
+    shares = ranks.gather({(group, index, c.tokens): c.trainer_logprobs.tolist() for group, index, c in mine})
     own = {place: logps for share in shares for place, logps in share.items()}
     scored = {(group, index): logps for (group, index, tokens), logps in own.items() if tokens}
     gaps = [b - p for place, old in behaviour.items() for b, p in zip(old, scored.get(place, []), strict=True)]
@@ -80,7 +80,7 @@ def scores(engine: PolicyEngine, pictures: Path, encoder: PromptEncoder, ranks) 
     return own, (kl, sum(terms) / len(terms))
 
 
-def main(model: str, scratch: str, output: str, budget: str) -> None:
+def main(model: str, scratch: str, output: str, budget: str, attention: str) -> None:
     ranks = distributed.start(120)
     pictures = Path(scratch) / f"pictures_{ranks.world_size}_{ranks.rank}"
     pictures.mkdir(exist_ok=True)
@@ -88,7 +88,7 @@ def main(model: str, scratch: str, output: str, budget: str) -> None:
     results = {}
     for name in SCENARIOS:
         config = Config(
-            policy=PolicyConfig(model=model, dtype="float32"),
+            policy=PolicyConfig(model=model, dtype="float32", attention=attention),
             rollout=RolloutConfig(max_new_tokens=16),
             algorithm=AlgorithmConfig(clip_low=10.0, clip_high=10.0),  # random behaviour log-probs: leave all unclipped
             train=TrainConfig(learning_rate=1e-3, schedule="constant", warmup_ratio=0, micro_batch_tokens=int(budget)),

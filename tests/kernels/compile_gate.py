@@ -20,7 +20,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -31,9 +30,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import rethinker_kernels as ops
-from rethinker_kernels import linear
-from rethinker_kernels.triton_kernels import group_advantages, grpo_loss, log_softmax, scaled, tiles
+from rethinker_kernels import linear, linear_grpo, merge_attention
+from rethinker_kernels.triton_kernels import exponentials, group_advantages, grpo_loss, log_softmax, scaled, tiles
 from rethinker_kernels.triton_kernels import linear as linear_kernels
+from rethinker_kernels.triton_kernels import merge_attention as merge_kernels
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes a program may use, by architecture."""
@@ -46,16 +46,7 @@ VOCABULARY, ROWS = 151_936, 8 * PROCESSORS
 ROWS_OF_A_STEP = 16_384
 """For which times are estimated."""
 
-KERNELS = [
-    log_softmax.forward_kernel,
-    log_softmax.combine_kernel,
-    log_softmax.backward_kernel,
-    linear_kernels.grpo_rows_kernel,
-    scaled.scaled_kernel,
-    grpo_loss.loss_kernel,
-    grpo_loss.total_kernel,
-    group_advantages.group_kernel,
-]
+MODULES = [exponentials, group_advantages, grpo_loss, linear_kernels, log_softmax, merge_kernels, scaled]
 
 
 @dataclass(eq=False)
@@ -69,6 +60,11 @@ class Form:
     warps: int
     registers: int | None  # at most
     name: str  # of the op at a real vocabulary that launched it first; empty for the fuzzing suite's own
+
+    @property
+    def capabilities(self) -> list[int]:
+        """Where it may run."""
+        return [90] if self.kernel.module == exponentials.__name__ else list(SHARED_MEMORY)
 
     @property
     def reads_rows(self) -> bool:
@@ -88,6 +84,24 @@ class Form:
         return f"{self.kernel.__name__}({', '.join(types)}; {list(self.constants.values())}; {self.warps} warps)"
 
 
+class Nothing:
+    """A compiled kernel that can be launched and keeps nothing of what it is given."""
+
+    def __getattr__(self, name: str) -> Nothing:
+        return self
+
+    def __call__(self, *args, **kwargs) -> Nothing:
+        return self
+
+
+class Driver(Nothing):
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+
 class Launches:
     """Notes launches in place of a driver, with GPU tiles and Triton kernels for CPU tensors."""
 
@@ -96,17 +110,14 @@ class Launches:
         self.name = ""
 
     def install(self) -> None:
-        fake = MagicMock()
-        fake.get_current_target.return_value = GPUTarget("cuda", 90, 32)
-        fake.get_current_device.return_value = 0
-        driver.set_active(fake)
+        driver.set_active(Driver())
         launches = self
 
         def note(kernel, key, signature, device, constants, options, attributes, warmup):
             launches.forms.append(
                 Form(kernel, signature, constants, attributes, options.num_warps, options.maxnreg, launches.name)
             )
-            kernel.device_caches[device][0][key] = done = MagicMock()
+            kernel.device_caches[device][0][key] = done = Nothing()
             return done
 
         JITFunction._do_compile = note
@@ -116,6 +127,16 @@ class Launches:
                     module.takes_triton = lambda tensor: tensor.dtype != torch.float64
                 if hasattr(module, "tiles") and module is not tiles:
                     module.tiles = lambda device: tiles._of_gpu(PROCESSORS)
+                if hasattr(module, "processors") and module is not tiles:
+                    module.processors = lambda device: PROCESSORS
+        exponentials.INTERPRETED = exponentials.TILES
+        plain = exponentials.Exponentials.__init__
+
+        def on_gpu(made, *given):
+            plain(made, *given)
+            made.interpreted, made.programs = False, PROCESSORS
+
+        exponentials.Exponentials.__init__ = on_gpu
         # What kernels leave unwritten makes assertions fail; only their launches count here.
         linear.product = lambda a, b, out, add=False: None
 
@@ -134,12 +155,22 @@ class Launches:
                     (sum(o.sum() for o in outputs) if entropy else outputs.sum()).backward()
             hidden = torch.empty(ROWS, 16, dtype=dtype, requires_grad=True)
             weight = torch.empty(VOCABULARY, 16, dtype=dtype, requires_grad=True)
-            self.name = f"linear log-softmax, {short}"
-            ops.linear_selective_log_softmax(hidden, weight, index, return_entropy=True)[0].sum().backward()
-            for kl_coef in (0.0, 0.1):
-                self.name = f"linear grpo{' + kl' * bool(kl_coef)}, {short}"
-                more = {"kl_coef": kl_coef, "ref_logps": values, "nll_weights": values}
-                ops.linear_grpo_loss(hidden, weight, index, values, values, **more, **surrogate)[0].backward()
+            for fused in (False, True)[: 1 + (dtype == torch.bfloat16)]:
+                linear.takes_exponentials = linear_grpo.takes_exponentials = lambda *_, fused=fused: fused
+                kind = ", exponentials" * fused
+                self.name = f"linear log-softmax, {short}{kind}"
+                for entropy in (False, True):
+                    out = ops.linear_selective_log_softmax(hidden, weight, index, return_entropy=entropy)
+                    (out[0] if entropy else out).sum().backward()
+                for kl_coef in (0.0, 0.1):
+                    self.name = f"linear grpo{' + kl' * bool(kl_coef)}, {short}{kind}"
+                    more = {"kl_coef": kl_coef, "ref_logps": values, "nll_weights": values}
+                    ops.linear_grpo_loss(hidden, weight, index, values, values, **more, **surrogate)[0].backward()
+            linear.takes_exponentials = linear_grpo.takes_exponentials = lambda *_: False
+            for width in (64, 80, 128):
+                self.name = f"merge attention, {short}, heads of {width}"
+                out, lse = torch.empty(ROWS, 4, width, dtype=dtype), torch.empty(4, ROWS)
+                merge_attention.merge_attention(out, lse, out.clone(), lse.clone(), index)
         for importance in ("token", "sequence"):
             self.name = f"grpo loss, one ratio per {importance}"
             logps = torch.zeros(ROWS, requires_grad=True)
@@ -258,10 +289,12 @@ def main() -> int:
     launches.of_real_ops()
     launches.of_the_fuzzing_suite()
     FORMS.extend(launches.forms)
-    tasks = [(position, capability) for capability in SHARED_MEMORY for position in range(len(FORMS))]
+    tasks = [(place, capability) for place, form in enumerate(FORMS) for capability in form.capabilities]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         results = pool.map(_measured, tasks, chunksize=4)
-    wrong = [f"{kernel.__name__}: never launched" for kernel in KERNELS if kernel not in {f.kernel for f in FORMS}]
+    launched = {form.kernel for form in FORMS}
+    kernels = [value for module in MODULES for name, value in vars(module).items() if name.endswith("_kernel")]
+    wrong = [f"{kernel.__name__}: never launched" for kernel in kernels if kernel not in launched]
     if not any(f.constant("SPLIT") for f in FORMS if f.kernel is log_softmax.forward_kernel and not f.name):
         wrong.append("forward_kernel: no split rows in the fuzzing suite")
     print(
@@ -281,7 +314,7 @@ def main() -> int:
                 milliseconds, floor = estimate(form, found["work"])
                 line += f" {found['work'][0]:9.1f} {milliseconds:5.2f} {floor:5.2f}"
             print(line)
-    print(f"triton {triton.__version__}: {len(FORMS)} forms of {len(KERNELS)} kernels, {len(wrong)} faults")
+    print(f"triton {triton.__version__}: {len(FORMS)} forms of {len(kernels)} kernels, {len(wrong)} faults")
     print(*wrong, sep="\n")
     return int(bool(wrong))
 

@@ -442,19 +442,22 @@ def test_linear_grpo_loss_needs():
 
 @pytest.mark.parametrize("scale", ["std", "none", "batch"])
 @pytest.mark.parametrize("groups", [[], [0, 0], [1], [4, 0, 1, 5, 17, 3, 8]])
-def test_group_advantages(scale, groups):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_group_advantages(scale, groups, dtype):
     """Groups of any size, degenerate ones and rewards that nearly agree included."""
     torch.manual_seed(0)
-    rewards = torch.rand(sum(groups), device=DEVICE).round(decimals=1)
+    rewards = torch.rand(sum(groups), device=DEVICE).round(decimals=1).to(dtype)
     if len(groups) > 4:
         rewards[:4] = 0.3
-        rewards[5:10] = torch.tensor([1.0, 1.0 + 2**-23, 1.0, 1.0, 1.0])
+        rewards[5:10] = torch.tensor([1.0, 1.0 + torch.finfo(dtype).eps, 1.0, 1.0, 1.0])
     offsets = torch.tensor([0, *itertools.accumulate(groups)], device=DEVICE)
     poison(len(rewards))
     got = group_advantages(rewards, offsets, scale=scale)
     want = reference.group_advantages(rewards.double(), offsets, scale=scale)
-    torch.testing.assert_close(got[0].double(), want[0], atol=1e-6, rtol=1e-4)
-    assert got[1].tolist() == want[1].tolist()
+    exact = dtype == torch.float64
+    torch.testing.assert_close(got[0].double(), want[0], atol=1e-13 if exact else 1e-6, rtol=1e-8 if exact else 1e-4)
+    assert got[0].dtype == (dtype if exact else torch.float32) and got[1].tolist() == want[1].tolist()
+    assert got[0][want[0] == 0].eq(0).all()
 
 
 def test_group_advantages_of_nan():

@@ -30,8 +30,9 @@ void update(int64_t* nodes, int64_t capacity, double alpha, const int64_t* indic
 void sample(const int64_t* nodes, int64_t capacity, const int64_t* key, int64_t n, int64_t* slots) {
   sum_tree::launch_sample(nodes, capacity, key, n, slots, nullptr);
 }
-void sample_distinct(int64_t* nodes, int64_t capacity, const int64_t* key, int64_t n, int64_t* slots, int64_t* taken) {
-  sum_tree::launch_sample_distinct(nodes, capacity, key, n, slots, taken, nullptr);
+void sample_distinct(int64_t* nodes, int64_t capacity, const int64_t* key, int64_t n, int64_t* slots, int64_t* taken,
+                     int64_t* ended) {
+  sum_tree::launch_sample_distinct(nodes, capacity, key, n, slots, taken, ended, nullptr);
 }
 }
 """
@@ -68,8 +69,8 @@ def emulated(folder: Path, fault: tuple[str, str] | None = None) -> SimpleNamesp
     def sample_(nodes, capacity, key, slots) -> None:
         kernels.sample(pointer(nodes), number(capacity), pointer(key), number(len(slots)), pointer(slots))
 
-    def sample_distinct_(nodes, capacity, key, slots, taken) -> None:
-        drawn = pointer(key), number(len(slots)), pointer(slots), pointer(taken)
+    def sample_distinct_(nodes, capacity, key, slots, taken, ended) -> None:
+        drawn = pointer(key), number(len(slots)), pointer(slots), pointer(taken), pointer(ended)
         kernels.sample_distinct(pointer(nodes), number(capacity), *drawn)
 
     return SimpleNamespace(update_=update_, sample_=sample_, sample_distinct_=sample_distinct_, seed=kernels.seed)
@@ -119,10 +120,14 @@ def test_kernels_agree_with_the_cpu(kernels, capacity, alpha, steps, largest):
     "fault",
     [
         ("if (present) atomicMax(&table.place[at]", "if (present) atomicExch(&table.place[at]"),  # any write holds
-        ("if (present) atomicMin(&table.place[at]", "if (present) atomicExch(&table.place[at]"),  # any draw counts
+        ("atomicMin(reinterpret_cast<long", "atomicExch(reinterpret_cast<long"),  # any draw counts
         ("change = weight - exchange(nodes + slot, weight);", "change = weight;"),
-        ("firsts & ((1u << lane) - 1)", "firsts & ~((2u << lane) - 1)"),  # order inside a warp
-        ("if (present) exchange(nodes + slot, weight);", "if (i < kRound) exchange(nodes + slot, weight);"),
+        ("mask & ((1u << lane) - 1)", "mask & ~((2u << lane) - 1)"),  # order inside a warp
+        ("number += w < warp ? counts[w] : 0;", "number += w > warp ? counts[w] : 0;"),  # and of warps
+        ("if (present) nodes[slot] = taken[i];", "if (absent) nodes[slot] = taken[i];"),
+        ("absent = i < removed", "absent = i < found"),
+        ("present ? -taken[i] : 0", "0"),
+        ("if (last) *ended = 0;", ""),
         ("if (__all_sync(kWarp, !active || slot == node)) {", "if (true) {"),
     ],
 )
@@ -150,7 +155,7 @@ def test_too_few_slots_are_marked(kernels):
     tree, key = filled([0.0, 1.0, 0.0, 2.0]), torch.tensor([1, 2])
     before = tree._nodes.clone()
     slots, taken = torch.empty(6, dtype=torch.int64), torch.empty(6, dtype=torch.int64)
-    kernels.sample_distinct_(tree._nodes, 4, key, slots, taken)
+    kernels.sample_distinct_(tree._nodes, 4, key, slots, taken, tree._ended)
     assert sorted(slots.tolist()) == [-1, -1, -1, -1, 1, 3] and torch.equal(tree._nodes, before)
     tree.update(torch.arange(4), torch.zeros(4))
     kernels.sample_(tree._nodes, 4, key, slots)

@@ -52,7 +52,8 @@ def step(inputs: dict[str, torch.Tensor], op=linear_grpo_loss) -> list[torch.Ten
 def test_fuzz_on_the_gpu():
     """The interpreter's fuzzing suite, with compiled kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/fuzz_triton.py"]
+    suites = [f"tests/kernels/fuzz_{part}.py" for part in ("triton", "exponentials")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suites]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout[-6000:]
 

@@ -107,11 +107,38 @@ def test_weights_neither_vanish_nor_overflow(capacity):
     tree = SumTree(capacity)
     tree.update(torch.tensor([0]), torch.tensor([5e-324], dtype=torch.float64))
     assert tree.sample(3, generator=generator()).tolist() == [0, 0, 0]
-    tree.update(torch.arange(capacity), torch.full((capacity,), math.nextafter(2.0**16, 0), dtype=torch.float64))
+    tree.update(torch.arange(capacity), torch.full((capacity,), math.nextafter(2.0**27, 0), dtype=torch.float64))
     total = tree._levels[-1].item()
-    assert parents_are_exact(tree) and capacity * (2**16 - 1) << tree.fraction_bits < total < 2**62
+    assert parents_are_exact(tree) and capacity * (2**27 - 1) << tree.fraction_bits < total < 2**62
     drawn = tree.sample(100, generator=generator())
     assert drawn.min() >= 0 and drawn.max() < capacity
+
+
+@pytest.mark.parametrize(("capacity", "unit"), [(1 << 14, 2.0**-21), (1 << 20, 2.0**-15)])
+def test_small_weights_keep_their_share_beside_large_ones(capacity, unit):
+    """Beside a priority of 1e8 every other one is off by half a unit at most, and none falls below a unit."""
+    priorities = 10.0 ** torch.linspace(-8, 8, capacity, dtype=torch.float64)
+    tree = filled(priorities)
+    weights = tree._levels[0].double() * 2.0**-tree.fraction_bits  # exact: below 2^53 units
+    assert (weights - priorities).abs()[priorities >= unit].max() <= unit / 2
+    assert weights.min() == unit and weights.max() == 1e8
+
+
+def test_accepts_is_what_update_takes():
+    """`accepts` knows beforehand which priorities are refused, at the very bound too."""
+    tree, source = SumTree(1, alpha=0.7), torch.tensor([0])
+    edge = 2.0 ** (27 / 0.7)
+    candidates = [0.0, 1.0, -1.0, math.nan, math.inf, *(edge * (1 + k * 1e-14) for k in range(-4, 5))]
+    taken = []
+    for priority in torch.tensor(candidates, dtype=torch.float64):
+        try:
+            tree.update(source, priority[None])
+        except ValueError:
+            taken.append(False)
+        else:
+            taken.append(True)
+    assert tree.accepts(torch.tensor(candidates, dtype=torch.float64)).tolist() == taken
+    assert taken[:5] == [True, True, False, False, False] and len(set(taken[5:])) == 2
 
 
 @pytest.mark.parametrize("replacement", [True, False])
@@ -218,7 +245,7 @@ def test_an_empty_tree_cannot_be_drawn_from(replacement):
         tree.sample(-1, generator=generator())
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1e-9, 2.0**16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1e-9, 2.0**27])
 def test_refused_priorities_name_the_slot_and_change_nothing(bad):
     """NaN, infinite, negative and too large priorities raise, naming the index; the tree stays as it was."""
     tree = filled([1.0, 2.0, 3.0])
@@ -295,6 +322,15 @@ def test_a_state_of_another_tree_is_refused():
         SumTree(5, alpha=0.5).load_state_dict(state)
     with pytest.raises(ValueError, match=r"^alpha: the saved tree has 0.5, this one 1.0"):
         SumTree(4).load_state_dict(state)
+
+
+def test_a_state_in_other_units_is_refused():
+    """A tree that another release saved, whose weights would mean something else, is refused and not misread."""
+    tree = SumTree(4)
+    state = tree.state_dict() | {"fraction_bits": 44}
+    for other in (state, {k: v for k, v in state.items() if k != "fraction_bits"}):
+        with pytest.raises(ValueError, match="fill the tree with `update`"):
+            tree.load_state_dict(other)
 
 
 @pytest.mark.parametrize(

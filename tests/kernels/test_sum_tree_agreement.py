@@ -62,7 +62,7 @@ def test_a_million_mixed_operations(capacity, alpha):
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0, 2.0, 7.5])
 def test_every_priority_has_the_same_weight(alpha):
     """From subnormal numbers to the largest accepted, at every alpha."""
-    exponents = torch.linspace(-1074, 16 / max(alpha, 1.0) - 1e-9, 20_000, dtype=torch.float64)
+    exponents = torch.linspace(-1074, 27 / max(alpha, 1.0) - 1e-9, 20_000, dtype=torch.float64)
     compiled, plain = pair(len(exponents), alpha)
     for tree in (compiled, plain):
         tree.update(torch.arange(len(exponents)), 2.0**exponents)
@@ -78,7 +78,7 @@ def op_arguments() -> dict[str, tuple]:
     return {
         "update_": (tree._nodes, 100, 1.0, *update),
         "sample_": (tree._nodes, 100, key, slots),
-        "sample_distinct_": (tree._nodes, 100, key, slots, torch.empty_like(slots)),
+        "sample_distinct_": (tree._nodes, 100, key, slots, torch.empty_like(slots), tree._ended),
     }
 
 
@@ -117,6 +117,7 @@ def test_torch_compile_takes_the_ops_whole():
         ("update_", 3, torch.arange(10)[::2], "indices: must be contiguous"),
         ("sample_", 2, torch.zeros(3, dtype=torch.int64), "key: must hold 2"),
         ("sample_distinct_", 4, torch.zeros(3, dtype=torch.int64), "taken: must hold 10"),
+        ("sample_distinct_", 5, torch.zeros(2, dtype=torch.int64), "ended: must hold 1"),
     ],
 )
 def test_the_ops_refuse_what_they_would_misread(name, position, wrong, message):

@@ -69,6 +69,22 @@ def test_refused_updates_change_nothing_and_are_raised_later():
         tree.state_dict()
 
 
+@pytest.mark.parametrize("n", [1, 17, 512, 5_000, 60_000])
+def test_draws_without_replacement_over_many_blocks(n):
+    """From equal weights, where a few draws repeat, and from very unequal ones, where most do: the CPU's slots, each
+    once, in one round or in many; the tree is as it was."""
+    capacity, key = 100_000, torch.tensor([3, n])
+    for priorities in (torch.ones(capacity), 10.0 ** torch.linspace(-4, 8, capacity, dtype=torch.float64)):
+        cpu, cuda = trees(capacity)
+        for tree in (cpu, cuda):
+            tree.update(torch.arange(capacity), priorities)
+        for _ in range(3):
+            got = cuda.sample(n, generator=key.cuda(), replacement=False)
+            assert torch.equal(got.cpu(), cpu.sample(n, generator=key, replacement=False))
+            assert torch.equal(cuda._nodes.cpu(), cpu._nodes) and cuda._ended.item() == 0
+            key[1] += 1
+
+
 @pytest.mark.parametrize("replacement", [True, False])
 def test_draws_from_too_little_are_marked(replacement):
     """-1 where nothing is left, and the slots before that are whole; the tree is as it was."""

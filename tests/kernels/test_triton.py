@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels" / "rethinker_kernels"
+KERNELS, EXPONENTIALS = "tests/kernels/fuzz_triton.py", "tests/kernels/fuzz_exponentials.py"
 
 
 def interpreted(*arguments: str, kernels: Path = PACKAGE.parent) -> subprocess.CompletedProcess[str]:
@@ -27,7 +28,14 @@ def interpreted(*arguments: str, kernels: Path = PACKAGE.parent) -> subprocess.C
 def test_the_kernels_equal_their_definitions(part):
     """The fuzzing suite: values, statistics and gradients over awkward shapes, strides and values."""
     pytest.importorskip("triton", reason="needs triton, which this platform has no package of")
-    done = interpreted("tests/kernels/fuzz_triton.py", "-k", part)
+    done = interpreted(KERNELS, "-k", part)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_the_product_that_leaves_exponentials():
+    """Its own suite, of fp32 inputs: on a GPU it takes bf16 alone."""
+    pytest.importorskip("triton", reason="needs triton, which this platform has no package of")
+    done = interpreted(EXPONENTIALS)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
@@ -67,6 +75,15 @@ FAULTS = {
         [("        write_zeros(place, start, end, TILE)", "        pass")],
         "unused_outputs",
     ),
+    "an offset that is too low stays": (
+        "exponentials.py", [("        tl.atomic_max(work + 1, tiles)", "        pass")], "any_old_log_prob and 0"
+    ),
+    "columns beyond the vocabulary have exponentials": (
+        "exponentials.py", [("tl.where(inside, d, NO_MASS)", "d")], "near_uniform"
+    ),
+    "the chosen entry keeps its exponential": (
+        "exponentials.py", [("(e - s).to(", "e.to(")], "test_log_probs and 129-40-7"
+    ),
 }  # fmt: skip
 """Per fault: file, replacements, and the tests that must fail. "none" is the control: the same tests pass."""
 
@@ -83,7 +100,8 @@ def test_a_planted_fault_is_found(fault, tmp_path):
         assert old in text
         text = text.replace(old, new)
     source.write_text(text)
-    done = interpreted("tests/kernels/fuzz_triton.py", "-k", select, "-x", kernels=tmp_path)
+    suite = EXPONENTIALS if file == "exponentials.py" else KERNELS
+    done = interpreted(suite, "-k", select, "-x", kernels=tmp_path)
     if fault == "none":
         assert done.returncode == 0, done.stdout[-3000:]
     else:  # a failed test, or reading out of bounds (a signal)

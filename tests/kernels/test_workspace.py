@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rethinker_kernels import linear, linear_grpo
+from rethinker_kernels import linear, linear_grpo, linear_grpo_loss
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, WORKSPACE, chunk_bytes, chunk_rows
 from rethinker_kernels.scaled import scaled
 from rethinker_kernels.triton_kernels import linear as row_kernel
@@ -72,6 +72,16 @@ def test_workspace_at_a_real_head(width, vocabulary, gigabytes, monkeypatch):
     assert gigabytes - 0.1 < (peak.most - returned) / 1e9 < gigabytes
     chunk = chunk_bytes(ROWS, width, vocabulary, 2, 132)
     assert forward - returned == pytest.approx(2 * width * vocabulary + chunk, rel=0.01)
+
+
+def test_the_backward_pass_makes_the_gradients_and_nothing_else():
+    """No zeros stand for the gradients of outputs that have none: one of those outputs is as large as the weight."""
+    hidden, weight = (torch.randn(n, 64).bfloat16().requires_grad_() for n in (8, 5_000))
+    index = torch.arange(8)
+    loss, *_ = linear_grpo_loss(hidden, weight, index, torch.zeros(8), torch.ones(8), normalizer=8.0)
+    with Peak(hidden, weight, *loss.grad_fn.saved_tensors) as peak:
+        loss.backward()
+    assert peak.most < 1.1 * 2 * weight.numel()
 
 
 @pytest.mark.parametrize("processors", [108, 132, 148])

@@ -1,6 +1,6 @@
 """The arithmetic of `rethinker plan` against resident memory of real steps: the ZeRO-3 engine, the policy, the kernels.
 
-Measured on a CPU: fp32 and bf16, one rank and (the long text) two. What only a GPU shows is not: FlexAttention,
+Measured on a CPU: fp32 and bf16, one rank and (the long text) two. What only a GPU shows is not: flash attention,
 vLLM's budget, the allocator's fragmentation.
 """
 

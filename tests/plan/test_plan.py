@@ -169,9 +169,12 @@ def test_every_switch_moves_its_phase():
 
 
 def test_sdpa_pays_for_its_mask():
-    """With SDPA every layer keeps a float mask of its own, which FlexAttention does not."""
-    flex, sdpa = (phases(make_plan(settings(policy__attention=kernel), machine(8))) for kernel in ("flex", "sdpa"))
-    assert sdpa["training"] > flex["training"] + 1
+    """With SDPA every layer keeps a float mask of its own; flash attention, the default on a GPU, does without."""
+    auto, flash, sdpa = (
+        phases(make_plan(settings(policy__attention=kernel), machine(8))) for kernel in ("auto", "flash", "sdpa")
+    )
+    assert sdpa["training"] > flash["training"] + 1
+    assert auto == flash
 
 
 def test_the_cache_is_what_vllms_share_leaves():
@@ -272,8 +275,8 @@ def test_activations_hold_at_any_depth_and_length():
     from rethinker.plan import activations
 
     shape = dataclasses.replace(shape_of("tiny"), layers=5)
-    counted = activations.text_activations(shape, dtype="bfloat16", kernel="flex", row=0, checkpointing=False)
-    deep = activations._policy(shape, "bfloat16", "flex", False, 5).model.language_model
+    counted = activations.text_activations(shape, dtype="bfloat16", kernel="flash", row=0, checkpointing=False)
+    deep = activations._policy(shape, "bfloat16", "flash", False, 5).model.language_model
     positions = torch.empty(3, 1, 1024, dtype=torch.int64, device="meta")
     with activations.Count() as count:
         embeds = torch.empty(1, 1024, shape.hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)

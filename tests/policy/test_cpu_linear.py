@@ -52,3 +52,11 @@ def test_other_types_are_left_alone():
     kinds = [type(module) for module in model]
     use_onednn(model)
     assert [type(module) for module in model] == kinds
+
+
+def test_elsewhere_than_on_a_cpu_torch_multiplies(monkeypatch):
+    """A model that has moved since: the meta device stands for a GPU, where oneDNN is not."""
+    model = nn.Sequential(nn.Linear(6, 5))
+    use_onednn(model)
+    monkeypatch.delattr("rethinker.policy.cpu_linear._times_transposed")
+    assert model.to("meta")(torch.empty(3, 6, device="meta")).shape == (3, 5)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import numpy as np
 import pytest
 import torch
 
-from rethinker.config import PolicyConfig
+from rethinker.config import ConfigError, PolicyConfig
 from rethinker.policy import attention
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.packing import pack, plan_micro_batches
-from rethinker.samples import Bundle
+from rethinker.samples import Bundle, Completion, Prompt, Query, Rethought, Sample
+from rethinker.settings import load_config
 
 from .helpers import per_sample_logps, queries_of_every_kind, samples_for
 
@@ -39,7 +42,7 @@ def compare(samples, encoder, policy, model):
     return (logps - expected).abs().max().item(), gradient_error
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+@pytest.mark.parametrize("kernel", ["sdpa", "flash", "varlen"])
 @pytest.mark.parametrize("folder", ["tiny_folder", "untied_folder"])
 def test_packed_forward_equals_per_sample_forward(folder, kernel, encoder, tmp_path, request):
     """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none, whether
@@ -53,13 +56,14 @@ def test_packed_forward_equals_per_sample_forward(folder, kernel, encoder, tmp_p
     assert gradient_error <= 1e-5
 
 
-def test_gradient_checkpointing_recomputes(tiny_folder, encoder, tmp_path):
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+def test_gradient_checkpointing_recomputes(kernel, tiny_folder, encoder, tmp_path):
     """With policy.gradient_checkpointing every decoder layer and vision block runs twice a step, in eval mode, without
     dropout; the gradients are the same."""
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
     found = {}
     for checkpointing in (False, True):
-        config = PolicyConfig(dtype="float32", gradient_checkpointing=checkpointing)
+        config = PolicyConfig(dtype="float32", attention=kernel, gradient_checkpointing=checkpointing)
         policy = Policy(load_model(tiny_folder, torch.float32), config).eval()
         runs = [0]
         layers = [*policy.hf.model.language_model.layers, *policy.hf.model.visual.blocks]
@@ -78,12 +82,29 @@ def test_a_batch_on_a_device_keeps_its_layout_on_the_host(encoder, policy, tmp_p
     (batch,), _ = packed(samples_for(queries_of_every_kind(tmp_path), encoder, [5]), encoder, policy)
     moved = batch.to("meta")
     kept = {name for name, value in vars(moved).items() if isinstance(value, torch.Tensor) and not value.is_meta}
-    assert kept == {"prompt_id", "response_id"}
-    attention.lay_out(moved, "sdpa")
+    kept |= {name for name, value in moved.image_inputs.items() if not value.is_meta}
+    assert kept == {"prompt_id", "response_id", "image_grid_thw"}
+    for kernel in ("sdpa", "flash", "varlen"):
+        attention.lay_out(moved, kernel)
+
+
+@pytest.mark.gpu
+def test_a_batch_goes_to_a_gpu_without_waiting(encoder, policy, tmp_path):
+    """Packing never waits for the device, which computes the last batch meanwhile; the values arrive."""
+    (batch,), _ = packed(samples_for(queries_of_every_kind(tmp_path), encoder, [5]), encoder, policy)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved = batch.to("cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(moved, name).cpu(), value), name
+    assert all(torch.equal(moved.image_inputs[name].cpu(), value) for name, value in batch.image_inputs.items())
 
 
 def test_single_row_layout_equals_row_per_prompt(encoder, policy, tmp_path, monkeypatch):
-    """The [T, T] mask (what FlexAttention computes) and the row-per-prompt layout give the same log-probs."""
+    """The [T, T] mask and the row-per-prompt layout give the same log-probs."""
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
     (batch,), _ = packed(samples, encoder, policy)
     folded = attention.lay_out(batch, "sdpa")
@@ -96,24 +117,6 @@ def test_single_row_layout_equals_row_per_prompt(encoder, policy, tmp_path, monk
     assert (single - expected).abs().max() <= 1e-5
 
 
-def test_flex_predicate_is_the_same_mask(encoder, policy, tmp_path):
-    """The BlockMask's predicate marks exactly the pairs that the boolean mask marks."""
-    from torch.nn.attention.flex_attention import create_mask
-
-    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
-    (batch,), _ = packed(samples, encoder, policy)
-    layout = attention.lay_out(batch, "flex")
-    n = layout.index.shape[1]
-    assert n % attention.FLEX_BLOCK == 0
-    flex = create_mask(layout.mask.mask_mod, None, None, n, n, device="cpu")[0, 0]
-    T = batch.tokens
-    i, j = torch.meshgrid(torch.arange(T), torch.arange(T), indexing="ij")
-    p, r = batch.prompt_id, batch.response_id
-    law = (j <= i) & (p[i] == p[j]) & ((r[j] == 0) | (r[j] == r[i]))
-    assert torch.equal(flex[:T, :T], law)
-    assert not flex[:T, T:].any() and flex[T:, T:].diagonal().all()
-
-
 def test_unshared_sequences_are_prompt_and_response(encoder, policy, tmp_path):
     """policy.attention=varlen: one sequence per response, its prompt before it; one of a single token, which is no
     input, adds none; every row token is found where it stands."""
@@ -121,31 +124,52 @@ def test_unshared_sequences_are_prompt_and_response(encoder, policy, tmp_path):
     (batch,), (bundles,) = packed(samples, encoder, policy)
     layout = attention.lay_out(batch, "varlen")
     prompts = [bundle.samples[0].prompt_tokens for bundle in bundles]
-    assert layout.segments.bounds.diff().tolist() == [n for p in prompts for n in (p + 4, p + 2)]
-    assert layout.segments.longest == max(prompts) + 4
+    assert layout.visible.own.queries.diff().tolist() == [n for p in prompts for n in (p + 4, p + 2)]
+    assert layout.visible.own.longest_queries == max(prompts) + 4 and layout.visible.shared is None
     assert torch.equal(layout.index[0, layout.position], torch.arange(batch.tokens))
     alone = samples_for(queries_of_every_kind(tmp_path)[:1], encoder, [1, 1])
     (batch,), (bundle,) = packed(alone, encoder, policy)
-    assert attention.lay_out(batch, "varlen").segments.bounds.tolist() == [0, bundle[0].samples[0].prompt_tokens]
+    bounds = attention.lay_out(batch, "varlen").visible.own.queries
+    assert bounds.tolist() == [0, bundle[0].samples[0].prompt_tokens]
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_equals_the_default(tiny_folder, encoder, tmp_path):
-    """policy.attention=flex, the kernel of GPUs, here run eagerly: the same log-probs as SDPA's."""
-    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
-    logps = {}
-    for kernel in ("flex", "sdpa"):
-        policy = Policy(load_model(tiny_folder, torch.float32), PolicyConfig(dtype="float32", attention=kernel))
-        (batch,), _ = packed(samples, encoder, policy)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            logps[kernel], _ = policy(batch)
-    assert (logps["flex"] - logps["sdpa"]).abs().max() <= 1e-5
+def test_replayed_samples_see_their_groups_prompt(encoder, model, tiny_folder, tmp_path):
+    """policy.attention=flash: replayed samples, also drawn twice, and groups of one, of text and of nothing but an
+    empty response give the per-sample forward's log-probs and gradients."""
+    one, two, text = queries_of_every_kind(tmp_path)
+    samples = samples_for([one], encoder, [5, 9]) + samples_for([two], encoder, [1]) + samples_for([text], encoder, [7])
+    empty = samples_for([dataclasses.replace(text, id="empty")], encoder, [0])
+    policy = Policy(load_model(tiny_folder, torch.float32), PolicyConfig(dtype="float32", attention="flash"))
+    logp_error, gradient_error = compare([*samples, samples[0], samples[0], *empty], encoder, policy, model)
+    assert logp_error <= 1e-5 and gradient_error <= 1e-5
+
+
+@pytest.mark.parametrize("kernel", ["flash", "varlen"])
+def test_flash_kernels_take_16_bits_on_a_gpu(kernel, monkeypatch):
+    """On CUDA fp32 is refused, naming policy.dtype, and auto takes SDPA for it; 16 bits take flash attention."""
+    with pytest.raises(ConfigError, match=f"policy.attention={kernel} needs policy.dtype=bfloat16"):
+        attention.kernel_for(PolicyConfig(dtype="float32", attention=kernel), on_gpu=True)
+    assert attention.kernel_for(PolicyConfig(dtype="float32", attention=kernel), on_gpu=False) == kernel
+    chosen = {
+        (dtype, on_gpu): attention.kernel_for(PolicyConfig(dtype=dtype), on_gpu)
+        for dtype in ("float32", "bfloat16")
+        for on_gpu in (False, True)
+    }
+    assert [key for key, value in chosen.items() if value != "sdpa"] == [("bfloat16", True)]
+    assert chosen["bfloat16", True] == "flash"
+
+
+def test_flex_attention_is_refused():
+    """What replaces it is named."""
+    with pytest.raises(ConfigError, match="policy.attention='flex' must be one of .*flash"):
+        load_config("easy_vqa_cpu", {"policy.attention": "flex"})
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["flex", "varlen"])
+@pytest.mark.parametrize("kernel", ["flash", "varlen"])
 def test_the_gpus_kernels_equal_the_default(kernel, tiny_folder, encoder, tmp_path):
-    """Compiled FlexAttention and flash attention in bf16 are as far from fp32 as SDPA in bf16 is, or nearer."""
+    """Flash attention in bf16, of shared prompts and of repeated ones, is as far from fp32 as SDPA in bf16 is, or
+    nearer."""
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 1, 9])
     logps = {}
     for name, dtype in ((kernel, "bfloat16"), ("sdpa", "bfloat16"), ("exact", "float32")):
@@ -156,6 +180,28 @@ def test_the_gpus_kernels_equal_the_default(kernel, tiny_folder, encoder, tmp_pa
             logps[name] = policy(batch.to(torch.device("cuda")))[0]
     error, usual = ((logps[name] - logps["exact"]).abs().mean() for name in (kernel, "sdpa"))
     assert error <= 1.5 * usual
+
+
+def assert_queued(policy, batch):
+    """Its second trip to the GPU, forward and backward never ask the device for an answer."""
+    assert policy.kernel == "flash"
+    policy(batch.to("cuda"))[0].sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        policy(batch.to("cuda"))[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_gpu(tiny_folder, encoder, tmp_path):
+    """From a batch on the host to its gradients everything is queued, the vision tower's windows included."""
+    policy = Policy(load_model(tiny_folder, torch.bfloat16), PolicyConfig()).eval().cuda()
+    (batch,), _ = packed(samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9]), encoder, policy)
+    assert_queued(policy, batch)
+    (text,), _ = packed(samples_for(queries_of_every_kind(tmp_path)[2:], encoder, [5, 9]), encoder, policy)
+    assert_queued(policy, text)
 
 
 @pytest.mark.parametrize("fault", ["leak between responses", "position of the second response", "label shift"])
@@ -199,7 +245,7 @@ def test_empty_responses_and_single_samples(encoder, policy, model, tmp_path):
     assert (batch.cu_seqlens.diff() == 0).sum() == len(queries)
     assert len(batch.advantages) == len(samples) and len(batch.target_ids) == 4 * len(queries)
     logps, _ = policy(batch)
-    expected = torch.cat([per_sample_logps(model, encoder, s) for s in samples if s.completion.token_ids])
+    expected = torch.cat([per_sample_logps(model, encoder, s) for s in samples if s.completion.tokens])
     ours = {tuple(s.completion.token_ids): None for s in samples}
     assert len(ours) > 1
     assert sorted((logps - 0).tolist()) == pytest.approx(sorted(expected.tolist()), abs=1e-5)
@@ -256,6 +302,78 @@ def test_replayed_sample_joins_its_group(encoder, tmp_path):
     (micro,) = plan[0]
     assert len(micro) == 3
     assert {b.query.id: len(b.samples) for b in micro} == {"one": 4, "two": 2, "text": 2}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_row_is_what_its_responses_say_token_by_token(seed, cap):
+    """Every tensor of a packed batch, built up one token at a time in plain Python: the same bits, with responses of
+    any length, masked spans, -inf and NaN log-probs, importance weights, a correction cap and the supervised term."""
+    rng = np.random.default_rng(seed)
+    prompts = {str(i): list(range(10 * i, 10 * i + 3 + i)) for i in range(4)}
+    bundles = []
+    for name, ids in prompts.items():
+        samples = []
+        for index, length in enumerate(rng.integers(0, 9, 3)):
+            logprobs, scores = -rng.random((2, length)).astype(np.float32)
+            logprobs[length // 2 :: 4] = (-np.inf, np.nan)[index % 2]
+            rethought = Rethought(1, 3, "x", 0, 3) if length > 3 else None
+            tokens = rng.integers(0, 150_000, length).tolist()
+            completion = Completion(tokens, logprobs.tolist(), "", "stop", rethought, scores.tolist())
+            known = {"prompt_tokens": len(ids), "weight": float(rng.random()), "policy_version": index}
+            samples.append(Sample(Query(name, "", ""), completion, float(rng.standard_normal()), **known))
+        bundles.append(Bundle(samples[0].query, tuple(samples)))
+    expected = {name: [] for name in "ids prompt response position source target old weight mask nll ends".split()}
+
+    def put(**values):
+        for name, value in values.items():
+            expected[name].append(value)
+
+    for number, bundle in enumerate(bundles):
+        for place, token in enumerate(prompts[bundle.query.id]):
+            put(ids=token, prompt=number, response=0, position=2 * place)
+        last = len(expected["ids"]) - 1
+        for r, sample in enumerate(bundle.samples, start=1):
+            completion, source = sample.completion, last
+            for i, token in enumerate(completion.token_ids.tolist()):
+                old, factor = completion.logprobs[i], 1.0
+                if cap is not None:
+                    old, gap = completion.trainer_logprobs[i], completion.trainer_logprobs[i] - completion.logprobs[i]
+                    factor = min(cap, torch.tensor(gap).exp().item()) if np.isfinite(gap) else math.nan
+                span = completion.rethought
+                put(source=source, target=token, old=old, weight=sample.weight * factor)
+                put(mask=span is None or not span.masked_start <= i < span.masked_end, nll=0.25 * (span is not None))
+                source = len(expected["ids"])
+                if i + 1 < completion.tokens:  # the last one is no input
+                    put(ids=token, prompt=number, response=r, position=2 * place + 1 + i)
+            put(ends=len(expected["target"]))
+    batch = pack(
+        bundles,
+        lambda query: Prompt(query.id, prompts[query.id], [], []),
+        lambda query: {},
+        lambda prompt, images: 2 * torch.arange(len(prompt.token_ids)).expand(3, -1),
+        policy_version=5,
+        correction_cap=cap,
+        nll_weight=0.25,
+    )
+    samples = [sample for bundle in bundles for sample in bundle.samples]
+    pairs = {
+        "input_ids": torch.tensor([expected["ids"]]),
+        "position_ids": torch.tensor(expected["position"]).expand(3, 1, -1),
+        "prompt_id": torch.tensor(expected["prompt"]),
+        "response_id": torch.tensor(expected["response"]),
+        "source_index": torch.tensor(expected["source"]),
+        "target_ids": torch.tensor(expected["target"]),
+        "old_logps": torch.tensor(np.array(expected["old"], np.float32)),
+        "weights": torch.tensor(expected["weight"], dtype=torch.float32),
+        "loss_mask": torch.tensor(expected["mask"]),
+        "nll_weights": torch.tensor(expected["nll"], dtype=torch.float32),
+        "cu_seqlens": torch.tensor([0, *expected["ends"]], dtype=torch.int32),
+        "advantages": torch.tensor([s.advantage for s in samples], dtype=torch.float32),
+        "age": torch.tensor([5 - s.policy_version for s in samples]),
+    }
+    for name, tensor in pairs.items():
+        torch.testing.assert_close(getattr(batch, name), tensor, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def test_bundle_counts_tokens_once_per_prompt(encoder, tmp_path):

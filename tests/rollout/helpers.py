@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,9 +72,9 @@ class Policy:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
     @torch.no_grad()
-    def logits(self, prompt: Prompt, continuation: list[int]) -> torch.Tensor:
+    def logits(self, prompt: Prompt, continuation: Sequence[int]) -> torch.Tensor:
         """Logits [len(continuation) + 1, V] of the tokens after the prompt."""
-        ids = torch.tensor([prompt.token_ids + continuation])
+        ids = torch.tensor([[*prompt.token_ids, *continuation]])
         inputs = {}
         if prompt.images:
             size = {"shortest_edge": PIXELS, "longest_edge": PIXELS}

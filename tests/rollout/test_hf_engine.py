@@ -64,6 +64,22 @@ def test_responses_end_at_the_first_stop_token(hf, policy, prompts):
     assert policy.error(prompts, sampled) < TOLERANCE
 
 
+@pytest.mark.parametrize("work", ["generate", "logprobs", "sync"])
+def test_whatever_needs_the_weights_wakes_them(hf, policy, prompts, work, monkeypatch):
+    """After `sleep` the weights are on the host; sampling, scoring and syncing first move them to the device."""
+    (answer,) = hf.generate(prompts[:1], n=1, max_new_tokens=2, temperature=1.0, seed=0)
+    moves = []
+    monkeypatch.setattr(hf._model, "to", moves.append)
+    hf.sleep()
+    if work == "generate":
+        hf.generate(prompts[:1], n=1, max_new_tokens=2, temperature=1.0, seed=0)
+    elif work == "logprobs":
+        hf.logprobs(prompts[:1], answer)
+    else:
+        hf.sync(policy, 1)
+    assert len(moves) == 2 and moves[-1] is hf._device
+
+
 def test_deadline(hf, policy, prompts):
     """Sampling and syncing past rollout.timeout_s raise an error that names it."""
     hf.config.rollout.timeout_s = 0.0

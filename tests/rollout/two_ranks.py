@@ -54,7 +54,7 @@ def main(folder: str, results: str, tensor_parallel_size: int) -> None:
         )
     )
     shared = make_prompts(folder, seed=9)
-    tokens = [one.token_ids for group in engine.generate(shared, seed=3, **sampling) for one in group]
+    tokens = [one.token_ids.tolist() for group in engine.generate(shared, seed=3, **sampling) for one in group]
     Path(results, f"{ranks.rank}.json").write_text(
         json.dumps({"errors": errors, "tokens": tokens, "groups": len(sampled)})
     )

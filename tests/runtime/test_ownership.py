@@ -61,8 +61,8 @@ def test_every_trained_sample_has_its_own_tokens(seen):
     """What travelled is the response that was drawn: token ids and log-probs name their group and index."""
     for rank in seen:
         for group, index, _, completion in rank["trained"]:
-            assert completion.token_ids == [group - 100, index, 9][: 1 + index % 3]
-            assert completion.logprobs == [-float(group - 100), -float(index), 0.0][: 1 + index % 3]
+            assert completion.token_ids.tolist() == [group - 100, index, 9][: 1 + index % 3]
+            assert completion.logprobs.tolist() == [-float(group - 100), -float(index), 0.0][: 1 + index % 3]
 
 
 def test_tokens_stay_at_home_until_then(seen):

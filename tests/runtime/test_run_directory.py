@@ -33,7 +33,7 @@ def groups() -> list[Group]:
     )
     empty = Completion([], [], "", "stop")
     long = Completion(
-        [2**31, 0], [-1e-38, -700.123456789], "\\boxed{é\U0001f600}\x00", "length", None, [third, math.nan]
+        [2**31 - 1, 0], [-1e-38, -700.123456789], "\\boxed{é\U0001f600}\x00", "length", None, [third, math.nan]
     )
     first = Query("q/1", "<image>Which?", "red", ("images/1.png",), {"category": "color", "n": [1, None]})
     pixels = {"path": "b.png", "bytes": bytes(range(256))}

@@ -1,0 +1,287 @@
+"""Attention of one row of tokens, segment by segment: what flash-attention kernels compute, and how parts of it add up.
+
+A segment is a run of queries that see a run of keys: all of them, or (causal) those up to their own place. Shared
+prompts, ordinary sequences behind one another and a vision tower's windows are all made of segments; no mask is.
+
+Legend: T tokens of the row, H query heads, K key heads (H or a divisor of it), E head size, N segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rethinker.runtime.device_copies import to_device
+from rethinker_kernels.merge_attention import merge_attention
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Segment n: the queries queries[n] to queries[n + 1] see the keys keys[n] to keys[n + 1]."""
+
+    queries: Tensor  # [N + 1] int32, from 0 to all
+    keys: Tensor  # [N + 1] int32, from 0 to all
+    longest_queries: int
+    longest_keys: int
+
+    @classmethod
+    def of(cls, queries: Tensor, keys: Tensor) -> Segments:
+        """From lengths [N], on the host."""
+        bounds = [torch.cat([part.new_zeros(1), part.cumsum(0)]).int() for part in (queries, keys)]
+        return cls(*bounds, int(queries.max()), int(keys.max()))
+
+    def to(self, device: torch.device) -> Segments:
+        """On a device."""
+        bounds = (to_device(part, device) for part in (self.queries, self.keys))
+        return Segments(*bounds, self.longest_queries, self.longest_keys)
+
+
+@dataclass(frozen=True)
+class SharedKeys:
+    """Keys that queries elsewhere in the row see besides those of their own segment: a prompt's, to its responses."""
+
+    segments: Segments  # all queries of the row; those that see no shared key are segments with no keys
+    keys: Tensor  # int64: where in the row the shared keys stand
+    queries: Tensor  # int64: where in the row the queries that see some stand
+
+    def to(self, device: torch.device) -> SharedKeys:
+        """On a device."""
+        return SharedKeys(self.segments.to(device), to_device(self.keys, device), to_device(self.queries, device))
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What each token of a row sees."""
+
+    own: Segments  # each segment itself
+    causal: bool
+    shared: SharedKeys | None = None
+
+    def to(self, device: torch.device) -> Visible:
+        """On a device."""
+        return Visible(self.own.to(device), self.causal, self.shared and self.shared.to(device))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float) -> Tensor:
+    """Attention [T, H, E], differentiable in q, k and v.
+
+    Args:
+        q: [T, H, E]; 16-bit on CUDA.
+        k, v: [T, K, E].
+        visible: on their device.
+        scale: of the scores.
+    """
+    return _Attend.apply(q, k, v, visible, scale)
+
+
+class _Attend(torch.autograd.Function):
+    """Softmax over two sets of keys is the two results weighted by their shares of the sum of exponentials.
+
+    The backward of a flash-attention kernel needs of a query only its output and log-sum-exp. Given the merged ones,
+    each part's backward is exactly that part of the whole one.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, visible, scale):
+        kernels, shared = kernels_of(q.device), visible.shared
+        out, lse = kernels.forward(q, k, v, visible.own, visible.causal, scale)
+        if shared is not None:
+            part = kernels.forward(q, k[shared.keys], v[shared.keys], shared.segments, False, scale)
+            merge_attention(out, lse, *part, shared.queries)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.visible, ctx.scale = visible, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse = ctx.saved_tensors
+        visible, scale, shared = ctx.visible, ctx.scale, ctx.visible.shared
+        kernels = kernels_of(q.device)
+        dq, dk, dv = kernels.backward(grad, q, k, v, out, lse, visible.own, visible.causal, scale)
+        if shared is not None:
+            at = shared.keys
+            part = kernels.backward(grad, q, k[at], v[at], out, lse, shared.segments, False, scale)
+            dq += part[0]
+            dk.index_add_(0, at, part[1])
+            dv.index_add_(0, at, part[2])
+        return dq, dk, dv, None, None
+
+
+class Kernels(NamedTuple):
+    """One implementation. A query without keys has the output 0, an undefined log-sum-exp, and no gradient."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    """(q, k, v, segments, causal, scale) -> output [T, H, E], log-sum-exp [H, T] (fp32, or fp64 of fp64)"""
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """(gradient, q, k, v, output, log-sum-exp, segments, causal, scale) -> gradients of q, k, v"""
+
+
+@cache
+def kernels_of(device: torch.device) -> Kernels:
+    """On CUDA flash-attn 3 or 4 where it is installed and made for the GPU, else torch's own; elsewhere plain PyTorch.
+
+    flash-attn 3 (module flash_attn_interface) serves compute capability 9, flash-attn 4 (flash_attn.cute) 9 and above.
+    """
+    if device.type != "cuda":
+        return PLAIN
+    major = torch.cuda.get_device_capability(device)[0]
+    if major == 9 and _installed("flash_attn_interface"):
+        return FLASH_3
+    if major >= 9 and _installed("flash_attn.cute"):
+        return FLASH_4
+    return TORCH
+
+
+def _installed(module: str) -> bool:
+    parent, _, child = module.rpartition(".")
+    return find_spec(parent or child) is not None and find_spec(module) is not None
+
+
+def _contiguous_heads(*tensors: Tensor) -> list[Tensor]:
+    """The kernels take any strides but the last; an expanded gradient has 0 there."""
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+
+
+def _torch_forward(q, k, v, segments, causal, scale):
+    q, k, v = _contiguous_heads(q, k, v)
+    # With one query a segment the kernel would fold heads into queries and return log-sum-exps in another order.
+    longest = max(2, segments.longest_queries), segments.longest_keys
+    bounds = segments.queries, segments.keys
+    return torch.ops.aten._flash_attention_forward(q, k, v, *bounds, *longest, 0.0, causal, False, scale=scale)[:2]
+
+
+def _torch_backward(grad, q, k, v, out, lse, segments, causal, scale):
+    tensors = _contiguous_heads(grad, q, k, v, out)
+    longest = max(2, segments.longest_queries), segments.longest_keys
+    bounds = segments.queries, segments.keys
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout: not read without it
+    return torch.ops.aten._flash_attention_backward(
+        *tensors, lse, *bounds, *longest, 0.0, causal, seed, seed, scale=scale
+    )
+
+
+TORCH = Kernels(_torch_forward, _torch_backward)
+
+
+def _flash_3_forward(q, k, v, segments, causal, scale):
+    from flash_attn_interface import _flash_attn_forward
+
+    return _flash_attn_forward(
+        q,
+        k,
+        v,
+        cu_seqlens_q=segments.queries,
+        cu_seqlens_k=segments.keys,
+        max_seqlen_q=segments.longest_queries,
+        max_seqlen_k=segments.longest_keys,
+        softmax_scale=scale,
+        causal=causal,
+    )[:2]
+
+
+def _flash_3_backward(grad, q, k, v, out, lse, segments, causal, scale):
+    from flash_attn_interface import _flash_attn_backward
+
+    gradients = [torch.empty_like(x) for x in (q, k, v)]
+    bounds = segments.queries, segments.keys, None, None
+    longest = segments.longest_queries, segments.longest_keys
+    _flash_attn_backward(grad, q, k, v, out, lse, *bounds, *longest, *gradients, scale, causal)
+    return tuple(gradients)
+
+
+FLASH_3 = Kernels(_flash_3_forward, _flash_3_backward)
+
+
+def _flash_4_options(segments, causal, scale):
+    return {
+        "cu_seqlens_q": segments.queries,
+        "cu_seqlens_k": segments.keys,
+        "max_seqlen_q": segments.longest_queries,
+        "max_seqlen_k": segments.longest_keys,
+        "softmax_scale": scale,
+        "causal": causal,
+    }
+
+
+def _flash_4_forward(q, k, v, segments, causal, scale):
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    return _flash_attn_fwd(q, k, v, return_lse=True, **_flash_4_options(segments, causal, scale))[:2]
+
+
+def _flash_4_backward(grad, q, k, v, out, lse, segments, causal, scale):
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    return _flash_attn_bwd(q, k, v, out, grad, lse, **_flash_4_options(segments, causal, scale))[:3]
+
+
+FLASH_4 = Kernels(_flash_4_forward, _flash_4_backward)
+
+
+def _pieces(segments: Segments):
+    """(slice of queries, slice of keys) of every segment that has queries."""
+    for (a, b), (c, d) in zip(pairwise(segments.queries.tolist()), pairwise(segments.keys.tolist()), strict=True):
+        if a < b:
+            yield slice(a, b), slice(c, d)
+
+
+def _folded(x: Tensor, key_heads: int) -> Tensor:
+    """Queries [n, H, E] of the heads that share a key head behind one another: [K, H / K * n, E], 16 bits as fp32."""
+    n, heads, size = x.shape
+    x = x.double() if x.dtype == torch.float64 else x.float()
+    return x.view(n, key_heads, heads // key_heads, size).permute(1, 2, 0, 3).reshape(key_heads, -1, size)
+
+
+def _unfolded(x: Tensor, n: int) -> Tensor:
+    """The reverse of `_folded`."""
+    key_heads, rows, size = x.shape
+    return x.view(key_heads, rows // n, n, size).permute(2, 0, 1, 3).reshape(n, -1, size)
+
+
+def _scores(q: Tensor, k: Tensor, n: int, causal: bool, scale: float) -> Tensor:
+    """[K, H / K * n, keys] of folded queries and keys [K, keys, E]; -inf where a query does not see a key."""
+    scores = scale * q @ k.transpose(1, 2)
+    if causal:
+        unseen = torch.ones(n, k.shape[1], dtype=torch.bool, device=q.device).triu(k.shape[1] - n + 1)
+        scores = scores.view(len(q), -1, n, k.shape[1]).masked_fill(unseen, -torch.inf).view_as(scores)
+    return scores
+
+
+def _plain_forward(q, k, v, segments, causal, scale):
+    out = torch.zeros_like(q)
+    lse = q.new_full((q.shape[1], len(q)), torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    for queries, keys in _pieces(segments):
+        if keys.start == keys.stop:
+            continue
+        n, heads = queries.stop - queries.start, k.shape[1]
+        folded, key, value = _folded(q[queries], heads), _folded(k[keys], heads), _folded(v[keys], heads)
+        scores = _scores(folded, key, n, causal, scale)
+        sums = scores.logsumexp(-1, keepdim=True)
+        out[queries] = _unfolded((scores - sums).exp() @ value, n).to(out.dtype)
+        lse[:, queries] = sums.view(-1, n)
+    return out, lse
+
+
+def _plain_backward(grad, q, k, v, out, lse, segments, causal, scale):
+    gradients = dq, dk, dv = [torch.zeros_like(x) for x in (q, k, v)]
+    for queries, keys in _pieces(segments):
+        n, heads = queries.stop - queries.start, k.shape[1]
+        folded, key, value = _folded(q[queries], heads), _folded(k[keys], heads), _folded(v[keys], heads)
+        upstream, result = _folded(grad[queries], heads), _folded(out[queries], heads)
+        sums = lse[:, queries].reshape(heads, -1, 1)
+        weights = (_scores(folded, key, n, causal, scale) - sums).exp()
+        slopes = weights * (upstream @ value.transpose(1, 2) - (upstream * result).sum(-1, keepdim=True)) * scale
+        dq[queries] = _unfolded(slopes @ key, n).to(q.dtype)
+        dk[keys] += (slopes.transpose(1, 2) @ folded).transpose(0, 1).to(k.dtype)
+        dv[keys] += (weights.transpose(1, 2) @ upstream).transpose(0, 1).to(v.dtype)
+    return tuple(gradients)
+
+
+PLAIN = Kernels(_plain_forward, _plain_backward)

@@ -1,0 +1,114 @@
+"""merge_attention: in PyTorch, in Triton's interpreter, compiled for sm_80, sm_90 and sm_100, and on a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from rethinker_kernels.devices import takes_triton
+from rethinker_kernels.merge_attention import merge_attention
+
+ROOT = Path(__file__).parents[2]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("queries, heads, width", [(1, 1, 8), (65, 3, 80), (130, 2, 32), (40, 4, 128)])
+def test_merges(queries, heads, width, heads_first, dtype):
+    """The chosen rows are those of a softmax over both sets, also where one set weighs nothing; the others stay to the
+    bit; what the second part says of them, be it NaN, is not read."""
+    generator = torch.Generator().manual_seed(queries)
+    shape = (heads, queries, width) if heads_first else (queries, heads, width)
+
+    def tensor(scale=1.0, *, of=shape, to=dtype):
+        return (scale * torch.randn(of, generator=generator, dtype=torch.float64)).to(DEVICE, to)
+
+    out, other = (tensor().transpose(0, 1) if heads_first else tensor() for _ in range(2))
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    lse, other_lse = (tensor(40.0, of=(heads, queries), to=sums) for _ in range(2))
+    rows = torch.randperm(queries, generator=generator)[: queries - queries // 4].sort().values.to(DEVICE)
+    kept = torch.ones(queries, dtype=torch.bool, device=DEVICE).index_fill(0, rows, False)
+    other[kept], other_lse[:, kept] = torch.nan, torch.inf
+    before, before_lse = out.clone(), lse.clone()
+    merge_attention(out, lse, other, other_lse, rows)
+
+    a, b = before_lse.double().t()[..., None], other_lse.double().t()[..., None]
+    total = torch.logaddexp(a, b)
+    expected = (a - total).exp() * before.double() + (b - total).exp() * other.double()
+    assert torch.equal(out[kept], before[kept]) and torch.equal(lse[:, kept], before_lse[:, kept])
+    torch.testing.assert_close(out[rows].double(), expected[rows], rtol=0, atol=8 * TOLERANCES[dtype])
+    torch.testing.assert_close(lse.double()[:, rows], total[rows, :, 0].t(), rtol=TOLERANCES[sums], atol=0)
+
+
+def test_no_row_is_nothing():
+    """No query sees both sets: nothing changes."""
+    out, lse = torch.randn(3, 2, 8, device=DEVICE), torch.randn(2, 3, device=DEVICE)
+    before = out.clone(), lse.clone()
+    merge_attention(out, lse, torch.ones_like(out), torch.ones_like(lse), torch.zeros(0, dtype=int, device=DEVICE))
+    assert torch.equal(out, before[0]) and torch.equal(lse, before[1])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreter's run itself")
+def test_the_triton_kernel_in_the_interpreter():
+    """The tests above once more, with the Triton kernel in Triton's interpreter."""
+    pytest.importorskip("triton", reason="needs triton, which this platform has no package of")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="is for the interpreter's run")
+def test_this_is_the_triton_kernel():
+    """Otherwise the interpreter's run would test PyTorch."""
+    assert takes_triton(torch.zeros(1, device=DEVICE))
+
+
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from rethinker_kernels.triton_kernels.merge_attention import QUERIES, WARPS, merge_kernel
+kernel, capability, width, path = merge_kernel, int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+types = {"out": "*bf16", "other": "*bf16", "lse": "*fp32", "other_lse": "*fp32", "rows": "*i64"}
+constants = {"BLOCK": QUERIES, "WIDTH": width}
+signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
+           if n not in constants and n not in ("count", "queries")}
+source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
+open(path, "wb").write(done.asm["cubin"])
+"""
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("width", [64, 128])
+def test_compiles_without_spills(capability, width):
+    """No stack, no spills, 16-byte loads and stores of heads."""
+    triton = pytest.importorskip("triton", reason="needs triton, which this platform has no package of")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        command = [sys.executable, "-c", COMPILE, str(capability), str(width), cubin.name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        usage, sass = (
+            subprocess.run([tool, option, cubin.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    assert found["STACK"] == found["LOCAL"] == 0 and not re.search(r"\b(?:STL|LDL)\b", sass), found
+    assert re.search(r"\bLDG\.E\S*\.128\b", sass) and re.search(r"\bSTG\.E\S*\.128\b", sass)

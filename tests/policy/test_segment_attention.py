@@ -1,0 +1,183 @@
+"""Attention over segments equals attention under a mask: outputs and every gradient, whatever the row holds."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rethinker.policy import segment_attention
+from rethinker.policy.attention import VISION, lay_out, row_attention
+from rethinker.policy.segment_attention import Segments, Visible, attend
+from rethinker_kernels.merge_attention import merge_attention
+
+# (tokens of a prompt, input tokens of its responses), one per prompt
+ROWS = {
+    "many": [(7, [3, 0, 1, 30]), (1, [5]), (40, [16, 16]), (9, [])],
+    "one token each": [(1, [1])],
+    "prompts of one token": [(1, [0]), (1, [2]), (1, [])],
+    "no response token": [(4, []), (3, [0])],
+    "no answer first": [(3, []), (2, [1, 1])],
+    "one group of one": [(6, [8])],
+}
+BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def row(groups) -> SimpleNamespace:
+    """What a layout reads of a packed batch."""
+    prompt, response = [], []
+    for number, (asked, answered) in enumerate(groups):
+        prompt += [number] * (asked + sum(answered))
+        response += [0] * asked + [r for r, length in enumerate(answered, start=1) for _ in range(length)]
+    return SimpleNamespace(prompt_id=torch.tensor(prompt), response_id=torch.tensor(response), tokens=len(prompt))
+
+
+def mask_of(batch) -> torch.Tensor:
+    """The rule of shared prompts, [T, T]."""
+    p, r = batch.prompt_id, batch.response_id
+    before = torch.ones(batch.tokens, batch.tokens, dtype=torch.bool).tril()
+    return before & (p[:, None] == p) & ((r == 0) | (r[:, None] == r))
+
+
+def masked(q, k, v, mask, scale):
+    """Attention by its definition."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("ihe,jhe->hij", q, k) * scale
+    return torch.einsum("hij,jhe->ihe", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+
+
+def inputs(tokens, heads, key_heads, size, dtype, device="cpu"):
+    """q, k, v and the gradient of the output."""
+    generator = torch.Generator().manual_seed(tokens)
+    made = (torch.randn(tokens, h, size, generator=generator) for h in (heads, key_heads, key_heads, heads))
+    return [x.to(device, dtype) for x in made]
+
+
+def results(function, q, k, v, gradient):
+    """The output and the gradients of q, k and v."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
+
+
+def largest_error(found, expected):
+    return max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
+
+
+def shared_error(groups, dtype, heads=6, key_heads=2) -> float:
+    """Of the output and the gradients, against the mask."""
+    batch = row(groups)
+    given = inputs(batch.tokens, heads, key_heads, 16, dtype)
+    visible = lay_out(batch, "flash").visible
+    found = results(lambda q, k, v: attend(q, k, v, visible, 0.3), *given)
+    return largest_error(found, results(lambda q, k, v: masked(q, k, v, mask_of(batch), 0.3), *given))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("groups", ROWS.values(), ids=ROWS)
+def test_shared_prompts_equal_the_mask(groups, dtype, heads):
+    """Outputs and gradients of q, k and v to 1e-5 in fp32 and 1e-12 in fp64, with as many key heads and with fewer."""
+    assert shared_error(groups, dtype, *heads) <= BOUNDS[dtype]
+
+
+def share_equally(out, lse, other, other_lse, rows):
+    out[rows] = (out[rows] + other[rows]) / 2
+    lse[:, rows] = torch.logaddexp(lse[:, rows], other_lse[:, rows])
+
+
+def keep_the_sums(out, lse, other, other_lse, rows):
+    merge_attention(out, lse.clone(), other, other_lse, rows)
+
+
+@pytest.mark.parametrize("fault", ["parts weigh the same", "backward of unmerged sums", "no gradient of shared keys"])
+def test_planted_faults_are_seen(fault, monkeypatch):
+    """The comparison above is able to fail."""
+    if fault == "no gradient of shared keys":
+        monkeypatch.setattr(torch.Tensor, "index_add_", lambda self, *_: self)
+    else:
+        merge = share_equally if fault == "parts weigh the same" else keep_the_sums
+        monkeypatch.setattr(segment_attention, "merge_attention", merge)
+    assert shared_error(ROWS["many"], torch.float64) > 1e-3
+
+
+def test_images_and_windows_see_themselves():
+    """Without causality each segment is an ordinary bidirectional attention of its own."""
+    lengths = torch.tensor([4, 1, 16, 7])
+    q, k, v, gradient = inputs(28, 4, 4, 8, torch.float64)
+    visible = Visible(Segments.of(lengths, lengths), causal=False)
+    number = torch.arange(4).repeat_interleave(lengths)
+    expected = results(lambda *x: masked(*x, number[:, None] == number, 0.5), q, k, v, gradient)
+    found = results(lambda *x: attend(*x, visible, 0.5), q, k, v, gradient)
+    assert largest_error(found, expected) <= 1e-12
+
+
+def test_sixteen_bits_are_as_exact_as_plain_pytorch():
+    """In bf16 on a CPU the errors against fp64 are at most those of the definition in bf16: sums are fp32 inside."""
+    batch = row(ROWS["many"])
+    given = inputs(batch.tokens, 6, 2, 16, torch.bfloat16)
+    assert_as_exact(batch, given, factor=1.0)
+
+
+def assert_as_exact(batch, given, factor: float) -> None:
+    """Relative errors of the output and each gradient against fp64 within a factor of plain PyTorch's."""
+    device, mask = given[0].device, mask_of(batch).to(given[0].device)
+    visible = lay_out(batch, "flash").visible.to(device)
+    exact = results(lambda *x: masked(*x, mask, 0.3), *(x.double() for x in given))
+    plain = results(lambda *x: masked(*x, mask, 0.3), *given)
+    found = results(lambda *x: attend(*x, visible, 0.3), *given)
+    for name, ours, theirs, right in zip(("out", "dq", "dk", "dv"), found, plain, exact, strict=True):
+        error, usual = ((x.double() - right).norm() / right.norm() for x in (ours, theirs))
+        assert error <= factor * usual, (name, error, usual)
+
+
+def test_windows_of_a_row_are_one_call(monkeypatch):
+    """As transformers hands a vision tower's row over: all windows at once, by their bounds."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    q, k, v, _ = inputs(12, 2, 2, 8, torch.float32)
+    given = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    bounds = torch.tensor([0, 4, 12], dtype=torch.int32)
+    out, _ = ALL_ATTENTION_FUNCTIONS[VISION](
+        None, *given, attention_mask=None, scaling=0.5, cu_seq_lens_q=bounds, max_length_q=8, is_causal=False
+    )
+    own = Segments(bounds, bounds, 8, 8)
+    expected, _ = row_attention(None, *given, None, scaling=0.5, visible=Visible(own, causal=False))
+    assert out.shape == (1, 12, 2, 8) and torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["TORCH", "FLASH_3", "FLASH_4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "groups",
+    [*ROWS.values(), [(300, [130, 1, 257, 0]), (1, [129]), (128, [128] * 3), (77, [])], [(1, [1]), (1, [1])]],
+    ids=[*ROWS, "longer than a tile", "one token each, twice"],
+)
+def test_flash_kernels_are_as_exact_as_plain_pytorch(groups, dtype, kernels, monkeypatch):
+    """On a GPU, in 16 bits, with 128 and with 64 entries a head: errors against fp64 at most 1.5 times those of plain
+    PyTorch, with every implementation that is installed."""
+    module = {"FLASH_3": "flash_attn_interface", "FLASH_4": "flash_attn.cute"}.get(kernels)
+    if module and not segment_attention._installed(module):
+        pytest.skip(f"needs {module}")
+    monkeypatch.setattr(segment_attention, "kernels_of", lambda _: getattr(segment_attention, kernels))
+    batch = row(groups)
+    for size, heads in ((128, (28, 4)), (64, (8, 8))):
+        assert_as_exact(batch, inputs(batch.tokens, *heads, size, dtype, "cuda"), factor=1.5)
+
+
+@pytest.mark.gpu
+def test_attention_does_not_wait_for_the_gpu():
+    """Layout, forward and backward are queued: nothing in them asks the device for an answer."""
+    batch = row(ROWS["many"])
+    given = inputs(batch.tokens, 8, 2, 64, torch.bfloat16, "cuda")
+    visible = lay_out(batch, "flash").visible.to(torch.device("cuda"))
+    results(lambda *x: attend(*x, visible, 0.3), *given)  # compiled and loaded
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        visible = lay_out(batch, "flash").visible.to(torch.device("cuda"))
+        results(lambda *x: attend(*x, visible, 0.3), *given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
