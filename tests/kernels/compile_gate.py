@@ -125,9 +125,9 @@ class Launches:
             if name.startswith("rethinker_kernels"):
                 if hasattr(module, "takes_triton"):
                     module.takes_triton = lambda tensor: tensor.dtype != torch.float64
-                if hasattr(module, "tiles") and module is not tiles:
+                if callable(getattr(module, "tiles", None)):
                     module.tiles = lambda device: tiles._of_gpu(PROCESSORS)
-                if hasattr(module, "processors") and module is not tiles:
+                if hasattr(module, "processors"):
                     module.processors = lambda device: PROCESSORS
         exponentials.INTERPRETED = exponentials.TILES
         plain = exponentials.Exponentials.__init__

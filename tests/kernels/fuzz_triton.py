@@ -23,6 +23,7 @@ from rethinker_kernels import (
     selective_log_softmax,
 )
 from rethinker_kernels.devices import takes_triton
+from rethinker_kernels.triton_kernels.tiles import tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIXTEEN_BITS = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter rounds to bf16 wrongly
@@ -166,6 +167,30 @@ def test_strides():
             logps = selective_log_softmax(z, index)
             results.append((logps, torch.autograd.grad((logps * upstream).sum(), z)[0]))
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("kind", ["many rows", "few rows"])
+def test_every_tile(kind):
+    """So many rows that each takes the narrower tile, and so few of a vocabulary so large that each is split."""
+    rows, vocabulary = (tiles(DEVICE).few + 3, 1000) if kind == "many rows" else (2, 20_011)
+    x = logits_of("random", rows, vocabulary)
+    index = indices(rows, vocabulary, x)
+    upstream = [torch.randn(rows, device=DEVICE), torch.randn(rows, device=DEVICE)]
+    got, want = both(
+        lambda z: selective_log_softmax(z, index, return_entropy=True),
+        lambda z: reference.selective_log_softmax(z, index, return_entropy=True),
+        [x],
+        upstream,
+    )
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+    leaves = [torch.randn(rows, 4, device=DEVICE), torch.randn(vocabulary, 4, device=DEVICE)]
+    got, want = both(
+        lambda h, w: linear_grpo_loss(h, w, index, *upstream, normalizer=1.0)[0],
+        lambda h, w: reference.linear_grpo_loss(h, w, index, *upstream, normalizer=1.0)[0],
+        leaves,
+        [torch.ones((), device=DEVICE)],
+    )
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
 
 
 def test_offsets_beyond_32_bits():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rethinker_kernels.devices import on_device_of
 
 QUERIES = 32  # of a program
 WARPS = 4
@@ -44,7 +45,7 @@ def merge_attention(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, 
     if rows.numel() == 0:
         return
     strides = out.stride(0), out.stride(1), other.stride(0), other.stride(1)
-    with torch.cuda.device_of(out):
+    with on_device_of(out):
         merge_kernel[(triton.cdiv(rows.numel(), QUERIES), heads)](
             out, lse, other, other_lse, rows, rows.numel(), queries, width, *strides,
             BLOCK=QUERIES, WIDTH=triton.next_power_of_2(width), num_warps=WARPS,
