@@ -1,4 +1,4 @@
-"""linear_selective_log_softmax: logits exist for a chunk of rows at a time, and become their own gradient.
+"""linear_selective_log_softmax: logits exist for a chunk of rows at a time, in fp32, and again for their gradient.
 
 Legend: R rows (response tokens), C rows of a chunk, D hidden size, V vocabulary.
 """
