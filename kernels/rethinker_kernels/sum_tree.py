@@ -32,7 +32,7 @@ class SumTree:
     for w = 0.01 at 2^20. A priority above 0 weighs at least one unit, so that one far below is drawn too often beside
     others; a priority of 0 has weight 0 for every alpha, and weight 0 is never drawn.
 
-    On CUDA, update and sample are one launch each, wait for nothing and can be captured in a CUDA graph, if their
+    On CUDA, update and sample are one launch each and wait for nothing; they can be captured in a CUDA graph if their
     tensors are on the device (priorities in fp64) and the random numbers come from a (seed, offset) tensor. What the
     host does not know is not raised at once: an update that contains a bad index or priority changes nothing and is
     raised by the next `check` or `state_dict`; a draw from nothing returns -1. A tree belongs to one thread and stream
@@ -96,8 +96,8 @@ class SumTree:
             raise ValueError(f"indices: must be int64 [n], not {describe(indices)}")
         if priorities.shape != indices.shape or not priorities.is_floating_point():
             raise ValueError(f"priorities: must be floating {list(indices.shape)}, not {describe(priorities)}")
-        indices = indices.to(self.device).contiguous()
-        priorities = priorities.detach().to(self.device, torch.float64).contiguous()
+        indices = self._brought(indices).contiguous()
+        priorities = self._brought(priorities.detach().double()).contiguous()
         self._ops.update_(self._nodes, self.capacity, self.alpha, indices, priorities, self._refused)
         if self._on_host:
             self.check()
@@ -200,12 +200,16 @@ class SumTree:
         """(seed, offset) int64 [2] of one call, on the tree's device."""
         if not isinstance(generator, Tensor):
             source = self.device if generator is None else generator.device
-            return torch.empty(2, dtype=torch.int64, device=source).random_(generator=generator).to(self.device)
+            return self._brought(torch.empty(2, dtype=torch.int64, device=source).random_(generator=generator))
         if generator.dtype != torch.int64 or generator.shape != (2,):
             raise ValueError(f"generator: must be int64 [2] (seed, offset), not {describe(generator)}")
         if generator.device != self.device:
             raise ValueError(f"generator: is on {generator.device}, the tree on {self.device}")
         return generator.contiguous()
+
+    def _brought(self, tensor: Tensor) -> Tensor:
+        """On the tree's device; on the way to a GPU the host waits for nothing."""
+        return tensor.to(self.device, non_blocking=not self._on_host)
 
 
 def _compiled() -> SimpleNamespace:

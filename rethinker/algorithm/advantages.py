@@ -43,7 +43,8 @@ def assign_advantages(groups: list[Group], scale: str, device: torch.device | st
                 )
     sizes = torch.tensor([0] + [len(group.rewards) for group in groups])
     rewards = torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float64)
-    found = group_advantages(rewards.to(device), sizes.cumsum(0).to(device), scale=scale)
+    rewards, offsets = (tensor.to(device, non_blocking=True) for tensor in (rewards, sizes.cumsum(0)))
+    found = group_advantages(rewards, offsets, scale=scale)
     advantages, degenerate = torch.cat(found).cpu().split([len(rewards), len(groups)])
     for group, values in zip(groups, advantages.split(sizes[1:].tolist()), strict=True):
         group.advantages = values.tolist()

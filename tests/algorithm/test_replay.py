@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import scipy.stats
@@ -13,6 +15,7 @@ import torch
 from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.config import ConfigError, ReplayConfig
 from rethinker.samples import Elsewhere
+from rethinker_kernels import native
 from tests.algorithm.examples import sample
 
 ALARM = 1e-6
@@ -186,6 +189,17 @@ def test_the_same_seed_draws_the_same_on_every_rank():
     assert results[0] == results[1] != results[2]
 
 
+@contextmanager
+def unwaiting() -> Iterator[None]:
+    """A wait for the GPU is an error here; without nvcc the tree runs in PyTorch, which waits."""
+    if native.load("cuda"):
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("exponent", [0.0, 0.5])
 @pytest.mark.parametrize("replacement", [True, False])
@@ -199,9 +213,12 @@ def test_a_gpu_draws_the_same_sequence(replacement, exponent):
     for version in range(8):
         outcomes = []
         for replay in pair:
-            replay.add([sample(0.01 * (i % 97 - 48), f"{version}.{i}", version) for i in range(250)])
+            samples = [sample(0.01 * (i % 97 - 48), f"{version}.{i}", version) for i in range(250)]
+            with unwaiting():
+                replay.add(samples)
             outcomes.append([(s.query.id, s.weight) for s in replay.draw(100)])
-            replay.end_episode(version + 1)
+            with unwaiting():
+                replay.end_episode(version + 1)
         assert outcomes[0] == outcomes[1] and len(pair[0]) == len(pair[1])
         if version % 3 == 2:
             states = [replay.state_dict() for replay in pair]

@@ -39,6 +39,18 @@ def groups_on(rank: int, world_size: int) -> list[Group]:
     return made
 
 
+def test_numbers_of_an_older_release_are_read():
+    """It wrote ids as int64 and log-probs as fp64: the very completions come back."""
+    held = payload(groups_on(0, 1), [])
+    wide = held | {"token_ids": held["token_ids"].long()}
+    wide |= {name: held[name].double() for name in ("logprobs", "trainer_logprobs")}
+    ranks = Ranks(0, 1, 0)
+    for group in groups_on(0, 1):
+        outline = json.loads(json.dumps(group_outline(group)))
+        for saved in (held, wide):
+            assert Responses(QUERIES, [saved], ranks).group(outline).completions == group.completions
+
+
 @pytest.mark.parametrize("before, after", [(1, 1), (2, 2), (2, 1), (1, 2), (3, 2), (2, 3)])
 def test_every_rank_holds_what_it_should(tmp_path, before, after):
     """Rank r takes over what the ranks r, r + after, ... held, to the bit; of the rest it has outlines."""
