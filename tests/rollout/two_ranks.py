@@ -50,7 +50,7 @@ def main(folder: str, results: str, tensor_parallel_size: int) -> None:
         max(
             abs(a - b)
             for row, (_, one) in zip(scores, pairs, strict=True)
-            for a, b in zip(row, one.logprobs, strict=True)
+            for a, b in zip(row, one.logprobs.tolist(), strict=True)
         )
     )
     shared = make_prompts(folder, seed=9)
