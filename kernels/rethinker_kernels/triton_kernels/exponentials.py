@@ -67,7 +67,8 @@ def offset_kernel(
         tl.store(work + 1, 0)
 
 
-@triton.jit(do_not_specialize=["rows"])  # a single row would become a constant, which has no 64-bit form
+# A single row would become a constant, which has no 64-bit form; the two counters of `work` are aligned differently.
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["work"])
 def product_kernel(
     hidden, weight, out, offsets, parts, work, rows, vocabulary, width, out_stride, scale, row_tiles, column_tiles,
     PROGRAMS: tl.constexpr, STORE: tl.constexpr, PARTS: tl.constexpr,
