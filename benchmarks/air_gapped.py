@@ -14,6 +14,7 @@ import fnmatch
 import hashlib
 import json
 import lzma
+import math
 import os
 import re
 import shutil
@@ -65,7 +66,10 @@ def wanted() -> list[str]:
 
 def _name(requirement: str) -> str:
     """A requirement's package, in the spelling that compares."""
-    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement.strip())[0]).lower()
+    name = re.match(r"[\w.-]+", requirement.strip())
+    if not name:
+        sys.exit(f"--want {requirement!r}: begins with no package's name")
+    return re.sub(r"[-_.]+", "-", name[0]).lower()
 
 
 def installed(text: str) -> dict[str, str | None]:
@@ -207,11 +211,13 @@ def cut(wheel: Path, folder: Path, without: list[str], limit: float) -> list[Pat
     Returns:
         The parts; beside them lies `parts.json` with their checksums, which `join` reads.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     parts = Parts(folder, int(limit * MIB))
     filters = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 6}]
     left_out = []
     with zipfile.ZipFile(wheel) as archive:
+        if elsewhere := [name for name in archive.namelist() if re.match(r"[^/]+\.data/(purelib|platlib)/", name)]:
+            sys.exit(f"{wheel.name}: {elsewhere[0]} belongs elsewhere than it lies, which only pip's installation does")
+        folder.mkdir(parents=True, exist_ok=True)
         with lzma.LZMAFile(parts, "w", filters=filters) as packed, tarfile.open(fileobj=packed, mode="w|") as tar:
             for member in archive.infolist():
                 if any(fnmatch.fnmatch(member.filename, pattern) for pattern in without):
@@ -286,16 +292,34 @@ def main(arguments: list[str] | None = None) -> None:
     add("--have", type=Path, help="the machine's `pip list` (default: an image with PyTorch 2.11 and transformers)")
     add("--want", nargs="+", metavar="NAME", help="requirements (default: those of training and of the benchmarks)")
     add("--python", default="3.12", help="the machine's (default: %(default)s)")
-    add("--limit", type=float, default=60, help="MiB of a transfer (default: %(default)s)")
+    add("--limit", type=mebibytes, default=60, help="MiB of a transfer (default: %(default)s)")
     add = commands.add_parser("cut", help="pack a large wheel and cut it into parts").add_argument
     add("wheel", type=Path)
     add("folder", type=Path)
     add("--without", nargs="+", default=[], metavar="PATTERN", help="files of the wheel to leave out")
-    add("--limit", type=float, default=60, help="MiB of a part (default: %(default)s)")
+    add("--limit", type=mebibytes, default=60, help="MiB of a part (default: %(default)s)")
     add = commands.add_parser("join", help="put the parts together again").add_argument
     add("folder", type=Path)
     add("target", type=Path, help="folder for PYTHONPATH")
     options = parser.parse_args(arguments)
+    if options.command != "join" and options.folder.exists() and any(options.folder.iterdir()):
+        parser.error(f"{options.folder} is not empty: what lies there would be carried along; name a new folder")
+    try:
+        carry(options)
+    except (OSError, zipfile.BadZipFile) as error:
+        parser.error(str(error))
+
+
+def mebibytes(text: str) -> float:
+    """A limit from the command line: finite, and at least a thousandth of a MiB, or there would be no end of parts."""
+    value = float(text)
+    if not 0.001 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be from 0.001 on")
+    return value
+
+
+def carry(options: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
     if options.command == "join":
         print(f"{join(options.folder, options.target):,} files in {options.target}")
         return
@@ -304,6 +328,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         have = installed(options.have.read_text() if options.have else "\n".join(HAVE.split()))
         made = gather(options.folder, options.want or wanted(), have, options.python, options.limit)
+        if not made:
+            print("nothing is lacking")
     for path in made:
         size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
         print(f"{path}  {size / MIB:.1f} MiB")

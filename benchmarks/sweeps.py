@@ -30,7 +30,7 @@ from benchmarks.kernels import grpo_of, head_inputs, loss_step, ours
 from benchmarks.timing import Step, measure
 from rethinker_kernels import linear
 from rethinker_kernels.arguments import Surrogate
-from rethinker_kernels.devices import takes_triton
+from rethinker_kernels.devices import takes_exponentials, takes_triton
 
 REPEATS = 7 if torch.cuda.is_available() else 1
 
@@ -102,6 +102,8 @@ def sweep_chunks(
     step = loss_step(grpo_of(ours))(inputs)
     own = linear.chunks_of(inputs["hidden"], inputs["weight"])
     results = [{"logits_rows": None, "gradient_rows": None, "own_choice": own, **measure(step, REPEATS)}]
+    if takes_exponentials(inputs["hidden"], inputs["weight"], None, None, 1.0):
+        logits = logits[:1]  # there are none
     for B, C in product(logits, chunks):
         with chunk_rows(B, C):
             results.append({"logits_rows": B, "gradient_rows": C, **measure(step, REPEATS)})

@@ -243,7 +243,7 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device, without stopping the host. What layouts are made of stays on the host:
         `prompt_id`, `response_id` and the extents of images."""
-        from rethinker.runtime.device_copies import to_device
+        from rethinker_kernels.devices import to_device
 
         stay = ("prompt_id", "response_id", "image_inputs")
         moved = {k: v if k in stay or v is None else to_device(v, device) for k, v in vars(self).items()}

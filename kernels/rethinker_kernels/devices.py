@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -34,13 +35,20 @@ def takes_exponentials(
 ) -> bool:
     """Whether the head's product leaves exponentials instead of logits (triton_kernels/exponentials.py).
 
-    On a Hopper GPU, for bf16 rows that its copy engine can read (16-byte strides), without a bias, at one temperature
-    that is not nearly 0. Everything else has fp32 logits.
+    On a Hopper GPU, for bf16 rows that its copy engine can read (16-byte strides), without a bias, at one temperature.
+    Everything else has fp32 logits: those also subtract before they divide by the temperature, which counts below 0.1.
     """
     if not hidden.is_cuda or hidden.dtype != torch.bfloat16 or _architecture(hidden.device.index or 0) != 9:
         return False
     aligned = all(t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight))
-    return aligned and bias is None and temperatures is None and temperature >= 1e-2
+    return aligned and bias is None and temperatures is None and 0.1 <= temperature < math.inf
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device. From ordinary host memory the copy would wait for all that the device has yet to do."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rethinker_kernels import native, sum_tree_torch
 from rethinker_kernels.arguments import describe
+from rethinker_kernels.devices import to_device
 from rethinker_kernels.sum_tree_torch import BAD_INDEX, FAN_OUT, fraction_bits, levels_of
 
 
@@ -96,8 +97,8 @@ class SumTree:
             raise ValueError(f"indices: must be int64 [n], not {describe(indices)}")
         if priorities.shape != indices.shape or not priorities.is_floating_point():
             raise ValueError(f"priorities: must be floating {list(indices.shape)}, not {describe(priorities)}")
-        indices = self._brought(indices).contiguous()
-        priorities = self._brought(priorities.detach().double()).contiguous()
+        indices = to_device(indices, self.device).contiguous()
+        priorities = to_device(priorities.detach().double(), self.device).contiguous()
         self._ops.update_(self._nodes, self.capacity, self.alpha, indices, priorities, self._refused)
         if self._on_host:
             self.check()
@@ -200,16 +201,13 @@ class SumTree:
         """(seed, offset) int64 [2] of one call, on the tree's device."""
         if not isinstance(generator, Tensor):
             source = self.device if generator is None else generator.device
-            return self._brought(torch.empty(2, dtype=torch.int64, device=source).random_(generator=generator))
+            key = torch.empty(2, dtype=torch.int64, device=source).random_(generator=generator)
+            return to_device(key, self.device)
         if generator.dtype != torch.int64 or generator.shape != (2,):
             raise ValueError(f"generator: must be int64 [2] (seed, offset), not {describe(generator)}")
         if generator.device != self.device:
             raise ValueError(f"generator: is on {generator.device}, the tree on {self.device}")
         return generator.contiguous()
-
-    def _brought(self, tensor: Tensor) -> Tensor:
-        """On the tree's device; on the way to a GPU the host waits for nothing."""
-        return tensor.to(self.device, non_blocking=not self._on_host)
 
 
 def _compiled() -> SimpleNamespace:

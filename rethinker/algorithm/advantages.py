@@ -9,6 +9,7 @@ import torch
 from rethinker.config import ConfigError
 from rethinker.samples import Group
 from rethinker_kernels import group_advantages
+from rethinker_kernels.devices import to_device
 
 
 def assign_advantages(groups: list[Group], scale: str, device: torch.device | str = "cpu") -> float:
@@ -43,7 +44,7 @@ def assign_advantages(groups: list[Group], scale: str, device: torch.device | st
                 )
     sizes = torch.tensor([0] + [len(group.rewards) for group in groups])
     rewards = torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float64)
-    rewards, offsets = (tensor.to(device, non_blocking=True) for tensor in (rewards, sizes.cumsum(0)))
+    rewards, offsets = (to_device(tensor, device) for tensor in (rewards, sizes.cumsum(0)))
     found = group_advantages(rewards, offsets, scale=scale)
     advantages, degenerate = torch.cat(found).cpu().split([len(rewards), len(groups)])
     for group, values in zip(groups, advantages.split(sizes[1:].tolist()), strict=True):

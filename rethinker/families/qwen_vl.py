@@ -13,7 +13,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from rethinker.runtime.device_copies import to_device
+from rethinker_kernels.devices import to_device
 
 PLACEHOLDERS = (
     "<|image_pad|>",

@@ -15,8 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rethinker.config import ConfigError, PolicyConfig
 from rethinker.policy.segment_attention import Segments, SharedKeys, Visible, attend
-from rethinker.runtime.device_copies import to_device
 from rethinker.samples import PackedBatch
+from rethinker_kernels.devices import to_device
 
 # transformers' names for `row_attention` and `vision_attention`. It makes no mask for functions it does not know, and
 # hands a vision tower's whole row over, with the bounds of its images or windows, if "flash" is in the name; else it

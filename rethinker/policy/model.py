@@ -19,9 +19,9 @@ from rethinker.policy.attention import ROW, VISION, kernel_for, lay_out
 from rethinker.policy.compiled_layers import apart, compile_layers
 from rethinker.policy.cpu_linear import use_onednn
 from rethinker.policy.fused_layers import use_liger
-from rethinker.runtime.device_copies import to_device
 from rethinker.samples import PackedBatch, Prompt
 from rethinker_kernels import linear_grpo_loss, linear_selective_log_softmax
+from rethinker_kernels.devices import to_device
 
 
 class LossHead(nn.Linear):

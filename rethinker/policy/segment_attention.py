@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rethinker.runtime.device_copies import to_device
+from rethinker_kernels.devices import to_device
 from rethinker_kernels.merge_attention import merge_attention
 
 

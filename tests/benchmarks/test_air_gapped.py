@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import random
+import re
 import sys
 import zipfile
 from importlib import metadata
@@ -15,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from benchmarks import air_gapped
-from benchmarks.air_gapped import MIB, cut, installed, join, share_out, stand_in, wanted
+from benchmarks.air_gapped import MIB, cut, installed, join, main, share_out, stand_in, wanted
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,7 +147,8 @@ def test_all_that_is_imported_is_carried():
     carried = closure(wanted())
     distributions = metadata.packages_distributions()
     own = {"rethinker", "rethinker_kernels", "benchmarks", "sitecustomize"}
-    peers = {"cut_cross_entropy", "quack", "verl", "torchrl", "sumtree"}  # of the benchmarks, where they are installed
+    # Taken where they are installed: the benchmarks' peers, and other flash-attention kernels than torch's.
+    peers = {"cut_cross_entropy", "quack", "verl", "torchrl", "sumtree", "flash_attn", "flash_attn_interface"}
     unknown = set()
     for file in [f for folder in ("rethinker", "kernels", "benchmarks") for f in (ROOT / folder).rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -168,3 +170,28 @@ def test_checksums_are_of_the_parts(wheel, tmp_path):
             "bytes": part.stat().st_size,
             "sha256": hashlib.sha256(part.read_bytes()).hexdigest(),
         }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cut", "x.whl", "new", "--limit", "0"], "0: must be from 0.001 on"),
+        (["cut", "x.whl", "new", "--limit", "nan"], "nan: must be from 0.001 on"),
+        (["cut", "x.whl", "used"], "used is not empty"),
+        (["gather", "used"], "used is not empty"),
+        (["cut", "no.whl", "new"], "No such file.*no.whl"),
+        (["cut", "used/text", "new"], "not a zip file"),
+        (["join", "used", "new"], "No such file.*parts.json"),
+        (["gather", "new", "--have", "no.txt"], "No such file.*no.txt"),
+        (["gather", "new", "--want", "???"], "--want '\\?\\?\\?': begins with no package's name"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    """It names what is wrong, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "text").write_text("not a wheel")
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert re.search(message, capsys.readouterr().err + str(ended.value))
+    assert not (tmp_path / "new").exists()

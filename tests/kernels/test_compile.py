@@ -64,3 +64,20 @@ def test_compiled_is_eager(name, device, backend):
         value = function(*leaves)
         results.append((value.detach(), *torch.autograd.grad(value, leaves)))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.gpu
+def test_compiled_in_16_bits_is_eager():
+    """bf16 too, bit for bit: on a Hopper GPU that is another kernel."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, device="cuda", generator=generator).bfloat16() for n in (200, 10_000))
+    index = torch.randint(10_000, (200,), device="cuda", generator=generator)
+    old, advantages = (torch.randn(200, device="cuda", generator=generator) for _ in range(2))
+
+    def loss(h, w):
+        return linear_grpo_loss(h, w, index, old, advantages, normalizer=200.0)[0]
+
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))

@@ -88,7 +88,7 @@ def test_the_backward_pass_makes_the_gradients_and_nothing_else():
 @pytest.mark.parametrize(("width", "vocabulary"), [(896, 151_936), *(head[:2] for head in HEADS), (8192, 152_064)])
 @pytest.mark.parametrize("rows", [0, 1, 500, 3_000, ROWS])
 def test_chunk_rows_of_real_heads(rows, width, vocabulary, processors):
-    """Whole tiles, no more than there are rows, within the bound on memory, and at most 8 passes over 16,384 rows."""
+    """Whole tiles, no more than there are rows, within the bound on memory, and at most 9 passes over 16,384 rows."""
     logits, products = chunk_rows(rows, width, vocabulary, 2, processors)
     assert (logits % 128 == 0 and products % 128 == 0 and products < rows + 128) or rows == 0
     taken = 2 * width * vocabulary + chunk_bytes(rows, width, vocabulary, 2, processors)
