@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import re
 import sys
 from pathlib import Path
 
@@ -49,7 +49,8 @@ def main(way: str, folder: str, file: str) -> None:
     else:
         loss, *_ = policy(batch, 1.0, surrogate)
     loss.backward()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its peak counts the process that this one was started from.
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     torch.save((loss.detach(), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}), file)
     print(json.dumps({"rows": len(batch.target_ids), "gigabytes": (peak - before) / 1e9}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -42,14 +43,20 @@ def lose(monkeypatch, lost) -> None:
     monkeypatch.setattr(weight_sync.InProcessWeightTransferEngine, "receive_weights", without)
 
 
+SEEDS = itertools.count(100)
+
+
 @pytest.mark.parametrize(
     "part",
     ["layers.1.mlp.down_proj", "layers.2.self_attn.v_proj.weight", "embed_tokens", "visual.blocks.1.mlp.up_proj"],
 )
 def test_a_tensor_that_does_not_arrive_is_named(engine, policy, prompts, monkeypatch, part):
-    """One tensor of a sync is lost on the engine's side: rollout.check_sync names it."""
+    """One tensor of a sync is lost on the engine's side: rollout.check_sync names it.
+
+    What stands in its place is whatever the memory held before: so never a value that another test has sent.
+    """
     engine.sync(policy, 1)
-    policy.perturb(seed=1)
+    policy.perturb(seed=next(SEEDS))
     with monkeypatch.context() as planted:
         lose(planted, lambda name: part in name)
         planted.setattr(engine.config.rollout, "check_sync", True)
