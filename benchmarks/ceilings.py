@@ -70,7 +70,7 @@ def square_flop_per_s(seconds: float) -> float:
     if on_gpu:
         a, b = a.bfloat16(), b.bfloat16()
         torch.cuda.synchronize()
-        time.sleep(1.0)  # let the clocks come back up
+        time.sleep(1.0)  # what ran before has lowered the clocks, and a burst starts from rested ones
     return 2e3 * n**3 / measure(lambda: a @ b, 5, seconds=seconds)["median_ms"]
 
 

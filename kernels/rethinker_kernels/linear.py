@@ -264,7 +264,8 @@ def log_softmax_gradients(
                 out=into,
             )
 
-    fused = grad_entropies is None and takes_exponentials(hidden, weight, bias, temperatures, temperature)
+    log_probs_alone = grad_logps is not None and grad_entropies is None
+    fused = log_probs_alone and takes_exponentials(hidden, weight, bias, temperatures, temperature)
     gradients.accumulate(fill_exponentials if fused else fill)
     return gradients
 

@@ -14,6 +14,7 @@ import torch
 
 from rethinker_kernels.devices import takes_triton
 from rethinker_kernels.merge_attention import merge_attention
+from tests.kernels.test_triton import interpreted
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -58,20 +59,16 @@ def test_no_row_is_nothing():
     assert torch.equal(out, before[0]) and torch.equal(lse, before[1])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the interpreter's run itself")
 def test_the_triton_kernel_in_the_interpreter():
     """The tests above once more, with the Triton kernel in Triton's interpreter."""
     pytest.importorskip("triton", reason="needs triton, which this platform has no package of")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = interpreted("tests/kernels/test_merge_attention.py", "-k", "not in_the_interpreter and not compiles")
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="is for the interpreter's run")
-def test_this_is_the_triton_kernel():
+def test_which_kernel_this_is():
     """Otherwise the interpreter's run would test PyTorch."""
-    assert takes_triton(torch.zeros(1, device=DEVICE))
+    assert takes_triton(torch.zeros(1, device=DEVICE)) == (INTERPRETED or DEVICE == "cuda")
 
 
 COMPILE = """
@@ -91,7 +88,6 @@ open(path, "wb").write(done.asm["cubin"])
 """
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("width", [64, 128])
 def test_compiles_without_spills(capability, width):
