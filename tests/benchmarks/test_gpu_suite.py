@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from benchmarks import gpu
-from benchmarks.gpu import PARTS, Part
+from benchmarks import gpu, gpu_summary
+from benchmarks.gpu_parts import PARTS, Part
 
 
 def test_the_dry_run(tmp_path, capsys):
@@ -21,7 +21,7 @@ def test_the_dry_run(tmp_path, capsys):
         assert record["status"] == "passed", record.get("output")
         assert record["machine"]["versions"]["torch"] and record["code"] == gpu.code() and record["dry_run"]
         only_arguments = ("training", "train_step_3b", "train_step_7b", "end_to_end", "vllm", "sanitizer", "ncu")
-        assert ("no figures" in gpu.line(part.name, record)) == (
+        assert ("no figures" in gpu_summary.line(part.name, record)) == (
             part.name in only_arguments and part.name != "sanitizer"
         )
         assert part.about in printed
@@ -40,7 +40,7 @@ def suite(monkeypatch, tmp_path):
             for name, (command, options) in parts.items()
         ]
         monkeypatch.setattr(gpu, "PARTS", tuple(made))
-        monkeypatch.setattr(gpu, "LINES", {name: lambda result: f"read {next(iter(result))}" for name in parts})
+        monkeypatch.setattr(gpu_summary, "LINES", {name: lambda result: f"read {next(iter(result))}" for name in parts})
         monkeypatch.setattr(gpu, "machine", lambda: {"gpu": "NVIDIA Test", "commit": "abc"})
         status = gpu.main(["--out", str(tmp_path), *arguments])
         files = (tmp_path / "nvidia-test").glob("*.json")
@@ -120,10 +120,10 @@ def test_counters_and_tests_are_read(tmp_path):
     file.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
     found = gpu.tests(file)
     assert found["passed"] == 1 and found["skipped"] == {"t.c": "no tool"} and "./x" in found["failed"]["t.b"]
-    assert gpu._tests_line({"x": found}) == "1 passed, 1 failed, 1 skipped"
+    assert gpu_summary._tests_line({"x": found}) == "1 passed, 1 failed, 1 skipped"
 
 
 def test_files_with_gpu_tests_are_found():
     """By the marker, so that a new one is not forgotten."""
     assert {"tests/kernels/test_gpu.py", "tests/kernels/test_sum_tree_gpu.py"} <= set(gpu.gpu_tests())
-    assert sys.executable and all(part.name in gpu.LINES for part in PARTS)
+    assert sys.executable and all(part.name in gpu_summary.LINES for part in PARTS)
