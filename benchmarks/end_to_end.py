@@ -91,7 +91,7 @@ class Side:
 
 def prepare_model(config: Config) -> Path:
     """The tiny model after its supervised warm-up, where a run of the recipe starts."""
-    from rethinker.policy.warmup import warmed_up_tiny
+    from rethinker.embedded.warmup import warmed_up_tiny
 
     return warmed_up_tiny(config.policy.warmup, config.data)
 

@@ -20,7 +20,7 @@ def write_model(folder: Path, size: str, layers: int | None, image_tokens: int) 
     GPU and float32 elsewhere; every image has `image_tokens` tokens. Returns the folder."""
     from transformers import GenerationConfig, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    from rethinker.policy.tiny_tokenizer import train_tokenizer
+    from rethinker.embedded.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer((), merges=768)
     config = model_config(SIZES[size], layers)

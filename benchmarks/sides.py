@@ -40,14 +40,14 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
     from rethinker.algorithm.advantages import assign_advantages
     from rethinker.algorithm.replay import ReplayBuffer
     from rethinker.algorithm.selection import select_batch
+    from rethinker.data.prompts import PromptEncoder
     from rethinker.episode import judge, roll_out
     from rethinker.policy.engine import PolicyEngine
     from rethinker.policy.model import load_processor
-    from rethinker.rollout import make_engine
+    from rethinker.rewards.checker import AnswerChecker
+    from rethinker.rollout.backends import make_engine
     from rethinker.runtime import distributed
     from rethinker.runtime.profiling import phase
-    from rethinker.tasks.prompts import PromptEncoder
-    from rethinker.tasks.reward import AnswerChecker
     from rethinker.train import seed_everything
 
     ranks = distributed.start(config.rollout.timeout_s)
@@ -95,9 +95,9 @@ def trl_side(pipe: Connection, config: Config, model_dir: Path, steps: int, micr
     from transformers.utils.logging import disable_progress_bar
     from trl import GRPOConfig, GRPOTrainer
 
+    from rethinker.data.prompts import PromptEncoder
     from rethinker.policy.model import load_processor
-    from rethinker.tasks.prompts import PromptEncoder
-    from rethinker.tasks.reward import AnswerChecker
+    from rethinker.rewards.checker import AnswerChecker
 
     disable_progress_bar()
     processor = load_processor(model_dir)
@@ -205,8 +205,8 @@ def trl_settings(config: Config, steps: int, micro_batch: int) -> dict[str, Any]
 
 def first_queries(config: Config, encoder: Any, steps: int) -> list[Query]:
     """The questions of the first `steps` steps, in the order in which a run asks them."""
-    from rethinker.tasks.datasets import load_queries
-    from rethinker.tasks.query_stream import QueryStream
+    from rethinker.data.datasets import load_queries
+    from rethinker.data.query_stream import QueryStream
 
     stream = QueryStream(
         load_queries(config.data, "train"), seed=config.seed, category_weights=config.data.category_weights

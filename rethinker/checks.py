@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import cpp_compiler, how_to_install
-from rethinker.model_folder import check_model_folder, decoder_matrices
+from rethinker.families.model_folder import check_model_folder, decoder_matrices
 from rethinker.runtime.profiling import parse_steps
 
 MOST_IMAGE_PIXELS = 178_956_970  # above twice its own threshold Pillow opens no image

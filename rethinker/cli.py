@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from rethinker import __version__
 from rethinker.command_line import Parser, recipe_first
 from rethinker.config import ConfigError
+from rethinker.version import __version__
 
 USAGE = """usage: rethinker COMMAND ...
 
@@ -129,7 +129,7 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _serve(arguments: list[str]) -> int:
-    from rethinker.rollout.serve import main as serve
+    from rethinker.rollout.server.serve import main as serve
 
     return serve(arguments)
 

@@ -21,6 +21,11 @@ class ConfigError(ValueError):
         return text if len(text) <= 2000 else f"{text[:1200]} [...] {text[-600:]}"
 
 
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """What a library's error says, as one line of at most `longest` characters: part of a ConfigError's message."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:longest]
+
+
 @dataclass
 class RunConfig:
     """Where a run lives and who watches it."""

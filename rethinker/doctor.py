@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def _machine() -> Iterator[Finding]:
-    from rethinker import __version__
+    from rethinker.version import __version__
 
     yield Finding("rethinker", f"{__version__} in {Path(__file__).parent}")
     yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")

@@ -15,20 +15,20 @@ from typing import Any
 
 import numpy as np
 
+from rethinker.algorithm.cues import rethinks
+from rethinker.algorithm.rethinking import Rethinker, make_triggers, released_reward
 from rethinker.config import Config
-from rethinker.evaluation.rethinking import rethinks
-from rethinker.rollout import RolloutEngine
-from rethinker.rollout.rethinking import Rethinker, make_triggers, released_reward
+from rethinker.data.prompts import PromptEncoder
+from rethinker.data.query_stream import QueryStream
+from rethinker.data.streaming import StreamedQueries
+from rethinker.rewards.checker import AnswerChecker
+from rethinker.rollout.engine import RolloutEngine
 from rethinker.runtime import signals
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.ownership import share
 from rethinker.runtime.profiling import phase
 from rethinker.runtime.signals import StopRequested
 from rethinker.samples import Group, Prompt, Query
-from rethinker.tasks.prompts import PromptEncoder
-from rethinker.tasks.query_stream import QueryStream
-from rethinker.tasks.reward import AnswerChecker
-from rethinker.tasks.streaming import StreamedQueries
 
 
 @dataclass

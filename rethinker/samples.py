@@ -249,3 +249,12 @@ class PackedBatch:
         moved = {k: v if k in stay or v is None else to_device(v, device) for k, v in vars(self).items()}
         pixels = {k: to_device(v, device) for k, v in self.image_inputs.items() if v.is_floating_point()}
         return PackedBatch(**moved | {"image_inputs": self.image_inputs | pixels})
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of right answers: overall, and for each `metadata["category"]` (all in 0..1)."""
+
+    overall: float
+    by_category: dict[str, float]
+    questions: int

@@ -29,37 +29,36 @@ import torch
 from rethinker.algorithm.advantages import assign_advantages
 from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.algorithm.selection import select_batch
+from rethinker.checkpoint.checkpoint import Checkpoints
+from rethinker.checkpoint.resume import Progress, RunState, saved_state
+from rethinker.checkpoint.run_directory import RunDirectory
 from rethinker.config import Config, ConfigError
+from rethinker.data.datasets import load_queries
+from rethinker.data.images import check_images
+from rethinker.data.prompts import PromptEncoder, select_fitting
+from rethinker.data.streaming import open_stream
 from rethinker.episode import Episodes
-from rethinker.evaluation.validation import Accuracy, validate
+from rethinker.evaluation.validation import validate
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
 from rethinker.policy.throughput import model_flops_utilization, peak_memory_gb
 from rethinker.report.learning import learning_curve
 from rethinker.report.page import report_or_warning
-from rethinker.rollout import RolloutEngine, make_engine
+from rethinker.rewards.checker import AnswerChecker
+from rethinker.rollout.backends import make_engine
+from rethinker.rollout.engine import RolloutEngine
 from rethinker.rollout.mismatch import check_mismatch
 from rethinker.runtime import distributed, signals
-from rethinker.runtime.checkpoint import Checkpoints
 from rethinker.runtime.display import Display
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.host_memory import return_free_memory
 from rethinker.runtime.logs import RankLog
 from rethinker.runtime.ownership import collect
-from rethinker.runtime.profiling import StepProfiler, phase
-from rethinker.runtime.resume import Progress, RunState, saved_state
-from rethinker.runtime.run_directory import RunDirectory
+from rethinker.runtime.profiling import PHASES, StepProfiler, phase
 from rethinker.runtime.signals import StopRequested
 from rethinker.runtime.watchdog import Watchdog
-from rethinker.samples import Completion, Group, Query
+from rethinker.samples import Accuracy, Completion, Group, Query
 from rethinker.settings import load_config
-from rethinker.tasks.datasets import load_queries
-from rethinker.tasks.images import check_images
-from rethinker.tasks.prompts import PromptEncoder, select_fitting
-from rethinker.tasks.reward import AnswerChecker
-from rethinker.tasks.streaming import open_stream
-
-PHASES = ("rollout", "reward", "rethink", "train", "sync", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -311,7 +310,7 @@ def initial_model(config: Config, ranks: Ranks) -> Path:
     """Where training starts: policy.model, or the tiny model that rank 0 builds and warms up."""
     if config.policy.model != "tiny":
         return Path(config.policy.model)
-    from rethinker.policy.warmup import warmed_up_tiny
+    from rethinker.embedded.warmup import warmed_up_tiny
 
     return ranks.broadcast(warmed_up_tiny(config.policy.warmup, config.data) if ranks.is_main else None)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from rethinker.runtime.torchvision_cpu import make_importable
+
 ROOT = Path(__file__).parents[1]
 
 # A shell's background job ignores Ctrl-C, one under nohup a lost terminal, and so would all that a test starts and
@@ -25,6 +27,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a download
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+
+make_importable()  # many tests import transformers' processors, and they import torchvision
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

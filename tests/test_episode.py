@@ -9,12 +9,12 @@ import pytest
 
 from rethinker.checks import check_geometry
 from rethinker.config import AlgorithmConfig, Config, ConfigError, RethinkConfig, RolloutConfig, TrainConfig
+from rethinker.data.query_stream import QueryStream
 from rethinker.episode import Episodes
 from rethinker.runtime import profiling, signals
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.signals import StopRequested
 from rethinker.samples import Completion, Prompt, Query
-from rethinker.tasks.query_stream import QueryStream
 
 QUERIES = [Query(f"q{i}", "?", "1") for i in range(12)]
 

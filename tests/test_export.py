@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from rethinker.config import ConfigError
+from rethinker.embedded.tiny import create_tiny
 from rethinker.export import export, main, model_card
 from rethinker.policy.model import load_model, load_processor
-from rethinker.policy.tiny import create_tiny
 from rethinker.report.runs import read_run
 from tests.report.examples import write_run
 

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"--output {folder} is a file; choose another folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / _MANIFEST).is_file():
         parser.error(f"--output {folder} holds other files; choose another folder")
-    from rethinker.tasks.datasets import load_queries
+    from rethinker.data.datasets import load_queries
 
     # All questions: with data.validation=split the subset is split again, and by hash alike.
     everything = dataclasses.replace(config.data, validation=None)
@@ -128,7 +128,7 @@ def curate(config: Config, queries: list[Query], samples: int, size: int | None,
     from rethinker.curation import measure, output
     from rethinker.runtime import distributed
     from rethinker.runtime.distributed import Ranks
-    from rethinker.runtime.resume import versions
+    from rethinker.version import versions
 
     with ExitStack() as stack:
         ranks = Ranks(0, 1, 0)
@@ -169,7 +169,7 @@ def _model(config: Config) -> str:
     """The model's folder or name."""
     if config.policy.model != "tiny":
         return config.policy.model
-    from rethinker.policy.warmup import warmed_up_tiny
+    from rethinker.embedded.warmup import warmed_up_tiny
 
     return str(warmed_up_tiny(config.policy.warmup, config.data))
 
@@ -178,11 +178,11 @@ def _ask(
     config: Config, model: str, queries: list[Query], samples: int, folder: Path, ranks: Any, stack: ExitStack
 ) -> None:
     from rethinker.curation.measure import measure
+    from rethinker.data.prompts import PromptEncoder
     from rethinker.evaluation.run import fit_model, positions_of
     from rethinker.policy.model import load_processor
-    from rethinker.rollout import make_engine
-    from rethinker.tasks.prompts import PromptEncoder
-    from rethinker.tasks.reward import AnswerChecker
+    from rethinker.rewards.checker import AnswerChecker
+    from rethinker.rollout.backends import make_engine
 
     checker = stack.enter_context(AnswerChecker(config.reward))
     config = fit_model(config, positions_of(model), [])
@@ -194,8 +194,8 @@ def _ask(
 
 def _measured(config: Config, model: str, queries: list[Query], samples: int) -> dict[str, Any]:
     """What the pass rates depend on; a measurement goes on only if all of it is the same."""
+    from rethinker.data.query_stream import fingerprint
     from rethinker.settings import flat
-    from rethinker.tasks.query_stream import fingerprint
 
     return {
         "model": model,

@@ -14,12 +14,12 @@ import numpy as np
 
 from rethinker.config import Config, ConfigError
 from rethinker.curation.subset import PassRate
-from rethinker.rollout import RolloutEngine
+from rethinker.data.prompts import PromptEncoder
+from rethinker.rewards.checker import AnswerChecker
+from rethinker.rollout.engine import RolloutEngine
 from rethinker.runtime.display import progress
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Query
-from rethinker.tasks.prompts import PromptEncoder
-from rethinker.tasks.reward import AnswerChecker
 
 # Questions of one rank per call of the engine, and per file.
 CHUNK = 256

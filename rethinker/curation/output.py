@@ -15,12 +15,12 @@ from typing import Any
 
 from rethinker.config import Config, DataConfig
 from rethinker.curation.subset import PassRate
+from rethinker.data.archives import open_member
+from rethinker.data.datasets import image_root
+from rethinker.data.image_cache import archive_of_embedded
+from rethinker.data.mixture import SOURCES
 from rethinker.samples import Query
 from rethinker.settings import flat, to_yaml
-from rethinker.tasks.archives import open_member
-from rethinker.tasks.datasets import image_root
-from rethinker.tasks.embedded import archive_of_embedded
-from rethinker.tasks.mixture import SOURCES
 
 SUBSET, RECIPE, RATES, PROVENANCE = "subset.parquet", "recipe.yaml", "pass_rates.parquet", "provenance.json"
 

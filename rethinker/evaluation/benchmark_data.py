@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from rethinker.config import ConfigError
-from rethinker.tasks.sources import hub_answers
+from rethinker.data.sources import hub_answers
 
 
 def data_files(

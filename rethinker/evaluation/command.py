@@ -17,7 +17,7 @@ from rethinker.config import Config, ConfigError
 from rethinker.doctor import how_to_install
 from rethinker.evaluation import Mode
 from rethinker.evaluation.benchmark import Benchmark, benchmark_queries, load_benchmark, shipped_benchmarks
-from rethinker.model_folder import check_model_folder
+from rethinker.families.model_folder import check_model_folder
 
 # Settings that shape an evaluation; the others are about training.
 SETTINGS = (

@@ -12,16 +12,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rethinker.algorithm.cues import rethinks
+from rethinker.algorithm.rethinking import Trigger, continue_after_trigger
+from rethinker.data.prompts import PromptEncoder
 from rethinker.evaluation import Mode
 from rethinker.evaluation.benchmark import accepted_answers
-from rethinker.evaluation.rethinking import rethinks
-from rethinker.rollout import RolloutEngine
-from rethinker.rollout.rethinking import Trigger, continue_after_trigger
+from rethinker.rewards.checker import AnswerChecker
+from rethinker.rollout.engine import RolloutEngine
 from rethinker.runtime.display import progress
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Query
-from rethinker.tasks.prompts import PromptEncoder
-from rethinker.tasks.reward import AnswerChecker
 
 # Questions of one rank per call of the engine: bounds the decoded images in memory and what a deadline covers.
 CHUNK = 256

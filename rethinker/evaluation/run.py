@@ -13,21 +13,22 @@ from typing import Any
 
 import torch
 
+from rethinker.algorithm.rethinking import Trigger, make_triggers
 from rethinker.config import Config, ConfigError
+from rethinker.data.prompts import PromptEncoder
 from rethinker.evaluation import Mode
 from rethinker.evaluation.benchmark import Benchmark
 from rethinker.evaluation.command import RECORDED
 from rethinker.evaluation.evaluate import evaluate
-from rethinker.evaluation.results import describe_result, summarize, versions, write_result
-from rethinker.families import FAMILIES, SUPPORTED
+from rethinker.evaluation.results import describe_result, summarize, write_result
+from rethinker.families import family_of
 from rethinker.policy.model import load_processor
-from rethinker.rollout import make_engine
-from rethinker.rollout.rethinking import Trigger, make_triggers
+from rethinker.rewards.checker import AnswerChecker
+from rethinker.rollout.backends import make_engine
 from rethinker.runtime import distributed
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Query
-from rethinker.tasks.prompts import PromptEncoder
-from rethinker.tasks.reward import AnswerChecker
+from rethinker.version import versions
 
 Task = tuple[Benchmark, tuple[list[Query], Counter[str]], Path]
 
@@ -129,8 +130,7 @@ def positions_of(checkpoint: str) -> int:
     except Exception as error:  # what is wrong with files from elsewhere surfaces as anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"checkpoint {checkpoint} cannot be read: {reason}") from error
-    if model.model_type not in FAMILIES:
-        raise ConfigError(f"checkpoint {checkpoint} is a {model.model_type!r} model; supported: {SUPPORTED}")
+    family_of(model.model_type, f"checkpoint {checkpoint}")
     return model.get_text_config().max_position_embeddings
 
 

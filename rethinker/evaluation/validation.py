@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 
-from rethinker.rollout import RolloutEngine
+from rethinker.data.prompts import PromptEncoder
+from rethinker.rewards.checker import AnswerChecker
+from rethinker.rollout.engine import RolloutEngine
 from rethinker.runtime.distributed import Ranks
-from rethinker.samples import Query
-from rethinker.tasks.prompts import PromptEncoder
-from rethinker.tasks.reward import AnswerChecker
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of right answers: overall, and for each `metadata["category"]` (all in 0..1)."""
-
-    overall: float
-    by_category: dict[str, float]
-    questions: int
+from rethinker.samples import Accuracy, Query
 
 
 def validate(

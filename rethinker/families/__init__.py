@@ -64,8 +64,14 @@ class Family(Protocol):
         """image_inputs of the smallest image: a rank without images runs it, to keep ZeRO-3's collectives in step."""
 
 
-def family_of(model_type: str) -> Family:
-    """The family of a config's `model_type`, which must be in FAMILIES."""
+def family_of(model_type: str, named: str = "policy.model") -> Family:
+    """The family of a config's `model_type`.
+
+    Raises:
+        ConfigError: the model that the user `named`, such as `policy.model=NAME`, is of no supported family.
+    """
+    if model_type not in tuple(FAMILIES):  # a file may say anything that JSON can hold
+        raise ConfigError(f"{named} is a {model_type!r} model; supported: {SUPPORTED}")
     return import_module(f"{__name__}.{FAMILIES[model_type][0]}")
 
 

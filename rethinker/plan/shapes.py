@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rethinker.config import ConfigError
-from rethinker.families import FAMILIES, SUPPORTED, family_of
+from rethinker.families import family_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -125,8 +125,7 @@ def shape_of(model: str) -> Shape:
     import torch
 
     config = _config_of(model)
-    if config.model_type not in FAMILIES:
-        raise ConfigError(f"policy.model={model} is a {config.model_type!r} model; supported: {SUPPORTED}")
+    family_of(config.model_type, f"policy.model={model}")
     try:
         built = meta_model(config)
         text = config.get_text_config()
@@ -215,8 +214,8 @@ def _config_of(model: str) -> Any:
     from transformers import AutoConfig  # isort: skip
 
     if model == "tiny":
-        from rethinker.policy import tiny
-        from rethinker.policy.tiny_tokenizer import train_tokenizer
+        from rethinker.embedded import tiny
+        from rethinker.embedded.tokenizer import train_tokenizer
 
         return tiny._config(tiny.DEFAULT_SIZE, train_tokenizer((), merges=tiny.DEFAULT_SIZE.merges), True)
     folder = Path(model).expanduser()

@@ -1,4 +1,4 @@
-"""The policy: model, packing, forward, the ZeRO-3 engine, and the embedded tiny model."""
+"""The policy: model, packing, forward, and the ZeRO-3 engine."""
 
 from rethinker.runtime.quiet import hush
 from rethinker.runtime.torchvision_cpu import make_importable

@@ -18,6 +18,7 @@ import torch
 
 from rethinker.algorithm.objective import loss_normalizer, supervised_weight, surrogate_inputs
 from rethinker.config import Config, ConfigError
+from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora, optimizer_state
 from rethinker.policy.full_weights import FullWeights
 from rethinker.policy.model import Policy, load_model
@@ -37,7 +38,6 @@ from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.ownership import bring
 from rethinker.runtime.profiling import phase
 from rethinker.samples import Bundle, PackedBatch, Sample
-from rethinker.tasks.prompts import PromptEncoder
 from rethinker_kernels import LINEAR_GRPO_STATS
 
 log = logging.getLogger(__name__)

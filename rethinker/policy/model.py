@@ -14,7 +14,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rethinker.config import ConfigError, PolicyConfig
-from rethinker.families import FAMILIES, SUPPORTED, family_of
+from rethinker.families import family_of
 from rethinker.policy.attention import ROW, VISION, kernel_for, lay_out
 from rethinker.policy.compiled_layers import apart, compile_layers
 from rethinker.policy.cpu_linear import use_onednn
@@ -204,8 +204,7 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     named = f"policy.model={str(folder)!r}"
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if config.model_type not in FAMILIES:
-            raise ConfigError(f"{named} is a {config.model_type!r} model; supported: {SUPPORTED}")
+        family_of(config.model_type, named)
         model, loaded = AutoModelForImageTextToText.from_pretrained(
             folder,
             config=config,

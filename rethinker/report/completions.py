@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from rethinker.algorithm.cues import rethinks
 from rethinker.config import ConfigError
-from rethinker.evaluation.rethinking import rethinks
+from rethinker.data.images import open_image
 from rethinker.report.runs import RunRecord
 from rethinker.report.triggers import TriggerFinder
 from rethinker.samples import Rethought
-from rethinker.tasks.images import open_image
 
 MOST_GROUPS = 48
 MOST_RESPONSES = 16

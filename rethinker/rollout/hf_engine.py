@@ -8,8 +8,8 @@ import torch
 
 from rethinker.config import Config, ConfigError
 from rethinker.families import family_of, limit_pixels
-from rethinker.rollout import WeightStream
 from rethinker.rollout.deadline import Deadline
+from rethinker.rollout.engine import WeightStream
 from rethinker.rollout.sampling import limits, preserved_random_state, seeded, stop_token_ids
 from rethinker.samples import Completion, Prompt
 

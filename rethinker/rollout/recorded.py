@@ -6,7 +6,7 @@ from collections import Counter, defaultdict, deque
 from pathlib import Path
 
 from rethinker.config import Config, ConfigError
-from rethinker.rollout import WeightStream
+from rethinker.rollout.engine import WeightStream
 from rethinker.runtime.completions import read_completions
 from rethinker.samples import Completion, Prompt
 

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 
 from rethinker.config import Config, ConfigError
-from rethinker.rollout import WeightStream
 from rethinker.rollout.deadline import Deadline
+from rethinker.rollout.engine import WeightStream
 from rethinker.rollout.sampling import limits, preserved_random_state, seeded
 from rethinker.rollout.vllm_settings import Asking, engine_arguments
 from rethinker.samples import Completion, Prompt

@@ -17,7 +17,7 @@ _SHAPES = """
     intermediate_size num_hidden_layers num_attention_heads num_key_value_heads depth num_heads patch_size
     spatial_merge_size out_hidden_size
 """.split()
-WORKER = "rethinker.rollout.server_worker.ServerWorker"  # worker extension of a server
+WORKER = "rethinker.rollout.server.worker.ServerWorker"  # worker extension of a server
 
 
 def engine_arguments(config: Config, asking: Asking, *, gpu: bool) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from rethinker.rollout import WeightStream
 from rethinker.rollout.checksums import Checksum, checksum
+from rethinker.rollout.engine import WeightStream
 
 BACKEND = "inprocess"
 # Tensors are copied when they leave the stream (it may reuse their memory) and live until their layer is loaded.

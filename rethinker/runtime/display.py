@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from rethinker.evaluation.validation import Accuracy
+    from rethinker.samples import Accuracy
     from rethinker.train import Run
 
 T = TypeVar("T")

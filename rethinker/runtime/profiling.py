@@ -12,6 +12,10 @@ from pathlib import Path
 from rethinker.config import ConfigError
 
 
+# The parts of a step, in their order; `time_<name>_s` in metrics.jsonl is the time of each.
+PHASES = ("rollout", "reward", "rethink", "train", "sync", "checkpoint")
+
+
 @dataclass(frozen=True)
 class Progress:
     """The phases that are open, outermost first, and when one last began or ended (time.monotonic, seconds)."""

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.end_to_end import benchmark_config, main, measure, summarize, table, training_flop
 from benchmarks.sides import Step
-from rethinker.policy.tiny import create_tiny
+from rethinker.embedded.tiny import create_tiny
 
 
 def step(total: float, response_tokens: int = 100, memory: float = 1.0) -> Step:

@@ -13,11 +13,11 @@ import rethinker.evaluation.run  # noqa: F401  (it keeps make_engine under a nam
 from rethinker.config import ConfigError
 from rethinker.curation import measure as measuring
 from rethinker.curation.command import main
-from rethinker.policy.tiny import create_tiny
+from rethinker.data.datasets import load_queries
+from rethinker.embedded.tiny import create_tiny
 from rethinker.samples import Completion
 from rethinker.settings import resolve_config
-from rethinker.tasks.datasets import load_queries
-from tests.tasks.virl39k import make_rows, write_fixture
+from tests.data.virl39k import make_rows, write_fixture
 
 SAMPLES, CHUNK = 4, 25
 ROWS = {row["qid"]: row for row in make_rows(200)}
@@ -67,7 +67,7 @@ def scratch(tmp_path_factory):
 def curate(scratch, tmp_path, monkeypatch):
     """Runs the command on the fixture of 200 rows; returns the output folder."""
     engine = TableEngine()
-    monkeypatch.setattr("rethinker.rollout.make_engine", lambda *args, **options: engine)
+    monkeypatch.setattr("rethinker.rollout.backends.make_engine", lambda *args, **options: engine)
     monkeypatch.setattr(measuring, "CHUNK", CHUNK)
 
     def run(*options: str, output: str = "out") -> Path:

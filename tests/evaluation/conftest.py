@@ -12,6 +12,6 @@ import pytest
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A Qwen2.5-VL folder that no run of this project made: no config.yaml above it."""
-    from rethinker.policy.tiny import create_tiny
+    from rethinker.embedded.tiny import create_tiny
 
     return create_tiny(tmp_path_factory.mktemp("models") / "qwen", seed=0)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from rethinker.algorithm.rethinking import make_triggers
 from rethinker.config import Config, RewardConfig
+from rethinker.data.prompts import PromptEncoder
 from rethinker.evaluation import evaluate as module
 from rethinker.evaluation.evaluate import evaluate
 from rethinker.evaluation.results import summarize
-from rethinker.rollout.rethinking import make_triggers
+from rethinker.rewards.checker import AnswerChecker
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Query
-from rethinker.tasks.prompts import PromptEncoder
-from rethinker.tasks.reward import AnswerChecker
 
 SCRIPT = {  # query id: its answer, first response, what follows the trigger
     "kept": ("1", "\\boxed{1}", " yes \\boxed{1}"),

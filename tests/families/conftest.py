@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rethinker.config import DataConfig, PolicyConfig
+from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.model import Policy, load_model, load_processor
-from rethinker.tasks.prompts import PromptEncoder
 from tests.families.tiny_models import FAMILIES, create
 
 

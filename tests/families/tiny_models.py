@@ -28,8 +28,8 @@ from transformers import (
 )
 
 import rethinker.families
-from rethinker.policy.tiny import write_random
-from rethinker.policy.tiny_tokenizer import train_tokenizer
+from rethinker.embedded.tiny import write_random
+from rethinker.embedded.tokenizer import train_tokenizer
 
 # All but the default family, which the other tests hold to the same laws.
 FAMILIES = [name for name in rethinker.families.FAMILIES if name != "qwen2_5_vl"]

@@ -19,16 +19,16 @@ import yaml
 from PIL import Image
 
 from rethinker.config import ConfigError, DataConfig, RewardConfig
+from rethinker.data.datasets import load_queries
+from rethinker.data.images import check_image, image_size, open_image
+from rethinker.data.prompts import PromptEncoder
+from rethinker.data.query_stream import QueryStream
+from rethinker.embedded.tiny import create_tiny
 from rethinker.policy.model import load_processor
-from rethinker.policy.tiny import create_tiny
+from rethinker.rewards.answers import compare, extract_boxed, undecided
+from rethinker.rewards.checker import AnswerChecker
 from rethinker.samples import Query
 from rethinker.settings import load_config, resolve_config, to_yaml
-from rethinker.tasks.answers import compare, extract_boxed, undecided
-from rethinker.tasks.datasets import load_queries
-from rethinker.tasks.images import check_image, image_size, open_image
-from rethinker.tasks.prompts import PromptEncoder
-from rethinker.tasks.query_stream import QueryStream
-from rethinker.tasks.reward import AnswerChecker
 from tests.fuzz import inputs
 from tests.fuzz.campaign import Campaign
 

@@ -13,11 +13,11 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from rethinker.config import AlgorithmConfig, Config, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
+from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import LossHead, load_processor
 from rethinker.policy.packing import plan_micro_batches
 from rethinker.runtime import distributed
-from rethinker.tasks.prompts import PromptEncoder
 from rethinker_kernels import grpo_loss, linear_selective_log_softmax
 from tests.integration.zero3_steps import gradients_at_step, scenario
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rethinker.policy.tiny import create_tiny
+from rethinker.checkpoint.state_file import read_state
+from rethinker.embedded.easy_vqa import easy_vqa
+from rethinker.embedded.tiny import create_tiny
 from rethinker.runtime.completions import read_completions
-from rethinker.runtime.state_file import read_state
-from rethinker.tasks.easy_vqa import easy_vqa
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 12, 2

@@ -22,13 +22,13 @@ from rethinker.config import (
     RolloutConfig,
     TrainConfig,
 )
+from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.full_weights import FullWeights
 from rethinker.policy.model import load_processor
 from rethinker.rollout.hf_engine import HFEngine
 from rethinker.runtime import distributed
-from rethinker.tasks.prompts import PromptEncoder
 from tests.policy.helpers import queries_of_every_kind, samples_for
 
 STEPS = 2  # before the stop, and after it

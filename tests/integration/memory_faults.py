@@ -17,11 +17,11 @@ from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partition_parameters import NoGatherCoalescedHandle, ZeroParamStatus
 
 from rethinker.config import AlgorithmConfig, Config, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
+from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
 from rethinker.policy.out_of_memory import note_budget
 from rethinker.runtime import distributed
-from rethinker.tasks.prompts import PromptEncoder
 from tests.policy.helpers import queries_of_every_kind, samples_for
 
 BUDGET = 100  # two micro-batches of the samples below; the next smaller budget makes three

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rethinker.policy.tiny import create_tiny
+from rethinker.embedded.tiny import create_tiny
+from tests.data.virl39k import write_fixture
 from tests.families import tiny_models
-from tests.tasks.virl39k import write_fixture
 from tests.test_recipes import SCALES
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rethinker.embedded.tiny import create_tiny
 from rethinker.policy.model import load_model, load_processor
-from rethinker.policy.tiny import create_tiny
 from rethinker.runtime.completions import read_completions
 
 ROOT = Path(__file__).parents[2]

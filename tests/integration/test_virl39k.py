@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 import pytest
 
-from rethinker.policy.tiny import create_tiny
+from rethinker.embedded.tiny import create_tiny
 from rethinker.runtime.completions import read_completions
-from tests.tasks.virl39k import make_rows, write_fixture
+from tests.data.virl39k import make_rows, write_fixture
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,10 +13,10 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from rethinker.config import AlgorithmConfig, Config, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
+from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
 from rethinker.runtime import distributed
-from rethinker.tasks.prompts import PromptEncoder
 from tests.policy.helpers import queries_of_every_kind, samples_for
 
 SCENARIOS = ("mixed", "text only", "one image among text", "one sample", "equal rewards", "empty responses")

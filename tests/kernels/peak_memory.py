@@ -16,10 +16,10 @@ import torch
 
 from rethinker.algorithm.objective import surrogate_inputs
 from rethinker.config import AlgorithmConfig, DataConfig, PolicyConfig
+from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.model import Policy, load_model, load_processor
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.samples import Query
-from rethinker.tasks.prompts import PromptEncoder
 from rethinker_kernels import grpo_loss
 from tests.policy.helpers import samples_for
 

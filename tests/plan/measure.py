@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 
 from rethinker.config import AlgorithmConfig, Config, DataConfig, LoraConfig, PolicyConfig, RolloutConfig, TrainConfig
+from rethinker.data.prompts import PromptEncoder
+from rethinker.embedded.tiny import TinySize, create_tiny
 from rethinker.plan.memory import MicroBatch
 from rethinker.plan.shapes import shape_of
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
 from rethinker.policy.packing import plan_micro_batches
-from rethinker.policy.tiny import TinySize, create_tiny
 from rethinker.runtime import distributed
 from rethinker.samples import Query
-from rethinker.tasks.prompts import PromptEncoder
 from tests.families import tiny_models
 from tests.policy.helpers import picture, samples_for
 

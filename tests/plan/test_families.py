@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rethinker.config import ConfigError, DataConfig
+from rethinker.data.prompts import PromptEncoder
 from rethinker.plan.activations import Count, text_activations, vision_activations
 from rethinker.plan.build import Machine, make_plan
 from rethinker.plan.memory import GIB
@@ -16,7 +17,6 @@ from rethinker.policy.attention import lay_out
 from rethinker.policy.model import load_model, load_processor
 from rethinker.samples import Query
 from rethinker.settings import resolve_config
-from rethinker.tasks.prompts import PromptEncoder
 from tests.families.tiny_models import FAMILIES, create
 from tests.policy.helpers import picture
 from tests.policy.switches import make

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from rethinker.config import DataConfig, PolicyConfig
+from rethinker.data.prompts import PromptEncoder
+from rethinker.embedded.tiny import create_tiny
 from rethinker.policy.model import Policy, load_model, load_processor
-from rethinker.policy.tiny import create_tiny
-from rethinker.tasks.prompts import PromptEncoder
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from rethinker.config import DataConfig, PolicyConfig
+from rethinker.data.prompts import PromptEncoder
+from rethinker.embedded.tiny import create_tiny
 from rethinker.policy.model import Policy, load_model, load_processor
 from rethinker.policy.packing import pack, plan_micro_batches
-from rethinker.policy.tiny import create_tiny
 from rethinker.samples import PackedBatch, Query, Sample
-from rethinker.tasks.prompts import PromptEncoder
 from tests.families.tiny_models import create
 from tests.policy.helpers import picture, samples_for
 

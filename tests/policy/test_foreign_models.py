@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import rethinker
 from rethinker.config import ConfigError
-from rethinker.model_folder import check_model_folder
+from rethinker.embedded.tiny import create_tiny
+from rethinker.families.model_folder import check_model_folder
 from rethinker.policy.model import load_model, load_processor
-from rethinker.policy.tiny import create_tiny
 from rethinker.settings import load_config
 
 WEIGHTS = "model.safetensors"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rethinker.policy.tiny import create_tiny
+from rethinker.embedded.tiny import create_tiny
 from rethinker.report.contents import FIGURES
 from rethinker.report.page import write_report
 from tests.report.conftest import PHONE

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from rethinker.config import ConfigError
-from rethinker.policy.tiny_tokenizer import train_tokenizer
+from rethinker.embedded.tokenizer import train_tokenizer
 from rethinker.report import completions, page
 from rethinker.report.contents import FIGURES
 from rethinker.report.page import report_or_warning, write_report

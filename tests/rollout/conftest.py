@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from rethinker.policy.tiny import create_tiny
+from rethinker.embedded.tiny import create_tiny
 
 
 @pytest.fixture(scope="session", params=["tied", "untied"])
@@ -45,7 +45,7 @@ def policy(folder):
 @pytest.fixture(scope="session")
 def engine(folder, prompts):
     """The vLLM engine; `engine.fresh` is what it sampled before any sync. Tests sync the weights they need."""
-    from rethinker.rollout import make_engine
+    from rethinker.rollout.backends import make_engine
     from tests.rollout.helpers import rollout_config
 
     engine = make_engine(rollout_config(), str(folder), rank=0, world_size=1, local_rank=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rethinker.config import ConfigError
-from rethinker.rollout import make_engine
+from rethinker.rollout.backends import make_engine
 from rethinker.samples import Prompt
 from tests.rollout.helpers import TOLERANCE, rollout_config
 

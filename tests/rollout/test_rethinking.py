@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from rethinker.config import RethinkConfig
-from rethinker.rollout.rethinking import (
+from rethinker.algorithm.rethinking import (
     Rethinker,
     Trigger,
     answer_tokens,
@@ -18,6 +17,7 @@ from rethinker.rollout.rethinking import (
     make_triggers,
     released_reward,
 )
+from rethinker.config import RethinkConfig
 from rethinker.samples import Completion, Group, Prompt, Query, Rethinking, Rethought
 
 END = 99

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rethinker.policy.tiny import create_tiny
+from rethinker.embedded.tiny import create_tiny
 
 ROOT = Path(__file__).parents[2]
 

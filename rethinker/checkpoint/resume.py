@@ -1,0 +1,194 @@
+"""All that a run is besides its weights, taken and given back: what `--resume` continues from.
+
+The run's own state (trainer/run.*) is the same on every rank and written by rank 0; each rank adds its responses and
+random streams (trainer/rank_*) and its part of the optimizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rethinker.checkpoint.held_samples import Responses, group_outline, payload, sample_outline
+from rethinker.checkpoint.random_state import random_state, set_random_state
+from rethinker.checkpoint.state_file import read_state, write_state
+from rethinker.config import Config, ConfigError
+from rethinker.runtime.distributed import Ranks
+from rethinker.samples import Accuracy, Group
+from rethinker.settings import flat
+from rethinker.version import versions
+
+if TYPE_CHECKING:
+    from rethinker.algorithm.replay import ReplayBuffer
+    from rethinker.checkpoint.run_directory import RunDirectory
+    from rethinker.episode import Episodes
+    from rethinker.policy.engine import PolicyEngine
+
+log = logging.getLogger(__name__)
+
+# Settings that may change when a run is resumed: they say where, how fast and how long, not what is learned. Where the
+# data lies may change, too; its content is compared.
+MAY_CHANGE = """
+    resume run. checkpoint. profile. data.train data.validation data.image_root policy.attention policy.compile
+    policy.fused_layers policy.gradient_checkpointing rollout.gpu_memory_utilization rollout.kv_cache_gb
+    rollout.tensor_parallel_size rollout.sleep rollout.servers rollout.weight_folder rollout.check_sync
+    rollout.timeout_s rollout.max_mismatch_kl reward.workers reward.timeout_s reward.memory_gb train.max_steps
+    train.epochs data.max_bad_rows train.max_generated_tokens train.micro_batch_tokens train.deepspeed validation.every
+""".split()
+OF_A_SOURCE_MAY_CHANGE = {"image_root", "max_bad_rows"}  # of each entry of data.sources
+
+
+@dataclass
+class Progress:
+    """Where the loop stands."""
+
+    episode: int = 0
+    """The running one, or with no `groups` left the next one, from 0."""
+    groups: list[Group] = field(default_factory=list)
+    """Of the running episode, rewarded and not trained on yet."""
+    generated: int = 0
+    """Tokens sampled so far, over all ranks."""
+    mismatch: float | None = None
+    """mismatch_kl of the running episode, once its first step is done."""
+    failed_checks: int = 0
+    """Answer checks that could not be finished, up to this episode."""
+    before: Accuracy | None = None
+    """On the held-out questions, before the first step."""
+    after: Accuracy | None = None
+    """The latest one."""
+    best: Accuracy | None = None
+    """The highest one."""
+
+
+@dataclass
+class RunState:
+    """The parts of a run that have a past."""
+
+    config: Config
+    ranks: Ranks
+    progress: Progress
+    policy: PolicyEngine
+    episodes: Episodes
+    replay: ReplayBuffer
+    run: RunDirectory
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """Everything as it is now; what comes back writes it into trainer/, while training goes on."""
+        replay = self.replay.state_dict()
+        replayed = [sample for _, samples, _ in replay["entries"] for sample in samples]
+        replay["entries"] = [
+            [slot, [sample_outline(s) for s in samples], added] for slot, samples, added in replay["entries"]
+        ]
+        position = self.episodes.state_dict()
+        own = {"samples": payload(self.progress.groups, replayed), "random": random_state(), "position": position}
+        state = None
+        if self.ranks.is_main:
+            progress = {f.name: getattr(self.progress, f.name) for f in dataclasses.fields(Progress)}
+            for name in ("before", "after", "best"):
+                progress[name] = progress[name] and dataclasses.asdict(progress[name])
+            state = {
+                "settings": flat(self.config),
+                "versions": versions(),
+                "world_size": self.ranks.world_size,
+                "data": self.episodes.stream.fingerprint(),
+                "queries": self.episodes.stream.keep([x.query for x in (*self.progress.groups, *replayed)]),
+                "progress": progress | {"groups": [group_outline(group) for group in self.progress.groups]},
+                "policy": self.policy.state_dict(),
+                "replay": replay,
+                "log": self.run.state_dict(),
+            }
+        write_optimizer = self.policy.optimizer_snapshot()
+
+        def write(folder: Path) -> None:
+            write_optimizer(folder)
+            write_state(folder / f"rank_{self.ranks.rank:05d}", own)
+            if state is not None:
+                write_state(folder / "run", state)
+
+        return write
+
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint that was found whole; the model and the logs were taken up before.
+
+        Args:
+            checkpoint: its folder.
+            state: its `saved_state`.
+
+        Raises:
+            ConfigError: it belongs to other data or another kind of run.
+        """
+        folder = checkpoint / "trainer"
+        if state["data"] != self.episodes.stream.fingerprint():
+            raise ConfigError(f"data.train={self.config.data.train}: its questions are not those of {checkpoint}")
+        ranks, world_size = self.ranks, state["world_size"]
+        if self.config.rollout.backend == "recorded" and world_size != ranks.world_size:
+            raise ConfigError(f"rollout.backend=recorded: resume on as many ranks as before ({world_size})")
+        taken = range(ranks.rank, world_size, ranks.world_size)  # the ranks whose responses fall to this one
+        owns = [read_state(folder / f"rank_{rank:05d}") for rank in taken]
+        queries = self.episodes.stream.kept(state.get("queries"))
+        responses = Responses(queries, [own["samples"] for own in owns], ranks)
+        self.policy.load_state_dict(state["policy"])
+        self.policy.load_optimizer(folder, state["policy"]["adam_steps"])
+        for name, value in state["progress"].items():
+            setattr(self.progress, name, value)
+        for name in ("before", "after", "best"):
+            accuracy = state["progress"][name]
+            setattr(self.progress, name, accuracy and Accuracy(**accuracy))
+        replay = state["replay"]
+        replay["entries"] = [
+            (slot, [responses.sample(s) for s in samples], added) for slot, samples, added in replay["entries"]
+        ]
+        self.replay.load_state_dict(replay)
+        # A rank that the run did not have before goes on from rank 0's place in the data, with streams of its own.
+        position = owns[0]["position"] if owns else read_state(folder / "rank_00000")["position"] | {"failures": {}}
+        position["failures"] = dict(sum((Counter(own["position"]["failures"]) for own in owns), Counter()))
+        self.episodes.load_state_dict(position)
+        self.progress.groups = [responses.group(outline) for outline in state["progress"]["groups"]]
+        if owns:
+            set_random_state(owns[0]["random"])
+        _warn_of_other_versions(state["versions"])
+
+
+def saved_state(checkpoint: Path | None, config: Config) -> dict[str, Any]:
+    """The run's own state in a checkpoint; empty without one.
+
+    Raises:
+        ConfigError: under these settings it would not be the same run; every differing one is named, with both values.
+    """
+    if checkpoint is None:
+        return {}
+    state, own = read_state(checkpoint / "trainer" / "run"), flat(config)
+    saved = state["settings"]
+    differing = [
+        f"{key}={own[key]} (was {saved[key]})"
+        for key in own
+        if key in saved and _compared(key, own[key]) != _compared(key, saved[key])
+    ]
+    if differing:
+        raise ConfigError(
+            f"resume: run {config.run.name} cannot go on with {', '.join(differing)}; set them back, or start a new "
+            "run with another run.name"
+        )
+    return state
+
+
+def _compared(key: str, value: Any) -> Any:
+    """What of a setting's value must be the same in a resumed run."""
+    if key.startswith(tuple(MAY_CHANGE)):
+        return None
+    if key == "data.sources":
+        return {name: {k: entry[k] for k in entry.keys() - OF_A_SOURCE_MAY_CHANGE} for name, entry in value.items()}
+    return value
+
+
+def _warn_of_other_versions(saved: dict[str, str]) -> None:
+    own = versions()
+    names = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
+    if names:
+        changes = ", ".join(f"{name} {own.get(name)} (was {saved.get(name)})" for name in names)
+        log.warning("resumed with other versions, so not bit for bit: %s", changes)

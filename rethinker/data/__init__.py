@@ -1,0 +1,1 @@
+"""Data: questions from any source, their prompts and images."""

@@ -1,0 +1,127 @@
+"""The order in which training meets the questions: endless, seeded, its state a few numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from rethinker.config import ConfigError
+from rethinker.data.mixture import furthest_behind
+from rethinker.samples import Query
+
+
+def fingerprint(queries: Iterable[Query]) -> str:
+    """SHA-256 of the questions' ids, texts and answers, in order."""
+    digest = hashlib.sha256()
+    for query in queries:
+        digest.update(repr((query.id, query.question, query.answer, len(query.images))).encode())
+    return digest.hexdigest()
+
+
+class QueryStream:
+    """An endless, seeded order of the queries; its state is a few numbers.
+
+    Every epoch is its own permutation, a function of (seed, epoch). With `category_weights` the categories take turns
+    in those shares, each running through its own permutations; categories without a weight are left out.
+
+    Args:
+        queries: the questions.
+        seed: of the permutations.
+        category_weights: share of each `metadata["category"]`, in any scale; empty keeps the data's own mix.
+        label: what the weights are about instead, as `mixture.stream_weights` gives it.
+
+    Raises:
+        ConfigError: no queries, or weights that name no category of theirs.
+    """
+
+    def __init__(
+        self,
+        queries: list[Query],
+        *,
+        seed: int,
+        category_weights: Mapping[str, float] | None = None,
+        label: Callable[[Query], str] = lambda query: str(query.metadata.get("category")),
+    ) -> None:
+        if not queries:
+            raise ConfigError("data.train: there are no queries to train on")
+        self.queries, self.seed = queries, seed
+        weights = {name: float(weight) for name, weight in (category_weights or {}).items()}
+        members: dict[str, list[int]] = {"": list(range(len(queries)))}
+        if weights:
+            members = {}
+            for i, query in enumerate(queries):
+                members.setdefault(label(query), []).append(i)
+            self._check(weights, members)
+            members = {name: members[name] for name, weight in weights.items() if weight > 0}
+        total = sum(weights.values())
+        self._members = members
+        self._shares = {name: weights[name] / total if weights else 1.0 for name in members}
+        self._drawn = dict.fromkeys(members, 0)
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}
+
+    @staticmethod
+    def _check(weights: dict[str, float], members: dict[str, list[int]]) -> None:
+        unknown = [name for name in weights if name not in members]
+        if unknown:
+            raise ConfigError(
+                f"data.category_weights.{unknown[0]}: the data has no such category, but {', '.join(sorted(members))}"
+            )
+        if any(not math.isfinite(w) or w < 0 for w in weights.values()) or not sum(weights.values()):
+            raise ConfigError(f"data.category_weights={weights}: weights are finite, not negative, and not all 0")
+
+    def __len__(self) -> int:
+        """Queries in the order: all of them, or those of the weighted categories."""
+        return sum(map(len, self._members.values()))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the questions' ids, texts and answers, in the data's order."""
+        return fingerprint(self.queries)
+
+    def keep(self, queries: Iterable[Query]) -> None:
+        """What a checkpoint must hold of the queries that held samples refer to: nothing, the data has them."""
+
+    def kept(self, state: None) -> dict[str, Query]:
+        """The queries by id, of what `keep` gave."""
+        return {query.id: query for query in self.queries}
+
+    @property
+    def epoch(self) -> float:
+        """Queries drawn so far as a multiple of the queries there are."""
+        return sum(self._drawn.values()) / len(self)
+
+    def next(self, n: int) -> list[Query]:
+        """The next n queries; n may exceed the number of queries."""
+        return [self._one() for _ in range(n)]
+
+    def _one(self) -> Query:
+        name = furthest_behind(self._shares, self._drawn)
+        members = self._members[name]
+        epoch, place = divmod(self._drawn[name], len(members))
+        if name not in self._orders or self._orders[name][0] != epoch:
+            generator = np.random.default_rng([self.seed, epoch, zlib.crc32(name.encode())])
+            self._orders[name] = epoch, generator.permutation(len(members))
+        self._drawn[name] += 1
+        return self.queries[members[self._orders[name][1][place]]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order stands: the queries drawn of each category."""
+        return {"seed": self.seed, "sizes": {c: len(m) for c, m in self._members.items()}, "drawn": dict(self._drawn)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken.
+
+        Raises:
+            ConfigError: the state belongs to another seed or to other data.
+        """
+        here = self.state_dict()
+        for key, setting in (("seed", "seed"), ("sizes", "data.train")):
+            if state[key] != here[key]:
+                raise ConfigError(
+                    f"{setting}: the checkpoint's data order has {key} {state[key]}, this run {here[key]}"
+                )
+        self._drawn = dict(state["drawn"])

@@ -1,0 +1,203 @@
+"""One answer-checking process: `Worker` is its handle in the trainer, `serve` what runs inside.
+
+A fresh interpreter, not a fork (the trainer has threads) and not multiprocessing's spawn (which imports the trainer's
+main module again). It loads math-verify or the custom reward, not torch. Every check is answered on its own, in order,
+so the trainer knows which check a dead worker was at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+# Until a worker has imported what it needs; far beyond any healthy start, since a loaded machine is slow.
+START_S = 120.0
+READY = "ready"
+OUT_OF_MEMORY = 77  # exit code
+
+
+class WorkerFailed(RuntimeError):
+    """A worker did not start; the message says why."""
+
+
+class Worker:
+    """A process that is started on the first `send` and again after each `kill`.
+
+    Args:
+        function: the setting `reward.function`.
+        timeout_s: deadline of one check, in seconds.
+        memory_gb: most memory that its checks may take, GiB.
+    """
+
+    def __init__(self, function: str, timeout_s: float, memory_gb: float) -> None:
+        self.function, self.timeout_s, self.memory_gb = function, timeout_s, memory_gb
+        self.deadline = math.inf
+        self.started = False
+        self._process: subprocess.Popen | None = None
+        self._link: Connection | None = None
+
+    def send(self, checks: list[Any]) -> Connection:
+        """Hand over checks to an idle worker, and return the connection on which its answers will come.
+
+        Raises:
+            WorkerFailed: the process cannot be reached.
+        """
+        for _ in range(2):  # it may have died since its last answer
+            if self._link is None:
+                self._start()
+            try:
+                self._link.send(checks)
+            except OSError:
+                self.kill()
+                continue
+            self.deadline = time.monotonic() + (self.timeout_s if self.started else START_S)
+            return self._link
+        raise WorkerFailed("its checking process cannot be reached")
+
+    def receive(self) -> tuple[float, str] | None:
+        """The next answer, (score, failure), once the connection is ready; None if the worker has died.
+
+        Raises:
+            WorkerFailed: the process could not load the reward.
+        """
+        try:
+            answer = self._link.recv()
+            if not self.started and answer == READY:
+                self.started, self.deadline = True, time.monotonic() + self.timeout_s
+        except (EOFError, OSError):
+            answer = None
+        if not self.started:
+            raise WorkerFailed(f"its checking process does not start: {answer or self.obituary()}")
+        if answer is not None:
+            self.deadline = time.monotonic() + self.timeout_s
+        return answer
+
+    def obituary(self) -> str:
+        """How a worker that died ended."""
+        try:
+            code = self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            return "the connection was closed"
+        if code == OUT_OF_MEMORY:
+            return f"more than {self.memory_gb:g} GiB of memory"
+        if code < 0:
+            with contextlib.suppress(ValueError):
+                return signal.Signals(-code).name
+        return f"exit code {code}"
+
+    def kill(self) -> None:
+        """End the process and everything it started, at once, and reap it."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        # A message longer than the socket's buffer waits for its reader: not for ever.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(START_S), 0))
+        with theirs:
+            code = (
+                f"import sys; sys.path[:] = {sys.path!r}; from rethinker.rewards.check_worker import serve; "
+                f"serve({theirs.fileno()}, {self.function!r}, {self.timeout_s!r}, {self.memory_gb!r})"
+            )
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={"OMP_NUM_THREADS": "1", **os.environ},
+                start_new_session=True,  # so that it and its children can be killed as one, and Ctrl-C is not theirs
+            )
+        self._link = Connection(ours.detach())
+        self.started = False
+
+
+def serve(fd: int, function: str, timeout_s: float, memory_gb: float) -> None:
+    """Answer checks until the trainer closes the connection or dies."""
+    link = Connection(fd)
+    try:
+        check = _load(function)
+        _limit_memory(memory_gb)
+    except BaseException as error:
+        link.send(f"{type(error).__name__}: {error}")
+        return
+    link.send(READY)
+    # The kernel ends a worker that a dead trainer left behind in an endless check. A living one has killed it by then.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    worker = os.getpid()
+    while True:
+        try:
+            checks = link.recv()
+        except (EOFError, OSError):
+            return
+        for arguments in checks:
+            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
+            try:
+                answer = _number(check(*arguments)), ""
+            except MemoryError:
+                os._exit(OUT_OF_MEMORY)
+            except BaseException as error:  # SystemExit too: it is the check's, not the worker's
+                answer = 0.0, f"error: {_described(error)}"
+            if os.getpid() != worker:  # a reward that forked and let the child return: its answer is one too many
+                os._exit(0)
+            try:
+                link.send(answer)
+            except OSError:
+                return
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _number(reward: Any) -> float:
+    """A reward as a float: of Python, NumPy or torch, but no text that spells one."""
+    if isinstance(reward, (str, bytes, bytearray)):
+        raise TypeError(f"a reward is a number, not the {type(reward).__name__} {reward[:40]!r}")
+    return float(reward)
+
+
+def _described(error: BaseException) -> str:
+    """The error in one line of text that can be logged; whatever its own text does is the check's fault as well."""
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except BaseException:
+        text = type(error).__name__
+    return text.encode("utf-8", "backslashreplace").decode()[:500]
+
+
+def _load(function: str) -> Any:
+    if function != "boxed":
+        from rethinker.rewards.checker import load_reward
+
+        return load_reward(function)
+    import math_verify  # noqa: F401  (a second of imports belongs to the start, not to the first check's deadline)
+
+    from rethinker.rewards.answers import compare, math_equal
+
+    return lambda predicted, answer, question, choices: compare(
+        predicted, answer, question=question, choices=choices, equal=math_equal
+    )
+
+
+def _limit_memory(memory_gb: float) -> None:
+    """Bound what the process may add to its data memory (address space would not do: CUDA reserves much of it), and let
+    the kernel end this process first when memory runs out."""
+    import resource
+
+    with open("/proc/self/statm") as file:
+        taken = int(file.read().split()[5]) * resource.getpagesize()
+    size = taken + int(memory_gb * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")

@@ -1,0 +1,81 @@
+"""What every rollout engine does: sample, report log-probs, take over weights, sleep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from rethinker.samples import Completion, Prompt
+
+
+class WeightStream(Protocol):
+    """The policy's weights, as its engine gives them to the rollout."""
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name (as in a checkpoint), type and full shape of every tensor, in the order of iteration; no collective."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full tensors, one at a time, each valid until the next. Collective: every rank iterates to the end."""
+        ...
+
+
+class RolloutEngine(Protocol):
+    """Samples responses and reports the log-probability of every token it sampled."""
+
+    def generate(
+        self, prompts: list[Prompt], *, n: int, max_new_tokens: int | list[int], temperature: float, seed: int
+    ) -> list[list[Completion]]:
+        """Sample n completions of every prompt from the whole distribution.
+
+        Args:
+            prompts: this rank's prompts.
+            n: completions per prompt.
+            max_new_tokens: longest completion; one number, or one per prompt.
+            temperature: 0 is greedy.
+            seed: the same on every rank, which draw different samples from it. The same prompts, weights and seed
+                give the same completions. The caller's random state is left as it was.
+
+        Returns:
+            [prompt][sample].
+
+        Raises:
+            TimeoutError: after `rollout.timeout_s`.
+            ConfigError: a prompt does not fit, or its image tokens differ from the engine's.
+        """
+        ...
+
+    def sync(self, weights: WeightStream, version: int) -> None:
+        """Take over the policy's weights (collective). After it, `generate` samples from policy `version`.
+
+        Raises:
+            TimeoutError: after `rollout.timeout_s`.
+            RuntimeError: a tensor is missing, unknown, or (with `rollout.check_sync`) differs from the policy's.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Free the GPU memory while the policy trains; nothing on CPU."""
+        ...
+
+    def wake(self) -> None:
+        """Take the GPU memory back; `sync` and `generate` also do so themselves."""
+        ...
+
+    def logprobs(self, prompts: list[Prompt], completions: list[Completion]) -> list[list[float]]:
+        """Log-probability of every token of `completions[i]` after `prompts[i]`, at `rollout.temperature`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next rollouts depend on besides weights, prompts and seed: nothing, where sampling is real."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        ...
+
+    def close(self) -> None:
+        """Release the engine."""
+        ...

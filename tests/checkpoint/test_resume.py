@@ -1,0 +1,76 @@
+"""What a resumed run compares before it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from rethinker.checkpoint.resume import MAY_CHANGE, OF_A_SOURCE_MAY_CHANGE, Progress, RunState, saved_state, versions
+from rethinker.checkpoint.state_file import write_state
+from rethinker.config import Config, ConfigError
+from rethinker.data.mixture import OF_A_SOURCE
+from rethinker.data.query_stream import QueryStream, fingerprint
+from rethinker.runtime.distributed import Ranks
+from rethinker.samples import Query
+from rethinker.settings import flat, resolve_config, settings
+
+QUERIES = [Query("a", "what?", "red", ("a.png",)), Query("b", "and?", "blue")]
+
+
+def test_other_questions_are_refused(tmp_path):
+    """Any changed id, question, answer or number of images changes the fingerprint, and with it nothing is resumed."""
+    for change in ({"id": "c"}, {"question": "what"}, {"answer": "Red"}, {"images": ()}):
+        assert fingerprint([dataclasses.replace(QUERIES[0], **change), QUERIES[1]]) != fingerprint(QUERIES)
+    episodes = SimpleNamespace(stream=QueryStream(QUERIES[::-1], seed=0))
+    state = RunState(Config(), Ranks(0, 1, 0), Progress(), None, episodes, None, None)
+    with pytest.raises(ConfigError, match=r"data.train=easy_vqa: its questions are not those of"):
+        state.load(tmp_path, {"data": fingerprint(QUERIES)})
+
+
+def test_settings_are_compared_by_name(tmp_path):
+    """Where, how fast and how long may change; everything else is refused with both values."""
+    config = resolve_config("easy_vqa_cpu", {"run.name": "x"})
+    (tmp_path / "trainer").mkdir()
+    write_state(tmp_path / "trainer" / "run", {"settings": flat(config)})
+    free = {"run.trackers": [], "checkpoint.keep": 7, "train.max_steps": 999, "train.micro_batch_tokens": 77}
+    free |= {f"policy.{how}": True for how in ("gradient_checkpointing", "compile")} | {"policy.attention": "varlen"}
+    assert saved_state(tmp_path, resolve_config("easy_vqa_cpu", {"run.name": "y", "resume": "auto"} | free))
+    assert saved_state(None, config) == {}
+    other = resolve_config("easy_vqa_cpu", {"run.name": "x", "seed": 5, "train.betas": [0.5, 0.6]} | free)
+    with pytest.raises(ConfigError) as refused:
+        saved_state(tmp_path, other)
+    assert str(refused.value) == (
+        f"resume: run x cannot go on with seed=5 (was 0), train.betas=[0.5, 0.6] (was {list(config.train.betas)}); "
+        "set them back, or start a new run with another run.name"
+    )
+
+
+def test_settings_of_sources_are_compared_as_those_above_them(tmp_path):
+    """Where a source's images lie and how many of its rows may be bad may change; what is drawn of it may not."""
+    entry = {"train": "a.jsonl", "weight": 1}
+
+    def config(**changed):
+        return resolve_config(
+            "easy_vqa_cpu", {"run.name": "x", "data.train": "sources", "data.sources": {"a": entry | changed}}
+        )
+
+    (tmp_path / "trainer").mkdir()
+    write_state(tmp_path / "trainer" / "run", {"settings": flat(config(image_root="images"))})
+    assert saved_state(tmp_path, config(image_root="elsewhere", max_bad_rows=0.5)) and saved_state(tmp_path, config())
+    for changed in ({"weight": 2}, {"train": "b.jsonl"}, {"category_weights": {"c": 1}}, {"pass_rate": "p"}):
+        with pytest.raises(ConfigError, match=r"cannot go on with data\.sources="):
+            saved_state(tmp_path, config(**changed))
+
+
+def test_the_free_settings_exist():
+    """Every name in the list of settings that may change is one, so that none is misspelt."""
+    keys = [setting.key for setting in settings()]
+    assert all(any(key.startswith(name) for key in keys) for name in MAY_CHANGE)
+    assert set(OF_A_SOURCE) >= OF_A_SOURCE_MAY_CHANGE
+
+
+def test_versions_name_what_numbers_depend_on():
+    """torch and the rest of the numerics are recorded."""
+    assert {"python", "torch", "transformers", "deepspeed"} <= set(versions())

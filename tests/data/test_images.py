@@ -1,0 +1,167 @@
+"""Images that cannot be read are found before training starts, and no file can stop, fill or run anything."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import struct
+
+import pytest
+from PIL import Image, ImageOps
+
+from rethinker.config import ConfigError
+from rethinker.data import images
+from rethinker.data.images import UnreadableImageError, check_image, check_images, image_size, open_image
+from rethinker.samples import Query
+
+
+def queries(folder, count: int, broken: int | None = None) -> list[Query]:
+    result = []
+    for number in range(count):
+        path = folder / f"{number}.png"
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(path)
+        if number == broken:
+            path.write_bytes(path.read_bytes()[:60])  # a whole header, and then nothing: only decoding notices
+        result.append(Query(f"q{number}", "what?", "a", (str(path),)))
+    return result
+
+
+def test_a_truncated_image_is_named(tmp_path):
+    """The query and the file are named, although the file's header is whole."""
+    broken = queries(tmp_path, 5, broken=3)
+    assert images.image_size(broken[3].images[0], "q3") == (32, 32)
+    with pytest.raises(ConfigError, match=r"q3.*3\.png"):
+        check_images(broken)
+
+
+def test_each_image_is_decoded_once_and_within_the_budget(tmp_path, monkeypatch):
+    """Queries about the same image share its check; a large data set costs no more than the budget."""
+    decoded = []
+    monkeypatch.setattr(images, "check_image", lambda reference, query_id, limit: decoded.append(reference))
+    some = queries(tmp_path, 4)
+    check_images(some + some)
+    assert len(decoded) == 4
+    decoded.clear()
+    check_images(some, budget_s=-1)
+    assert len(decoded) == 1
+
+
+def saved(image: Image.Image, kind: str, **options) -> dict[str, bytes]:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return {"bytes": buffer.getvalue()}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero", "/dev/random", "socket", "folder", "loop", "gone.png", "a\0b"])
+def test_only_regular_files_are_opened(tmp_path, name):
+    """A named pipe would wait for ever and /dev/zero never ends; both are refused at once, with their names."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        for read in (open_image, image_size, check_image):
+            with pytest.raises(UnreadableImageError, match="query q: cannot read the image"):
+                read(str(tmp_path / name), "q")
+    with pytest.raises(UnreadableImageError):
+        open_image({"path": str(tmp_path / name)}, "q")
+
+
+def test_links_to_images_are_images(tmp_path):
+    """Data sets are full of links; what they lead to counts."""
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
+    (tmp_path / "link").symlink_to("a.png")
+    assert open_image(str(tmp_path / "link"), "q").size == (8, 6)
+
+
+def test_no_program_is_started(tmp_path, monkeypatch):
+    """Pillow would give an EPS file to Ghostscript, which runs what is in it; it is not opened, nor is PDF or WMF."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looked up again
+    eps = saved(Image.new("RGB", (8, 6)), "EPS")
+    for read in (open_image, image_size, check_image):
+        with pytest.raises(UnreadableImageError):
+            read(eps, "q")
+    assert not (tmp_path / "ran").exists()
+    with Image.open(io.BytesIO(eps["bytes"])) as image, pytest.raises(OSError):
+        image.load()
+    assert (tmp_path / "ran").exists()  # so it would have
+
+
+def test_sizes_beyond_the_limit_are_not_decoded(tmp_path):
+    """A header may claim any size: nothing is decoded beyond data.max_image_pixels, and no memory taken for it."""
+    bomb = {"bytes": b"P6 60000 60000 255 x"}
+    for reference in (bomb, {"bytes": b"P6 9435 9434 255 x"}):
+        with pytest.raises(UnreadableImageError, match="pixels"):
+            open_image(reference, "q")
+    with pytest.raises(UnreadableImageError, match=r"100 x 50 pixels are more than data\.max_image_pixels=4999"):
+        open_image(saved(Image.new("L", (100, 50)), "PNG"), "q", 4999)
+    assert open_image(saved(Image.new("L", (100, 50)), "PNG"), "q", 5000).size == (100, 50)
+    with (tmp_path / "large.webp").open("wb") as file:  # WebP is read whole before its header is looked at
+        file.write(saved(Image.new("L", (10, 10)), "WEBP")["bytes"])
+        file.truncate(2**40)
+    with pytest.raises(UnreadableImageError, match="1099511627776 bytes are too many"):
+        open_image(str(tmp_path / "large.webp"), "q")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_of_an_animation_the_first_frame(kind):
+    """Frames after the first are not looked at, not even if they are cut off."""
+    frames = [Image.new("RGB", (40, 24), color) for color in ("red", "lime", "blue")]
+    reference = saved(frames[0], kind, save_all=True, append_images=frames[1:], duration=100)
+    image = open_image(reference, "q")
+    red, green, blue = image.getpixel((5, 5))
+    assert image.size == (40, 24) and red > 240 and green < 16 and blue < 16
+
+
+def test_odd_exif_does_not_cost_the_image():
+    """Cameras write tags of types that Pillow cannot write again; the orientation beside them is applied."""
+    exif = bytes.fromhex(
+        "457869660000 4d4d002a00000008 0003"
+        "010e 0002 00000005 00000032"  # a description
+        "0112 0003 00000001 00060000"  # to be turned by 90 degrees
+        "0141 0005 00000001 0000003a"  # a rational where an integer belongs
+        "00000000 6465736300000000 0000004800000001"
+    )
+    reference = saved(Image.new("RGB", (40, 20), "red"), "JPEG", exif=exif)
+    with Image.open(io.BytesIO(reference["bytes"])) as image, pytest.raises(struct.error):
+        ImageOps.exif_transpose(image)
+    assert open_image(reference, "q").size == (20, 40)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "WEBP", "PNG", "JPEG", "TIFF", "GIF"])
+def test_whatever_a_decoder_raises_is_the_images_fault(kind):
+    """Decoders raise RuntimeError, struct.error and worse on damaged pixels; the query and the file are named."""
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    content = saved(noise, kind)["bytes"]
+    refusals = 0
+    for length in range(60, len(content), max(1, len(content) // 40)):
+        for damaged in (content[:length], content[:length] + bytes(len(content) - length)):
+            try:
+                assert open_image({"bytes": damaged}, "row 7").size == (64, 64)
+            except UnreadableImageError as error:
+                refusals += 1
+                assert str(error).startswith("data: query row 7: cannot read the image its bytes (")
+    assert refusals > 5
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_every_exif_orientation(turn):
+    """As Pillow's own exif_transpose, for all eight."""
+    image = Image.effect_noise((40, 24), 90)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    reference = saved(image, "PNG", exif=exif)
+    with Image.open(io.BytesIO(reference["bytes"])) as stored:
+        expected = ImageOps.exif_transpose(stored).convert("RGB")
+    assert open_image(reference, "q").tobytes() == expected.tobytes()
+
+
+def test_deep_pixels_are_scaled():
+    """32-bit integers beyond 16 bits are cut off at white instead of wrapping round to black."""
+    image = Image.new("I", (4, 4), 2**20)
+    assert open_image(saved(image, "TIFF"), "q").getpixel((0, 0)) == (255, 255, 255)

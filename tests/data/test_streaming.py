@@ -1,0 +1,347 @@
+"""Questions that are not held: their order in every epoch, an exact resume, and the rows that are left out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from rethinker.checkpoint.state_file import read_state, write_state
+from rethinker.config import ConfigError, DataConfig
+from rethinker.data import streamed_rows
+from rethinker.data.datasets import load_queries
+from rethinker.data.query_stream import QueryStream
+from rethinker.data.streaming import StreamedQueries, open_stream
+from rethinker.settings import resolve_config
+from tests.data.virl39k import SCHEMA, picture, write_fixture
+
+FIELDS = {"images": "image", "id": "qid"}
+KINDS = ("parquet", "jsonl", "folder", "saved")
+
+
+def write(folder: Path, kind: str) -> str:
+    """200 rows of ViRL39K with their images beside them, in ten parts or more; returns data.train."""
+    whole = write_fixture(folder)
+    table, name = parquet.read_table(whole), folder / "rows"
+    whole.unlink()
+    if kind == "parquet":
+        name = name.with_suffix(".parquet")
+        parquet.write_table(table, name, row_group_size=20)
+    elif kind == "jsonl":
+        name = name.with_suffix(".jsonl")
+        name.write_text("\n".join(map(json.dumps, table.to_pylist())))
+    elif kind == "folder":
+        name.mkdir()
+        for start in range(0, 200, 100):
+            parquet.write_table(table.slice(start, 100), name / f"{start}.parquet", row_group_size=10)
+    else:
+        datasets.Dataset(table).save_to_disk(name)
+    return str(name)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of a few rows."""
+    monkeypatch.setattr(streamed_rows, "SPAN", 4000)
+    monkeypatch.setattr(streamed_rows, "PART", 20)
+
+
+def config(folder: Path, kind: str = "parquet", **settings) -> DataConfig:
+    given = {"fields": FIELDS, "image_root": str(folder), "validation": None, "streaming": True, "shuffle_buffer": 30}
+    return DataConfig(train=write(folder, kind), **given | settings)
+
+
+def ids(queries) -> list[str]:
+    return [query.id for query in queries]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_epoch_has_all_questions_in_an_order_of_its_own(tmp_path, small_parts, kind):
+    """The same questions as from memory, each once; the seed and the epoch decide the order."""
+    data = config(tmp_path, kind)
+    stream, length = open_stream(data, 1)
+    assert length is None and len(stream) == 30  # a window, as long as there is no end in sight
+    first, second = stream.next(200), stream.next(200)
+    data.streaming = False
+    inside, length = open_stream(data, 1)
+    assert isinstance(inside, QueryStream) and length == 200
+    assert {q.id: q for q in first} == {q.id: q for q in second} == {q.id: q for q in load_queries(data, "train")}
+    assert len(first) == len(second) == 200 and len(stream) == 200
+    places = [int(q.id.removeprefix("Processed-")) for q in first]
+    assert ids(first) != ids(second) and places != sorted(places)
+    assert max(places[:30]) > 100  # the parts come in another order, too
+    data.streaming = True
+    assert ids(StreamedQueries(data, 1).next(400)) == ids(first + second)
+    assert ids(StreamedQueries(data, 2).next(200)) != ids(first)
+
+
+@pytest.mark.parametrize(("kind", "window"), [("parquet", 50), ("jsonl", 30), ("folder", 30), ("saved", 50)])
+def test_a_saved_stream_continues_exactly(tmp_path, small_parts, kind, window):
+    """Law 10's part: from anywhere, the end of a window or an epoch too, it goes on as if nothing had happened."""
+    data = config(tmp_path, kind, shuffle_buffer=window)
+    stream = StreamedQueries(data, 3)
+    states, whole = {}, []
+    for place in range(430):
+        if place in (0, 1, 29, 30, 31, 50, 89, 199, 200, 201, 399, 400):
+            states[place] = json.dumps(stream.state_dict()), len(stream)
+        whole += ids(stream.next(1))
+    for place, (state, length) in states.items():
+        resumed = StreamedQueries(data, 3)
+        resumed.load_state_dict(json.loads(state))
+        assert (len(resumed), ids(resumed.next(430 - place))) == (length, whole[place:]), place
+    for place in (201, 31, 30):  # back, as after a rollout that was broken off
+        stream.load_state_dict(json.loads(states[place][0]))
+        assert ids(stream.next(40)) == whole[place : place + 40]
+
+
+def test_a_state_of_other_data_is_refused(tmp_path):
+    """Another seed, or a row that has changed in the window."""
+    data = config(tmp_path)
+    stream = StreamedQueries(data, 3)
+    stream.next(40)
+    state = stream.state_dict()
+    with pytest.raises(ConfigError, match="seed: the checkpoint's data order has seed 3, this run 4"):
+        StreamedQueries(data, 4).load_state_dict(state)
+    rows = parquet.read_table(data.train).to_pylist()
+    for row in rows:
+        row["answer"] = "another"
+    parquet.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), data.train, row_group_size=20)
+    with pytest.raises(ConfigError, match=r"data\.train=.*: its questions are not those of the checkpoint"):
+        StreamedQueries(data, 3).load_state_dict(state)
+
+
+def test_bad_rows_are_left_out_and_counted(tmp_path, caplog):
+    """As from memory: a line that is no JSON, a missing answer, an id that occurs again; one too many stops."""
+    rows = [{"id": str(i), "question": f"{i}?", "answer": "1"} for i in range(400)]
+    rows[7]["answer"], rows[200]["id"] = None, "199"
+    lines = [json.dumps(row) for row in rows]
+    lines[30] = "{"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    data = DataConfig(train=str(path), streaming=True, shuffle_buffer=1000)
+    stream = StreamedQueries(data, 0)
+    assert len(stream) == 397 and set(ids(stream.next(794))) == set(ids(load_queries(data, "train")))
+    said = [record.message for record in caplog.records if "of the first 400 rows left out 3" in record.message]
+    assert len(said) == 1 and "repeated id 1" in said[0] and "no answer 1" in said[0] and "at byte" not in said[0]
+    data.max_bad_rows = 0.005
+    with pytest.raises(ConfigError, match=r"of 3 unusable rows; data\.max_bad_rows=0\.005 allows 2"):
+        StreamedQueries(data, 0)
+    data.max_bad_rows, data.shuffle_buffer = 0.02, 100  # two of the first 100 rows are bad, and may be
+    stream = StreamedQueries(data, 0)
+    assert set(ids(stream.next(397))) == set(ids(load_queries(data, "train")))
+    stream.next(50)
+    resumed = StreamedQueries(data, 0)
+    resumed.load_state_dict(stream.state_dict())
+    stream.next(200), resumed.next(200)
+    assert resumed.state_dict() == stream.state_dict()  # with the bad rows of this epoch
+    assert resumed.state_dict()["windows"][""]["start"]["bad"] == {
+        "no answer": 1,
+        "damaged row": 1,
+        "repeated id": 1,
+    }
+    lines[60:64] = ["{"] * 4
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"first of 3 unusable rows; data\.max_bad_rows=0\.02 allows 2"):
+        StreamedQueries(data, 0)
+
+
+def test_one_cell_that_is_no_utf8(tmp_path, caplog):
+    """It costs its row, also where a library decodes many at once."""
+    texts = [b"ok?"] * 77 + [b"\xff\xfe?"] + [b"ok?"] * 122
+    questions = pa.Array.from_buffers(pa.string(), 200, pa.array(texts, pa.binary()).buffers())
+    table = pa.table({"question": questions, "answer": ["1"] * 200, "id": [str(i) for i in range(200)]})
+    parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=50)
+    stream = StreamedQueries(DataConfig(train=str(tmp_path / "rows.parquet"), streaming=True), 0)
+    assert set(ids(stream.next(199))) == {str(i) for i in range(200)} - {"77"}
+    assert "row group 1: row 27 cannot be read" in caplog.text
+
+
+def test_split_and_pass_rates_are_those_of_memory(tmp_path):
+    """What is held out and what the model always or never answers: row by row, the same questions."""
+    fields = FIELDS | {"rate": "PassRate_7BBase"}
+    data = config(tmp_path, fields=fields, validation="split", validation_share=0.2, pass_rate="rate")
+    stream, held_out = StreamedQueries(data, 0), load_queries(data, "validation")
+    first = load_queries(data, "validation", 5)
+    epoch = stream.next(1) and stream.next(250) and len(stream)
+    data.streaming = False
+    train = load_queries(data, "train")
+    assert epoch == len(train) < 120 and held_out == load_queries(data, "validation") and first == held_out[:5]
+    assert set(ids(StreamedQueries(data, 0).next(epoch))) == set(ids(train))
+
+
+def test_ids_without_a_column(tmp_path):
+    """The hash of question, answer and images: the same in every epoch, and wherever the data lies."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first = config(tmp_path / "a", fields={"images": "image"}, image_root=None)
+    epochs = [StreamedQueries(first, 0).next(400)[i : i + 200] for i in (0, 200)]
+    second = StreamedQueries(config(tmp_path / "b", fields={"images": "image"}, image_root=None), 0).next(200)
+    assert len(set(ids(epochs[0]))) == 200 and {q.id: q for q in epochs[0]} == {q.id: q for q in epochs[1]}
+    assert ids(epochs[0]) == ids(second) and epochs[0] != second
+
+
+def test_embedded_images_stay_in_their_rows(tmp_path, monkeypatch):
+    """Bytes, not files in the cache; the caches know them by a name."""
+    monkeypatch.setenv("RETHINKER_CACHE", str(tmp_path / "cache"))
+    rows = [{"question": f"{i}?", "answer": "1", "images": [{"bytes": picture(f"{i}_red.png")}]} for i in range(20)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=5)
+    stream = StreamedQueries(DataConfig(train=str(tmp_path / "rows.parquet"), streaming=True, shuffle_buffer=5), 0)
+    for query in stream.next(20):
+        assert query.images[0]["bytes"] == picture(f"{query.question[:-1]}_red.png")
+        assert len(query.images[0]["name"]) == 32
+    assert not (tmp_path / "cache").exists()
+
+
+def mixture(folder: Path) -> DataConfig:
+    (folder / "virl").mkdir()
+    virl = {
+        "train": write(folder / "virl", "parquet"),
+        "fields": FIELDS,
+        "image_root": str(folder / "virl"),
+        "weight": 3,
+    }
+    rows = [{"question": f"{i}?", "answer": "1", "images": [{"bytes": picture(f"{i}_red.png")}]} for i in range(40)]
+    parquet.write_table(pa.Table.from_pylist(rows), folder / "red.parquet", row_group_size=5)
+    sources = {"virl": virl, "red": {"train": str(folder / "red.parquet"), "weight": 1}}
+    return DataConfig(train="sources", sources=sources, validation=None, streaming=True, shuffle_buffer=20)
+
+
+def test_sources_take_turns(tmp_path):
+    """Exact shares in every stretch, each source its own permutations, and an exact resume."""
+    data = mixture(tmp_path)
+    stream, other = StreamedQueries(data, 5), StreamedQueries(data, 5)
+    drawn = ids(stream.next(120))
+    state = json.loads(json.dumps(stream.state_dict()))
+    drawn += ids(stream.next(200))
+    for start in range(0, 320, 40):
+        assert abs(Counter(i.partition("/")[0] for i in drawn[start : start + 40])["virl"] - 30) <= 1
+    assert len({i for i in drawn if i.startswith("virl")}) == 200  # of 240
+    assert len({i for i in drawn[:160] if i.startswith("red")}) == 40
+    other.load_state_dict(state)
+    assert ids(other.next(200)) == drawn[120:]
+
+
+def test_queries_of_held_samples_are_kept(tmp_path):
+    """Through a checkpoint's files, with their images; a path is looked for where the data lies now."""
+    data = mixture(tmp_path)
+    stream = StreamedQueries(data, 5)
+    held = stream.next(60)
+    write_state(tmp_path / "state", stream.keep([*held, held[3]]))
+    again = StreamedQueries(data, 5).kept(read_state(tmp_path / "state"))
+    assert again == {query.id: query for query in held}
+    (tmp_path / "virl" / "images").rename(tmp_path / "images")
+    data.sources["virl"]["image_root"] = str(tmp_path)
+    moved = StreamedQueries(data, 5).kept(read_state(tmp_path / "state"))
+    paths = [path for query in moved.values() for path in query.images if isinstance(path, str)]
+    assert len(paths) > 20 and all(Path(path).is_file() for path in paths)
+
+
+def test_kept_queries_are_told_apart_by_id(tmp_path):
+    """One that was read twice is one, whatever its metadata; two questions of one id cannot both be found again."""
+    stream = StreamedQueries(config(tmp_path), 0)
+    (query,) = stream.next(1)
+    again = replace(query, metadata={"number": float("nan")})
+    assert len(stream.keep([query, again])["queries"]) == 1
+    with pytest.raises(ConfigError, match=r"data\.fields\.id=qid: the id .* occurs more than once"):
+        stream.keep([query, replace(query, answer="another")])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": "easy_vqa"}, r"data\.train=easy_vqa .*set data\.streaming=false"),
+        ({"category_weights": {"a": 1}}, r"data\.category_weights=.* set it to \{\}"),
+        ({"train": "no.jsonl"}, r"data\.train=no\.jsonl: no such file"),
+        ({"train": "nowhere/nothing"}, r"data\.train=nowhere/nothing: cannot load it"),
+        ({"fields": {"question": "qestion"}}, r"data\.fields\.question=qestion: .*the nearest is question"),
+        ({"pass_rate": "rate"}, r"data\.pass_rate=rate: .* has no such column, but question, answer"),
+        ({"train": "sources"}, r"data\.sources goes with data\.train=sources"),
+        ({"train": "sources", "sources": {"a": {"train": "x.jsonl"}}}, r"mixed by size, .* give each source a weight"),
+        (
+            {"train": "sources", "sources": {"a": {"train": "x.jsonl", "weight": 1}}},
+            r"data\.sources\.a: data\.train=x\.jsonl: no such file",
+        ),
+        (
+            {"validation": "split", "validation_share": 0.9999999},
+            r"none of its 200 rows is trained on .*for validation",
+        ),
+    ],
+)
+def test_mistakes(tmp_path, change, message):
+    """Each is one line that names the setting."""
+    data = config(tmp_path)
+    for name, value in change.items():
+        setattr(data, name, value)
+    with pytest.raises(ConfigError, match=message):
+        StreamedQueries(data, 0)
+
+
+def test_empty_and_damaged_files(tmp_path):
+    """Neither hangs: an endless order of nothing is none."""
+    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "b.jsonl").write_text("\n\n")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
+    for name, message in (("a.jsonl", "is empty"), ("b.jsonl", "no such column"), ("c.parquet", "not a readable")):
+        with pytest.raises(ConfigError, match=rf"data\.train=.*{name}.*{message}|fields.*{name} has {message}"):
+            StreamedQueries(DataConfig(train=str(tmp_path / name), streaming=True), 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({}, r"data\.streaming=true .*set train\.max_steps"),
+        ({"train.max_steps": 3, "policy.model": "tiny"}, r"policy\.model=tiny .*give a model folder"),
+        ({"data.shuffle_buffer": 0}, r"data\.shuffle_buffer=0 must be at least 1"),
+    ],
+)
+def test_settings_that_need_all_questions(overrides, message):
+    """Refused before anything is read."""
+    base = {"data.streaming": True, "policy.model": "some/model", "train.max_steps": None}
+    with pytest.raises(ConfigError, match=message):
+        resolve_config("easy_vqa_cpu", base | overrides)
+
+
+_MEASURE = """
+import sys
+import psutil
+from rethinker.config import DataConfig
+from rethinker.data.streaming import open_stream
+data = DataConfig(train=sys.argv[1], streaming=sys.argv[2] == "stream", shuffle_buffer=1000)
+import datasets, pyarrow.parquet, torch
+held = lambda: psutil.Process().memory_info().rss / 2**20
+before = held()
+stream, _ = open_stream(data, 0)
+stream.next(2000)
+early, most = held(), 0
+for _ in range(48):
+    stream.next(1000)
+    most = max(most, held())
+print(before, early, most)
+"""
+
+
+@pytest.mark.soak
+def test_memory_stays_flat(tmp_path):
+    """50,000 rows of 4 KB: from the third window on the process grows by less than a tenth of what they take held."""
+    rows = ({"id": str(i), "question": f"{i} " + "word " * 800, "answer": "1"} for i in range(50_000))
+    with parquet.ParquetWriter(
+        tmp_path / "rows.parquet", pa.schema([(name, pa.string()) for name in ("id", "question", "answer")])
+    ) as writer:
+        for _ in range(50):
+            writer.write_table(pa.Table.from_pylist([next(rows) for _ in range(1000)], schema=writer.schema))
+    grown = {}
+    for kind in ("stream", "memory"):
+        command = [sys.executable, "-c", _MEASURE, str(tmp_path / "rows.parquet"), kind]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        before, early, most = map(float, done.stdout.split())
+        print(f"{kind}: {before:.0f} MiB, {early:.0f} after 2,000 questions, at most {most:.0f} up to 50,000")
+        grown[kind] = most - (early if kind == "stream" else before)
+    assert grown["memory"] > 200 and grown["stream"] < 0.1 * grown["memory"]

@@ -1,0 +1,354 @@
+r"""What counts as the right answer: a table of pairs, and laws that hold for any text."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from rethinker.rewards.answers import compare, undecided
+from rethinker.rewards.checker import answers_match, boxed_reward, extract_boxed
+
+SAME = [  # predicted, answer
+    ("red", "red"),
+    ("Red.", "red"),
+    ("  yes ", "Yes"),
+    ("\\text{red}", "red"),
+    ("\\textbf{\\text{red}}", "red"),
+    ("**red**", "red"),
+    ('"red"', "red"),
+    ("red", "\\boxed{red}"),
+    ("3:30 PM", "3:30 pm"),
+    ("New  York", "new york"),
+    # numbers
+    ("5", "5.0"),
+    ("5.", "5"),
+    ("$5$", "5"),
+    ("{5}", "5"),
+    ("+5", "5"),
+    ("- 5", "-5"),
+    ("−5", "-5"),
+    ("1,234", "1234"),
+    ("1{,}234", "1,234"),
+    ("1\\,234", "1234"),
+    ("1234567.50", "1,234,567.5"),
+    ("1/2", "0.5"),
+    ("\\frac{1}{2}", "0.5"),
+    ("\\dfrac12", "1/2"),
+    ("-\\frac{1}{2}", "-0.5"),
+    ("1/3", "0.333333"),
+    ("1 1/2", "1.5"),
+    ("1\\frac{1}{2}", "\\frac{3}{2}"),
+    ("1.2\\times 10^{5}", "120000"),
+    ("1.2 × 10^5", "120,000"),
+    ("2e-3", "0.002"),
+    ("10^{5}", "100000"),
+    (".5", "0.5"),
+    # percent, as the module documents
+    ("50%", "50\\%"),
+    ("50", "50%"),
+    ("0.5", "50%"),
+    ("1/2", "50%"),
+    ("50 percent", "50%"),
+    # units
+    ("5 cm", "5"),
+    ("5", "5 cm"),
+    ("5cm", "5 \\text{ cm}"),
+    ("5 centimeters", "5 cm"),
+    ("12 square meters", "12 m^2"),
+    ("12 m²", "12\\ \\mathrm{m}^{2}"),
+    ("60 km/h", "60 kilometers per hour"),
+    ("60^\\circ", "60"),
+    ("60 degrees", "60°"),
+    ("25 degrees Celsius", "25°C"),
+    ("$5", "5 dollars"),
+    ("\\$5.00", "5"),
+    ("5 million", "5,000,000"),
+    ("7 apples", "7 apple"),
+    ("7", "7 apples"),
+    ("10\\sqrt{2} cm", "10\\sqrt{2}"),
+    # assignments
+    ("x=5", "5"),
+    ("5", "x = 5"),
+    ("y = 2x+1", "2x+1"),
+    ("\\angle ABC = 60°", "60"),
+    ("x \\in [0,1]", "[0, 1]"),
+    ("H_2O", "H2O"),
+    ("-\\infty", "-infinity"),
+    # lists
+    ("1, 2", "2, 1"),
+    ("1 and 2", "1, 2"),
+    ("x=1 or x=2", "1, 2"),
+    ("\\{2, 1\\}", "\\{1, 2\\}"),
+    ("2, 1", "\\{1, 2\\}"),
+    ("(1, 2)", "(1,2)"),
+    ("1, 2", "(1, 2)"),
+    ("(0.5, \\frac{1}{4})", "(1/2, 0.25)"),
+    ("100, 200", "200, 100"),
+    ("[0, 1)", "[0,1)"),
+    ("3 cm, 4 cm", "3, 4"),
+    ("red, blue", "blue, red"),
+    ("\\sqrt{8}, 1", "1, 2\\sqrt{2}"),
+    # mathematics
+    ("\\sqrt{8}", "2\\sqrt{2}"),
+    ("sqrt(8)", "2√2"),
+    ("(x-1)(x+1)", "x^2-1"),
+    ("\\frac{\\sqrt{3}}{3}", "\\frac{1}{\\sqrt{3}}"),
+    ("2π", "2\\pi"),
+    ("6.283185", "2\\pi"),
+    ("\\pm 2", "2, -2"),
+    ("x > 3", "3 < x"),
+    ("(-\\infty, 3) \\cup (5, \\infty)", "(-\\infty,3)\\cup(5,\\infty)"),
+    ("2:3", "2 : 3"),
+    ("\\sin^2 x + \\cos^2 x", "1"),
+    ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}"),
+]
+
+DIFFERENT = [
+    ("red", "blue"),
+    ("", "5"),
+    ("dark red", "red"),
+    ("yes", "no"),
+    ("not 5", "5"),
+    ("红色", "蓝色"),
+    ("5", "6"),
+    ("5", "-5"),
+    ("1000001", "1000000"),
+    ("123456789", "123456788"),
+    ("3.14", "3.14159"),
+    ("0.33", "1/3"),
+    ("0.3333", "1/3"),
+    ("0.00000001", "0.00000002"),
+    ("1e400000000", "1"),
+    ("1,23", "123"),
+    ("50%", "0.5"),
+    ("50%", "50"),
+    ("0.5%", "50%"),
+    ("5%", "50%"),
+    ("5 cm", "5 m"),
+    ("5 mW", "5 MW"),
+    ("12 m^2", "12 m^3"),
+    ("60 km/h", "60 km"),
+    ("5m", "5"),
+    ("5x", "5"),
+    ("5", "5m"),
+    ("5", "5 million"),
+    ("7 apples", "7 pears"),
+    ("$5", "5 euros"),
+    ("10\\sqrt{2} cm", "10\\sqrt{2} m"),
+    ("5 or 6", "5"),
+    ("5, 6", "5"),
+    ("y=5", "x=5"),
+    ("(2, 1)", "(1, 2)"),
+    ("2, 1", "(1, 2)"),
+    ("[0, 1]", "[0, 1)"),
+    ("[1, 2]", "(1, 2)"),
+    ("1, 2, 3", "1, 2"),
+    ("1, 1", "1, 2"),
+    ("(1, 2)", "\\{1, 2\\}"),
+    ("200, 100", "(100, 200)"),
+    ("2:3", "2/3"),
+    ("\\sqrt{8}", "\\sqrt{2}"),
+    ("x^2+1", "x^2-1"),
+    ("x", "y"),
+    ("god", "dog"),
+    ("A" * 5000, "A"),
+    ("Beijing", "B"),
+    ("Cat", "C"),
+    ("AB", "A"),
+]
+
+
+@pytest.mark.parametrize(("predicted", "answer"), SAME)
+def test_right(predicted, answer, query):
+    """Answers that a person would mark as right."""
+    assert answers_match(predicted, answer, query(answer=answer))
+
+
+@pytest.mark.parametrize(("predicted", "answer"), DIFFERENT)
+def test_wrong(predicted, answer, query):
+    """Answers that a person would mark as wrong, most of them near a right one."""
+    assert not answers_match(predicted, answer, query(answer=answer))
+
+
+@pytest.mark.parametrize(("predicted", "answer"), SAME + DIFFERENT)
+def test_a_quick_verdict_is_the_final_one(predicted, answer):
+    """What the trainer decides without mathematics is what the worker would have decided."""
+    quick = compare(predicted, answer, equal=undecided)
+    assert quick in (None, (predicted, answer) in SAME)
+
+
+IN_LINES = "What is the capital of France?\nA. London\nB. Paris\nC. Rome\nAnswer with the letter."
+IN_BRACKETS = "What is the capital of France? (A) London (B) Paris (C) Rome"
+IN_LATEX = "What is it? $\\textbf{(A)}\\ London \\qquad\\textbf{(B)}\\ Paris \\qquad\\textbf{(C)}\\ Rome$"
+IN_ONE_LINE = "What is the capital of France? Options: A. London B. Paris C. Rome"
+LETTERS_RIGHT = ["B", "b", "(B)", "B.", "B)", "[B]", "Option B", "answer: B", "\\text{B}", "\\textbf{(B)}", "$B$"]
+TEXTS_RIGHT = ["Paris", "paris.", "B. Paris", "(B) Paris", "B: Paris", "B) Paris", "\\text{Paris}", "B. \\text{Paris}"]
+CHOICES_WRONG = [
+    "A",
+    "D",
+    "Beijing",
+    "Be",
+    "Pari",
+    "London",
+    "B. London",
+    "A. Paris",
+    "BC",
+    "B, C",
+    "B or C",
+    "AB",
+    "",
+    "2",
+]
+
+
+@pytest.mark.parametrize("question", [IN_LINES, IN_BRACKETS, IN_ONE_LINE, IN_LATEX])
+@pytest.mark.parametrize("answer", ["B", "(B)", "Paris", "B. Paris", "\\boxed{B}"])
+def test_choices(question, answer, query):
+    """A choice is its letter, its text, or both, compared whole: Beijing is not B."""
+    asked = query(question, answer)
+    assert [p for p in LETTERS_RIGHT + TEXTS_RIGHT if not answers_match(p, answer, asked)] == []
+    assert [p for p in CHOICES_WRONG if answers_match(p, answer, asked)] == []
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ["London", "Paris", "Rome"],
+        ["A. London", "B. Paris", "C. Rome"],
+        {"A": "London", "B": "Paris"},
+        "['London', 'Paris']",
+    ],
+)
+def test_choices_given_apart_from_the_question(choices, query):
+    """Options may come as metadata: a list, a mapping, or text of either."""
+    asked = query("What is the capital of France?", "B", choices=choices)
+    assert all(answers_match(p, "B", asked) for p in ("B", "Paris", "B. Paris"))
+    assert not any(answers_match(p, "B", asked) for p in ("A", "London", "Beijing", "B. London"))
+
+
+def test_choices_whose_options_are_in_the_image(query):
+    """Without known options only the letter counts, alone or in front of a text."""
+    asked = query("Which figure comes next?", "B")
+    assert all(answers_match(p, "B", asked) for p in ("B", "(B)", "B. the circle", "option B"))
+    assert not any(answers_match(p, "B", asked) for p in ("Beijing", "A", "C. B", "big", "the circle"))
+
+
+def test_choices_that_are_numbers(query):
+    """An option's value may be written otherwise, even if that takes mathematics; another option's value is wrong."""
+    asked = query("Which one?\n(A) $\\frac{1}{2}$\n(B) $\\sqrt{4}$\n(C) 5 cm\n(D) 1:2", "A")
+    right = {"A": ["0.5", "A. 1/2"], "B": ["2", "\\sqrt{4}"], "C": ["5", "5 cm"], "D": ["1:2"]}
+    for letter, texts in right.items():
+        for text in texts:
+            assert [x for x in "ABCD" if answers_match(text, x, asked)] == [letter], text
+
+
+def test_several_letters(query):
+    """A multiple-select answer is a set of letters."""
+    asked = query("Which are prime?\nA. 2\nB. 4\nC. 5", "A, C")
+    assert all(answers_match(p, "A, C", asked) for p in ("AC", "C, A", "A and C", "(A, C)", "A,C"))
+    assert not any(answers_match(p, "A, C", asked) for p in ("A", "C", "ABC", "AB"))
+
+
+def test_percent_without_a_sign_needs_a_question_about_percent(query):
+    """An answer of 50 accepts 50% if the question asks for a percentage, and only then."""
+    assert answers_match("50%", "50", query("What percentage of the cars is red?"))
+    assert not answers_match("50%", "50", query("How many cars are red?"))
+    assert not answers_match("50%", "0.5", query("What percentage of the cars is red?"))
+
+
+def test_a_counted_noun_may_be_repeated_from_the_question(query):
+    """7 apples is 7 if the question counts apples."""
+    assert answers_match("7 apples", "7", query("How many apples are there?"))
+    assert not answers_match("7 pears", "7", query("How many apples are there?"))
+
+
+def test_a_list_is_ordered_when_the_question_asks_for_order(query):
+    """Bare lists are sets unless the question asks to rank, sort or order."""
+    assert not answers_match("2, 1", "1, 2", query("List the numbers in increasing order."))
+    assert answers_match("1, 2", "1, 2", query("List the numbers in increasing order."))
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("so \\boxed{5}", "5"),
+        ("\\boxed{1} no, \\boxed{2}.", "2"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
+        ("\\boxed{\\left\\{1\\right.}", "\\left\\{1\\right."),
+        ("\\boxed {a}", "a"),
+        ("\\boxed{\\boxed{5}}", "5"),
+        ("\\boxed{}", ""),
+        ("\\boxed{1} and \\boxed{2", None),
+        ("\\boxed{1\\}", None),
+        ("boxed{5}", None),
+        ("5", None),
+        ("", None),
+    ],
+)
+def test_extract_boxed(text, content):
+    """The last box counts, with its nested braces; one that never closes is no answer."""
+    assert extract_boxed(text) == content
+
+
+def test_an_answer_outside_the_box_scores_0(query):
+    """METHOD's fault 4: the right answer without a box is worth nothing, whatever the answer says."""
+    for answer in ("5", "\\boxed{5}", "B"):
+        assert (
+            boxed_reward(f"The answer is {answer.strip('}').removeprefix(chr(92) + 'boxed{')}", answer, query()) == 0.0
+        )
+        assert boxed_reward(answer if "box" in answer else f"\\boxed{{{answer}}}", answer, query()) == 1.0
+    assert boxed_reward("\\boxed{5", "5", query()) == 0.0
+    assert boxed_reward("\\boxed{5} or rather \\boxed{6}", "5", query()) == 0.0
+
+
+braced = st.recursive(
+    st.text(st.characters(exclude_characters="{}\\"), max_size=5),
+    lambda inner: st.lists(inner.map(lambda s: "{" + s + "}") | inner | st.just("\\{"), max_size=4).map("".join),
+)
+
+
+@given(before=st.text(max_size=20), content=braced, after=st.text(max_size=20))
+def test_extract_boxed_gives_back_what_was_boxed(before, content, after):
+    """Any content with balanced braces comes back unchanged, whatever surrounds the box."""
+    assert extract_boxed(f"{before}\\boxed{{{content}}}{after.replace('boxed', '')}") == content
+
+
+@given(st.text())
+def test_extract_boxed_never_raises(text):
+    """Any text has a last box or none."""
+    found = extract_boxed("\\boxed{" + text)
+    assert found is None or found in text
+
+
+pieces = st.sampled_from(
+    "\\frac{1}{2} \\sqrt{ } { ( ) [ ] \\{ \\} 1 2 0 / . , ; - + = % $ \\$ A B (A) A. cm m^2 ° x \\pm \\boxed{ \\text{ "
+    "and or \\left \\right ^ _ & \\\\ : million yes no \\infty 10^ e5 ** ' \" \0 ² ٣ ½".split(" ")
+) | st.just(" ")
+odd = st.lists(pieces, max_size=12).map("".join) | st.text(max_size=12)
+
+
+@settings(max_examples=400, deadline=None)
+@given(predicted=odd, answer=odd, question=st.sampled_from(["", IN_LINES, "What percent?"]))
+@example(predicted="1/0", answer="\\frac{1}{0}", question="")
+@example(predicted="(" * 500, answer="(" * 400, question="")
+@example(predicted="1e9999", answer="1e-9999", question="")
+def test_comparing_never_raises(predicted, answer, question):
+    """Rules 1 to 4 give a verdict for any two texts, and it is the same each time."""
+    verdict = compare(predicted, answer, question=question, equal=undecided)
+    assert verdict in (True, False, None)
+    assert compare(predicted, answer, question=question, equal=undecided) is verdict
+
+
+@settings(max_examples=60, deadline=None)
+@given(predicted=st.lists(pieces, max_size=5).map("".join), answer=st.lists(pieces, max_size=5).map("".join))
+def test_answers_match_never_raises(predicted, answer):
+    """Nor does mathematics, whatever sympy makes of it."""
+    assert answers_match(predicted, answer) in (True, False)
+
+
+@given(st.text(min_size=1).filter(str.strip))
+def test_an_answer_matches_itself(answer):
+    """Every answer is equal to itself, unless it is a box, which stands for its content."""
+    assert "\\boxed" in answer or answers_match(answer, answer)

@@ -1,0 +1,514 @@
+"""vLLM servers as behaviour policy: laws 1, 4 and 7 over loopback, and every way in which a server can fail a run.
+
+One real server serves all tests here; where a second one is needed, a relay to the same server can be cut off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+from transformers import AutoConfig
+
+from rethinker.config import Config, ConfigError
+from rethinker.embedded.tiny import create_tiny
+from rethinker.rollout.backends import make_engine
+from rethinker.rollout.server import replicas, serve
+from rethinker.rollout.server import sync as server_sync
+from rethinker.rollout.server.replicas import NoServerLeft
+from rethinker.runtime import signals
+from rethinker.runtime.signals import StopRequested
+from rethinker.samples import Prompt
+from rethinker.settings import resolve_config
+from tests.rollout.helpers import TOLERANCE, Policy, check_sampled_placeholders, make_prompts, rollout_config
+
+PLAIN = {"n": 2, "max_new_tokens": 12, "temperature": 1.0}
+LONG = {"n": 32, "max_new_tokens": 32, "temperature": 1.0, "seed": 0}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Served:
+    """A model folder and the server that serves it; started when it is needed, and again after a test has killed it."""
+
+    def __init__(self, folder, logs):
+        self.folder = str(folder)
+        self.logs = logs
+        self.server = None
+
+    def address(self) -> str:
+        if self.server is None or self.server.process.poll() is not None:
+            config, port = rollout_config(), free_port()
+            line = serve.command(config, self.folder, "127.0.0.1", port, gpu=False)
+            self.server = serve.start(line, serve.environment(config, 0, 1, 0), "127.0.0.1", port, self.logs)
+            serve.wait([self.server], 300)
+        return self.server.address
+
+    def signal(self, number: int) -> None:
+        os.killpg(self.server.process.pid, number)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """One matrix for embedding and head, as in Qwen2.5-VL-3B: CPU kernels hold a copy that a sync must renew, too."""
+    folder = tmp_path_factory.mktemp("served")
+    served = Served(create_tiny(folder / "model", seed=0, tie_word_embeddings=True), folder)
+    yield served
+    if served.server is not None:
+        serve.end([served.server])
+        with pytest.raises(ProcessLookupError):  # no process is left behind
+            served.signal(0)
+
+
+@pytest.fixture(scope="module")
+def asked(served):
+    """With one image, none, two, one."""
+    return make_prompts(served.folder)
+
+
+@pytest.fixture
+def policy(served):
+    """The trainer's model, as saved."""
+    return Policy(served.folder)
+
+
+def connect(served, folder=None, **rollout):
+    config = rollout_config(backend="server", servers=[served.address()], **rollout)
+    return make_engine(config, folder or served.folder, rank=0, world_size=1, local_rank=0)
+
+
+@pytest.fixture
+def engine(served):
+    """A trainer's connection; it gives the server the weights in the model's folder."""
+    engine = connect(served)
+    yield engine
+    engine.close()
+
+
+def test_logprobs_equal_the_policys_before_and_after_every_sync(engine, policy, asked):
+    """Law 1: with images and without, as first loaded and after two syncs, for images seen before each sync."""
+    assert policy.error(asked, engine.generate(asked, seed=0, **PLAIN)) < TOLERANCE
+    for version in (1, 2):
+        policy.perturb(seed=version)
+        assert policy.error(asked, engine.generate(asked, seed=0, **PLAIN)) > 1e-2  # so the sync is what does it
+        engine.sync(policy, version)
+        assert policy.error(asked, engine.generate(asked, seed=version, **PLAIN)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("path", "part"), [("/reset_encoder_cache", "visual"), ("/reset_prefix_cache", "")])
+def test_a_cache_kept_over_a_sync_breaks_law_1(engine, policy, asked, monkeypatch, path, part):
+    """Law 1 needs both resets: with one of them planted away, the old weights' results are used again."""
+    engine.generate(asked, seed=0, **PLAIN)
+    policy.perturb(seed=3, part=part)
+    each = engine._replicas.each
+
+    async def without(other, *arguments, **options):
+        return {} if other == path else await each(other, *arguments, **options)
+
+    with monkeypatch.context() as planted:
+        planted.setattr(engine._replicas, "each", without)
+        engine.sync(policy, 1)
+    if path == "/reset_encoder_cache":  # else a stale prefix would hide that the image was not looked at again
+        with engine._deadline("the test") as deadline:
+            engine._replicas.run(each("/reset_prefix_cache"), deadline)
+    assert policy.error(asked, engine.generate(asked, seed=0, **PLAIN)) > 1e-3
+    engine.sync(policy, 2)
+    assert policy.error(asked, engine.generate(asked, seed=0, **PLAIN)) < TOLERANCE
+
+
+def test_greedy_equals_the_engine_in_the_trainers_process(engine, policy, asked, served):
+    """At temperature 0 both modes give the same tokens, texts and log-probs, and score given tokens alike."""
+    inside = make_engine(rollout_config(), served.folder, rank=0, world_size=1, local_rank=0)
+    policy.perturb(seed=5)
+    for one in (engine, inside):
+        one.sync(policy, 1)
+    greedy = {"n": 1, "max_new_tokens": [3, 24, 24, 9], "temperature": 0.0, "seed": 0}
+    ours, theirs = engine.generate(asked, **greedy), inside.generate(asked, **greedy)
+    for (one,), (other,) in zip(ours, theirs, strict=True):
+        assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert one.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
+    sampled = inside.generate(asked, seed=0, **PLAIN)
+    pairs = [(prompt, one) for prompt, group in zip(asked, sampled, strict=True) for one in group]
+    pairs.append((asked[0], ours[0][0]))
+    for row, (_, one) in zip(engine.logprobs(*map(list, zip(*pairs, strict=True))), pairs, strict=True):
+        assert row == pytest.approx(one.logprobs, abs=TOLERANCE)
+    inside.close()
+
+
+def test_a_sampled_placeholder_ends_the_response(engine, policy, asked):
+    """Law 4: with a policy that likes placeholders, every response ends at its first one, and it can be scored."""
+    check_sampled_placeholders(engine, policy, asked)
+
+
+def test_completions_belong_to_their_prompt_whatever_order_they_come_in(engine, policy, asked, monkeypatch):
+    """Law 7: answers arrive in reverse order of the prompts; each goes to its own, and one request carries a group."""
+    call, order = engine._replicas.call, []
+
+    async def late(address, path, body=None, **options):
+        answer = await call(address, path, body, **options)
+        index = int(body["request_id"].rpartition("-")[2])
+        await asyncio.sleep(0.2 * (len(asked) - index))
+        order.append(index)
+        return answer
+
+    monkeypatch.setattr(engine._replicas, "call", late)
+    sampled = engine.generate(asked, seed=0, **PLAIN)
+    assert order == [3, 2, 1, 0]
+    assert policy.error(asked, sampled) < TOLERANCE
+    assert policy.error(asked, [sampled[-1], *sampled[:-1]]) > 1e-2  # so a swap would have been seen
+
+
+def test_an_answer_to_another_request_is_refused(engine, asked, monkeypatch):
+    """Law 7: a server that swaps two answers is found out by their ids."""
+    call, first = engine._replicas.call, {}
+
+    async def swapped(address, path, body=None, **options):
+        answer = await call(address, path, body, **options)
+        return first.setdefault("answer", answer)
+
+    monkeypatch.setattr(engine._replicas, "call", swapped)
+    with pytest.raises(RuntimeError, match=r"answered request \S+ with an answer to"):
+        engine.generate(asked, seed=0, **PLAIN)
+
+
+def test_the_seed_decides_not_the_pace(engine, asked):
+    """The same seed samples the same tokens, however requests meet in a batch; another seed others; samples differ."""
+
+    def tokens(prompts, seed):
+        sampled = engine.generate(prompts, n=4, max_new_tokens=12, temperature=1.0, seed=seed)
+        return [[one.token_ids.tolist() for one in group] for group in sampled]
+
+    crowd = tokens(asked * 8, 1)
+    assert crowd[:4] == tokens(asked, 1) != tokens(asked, 2)
+    assert crowd[:4] != crowd[4:8]
+    assert all(len({tuple(one) for one in group}) == 4 for group in crowd)
+
+
+def test_weights_of_another_trainer_are_refused(engine, served, asked):
+    """Every answer says which weights sampled it: a second trainer at the same server is found out by the first."""
+    other = connect(served)
+    with pytest.raises(RuntimeError, match=r"sampled with the weights .* another trainer"):
+        engine.generate(asked, seed=0, **PLAIN)
+    other.close()
+
+
+def test_the_sync_tells_what_did_not_arrive(engine, policy, asked, monkeypatch):
+    """A damaged file, a damaged tensor, a tensor without value: each time an error; the next whole sync is right."""
+    with monkeypatch.context() as planted:
+        planted.setattr(server_sync.hashlib, "sha256", lambda content: server_sync.hashlib.md5(content))
+        with pytest.raises(
+            RuntimeError, match=r"http://127\S+ answered /update_weights .* is not what the trainer wrote"
+        ):
+            engine.sync(policy, 1)
+    name = "model.language_model.layers.2.self_attn.v_proj.bias"
+    save = server_sync.safetensors.torch.save
+
+    def damaged(bucket):
+        bucket[name].view(-1)[-1] += 1e-6
+        return save(bucket)
+
+    with monkeypatch.context() as planted:
+        planted.setattr(engine.config.rollout, "check_sync", True)
+        planted.setattr(server_sync.safetensors.torch, "save", damaged)
+        with pytest.raises(RuntimeError, match=rf"rollout\.check_sync: .*{name} of http://127"):
+            engine.sync(policy, 2)
+        planted.setattr(server_sync.safetensors.torch, "save", save)
+        planted.setattr(server_sync, "BUCKET_BYTES", 1)  # where a bucket ends has no effect
+        engine.sync(policy, 3)
+    assert policy.error(asked, engine.generate(asked, seed=0, **PLAIN)) < TOLERANCE
+    part = "layers.1.mlp.up_proj"
+    listed = [entry for entry in policy.metadata() if part not in entry[0]]
+    policy.metadata = lambda: listed
+    with pytest.raises(RuntimeError, match=rf"no value for 1 of vLLM's parameters, the first .*{part}"):
+        engine.sync(policy, 4)
+    assert not list(engine._transfer._folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: setattr(c.data, "max_pixels", 2 * 64 * 64), r"data\.min_pixels, data\.max_pixels is .*4096"),
+        (lambda c: setattr(c.data, "max_images", 3), r"data\.max_images is 2 there and 3 here"),
+        (lambda c: setattr(c.data, "max_prompt_tokens", 500), r"rollout\.max_new_tokens is 224 there and 532 here"),
+        (lambda c: setattr(c.policy, "dtype", "bfloat16"), r"policy\.dtype is float32 there and bfloat16 here"),
+    ],
+)
+def test_a_server_with_other_settings_is_refused(served, change, message):
+    """What would make other samples or other pixels is named, with both values, before any weight is sent."""
+    config = rollout_config(backend="server", servers=[served.address()])
+    change(config)
+    with pytest.raises(
+        ConfigError, match=rf"rollout\.servers: http://127.*{message}.*; start it with `rethinker serve`"
+    ):
+        make_engine(config, served.folder, rank=0, world_size=1, local_rank=0)
+
+
+def test_a_server_of_another_model_is_refused(served, tmp_path):
+    """Another vocabulary is named; the same model with other weights gets this run's."""
+    other = create_tiny(tmp_path / "other", seed=0)
+    saved = json.loads((other / "config.json").read_text())
+    size = AutoConfig.from_pretrained(other).get_text_config().vocab_size
+    for part in (saved, saved["text_config"]):
+        if "vocab_size" in part:
+            part["vocab_size"] = size + 64
+    (other / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match=rf"serves another model: its text_vocab_size is {size}, .* is {size + 64};"):
+        connect(served, str(other))
+
+
+def test_the_run_begins_with_its_own_weights(served, asked):
+    """A server holds what a killed trainer left, even half an update; a run, new or resumed, brings its own weights."""
+    engine, policy = connect(served), Policy(served.folder)
+    policy.perturb(seed=7)
+    engine.sync(policy, 1)
+    with engine._deadline("the test") as deadline:
+        engine._replicas.run(engine._replicas.each("/start_weight_update"), deadline)
+    engine.close()
+    engine = connect(served)
+    assert Policy(served.folder).error(asked, engine.generate(asked, seed=0, **PLAIN)) < TOLERANCE
+    engine.close()
+
+
+def test_what_is_no_server_is_refused(served):
+    """Nothing at the address, or something else: the error names it and says how to start a server."""
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404, "not here")
+
+        def log_message(self, *_):
+            pass
+
+    config = rollout_config(backend="server", servers=[f"http://127.0.0.1:{free_port()}"])
+    with pytest.raises(ConfigError, match=r"nothing answers at http://127.*`rethinker serve`"):
+        make_engine(config, served.folder, rank=0, world_size=1, local_rank=0)
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as stub:
+        threading.Thread(target=stub.serve_forever, daemon=True).start()
+        config.rollout.servers = [f"http://127.0.0.1:{stub.server_port}"]
+        with pytest.raises(ConfigError, match=rf"{config.rollout.servers[0]} answered /server_info.* HTTP 404"):
+            make_engine(config, served.folder, rank=0, world_size=1, local_rank=0)
+        stub.shutdown()
+
+
+class Relay:
+    """Another address of the same server, which can be cut off: connections break, and new ones are refused."""
+
+    def __init__(self, address: str):
+        self.port = int(address.rpartition(":")[2])
+        self.requests = 0
+        self._writers: list[asyncio.StreamWriter] = []
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._server = asyncio.run_coroutine_threadsafe(
+            asyncio.start_server(self._serve, "127.0.0.1", 0), self._loop
+        ).result()
+        self.address = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _serve(self, reader, writer):
+        behind, before = await asyncio.open_connection("127.0.0.1", self.port)
+        self._writers += [writer, before]
+        self.requests += 1
+
+        async def pump(source, sink):
+            try:
+                while data := await source.read(65536):
+                    sink.write(data)
+                    await sink.drain()
+                sink.write_eof()
+            except OSError:
+                pass
+
+        await asyncio.gather(pump(reader, before), pump(behind, writer))
+        writer.close(), before.close()
+
+    def cut(self) -> None:
+        def close():
+            self._server.close()
+            for writer in self._writers:
+                writer.transport.abort()
+
+        self._loop.call_soon_threadsafe(close)
+
+    def close(self) -> None:
+        self.cut()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+@pytest.fixture
+def relay(served):
+    relay = Relay(served.address())
+    yield relay
+    relay.close()
+
+
+def test_prompts_are_spread_evenly(engine, relay, policy, asked):
+    """Data parallel: each of two addresses gets half of the requests, and every answer is right."""
+    engine._replicas.alive.append(relay.address)
+    sampled = engine.generate(asked * 4, seed=0, **PLAIN)
+    assert relay.requests == 8
+    assert policy.error(asked * 4, sampled) < TOLERANCE
+
+
+def test_a_lost_server_is_dropped_and_its_requests_go_to_the_other(engine, relay, asked, caplog):
+    """Cut off in the middle of a rollout: a warning names it, all groups are whole, and the samples are the same."""
+    whole = engine.generate(asked * 4, **LONG)
+    engine._replicas.alive.append(relay.address)
+    timer = threading.Timer(0.3, relay.cut)
+    timer.start()
+    with caplog.at_level(logging.WARNING):
+        sampled = engine.generate(asked * 4, **LONG)
+    timer.join()
+    assert relay.requests > 0
+    assert sampled == whole
+    assert [r.levelname for r in caplog.records if relay.address in r.getMessage()] == ["WARNING"]
+    assert engine._replicas.alive != [] and relay.address not in engine._replicas.alive
+
+
+def test_a_connection_that_breaks_once_loses_no_server(engine, relay, asked, monkeypatch):
+    """A reset connection to a server that is well is asked again, quietly."""
+    call, broken = engine._replicas.call, []
+
+    async def fragile(address, path, body=None, **options):
+        if not broken:
+            broken.append(address)
+            raise replicas.ReplicaLost(address, "reset")
+        return await call(address, path, body, **options)
+
+    monkeypatch.setattr(engine._replicas, "call", fragile)
+    assert [len(group) for group in engine.generate(asked, seed=0, **PLAIN)] == [2] * len(asked)
+    assert broken == engine._replicas.alive
+
+
+def test_a_server_that_is_silent_is_dropped(engine, served, asked, monkeypatch):
+    """The only server, stopped (SIGSTOP): after SILENT_S the run ends and says so, before its deadline."""
+    monkeypatch.setattr(replicas, "PING_S", 0.5)
+    monkeypatch.setattr(replicas, "SILENT_S", 1.0)
+    served.signal(signal.SIGSTOP)
+    start = time.monotonic()
+    try:
+        with pytest.raises(NoServerLeft, match=rf"{served.address()}: silent for 1 s.*rethinker serve.*--resume auto"):
+            engine.generate(asked, seed=0, **PLAIN)
+    finally:
+        served.signal(signal.SIGCONT)
+    print(f"a silent server: named after {time.monotonic() - start:.2f} s")
+
+
+@pytest.mark.parametrize("work", ["rollout", "sync"])
+def test_a_server_that_hangs_meets_the_deadline(engine, served, policy, asked, monkeypatch, work):
+    """Stopped (SIGSTOP): rollout and sync end at rollout.timeout_s and name it; continued, all is well again."""
+    monkeypatch.setattr(engine.config.rollout, "timeout_s", 2.0)
+    served.signal(signal.SIGSTOP)
+    start = time.monotonic()
+    try:
+        with pytest.raises(
+            TimeoutError, match=rf"{work}.*rollout\.timeout_s=2 .*no answer yet from {served.address()}"
+        ):
+            engine.generate(asked, **LONG) if work == "rollout" else engine.sync(policy, 1)
+    finally:
+        served.signal(signal.SIGCONT)
+    took = time.monotonic() - start
+    print(f"a hanging server, {work}: named after {took:.2f} s of 2 s")
+    assert 2.0 <= took < 4.0
+    monkeypatch.setattr(engine.config.rollout, "timeout_s", 120)
+    policy.perturb(seed=8)
+    engine.sync(policy, 2)
+    assert policy.error(asked, engine.generate(asked, seed=0, **PLAIN)) < TOLERANCE
+
+
+def test_a_request_to_stop_breaks_a_rollout_off(engine, policy, asked, monkeypatch):
+    """SIGTERM in a rollout that may be thrown away: it ends within a second, and the server stops working on it."""
+    timer = threading.Timer(0.3, lambda: setattr(signals._State, "name", "SIGTERM"))
+    start = time.monotonic()
+    timer.start()
+    try:
+        with pytest.raises(StopRequested), signals.interruptible():
+            engine.generate(asked * 64, **LONG)
+    finally:
+        timer.join()
+        signals._State.name = None
+    assert time.monotonic() - start < 1.5
+    engine.sync(policy, 1)  # its prefix cache can be cleared only when no request is left
+    assert policy.error(asked, engine.generate(asked, seed=0, **PLAIN)) < TOLERANCE
+
+
+def test_a_prompt_that_differs_is_refused(engine, asked):
+    """Image tokens unlike the policy's, and prompts that are too long: the error names query and settings."""
+    prompt, image_token = asked[0], engine._asking.model_config.image_token_id
+    at = prompt.token_ids.index(image_token)
+    short = prompt.token_ids[:at] + prompt.token_ids[at + 1 :]
+    wrong = Prompt(prompt.query_id, short, prompt.compact_ids, prompt.images)
+    with pytest.raises(ConfigError, match=r"'q0'.*data\.min_pixels=4096 and data\.max_pixels=4096"):
+        engine.generate([asked[1], wrong], seed=0, **PLAIN)
+    with pytest.raises(ConfigError, match=r"data\.max_prompt_tokens=192"):
+        engine.generate(asked, n=1, max_new_tokens=220, temperature=1.0, seed=0)
+
+
+def test_the_server_refuses_in_its_own_words(engine, asked):
+    """An HTTP error that is no loss: address, route and the server's message."""
+    with pytest.raises(
+        RuntimeError, match=r"http://127\S+ answered /inference/v1/generate with HTTP 400: .*temperature"
+    ):
+        engine.generate(asked, n=1, max_new_tokens=4, temperature=-1.0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        ({"backend": "server"}, "rollout.servers"),
+        ({"servers": ["http://127.0.0.1:8100"]}, "rollout.backend=server"),
+        ({"weight_folder": "/tmp"}, "rollout.backend=server"),
+        ({"backend": "server", "servers": ["127.0.0.1:8100"]}, "http://127.0.0.1:8100"),
+        ({"backend": "server", "servers": ["http://host:port"]}, "http://host:port"),
+        ({"backend": "server", "servers": ["http://host:8100/v1"]}, "no path"),
+        ({"backend": "server", "servers": ["http://host:8100", "http://host:8100/"]}, "twice"),
+    ],
+)
+def test_settings_of_servers_are_checked(rollout, message):
+    """Addresses are whole, and given exactly when they are used."""
+    with pytest.raises(ConfigError, match=message):
+        resolve_config("easy_vqa_cpu", {f"rollout.{name}": value for name, value in rollout.items()})
+    good = resolve_config(
+        "easy_vqa_cpu", ["--rollout.backend", "server", "--rollout.servers", "[http://a:1,http://b:2]"]
+    )
+    assert good.rollout.servers == ["http://a:1", "http://b:2"]
+
+
+def test_replicas_on_gpus_get_their_own(monkeypatch):
+    """Each server sees tensor_parallel_size of the visible GPUs, and takes weights by NCCL; too few are refused."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+    config = Config()
+    config.rollout.tensor_parallel_size = 2
+    seen = [serve.environment(config, i, 2, 4)["CUDA_VISIBLE_DEVICES"] for i in range(2)]
+    assert seen == ["2,3", "5,7"]
+    with pytest.raises(ConfigError, match="need 6 GPUs, and 4 are visible"):
+        serve.environment(config, 0, 3, 4)
+
+
+def test_a_killed_server_ends_the_rollout_by_name(engine, served, asked):
+    """SIGKILL to the only server in the middle of a rollout: an error that names it, within the deadline."""
+    address = served.address()
+    timer = threading.Timer(0.5, lambda: served.signal(signal.SIGKILL))
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(NoServerLeft, match=rf"no rollout server is left \({address}: .*--resume auto"):
+        engine.generate(asked * 64, **LONG)
+    took = time.monotonic() - start
+    timer.join()
+    served.server.process.wait(10)
+    print(f"a killed server: named {took - 0.5:.2f} s after the SIGKILL; rollout.timeout_s=120")
+    assert took < 10
+    with pytest.raises(NoServerLeft):
+        engine.sync(Policy(served.folder), 1)
