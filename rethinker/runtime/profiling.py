@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rethinker.config import ConfigError
 
-
 # The parts of a step, in their order; `time_<name>_s` in metrics.jsonl is the time of each.
 PHASES = ("rollout", "reward", "rethink", "train", "sync", "checkpoint")
 
