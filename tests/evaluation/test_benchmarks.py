@@ -12,7 +12,8 @@ from PIL import Image
 from rethinker.config import ConfigError, RewardConfig
 from rethinker.data.datasets import IMAGE_MARK
 from rethinker.evaluation.benchmark import accepted_answers, benchmark_queries, load_benchmark, shipped_benchmarks
-from rethinker.rewards.checker import AnswerChecker, boxed_reward
+from rethinker.rewards.checker import AnswerChecker
+from rethinker.rewards.functions import boxed_reward
 from rethinker.samples import Query
 from tests.evaluation import fixtures
 
