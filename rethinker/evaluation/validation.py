@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from rethinker.data.prompts import PromptEncoder
+from rethinker.evaluation.answering import AnsweringModel
 from rethinker.rewards.checker import AnswerChecker
 from rethinker.rollout.engine import RolloutEngine
 from rethinker.runtime.distributed import Ranks
@@ -21,18 +22,13 @@ def validate(
 ) -> Accuracy:
     """Answer every query once at temperature 0, the ranks sharing the work. A reward of at least 1 counts as right."""
     mine = queries[ranks.rank :: ranks.world_size]
-    answers = rollout.generate(
-        [encoder.encode(q) for q in mine], n=1, max_new_tokens=max_new_tokens, temperature=0.0, seed=0
-    )
-    rewards = checker.score([(q.id, completions[0].text, q) for q, completions in zip(mine, answers, strict=True)])
-    verdicts = [(q.metadata.get("category", "all"), rewards[q.id] >= 1.0) for q in mine]
+    groups = AnsweringModel(rollout, encoder, checker).answer(mine, max_new_tokens=max_new_tokens)
+    verdicts = [(group.query.metadata.get("category", "all"), group.rewards[0] >= 1.0) for group in groups]
     by_category: dict[str, list[bool]] = defaultdict(list)
-    for share in ranks.gather(verdicts):
-        for category, right in share:
-            by_category[category].append(right)
-    right = sum(sum(v) for v in by_category.values())
+    for category, right in (verdict for share in ranks.gather(verdicts) for verdict in share):
+        by_category[category].append(right)
     return Accuracy(
-        overall=right / max(1, len(queries)),
-        by_category={c: sum(v) / len(v) for c, v in sorted(by_category.items())},
+        overall=sum(map(sum, by_category.values())) / max(1, len(queries)),
+        by_category={category: sum(right) / len(right) for category, right in sorted(by_category.items())},
         questions=len(queries),
     )

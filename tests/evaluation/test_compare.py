@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from rethinker.config import ConfigError
-from rethinker.evaluation.compare import compare_results, describe_comparison
+from rethinker.evaluation.compare import compare_results, describe_comparison, mcnemar, paired_difference
 from rethinker.evaluation.evaluate import Answer
-from rethinker.evaluation.results import describe_result, read_result, summarize, write_result
-from rethinker.evaluation.statistics import mcnemar, paired_difference, wilson_interval
+from rethinker.evaluation.results import describe_result, read_result, summarize, wilson_interval, write_result
 from rethinker.samples import Completion, Query
 
 

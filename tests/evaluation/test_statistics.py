@@ -7,7 +7,8 @@ from math import comb
 import numpy as np
 import pytest
 
-from rethinker.evaluation.statistics import mcnemar, paired_difference, wilson_interval
+from rethinker.evaluation.compare import mcnemar, paired_difference
+from rethinker.evaluation.results import wilson_interval
 
 
 @pytest.mark.parametrize(
