@@ -83,7 +83,7 @@ def curate(config: Config, queries: list[Query], samples: int, size: int | None,
     """
     from rethinker.curation import measure, output
     from rethinker.data.prompts import PromptEncoder
-    from rethinker.evaluation.answering import fit_model, open_model, positions_of, ranks_of_torchrun
+    from rethinker.evaluation.answering import fit_model, open_model, ranks_of_torchrun
     from rethinker.policy.model import load_processor
 
     with ExitStack() as stack:
@@ -93,7 +93,7 @@ def curate(config: Config, queries: list[Query], samples: int, size: int | None,
         if ranks.is_main:
             measure.begin(folder, measured)
         if ranks.any(bool(measure.missing_chunks(folder, len(queries)))):
-            fitted = fit_model(config, positions_of(name))
+            fitted = fit_model(config, name)
             encoder = PromptEncoder(load_processor(name), fitted.data)
             model = stack.enter_context(open_model(fitted, name, ranks, encoder))
             measure.measure(queries, samples, folder, model, ranks, fitted)

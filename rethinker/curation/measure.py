@@ -5,6 +5,7 @@ Every chunk has its own seed: asked again it gets the same responses (on the sam
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -133,25 +134,21 @@ def measure(
 
 
 def _ask(queries: Sequence[Query], samples: int, number: int, model: AnsweringModel, config: Config) -> list[PassRate]:
-    misfits = [model.encoder.misfit(query) for query in queries]
-    groups = iter(
-        model.answer(
-            [query for query, misfit in zip(queries, misfits, strict=True) if misfit is None],
-            n=samples,
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=config.rollout.temperature,
-            seed=int(np.random.SeedSequence([config.seed, _STREAM, number]).generate_state(1)[0]),
-        )
+    rates = [
+        PassRate(q.id, str(q.metadata.get("category", "all")), 0, 0, 0.0, model.encoder.misfit(q)) for q in queries
+    ]
+    fit = [i for i, rate in enumerate(rates) if rate.left_out is None]
+    groups = model.answer(
+        [queries[i] for i in fit],
+        n=samples,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        seed=int(np.random.SeedSequence([config.seed, _STREAM, number]).generate_state(1)[0]),
     )
-    rates = []
-    for query, misfit in zip(queries, misfits, strict=True):
-        category = str(query.metadata.get("category", "all"))
-        if misfit is not None:
-            rates.append(PassRate(query.id, category, 0, 0, left_out=misfit))
-            continue
-        group = next(groups)
+    for i, group in zip(fit, groups, strict=True):
+        right = sum(reward >= 1.0 for reward in group.rewards)
         tokens = sum(completion.tokens for completion in group.completions) / samples
-        rates.append(PassRate(query.id, category, sum(r >= 1.0 for r in group.rewards), samples, tokens))
+        rates[i] = dataclasses.replace(rates[i], right=right, samples=samples, tokens=tokens)
     return rates
 
 

@@ -135,7 +135,7 @@ def count(rates: Sequence[PassRate], chosen: Sequence[int]) -> dict[str, Any]:
 
 
 def histogram(folder: Path, rates: Sequence[PassRate], chosen: Sequence[int], title: str) -> list[str]:
-    """Draw pass_rates.svg: how many questions, and how many chosen ones, by right answers; the same as lines of text."""
+    """Draw pass_rates.svg: how many questions, and how many chosen ones, by right answers. Returns it as text, too."""
     from rethinker.report.drawing import COLORS, GRID, label_of, legend, new_figure, save_figure
 
     asked = [rate for rate in rates if rate.samples]

@@ -71,7 +71,7 @@ def judge(
     for g, group in enumerate(groups):
         answers = accepted(group.query) if accepted else [group.query.answer]
         for a, answer in enumerate(answers):
-            query = dataclasses.replace(group.query, answer=answer)
+            query = dataclasses.replace(group.query, answer=answer) if accepted else group.query
             requests |= {f"{g}/{i}/{a}": (completion.text, query) for i, completion in enumerate(group.completions)}
         group.rewards = [-math.inf] * len(group.completions)
     for request, reward in checker.score([(key, *asked) for key, asked in requests.items()]).items():
@@ -116,11 +116,11 @@ def sample(queries: list[Query], limit: int | None) -> list[Query]:
     return [queries[i] for i in sorted(random.Random(0).sample(range(len(queries)), limit))]
 
 
-def positions_of(checkpoint: str) -> int:
-    """How many tokens the model can take, prompt and answer together.
+def fit_model(config: Config, checkpoint: str, triggers: Sequence[Trigger] = ()) -> Config:
+    """The engine's settings: prompts within the model's positions, and room for a second pass if there are triggers.
 
     Raises:
-        ConfigError: a model that cannot be read, or of another kind.
+        ConfigError: a model that cannot be read, or of another kind; the answers alone fill its positions.
     """
     from transformers import AutoConfig
 
@@ -129,15 +129,7 @@ def positions_of(checkpoint: str) -> int:
     except Exception as error:  # what is wrong with files from elsewhere surfaces as anything
         raise ConfigError(f"checkpoint {checkpoint} cannot be read: {one_line(error)}") from error
     family_of(model.model_type, f"checkpoint {checkpoint}")
-    return model.get_text_config().max_position_embeddings
-
-
-def fit_model(config: Config, positions: int, triggers: Sequence[Trigger] = ()) -> Config:
-    """The engine's settings: prompts within the model's positions, and room for a second pass if there are triggers.
-
-    Raises:
-        ConfigError: the answers alone fill the positions.
-    """
+    positions = model.get_text_config().max_position_embeddings  # prompt and answer together
     longest = config.rollout.max_new_tokens
     if triggers:
         longest = 2 * longest + max(len(trigger.token_ids) for trigger in triggers)
@@ -146,9 +138,5 @@ def fit_model(config: Config, positions: int, triggers: Sequence[Trigger] = ()) 
             f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt: answers take "
             f"{longest} tokens and the model has {positions} positions; lower it"
         )
-    prompt = min(config.data.max_prompt_tokens, positions - longest)
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, max_prompt_tokens=prompt),
-        rollout=dataclasses.replace(config.rollout, max_new_tokens=longest),
-    )
+    data = dataclasses.replace(config.data, max_prompt_tokens=min(config.data.max_prompt_tokens, positions - longest))
+    return dataclasses.replace(config, data=data, rollout=dataclasses.replace(config.rollout, max_new_tokens=longest))

@@ -66,11 +66,6 @@ class Benchmark:
     folder: str | None = None
     parts: list[str] = field(default_factory=list)
 
-    @property
-    def is_built_in(self) -> bool:
-        """Whether its data comes with a package."""
-        return self.data in BUILT_IN
-
 
 def shipped_benchmarks() -> dict[str, Path]:
     """Benchmarks that come with the package, by name."""
@@ -129,8 +124,8 @@ def _fault(benchmark: Benchmark) -> str | None:
             return f"category_pattern={benchmark.category_pattern!r} must have one group"
     except re.error as error:
         return f"category_pattern={benchmark.category_pattern!r}: {error}"
-    described = benchmark.parts or benchmark.is_built_in
-    if not described and not (benchmark.data and benchmark.files and benchmark.fields.answer):
+    described = benchmark.data and benchmark.files and benchmark.fields.answer
+    if not (described or benchmark.parts or benchmark.data in BUILT_IN):
         return "it needs data, files and fields.answer"
     return None
 
@@ -146,43 +141,37 @@ def data_files(benchmark: Benchmark, data: str | None) -> tuple[Path, list[Path]
     Raises:
         ConfigError: they are nowhere; the message says what to fetch and where to put it.
     """
-    home, folder = os.environ.get("RETHINKER_DATA"), benchmark.folder or benchmark.name
-    kept = Path(home).expanduser() / folder if home else None
+    home, name = os.environ.get("RETHINKER_DATA"), benchmark.folder or benchmark.name
+    kept = Path(home).expanduser() / name if home else None
+    include = " ".join(f"--include {shlex.quote(pattern)}" for pattern in benchmark.files)
+    place = shlex.quote(str(data or kept or name))
+    fetch = (
+        f"where there is a network run `hf download {benchmark.data} --repo-type dataset {include} --local-dir "
+        f"{place}`, then give --data {place} or set RETHINKER_DATA to the folder that holds it"
+    )
     if data is not None:
-        path = Path(data).expanduser()
-        if path.is_file():
-            return path.parent, [path]
-        if not path.is_dir():
-            raise ConfigError(f"--data {data}: there is no such folder or file; {_fetch(benchmark, data)}")
-        return path, _found(benchmark, path, f"--data {data}")
-    if kept is not None and kept.is_dir():
-        return kept, _found(benchmark, kept, f"RETHINKER_DATA={home}: {kept}")
-    try:
-        from huggingface_hub import snapshot_download
+        folder, where = Path(data).expanduser(), f"--data {data}"
+        if folder.is_file():
+            return folder.parent, [folder]
+        if not folder.is_dir():
+            raise ConfigError(f"--data {data}: there is no such folder or file; {fetch}")
+    elif kept is not None and kept.is_dir():
+        folder, where = kept, f"RETHINKER_DATA={home}: {kept}"
+    else:
+        where = f"the Hugging Face cache of {benchmark.data}"
+        try:
+            from huggingface_hub import snapshot_download
 
-        online = hub_answers(benchmark.data)
-        options = {"allow_patterns": list(benchmark.files), "local_files_only": not online}
-        snapshot = Path(snapshot_download(benchmark.data, repo_type="dataset", **options))
-        return snapshot, _found(benchmark, snapshot, f"the Hugging Face cache of {benchmark.data}")
-    except Exception as error:  # its client raises anything from ValueError to OSError
-        place = f"{kept}" if kept else f"$RETHINKER_DATA/{folder} (RETHINKER_DATA is not set)"
-        raise ConfigError(
-            f"benchmark {benchmark.name}: its data is not in {place}, and not in the Hugging Face cache or on the hub "
-            f"({one_line(error, 120)}); {_fetch(benchmark, str(kept or folder))}"
-        ) from error
-
-
-def _found(benchmark: Benchmark, folder: Path, where: str) -> list[Path]:
+            options = {"allow_patterns": benchmark.files, "local_files_only": not hub_answers(benchmark.data)}
+            folder = Path(snapshot_download(benchmark.data, repo_type="dataset", **options))
+        except Exception as error:  # its client raises anything from ValueError to OSError
+            kept = kept or f"$RETHINKER_DATA/{name} (RETHINKER_DATA is not set)"
+            raise ConfigError(
+                f"benchmark {benchmark.name}: its data is neither in {kept} nor in {where}, and the hub does not give "
+                f"it ({one_line(error, 120)}); {fetch}"
+            ) from error
     files = [file for pattern in benchmark.files for file in sorted(folder.glob(pattern))]
     if not files:
-        raise ConfigError(f"{where} holds no {', '.join(benchmark.files)}, which benchmark {benchmark.name} reads")
-    return files
-
-
-def _fetch(benchmark: Benchmark, folder: str) -> str:
-    include = " ".join(f"--include {shlex.quote(pattern)}" for pattern in benchmark.files)
-    where = shlex.quote(folder)
-    return (
-        f"where there is a network run `hf download {benchmark.data} --repo-type dataset {include} --local-dir "
-        f"{where}`, then give --data {where} or set RETHINKER_DATA to the folder that holds it"
-    )
+        names = ", ".join(benchmark.files)
+        raise ConfigError(f"{where} holds no {names}, which benchmark {benchmark.name} reads; {fetch}")
+    return folder, files

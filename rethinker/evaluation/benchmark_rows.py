@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rethinker.config import ConfigError, DataConfig
-from rethinker.data.datasets import IMAGE_MARK, load_queries
+from rethinker.data.datasets import BUILT_IN, IMAGE_MARK, load_queries
 from rethinker.data.sources import open_table
 from rethinker.evaluation.benchmark import Benchmark, data_files, load_benchmark
 from rethinker.samples import Query
@@ -59,7 +59,7 @@ def benchmark_queries(benchmark: Benchmark, data: str | None = None) -> tuple[li
             queries[f"{name}/{query.id}"] = dataclasses.replace(query, id=f"{name}/{query.id}", metadata=metadata)
     if benchmark.parts:
         return list(queries.values()), left_out
-    if benchmark.is_built_in:
+    if benchmark.data in BUILT_IN:
         if data is not None:
             raise ConfigError(f"--data {data}: {benchmark.name} comes with the package {benchmark.data}; leave it out")
         return load_queries(DataConfig(validation=benchmark.data), "validation"), left_out

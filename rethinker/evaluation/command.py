@@ -70,35 +70,16 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT")
-    add(
-        "--benchmark",
-        metavar="NAME",
-        required=True,
-        action="extend",
-        type=lambda names: [name for name in names.split(",") if name],
-        help="one or several of those below, also separated by commas, or a .yaml file",
-    )
-    add(
-        "--mode",
-        default="normal",
-        metavar="MODE",
-        choices=get_args(Mode),
-        help="normal; forced: a rethinking trigger follows every first answer and the model goes on; oracle: only "
-        "after wrong answers, an upper bound",
-    )
+    names = {"type": lambda text: [name for name in text.split(",") if name], "action": "extend", "metavar": "NAME"}
+    add("--benchmark", required=True, **names, help="one or several of those below, or a .yaml file; also A,B")
+    modes = "normal; forced: a rethinking trigger follows every first answer and the model goes on; oracle: only after "
+    modes += "wrong answers, an upper bound"
+    add("--mode", default="normal", metavar="MODE", choices=get_args(Mode), help=modes)
     add("--limit", type=int, metavar="N", help="a random sample of N questions, the same every time")
-    add(
-        "--data",
-        metavar="PATH",
-        help="folder or file with the benchmark's data; by default $RETHINKER_DATA/NAME, the Hugging Face cache, or "
-        "the hub",
-    )
-    add(
-        "--output",
-        metavar="FOLDER",
-        help="where results go, by default evaluations/CHECKPOINT/BENCHMARK[-MODE]; of several benchmarks each has a "
-        "folder below it",
-    )
+    places = "its data: a folder or file [$RETHINKER_DATA/NAME, the Hugging Face cache, or the hub]"
+    add("--data", metavar="PATH", help=places)
+    outputs = "the results [evaluations/CHECKPOINT/BENCHMARK[-MODE]]; of several benchmarks each has a folder below it"
+    add("--output", metavar="FOLDER", help=outputs)
     options, overrides = parser.parse_known_args(list(arguments))
     options.benchmark = list(dict.fromkeys(options.benchmark))
     if not options.benchmark:

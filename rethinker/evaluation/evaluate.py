@@ -21,15 +21,7 @@ from rethinker.algorithm.cues import rethinks
 from rethinker.algorithm.rethinking import Trigger, continue_after_trigger, make_triggers
 from rethinker.config import Config
 from rethinker.data.prompts import PromptEncoder
-from rethinker.evaluation.answering import (
-    AnsweringModel,
-    fit_model,
-    judge,
-    open_model,
-    positions_of,
-    ranks_of_torchrun,
-    sample,
-)
+from rethinker.evaluation.answering import AnsweringModel, fit_model, judge, open_model, ranks_of_torchrun, sample
 from rethinker.evaluation.benchmark import Benchmark
 from rethinker.evaluation.results import accepted_answers, describe_result, summarize, write_result
 from rethinker.evaluation.settings import Mode, recorded
@@ -91,10 +83,9 @@ def run_benchmarks(config: Config, mode: Mode, limit: int | None, tasks: list[Ta
     folder = config.policy.model
     with ExitStack() as stack:
         ranks = stack.enter_context(ranks_of_torchrun(config.rollout.timeout_s))
-        positions = positions_of(folder)
         processor = load_processor(folder)
         triggers = make_triggers(processor.tokenizer, config.rethink.triggers)
-        engine_config = fit_model(config, positions, triggers if mode != "normal" else ())
+        engine_config = fit_model(config, folder, triggers if mode != "normal" else ())
         encoder = PromptEncoder(processor, engine_config.data)
         model = stack.enter_context(open_model(engine_config, folder, ranks, encoder))
         for benchmark, (queries, uncovered), output in tasks:

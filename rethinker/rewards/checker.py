@@ -100,7 +100,7 @@ class AnswerChecker:
         self.close()
 
     def _decide(self, response: str, query: Query) -> tuple[float, Any, tuple[str, str, Query] | None]:
-        """The boxed reward where string work decides it; else 0.0 and the check that a worker is to do, with its key."""
+        """The boxed reward where string work decides it, else 0.0; the key and the check that are left to a worker."""
         predicted, (question, choices) = extract_boxed(response), context_of(query)
         if predicted is None:
             return 0.0, None, None
