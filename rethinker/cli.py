@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rethinker.command_line import Parser, recipe_first
 from rethinker.config import ConfigError
+from rethinker.train import train
 from rethinker.version import __version__
 
 USAGE = """usage: rethinker COMMAND ...
@@ -27,7 +28,7 @@ USAGE = """usage: rethinker COMMAND ...
   rethinker doctor                                    what is installed, what is missing, how to add it
   rethinker --version
 
-On several processes: torchrun --nproc-per-node N -m rethinker.train RECIPE [--section.name value ...]
+On several processes: torchrun --nproc-per-node N -m rethinker train RECIPE [--section.name value ...]
 """
 
 
@@ -40,9 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"rethinker {__version__}")
         return 0
-    if command == "train":
-        return train_main(arguments)
     commands = {
+        "train": _train,
         "plan": _plan,
         "eval": _eval,
         "curate": _curate,
@@ -54,11 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in commands:
         return guarded(lambda: commands[command](arguments))
     return guarded(lambda: _unknown(command, commands))
-
-
-def train_main(argv: Sequence[str]) -> int:
-    """`rethinker train`, also under torchrun (`-m rethinker.train`): RECIPE and overrides to an exit code."""
-    return guarded(lambda: _train(list(argv)))
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -83,7 +78,7 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    from rethinker.settings import load_config, resolve_config, to_yaml
+    from rethinker.settings import resolve_config, to_yaml
 
     if "-h" in argv or "--help" in argv:
         print(_train_help())
@@ -95,10 +90,7 @@ def _train(argv: list[str]) -> int:
     if print_config:
         print(to_yaml(resolve_config(recipe, overrides)), end="")
         return 0
-    config = load_config(recipe, overrides)  # before anything slow is imported
-    from rethinker.train import train
-
-    train(config)
+    train(recipe, overrides)
     return 0
 
 
@@ -167,7 +159,7 @@ def _export(arguments: list[str]) -> int:
 
 
 def _unknown(command: str, commands: Iterable[str]) -> int:
-    raise ConfigError(f"unknown command {command!r}; commands are train, {', '.join(commands)}")
+    raise ConfigError(f"unknown command {command!r}; commands are {', '.join(commands)}")
 
 
 def _train_help() -> str:
