@@ -27,7 +27,7 @@ USAGE = """usage: rethinker COMMAND ...
   rethinker doctor                                    what is installed, what is missing, how to add it
   rethinker --version
 
-On several processes: torchrun --nproc-per-node N -m rethinker.train RECIPE [--section.name value ...]
+On several processes: torchrun --nproc-per-node N -m rethinker train RECIPE [--section.name value ...]
 """
 
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_main(argv: Sequence[str]) -> int:
-    """`rethinker train`, also under torchrun (`-m rethinker.train`): RECIPE and overrides to an exit code."""
+    """`rethinker train`, also under torchrun: RECIPE and overrides to an exit code."""
     return guarded(lambda: _train(list(argv)))
 
 
