@@ -5,7 +5,7 @@
         --pack (shared prompts)--> packed batches --policy forward + fused loss--> backward --> optimizer step
     end of episode: sync weights to the rollout engine, clear replay, validate, checkpoint
 
-Run it with `rethinker train RECIPE`, `torchrun --nproc-per-node N -m rethinker.train RECIPE`, or from Python as
+Run it with `rethinker train RECIPE`, `torchrun --nproc-per-node N -m rethinker train RECIPE`, or from Python as
 `rethinker.train(recipe, overrides)`. With several ranks each rolls out every world_size-th query; then all ranks know
 all rewards, choose the same batch, and share its micro-batches; a response's tokens travel only to be trained.
 """
@@ -32,7 +32,8 @@ from rethinker.algorithm.selection import select_batch
 from rethinker.checkpoint.checkpoint import Checkpoints
 from rethinker.checkpoint.resume import Progress, RunState, saved_state
 from rethinker.checkpoint.run_directory import RunDirectory
-from rethinker.config import Config, ConfigError
+from rethinker.checks import schedule_length
+from rethinker.config import Config
 from rethinker.data.datasets import load_queries
 from rethinker.data.images import check_images
 from rethinker.data.prompts import PromptEncoder, select_fitting
@@ -294,18 +295,6 @@ def load_held_out(config: Config) -> list[Query]:
     return queries[: config.validation.size]
 
 
-def schedule_length(config: Config, queries: int | None) -> int:
-    """Optimizer steps of the run: train.max_steps, or what train.epochs over so many queries amounts to."""
-    G, N = config.rollout.group_size, config.train.batch_pairs
-    steps = config.train.max_steps or int(config.train.epochs * queries) * G // N
-    if steps < 1:
-        raise ConfigError(
-            f"train.epochs={config.train.epochs} over {queries} queries is less than one step of "
-            f"train.batch_pairs={N}; set train.max_steps, or train.batch_pairs to at most {queries * G}"
-        )
-    return steps
-
-
 def initial_model(config: Config, ranks: Ranks) -> Path:
     """Where training starts: policy.model, or the tiny model that rank 0 builds and warms up."""
     if config.policy.model != "tiny":
@@ -335,6 +324,5 @@ class _CallableModule(types.ModuleType):
 sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
-    from rethinker.cli import train_main
-
-    sys.exit(train_main(sys.argv[1:]))
+    print("error: start it as `torchrun --nproc-per-node N -m rethinker train RECIPE`", file=sys.stderr)
+    sys.exit(2)

@@ -84,7 +84,7 @@ def test_a_mistake_found_while_training_starts_is_told_the_same_way(monkeypatch,
 
     seen = []
     stand_in.train = seen.append
-    assert cli.train_main(["easy_vqa_cpu", "--train.max_steps", "5"]) == 0
+    assert cli.main(["train", "easy_vqa_cpu", "--train.max_steps", "5"]) == 0
     assert seen[0].train.max_steps == 5
 
 
@@ -97,11 +97,11 @@ def test_print_config_prints_yaml_with_docs(capsys):
 
 
 def test_help_and_version(capsys):
-    """Help lists the commands and every setting; the version is the package's."""
+    """Help lists the commands, the recipes and the presets; the version is the package's."""
     assert cli.main([]) == 0 and "rethinker doctor" in capsys.readouterr().out
     assert cli.main(["train", "--help"]) == 0
     listed = capsys.readouterr().out
-    assert "easy_vqa_cpu" in listed and "--rollout.group_size [8]" in listed
+    assert "easy_vqa_cpu" in listed and "released_code" in listed and "--print_config" in listed
     assert cli.main(["--version"]) == 0 and capsys.readouterr().out == f"rethinker {package.__version__}\n"
 
 

@@ -7,11 +7,11 @@ import random
 import pytest
 
 import rethinker
+from rethinker.checks import schedule_length
 from rethinker.config import Config, ConfigError, RolloutConfig, TrainConfig
 from rethinker.episode import judge, note_rethinking
 from rethinker.policy.schedule import learning_rate
 from rethinker.samples import Completion, Group, Query, Rethought
-from rethinker.train import schedule_length
 
 
 def group(name: str, *texts: str) -> Group:
