@@ -7,6 +7,7 @@ for policy.fused_layers, which needs a GPU.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import shutil
 import typing
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from rethinker.config import Config, ConfigError, nearest
+from rethinker.config import Config, ConfigError
 from rethinker.doctor import cpp_compiler, how_to_install
 from rethinker.families.model_folder import check_model_folder, decoder_matrices
 from rethinker.ranges import is_text, range_of
@@ -167,10 +168,10 @@ def lora_targets(linears: Collection[str], targets: list[str]) -> list[str]:
     for target, found in named.items():
         if not found:
             short = sorted({name.rpartition(".")[2] for name in linears})
-            close = nearest(target.rpartition(".")[2], short) or ", ".join(short)
+            close = difflib.get_close_matches(target.rpartition(".")[2], short, n=2) or short
             raise ConfigError(
                 f"policy.lora.target_modules: {target!r} is no linear layer of the model's decoder layers; "
-                f"nearest: {close}"
+                f"nearest: {', '.join(close)}"
             )
     return sorted(set().union(*named.values()) if targets else linears)
 
