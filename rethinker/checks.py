@@ -6,29 +6,25 @@ for policy.fused_layers, which needs a GPU.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import shutil
-import typing
 from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import cpp_compiler, how_to_install
 from rethinker.families.model_folder import check_model_folder, decoder_matrices
-from rethinker.ranges import is_text, range_of
+from rethinker.ranges import is_text
 from rethinker.runtime.profiling import parse_steps
 
 MIN_FREE_BYTES = 200 * 2**20  # the tiny model, its checkpoints, completions and logs
 
 
 def check_geometry(config: Config) -> None:
-    """Settings in range that fit each other, and batches that groups and episodes fill exactly."""
-    _check_ranges(config)
+    """Settings fit each other, and groups and episodes fill batches exactly."""
     data, policy, rollout, rethink = config.data, config.policy, config.rollout, config.rethink
     group, batch, episode = rollout.group_size, config.train.batch_pairs, config.train.episode_queries
     if batch % group:
@@ -82,16 +78,6 @@ def schedule_length(config: Config, queries: int | None) -> int:
             f"train.batch_pairs={batch}; set train.max_steps, or train.batch_pairs to at most {queries * group}"
         )
     return steps
-
-
-def _check_ranges(section: Any, prefix: str = "") -> None:
-    """Compare every setting below a section with the range in its type."""
-    for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
-        value, allowed = getattr(section, name), range_of(hint)
-        if dataclasses.is_dataclass(value):
-            _check_ranges(value, f"{prefix}{name}.")
-        elif allowed and value is not None and not allowed.holds(value):
-            raise ConfigError(f"{prefix}{name}={value} must be {allowed.words}")
 
 
 def _multiples(value: int, of: int) -> str:

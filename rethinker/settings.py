@@ -306,7 +306,7 @@ def _find(key: str) -> Setting | None:
 
 
 def _convert(values: Mapping[str, Any]) -> Config:
-    """Typed settings from {key: value}; a text is read as its setting's type."""
+    """Settings of their types and in their ranges, from {key: value}; a text is read as its setting's type."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *sections, name = key.split(".")
@@ -320,9 +320,12 @@ def _convert(values: Mapping[str, Any]) -> Config:
         if not setting:
             raise ConfigError(one_line(error)) from None
         raise ConfigError(f"{setting.key}={values[setting.key]!r} must be {in_words(setting.type)}") from None
-    for setting in settings():  # the parser takes null for "not given", whatever the type
-        if _get(config, setting.key) is None and type(None) not in typing.get_args(setting.type):
+    for setting in settings():
+        value = _get(config, setting.key)
+        if value is None and type(None) not in typing.get_args(setting.type):  # to the parser null is "not given"
             raise ConfigError(f"{setting.key}={values.get(setting.key)!r} must be {in_words(setting.type)}")
+        if value is not None and setting.range and not setting.range.holds(value):
+            raise ConfigError(f"{setting.key}={value} must be {setting.range.words}")
     return config
 
 

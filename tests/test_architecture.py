@@ -19,7 +19,7 @@ def listed_rooms(page: str) -> list[str]:
 
 
 def imports(root: Path) -> dict[str, set[str]]:
-    """Of every module below rethinker/ and kernels/ the dotted names that it imports: lazily, too, and for types alone."""
+    """Of every module the dotted names that it imports: lazily, too, and for types alone."""
     found = {}
     for folder in (root / "rethinker", root / "kernels" / "rethinker_kernels"):
         for path in sorted(folder.rglob("*.py")):

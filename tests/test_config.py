@@ -260,6 +260,7 @@ def test_batches_must_hold_whole_groups_and_episodes_whole_batches():
         ("replay.importance_exponent", -1.0, "at least 0"),
         ("replay.max_age", -1, "at least 0"),
         ("rollout.max_mismatch_kl", 0.0, "positive"),
+        ("rollout.max_staleness", 2, "from 0 to 1"),
         ("data.min_pixels", 10**9, "must not exceed data.max_pixels"),
         ("data.prompt", "What?", "must contain {question}"),
         ("run.name", "../elsewhere", "a plain folder name"),
