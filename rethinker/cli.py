@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
+from rethinker.train import train
 from rethinker.version import __version__
 
 USAGE = """usage: rethinker COMMAND ...
@@ -32,7 +33,7 @@ On several processes: torchrun --nproc-per-node N -m rethinker train RECIPE [--s
 """
 
 COMMANDS = {
-    "train": "rethinker.cli:train",
+    "train": "rethinker.cli:train_command",
     "plan": "rethinker.plan.command:main",
     "eval": "rethinker.evaluation.command:main",
     "curate": "rethinker.curation.command:main",
@@ -72,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def train(arguments: Sequence[str]) -> int:
+def train_command(arguments: Sequence[str]) -> int:
     """`rethinker train`: the settings are checked before anything slow is imported."""
-    from rethinker.settings import load_config, presets, resolve_config, shipped_recipes, to_yaml
+    from rethinker.settings import presets, resolve_config, shipped_recipes, to_yaml
 
     parser = Parser(
         prog="rethinker train",
@@ -88,8 +89,5 @@ def train(arguments: Sequence[str]) -> int:
     if options.print_config:
         print(to_yaml(resolve_config(options.recipe, overrides)), end="")
         return 0
-    config = load_config(options.recipe, overrides)
-    from rethinker.train import train as train_on_all_ranks
-
-    train_on_all_ranks(config)
+    train(options.recipe, overrides)
     return 0
