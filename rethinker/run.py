@@ -18,7 +18,8 @@ from rethinker.algorithm.selection import Batch
 from rethinker.checkpoint.checkpoint import Checkpoints
 from rethinker.checkpoint.resume import Progress, RunState, saved_state
 from rethinker.checkpoint.run_directory import RunDirectory
-from rethinker.config import Config, ConfigError
+from rethinker.checks import schedule_length
+from rethinker.config import Config
 from rethinker.data.datasets import load_queries
 from rethinker.data.images import check_images
 from rethinker.data.prompts import PromptEncoder, select_fitting
@@ -296,18 +297,6 @@ def load_held_out(config: Config) -> list[Query]:
     queries = load_queries(config.data, "validation", most=config.validation.size)
     random.Random(0).shuffle(queries)
     return queries[: config.validation.size]
-
-
-def schedule_length(config: Config, queries: int | None) -> int:
-    """Optimizer steps of the run: train.max_steps, or what train.epochs over so many queries amounts to."""
-    G, N = config.rollout.group_size, config.train.batch_pairs
-    steps = config.train.max_steps or int(config.train.epochs * queries) * G // N
-    if steps < 1:
-        raise ConfigError(
-            f"train.epochs={config.train.epochs} over {queries} queries is less than one step of "
-            f"train.batch_pairs={N}; set train.max_steps, or train.batch_pairs to at most {queries * G}"
-        )
-    return steps
 
 
 def initial_model(config: Config, ranks: distributed.Ranks) -> Path:
