@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from rethinker.rollout.backends import make_engine
 from rethinker.rollout.engine import RolloutEngine
 from rethinker.runtime import distributed
 from rethinker.runtime.distributed import Ranks
-from rethinker.samples import Group, Query
+from rethinker.samples import Accuracy, Group, Query
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,21 @@ def judge(
         groups[g].rewards[i] = max(groups[g].rewards[i], reward)
 
 
+def validate(queries: list[Query], model: AnsweringModel, ranks: Ranks, max_new_tokens: int) -> Accuracy:
+    """Answer every query once, greedily, the ranks sharing the work. A reward of at least 1 counts as right."""
+    mine = queries[ranks.rank :: ranks.world_size]
+    groups = model.answer(mine, max_new_tokens=max_new_tokens)
+    verdicts = [(group.query.metadata.get("category", "all"), group.rewards[0] >= 1.0) for group in groups]
+    by_category: dict[str, list[bool]] = defaultdict(list)
+    for category, right in (verdict for share in ranks.gather(verdicts) for verdict in share):
+        by_category[category].append(right)
+    return Accuracy(
+        overall=sum(map(sum, by_category.values())) / max(1, len(queries)),
+        by_category={category: sum(right) / len(right) for category, right in sorted(by_category.items())},
+        questions=len(queries),
+    )
+
+
 @contextmanager
 def open_model(config: Config, folder: str, ranks: Ranks, encoder: PromptEncoder) -> Iterator[AnsweringModel]:
     """The engine and the checker of a model, until the end of the context (on every rank).
@@ -89,10 +105,9 @@ def open_model(config: Config, folder: str, ranks: Ranks, encoder: PromptEncoder
         ranks: all of them.
         encoder: of its prompts.
     """
-    place = {"rank": ranks.rank, "world_size": ranks.world_size, "local_rank": ranks.local_rank}
     with ExitStack() as stack:
         checker = stack.enter_context(AnswerChecker(config.reward))
-        rollout = make_engine(config, folder, **place)
+        rollout = make_engine(config, folder, **vars(ranks))
         stack.callback(rollout.close)
         yield AnsweringModel(rollout, encoder, checker)
 

@@ -21,21 +21,19 @@ The instruction to box the answer is not part of this: `data.prompt` adds it, as
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 import re
 import shlex
 from argparse import ArgumentError
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from rethinker.checks import is_plain_name
-from rethinker.config import ConfigError, one_line
+from rethinker.config import ConfigError, nearest, one_line
 from rethinker.data.datasets import BUILT_IN
 from rethinker.data.sources import hub_answers
+from rethinker.ranges import is_plain_name
 from rethinker.settings import read_yaml_file
 
 
@@ -69,8 +67,7 @@ class Benchmark:
 
 def shipped_benchmarks() -> dict[str, Path]:
     """Benchmarks that come with the package, by name."""
-    folder = Path(str(resources.files("rethinker"))) / "evaluation" / "benchmarks"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted((Path(__file__).parent / "benchmarks").glob("*.yaml"))}
 
 
 def load_benchmark(name: str) -> Benchmark:
@@ -82,8 +79,8 @@ def load_benchmark(name: str) -> Benchmark:
     shipped = shipped_benchmarks()
     path = shipped.get(name) or Path(os.path.expanduser(name))
     if not os.path.isfile(path):
-        near = difflib.get_close_matches(name, shipped, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = nearest(name, shipped)
+        hint = f"did you mean {near}? " if near else ""
         raise ConfigError(f"--benchmark {name}: {hint}known are {', '.join(shipped)}, or give a .yaml file")
     content, parser = _given(read_yaml_file(path, f"--benchmark {name}: {path}")), _parser()
     if not isinstance(content.get("fields", {}), dict):  # jsonargparse would take a text for the name of a file

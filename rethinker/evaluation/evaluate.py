@@ -12,59 +12,27 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from rethinker.algorithm.cues import rethinks
 from rethinker.algorithm.rethinking import Trigger, continue_after_trigger, make_triggers
 from rethinker.config import Config
 from rethinker.data.prompts import PromptEncoder
 from rethinker.evaluation.answering import AnsweringModel, fit_model, judge, open_model, ranks_of_torchrun, sample
 from rethinker.evaluation.benchmark import Benchmark
-from rethinker.evaluation.results import accepted_answers, describe_result, summarize, write_result
+from rethinker.evaluation.results import Answer, accepted_answers, describe_result, summarize, write_result
 from rethinker.evaluation.settings import Mode, recorded
 from rethinker.policy.model import load_processor
 from rethinker.runtime.display import progress
 from rethinker.runtime.distributed import Ranks
-from rethinker.samples import Completion, Group, Query
+from rethinker.samples import Group, Query
 from rethinker.version import versions
 
 # Questions of one rank per call of the engine: bounds the decoded images in memory and what a deadline covers.
 CHUNK = 256
 
 Task = tuple[Benchmark, tuple[list[Query], Counter[str]], Path]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a question got: the response that counts and, where it was made to rethink, the one from before."""
-
-    completion: Completion | None
-    """None for a question that does not fit (see `left_out`)."""
-    reward: float = 0.0
-    first: Completion | None = None
-    first_reward: float | None = None
-    left_out: str | None = None
-    """The setting whose limit the question exceeds; it counts as wrong."""
-    no_room: bool = False
-    """It should have rethought, but the first answer left no room."""
-
-    @property
-    def right(self) -> bool:
-        return self.reward >= 1.0
-
-    @property
-    def was_right(self) -> bool:
-        """Whether the first answer was right; the answer itself if there was no second pass."""
-        return (self.reward if self.first_reward is None else self.first_reward) >= 1.0
-
-    @property
-    def rethinks(self) -> bool:
-        """Whether the first answer rethinks of its own accord."""
-        first = self.first or self.completion
-        return first is not None and rethinks(first.text)
 
 
 def run_benchmarks(config: Config, mode: Mode, limit: int | None, tasks: list[Task]) -> None:

@@ -5,17 +5,46 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rethinker.algorithm.cues import rethinks
 from rethinker.config import ConfigError, one_line
 from rethinker.runtime.files import whole_file
-from rethinker.samples import Query
-
-if TYPE_CHECKING:
-    from rethinker.evaluation.evaluate import Answer
+from rethinker.samples import Completion, Query
 
 RESULT, RESPONSES = "result.json", "responses.parquet"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a question got: the response that counts and, where it was made to rethink, the one from before."""
+
+    completion: Completion | None
+    """None for a question that does not fit (see `left_out`)."""
+    reward: float = 0.0
+    first: Completion | None = None
+    first_reward: float | None = None
+    left_out: str | None = None
+    """The setting whose limit the question exceeds; it counts as wrong."""
+    no_room: bool = False
+    """It should have rethought, but the first answer left no room."""
+
+    @property
+    def right(self) -> bool:
+        return self.reward >= 1.0
+
+    @property
+    def was_right(self) -> bool:
+        """Whether the first answer was right; the answer itself if there was no second pass."""
+        return (self.reward if self.first_reward is None else self.first_reward) >= 1.0
+
+    @property
+    def rethinks(self) -> bool:
+        """Whether the first answer rethinks of its own accord."""
+        first = self.first or self.completion
+        return first is not None and rethinks(first.text)
 
 
 def wilson_interval(right: int, n: int) -> tuple[float, float]:

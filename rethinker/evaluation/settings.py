@@ -6,7 +6,6 @@ torch is not imported here: mistakes are reported before anything slow.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +35,7 @@ def eval_config(checkpoint: str, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: a setting that is unknown, wrong, or of no use here; a package that is missing.
     """
-    base = Path(str(resources.files("rethinker"))) / "evaluation" / "settings.yaml"
+    base = Path(__file__).with_suffix(".yaml")
     resolve_config(base, overrides)  # names the unknown ones
     for option in overrides:
         key = option.removeprefix("--").partition("=")[0]

@@ -2,7 +2,6 @@ r"""Reward functions: the built-in check of the last `\boxed{}`, or a function i
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 import os
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rethinker.config import ConfigError, one_line
+from rethinker.config import ConfigError, nearest, one_line
 from rethinker.rewards.answers import compare, extract_boxed, math_equal
 from rethinker.samples import Query
 
@@ -64,8 +63,7 @@ def load_reward(spec: str) -> RewardFunction:
     function = getattr(module, name, None)
     if not callable(function):
         names = [n for n, value in vars(module).items() if inspect.isfunction(value)]
-        near = difflib.get_close_matches(name, names, n=1) or names[:1]
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {nearest(name, names) or names[0]}?" if names else ""
         raise ConfigError(f"reward.function={spec}: {path} has no function {name!r}{hint}")
     try:
         inspect.signature(function).bind("response", "answer", "query")

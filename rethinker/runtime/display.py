@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from rethinker.samples import Accuracy
-    from rethinker.train import Run
+    from rethinker.samples import Accuracy, RunResult
 
 T = TypeVar("T")
 
@@ -92,7 +91,7 @@ class Display:
         self._print(f"{signal}: saved after step {step}/{self.total_steps}; to go on:")
         self._print(f"  rethinker train {folder}/config.yaml --resume auto")
 
-    def summary(self, run: Run, report: Path | None = None) -> None:
+    def summary(self, run: RunResult, report: Path | None = None) -> None:
         """Say what was learned, how long it took and where the run lies."""
         self.__exit__()
         steps = len(run.metrics)

@@ -10,8 +10,7 @@ import pytest
 
 from rethinker.config import ConfigError
 from rethinker.evaluation.compare import compare_results, describe_comparison, mcnemar, paired_difference
-from rethinker.evaluation.evaluate import Answer
-from rethinker.evaluation.results import describe_result, read_result, summarize, wilson_interval, write_result
+from rethinker.evaluation.results import Answer, describe_result, read_result, summarize, wilson_interval, write_result
 from rethinker.samples import Completion, Query
 
 

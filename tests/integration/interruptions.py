@@ -56,7 +56,7 @@ def start(folder: Path, name: str, *options: str, ranks: int = 1, launch: tuple[
     arguments += ["--data.train", str(folder / "questions.jsonl"), "--data.category_weights", "{}"]
     arguments += ["--reward.function", f"{folder / 'reward.py'}:parity", *OPTIONS, *options]
     with (folder / f"{name}.log").open("a") as log:
-        command = [sys.executable, *torchrun, "-m", "rethinker.train", *arguments]
+        command = [sys.executable, *torchrun, "-m", "rethinker", "train", *arguments]
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 
 
