@@ -11,7 +11,7 @@ from pathlib import Path
 from rethinker.checks import check_model
 from rethinker.command_line import Parser
 from rethinker.config import Config, ConfigError
-from rethinker.curation.subset import PRESETS, PassRate, choose, parse_size
+from rethinker.curation.subset import PRESETS, choose, parse_size
 from rethinker.evaluation.settings import check_engine
 from rethinker.samples import Query
 from rethinker.settings import resolve_config
@@ -61,22 +61,13 @@ def main(arguments: Sequence[str]) -> int:
     check_folder(folder)
     # All questions: with data.validation=split the subset is split again, and by hash alike.
     queries = sample(load_queries(dataclasses.replace(config.data, validation=None), "train"), options.limit)
-    curate(config, queries, samples, size, folder)
+    _curate(config, queries, samples, size, folder)
     return 0
 
 
-def curate(config: Config, queries: list[Query], samples: int, size: int | None, folder: Path) -> list[PassRate]:
-    """Measure what is not measured yet, choose, and write everything; on all ranks of torchrun.
-
-    Args:
-        config: the recipe's settings.
-        queries: to ask, the same on every rank.
-        samples: responses per question.
-        size: of the subset; None takes all that qualify.
-        folder: the output, which may hold a part of the same measurement.
-
-    Returns:
-        The pass rates in the questions' order; [] on ranks other than 0.
+def _curate(config: Config, queries: list[Query], samples: int, size: int | None, folder: Path) -> None:
+    """Measure what is not measured yet, choose `size` questions (None: all that qualify), and write everything; on all
+    ranks of torchrun, with the same queries.
 
     Raises:
         ConfigError: the folder holds another measurement; no question qualifies; whatever the engine reports.
@@ -98,7 +89,7 @@ def curate(config: Config, queries: list[Query], samples: int, size: int | None,
             model = stack.enter_context(open_model(fitted, name, ranks, encoder))
             measure.measure(queries, samples, folder, model, ranks, fitted)
         if not ranks.is_main:
-            return []
+            return
         rates = measure.read_rates(folder, queries)
         chosen = choose(rates, size)
         counts = output.count(rates, chosen)
@@ -117,7 +108,6 @@ def curate(config: Config, queries: list[Query], samples: int, size: int | None,
         short = f" (only so many of the {size:,d} asked for qualify)" if size and len(chosen) < size else ""
         print(f"{len(chosen):,d} questions{short}: {counts['subset_by_category']}")
         print(f"train on them: rethinker train {folder / output.RECIPE}")
-        return rates
 
 
 def _model(config: Config) -> str:

@@ -8,6 +8,8 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import binomtest
+
 from rethinker.config import ConfigError
 from rethinker.evaluation.results import aligned, read_result, wilson_interval
 
@@ -35,8 +37,6 @@ def mcnemar(only_first: int, only_second: int) -> float:
     Args:
         only_first, only_second: questions that one of them alone answered right; the others say nothing.
     """
-    from scipy.stats import binomtest
-
     discordant = only_first + only_second
     return float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
 
@@ -83,7 +83,12 @@ def compare_results(folders: Sequence[str | Path]) -> list[Comparison]:
                 "results of one benchmark"
             )
         verdicts = _verdicts(other_rows)
-        _check_same(name, first, other, verdicts)
+        if differing := first.keys() ^ verdicts.keys():
+            raise ConfigError(
+                f"--compare: {name} ({len(first)} questions) and {other} ({len(verdicts)}) are on different questions: "
+                f"one of both lacks {min(key[0] for key in differing)!r}, or has it with another text or answer; "
+                "evaluate both with the same --benchmark and --limit"
+            )
         pairs = [(first[key], verdicts[key]) for key in first]
         both, only_first = pairs.count((True, True)), pairs.count((True, False))
         only_this, neither = pairs.count((False, True)), pairs.count((False, False))
@@ -93,30 +98,9 @@ def compare_results(folders: Sequence[str | Path]) -> list[Comparison]:
     return comparisons
 
 
-# What makes a question: its id, text and accepted answers.
-_Key = tuple[str, str, tuple[str, ...]]
-
-
-def _verdicts(rows: list[dict[str, Any]]) -> dict[_Key, bool]:
+def _verdicts(rows: list[dict[str, Any]]) -> dict[tuple[str, str, tuple[str, ...]], bool]:
+    """Whether each question, by its id, text and accepted answers, was answered right."""
     return {(row["query_id"], row["question"], tuple(row["answers"])): row["reward"] >= 1.0 for row in rows}
-
-
-def _check_same(name: str, first: dict[_Key, bool], other: str, second: dict[_Key, bool]) -> None:
-    if first.keys() == second.keys():
-        return
-    ours, theirs = {key[0] for key in first}, {key[0] for key in second}
-    differences = [
-        f"{len(extra)} questions are only in {where} (the first is {min(extra)!r})"
-        for where, extra in ((name, ours - theirs), (other, theirs - ours))
-        if extra
-    ]
-    if not differences:
-        changed = min(key[0] for key in first.keys() - second.keys())
-        differences = [f"question {changed!r} has another text or answer"]
-    raise ConfigError(
-        f"--compare: {name} ({len(first)} questions) and {other} ({len(second)}) are on different questions: "
-        f"{'; '.join(differences)}; evaluate both with the same --benchmark and --limit"
-    )
 
 
 def describe_comparison(comparisons: Sequence[Comparison]) -> str:

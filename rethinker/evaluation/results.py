@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
+from scipy.stats import binomtest
+
 from rethinker.algorithm.cues import rethinks
 from rethinker.config import ConfigError, one_line
 from rethinker.runtime.files import whole_file
@@ -52,8 +56,6 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
 
     Source: Wilson (1927); Newcombe (1998), Statistics in Medicine 17:857, method 3.
     """
-    from scipy.stats import binomtest
-
     return tuple(map(float, binomtest(right, n).proportion_ci(0.95, "wilson"))) if n else (0.0, 1.0)
 
 
@@ -97,8 +99,6 @@ def write_result(folder: Path, result: dict[str, Any], queries: Sequence[Query],
     Raises:
         ConfigError: the folder cannot be written.
     """
-    import pyarrow.parquet as parquet
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
         parquet.write_table(_responses(queries, answers), folder / RESPONSES, compression="zstd")
@@ -114,9 +114,6 @@ def read_result(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]
     Raises:
         ConfigError: the folder holds no complete result.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
     path = Path(folder).expanduser()
     if not (path / RESULT).is_file():
         inside = sorted(p.parent for p in path.glob(f"*/{RESULT}"))
@@ -133,8 +130,6 @@ def read_result(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]
 
 def _responses(queries: Sequence[Query], answers: Sequence[Answer]) -> Any:
     """The table of `responses.parquet`."""
-    import pyarrow as pa
-
     text, number, place = pa.string(), pa.float64(), pa.int64()
     completions = [answer.completion for answer in answers]
     spans = [completion and completion.rethought for completion in completions]
