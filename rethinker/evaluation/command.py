@@ -81,6 +81,9 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     outputs = "the results [evaluations/CHECKPOINT/BENCHMARK[-MODE]]; of several benchmarks each has a folder below it"
     add("--output", metavar="FOLDER", help=outputs)
     options, overrides = parser.parse_known_args(list(arguments))
+    before = list(arguments)[: list(arguments).index(options.checkpoint)]
+    if any(option.startswith("--") and "." in option and "=" not in option for option in before):
+        parser.error(f"name the checkpoint first: behind a setting, {options.checkpoint!r} is that setting's value")
     options.benchmark = list(dict.fromkeys(options.benchmark))
     if not options.benchmark:
         parser.error(f"name a benchmark: --benchmark {' | '.join(shipped_benchmarks())}")

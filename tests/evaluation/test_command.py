@@ -20,7 +20,7 @@ SMALL = ["--data.min_pixels", "4096", "--data.max_pixels", "4096", "--rollout.ma
 SMALL += ["--rollout.kv_cache_gb", "0.25", "--policy.dtype", "float32"]
 
 
-def test_a_foreign_checkpoint_through_vllm_and_hf(checkpoint, rethinker, tmp_path):
+def test_a_foreign_checkpoint_through_vllm_and_hf(checkpoint, rethinker, tmp_path, capsys):
     """A folder of transformers' save_pretrained: two benchmarks and forced rethinking in vLLM; transformers' generate
     gives the same tokens; the results compare."""
     arguments = ["eval", str(checkpoint), "--limit", "6", *SMALL]
@@ -45,9 +45,10 @@ def test_a_foreign_checkpoint_through_vllm_and_hf(checkpoint, rethinker, tmp_pat
         end = ours["trigger_start"]
         assert ours["token_ids"][:end] == theirs["token_ids"][:end] and end >= len(theirs["token_ids"]) - 1
         assert ours["first_response"] == theirs["response"]
-    compared = rethinker("eval", "--compare", str(tmp_path / "plain"), str(folder))
-    assert compared.returncode == 0 and "the same 6 questions" in compared.stdout
-    assert "note: rollout.backend differs" in compared.stdout
+    capsys.readouterr()
+    assert cli.main(["eval", "--compare", str(tmp_path / "plain"), str(folder)]) == 0
+    compared = capsys.readouterr().out
+    assert "the same 6 questions" in compared and "note: rollout.backend differs" in compared
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,7 @@ def test_a_foreign_checkpoint_through_vllm_and_hf(checkpoint, rethinker, tmp_pat
         (["x"], "the following arguments are required: --benchmark"),
         (["x", "--benchmark", ","], "name a benchmark: --benchmark digits | easy_vqa"),
         (["--benchmark", "digits"], "the following arguments are required: CHECKPOINT"),
+        (["--data.prompt", "{question}", "--benchmark", "digits", "x"], "name the checkpoint first"),
         (
             ["runs/none/checkpoints/best", "--benchmark", "digits"],
             "checkpoint runs/none/checkpoints/best does not exist",
