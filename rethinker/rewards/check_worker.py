@@ -15,6 +15,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -35,13 +36,28 @@ class Worker:
         self.config = config
         self._process: subprocess.Popen | None = None
         self._link: Connection | None = None
+        self._closed, self._busy = False, threading.Lock()
 
     def check(self, response: str, answer: str, query: Query) -> tuple[float, str]:
         """(reward, "") of a response; or (0.0, failure), the failure as "reason: detail".
 
         Raises:
             ConfigError: the process does not start, or could not load the reward.
+            RuntimeError: the worker is closed.
         """
+        with self._busy:
+            if self._closed:
+                raise RuntimeError("the answer checker is closed")
+            return self._check(response, answer, query)
+
+    def close(self) -> None:
+        """End the process for good; a check under way fails."""
+        self._closed = True
+        self._end()
+        with self._busy:
+            self.kill()
+
+    def _check(self, response: str, answer: str, query: Query) -> tuple[float, str]:
         for attempt in range(2):  # it may have died since its last answer
             if self._link is None:
                 self._start()
@@ -66,11 +82,16 @@ class Worker:
         if self._link is not None:
             self._link.close()
             self._link = None
-        process, self._process = self._process, None
+        self._end()
+        if self._process is not None:
+            self._process.wait()
+            self._process = None
+
+    def _end(self) -> None:
+        process = self._process
         if process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()

@@ -142,4 +142,4 @@ class AnswerChecker:
 
 def _stop(workers: list[Worker]) -> None:
     for worker in workers:
-        worker.kill()
+        worker.close()

@@ -283,6 +283,25 @@ def test_close_leaves_no_process_behind(config):
         checker.score([])
 
 
+def test_close_ends_checks_under_way(config):
+    """A call that runs in another thread while the checker is closed ends at once, and starts no further process."""
+    checker, ends = AnswerChecker(config), []
+
+    def score() -> None:
+        try:
+            checker.score(ask({f"r{i}": "sleep 0.5" for i in range(100)}))
+        except RuntimeError as error:
+            ends.append(str(error))
+
+    thread = threading.Thread(target=score)
+    thread.start()
+    time.sleep(0.5)
+    checker.close()
+    thread.join(10)
+    assert ends == ["the answer checker is closed"]
+    assert all(worker._process is None for worker in checker._workers)
+
+
 @pytest.mark.parametrize("ending", ["forgets", "is killed", "is killed in a check"])
 def test_workers_end_when_the_trainer(reward_file, tmp_path, ending):
     """A trainer that never closes its checker, or is killed, even while a check hangs, leaves no worker running."""
