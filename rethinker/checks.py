@@ -175,8 +175,7 @@ def _check_servers(config: Config) -> None:
                 "responses would count as the newer one's"
             )
         rethink = config.rethink
-        default = 0.9 if rethink.preset == "released_code" else config.rollout.temperature
-        second = default if rethink.temperature is None else rethink.temperature
+        second = rethink.second_temperature(config.rollout.temperature)
         if rethink.fraction and (second != config.rollout.temperature or not rethink.mask_trigger_tokens):
             raise ConfigError(
                 "rollout.max_staleness=1 has no log-probs of the older policy for responses that were rethought at "

@@ -230,6 +230,11 @@ class RethinkConfig:
     supervised_weight: float = 0.05
     """Weight of the mean -log p over the tokens of kept responses, added to the loss."""
 
+    def second_temperature(self, first: float) -> float:
+        """The temperature of the second pass, where that of the first is `first`."""
+        default = 0.9 if self.preset == "released_code" else first
+        return default if self.temperature is None else self.temperature
+
 
 @dataclass
 class RewardConfig:

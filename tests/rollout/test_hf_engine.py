@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -36,14 +35,6 @@ def test_batches_do_not_mix_prompts(hf, policy, prompts, monkeypatch):
     assert policy.error(prompts * 2, sampled) < TOLERANCE
 
 
-def test_scores_are_tempered(folder, policy, prompts):
-    """`logprobs` scores under rollout.temperature."""
-    hf = make_engine(rollout_config(backend="hf", temperature=0.5), str(folder), rank=0, world_size=1, local_rank=0)
-    sampled = hf.generate(prompts, n=1, max_new_tokens=6, temperature=0.5, seed=0)
-    for (one,), row in zip(sampled, hf.logprobs(prompts, [group[0] for group in sampled]), strict=True):
-        np.testing.assert_allclose(row, one.logprobs, atol=TOLERANCE, rtol=0)
-
-
 def test_responses_end_at_the_first_stop_token(hf, policy, prompts):
     """Law 4: end tokens and placeholders end a response, which then holds that token and its log-prob."""
     with torch.no_grad():
@@ -64,17 +55,14 @@ def test_responses_end_at_the_first_stop_token(hf, policy, prompts):
     assert policy.error(prompts, sampled) < TOLERANCE
 
 
-@pytest.mark.parametrize("work", ["generate", "logprobs", "sync"])
+@pytest.mark.parametrize("work", ["generate", "sync"])
 def test_whatever_needs_the_weights_wakes_them(hf, policy, prompts, work, monkeypatch):
-    """After `sleep` the weights are on the host; sampling, scoring and syncing first move them to the device."""
-    (answer,) = hf.generate(prompts[:1], n=1, max_new_tokens=2, temperature=1.0, seed=0)
+    """After `sleep` the weights are on the host; sampling and syncing first move them to the device."""
     moves = []
     monkeypatch.setattr(hf._model, "to", moves.append)
     hf.sleep()
     if work == "generate":
         hf.generate(prompts[:1], n=1, max_new_tokens=2, temperature=1.0, seed=0)
-    elif work == "logprobs":
-        hf.logprobs(prompts[:1], answer)
     else:
         hf.sync(policy, 1)
     assert len(moves) == 2 and moves[-1] is hf._device
@@ -110,5 +98,5 @@ def test_image_tokens_that_differ_are_refused(hf, prompts):
     prompt = prompts[0]
     at = prompt.token_ids.index(hf._model.config.image_token_id)
     wrong = Prompt("w", prompt.token_ids[:at] + prompt.token_ids[at + 1 :], prompt.compact_ids, prompt.images)
-    with pytest.raises(ConfigError, match=r"'w'.* 15 image tokens .* 16; both must use data\.min_pixels=4096"):
+    with pytest.raises(ConfigError, match=r"'w'.* reads 15 tokens .* engine 16.* use data\.min_pixels=4096"):
         hf.generate([wrong], n=1, max_new_tokens=2, temperature=1.0, seed=0)

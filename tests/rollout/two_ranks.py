@@ -44,15 +44,6 @@ def main(folder: str, results: str, tensor_parallel_size: int) -> None:
         engine.sync(policy, version)
         sampled = engine.generate(own, seed=version, **sampling)
         errors.append(policy.error(own, sampled))
-    pairs = [(prompt, one) for prompt, group in zip(own, sampled, strict=True) for one in group]
-    scores = engine.logprobs([prompt for prompt, _ in pairs], [one for _, one in pairs])
-    errors.append(
-        max(
-            abs(a - b)
-            for row, (_, one) in zip(scores, pairs, strict=True)
-            for a, b in zip(row, one.logprobs.tolist(), strict=True)
-        )
-    )
     shared = make_prompts(folder, seed=9)
     tokens = [one.token_ids.tolist() for group in engine.generate(shared, seed=3, **sampling) for one in group]
     Path(results, f"{ranks.rank}.json").write_text(
