@@ -20,6 +20,7 @@ from transformers import AutoConfig
 
 from rethinker.config import Config, ConfigError
 from rethinker.embedded.tiny import create_tiny
+from rethinker.rollout import weight_sync
 from rethinker.rollout.backends import make_engine
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.server import replicas, serve
@@ -129,9 +130,9 @@ def test_a_cache_kept_over_a_sync_breaks_law_1(engine, policy, asked, monkeypatc
     assert policy.error(asked, engine.generate(asked, seed=0, **PLAIN)) < TOLERANCE
 
 
-def test_greedy_equals_the_engine_in_the_trainers_process(engine, policy, asked, served):
-    """At temperature 0 both modes give the same tokens, texts and log-probs."""
-    inside = make_engine(rollout_config(), served.folder, rank=0, world_size=1, local_rank=0)
+def test_greedy_equals_transformers(engine, policy, asked, served):
+    """At temperature 0 a server and the hf engine, as vLLM in this process, give the same tokens, texts and log-probs."""
+    inside = make_engine(rollout_config(backend="hf"), served.folder, rank=0, world_size=1, local_rank=0)
     policy.perturb(seed=5)
     for one in (engine, inside):
         one.sync(policy, 1)
@@ -222,7 +223,7 @@ def test_the_sync_tells_what_did_not_arrive(engine, policy, asked, monkeypatch):
         with pytest.raises(RuntimeError, match=rf"rollout\.check_sync: .*{name} of http://127"):
             engine.sync(policy, 2)
         planted.setattr(server_sync.safetensors.torch, "save", save)
-        planted.setattr(server_sync, "BUCKET_BYTES", 1)  # where a bucket ends has no effect
+        planted.setattr(weight_sync, "BUCKET_BYTES", 1)  # where a bucket ends has no effect
         engine.sync(policy, 3)
     assert policy.error(asked, engine.generate(asked, seed=0, **PLAIN)) < TOLERANCE
     part = "layers.1.mlp.up_proj"
