@@ -48,56 +48,47 @@ class ServerEngine(RolloutEngine):
         self._asked = 0
         try:
             by_nccl = self._connect() == "nccl"
-            first = Checkpoint(None, "cpu")
             if rank == 0:
                 folder = config.rollout.weight_folder
                 self._transfer = NCCLTransfer(self._replicas) if by_nccl else FileTransfer(self._replicas, folder)
-                first = Checkpoint(model_dir, self._transfer.device)
-            self.sync(first, 0)
+            self.sync(Checkpoint(model_dir if rank == 0 else None), 0)
         except BaseException:
             self.close()
             raise
 
     def _connect(self) -> str:
-        """Compare every server's settings with the run's; how they take weights."""
+        """Check that every server would sample from this run's policy and reads the same pixels; how it takes weights.
+
+        What is compared is what `ServerWorker.rethinker_settings` answers.
+        """
         with Deadline("the first contact with the rollout servers", self.config.rollout.timeout_s) as deadline:
             try:
                 answers = self._replicas.worker("rethinker_settings", deadline, keep_all=True)
-            except ReplicaLost as error:
-                raise ConfigError(
-                    f"rollout.servers: nothing answers at {error.address} ({error.reason}); {HOW_TO_START}"
-                ) from error
-            except ServerError as error:
+            except (ReplicaLost, ServerError) as error:
                 raise ConfigError(f"rollout.servers: {error}; {HOW_TO_START}") from error
-        kinds = {theirs.pop("transfer") for theirs in answers.values()}
-        for address, theirs in answers.items():
-            self._check_settings(address, theirs)
-        if len(kinds) > 1:
-            raise ConfigError(f"rollout.servers must all take weights in the same way, not by {sorted(kinds)}")
-        if kinds == {"nccl"} and not torch.cuda.is_available():
+        transfer = next(iter(answers.values()))["vLLM's weight transfer"]
+        if transfer == "nccl" and not torch.cuda.is_available():
             raise ConfigError("rollout.servers take weights by nccl, which needs a GPU here too")
-        return kinds.pop()
-
-    def _check_settings(self, address: str, theirs: dict[str, Any]) -> None:
-        """Check that a server would sample from this run's policy, and reads the same pixels; see `ServerWorker`."""
-        data = self.config.data
         longest = "data.max_prompt_tokens + rollout.max_new_tokens"
         ours = {
             "policy.dtype": self.config.policy.dtype,
             "data.min_pixels, data.max_pixels": self._requests.image_settings,
-            "data.max_images": data.max_images,
+            "data.max_images": self.config.data.max_images,
             longest: self._requests.max_length,
             "vLLM's logprobs_mode": "processed_logprobs",
+            "vLLM's weight transfer": transfer,
             **model_shape(self._requests.model_config),
         }
-        for name in ours | theirs:
-            own, held = ours.get(name), theirs.get(name)
-            fits = held >= own if name in ("data.max_images", longest) else held == own
-            if not fits:
-                raise ConfigError(
-                    f"rollout.servers: {address} was started with other settings: {name} is {held} there and {own} "
-                    f"here; {HOW_TO_START}"
-                )
+        for address, theirs in answers.items():
+            for name in ours | theirs:
+                own, held = ours.get(name), theirs.get(name)
+                fits = held >= own if name in ("data.max_images", longest) else held == own
+                if not fits:
+                    raise ConfigError(
+                        f"rollout.servers: {address} was started with other settings: {name} is {held} there and "
+                        f"{own} here; {HOW_TO_START}"
+                    )
+        return transfer
 
     def generate(
         self, prompts: list[Prompt], *, n: int, max_new_tokens: int | list[int], temperature: float, seed: int

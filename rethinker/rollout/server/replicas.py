@@ -74,10 +74,9 @@ class Replicas:
             self._loop.close()
 
     def each(self, path: str, deadline: Deadline, body: Any = None, *, keep_all: bool = False) -> dict[str, Any]:
-        """Send the same request to every server; their answers by address. Lost ones are left out and dropped.
+        """Send the same POST to every server; their answers by address. Lost ones are left out and dropped.
 
         Args:
-            path: starting with "GET " where it is not a POST.
             body: of the request, or a function of the address.
             keep_all: raise when one is lost, instead of going on with the others.
         """
@@ -120,16 +119,15 @@ class Replicas:
         return answers
 
     async def call(self, address: str, path: str, body: Any = None) -> Any:
-        """Send one request, as a POST unless `path` starts with "GET "; its answer as JSON (None if empty).
+        """Send one POST; its answer as JSON (None if empty).
 
         Raises:
             ReplicaLost: no connection, or it broke.
             ServerError: an HTTP error.
         """
-        method, path = ("GET", path[4:]) if path.startswith("GET ") else ("POST", path)
         self._waiting_for[address] += 1
         try:
-            async with self._session.request(method, address + path, json=body) as response:
+            async with self._session.post(address + path, json=body) as response:
                 text = await response.text()
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
             raise ReplicaLost(address, f"{type(error).__name__}: {error}") from error

@@ -23,10 +23,10 @@ Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
 class Checkpoint:
-    """A model folder's weights as a WeightStream on `device`: what the servers begin with. Without a folder, none."""
+    """A model folder's weights as a WeightStream: what the servers begin with. Without a folder, none."""
 
-    def __init__(self, model_dir: str | None, device: str):
-        self._device, self._tensors = device, {}
+    def __init__(self, model_dir: str | None):
+        self._tensors: dict[str, torch.Tensor] = {}
         if model_dir is None:
             return
         folder = Path(model_dir)
@@ -44,13 +44,11 @@ class Checkpoint:
         return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()]
 
     def __iter__(self) -> Tensors:
-        return ((name, tensor.to(self._device)) for name, tensor in self._tensors.items())
+        return iter(self._tensors.items())
 
 
 class FileTransfer:
     """Sends weights as safetensors files through a folder that the servers see, one bucket at a time."""
-
-    device = "cpu"
 
     def __init__(self, replicas: Replicas, folder: str | None):
         self._replicas = replicas
@@ -93,7 +91,6 @@ class NCCLTransfer:
     """
 
     def __init__(self, replicas: Replicas):
-        self.device = f"cuda:{torch.cuda.current_device()}"  # NCCL sends from there
         self._replicas = replicas
         self._sizes: dict[str, int] = {}  # workers of each server in the group
         self._trainer: Any = None
@@ -120,8 +117,8 @@ class NCCLTransfer:
         if self._trainer is not None:
             self._replicas.each("/shutdown_weight_transfer_engine", self._deadline)
             self._trainer.shutdown()
-        sizes = self._replicas.each("GET /get_world_size", self._deadline)
-        self._sizes = {address: sizes[address]["world_size"] for address in self._replicas.alive}
+        answers = self._replicas.each("/collective_rpc", self._deadline, {"method": "rethinker_settings"})
+        self._sizes = {address: len(answers[address]["results"]) for address in self._replicas.alive}
         local = all(urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1") for address in self._sizes)
         init = NCCLTrainerInitInfo(
             master_address="127.0.0.1" if local else get_ip(),
@@ -163,7 +160,7 @@ class NCCLTransfer:
 
 
 def _source(metadata: Metadata, tensors: Tensors) -> Any:
-    """A stream under way as vLLM's WeightSource."""
+    """A stream under way as vLLM's WeightSource, on the GPU."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class Source(WeightSource):
@@ -171,6 +168,6 @@ def _source(metadata: Metadata, tensors: Tensors) -> Any:
             return [ParamMeta(name, dtype, tuple(shape)) for name, dtype, shape in metadata]
 
         def __iter__(self) -> Tensors:
-            return tensors
+            return ((name, tensor.cuda()) for name, tensor in tensors)
 
     return Source()

@@ -28,7 +28,7 @@ class ServerWorker:
     weight_transfer_engine: Any
 
     def rethinker_settings(self) -> dict[str, Any]:
-        """What decides the samples, by the run's settings; see `ServerEngine._check_settings`."""
+        """What decides the samples, by the names of the run's settings; the trainer compares it with its own."""
         images, transfer = self.model_config.multimodal_config, self.vllm_config.weight_transfer_config
         return {
             "policy.dtype": str(self.model_config.dtype).removeprefix("torch."),
@@ -36,7 +36,7 @@ class ServerWorker:
             "data.max_images": images.get_limit_per_prompt("image"),
             "data.max_prompt_tokens + rollout.max_new_tokens": self.model_config.max_model_len,
             "vLLM's logprobs_mode": self.model_config.logprobs_mode,
-            "transfer": "file" if transfer is None else transfer.backend,
+            "vLLM's weight transfer": "file" if transfer is None else transfer.backend,
         } | model_shape(self.model_config.hf_config)
 
     def rethinker_prepare_update(self, names: list[str]) -> None:

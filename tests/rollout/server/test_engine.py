@@ -131,7 +131,7 @@ def test_a_cache_kept_over_a_sync_breaks_law_1(engine, policy, asked, monkeypatc
 
 
 def test_greedy_equals_transformers(engine, policy, asked, served):
-    """At temperature 0 a server and the hf engine, as vLLM in this process, give the same tokens, texts and log-probs."""
+    """At temperature 0 a server and the hf engine, as vLLM in process, give the same tokens, texts and log-probs."""
     inside = make_engine(rollout_config(backend="hf"), served.folder, rank=0, world_size=1, local_rank=0)
     policy.perturb(seed=5)
     for one in (engine, inside):
@@ -290,7 +290,7 @@ def test_what_is_no_server_is_refused(served):
             pass
 
     config = rollout_config(backend="server", servers=[f"http://127.0.0.1:{free_port()}"])
-    with pytest.raises(ConfigError, match=r"nothing answers at http://127.*`rethinker serve`"):
+    with pytest.raises(ConfigError, match=r"rollout server http://127\S+ is lost: .*`rethinker serve`"):
         make_engine(config, served.folder, rank=0, world_size=1, local_rank=0)
     with http.server.HTTPServer(("127.0.0.1", 0), Other) as stub:
         threading.Thread(target=stub.serve_forever, daemon=True).start()
