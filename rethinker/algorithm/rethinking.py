@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -77,11 +77,11 @@ def continue_after_trigger(
     bodies = [answer_tokens(y1) for y1 in first]
     rooms = [max_new_tokens - len(body) - len(t.token_ids) for body, t in zip(bodies, triggers, strict=True)]
     fits = [i for i, room in enumerate(rooms) if room > 0]
-    extended = []
+    longer = []
     for i in fits:
         prompt, forced = prompts[i], [*bodies[i].tolist(), *triggers[i].token_ids]
-        extended.append(replace(prompt, token_ids=prompt.token_ids + forced, compact_ids=prompt.compact_ids + forced))
-    passes = generate(extended, n=1, max_new_tokens=[rooms[i] for i in fits], temperature=temperature, seed=seed)
+        longer.append(replace(prompt, token_ids=prompt.token_ids + forced, compact_ids=prompt.compact_ids + forced))
+    passes = generate(longer, n=1, max_new_tokens=[rooms[i] for i in fits], temperature=temperature, seed=seed)
     results: list[Completion | None] = [None] * len(first)
     for i, (y2,) in zip(fits, passes, strict=True):
         trigger, start = triggers[i], len(bodies[i])
@@ -108,18 +108,16 @@ class Rethinker:
 
     config: RethinkConfig
     triggers: list[Trigger]
-    decode: Callable[[list[int]], str]
-    """Token ids to text."""
-    max_new_tokens: int = field(kw_only=True)
-    """The rollout's."""
-    temperature: float = field(kw_only=True)
-    """The rollout's."""
+    decode: Callable[[list[int]], str]  # token ids to text
+    max_new_tokens: int  # the rollout's
+    temperature: float  # the rollout's
 
-    @property
-    def needs_scores(self) -> bool:
+    def __post_init__(self) -> None:
+        self._released = self.config.preset == "released_code"
+        self._second_temperature = self.config.second_temperature(self.temperature)
+        self.needs_scores = not self.config.mask_trigger_tokens or self._second_temperature != self.temperature
         """Whether kept responses need behaviour log-probs from a forward over the whole sequence: forced tokens have
         none of their own, and a second pass at another temperature has those of another distribution."""
-        return not self.config.mask_trigger_tokens or self._second_temperature != self.temperature
 
     def force(self, groups: list[Group], prompts: list[Prompt], generate: Generate, judge: Judge, seed: int) -> None:
         """Second passes over a share of the responses; those that end right take the place of their y1.
@@ -176,14 +174,6 @@ class Rethinker:
             group.completions[i] = replace(y, rethought=replace(spans, masked_start=start, masked_end=end))
             group.rewards[i] = reward
             group.rethinking.kept += 1
-
-    @property
-    def _released(self) -> bool:
-        return self.config.preset == "released_code"
-
-    @property
-    def _second_temperature(self) -> float:
-        return self.config.second_temperature(self.temperature)
 
     def _eligible(self, group: Group) -> list[int]:
         shortest = min(len(trigger.token_ids) for trigger in self.triggers)

@@ -8,7 +8,7 @@ import torch
 from rethinker.config import ConfigError
 from rethinker.rollout.backends import make_engine
 from rethinker.samples import Prompt
-from tests.rollout.helpers import TOLERANCE, rollout_config
+from tests.rollout.helpers import TOLERANCE, rollout_config, tied_only
 
 
 @pytest.fixture
@@ -28,6 +28,7 @@ def test_a_padded_batch_samples_with_the_policys_logprobs(hf, policy, prompts):
     assert policy.error(prompts, hf.generate(prompts, n=3, max_new_tokens=8, temperature=1.0, seed=0)) < TOLERANCE
 
 
+@tied_only
 def test_batches_do_not_mix_prompts(hf, policy, prompts, monkeypatch):
     """Prompts that do not fit into one batch come back in order."""
     monkeypatch.setattr("rethinker.rollout.hf_engine.BATCH", 4)
@@ -55,6 +56,7 @@ def test_responses_end_at_the_first_stop_token(hf, policy, prompts):
     assert policy.error(prompts, sampled) < TOLERANCE
 
 
+@tied_only
 @pytest.mark.parametrize("work", ["generate", "sync"])
 def test_whatever_needs_the_weights_wakes_them(hf, policy, prompts, work, monkeypatch):
     """After `sleep` the weights are on the host; sampling and syncing first move them to the device."""
@@ -68,6 +70,7 @@ def test_whatever_needs_the_weights_wakes_them(hf, policy, prompts, work, monkey
     assert len(moves) == 2 and moves[-1] is hf._device
 
 
+@tied_only
 def test_deadline(hf, policy, prompts):
     """Sampling and syncing past rollout.timeout_s raise an error that names it."""
     hf.config.rollout.timeout_s = 0.0
@@ -77,6 +80,7 @@ def test_deadline(hf, policy, prompts):
         hf.sync(policy, 1)
 
 
+@tied_only
 def test_sync_refuses_other_models(hf, policy):
     """A tensor without a place and a parameter without a tensor are errors that name it."""
 
@@ -93,6 +97,7 @@ def test_sync_refuses_other_models(hf, policy):
         hf.sync(Renamed("language_model.norm", ""), 1)
 
 
+@tied_only
 def test_image_tokens_that_differ_are_refused(hf, prompts):
     """A prompt made with other pixel limits is an error that names them."""
     prompt = prompts[0]

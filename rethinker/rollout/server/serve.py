@@ -28,7 +28,6 @@ what to add to `rethinker train`. Give the same recipe and settings as to the tr
 
 On a machine with GPUs every server takes rollout.tensor_parallel_size of those in CUDA_VISIBLE_DEVICES, and weights
 arrive by NCCL; on a CPU they arrive as files through a folder (rollout.weight_folder)."""
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -78,8 +77,8 @@ def main(arguments: Sequence[str]) -> int:
         for line, variables in zip(commands, environments, strict=True):
             print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(line)]))
         return 0
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGHUP, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
     servers: list[Server] = []
     try:
         for line, variables, port in zip(commands, environments, ports, strict=True):
@@ -229,13 +228,9 @@ def end(servers: list[Server]) -> None:
             left = [server for server in left if server.signal(0)]
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def _end_with_parent() -> None:
-    """In the child: SIGTERM when this command is killed and cannot end its servers itself."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """In the child: SIGTERM when this command is killed and cannot end its servers itself (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _parser() -> Parser:
