@@ -99,14 +99,13 @@ class ServerEngine(RolloutEngine):
         """
         requests = self._requests.sampling(prompts, n, max_new_tokens, temperature)
         self._asked += 1  # an id is used once
-        keys = {f"{self._prefix}-{self._rank}-{self._asked}-{i}": i for i in range(len(requests))}
 
-        async def ask(address: str, key: str) -> list[Completion]:
-            prompt, settings = requests[keys[key]]
+        async def ask(address: str, number: int) -> list[Completion]:
+            (prompt, settings), key = requests[number], f"{self._prefix}-{self._rank}-{self._asked}-{number}"
             body = {
                 "request_id": key,
                 "token_ids": prompt.compact_ids,
-                "sampling_params": settings | {"seed": _seed(seed, self._rank, keys[key])},
+                "sampling_params": settings | {"seed": _seed(seed, self._rank, number)},
                 "return_token_ids": True,
             }
             if prompt.images:
@@ -118,8 +117,7 @@ class ServerEngine(RolloutEngine):
             return self._read(answer)  # an answer, which is large, is dropped
 
         with Deadline(f"the rollout of {len(requests)} requests", self.config.rollout.timeout_s) as deadline:
-            answers = self._replicas.spread(keys, ask, deadline)
-        return [answers[key] for key in keys]
+            return self._replicas.spread(len(requests), ask, deadline)
 
     def _check_answer(self, address: str, key: str, answer: dict[str, Any]) -> None:
         """The answer is to this request, whole, and sampled with this policy's weights alone."""

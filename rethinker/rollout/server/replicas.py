@@ -13,12 +13,13 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
 from rethinker.rollout.deadline import Deadline
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 SILENT_S = 60.0  # without an answer to /health for so long a server is lost; long prompts may keep it busy for seconds
@@ -91,23 +92,21 @@ class Replicas:
         answers = self.each("/collective_rpc", deadline, body, keep_all=keep_all)
         return {address: answer["results"][0] for address, answer in answers.items()}
 
-    def spread(
-        self, keys: Iterable[str], ask: Callable[[str, str], Awaitable[Any]], deadline: Deadline
-    ) -> dict[str, Any]:
-        """Ask for every key at some server, evenly; the answers by key.
+    def spread(self, count: int, ask: Callable[[str, int], Awaitable[T]], deadline: Deadline) -> list[T]:
+        """Ask for 0 ... count - 1, each at some server, evenly; the answers in that order.
 
         Args:
-            ask: (address, key) to the answer, by way of `call`.
+            ask: (address, number) to the answer, by way of `call`.
         """
-        waiting, answers = deque(keys), {}
+        waiting, answers = deque(range(count)), {}
 
         async def slot(address: str) -> None:
             while waiting:
-                key = waiting.popleft()
+                number = waiting.popleft()
                 try:
-                    answers[key] = await self._persistently(address, lambda key=key: ask(address, key))
+                    answers[number] = await self._persistently(ask, address, number)
                 except BaseException:
-                    waiting.append(key)
+                    waiting.append(number)
                     raise
 
         async def work() -> None:
@@ -116,7 +115,7 @@ class Replicas:
                 await self._everywhere(lambda address, slots=slots: [slot(address) for _ in slots])
 
         self._wait(work(), deadline, lambda: f"{len(answers)} requests ended; ")
-        return answers
+        return [answers[number] for number in range(count)]
 
     async def call(self, address: str, path: str, body: Any = None) -> Any:
         """Send one POST; its answer as JSON (None if empty).
@@ -213,11 +212,11 @@ class Replicas:
         except (aiohttp.ClientError, OSError) as error:
             return f"{type(error).__name__}: {error}"
 
-    async def _persistently(self, address: str, ask: Callable[[], Awaitable[Any]]) -> Any:
+    async def _persistently(self, ask: Callable[[str, int], Awaitable[T]], address: str, number: int) -> T:
         """Ask again after an error that is not the request's fault, as long as the server is healthy."""
         for attempt in range(1, _TRIES + 1):
             try:
-                return await ask()
+                return await ask(address, number)
             except (ReplicaLost, ServerError) as error:
                 if isinstance(error, ServerError):
                     if error.status < 500:
