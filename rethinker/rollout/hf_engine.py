@@ -78,12 +78,13 @@ class HFEngine(RolloutEngine):
 
         output = self._model.generate(**inputs, generation_config=settings, stopping_criteria=[watch])
         sampled = output.sequences[:, inputs["input_ids"].shape[1] :]  # [B, L]
-        logprobs = torch.stack([_gather(step, sampled[:, i], 1.0) for i, step in enumerate(output.scores)], 1)
-        flat = [
+        logps = (scores.float().log_softmax(-1) for scores in output.scores)  # [B, V] per step
+        logprobs = torch.cat([step.gather(-1, sampled[:, i, None]) for i, step in enumerate(logps)], 1)  # [B, L]
+        completions = [
             self._completion(tokens[: longest[row // n]], values)
             for row, (tokens, values) in enumerate(zip(sampled.tolist(), logprobs.tolist(), strict=True))
         ]
-        return [flat[i : i + n] for i in range(0, len(flat), n)]
+        return [completions[i : i + n] for i in range(0, len(completions), n)]
 
     def _completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
         end = next((i for i, token in enumerate(tokens) if token in self._stop_ids), None)
@@ -151,9 +152,3 @@ class HFEngine(RolloutEngine):
     def close(self) -> None:
         """Drop the model."""
         del self._model
-
-
-def _gather(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities [R] of tokens [R] under tempered logits [R, V]; fp32."""
-    logps = (logits.float() / temperature).log_softmax(-1)
-    return logps.gather(-1, token_ids[:, None]).squeeze(-1)

@@ -114,7 +114,10 @@ class VLLMEngine(RolloutEngine):
                 self._in_model(vllm_weights.start_update)
                 load = partial(self._in_model, vllm_weights.load)
                 send_in_buckets(names, tensors, load, lambda: self._in_model(vllm_weights.finish_update))
-                self._reset_caches()
+                # Forget what the old weights computed: keys and values, and image embeddings.
+                if not self._engine.reset_prefix_cache():
+                    raise RuntimeError("vLLM could not clear its prefix cache; requests are still running")
+                self._engine.reset_encoder_cache()
             if sent and (name := self._in_model(vllm_weights.first_difference, sent)):
                 raise RuntimeError(
                     f"rollout.check_sync: after the weight sync to version {version} vLLM's {name} differs from "
@@ -124,12 +127,6 @@ class VLLMEngine(RolloutEngine):
     def _in_model(self, function: Callable[..., T], *arguments: Any) -> T:
         """What function(vLLM's model, vLLM's config, *arguments) returns."""
         return self._engine.apply_model(lambda model: function(model, self._engine.vllm_config, *arguments))[0]
-
-    def _reset_caches(self) -> None:
-        """Forget what the old weights computed: keys and values, and image embeddings."""
-        if not self._engine.reset_prefix_cache():
-            raise RuntimeError("weight sync: vLLM could not clear its prefix cache; requests are still running")
-        self._engine.reset_encoder_cache()
 
     def sleep(self) -> None:
         """Free the GPU memory: weights go to the host, the key-value cache is dropped."""

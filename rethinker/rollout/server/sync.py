@@ -35,7 +35,7 @@ class Checkpoint:
 
             folder = Path(snapshot_download(model_dir, allow_patterns=["*.safetensors"]))
         for file in sorted(folder.glob("*.safetensors")):
-            self._tensors |= safetensors.torch.load_file(file)
+            self._tensors |= safetensors.torch.load_file(file)  # mapped, not read
         if not self._tensors:
             raise ConfigError(f"policy.model={model_dir} holds no .safetensors file")
 
