@@ -220,7 +220,9 @@ def train(config: Config) -> Run:
         if ranks.is_main:
             learning_curve([run.folder], run.folder / "learning.png")
             report = report_or_warning(run.folder)
-        display.summary(result, report)
+        rewards = [row["reward_mean"] for row in metrics]
+        places = {"checkpoint": result.best_checkpoint, "run": run.folder, "report": report}
+        display.summary(rewards, progress.before, progress.after, **places)
     return result
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:
-    from rethinker.samples import Accuracy
-    from rethinker.train import Run
+from rethinker.samples import Accuracy
 
 T = TypeVar("T")
 
@@ -42,17 +40,15 @@ class Display:
         console: where to write; by default stdout.
         done: steps that a resumed run has behind it.
         """
-        self.total_steps, self._done_before = total_steps, done
-        self.enabled = enabled
-        self._console = console or Console(highlight=False, markup=False, soft_wrap=True)
+        self.total_steps, self._done_before, self.enabled = total_steps, done, enabled
+        self._console = console or _stdout()
         self._start = time.perf_counter()
         self._first_step: float | None = None  # when steps began: the estimate leaves the start-up out
-        self._bar: Progress | None = None
+        self._bar: bars.Progress | None = None
 
     def __enter__(self) -> Display:
         if self.enabled and self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[state]}"), console=self._console)
+            self._bar = _bar(self._console, bars.TextColumn("{task.fields[state]}"))
             self._task = self._bar.add_task("train", total=self.total_steps, completed=self._done_before, state="")
             self._bar.start()
         return self
@@ -92,16 +88,23 @@ class Display:
         self._print(f"{signal}: saved after step {step}/{self.total_steps}; to go on:")
         self._print(f"  rethinker train {folder}/config.yaml --resume auto")
 
-    def summary(self, run: Run, report: Path | None = None) -> None:
-        """Say what was learned, how long it took and where the run lies."""
+    def summary(
+        self, rewards: Sequence[float], before: Accuracy | None, after: Accuracy | None, **places: Path | None
+    ) -> None:
+        """Say what was learned, how long it took and where everything lies.
+
+        Args:
+            rewards: the mean of every step.
+            before, after: accuracies on the held-out questions; None without any.
+            places: what lies where, as `run=Path("runs/x")`.
+        """
         self.__exit__()
-        steps = len(run.metrics)
-        lines = ["", f"{steps} steps in {_duration(time.perf_counter() - self._start)}"]
-        if steps:
-            first, last, few = _first_and_last([row["reward_mean"] for row in run.metrics])
+        lines = ["", f"{len(rewards)} steps in {_duration(time.perf_counter() - self._start)}"]
+        if rewards:
+            few = max(1, len(rewards) // 10)  # single steps are noisy
+            first, last = sum(rewards[:few]) / few, sum(rewards[-few:]) / few
             of = f"mean of the first and last {few} steps" if few > 1 else "first and last step"
             lines.append(f"sampled reward   {first:.3f} -> {last:.3f}  ({of})")
-        before, after = run.accuracy_before, run.accuracy_after
         if before is not None and after is not None:
             points = f"{100 * (after.overall - before.overall):+.1f} points"
             change = f"{before.overall:.3f} -> {after.overall:.3f}  ({points}"
@@ -111,8 +114,7 @@ class Display:
                     f"  {name:<14} {before.by_category.get(name, float('nan')):.3f} -> {value:.3f}"
                     for name, value in after.by_category.items()
                 ]
-        lines += [f"checkpoint       {run.best_checkpoint}", f"run              {run.folder}"]
-        lines += [f"report           {report}"] if report else []
+        lines += [f"{what:<16} {path}" for what, path in places.items() if path]
         self._print("\n".join(lines))
 
     def _print(self, text: str) -> None:
@@ -130,18 +132,26 @@ def progress(items: Iterable[T], label: str, total: int | None = None, console: 
         console: where to write; by default stdout.
     """
     total = len(items) if total is None else total  # type: ignore[arg-type]
-    console = console or Console(highlight=False, markup=False, soft_wrap=True)
+    console = console or _stdout()
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
+        with _bar(console) as bar:
             yield from bar.track(items, total=total, description=label)
         return
-    start, told = time.perf_counter(), 0
+    start, fifths = time.perf_counter(), 0
     for done, item in enumerate(items, start=1):
         yield item
-        if done * 5 // total > told:
-            told = done * 5 // total
+        if done * 5 // total > fifths:
+            fifths = done * 5 // total
             console.print(f"{label}: {done}/{total}  {_duration(time.perf_counter() - start)}")
+
+
+def _stdout() -> Console:
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def _bar(console: Console, *columns: bars.ProgressColumn) -> bars.Progress:
+    text, count, left = bars.TextColumn("{task.description}"), bars.MofNCompleteColumn(), bars.TimeRemainingColumn()
+    return bars.Progress(text, bars.BarColumn(24), count, left, *columns, console=console)
 
 
 def _line(metrics: Mapping[str, Any], labels: Sequence[str] | None = None) -> str:
@@ -151,12 +161,6 @@ def _line(metrics: Mapping[str, Any], labels: Sequence[str] | None = None) -> st
         for label, name, form in _COLUMNS
         if metrics.get(name) is not None and (labels is None or label in labels)
     )
-
-
-def _first_and_last(values: Sequence[float]) -> tuple[float, float, int]:
-    """Means of the first and of the last tenth, one value at least; single steps are noisy."""
-    few = max(1, len(values) // 10)
-    return sum(values[:few]) / few, sum(values[-few:]) / few, few
 
 
 def _duration(seconds: float) -> str:

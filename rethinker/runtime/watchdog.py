@@ -32,7 +32,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        profiling.progress = profiling.Progress((), time.monotonic())
+        profiling.activity = profiling.Activity((), time.monotonic())
         self._put_off_timer()
         self._thread.start()
         return self
@@ -47,7 +47,7 @@ class Watchdog:
         # Often enough that a report is late by a tenth at most.
         while not self._ended.wait(self._stall_s / 10):
             self._put_off_timer()
-            seen = profiling.progress
+            seen = profiling.activity
             still = time.monotonic() - seen.since
             if seen is not reported and reported is not None:
                 self._write(f"rank {self._rank}: step {self.step} goes on\n")

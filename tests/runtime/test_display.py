@@ -34,18 +34,6 @@ def accuracy(overall: float, **by_category: float) -> SimpleNamespace:
     return SimpleNamespace(overall=overall, by_category=by_category, questions=512)
 
 
-def finished(rewards: list[float], before=None, after=None) -> SimpleNamespace:
-    metrics = [row(step, reward) for step, reward in enumerate(rewards, start=1)]
-    folder = Path("runs/x")
-    return SimpleNamespace(
-        folder=folder,
-        metrics=metrics,
-        best_checkpoint=folder / "checkpoints" / "best",
-        accuracy_before=before,
-        accuracy_after=after,
-    )
-
-
 def test_plain_lines_elsewhere():
     """Off a terminal every step is one line with its numbers; a missing metric is left out."""
     screen = console()
@@ -76,7 +64,7 @@ def test_silent_on_other_ranks():
     with Display(10, enabled=False, console=screen) as display:
         display.step(row(1, 0.5))
         display.validated(0, accuracy(0.5))
-        display.summary(finished([0.5]))
+        display.summary([0.5], None, None)
     assert screen.file.getvalue() == ""
 
 
@@ -95,21 +83,22 @@ def test_the_summary_says_what_was_learned():
     """Rewards of the first and last tenth, greedy accuracies and their change in points, and where the run lies."""
     screen = console()
     before, after = accuracy(0.5, color=0.2, shape=0.8), accuracy(0.5625, color=0.3, shape=0.8)
-    run = finished([0.3, 0.5, *[0.9] * 16, 0.6, 0.8], before, after)
-    Display(20, console=screen).summary(run)
+    rewards, run = [0.3, 0.5, *[0.9] * 16, 0.6, 0.8], Path("runs/x")
+    places = {"checkpoint": run / "checkpoints" / "best", "run": run, "report": None}
+    Display(20, console=screen).summary(rewards, before, after, **places)
     shown = screen.file.getvalue()
     assert "20 steps in 0 s" in shown
     assert "sampled reward   0.400 -> 0.700  (mean of the first and last 2 steps)" in shown
     assert "greedy accuracy  0.500 -> 0.562  (+6.2 points on 512 held-out questions)" in shown
     assert "color" in shown and "0.200 -> 0.300" in shown
-    assert "runs/x/checkpoints/best" in shown and shown.rstrip().endswith("runs/x")
+    assert "checkpoint       runs/x/checkpoints/best\nrun              runs/x\n" in shown and "report" not in shown
 
 
 def test_the_summary_of_a_run_without_steps_or_validation():
     """A run that made no step, or had no held-out questions, still ends in a summary."""
     screen = console()
-    Display(0, console=screen).summary(finished([]))
-    Display(1, console=screen).summary(finished([0.5]))
+    Display(0, console=screen).summary([], None, None)
+    Display(1, console=screen).summary([0.5], None, None)
     shown = screen.file.getvalue()
     assert "0 steps" in shown and "sampled reward   0.500 -> 0.500  (first and last step)" in shown
     assert "greedy" not in shown
