@@ -56,6 +56,8 @@ class Forked:
         self._process = FORKS.Process(target=_train, args=(arguments, str(log)))
         self._process.start()
         self.pid = self._process.pid
+        while os.getpgid(self.pid) != self.pid:  # until it leads a process group of its own, which can be killed
+            time.sleep(0.01)
 
     @property
     def returncode(self) -> int | None:
@@ -166,9 +168,7 @@ def disturb(folder: Path, name: str, kills: int, seed: int, options: tuple[str, 
         saving = [path.name for path in run.glob("checkpoints/.*.partial")]
         kill(process)
         steps, saved = len(rows(run)), newest(run)
-        lines.append(
-            f"kill {number + 1} {kind}: {steps} steps logged, checkpoint {saved}, being written {saving}{back}"
-        )
+        lines.append(f"kill {number + 1} {kind}: {steps} steps logged, checkpoint {saved}, writing {saving}{back}")
         # One checkpoint is written while the next steps run, so at most two of them are not there yet.
         assert steps - (saved or 0) <= 2 * EVERY, lines[-1]
     return lines
