@@ -123,7 +123,7 @@ def train(config: Config) -> Run:
         state = RunState(config, ranks, progress, policy, episodes, replay, run)
         if checkpoint:
             state.load(checkpoint, saved)
-        display = stack.enter_context(Display(total_steps, enabled=ranks.is_main, done=policy.steps))
+        display = Display(total_steps, enabled=ranks.is_main, done=policy.steps)
         profiler = StepProfiler(config.profile.steps, run.folder)
         stack.callback(profiler.close)
 

@@ -1,14 +1,14 @@
-"""What the user sees while a run goes on: a live bar on a terminal, plain lines elsewhere, and a summary at the end."""
+"""What the user sees while a run goes on: one line per step, one per validation, and a summary at the end."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich import progress as bars
-from rich.console import Console
+from rich.progress import track
 
 from rethinker.samples import Accuracy
 
@@ -27,48 +27,28 @@ _COLUMNS = (
     ("tok/s", "tokens_per_s", ",.0f"),
     ("s/step", "step_s", ".2f"),
 )
-_ON_BAR = ("reward", "effective", "replay", "length", "tok/s")
 
 
 class Display:
-    """Shows the steps of a run; silent on all ranks but the first."""
+    """Shows the steps of a run on stdout; silent on all ranks but the first."""
 
-    def __init__(self, total_steps: int, enabled: bool = True, console: Console | None = None, done: int = 0) -> None:
+    def __init__(self, total_steps: int, enabled: bool = True, done: int = 0) -> None:
         """Args:
         total_steps: optimizer steps of the whole run.
         enabled: False shows nothing.
-        console: where to write; by default stdout.
         done: steps that a resumed run has behind it.
         """
-        self.total_steps, self._done_before, self.enabled = total_steps, done, enabled
-        self._console = console or _stdout()
+        self.total_steps, self.enabled, self._done_before = total_steps, enabled, done
         self._start = time.perf_counter()
         self._first_step: float | None = None  # when steps began: the estimate leaves the start-up out
-        self._bar: bars.Progress | None = None
-
-    def __enter__(self) -> Display:
-        if self.enabled and self._console.is_terminal:
-            self._bar = _bar(self._console, bars.TextColumn("{task.fields[state]}"))
-            self._task = self._bar.add_task("train", total=self.total_steps, completed=self._done_before, state="")
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Show one optimizer step."""
-        if not self.enabled:
-            return
-        if self._bar is not None:
-            self._bar.update(self._task, completed=metrics["step"], state=_line(metrics, _ON_BAR))
-            return
+        """Show one optimizer step; a metric that is missing or null is left out."""
         now, done = time.perf_counter(), metrics["step"]
         self._first_step = self._first_step or now - (metrics.get("step_s") or 0.0)
         left = _duration((now - self._first_step) / (done - self._done_before) * (self.total_steps - done))
-        self._print(f"step {done}/{self.total_steps}  {_line(metrics)}  left {left}")
+        shown = [f"{label} {metrics[name]:{form}}" for label, name, form in _COLUMNS if metrics.get(name) is not None]
+        self._print("  ".join([f"step {done}/{self.total_steps}", *shown, f"left {left}"]))
 
     def validated(self, step: int, accuracy: Accuracy | None) -> None:
         """Show a validation; None, of a run without held-out questions, shows nothing."""
@@ -84,7 +64,6 @@ class Display:
 
     def stopped(self, signal: str, step: int, folder: Path) -> None:
         """Say that the run was asked to stop, is saved, and how to go on."""
-        self.__exit__()
         self._print(f"{signal}: saved after step {step}/{self.total_steps}; to go on:")
         self._print(f"  rethinker train {folder}/config.yaml --resume auto")
 
@@ -96,9 +75,8 @@ class Display:
         Args:
             rewards: the mean of every step.
             before, after: accuracies on the held-out questions; None without any.
-            places: what lies where, as `run=Path("runs/x")`.
+            places: what lies where, as `run=Path("runs/x")`; None is left out.
         """
-        self.__exit__()
         lines = ["", f"{len(rewards)} steps in {_duration(time.perf_counter() - self._start)}"]
         if rewards:
             few = max(1, len(rewards) // 10)  # single steps are noisy
@@ -119,48 +97,27 @@ class Display:
 
     def _print(self, text: str) -> None:
         if self.enabled:
-            self._console.print(text)
+            print(text, flush=True)
 
 
-def progress(items: Iterable[T], label: str, total: int | None = None, console: Console | None = None) -> Iterator[T]:
+def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
     """Pass items on while showing how far they have come: a bar on a terminal, elsewhere a line at each fifth.
 
     Args:
         items: what to go through.
         label: what is being done.
         total: how many there are, if `items` has no length.
-        console: where to write; by default stdout.
     """
     total = len(items) if total is None else total  # type: ignore[arg-type]
-    console = console or _stdout()
-    if console.is_terminal:
-        with _bar(console) as bar:
-            yield from bar.track(items, total=total, description=label)
+    if sys.stdout.isatty():
+        yield from track(items, label, total)
         return
     start, fifths = time.perf_counter(), 0
     for done, item in enumerate(items, start=1):
         yield item
         if done * 5 // total > fifths:
             fifths = done * 5 // total
-            console.print(f"{label}: {done}/{total}  {_duration(time.perf_counter() - start)}")
-
-
-def _stdout() -> Console:
-    return Console(highlight=False, markup=False, soft_wrap=True)
-
-
-def _bar(console: Console, *columns: bars.ProgressColumn) -> bars.Progress:
-    text, count, left = bars.TextColumn("{task.description}"), bars.MofNCompleteColumn(), bars.TimeRemainingColumn()
-    return bars.Progress(text, bars.BarColumn(24), count, left, *columns, console=console)
-
-
-def _line(metrics: Mapping[str, Any], labels: Sequence[str] | None = None) -> str:
-    """The step's numbers in one line; a metric that is missing or null is left out."""
-    return "  ".join(
-        f"{label} {metrics[name]:{form}}"
-        for label, name, form in _COLUMNS
-        if metrics.get(name) is not None and (labels is None or label in labels)
-    )
+            print(f"{label}: {done}/{total}  {_duration(time.perf_counter() - start)}", flush=True)
 
 
 def _duration(seconds: float) -> str:
