@@ -89,7 +89,11 @@ def _train(arguments: list[str], log: str) -> None:
 
 # Importing takes most of a short run's time; every process here starts from one that has done it.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["rethinker.train", "deepspeed", "vllm", "torch.utils.tensorboard"])
+FORKS.set_forkserver_preload(
+    ["rethinker.cli", "rethinker.train", "jsonargparse", "deepspeed", "torch.utils.tensorboard", "matplotlib.pyplot"]
+    + ["rethinker.rollout.vllm_engine", "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"]
+    + ["vllm.model_executor.models.qwen2_5_vl"]
+)
 
 
 def start(
