@@ -34,12 +34,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from rethinker.checks import is_plain_name
 from rethinker.config import ConfigError, DataConfig
 from rethinker.data.datasets import BUILT_IN, load_queries
 from rethinker.data.sources import open_table
 from rethinker.evaluation.benchmark_data import data_files
 from rethinker.evaluation.images_in_text import NotAnImageError, image_references, mark_images
+from rethinker.ranges import is_plain_name
 from rethinker.samples import Query
 from rethinker.settings import read_yaml_file
 

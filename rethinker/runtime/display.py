@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.progress import track
 
-from rethinker.samples import Accuracy
+from rethinker.samples import Accuracy, RunResult
 
 T = TypeVar("T")
 
@@ -67,16 +67,9 @@ class Display:
         self._print(f"{signal}: saved after step {step}/{self.total_steps}; to go on:")
         self._print(f"  rethinker train {folder}/config.yaml --resume auto")
 
-    def summary(
-        self, rewards: Sequence[float], before: Accuracy | None, after: Accuracy | None, **places: Path | None
-    ) -> None:
-        """Say what was learned, how long it took and where everything lies.
-
-        Args:
-            rewards: the mean of every step.
-            before, after: accuracies on the held-out questions; None without any.
-            places: what lies where, as `run=Path("runs/x")`; None is left out.
-        """
+    def summary(self, run: RunResult, report: Path | None = None) -> None:
+        """Say what was learned, how long it took and where the run lies."""
+        rewards, before, after = [row["reward_mean"] for row in run.metrics], run.accuracy_before, run.accuracy_after
         lines = ["", f"{len(rewards)} steps in {_duration(time.perf_counter() - self._start)}"]
         if rewards:
             few = max(1, len(rewards) // 10)  # single steps are noisy
@@ -92,7 +85,8 @@ class Display:
                     f"  {name:<14} {before.by_category.get(name, float('nan')):.3f} -> {value:.3f}"
                     for name, value in after.by_category.items()
                 ]
-        lines += [f"{what:<16} {path}" for what, path in places.items() if path]
+        lines += [f"checkpoint       {run.best_checkpoint}", f"run              {run.folder}"]
+        lines += [f"report           {report}"] if report else []
         self._print("\n".join(lines))
 
     def _print(self, text: str) -> None:

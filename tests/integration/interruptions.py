@@ -90,7 +90,7 @@ def _train(arguments: list[str], log: str) -> None:
 # Importing takes most of a short run's time; every process here starts from one that has done it.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["rethinker.cli", "rethinker.train", "jsonargparse", "deepspeed", "torch.utils.tensorboard", "matplotlib.pyplot"]
+    ["rethinker.cli", "rethinker.run", "jsonargparse", "deepspeed", "torch.utils.tensorboard", "matplotlib.pyplot"]
     + ["rethinker.rollout.vllm_engine", "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"]
     + ["vllm.model_executor.models.qwen2_5_vl"]
 )
@@ -107,7 +107,7 @@ def start(
         return Forked(arguments, folder / f"{name}.log")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launch]
     with (folder / f"{name}.log").open("a") as log:
-        command = [sys.executable, *torchrun, "-m", "rethinker.train", *arguments]
+        command = [sys.executable, *torchrun, "-m", "rethinker", "train", *arguments]
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 
 

@@ -34,9 +34,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 def ranks_of(launcher: int) -> list[psutil.Process]:
     """The training processes of a launcher, in the order of their ranks."""
     children = psutil.Process(launcher).children()
-    return sorted(
-        (child for child in children if "rethinker.train" in child.cmdline()), key=lambda p: p.environ()["RANK"]
-    )
+    return sorted((child for child in children if "rethinker" in child.cmdline()), key=lambda p: p.environ()["RANK"])
 
 
 @pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.soak), 1])
