@@ -90,9 +90,8 @@ def _train(arguments: list[str], log: str) -> None:
 # Importing takes most of a short run's time; every process here starts from one that has done it.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["rethinker.cli", "rethinker.run", "jsonargparse", "deepspeed", "torch.utils.tensorboard", "matplotlib.pyplot"]
-    + ["rethinker.rollout.vllm_engine", "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"]
-    + ["vllm.model_executor.models.qwen2_5_vl"]
+    """rethinker.cli rethinker.run jsonargparse deepspeed torch.utils.tensorboard matplotlib.pyplot vllm.entrypoints.llm
+    rethinker.rollout.vllm_engine vllm.v1.worker.cpu_worker vllm.model_executor.models.qwen2_5_vl""".split()
 )
 
 
