@@ -152,9 +152,10 @@ class Checkpoints:
         try:
             files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
             share = sorted(files)[self._ranks.rank :: self._ranks.world_size]
-            mine = next(filter(None, (_difference(folder / path, *files[path]) for path in share)), None)
+            wrong = (path for path in share if _secured(folder / path) != files[path])
+            mine = next((f"{path} is not as it was written" for path in wrong), None)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            mine = f"its {MARKER} cannot be read ({error})"
+            mine = f"it cannot be read: {one_line(error)}"
         return next(filter(None, self._ranks.gather(mine)), None)
 
     def _start(self, name: str, link: str, write: Write, writers: int) -> None:
@@ -185,7 +186,7 @@ class Checkpoints:
 
     def _publish(self, name: str, link: str, partial: Path, writers: int) -> None:
         """Give the folder its name, once every rank's files are on the disk, then mark it, then drop old ones."""
-        files: dict[str, tuple[int, str]] = {}
+        files: dict[str, list[Any]] = {}
         errors = []
         end = time.monotonic() + PEERS_S
         for rank in range(writers):
@@ -229,21 +230,11 @@ def _writer(path: Path, partial: Path) -> int | None:
     return int(own[1]) if own else 0
 
 
-def _secured(path: Path) -> tuple[int, str]:
+def _secured(path: Path) -> list[Any]:
     """Size and SHA-256 of a file whose content is on the disk now."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _difference(path: Path, size: int, sha256: str) -> str | None:
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != size:
-        return f"{path.name} has {path.stat().st_size} bytes instead of {size}"
-    with path.open("rb") as file:
-        same = hashlib.file_digest(file, "sha256").hexdigest() == sha256
-    return None if same else f"the content of {path.name} has changed"
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def _write_json(path: Path, content: Any) -> None:

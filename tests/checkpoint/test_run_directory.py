@@ -233,7 +233,9 @@ def test_a_full_disk_while_completions_are_written(config, monkeypatch):
     with RunDirectory(config) as run:
         run.open_logs({})
         run.log({"step": 1})
-        monkeypatch.setattr(completions, "whole_file", lambda path: contextlib.nullcontext("/dev/full"))
+        full = run.folder / "full"
+        full.symlink_to("/dev/full")  # a link, since pyarrow removes what it could not write
+        monkeypatch.setattr(completions, "whole_file", lambda path: contextlib.nullcontext(full))
         with pytest.raises(ConfigError, match=r"run.dir=.*episode_00000.parquet cannot be written.*No space left"):
             run.write_completions(0, groups())
     assert not list((run.folder / "completions").glob("*.parquet"))
