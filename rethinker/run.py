@@ -101,7 +101,7 @@ class Run:
         self._state = RunState(config, ranks, self.progress, self.policy, self.episodes, self.replay, self.directory)
         if checkpoint:
             self._state.load(checkpoint, saved)
-        self.display = stack.enter_context(Display(self.total_steps, enabled=ranks.is_main, done=self.policy.steps))
+        self.display = Display(self.total_steps, enabled=ranks.is_main, done=self.policy.steps)
         self._profiler = StepProfiler(config.profile.steps, self.folder)
         stack.callback(self._profiler.close)
 
