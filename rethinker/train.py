@@ -37,6 +37,7 @@ from rethinker.data.datasets import load_queries
 from rethinker.data.images import check_images
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.streaming import open_stream
+from rethinker.embedded.files import as_files, model_folder
 from rethinker.episode import Episodes
 from rethinker.evaluation.validation import validate
 from rethinker.policy.engine import PolicyEngine
@@ -87,7 +88,7 @@ def train(config: Config) -> Run:
     A run that is asked to stop (SIGTERM, SIGINT) saves itself and returns what it has; `resume` continues it.
     """
     G, N = config.rollout.group_size, config.train.batch_pairs
-    stream, questions = open_stream(config.data, config.seed)
+    stream, questions = open_stream(as_files(config.data, "train"), config.seed)
     held_out = load_held_out(config)
     check_images([*stream.queries, *held_out], config.data)
     total_steps = schedule_length(config, questions)
@@ -289,7 +290,7 @@ def load_held_out(config: Config) -> list[Query]:
     """The validation questions: the first `validation.size` of a seeded shuffle, the same ones at every seed."""
     if config.data.validation is None:
         return []
-    queries = load_queries(config.data, "validation", most=config.validation.size)
+    queries = load_queries(as_files(config.data, "validation"), "validation", most=config.validation.size)
     random.Random(0).shuffle(queries)
     return queries[: config.validation.size]
 
@@ -308,11 +309,7 @@ def schedule_length(config: Config, queries: int | None) -> int:
 
 def initial_model(config: Config, ranks: Ranks) -> Path:
     """Where training starts: policy.model, or the tiny model that rank 0 builds and warms up."""
-    if config.policy.model != "tiny":
-        return Path(config.policy.model)
-    from rethinker.embedded.warmup import warmed_up_tiny
-
-    return ranks.broadcast(warmed_up_tiny(config.policy.warmup, config.data) if ranks.is_main else None)
+    return Path(ranks.broadcast(model_folder(config) if ranks.is_main else None))
 
 
 def seed_everything(seed: int) -> None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
-SUFFIXES = (".zip", ".tar")
 _THROUGH = re.compile(r"\.(?:zip|tar)/", re.IGNORECASE)
 
 
@@ -33,11 +32,6 @@ class _Archive:
 _lock = threading.Lock()
 # By path, size, time of change, and process: a child process does not share its parent's place in the file.
 _opened: dict[tuple[str, int, int, int], _Archive] = {}
-
-
-def is_archive(path: str | os.PathLike[str]) -> bool:
-    """Whether it is a file that images are read from without unpacking it."""
-    return os.fspath(path).lower().endswith(SUFFIXES) and os.path.isfile(path)
 
 
 def split_archive(path: str) -> tuple[str, str] | None:

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from rethinker.config import ConfigError, DataConfig
+from rethinker.config import ConfigError, DataConfig, one_line
 from rethinker.data.archives import open_member, split_archive
-from rethinker.data.faults import Faults
+from rethinker.data.faults import check_bad_rows
 from rethinker.samples import Query
 
 # The reason under which queries with such an image are counted.
@@ -92,22 +92,20 @@ def check_images(queries: Iterable[Query], config: DataConfig | None = None, bud
     A small data set is checked whole before a model is loaded; of a large one the beginning, and the rest when drawn.
 
     Raises:
-        UnreadableImageError: the first of more broken images than `data.max_bad_rows` of the queries.
+        UnreadableImageError: of one of more broken images than `data.max_bad_rows` of the queries.
     """
-    config = config or DataConfig()
-    queries = list(queries)
-    end, faults = time.monotonic() + budget_s, Faults(config.max_bad_rows, len(queries))
+    config, queries = config or DataConfig(), list(queries)
+    end, broken = time.monotonic() + budget_s, 0
     checked = set()
     for query in queries:
-        for reference in query.images:
-            key = image_key(reference)
-            if key not in checked:
-                checked.add(key)
-                try:
+        try:
+            for reference in query.images:
+                if (key := image_key(reference)) not in checked:
+                    checked.add(key)
                     check_image(reference, query.id, config.max_image_pixels)
-                except UnreadableImageError as error:
-                    faults.add(UNREADABLE, error)
-                    break
+        except UnreadableImageError as error:
+            broken += 1
+            check_bad_rows(error, broken, len(queries), config.max_bad_rows)
         if time.monotonic() > end:
             return
 
@@ -193,5 +191,6 @@ def _unreadable(reference: Any, query_id: str, error: Exception) -> UnreadableIm
         name = "its bytes" if reference.get("bytes") else str(reference.get("path"))
     else:
         name = str(reference)
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return UnreadableImageError(f"data: query {query_id}: cannot read the image {name} ({reason}); repair or remove it")
+    return UnreadableImageError(
+        f"data: query {query_id}: cannot read the image {name} ({one_line(error)}); repair or remove it"
+    )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rethinker.config import ConfigError
-from rethinker.data.mixture import furthest_behind
+from rethinker.data.mixture import category_of, furthest_behind
 from rethinker.samples import Query
 
 
@@ -45,7 +45,7 @@ class QueryStream:
         *,
         seed: int,
         category_weights: Mapping[str, float] | None = None,
-        label: Callable[[Query], str] = lambda query: str(query.metadata.get("category")),
+        label: Callable[[Query], str] = category_of,
     ) -> None:
         if not queries:
             raise ConfigError("data.train: there are no queries to train on")
