@@ -209,11 +209,8 @@ def first_queries(config: Config, encoder: Any, steps: int) -> list[Query]:
     from rethinker.data.query_stream import QueryStream
     from rethinker.embedded.files import as_files
 
-    stream = QueryStream(
-        load_queries(as_files(config.data, "train"), "train"),
-        seed=config.seed,
-        category_weights=config.data.category_weights,
-    )
+    queries = load_queries(as_files(config.data, "train"), "train")
+    stream = QueryStream(queries, seed=config.seed, category_weights=config.data.category_weights)
     return [encoder.fitting(stream) for _ in range(steps * config.train.episode_queries)]
 
 

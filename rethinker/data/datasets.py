@@ -47,7 +47,7 @@ def load_queries(config: DataConfig, which: Side, most: int | None = None) -> li
     A row without question or answer, an id that occurs again, an image that is not there, `<image>` marks that do not
     match the images, text that is no Unicode: such rows are left out, and one warning counts them and names the first.
     With `data.validation: split` both sides are parts of `data.train`, and `data.pass_rate` leaves some out of
-    training. Of a data set with `data.streaming` the first `most` held-out questions are taken, so that no more is read.
+    training. With `data.streaming` the first `most` held-out questions of a split are taken, and no more is read.
 
     Raises:
         ConfigError: unknown or unreadable data set, missing column, no rows, or more than `data.max_bad_rows` bad ones;

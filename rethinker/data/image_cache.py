@@ -33,7 +33,7 @@ def content_name(content: bytes) -> str:
 
 
 def in_its_row(content: bytes) -> dict[str, Any]:
-    """A reference to a stream's image that stays with its row; named, as a cache would never let go of bytes as keys."""
+    """A reference to a stream's image, which goes with its row. It has a name: as keys of a cache, bytes would stay."""
     return {"bytes": content, "name": content_name(content)}
 
 

@@ -214,6 +214,7 @@ def _streamed(path: Path, where: str, read: Callable, parts: list[Any], columns:
 
     if not parts:
         return Table(where, [], iter(()), path.parent)
+    datasets.utils.logging.set_verbosity_error()
     # As IterableDataset.from_generator, which would leave a lock file in the library's cache.
     stream = datasets.IterableDataset(ExamplesIterable(examples, {"parts": parts}))
     return _stream_table(stream, where, columns, path.parent)

@@ -16,7 +16,7 @@ Side = Literal["train", "validation"]
 
 
 def side_of(query: Query, share: float, root: str | None) -> Side | None:
-    """The side of a split that a question falls to by its hash: the same in any order of the rows, and if rows are added.
+    """The side of a split that a question falls to by its hash: the same in any order, and when rows are added.
 
     An image belongs to one side, by the hash of its path below `root` or of its bytes, and so do all questions about
     it; a question with images of both sides is on neither (None). A text-only question goes by its text.

@@ -91,8 +91,8 @@ def _file(name: str | None, split: str, setting: str) -> str | None:
             _write(path, load(split))
     except OSError as error:
         raise ConfigError(
-            f"RETHINKER_CACHE={path.parent}: {setting}={name} cannot be written there ({error}); set RETHINKER_CACHE to "
-            "a folder with 50 MB free"
+            f"RETHINKER_CACHE={path.parent}: {setting}={name} cannot be written there ({error}); "
+            "set RETHINKER_CACHE to a folder with 50 MB free"
         ) from error
     return str(path)
 

@@ -13,8 +13,8 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen
 
 # Qwen2.5-VL's added tokens in the order of their ids; True marks the ones that decoding with skip_special_tokens drops.
 _SPECIAL = """
-    endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end
-    vision_pad image_pad video_pad
+    endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start
+    vision_end vision_pad image_pad video_pad
 """
 _ORDINARY = """
     <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>

@@ -15,6 +15,7 @@ from rethinker.config import ConfigError, DataConfig
 from rethinker.data.datasets import load_queries
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.query_stream import QueryStream
+from rethinker.embedded.files import as_files
 from rethinker.embedded.tiny import create_tiny
 from rethinker.policy.model import load_processor
 from rethinker.samples import Query
@@ -215,11 +216,11 @@ def test_queries_over_the_limits_are_left_out_whole_and_counted(make):
     kept, dropped = select_fitting(queries, encoder)
     assert [q.id for q in kept] == ["short", "image"]
     assert dropped == {"data.max_prompt_tokens": 2, "data.max_images": 1, "image shape": 1}
-    assert [encoder.fits(q) for q in queries] == [True, False, False, False, False, True]
+    assert [encoder.misfit(q) is None for q in queries] == [True, False, False, False, False, True]
     assert len(encoder.encode(queries[1]).token_ids) > 200
     exact = make(max_prompt_tokens=len(encoder.encode(queries[-1]).token_ids))
-    assert exact.fits(queries[-1])
-    assert not make(max_prompt_tokens=exact.config.max_prompt_tokens - 1).fits(queries[-1])
+    assert exact.misfit(queries[-1]) is None
+    assert make(max_prompt_tokens=exact.config.max_prompt_tokens - 1).misfit(queries[-1])
 
 
 def test_a_stream_passes_over_queries_that_do_not_fit(make, caplog):
@@ -294,7 +295,7 @@ def test_the_same_id_with_another_question_is_another_prompt(make):
 def test_encoding_is_fast(make):
     """A step of 64 queries: about 1 ms each to encode with pixels, and nothing is tokenised before it is drawn."""
     encoder = make(min_pixels=4096, max_pixels=4096)
-    stream = QueryStream(load_queries(DataConfig(), "train"), seed=0)
+    stream = QueryStream(load_queries(as_files(DataConfig(), "train"), "train"), seed=0)
     encoder.encode(encoder.fitting(stream))
     start = time.process_time()  # of this process: other work on the machine does not count
     queries = [encoder.fitting(stream) for _ in range(256)]
