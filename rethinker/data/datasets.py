@@ -229,7 +229,9 @@ class Reader:
                 f"{called} has {_kind(answer)} as answer in column {self.columns['answer']!r}; "
                 "an answer is a text or a number",
             )
-        images = self._images(called, row.get(self.columns["images"]))
+        images = row.get(self.columns["images"])
+        images = images if isinstance(images, (list, tuple)) else [] if images in (None, "") else [images]
+        images = tuple(self._image(called, item) for item in images)
         marks = question.count(IMAGE_MARK)
         if marks and marks != len(images):
             raise BadRowError(
@@ -252,14 +254,8 @@ class Reader:
         content = repr((query.question, query.answer, names)).encode("utf-8", "surrogatepass")
         return hashlib.blake2b(content, digest_size=8).hexdigest()
 
-    def _images(self, called: str, value: Any) -> tuple[Any, ...]:
-        """References from a path, `{"bytes", "path"}`, raw bytes or a list of these; () for text-only."""
-        if value is None or value == "" or (isinstance(value, (list, tuple)) and not value):
-            return ()
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(self._image(called, item) for item in items)
-
     def _image(self, called: str, item: Any) -> Any:
+        """A reference from a path, `{"bytes", "path"}` or raw bytes."""
         if isinstance(item, Mapping) and (item.get("bytes") or item.get("path")):
             item = item.get("bytes") if isinstance(item.get("bytes"), (bytes, bytearray)) else item.get("path")
         if isinstance(item, (bytes, bytearray)):

@@ -104,25 +104,19 @@ def _build(
         create_tiny(partial, warmup.seed, texts=texts, size=size)
         with _all_cores(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(warmup.seed)
-            _train(partial, warmup, data, queries, shown)
+            processor, model = load_processor(partial), load_model(partial, torch.float32)
+            encoder = PromptEncoder(processor, data)
+            lessons = _lessons(queries, shown, encoder, warmup)
+            model.train()
+            _learn_to_look(model, encoder, lessons, shown, warmup)
+            _learn_to_answer(model, encoder, lessons, shown, warmup)
+            model.eval()
+            model.save_pretrained(partial)
+            processor.save_pretrained(partial)
         (partial / _RECORD).write_text(json.dumps(settings, indent=2))
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _train(folder: Path, warmup: WarmupConfig, data: DataConfig, queries: list[Query], shown: Shown) -> None:
-    """Train the model in `folder` and save it there."""
-    processor = load_processor(folder)
-    model = load_model(folder, torch.float32)
-    encoder = PromptEncoder(processor, data)
-    lessons = _lessons(queries, shown, encoder, warmup)
-    model.train()
-    _learn_to_look(model, encoder, lessons, shown, warmup)
-    _learn_to_answer(model, encoder, lessons, shown, warmup, data.category_weights)
-    model.eval()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 def _lessons(queries: list[Query], shown: Shown, encoder: PromptEncoder, warmup: WarmupConfig) -> list[Query]:
@@ -184,18 +178,11 @@ def _learn_to_look(model, encoder: PromptEncoder, lessons: list[Query], shown: S
         _update(optimizer, color_loss + shape_loss, warmup, step / warmup.look_steps)
 
 
-def _learn_to_answer(
-    model,
-    encoder: PromptEncoder,
-    lessons: list[Query],
-    shown: Shown,
-    warmup: WarmupConfig,
-    category_weights: dict[str, float],
-) -> None:
+def _learn_to_answer(model, encoder: PromptEncoder, lessons: list[Query], shown: Shown, warmup: WarmupConfig) -> None:
     """Train the whole model on the responses; the loss is on their tokens alone."""
     optimizer = _optimizer(model.parameters())
     present = {query.metadata.get("category") for query in lessons}
-    weights = {category: weight for category, weight in category_weights.items() if category in present}
+    weights = {category: w for category, w in encoder.config.category_weights.items() if category in present}
     stream = QueryStream(lessons, seed=warmup.seed, category_weights=weights)
     end = encoder.tokenizer.eos_token_id
     rng = random.Random(warmup.seed)
