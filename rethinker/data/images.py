@@ -11,7 +11,7 @@ import os
 import stat
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -63,7 +63,7 @@ def open_image(reference: Any, query_id: str, max_pixels: int = DataConfig.max_i
     Of an animation it is the first frame.
 
     Args:
-        reference: a path, `{"bytes"}`, `{"path"}` or a PIL image.
+        reference: a path, `{"bytes"}` or `{"path"}`.
         query_id: for messages.
         max_pixels: `data.max_image_pixels`; an image whose header says more is not decoded.
 
@@ -110,33 +110,17 @@ def check_images(queries: Iterable[Query], config: DataConfig | None = None, bud
             return
 
 
-def image_key(reference: Any) -> Any:
-    """What identifies an image in a cache: its path, its bytes or their name, or the object."""
+def image_key(reference: Any) -> Hashable:
+    """What identifies an image in a cache: its path, or its bytes or their name."""
     if isinstance(reference, Mapping):
         return reference.get("name") or reference.get("bytes") or reference["path"]
-    return _Identity(reference) if isinstance(reference, Image.Image) else str(reference)
-
-
-class _Identity:
-    """A key for an object as itself, which stays alive as long as the key."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
+    return str(reference)
 
 
 @contextmanager
 def _opened(reference: Any, query_id: str, max_pixels: int) -> Iterator[Image.Image]:
     """The image, its pixels not yet decoded; whatever goes wrong in the body too is the image's fault."""
     try:
-        if isinstance(reference, Image.Image):
-            yield reference
-            return
         with _file(reference, max_pixels) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's on odd metadata, and on sizes, which are judged here
             with Image.open(file, formats=FORMATS) as image:

@@ -17,7 +17,7 @@ import dataclasses
 import difflib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from rethinker.config import ConfigError, DataConfig
@@ -95,6 +95,19 @@ def source_weights(config: DataConfig) -> dict[str, float]:
     return {name: float(weight) for name, weight in weights.items()}
 
 
+def check_category_weights(weights: Mapping[str, float], present: Collection[str], setting: str) -> None:
+    """Check the weights of categories.
+
+    Raises:
+        ConfigError: a weight of a category that is not present, or weights that cannot be shares.
+    """
+    for name in weights:
+        if name not in present:
+            raise ConfigError(f"{setting}.{name}: the data has no such category, but {', '.join(sorted(present))}")
+    if any(not math.isfinite(w) or w < 0 for w in weights.values()) or not sum(weights.values()):
+        raise ConfigError(f"{setting}={dict(weights)}: weights are finite, not negative, and not all 0")
+
+
 def stream_weights(queries: list[Query], config: DataConfig) -> dict[str, Any]:
     """What QueryStream needs to draw as the settings say: `category_weights`, and with sources their `label`.
 
@@ -109,22 +122,17 @@ def stream_weights(queries: list[Query], config: DataConfig) -> dict[str, Any]:
     categories = {name: part.category_weights for name, part in source_configs(config).items()}
     if not weights and not any(categories.values()):
         return {"category_weights": {}}
-    weights = weights or {name: float(n) for name, n in Counter(map(_source_of, queries)).items()}
-    present = {(_source_of(query), category_of(query)) for query in queries}
+    present: dict[str, Counter[str]] = {name: Counter() for name in categories}
+    for query in queries:
+        present[_source_of(query)][category_of(query)] += 1
     shares = {}
     for name, own in categories.items():
-        for category in own:
-            if (name, category) not in present:
-                known = ", ".join(sorted(c for source, c in present if source == name))
-                raise ConfigError(
-                    f"data.sources.{name}.category_weights.{category}: the source has no such category, but {known}"
-                )
-        if own and not sum(own.values()) > 0:
-            raise ConfigError(f"data.sources.{name}.category_weights={own}: one of them must be positive")
-        for category, weight in own.items():
-            shares[f"{name}/{category}"] = weights[name] * weight / sum(own.values())
+        weight = weights.get(name, float(present[name].total()))
         if not own:
-            shares[name] = weights[name]
+            shares[name] = weight
+            continue
+        check_category_weights(own, present[name], f"data.sources.{name}.category_weights")
+        shares |= {f"{name}/{category}": weight * part / sum(own.values()) for category, part in own.items()}
 
     def label(query: Query) -> str:
         source = _source_of(query)

@@ -100,8 +100,8 @@ def test_compact_ids_have_one_placeholder_per_image(make):
     """What the rollout engine takes: the same ids, each run of image tokens as one."""
     encoder = make()
     image_id = encoder.processor.image_token_id
-    made = encoder.encode(Query("q", "a <image> b <image>", "", (picture(64, 64), picture(40, 90))))
-    grids = encoder.pixels(Query("q", "a <image> b <image>", "", tuple(made.images)))["image_grid_thw"]
+    made = encoder.encode(Query("q", "a <image> b <image>", "", (as_bytes(picture(64, 64)), as_bytes(picture(40, 90)))))
+    grids = encoder.pixels(Query("q", "a <image> b <image>", "", tuple(map(as_bytes, made.images))))["image_grid_thw"]
     counts = iter((grids.prod(-1) // 4).tolist())
     assert made.compact_ids.count(image_id) == 2
     expanded = [j for i in made.compact_ids for j in ([i] * next(counts) if i == image_id else [i])]
@@ -129,8 +129,8 @@ def test_text_that_spells_a_special_token_stays_text(make, place, text):
     else:
         odd[place] += text
     encoder = make(**odd)
-    made = encoder.encode(Query("q", question, "", (picture(64, 64),)))
-    usual = make(**plain).encode(Query("q", "q", "", (picture(64, 64),)))
+    made = encoder.encode(Query("q", question, "", (as_bytes(picture(64, 64)),)))
+    usual = make(**plain).encode(Query("q", "q", "", (as_bytes(picture(64, 64)),)))
     special = set(encoder.tokenizer.all_special_ids) | {
         i for i, token in encoder.tokenizer.added_tokens_decoder.items() if token.special
     }
@@ -142,7 +142,7 @@ def test_marks_that_do_not_match_the_images_are_refused(make):
     """A prompt never has more or fewer placeholders than images."""
     for question, count in (("<image>", 0), ("<image>", 2), ("<image><image><image>", 2)):
         with pytest.raises(ConfigError, match="query q: .* marks in the question but"):
-            make().encode(Query("q", question, "", tuple(picture(64, 64, i) for i in range(count))))
+            make().encode(Query("q", question, "", tuple(as_bytes(picture(64, 64, i)) for i in range(count))))
 
 
 def test_images_are_upright_rgb_on_white(make):
@@ -208,10 +208,10 @@ def test_queries_over_the_limits_are_left_out_whole_and_counted(make):
     queries = [
         Query("short", "q", "", ()),
         Query("long text", "word " * 200, "", ()),
-        Query("large images", "q", "", (picture(128, 128), picture(128, 128, 1))),
-        Query("many images", "q", "", tuple(picture(32, 32, i) for i in range(3))),
-        Query("strip", "q", "", (picture(2000, 4),)),
-        Query("image", "q", "", (picture(64, 64),)),
+        Query("large images", "q", "", (as_bytes(picture(128, 128)), as_bytes(picture(128, 128, 1)))),
+        Query("many images", "q", "", tuple(as_bytes(picture(32, 32, i)) for i in range(3))),
+        Query("strip", "q", "", (as_bytes(picture(2000, 4)),)),
+        Query("image", "q", "", (as_bytes(picture(64, 64)),)),
     ]
     kept, dropped = select_fitting(queries, encoder)
     assert [q.id for q in kept] == ["short", "image"]
@@ -288,7 +288,10 @@ def test_caches_stay_within_their_bounds(make, monkeypatch):
 def test_the_same_id_with_another_question_is_another_prompt(make):
     """Training and validation data may share ids; caches must not mix them."""
     encoder = make()
-    a, b = (encoder.encode(Query("1", text, "", (picture(64, 64, i),))) for i, text in enumerate(("one", "two")))
+    images = [as_bytes(picture(64, 64, i)) for i in range(2)]
+    a, b = (encoder.encode(Query("1", text, "", (i,))) for text, i in zip(("one", "two"), images, strict=True))
+        encoder.encode(Query("1", text, "", (as_bytes(picture(64, 64, i)),))) for i, text in enumerate(("one", "two"))
+    )
     assert a.token_ids != b.token_ids and a.images[0].tobytes() != b.images[0].tobytes()
 
 

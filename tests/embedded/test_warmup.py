@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from rethinker.config import Config, ConfigError, DataConfig, PolicyConfig, WarmupConfig
+from rethinker.config import Config, ConfigError, DataConfig, WarmupConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded import files
 from rethinker.embedded import warmup as module
@@ -121,14 +118,16 @@ def test_a_brief_warmup_trains_every_part(warm, tmp_path):
 
 def test_the_warmup_never_opens_a_test_image(tmp_path, monkeypatch):
     """The test split is held out: neither its questions nor its images are read."""
-    opened = []
-    monkeypatch.setattr(files, "load_queries", lambda data, which: opened.append(which) or QUERIES)
+    read, opened = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "warmed_up_tiny", lambda warmup, data, queries: queries)
+        patch.setattr(files, "load_queries", lambda data, which: read.append(which))
+        files.model_folder(Config())
+    assert read == ["train"]
     pixels = PromptEncoder.pixels
     monkeypatch.setattr(PromptEncoder, "pixels", lambda self, q: opened.append(q.images[0]) or pixels(self, q))
-    monkeypatch.setenv("RETHINKER_CACHE", str(tmp_path))
-    folder = files.model_folder(Config(data=DATA, policy=PolicyConfig(warmup=BRIEF)))
-    assert Path(folder).parent == tmp_path and opened[0] == "train" and len(opened) > 40
-    assert all("/train/images/" in image for image in opened[1:])
+    warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path)
+    assert len(opened) > 40 and all("/train/images/" in image for image in opened)
 
 
 def test_the_loss_falls(tmp_path, monkeypatch):
@@ -162,13 +161,18 @@ def test_a_finished_model_is_reused_and_another_setting_makes_another(warm, monk
 
 
 def test_a_half_written_model_is_not_taken(tmp_path):
-    """A builder killed while it trains leaves nothing that looks like a model, and the next one starts afresh."""
-    code = (
-        "import os, rethinker.policy; from pathlib import Path; from tests.embedded.test_warmup import *; "
-        "module._learn_to_answer = lambda *a: os._exit(9); "
-        f"warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=Path({str(tmp_path)!r}))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 9
+    """A builder killed while it works leaves nothing that looks like a model, and the next one starts afresh."""
+
+    def killed(folder, *arguments, **options):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        os._exit(9)
+
+    if not (child := os.fork()):
+        module.create_tiny = killed
+        warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     left = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert [path.name.endswith(".partial") for path in left] == [True]
     folder = warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path)
