@@ -55,12 +55,14 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported: NUMA binding is no news
     from rethinker.curation.measure import check_folder
     from rethinker.data.datasets import load_queries
+    from rethinker.embedded.files import as_files
     from rethinker.evaluation.answering import sample
 
     folder = options.output.expanduser()
     check_folder(folder)
     # All questions: with data.validation=split the subset is split again, and by hash alike.
-    queries = sample(load_queries(dataclasses.replace(config.data, validation=None), "train"), options.limit)
+    everything = as_files(dataclasses.replace(config.data, validation=None), "train")
+    queries = sample(load_queries(everything, "train"), options.limit)
     _curate(config, queries, samples, size, folder)
     return 0
 
@@ -74,12 +76,13 @@ def _curate(config: Config, queries: list[Query], samples: int, size: int | None
     """
     from rethinker.curation import measure, output
     from rethinker.data.prompts import PromptEncoder
+    from rethinker.embedded.files import model_folder
     from rethinker.evaluation.answering import fit_model, open_model, ranks_of_torchrun
     from rethinker.policy.model import load_processor
 
     with ExitStack() as stack:
         ranks = stack.enter_context(ranks_of_torchrun(config.rollout.timeout_s))
-        name = ranks.broadcast(_model(config) if ranks.is_main else None)
+        name = ranks.broadcast(model_folder(config) if ranks.is_main else None)
         measured = ranks.broadcast(measure.identity(config, name, queries, samples) if ranks.is_main else None)
         if ranks.is_main:
             measure.begin(folder, measured)
@@ -108,12 +111,3 @@ def _curate(config: Config, queries: list[Query], samples: int, size: int | None
         short = f" (only so many of the {size:,d} asked for qualify)" if size and len(chosen) < size else ""
         print(f"{len(chosen):,d} questions{short}: {counts['subset_by_category']}")
         print(f"train on them: rethinker train {folder / output.RECIPE}")
-
-
-def _model(config: Config) -> str:
-    """The model's folder or name."""
-    if config.policy.model != "tiny":
-        return config.policy.model
-    from rethinker.embedded.warmup import warmed_up_tiny
-
-    return str(warmed_up_tiny(config.policy.warmup, config.data))

@@ -22,6 +22,7 @@ from rethinker.data.archives import open_member
 from rethinker.data.datasets import image_root
 from rethinker.data.image_cache import archive_of_embedded
 from rethinker.data.mixture import SOURCES
+from rethinker.embedded.files import as_files
 from rethinker.runtime.files import whole_file
 from rethinker.samples import Query
 from rethinker.settings import flat, to_yaml
@@ -64,7 +65,7 @@ def _columns(data: DataConfig) -> dict[str, str]:
 
 def _root(data: DataConfig) -> str | None:
     """The folder that image paths start from, whatever folder this process is in."""
-    root = image_root(data)
+    root = image_root(as_files(data, "train"))
     return root and os.path.abspath(os.path.expanduser(root))
 
 

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rethinker.config import ConfigError, nearest, one_line
-from rethinker.data.datasets import BUILT_IN
 from rethinker.data.sources import hub_answers
+from rethinker.embedded.files import DATA_SETS
 from rethinker.ranges import is_plain_name
 from rethinker.settings import read_yaml_file
 
@@ -122,7 +122,7 @@ def _fault(benchmark: Benchmark) -> str | None:
     except re.error as error:
         return f"category_pattern={benchmark.category_pattern!r}: {error}"
     described = benchmark.data and benchmark.files and benchmark.fields.answer
-    if not (described or benchmark.parts or benchmark.data in BUILT_IN):
+    if not (described or benchmark.parts or benchmark.data in DATA_SETS):
         return "it needs data, files and fields.answer"
     return None
 

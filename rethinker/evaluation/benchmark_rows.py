@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from rethinker.config import ConfigError, DataConfig
-from rethinker.data.datasets import BUILT_IN, IMAGE_MARK, load_queries
+from rethinker.data.datasets import IMAGE_MARK, load_queries
 from rethinker.data.sources import open_table
+from rethinker.embedded.files import DATA_SETS, as_files
 from rethinker.evaluation.benchmark import Benchmark, data_files, load_benchmark
 from rethinker.samples import Query
 
@@ -59,10 +60,11 @@ def benchmark_queries(benchmark: Benchmark, data: str | None = None) -> tuple[li
             queries[f"{name}/{query.id}"] = dataclasses.replace(query, id=f"{name}/{query.id}", metadata=metadata)
     if benchmark.parts:
         return list(queries.values()), left_out
-    if benchmark.data in BUILT_IN:
+    if benchmark.data in DATA_SETS:
         if data is not None:
             raise ConfigError(f"--data {data}: {benchmark.name} comes with the package {benchmark.data}; leave it out")
-        return load_queries(DataConfig(validation=benchmark.data), "validation"), left_out
+        own = as_files(DataConfig(validation=benchmark.data), "validation")
+        return load_queries(own, "validation"), left_out
     folder, files = data_files(benchmark, data)
     for file in files:
         table = open_table(str(file), "", "--data")

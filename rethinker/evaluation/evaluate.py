@@ -136,7 +136,7 @@ def _answer(
 
     again = [i for i in fit if mode == "forced" or not answers[i].right]
     second = continue_after_trigger(
-        model.rollout,
+        model.rollout.generate,
         [model.encoder.encode(queries[i]) for i in again],
         [answers[i].completion for i in again],
         [triggers[zlib.crc32(queries[i].id.encode()) % len(triggers)] for i in again],

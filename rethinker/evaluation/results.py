@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from scipy.stats import binomtest
 
-from rethinker.algorithm.cues import rethinks
+from rethinker.algorithm.rethinking import rethinks
 from rethinker.config import ConfigError, one_line
 from rethinker.runtime.files import whole_file
 from rethinker.samples import Completion, Query

@@ -2,15 +2,13 @@ r"""Reward functions: the built-in check of the last `\boxed{}`, or a function i
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from rethinker.config import ConfigError, nearest, one_line
+from rethinker.config import ConfigError
 from rethinker.rewards.answers import compare, extract_boxed, math_equal
+from rethinker.runtime.user_code import user_function
 from rethinker.samples import Query
 
 RewardFunction = Callable[[str, str, Query], float]
@@ -46,25 +44,7 @@ def load_reward(spec: str) -> RewardFunction:
     Raises:
         ConfigError: no such file or function, a file that fails to import, or another signature.
     """
-    if spec == "boxed":
-        return boxed_reward
-    file, colon, name = spec.rpartition(":")
-    if not colon or not file.endswith(".py"):
-        raise ConfigError(f"reward.function={spec}: give boxed, or path/to/file.py:function")
-    path = Path(os.path.expanduser(file))
-    if not os.path.isfile(path):
-        raise ConfigError(f"reward.function={spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"reward.function={spec}: {path} fails to import ({one_line(error)})") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = [n for n, value in vars(module).items() if inspect.isfunction(value)]
-        hint = f"; did you mean {nearest(name, names) or names[0]}?" if names else ""
-        raise ConfigError(f"reward.function={spec}: {path} has no function {name!r}{hint}")
+    function = user_function("reward.function", spec, {"boxed": boxed_reward})
     try:
         inspect.signature(function).bind("response", "answer", "query")
     except TypeError as error:
