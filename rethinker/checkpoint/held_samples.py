@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rethinker.runtime.distributed import Ranks
-from rethinker.samples import Completion, Elsewhere, Group, Query, Rethinking, Rethought, Sample
+from rethinker.samples import Completion, Group, Query, RemoteCompletion, Rethinking, Rethought, Sample
 
 Key = tuple[int, int]  # (group, index)
 
@@ -51,8 +51,8 @@ class Responses:
         completion = self._completion((fields["group"], fields["index"]), owner, fields.pop("completion"))
         return Sample(query, completion, owner=owner, **fields)
 
-    def _completion(self, key: Key, owner: int, known: list[Any]) -> Completion | Elsewhere:
-        return self._held[key] if owner == self._rank else Elsewhere(*known)
+    def _completion(self, key: Key, owner: int, known: list[Any]) -> Completion | RemoteCompletion:
+        return self._held[key] if owner == self._rank else RemoteCompletion(*known)
 
 
 def group_outline(group: Group) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def sample_outline(sample: Sample) -> dict[str, Any]:
     return fields | {"query": sample.query.id, "completion": _known(sample.completion)}
 
 
-def _known(completion: Completion | Elsewhere) -> list[Any]:
+def _known(completion: Completion | RemoteCompletion) -> list[Any]:
     return [completion.tokens, completion.trainable_tokens, completion.supervised]
 
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from rethinker.runtime.distributed import Ranks
-from rethinker.samples import Bundle, Completion, Elsewhere, Group, Query, Sample
+from rethinker.samples import Bundle, Completion, Group, Query, RemoteCompletion, Sample
 
 
 def share(mine: list[Group], queries: Sequence[Query], first_number: int, ranks: Ranks) -> list[Group]:
@@ -24,7 +24,9 @@ def share(mine: list[Group], queries: Sequence[Query], first_number: int, ranks:
     outlines = ranks.gather(
         [
             {
-                "completions": [Elsewhere(c.tokens, c.trainable_tokens, c.supervised) for c in group.completions],
+                "completions": [
+                    RemoteCompletion(c.tokens, c.trainable_tokens, c.supervised) for c in group.completions
+                ],
                 "prompt_tokens": group.prompt_tokens,
                 "policy_version": group.policy_version,
                 "rewards": group.rewards,
