@@ -112,7 +112,7 @@ def main(model: str, scratch: str, output: str, budget: str, attention: str) -> 
     finite = all(t.isfinite().all() for _, t in engine.weights)
     moved = any(not torch.equal(t, before[n]) for n, t in engine.weights)
     results["poisoned"] = {"metrics": metrics, "unchanged": unchanged, "recovered": recovered}
-    results["poisoned"] |= {"finite": bool(finite), "moved": moved, "counted": engine.skipped_steps}
+    results["poisoned"] |= {"finite": bool(finite), "moved": moved}
     save = engine.model_snapshot()
     if ranks.is_main:
         save(Path(scratch) / f"saved_{ranks.world_size}")
