@@ -25,7 +25,7 @@ VISION = "rethinker_flash_vision"
 
 
 def kernel_for(config: PolicyConfig, on_gpu: bool) -> str:
-    """What policy.attention comes to: "sdpa", "flash" or "varlen".
+    """The kernel that policy.attention chooses: "sdpa", "flash" or "varlen".
 
     Raises:
         ConfigError: flash attention of a type that its kernels do not take.
@@ -45,7 +45,7 @@ def kernel_for(config: PolicyConfig, on_gpu: bool) -> str:
 class Layout:
     """The packed row arranged for the attention kernel.
 
-    `index[b, l]` is the row position that stands at (b, l); padding repeats position 0 and attends to itself only.
+    `index[b, l]` is the row position whose token is at (b, l); padding repeats position 0 and attends to itself only.
     `position[t]` is where row token t went, in the flattened [B * L]; if it went to several places, one of them.
     Without an index the row stays as it is: nothing is copied.
     """

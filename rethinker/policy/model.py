@@ -171,7 +171,7 @@ class Policy(nn.Module):
             seen = self._see(blank | pixels)
             return embeds + 0.0 * sum(part.sum() for part in seen).to(embeds.dtype), None, []
         features, *deep = self._see(batch.image_inputs)
-        # Placeholders inside responses were sampled by the policy and stand for no image.
+        # Placeholders inside responses were sampled by the policy and are no images.
         place = (ids == self.image_token_id) & to_device(batch.response_id == 0, ids.device)
         # That they are as many as the features is known: to count them would stop the host until the device is there.
         torch._assert_async(place.sum() == len(features))
@@ -212,14 +212,14 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # the check below names them
             output_loading_info=True,
         )
     except ConfigError:
         raise
-    except Exception as error:  # what is wrong with files from elsewhere surfaces as anything
+    except Exception as error:  # a damaged file may raise anything
         raise ConfigError(f"{named} could not be loaded: {one_line(error)}") from error
-    # transformers would fill a gap with random numbers and say so in a log.
+    # transformers would fill a gap with random numbers and only log it.
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         if names := sorted(map(str, loaded.get(fault) or ())):
             raise ConfigError(f"{named}: its weights are not the model's: {len(names)} {fault}, the first {names[0]}")
@@ -237,7 +237,7 @@ def load_processor(folder: str | Path):
     named = f"policy.model={str(folder)!r}"
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # no such folder; a folder without processor files; files that say anything
+    except Exception as error:  # no such folder; a folder without processor files; files with any content
         raise ConfigError(f"{named} has no processor: {one_line(error)}") from error
     for part in ("tokenizer", "image_processor", "image_token_id"):
         if getattr(processor, part, None) is None:

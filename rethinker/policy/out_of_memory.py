@@ -22,7 +22,7 @@ _MESSAGES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")  # from 
 
 
 class OutOfMemory(RuntimeError):
-    """Memory ran out; the message says what the next start will do, or what to set."""
+    """Memory ran out; the message names what the next start will do, or what to set."""
 
 
 @contextmanager

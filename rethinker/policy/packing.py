@@ -86,7 +86,7 @@ def pack(
         bundles: what `plan_micro_batches` gave this rank; an empty list makes a two-token row of weight 0.
         encode, pixels: from data.prompts.PromptEncoder.
         positions: a prompt's positions, from the policy's model: `Policy.positions`.
-        policy_version: today's, to tell each sample's age.
+        policy_version: the current one, for each sample's age.
         correction_cap: if set, weight each token by min(cap, pi_trainer / pi_rollout) and take the trainer's log-probs
             as the behaviour's (truncated importance sampling).
         nll_weight: factor of the supervised term on tokens of rethought responses.

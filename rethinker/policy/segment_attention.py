@@ -45,8 +45,8 @@ class SharedKeys:
     """A prompt's keys, which its responses' queries see besides the keys of their own segment."""
 
     segments: Segments  # all queries of the row; those that see no shared key are segments with no keys
-    keys: Tensor  # int64: where in the row the shared keys stand
-    queries: Tensor  # int64: where in the row the queries that see some stand
+    keys: Tensor  # int64: the shared keys' places in the row
+    queries: Tensor  # int64: the places of the queries that see some
 
 
 @dataclass(frozen=True)
