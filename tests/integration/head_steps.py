@@ -1,6 +1,6 @@
 """Run under torchrun by test_loss_head.py: the same optimizer step with the fused loss head and with its two lines.
 
-Usage: torchrun --nproc-per-node N -m tests.integration.head_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt
+Usage: torchrun --nproc-per-node N -m tests.integration.head_steps SCRATCH_FOLDER OUTPUT.pt MODEL_FOLDER ...
 """
 
 from __future__ import annotations
@@ -49,31 +49,36 @@ def count_gathers(weight: torch.nn.Parameter) -> list[int]:
     return count
 
 
-def main(model: str, scratch: str, output: str) -> None:
-    ranks = distributed.start(120)
-    pictures = Path(scratch) / f"pictures_{ranks.rank}"
-    pictures.mkdir(exist_ok=True)
+def steps(model: str, pictures: Path, ranks) -> dict:
+    """Metrics and gradients from the same weights, by (importance, way), and gathers of the head in the last step."""
     encoder = PromptEncoder(load_processor(model), DataConfig(min_pixels=1024, max_pixels=8192))
     samples = scenario("mixed", pictures, encoder)
     results = {"micro_batches": len(plan_micro_batches(samples, budget=BUDGET, world_size=ranks.world_size)[0])}
+    config = Config(
+        policy=PolicyConfig(model=model, dtype="float32"),
+        rollout=RolloutConfig(max_new_tokens=16, temperature=0.9),
+        algorithm=AlgorithmConfig(dual_clip=3.0),
+        train=TrainConfig(learning_rate=0.0, micro_batch_tokens=BUDGET),
+    )
+    engine = PolicyEngine(config, model, encoder, ranks, total_steps=10)
+    gradients, head = gradients_at_step(engine), engine.policy.hf.lm_head
     for importance in ("token", "sequence"):
+        config.algorithm.importance = importance
         for forward in (unfused, LossHead.forward):
-            config = Config(
-                policy=PolicyConfig(model=model, dtype="float32"),
-                rollout=RolloutConfig(max_new_tokens=16, temperature=0.9),
-                algorithm=AlgorithmConfig(importance=importance, dual_clip=3.0),
-                train=TrainConfig(learning_rate=1e-3, schedule="constant", warmup_ratio=0, micro_batch_tokens=BUDGET),
-            )
-            engine = PolicyEngine(config, model, encoder, ranks, total_steps=10)
-            if forward is unfused:
-                engine.policy.hf.lm_head.forward = forward.__get__(engine.policy.hf.lm_head)
-            gradients = gradients_at_step(engine)
+            head.forward = forward.__get__(head)
             metrics = engine.train_step(samples)
             results[importance, forward.__name__] = {"metrics": metrics, "gradients": dict(gradients)}
-    # The last engine's first step let DeepSpeed learn the order of the modules; from then on it keeps to it.
-    count = count_gathers(engine.policy.hf.lm_head.weight)
+    # The first steps let DeepSpeed learn the order of the modules; from then on it keeps to it.
+    count = count_gathers(head.weight)
     engine.train_step(samples)
-    results["gathers"] = count[0]
+    return results | {"gathers": count[0]}
+
+
+def main(scratch: str, output: str, *models: str) -> None:
+    ranks = distributed.start(120)
+    pictures = Path(scratch) / f"pictures_{ranks.rank}"
+    pictures.mkdir(exist_ok=True)
+    results = [steps(model, pictures, ranks) for model in models]
     if ranks.is_main:
         torch.save(results, output)
     distributed.stop()

@@ -17,7 +17,7 @@ from rethinker.config import ReplayConfig
 from rethinker.policy.packing import plan_micro_batches
 from rethinker.runtime import distributed
 from rethinker.runtime.ownership import bring, collect, share
-from rethinker.samples import Completion, Elsewhere, Group, Query
+from rethinker.samples import Completion, Group, Query, RemoteCompletion
 
 QUERIES = [Query(f"q{i}", "?", "!") for i in range(7)]  # an odd number: rank 0 holds one more
 REWARDS = [[1.0, 0.0, 0.0, 0.0, 0.25 * (i % 3)] for i in range(7)]
@@ -72,7 +72,7 @@ def main(folder: str) -> None:
         "drawn": drawn,
         "trained": trained,
         "held": held,
-        "elsewhere": sum(isinstance(c, Elsewhere) for group in groups for c in group.completions),
+        "elsewhere": sum(isinstance(c, RemoteCompletion) for group in groups for c in group.completions),
         "collectives": in_steps,
         "collectives_at_home": collectives[0] - in_steps,
         "groups": groups,
