@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from rethinker.checkpoint.state_file import read_state
 from rethinker.embedded.easy_vqa import easy_vqa
@@ -50,24 +51,36 @@ def prepare(folder: Path, questions: int = 64) -> None:
 
 
 class Forked:
-    """A process with what is used of subprocess.Popen, forked from one that has imported what a run needs."""
+    """A run's ranks, forked from a process that has imported what they need, with what is used of subprocess.Popen."""
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
-        self._process = FORKS.Process(target=_train, args=(arguments, str(log)))
-        self._process.start()
-        self.pid = self._process.pid
-        while os.getpgid(self.pid) != self.pid:  # until it leads a process group of its own, which can be killed
-            time.sleep(0.01)
+    def __init__(self, arguments: list[str], log: Path, ranks: int) -> None:
+        places = [{}]  # of a single rank: none
+        if ranks > 1:
+            meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+            places = [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        self._ranks = []
+        for place in places:
+            group = self.pid if self._ranks else 0
+            self._ranks.append(FORKS.Process(target=_train, args=(arguments, str(log), place, group)))
+            self._ranks[-1].start()
+            while os.getpgid(self._ranks[-1].pid) != self.pid:  # until it is in the group, which can be killed
+                time.sleep(0.01)
+
+    @property
+    def pid(self) -> int:
+        return self._ranks[0].pid
 
     @property
     def returncode(self) -> int | None:
-        return self._process.exitcode
+        codes = [rank.exitcode for rank in self._ranks]
+        return None if None in codes else next(filter(None, codes), 0)
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
+        for rank in self._ranks:
+            rank.join(timeout)
         assert self.returncode is not None, f"the run has not ended in {timeout} s"
         return self.returncode
 
@@ -75,13 +88,14 @@ class Forked:
         os.kill(self.pid, number)
 
 
-def _train(arguments: list[str], log: str) -> None:
+def _train(arguments: list[str], log: str, place: dict[str, str], group: int) -> None:
     """`rethinker train` in this process, which is a fresh copy of the one that only imported."""
-    os.setsid()
+    os.setpgid(0, group)  # 0: a group of its own
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(output, number)
     os.chdir(ROOT)
+    os.environ.update(place)
     from rethinker import cli
 
     sys.exit(cli.main(["train", *arguments]))
@@ -96,18 +110,23 @@ FORKS.set_forkserver_preload(
 
 
 def start(
-    folder: Path, name: str, *options: str, ranks: int = 1, launch: tuple[str, ...] = ()
+    folder: Path, name: str, *options: str, ranks: int = 1, torchrun: tuple[str, ...] | None = None
 ) -> Forked | subprocess.Popen:
-    """Start, or with --resume continue, a run; its output goes to <name>.log. `launch` are options of torchrun."""
+    """Start, or with --resume continue, a run; its output goes to <name>.log.
+
+    Args:
+        torchrun: start the ranks with it and these options, in processes that share nothing with this one.
+    """
     arguments = ["easy_vqa_cpu", "--run.dir", str(folder), "--run.name", name, "--policy.model", str(folder / "model")]
     arguments += ["--data.train", str(folder / "questions.jsonl"), "--data.category_weights", "{}"]
     arguments += ["--reward.function", f"{folder / 'reward.py'}:parity", *OPTIONS, *options]
-    if ranks == 1:
-        return Forked(arguments, folder / f"{name}.log")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launch]
-    with (folder / f"{name}.log").open("a") as log:
-        command = [sys.executable, *torchrun, "-m", "rethinker", "train", *arguments]
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    log = folder / f"{name}.log"
+    if torchrun is None:
+        return Forked(arguments, log, ranks)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *torchrun]
+    with log.open("a") as output:
+        command = [sys.executable, *launcher, "-m", "rethinker", "train", *arguments]
+        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
 
 
 def finish(folder: Path, name: str, *options: str, ranks: int = 1) -> None:
