@@ -138,17 +138,11 @@ def _is_address(text: str) -> bool:
 
 
 def lora_targets(linears: Collection[str], targets: list[str]) -> list[str]:
-    """The linear layers that get adapters.
-
-    Args:
-        linears: names within a decoder layer, as self_attn.q_proj.
-        targets: policy.lora.target_modules.
-
-    Returns:
-        Those whose name, or the end of it, is among the targets, sorted; without targets all.
+    """Of a decoder layer's linear layers, as self_attn.q_proj, those that get adapters, sorted: the ones whose name
+    ends in one of `policy.lora.target_modules`, or all where none is given.
 
     Raises:
-        ConfigError: a target is none of them.
+        ConfigError: no layer's name ends in a target.
     """
     named = {target: {name for name in linears if f".{name}".endswith(f".{target}")} for target in targets}
     for target, found in named.items():

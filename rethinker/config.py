@@ -48,8 +48,7 @@ class RunConfig:
     save_completions: bool = True
     """Write every episode's completions to completions/*.parquet."""
     stall_s: ranges.Positive = 600.0
-    """Without progress for so long (no phase of a step begins or ends) every rank writes its threads' stacks to
-    logs/rank_*.log, again after twice the time, and so on; nothing is ended."""
+    """After so long without progress every rank writes its threads' stacks to logs/rank_*.log; nothing is ended."""
 
 
 @dataclass
@@ -60,22 +59,22 @@ class DataConfig:
     """`easy_vqa` or `digits` (embedded), a Hugging Face data set name or folder, or a .parquet / .jsonl file; `sources`
     mixes those of data.sources."""
     sources: dict[str, dict] = field(default_factory=dict)
-    """Data sets to mix, by name: `{geometry: {train: geometry.parquet, weight: 2}, charts: {train: charts.jsonl,
-    weight: 1}}`. Weights are shares of the questions drawn, given for all or for none (then by size). An entry may have
-    its own train_split, fields, image_root, pass_rate, max_bad_rows and category_weights."""
+    """Data sets to mix: `{geometry: {train: a.parquet, weight: 2}, charts: {train: b.jsonl, weight: 1}}`. Weights are
+    shares of the questions drawn, given for all or for none (then by size). An entry may have its own train_split,
+    fields, image_root, pass_rate, max_bad_rows and category_weights."""
     streaming: bool = False
-    """Read data.train while training instead of whole before it: for a data set that does not fit in memory, or on this
-    disk. Needs train.max_steps; without data.category_weights, and data.sources with weights."""
+    """Read data.train while training, for a data set that does not fit in memory or on this disk. Needs
+    train.max_steps, weights in data.sources, and no data.category_weights."""
     shuffle_buffer: ranges.Count = 10_000
-    """With data.streaming: questions held at a time (with their images, where a row holds these as bytes), and shuffled
-    among themselves. The parts of the data set (row groups, files) come in another order in each epoch, too."""
+    """With data.streaming: questions held at a time, with their images where a row has their bytes, and shuffled. The
+    row groups or files of the data set come in another order in each epoch, too."""
     train_split: str = "train"
     """Split of a Hugging Face data set to train on."""
     validation: ranges.PathOrName | None = "easy_vqa"
     """Held-out questions, named as `train` is; `split` holds out a part of data.train; null: no validation."""
     validation_share: ranges.Fraction = 0.02
-    """With data.validation=split: share of the images held out, with all questions about them (text-only questions by
-    their text). Which ones is a matter of their hash alone: not of the order, the seed, or rows added later."""
+    """With data.validation=split: share of the images held out, with all questions about them. The hash of an image (or
+    of a question without one) decides, not the order, the seed, or rows added later."""
     pass_rate: str | None = None
     """Column of a model's pass rates: train only on questions with 0 < pass rate < 1. -1 is not measured: left out."""
     validation_split: str = "test"
@@ -85,13 +84,12 @@ class DataConfig:
     )
     """Which column holds the question, the answer, the images (a path, a list, or bytes) and the id."""
     max_bad_rows: ranges.Share = 0.01
-    """Share of the rows that may be unusable (no question, odd answer, broken image): they are left out and counted;
-    beyond it, and with any such row in a data set too small for a share, the run stops at the first."""
+    """Share of the rows that may be unusable (no question, odd answer, broken image): they are left out and counted.
+    Beyond it, and at any such row of a data set too small for a share, the run stops."""
     image_root: ranges.PathOrName | None = None
-    """Folder that relative image paths start from; by default the data file's own folder. It may be a .zip or .tar that
-    is read as it is, and paths may lead through one (`images.zip/a/1.png`). A path in a row may lead
-    anywhere, but is read only if it is a regular file, and only as an image (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM,
-    AVIF; of an animation the first frame). Nothing is downloaded."""
+    """Folder that relative image paths start from; by default the data file's own. It may be a .zip or .tar, and paths
+    may lead through one (`images.zip/a/1.png`). A path may lead anywhere, but is read only as a regular file, and only
+    as an image (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, AVIF; of an animation the first frame). Nothing is downloaded."""
     prompt: str = "{question}\nPut your final answer within \\boxed{}."
     """Prompt template; `{question}` stands for the question."""
     system: str | None = None

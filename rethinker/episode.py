@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rethinker.algorithm.cues import rethinks
-from rethinker.algorithm.rethinking import Rethinker, make_triggers, released_reward
+from rethinker.algorithm.rethinking import Rethinker, make_triggers, released_reward, rethinks
 from rethinker.config import Config
 from rethinker.data.prompts import PromptEncoder
 from rethinker.data.query_stream import QueryStream
@@ -174,7 +173,7 @@ class Episodes:
                 self.rethinker.force(
                     work.groups,
                     work.prompts,
-                    self.rollout,
+                    self.rollout.generate,
                     lambda trials: judge(trials, self.checker, config),
                     self._seed(work, stream=1),
                 )

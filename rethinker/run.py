@@ -24,7 +24,7 @@ from rethinker.data.datasets import load_queries
 from rethinker.data.images import check_images
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.streaming import open_stream
-from rethinker.embedded.warmup import warmed_up_tiny
+from rethinker.embedded.files import as_files, model_folder
 from rethinker.episode import Episodes, score_again
 from rethinker.evaluation.validation import validate
 from rethinker.policy.engine import PolicyEngine
@@ -65,7 +65,7 @@ class Run:
 
     def _open(self, stack: ExitStack) -> None:
         config = self.config
-        stream, questions = open_stream(config.data, config.seed)
+        stream, questions = open_stream(as_files(config.data, "train"), config.seed)
         held_out = load_held_out(config)
         check_images([*stream.queries, *held_out], config.data)
         self.total_steps = schedule_length(config, questions)
@@ -294,16 +294,14 @@ def load_held_out(config: Config) -> list[Query]:
     """The validation questions: the first `validation.size` of a seeded shuffle, the same ones at every seed."""
     if config.data.validation is None:
         return []
-    queries = load_queries(config.data, "validation", most=config.validation.size)
+    queries = load_queries(as_files(config.data, "validation"), "validation", most=config.validation.size)
     random.Random(0).shuffle(queries)
     return queries[: config.validation.size]
 
 
 def initial_model(config: Config, ranks: distributed.Ranks) -> Path:
     """Where training starts: policy.model, or the tiny model that rank 0 builds and warms up."""
-    if config.policy.model != "tiny":
-        return Path(config.policy.model)
-    return ranks.broadcast(warmed_up_tiny(config.policy.warmup, config.data) if ranks.is_main else None)
+    return Path(ranks.broadcast(model_folder(config) if ranks.is_main else None))
 
 
 def seed_everything(seed: int) -> None:

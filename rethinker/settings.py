@@ -88,13 +88,7 @@ def presets() -> dict[str, Path]:
 
 
 def _recipes(recipe: str | Path) -> Iterator[dict[str, Any]]:
-    """What a recipe says, `NAME` or `NAME+PRESET+...`: later settings replace earlier ones.
-
-    A name is that of a shipped recipe or preset, or a YAML file.
-
-    Raises:
-        ConfigError: naming the part that does not exist, and those that do.
-    """
+    """What the parts of `NAME+PRESET+...` say, each a shipped recipe or preset or a YAML file: later ones win."""
     is_file = os.path.isfile(os.path.expanduser(recipe))  # unlike Path.is_file no error on a name no file can have
     for number, part in enumerate([str(recipe)] if is_file else str(recipe).split("+")):
         named = {**presets(), **shipped_recipes()} if number else shipped_recipes()
@@ -218,15 +212,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str, what: str) -> Any:
-    """What a YAML text says; only plain values, whoever wrote it.
-
-    Args:
-        text: of a file.
-        what: it is, for the message.
-
-    Raises:
-        ConfigError: in one line.
-    """
+    """What a YAML text says: plain values, whoever wrote it. A ConfigError names `what` in one line."""
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # besides its own errors, whatever Python says of `!!timestamp never` or `!!int x`
