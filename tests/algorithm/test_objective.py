@@ -10,7 +10,7 @@ import torch
 
 from rethinker.algorithm.objective import loss_normalizer, supervised_weight, surrogate_inputs, trainable_mask
 from rethinker.config import AlgorithmConfig
-from rethinker.samples import Elsewhere, Rethought
+from rethinker.samples import RemoteCompletion, Rethought
 from rethinker_kernels import GRPO_STATS, grpo_loss
 from tests.algorithm.examples import completion, packed, sample
 
@@ -154,7 +154,7 @@ def test_mask_is_the_triggers_span():
 def test_supervised_weight_is_a_mean_over_rethought_tokens():
     """rethink.supervised_weight times the mean -log p of all rethought responses' tokens, wherever they are held."""
     rethought = [sample(1.0, length=6, rethought=TRIGGER), sample(1.0, length=5, rethought=TRIGGER)]
-    away = dataclasses.replace(rethought[1], completion=Elsewhere(9, 7, supervised=True))
+    away = dataclasses.replace(rethought[1], completion=RemoteCompletion(9, 7, supervised=True))
     assert supervised_weight([*SAMPLES, rethought[0]], 0.05) == 0.05 / 12  # SAMPLES holds one of 6 tokens
     assert supervised_weight([rethought[0], away], 0.1) == 0.1 / 15
     assert supervised_weight([sample(1.0, length=3)], 0.05) == 0.0 == supervised_weight([], 0.05)
