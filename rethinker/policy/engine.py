@@ -26,7 +26,7 @@ from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.policy.schedule import learning_rate
 from rethinker.policy.zero3 import deepspeed_config, without_optimizer
 from rethinker.runtime.distributed import Ranks
-from rethinker.runtime.ownership import bring
+from rethinker.runtime.ownership import fetch
 from rethinker.runtime.profiling import phase
 from rethinker.samples import Bundle, PackedBatch, Sample
 from rethinker_kernels import LINEAR_GRPO_STATS
@@ -259,7 +259,7 @@ class PolicyEngine:
         return sums
 
     def _micro_batches(self, plan: Plan, nll_weight: float) -> Iterator[PackedBatch]:
-        for bundles in bring(plan, self.ranks):
+        for bundles in fetch(plan, self.ranks):
             with phase("pack"):
                 batch = self._pack(bundles, self.config.algorithm.rollout_correction, nll_weight)
             yield batch
