@@ -69,6 +69,8 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"--port {options.port} must leave room for {options.replicas} ports below 65536")
     import torch
 
+    from rethinker.embedded.files import model_folder
+
     gpus = torch.cuda.device_count()
     ports = range(options.port, options.port + options.replicas)
     environments = [environment(config, i, options.replicas, gpus) for i in range(options.replicas)]
@@ -96,15 +98,6 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     finally:
         end(servers)
-
-
-def model_folder(config: Config) -> str:
-    """What to serve first; a run sends its own weights when it starts."""
-    if config.policy.model != "tiny":
-        return os.path.expanduser(config.policy.model)
-    from rethinker.embedded.warmup import warmed_up_tiny
-
-    return str(warmed_up_tiny(config.policy.warmup, config.data))
 
 
 def command(config: Config, model_dir: str, host: str, port: int, *, gpu: bool) -> list[str]:
