@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rethinker.embedded.tiny import create_tiny
-from rethinker.report.contents import FIGURES
+from rethinker.report.figures import FIGURES
 from rethinker.report.page import write_report
 from tests.report.conftest import PHONE
 from tests.report.examples import TRIGGER, forced, group, picture, write_evaluation, write_run

@@ -18,10 +18,10 @@ from PIL import Image
 from rethinker.config import ConfigError
 from rethinker.embedded.tokenizer import train_tokenizer
 from rethinker.report import completions, page
-from rethinker.report.contents import FIGURES
+from rethinker.report.completions import TriggerFinder
+from rethinker.report.figures import FIGURES
 from rethinker.report.page import report_or_warning, write_report
 from rethinker.report.runs import read_run
-from rethinker.report.triggers import TriggerFinder
 from rethinker.samples import Rethought
 from tests.report.examples import TRIGGER, forced, group, picture, write_evaluation, write_run
 
@@ -195,7 +195,7 @@ def test_the_sample_covers_the_run(tmp_path):
     first, again = (completions.sample_completions(runs) for _ in range(2))
     assert first == again and first.responses == 1000 and len(first.groups) == completions.MOST_GROUPS
     for run in runs:
-        episodes = [shown.episode for shown in first.groups if shown.run == run.label]
+        episodes = [shown["episode"] for shown in first.groups if shown["run"] == run.label]
         assert len(episodes) == completions.MOST_GROUPS // 2 and episodes == sorted(episodes)
         assert (episodes[0], episodes[-1]) == (0, 99)
 
