@@ -39,7 +39,7 @@ _EXTRAS = {"wandb": "wandb", "trackio": "trackio", "trl": "dev", "pytest": "dev"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `fix` is the command that repairs it; training cannot run without a part that `blocks`."""
+    """One line of the report; `fix` is the command that repairs it; what `blocks` keeps training from running."""
 
     part: str
     state: str
@@ -142,13 +142,8 @@ def _accelerator() -> Iterator[Finding]:
         return
     nccl = torch.distributed.is_nccl_available()
     version = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "not in this torch"
-    yield Finding(
-        "NCCL",
-        f"{version}; torch is built for CUDA {torch.version.cuda}",
-        nccl,
-        how_to_install("torch"),
-        blocks=torch.cuda.device_count() > 1,
-    )
+    state, several = f"{version}; torch is built for CUDA {torch.version.cuda}", torch.cuda.device_count() > 1
+    yield Finding("NCCL", state, nccl, how_to_install("torch"), blocks=several)
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         flash = device.major >= 8

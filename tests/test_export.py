@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,7 +70,7 @@ def test_the_card_says_what_was_trained(run):
 
 
 def test_a_lora_run_has_its_adapters(run):
-    """The adapters are in the folder, and the card says rank and alpha, and that the weights are merged; else neither."""
+    """The adapters are in the folder, and the card says rank, alpha and that the weights are merged; else neither."""
     assert not (export(run) / "adapter").exists() and "LoRA" not in Path("exports/mine/README.md").read_text()
     adapter = run / "checkpoints" / "best_000004" / "adapter"
     adapter.mkdir()
@@ -103,7 +101,7 @@ def test_nothing_is_overwritten_or_left(run, monkeypatch):
     with pytest.raises(ConfigError, match="--output taken is not empty"):
         export(run, "taken")
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("rethinker.export.shutil.copytree", full)
@@ -123,7 +121,7 @@ def test_pushing(run, monkeypatch, capsys):
         def upload_folder(self, repo_id, folder_path, commit_message):
             calls.append(sorted(path.name for path in Path(folder_path).iterdir()))
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=Hub))
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert main([str(run), "--output", "a", "--push", "me/mine", "--private"]) == 0
     assert calls[0] == ("me/mine", True) and "README.md" in calls[1]
     assert capsys.readouterr().out.splitlines() == ["a", "https://huggingface.co/me/mine"]

@@ -12,7 +12,7 @@ from rethinker.config import ConfigError
 from rethinker.report.runs import RunRecord
 
 TEXT, GRID = "#222222", "#e4e4e4"
-# Okabe and Ito's, less their yellow: told apart with any colour vision, dark enough on white. Marks and dashes differ
+# Okabe and Ito's, less their yellow: distinct with any colour vision, dark enough on white. Marks and dashes differ
 # too.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#56b4e9", "#8c6d00", "#444444")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

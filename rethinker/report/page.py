@@ -63,7 +63,7 @@ def write_report(
         page = _render(
             runs=runs,
             figures=figures,
-            analysis={"svg": analysis_svg, "comparison": comparison, "table": table, "asked": bool(evaluations)},
+            analysis={"svg": analysis_svg, "comparison": comparison, "table": table, "given": bool(evaluations)},
             summary=summary(runs),
             tables=[table for table in (categories(runs), changed_settings(runs)) if table],
             browser=sample_completions(runs),

@@ -168,6 +168,6 @@ def _draw_ratios(axes: Any, comparison: Comparison, places: np.ndarray) -> None:
 
 
 def _short(model: str) -> str:
-    """What tells a model apart: a checkpoint of a run by the run's name."""
+    """The short name of a model: a checkpoint of a run by the run's name."""
     parts = Path(model).parts
     return parts[-3] if len(parts) > 2 and parts[-2] == "checkpoints" else parts[-1] if parts else model

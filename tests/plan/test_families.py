@@ -97,7 +97,7 @@ def test_a_run_is_planned(folder):
 
 
 def test_a_model_of_no_family(tmp_path):
-    """It is refused by its kind."""
+    """It is an error that names its kind."""
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(ConfigError, match="is a 'qwen2' model; supported: qwen2_5_vl"):
         shape_of(str(tmp_path))

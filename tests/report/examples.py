@@ -18,7 +18,7 @@ TRIGGER = "\n\nWait, let's double check"
 
 
 def metrics_of(step: int, algorithm: str = "ssr") -> dict:
-    """A row of metrics.jsonl; every number is told apart by its step."""
+    """A row of metrics.jsonl; every number depends on its step."""
     ssr = algorithm == "ssr"
     return {
         "step": step,

@@ -81,7 +81,7 @@ def test_an_injected_script_would_be_blocked(browser, page, tmp_path):
 
 
 def test_filters(browser, page):
-    """Each verdict shows its responses alone, whatever was closed before; all brings the rest back."""
+    """Each verdict shows its responses alone, whatever was closed before; with `all` the rest is there again."""
     browser.open(page)
     assert visible_responses(browser) == ["a red circle", "wrong: red"]  # of the first question, which is open
     choose(browser, "wrong")

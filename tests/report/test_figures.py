@@ -1,4 +1,4 @@
-"""Figures show the runs' own numbers, told apart by algorithm, and say nothing where there is nothing to show."""
+"""Figures show the runs' own numbers, labelled by algorithm, and are not drawn where there is nothing to show."""
 
 from __future__ import annotations
 
@@ -94,14 +94,14 @@ def test_times_add_up_to_the_step(tmp_path, three):
 
 
 def test_replay_is_of_the_runs_that_replay(three):
-    """Fraction, size and age of ssr's buffer, in the colour that ssr has elsewhere; without ssr no such figure."""
+    """Fraction, size and age of ssr's buffer, in ssr's colour of other figures; without ssr no such figure."""
     share, size, age = draw("replay", three).axes
     assert list(lines(share)) == ["ssr"]
     np.testing.assert_allclose(lines(share)["ssr"][1], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     np.testing.assert_allclose(lines(size)["ssr"][1], [50, 100, 150, 200, 250, 300])
     np.testing.assert_allclose(lines(age)["ssr"][1], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-    elsewhere = {line.get_label(): line.get_color() for line in draw("effective_queries", three).axes[0].get_lines()}
-    assert share.get_lines()[0].get_color() == elsewhere["ssr"]
+    colors = {line.get_label(): line.get_color() for line in draw("effective_queries", three).axes[0].get_lines()}
+    assert share.get_lines()[0].get_color() == colors["ssr"]
     assert draw("replay", three[:2]) is None
 
 

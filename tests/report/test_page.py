@@ -1,4 +1,4 @@
-"""The page tells a run's own facts, escapes what models wrote, stays bounded, and does without missing parts."""
+"""The page has a run's own facts, escapes what models wrote, stays bounded, and does without missing parts."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_triggers_are_found_by_their_words(tmp_path):
 
 
 def test_a_failed_report_is_one_warning(tmp_path, capsys, monkeypatch):
-    """Whatever goes wrong in it, training gets None back and one line is told."""
+    """Whatever goes wrong in it, training gets None back, and one line is printed."""
     run = write_run(tmp_path / "run")
     assert report_or_warning(run) == run / "report.html"
     monkeypatch.setattr(page, "sample_completions", lambda runs: 1 / 0)
