@@ -12,6 +12,7 @@ from rethinker.config import Config
 from rethinker.plan.memory import MicroBatch, lora_parameters, weight_bytes, zero3
 from rethinker.plan.rollout import kv_bytes_per_token
 from rethinker.plan.shapes import Shape
+from rethinker.policy.throughput import PEAK_FLOPS
 
 _TEXT_TOKENS = 100  # of a likely prompt, besides its image
 
@@ -26,7 +27,7 @@ class Machine:
     host_memory: float | None  # bytes of a node
     disk: float | None = None  # bytes free at run.dir
     mfu: float = 0.4
-    peak_flops: float = 989e12
+    peak_flops: float = PEAK_FLOPS["H100"]
     bandwidth: float = 3.35e12  # bytes/s of a GPU's memory
     between_nodes: float = 50e9  # bytes/s of a GPU to other nodes
     nvlink: float = 450e9  # and within its node

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     for name, value in vars(options).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g} must be above 0")
-    if options.mfu > 1:
+    if options.mfu is not None and options.mfu > 1:
         raise ConfigError(f"--mfu {options.mfu:g} must be at most 1")
     from rethinker.settings import resolve_config
 
@@ -65,10 +65,10 @@ def _parser() -> Parser:
     add("--prompt-tokens", type=int, metavar="N", help="likely prompt [one image of data.max_pixels and 100 of text]")
     add("--response-tokens", type=int, metavar="N", help="likely response [a quarter of rollout.max_new_tokens]")
     add("--queries", type=int, metavar="N", help="questions in the data set, for the length of the schedule")
-    add("--mfu", type=float, default=0.4, help="share of the GPU's peak that training reaches: an assumption [0.4]")
-    add("--peak-tflops", type=float, default=989.0, metavar="X", help="dense bf16, of a GPU [989: H100 and H200]")
-    add("--bandwidth", type=float, default=3.35, metavar="TB/S", help="of a GPU's memory [3.35: H100]")
-    add("--network", type=float, default=50.0, metavar="GB/S", help="of a GPU to other nodes [50: 400 Gbit/s]")
+    add("--mfu", type=float, metavar="X", help="share of the GPU's peak that training reaches: an assumption [0.4]")
+    add("--peak-tflops", type=float, metavar="X", help="dense bf16, of a GPU [989: H100 and H200]")
+    add("--bandwidth", type=float, metavar="TB/S", help="of a GPU's memory [3.35: H100]")
+    add("--network", type=float, metavar="GB/S", help="of a GPU to other nodes [50: 400 Gbit/s]")
     add("--json", action="store_true", help="print all of it as JSON")
     return parser
 
@@ -91,17 +91,11 @@ def _machine(options: Namespace, run_dir: str) -> Machine:
         host = host or memory_gb()
         folder = Path(run_dir).expanduser().absolute()
         disk = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-    return Machine(
-        gpus=gpus,
-        gpu_memory=(memory or 80.0) * _GIB,
-        gpus_per_node=options.gpus_per_node,
-        host_memory=host and host * _GIB,
-        disk=disk,
-        mfu=options.mfu,
-        peak_flops=options.peak_tflops * 1e12,
-        bandwidth=options.bandwidth * 1e12,
-        between_nodes=options.network * 1e9,
-    )
+    speeds = {"mfu": (options.mfu, 1), "peak_flops": (options.peak_tflops, 1e12)}
+    speeds |= {"bandwidth": (options.bandwidth, 1e12), "between_nodes": (options.network, 1e9)}
+    given = {name: value * unit for name, (value, unit) in speeds.items() if value is not None}
+    memory = (memory or 80.0) * _GIB
+    return Machine(gpus, memory, options.gpus_per_node, host and host * _GIB, disk, **given)
 
 
 def as_json(plan: Plan, recipe: str) -> dict[str, Any]:

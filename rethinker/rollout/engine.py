@@ -9,9 +9,6 @@ import torch
 
 from rethinker.samples import Completion, Prompt
 
-BUCKET_BYTES = 256 << 20
-"""Of full tensors on their way to the engine: in memory, or in one file for a server."""
-
 
 class WeightStream(Protocol):
     """The policy's weights, as its engine gives them to the rollout."""

@@ -27,9 +27,11 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from rethinker.rollout.checksums import Checksum, checksum
-from rethinker.rollout.engine import BUCKET_BYTES, WeightStream
+from rethinker.rollout.engine import WeightStream
 
 BACKEND = "inprocess"
+# Tensors are copied when they leave the stream (it may reuse their memory) and live until their layer is loaded.
+BUCKET_BYTES = 256 << 20
 
 
 @dataclass

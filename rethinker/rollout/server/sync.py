@@ -19,9 +19,10 @@ import torch
 
 from rethinker.config import ConfigError
 from rethinker.rollout.deadline import Deadline
-from rethinker.rollout.engine import BUCKET_BYTES, WeightStream
+from rethinker.rollout.engine import WeightStream
 from rethinker.rollout.server.replicas import Replicas
 
+BUCKET_BYTES = 256 << 20  # of tensors in one file: on disk and, while it is loaded, in the server's memory
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Watch = Callable[[str, torch.Tensor], None]
 
