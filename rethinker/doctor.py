@@ -8,12 +8,14 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+
+from rethinker.config import ConfigError
 
 MIN_MEMORY_GB = 6.0
 MIN_DISK_GB = 1.0
@@ -69,8 +71,10 @@ def examine() -> list[Finding]:
     return [*_machine(), *_processes(), *_accelerator(), *_packages(), *_compilers()]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Print the report. Returns the exit code: 0 if training can run here, 1 if not."""
+    if arguments:
+        raise ConfigError(f"rethinker doctor takes no arguments, and got {arguments[0]!r}")
     findings = examine()
     for finding in findings:
         mark = "ok" if finding.ok else "MISSING" if finding.blocks else "-"

@@ -55,10 +55,11 @@ def main(arguments: Sequence[str]) -> int:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / _MANIFEST).is_file():
         parser.error(f"--output {folder} holds other files; choose another folder")
     from rethinker.data.datasets import load_queries
+    from rethinker.embedded.files import as_files
 
     # All questions: with data.validation=split the subset is split again, and by hash alike.
     everything = dataclasses.replace(config.data, validation=None)
-    queries = load_queries(everything, "train")
+    queries = load_queries(as_files(everything, "train"), "train")
     if options.limit is not None and options.limit < len(queries):
         picked = sorted(random.Random(0).sample(range(len(queries)), options.limit))
         queries = [queries[i] for i in picked]
@@ -126,6 +127,7 @@ def curate(config: Config, queries: list[Query], samples: int, size: int | None,
         ConfigError: the folder holds another measurement; no question qualifies; whatever the engine refuses.
     """
     from rethinker.curation import measure, output
+    from rethinker.embedded.files import model_folder
     from rethinker.runtime import distributed
     from rethinker.runtime.distributed import Ranks
     from rethinker.version import versions
@@ -135,7 +137,7 @@ def curate(config: Config, queries: list[Query], samples: int, size: int | None,
         if "RANK" in os.environ:
             ranks = distributed.start(config.rollout.timeout_s)
             stack.callback(distributed.stop)
-        model = ranks.broadcast(_model(config) if ranks.is_main else None)
+        model = ranks.broadcast(model_folder(config) if ranks.is_main else None)
         measured = ranks.broadcast(_measured(config, model, queries, samples) if ranks.is_main else None)
         if ranks.is_main:
             _begin(folder, measured)
@@ -163,15 +165,6 @@ def curate(config: Config, queries: list[Query], samples: int, size: int | None,
         print(f"{len(chosen):,d} questions{short}: {counts['subset_by_category']}")
         print(f"train on them: rethinker train {folder / output.RECIPE}")
         return rates
-
-
-def _model(config: Config) -> str:
-    """The model's folder or name."""
-    if config.policy.model != "tiny":
-        return config.policy.model
-    from rethinker.embedded.warmup import warmed_up_tiny
-
-    return str(warmed_up_tiny(config.policy.warmup, config.data))
 
 
 def _ask(

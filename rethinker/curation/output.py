@@ -19,6 +19,7 @@ from rethinker.data.archives import open_member
 from rethinker.data.datasets import image_root
 from rethinker.data.image_cache import archive_of_embedded
 from rethinker.data.mixture import SOURCES
+from rethinker.embedded.files import as_files
 from rethinker.samples import Query
 from rethinker.settings import flat, to_yaml
 
@@ -36,7 +37,7 @@ def write_subset(folder: Path, queries: Sequence[Query], rates: Sequence[PassRat
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    columns, root = _columns(config.data), image_root(config.data)
+    columns, root = _columns(config.data), _root(config.data)
     names = {noun: column for noun, column in columns.items() if noun not in ("question", "answer", "images", "id")}
     table: dict[str, list[Any]] = {
         columns["id"]: [query.id for query in queries],
@@ -59,6 +60,10 @@ def write_subset(folder: Path, queries: Sequence[Query], rates: Sequence[PassRat
             writer.write_table(texts.slice(start, _ROWS).append_column(columns["images"], images).cast(schema))
     os.replace(partial, path)
     return path
+
+
+def _root(data: DataConfig) -> str | None:
+    return image_root(as_files(data, "train"))
 
 
 def _columns(data: DataConfig) -> dict[str, str]:
@@ -92,7 +97,7 @@ def _image(reference: Any, root: str | None, embedded: bool) -> Any:
 
 def write_recipe(folder: Path, config: Config, model: str) -> None:
     """The recipe as it was, but for the data: `rethinker train FOLDER/recipe.yaml` trains on the subset as it is."""
-    root = image_root(config.data)
+    root = _root(config.data)
     data = dataclasses.replace(
         config.data,
         train=str((folder / SUBSET).absolute()),

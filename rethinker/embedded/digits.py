@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 
-from rethinker.config import ConfigError
 from rethinker.samples import Query
 
 SIDE = 64  # pixels of an image; the originals have 8
@@ -30,14 +29,9 @@ def digits(split: Literal["train", "test"]) -> list[Query]:
 
     Ids are `digits/<split>/<image>/<question>`; metadata holds `category` ("read", "compare" or "add") and `image_ids`,
     which count scikit-learn's images. An image belongs to one split.
-
-    Raises:
-        ConfigError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ConfigError("data.train=digits needs the package scikit-learn: pip install scikit-learn") from error
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     values = data.target.tolist()  # [1797]
     order = np.random.default_rng(0).permutation(len(values))

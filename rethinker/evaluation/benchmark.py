@@ -34,12 +34,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from rethinker.checks import is_plain_name
 from rethinker.config import ConfigError, DataConfig
-from rethinker.data.datasets import BUILT_IN, load_queries
+from rethinker.data.datasets import load_queries
 from rethinker.data.sources import open_table
+from rethinker.embedded.files import DATA_SETS, as_files
 from rethinker.evaluation.benchmark_data import data_files
 from rethinker.evaluation.images_in_text import NotAnImageError, image_references, mark_images
+from rethinker.ranges import is_plain_name
 from rethinker.samples import Query
 from rethinker.settings import read_yaml_file
 
@@ -101,7 +102,7 @@ def load_benchmark(name: str) -> Benchmark:
     fault = _fault(benchmark)
     if fault:
         raise ConfigError(f"--benchmark {name}: {path}: {fault}")
-    described = benchmark.parts or benchmark.data in BUILT_IN
+    described = benchmark.parts or benchmark.data in DATA_SETS
     if not described and not (benchmark.data and benchmark.files and benchmark.fields.get("answer")):
         raise ConfigError(f"--benchmark {name}: {path} needs data, files and fields.answer")
     if benchmark.answer_kind not in get_args(AnswerKind):
@@ -153,10 +154,11 @@ def benchmark_queries(benchmark: Benchmark, data: str | None = None) -> tuple[li
     """
     if benchmark.parts:
         return _joined_parts(benchmark, data)
-    if benchmark.data in BUILT_IN:
+    if benchmark.data in DATA_SETS:
         if data is not None:
             raise ConfigError(f"--data {data}: {benchmark.name} comes with the package {benchmark.data}; leave it out")
-        return load_queries(DataConfig(validation=benchmark.data), "validation"), Counter()
+        own = as_files(DataConfig(validation=benchmark.data), "validation")
+        return load_queries(own, "validation"), Counter()
     folder, files = data_files(
         benchmark.name, benchmark.folder or benchmark.name, benchmark.data, benchmark.files, data
     )

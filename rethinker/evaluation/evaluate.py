@@ -12,8 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rethinker.algorithm.cues import rethinks
-from rethinker.algorithm.rethinking import Trigger, continue_after_trigger
+from rethinker.algorithm.rethinking import Trigger, continue_after_trigger, rethinks
 from rethinker.data.prompts import PromptEncoder
 from rethinker.evaluation import Mode
 from rethinker.evaluation.benchmark import accepted_answers
@@ -121,7 +120,7 @@ def _answer(
     chosen = [triggers[zlib.crc32(queries[i].id.encode()) % len(triggers)] for i in again]
     room = 2 * max_new_tokens + max(len(trigger.token_ids) for trigger in triggers)
     second = continue_after_trigger(
-        rollout,
+        rollout.generate,
         [prompts[i] for i in again],
         [first[i] for i in again],
         chosen,

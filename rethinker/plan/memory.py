@@ -18,7 +18,7 @@ from rethinker.plan.activations import text_activations, vision_activations
 from rethinker.plan.shapes import Shape
 from rethinker.policy.attention import kernel_for
 from rethinker.policy.zero3 import zero3_settings
-from rethinker.rollout.engine import BUCKET_BYTES
+from rethinker.rollout.weight_sync import BUCKET_BYTES
 from rethinker_kernels import torch_rows
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_bytes
 

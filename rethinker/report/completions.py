@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rethinker.algorithm.cues import rethinks
+from rethinker.algorithm.rethinking import rethinks
 from rethinker.config import ConfigError, RethinkConfig
 from rethinker.data.images import open_image
 from rethinker.report.runs import RunRecord

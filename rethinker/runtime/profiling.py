@@ -16,14 +16,14 @@ PHASES = ("rollout", "reward", "rethink", "train", "sync", "checkpoint")
 
 
 @dataclass(frozen=True)
-class Progress:
+class Activity:
     """The phases that are open, outermost first, and when one last began or ended (time.monotonic, seconds)."""
 
     phases: tuple[str, ...]
     since: float
 
 
-progress = Progress((), time.monotonic())  # of this process; the watchdog reads it
+activity = Activity((), time.monotonic())  # of this process; the watchdog reads it
 
 
 @contextmanager
@@ -38,10 +38,10 @@ def phase(name: str, times: dict[str, float] | None = None, watched: bool = True
         times: its entry `time_<name>_s` grows by the seconds spent here.
         watched: False in a thread beside the loop's, which alone the watchdog follows.
     """
-    global progress
-    outer = progress.phases
+    global activity
+    outer = activity.phases
     if watched:
-        progress = Progress((*outer, name), time.monotonic())
+        activity = Activity((*outer, name), time.monotonic())
     torch = sys.modules.get("torch")  # only a process that uses torch can use CUDA
     nvtx = torch.cuda.nvtx if torch and torch.cuda.is_initialized() else None
     if nvtx:
@@ -51,7 +51,7 @@ def phase(name: str, times: dict[str, float] | None = None, watched: bool = True
         yield
     finally:
         if watched:
-            progress = Progress(outer, time.monotonic())
+            activity = Activity(outer, time.monotonic())
         if times is not None:
             key = f"time_{name}_s"
             times[key] = times.get(key, 0.0) + time.perf_counter() - start
@@ -93,11 +93,9 @@ class StepProfiler:
 
             self._profile = profile(record_shapes=True)
             self._profile.start()
-        try:
-            yield
-        finally:
-            if self._profile is not None and (step + 1 not in self.steps or sys.exc_info()[0]):
-                self.close()
+        yield
+        if step + 1 not in self.steps:
+            self.close()
 
     def close(self) -> None:
         """Write the trace if one is being recorded: also when the run ends inside the chosen steps."""

@@ -97,7 +97,7 @@ def fuzz_rows(examples: int, folder: Path, processor) -> Campaign:
             pickle.loads(pickle.dumps(query))
             json.dumps(query.metadata, default=str)
             f"{query.id}{query.question}{query.answer}".encode()
-            if encoder.fits(query):
+            if encoder.misfit(query) is None:
                 prompt = encoder.encode(query)
                 assert len(prompt.token_ids) <= config.max_prompt_tokens
                 grids = encoder.pixels(query)["image_grid_thw"] if query.images else []
