@@ -22,6 +22,7 @@ from rethinker.config import Config, ConfigError
 from rethinker.doctor import cpp_compiler, how_to_install
 from rethinker.families.model_folder import check_model_folder, decoder_matrices
 from rethinker.runtime.profiling import parse_steps
+from rethinker.runtime.user_code import user_file
 
 MOST_IMAGE_PIXELS = 178_956_970  # above twice its own threshold Pillow opens no image
 MIN_FREE_BYTES = 200 * 2**20  # the tiny model, its checkpoints, completions and logs
@@ -263,11 +264,10 @@ def check_resources(config: Config) -> None:
     model_bytes = check_model(config.policy.model)
     if config.policy.lora.rank and model_bytes:
         lora_targets(decoder_matrices(Path(config.policy.model).expanduser()), config.policy.lora.target_modules)
-    reward_file, colon, _ = config.reward.function.rpartition(":")
-    if config.reward.function != "boxed" and not (colon and reward_file.endswith(".py")):
-        raise ConfigError(f"reward.function={config.reward.function} must be boxed or path/to/file.py:function")
-    if colon and not os.path.isfile(os.path.expanduser(reward_file)):
-        raise ConfigError(f"reward.function={config.reward.function}: the file {reward_file} does not exist")
+    if config.reward.function != "boxed":
+        user_file("reward.function", config.reward.function, ["boxed"])
+    if ":" in config.algorithm.loss:
+        user_file("algorithm.loss", config.algorithm.loss, [])
     recording = config.rollout.recording
     if recording and not any(Path(recording).glob("episode_*.parquet")):
         raise ConfigError(

@@ -16,7 +16,7 @@ import deepspeed
 import numpy as np
 import torch
 
-from rethinker.algorithm.objective import loss_normalizer, supervised_weight, surrogate_inputs
+from rethinker.algorithm.objective import load_loss, loss_inputs, loss_normalizer, supervised_weight
 from rethinker.config import Config, ConfigError
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora, optimizer_state
@@ -76,6 +76,7 @@ class PolicyEngine:
         self.skipped_steps = 0
         self.oom_retries = 0  # times that memory ran out and the work was repeated in smaller micro-batches
         self.budget_file = budget_file
+        self.loss = load_loss(config.algorithm)
         setting = config.train.micro_batch_tokens
         # On several nodes only one may see the note, and all must cut the same micro-batches.
         self.micro_batch_tokens = min(ranks.gather(noted_budget(budget_file, setting) if budget_file else setting))
@@ -138,7 +139,8 @@ class PolicyEngine:
 
         Raises:
             OutOfMemory: memory ran out on one of several ranks, or in the optimizer's step.
-            ConfigError: memory ran out, and smaller micro-batches would not help.
+            ConfigError: memory ran out, and smaller micro-batches would not help; or the user's own loss is not finite
+                where every log-prob is.
         """
         config = self.config
         if not samples:
@@ -167,6 +169,11 @@ class PolicyEngine:
         values = dict(zip(_SUMS, self.ranks.sum(sums).tolist(), strict=True))
         grad_norm = float(self.engine.get_global_grad_norm())
         skipped = not (math.isfinite(grad_norm) and math.isfinite(values["loss"]))
+        if not (math.isfinite(values["loss"]) or values["nonfinite"] or config.algorithm.loss == "grpo"):
+            raise ConfigError(
+                f"algorithm.loss={config.algorithm.loss}: it is {values['loss']} in step {self.steps}, though every "
+                "log-prob of the batch is finite; it must be finite for any finite logps, old_logps and advantages"
+            )
         self.skipped_steps += skipped
         tokens = max(values["tokens"], 1.0)
         metrics = (
@@ -319,8 +326,9 @@ class PolicyEngine:
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.ranks.device)
         for batch in self._micro_batches(plan, nll_weight):
             with phase("forward"):
-                surrogate = surrogate_inputs(batch, config.algorithm, normalizer, self._reference_logps(batch))
-                loss, logps, stats = self.engine(batch, config.rollout.temperature, surrogate)
+                reference = self._reference_logps(batch)
+                objective = loss_inputs(self.loss, batch, config.algorithm, normalizer, reference)
+                loss, logps, stats = self.engine(batch, config.rollout.temperature, objective)
             with phase("backward"):
                 # ZeRO averages gradients over ranks; the normalizer is global already. A non-finite loss poisons the
                 # gradient on purpose: ZeRO then sees a non-finite norm on every rank and leaves the weights alone.

@@ -7,24 +7,21 @@ and is counted. Scores are keyed by request id. No signal is used in this proces
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
 import inspect
 import logging
 import math
-import os
 import threading
 import time
 import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from multiprocessing import connection
-from pathlib import Path
 from typing import Any
 
 from rethinker.config import ConfigError, RewardConfig
 from rethinker.rewards.answers import compare, extract_boxed, math_equal, undecided
 from rethinker.rewards.check_worker import Worker, WorkerFailed
+from rethinker.runtime.user_code import user_function
 from rethinker.samples import Query
 
 log = logging.getLogger(__name__)
@@ -64,28 +61,7 @@ def load_reward(spec: str) -> RewardFunction:
     Raises:
         ConfigError: no such file or function, a file that fails to import, or another signature.
     """
-    if spec == "boxed":
-        return boxed_reward
-    file, colon, name = spec.rpartition(":")
-    if not colon or not file.endswith(".py"):
-        raise ConfigError(f"reward.function={spec}: give boxed, or path/to/file.py:function")
-    path = Path(os.path.expanduser(file))
-    if not os.path.isfile(path):
-        raise ConfigError(f"reward.function={spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ConfigError(
-            f"reward.function={spec}: {path} fails to import ({type(error).__name__}: {error})"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = [n for n, value in vars(module).items() if inspect.isfunction(value)]
-        near = difflib.get_close_matches(name, names, n=1) or names[:1]
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"reward.function={spec}: {path} has no function {name!r}{hint}")
+    function = user_function("reward.function", spec, {"boxed": boxed_reward})
     try:
         inspect.signature(function).bind("response", "answer", "query")
     except TypeError as error:

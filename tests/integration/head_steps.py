@@ -18,20 +18,20 @@ from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import LossHead, load_processor
 from rethinker.policy.packing import plan_micro_batches
 from rethinker.runtime import distributed
-from rethinker_kernels import grpo_loss, linear_selective_log_softmax
+from rethinker_kernels import linear_selective_log_softmax, policy_loss
 from tests.integration.zero3_steps import gradients_at_step, scenario
 
 BUDGET = 100  # tokens: several micro-batches a step
 
 
-def unfused(head, hidden, index=None, temperature=1.0, surrogate=None):
+def unfused(head, hidden, index=None, temperature=1.0, objective=None):
     """`LossHead.forward` as a composition that autograd differentiates."""
     logps, entropy = linear_selective_log_softmax(
         hidden, head.weight, index, bias=head.bias, temperature=temperature, return_entropy=True
     )
-    surrogate = {name: value for name, value in surrogate.items() if name != "nll_weights"}
-    loss, stats = grpo_loss(logps, **surrogate)
-    counted = surrogate["mask"] & (surrogate["weights"] != 0)
+    objective = {name: value for name, value in objective.items() if name != "nll_weights"}
+    loss, stats = policy_loss(logps, **objective)
+    counted = objective["mask"] & (objective["weights"] != 0)
     return loss, logps.detach(), torch.cat([stats, entropy.detach()[counted].sum().double()[None]])
 
 

@@ -30,9 +30,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import rethinker_kernels as ops
-from rethinker_kernels import linear, linear_grpo, merge_attention
-from rethinker_kernels.triton_kernels import exponentials, group_advantages, grpo_loss, log_softmax, scaled, tiles
-from rethinker_kernels.triton_kernels import linear as linear_kernels
+from rethinker_kernels import linear, linear_loss, merge_attention
+from rethinker_kernels.triton_kernels import exponentials, group_advantages, log_softmax, scaled, tiles
+from rethinker_kernels.triton_kernels import linear_loss as loss_kernels
 from rethinker_kernels.triton_kernels import merge_attention as merge_kernels
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -46,7 +46,7 @@ VOCABULARY, ROWS = 151_936, 8 * PROCESSORS
 ROWS_OF_A_STEP = 16_384
 """For which times are estimated."""
 
-MODULES = [exponentials, group_advantages, grpo_loss, linear_kernels, log_softmax, merge_kernels, scaled]
+MODULES = [exponentials, group_advantages, loss_kernels, log_softmax, merge_kernels, scaled]
 
 
 @dataclass(eq=False)
@@ -156,7 +156,7 @@ class Launches:
             hidden = torch.empty(ROWS, 16, dtype=dtype, requires_grad=True)
             weight = torch.empty(VOCABULARY, 16, dtype=dtype, requires_grad=True)
             for fused in (False, True)[: 1 + (dtype == torch.bfloat16)]:
-                linear.takes_exponentials = linear_grpo.takes_exponentials = lambda *_, fused=fused: fused
+                linear.takes_exponentials = linear_loss.takes_exponentials = lambda *_, fused=fused: fused
                 kind = ", exponentials" * fused
                 self.name = f"linear log-softmax, {short}{kind}"
                 for entropy in (False, True):
@@ -166,15 +166,11 @@ class Launches:
                     self.name = f"linear grpo{' + kl' * bool(kl_coef)}, {short}{kind}"
                     more = {"kl_coef": kl_coef, "ref_logps": values, "nll_weights": values}
                     ops.linear_grpo_loss(hidden, weight, index, values, values, **more, **surrogate)[0].backward()
-            linear.takes_exponentials = linear_grpo.takes_exponentials = lambda *_: False
+            linear.takes_exponentials = linear_loss.takes_exponentials = lambda *_: False
             for width in (64, 80, 128):
                 self.name = f"merge attention, {short}, heads of {width}"
                 out, lse = torch.empty(ROWS, 4, width, dtype=dtype), torch.empty(4, ROWS)
                 merge_attention.merge_attention(out, lse, out.clone(), lse.clone(), index)
-        for importance in ("token", "sequence"):
-            self.name = f"grpo loss, one ratio per {importance}"
-            logps = torch.zeros(ROWS, requires_grad=True)
-            ops.grpo_loss(logps, values, values, importance=importance, kl_coef=0.1, ref_logps=values, **surrogate)
         self.name = "group advantages"
         ops.group_advantages(values, offsets)
         self.name = ""
