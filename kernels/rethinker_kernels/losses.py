@@ -306,9 +306,12 @@ class Objective:
         difference = torch.where(at.mask, logps, 0.0) - at.old_logps
         return torch.where(at.mask, slope + (difference - difference), 0.0)
 
-    @torch.no_grad()
     def statistics(self, logps: Tensor) -> Tensor:
         """[len(GRPO_STATS)] fp64."""
+        with torch.no_grad():
+            return self._statistics(logps)
+
+    def _statistics(self, logps: Tensor) -> Tensor:
         rows, options = self.rows, self.surrogate
         logps = torch.where(rows.mask, logps.to(rows.weights.dtype), 0.0)
         difference = logps - rows.old_logps
