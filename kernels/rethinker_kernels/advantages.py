@@ -50,7 +50,7 @@ def group_advantages(
 
 @torch.library.custom_op("rethinker::group_advantages", mutates_args=())
 def _group_advantages(rewards: Tensor, group_offsets: Tensor, scale: str, eps: float) -> tuple[Tensor, Tensor]:
-    from rethinker_kernels.triton_kernels.group_advantages import group_advantages
+    from rethinker_kernels.triton_kernels.advantages import group_advantages
 
     return group_advantages(rewards, group_offsets, scale, eps)
 

@@ -91,14 +91,14 @@ class _LinearPolicyLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, index, temperature, objective, nll_weights, needs):
         head = (hidden, weight, bias, index, *split_temperature(check_temperature(temperature, index)))
         nll_weights = None if nll_weights is None else nll_weights.detach().to(wide(hidden)).contiguous()
-        slopes = _Slopes(objective, nll_weights)
         if any(needs) and not objective.whole_sequences:
-            logps, entropies, gradients = one_pass(*head, slopes, needs)
+            logps, entropies, gradients = one_pass(*head, objective, nll_weights, needs)
         else:
             logps, entropies, saved = linear.log_softmax_op(*head, True)
             gradients = Gradients(hidden, weight, bias, needs)
             if any(needs):
-                linear.add_gradients(gradients, *head, saved, entropies, slopes(slice(None), logps), None)
+                slopes = _slopes(objective, nll_weights, slice(None), logps)
+                linear.add_gradients(gradients, *head, saved, entropies, slopes, None)
         loss = objective.total(logps)
         if nll_weights is not None:
             loss = loss - torch.where(nll_weights != 0, nll_weights * logps, 0.0).sum()
@@ -118,15 +118,10 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return *(scaled(g, grad_loss, ctx.dtype) if need else None for g, need in given), *(None,) * 5
 
 
-class _Slopes:
-    """d loss / d logps of some rows, the supervised term included."""
-
-    def __init__(self, objective: Objective, nll_weights: Tensor | None) -> None:
-        self.objective, self.nll_weights = objective, nll_weights
-
-    def __call__(self, rows: slice, logps: Tensor) -> Tensor:
-        slopes = self.objective.slopes(logps, rows)
-        return slopes if self.nll_weights is None else slopes - self.nll_weights[rows]
+def _slopes(objective: Objective, nll_weights: Tensor | None, rows: slice, logps: Tensor) -> Tensor:
+    """d loss / d logps [C] of these rows, the supervised term included."""
+    slopes = objective.slopes(logps, rows)
+    return slopes if nll_weights is None else slopes - nll_weights[rows]
 
 
 def one_pass(
@@ -136,39 +131,40 @@ def one_pass(
     index: Tensor,
     temperatures: Tensor | None,
     temperature: float,
-    slopes: _Slopes,
+    objective: Objective,
+    nll_weights: Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Log-probs [R], entropies [R] and gradients, each row's logits computed once."""
     logps = hidden.new_empty(hidden.shape[0], dtype=wide(hidden))
     entropies = torch.empty_like(logps)
-    rows_of = slopes.objective.rows
     kernels = row_kernels(hidden)
 
     def fill_exponentials(rows: slice, out: Tensor) -> Tensor:
         from rethinker_kernels.triton_kernels.exponentials import Exponentials
 
         e = Exponentials(hidden[rows], weight, index[rows], temperature, out)
-        logps[rows], entropies[rows], _ = e.measure(rows_of.old_logps[rows], True)
-        return e.close(slopes(rows, logps[rows]))
+        logps[rows], entropies[rows], _ = e.measure(objective.rows.old_logps[rows], True)
+        return e.close(_slopes(objective, nll_weights, rows, logps[rows]))
 
     def fill_grpo(rows: slice, out: Tensor) -> None:
         from rethinker_kernels.triton_kernels.linear_loss import grpo_rows
 
         for here, logits, into in logits_of(hidden, weight, bias, rows, out):
             chosen = (index[here], at(temperatures, here), temperature)
-            known = (rows_of.at(here), slopes.objective.factors[here], at(slopes.nll_weights, here))
-            logps[here], entropies[here] = grpo_rows(logits, *chosen, *known, slopes.objective.surrogate, out=into)
+            known = (objective.rows.at(here), objective.factors[here], at(nll_weights, here))
+            logps[here], entropies[here] = grpo_rows(logits, *chosen, *known, objective.surrogate, out=into)
 
     def fill(rows: slice, out: Tensor) -> None:
         for here, logits, into in logits_of(hidden, weight, bias, rows, out):
             chosen = (index[here], at(temperatures, here), temperature)
             logps[here], entropies[here], saved = kernels.forward_rows(logits, *chosen, True)
-            kernels.gradient_rows(logits, *chosen, saved, None, slopes(here, logps[here]), None, out=into)
+            slopes = _slopes(objective, nll_weights, here, logps[here])
+            kernels.gradient_rows(logits, *chosen, saved, None, slopes, None, out=into)
 
     gradients = Gradients(hidden, weight, bias, needs)
     if takes_exponentials(hidden, weight, bias, temperatures, temperature):
         gradients.accumulate(fill_exponentials)
     else:
-        gradients.accumulate(fill_grpo if slopes.objective.is_grpo and takes_triton(hidden) else fill)
+        gradients.accumulate(fill_grpo if objective.is_grpo and takes_triton(hidden) else fill)
     return logps, entropies, gradients

@@ -1,8 +1,8 @@
 """The definition of every fused op in plain PyTorch: any device, any float type, differentiable by autograd.
 
-Shapes: R rows (response tokens), V vocabulary, D hidden size, S sequences (responses), G groups.
-Shape, type and device mistakes raise ValueError naming the argument. What only the values can tell (an index out of
-range, a non-finite log-prob) never reads out of bounds and surfaces as NaN, because asking would stall the device.
+Shapes: R rows (response tokens), V vocabulary, D hidden size, S sequences (responses), G groups. The loss is defined in
+losses.py. Mistakes of shape, type and device raise ValueError naming the argument. What only the values can tell (an
+index out of range, a non-finite log-prob) never reads out of bounds and comes out as NaN: asking would stall a GPU.
 """
 
 from __future__ import annotations
@@ -31,24 +31,7 @@ from rethinker_kernels.losses import segment_sum, sequence_of_row
 def selective_log_softmax(
     logits: Tensor, index: Tensor, *, temperature: float | Tensor = 1.0, return_entropy: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of one chosen entry per row, and the row's entropy.
-
-        log_probs = (logits.float() / temperature).log_softmax(-1)
-        logps, entropy = log_probs.gather(-1, index[..., None])[..., 0], -(log_probs.exp() * log_probs).sum(-1)
-
-    Args:
-        logits: [..., V] floating; -inf marks a banned entry and is legal in values and gradients.
-        index: [...] int64. An index outside [0, V) turns its row into NaN and gives it no gradient.
-        temperature: one float >= 0, or a tensor [...] with one per row (not differentiated). 0 is the limit: all mass
-            on the largest logits, no gradient. A negative or NaN temperature in a tensor turns its row into NaN.
-        return_entropy: also return the entropy of the tempered distribution, in nats.
-
-    Returns:
-        logps [...], and entropy [...] if asked; fp32 (fp64 for fp64 logits). Both differentiable in `logits`.
-
-    Raises:
-        ValueError: a shape, type or device that does not fit, or a temperature below 0.
-    """
+    """`rethinker_kernels.selective_log_softmax` by its formula: arguments, results and errors are written there."""
     check_logits(logits)
     check_index(index, logits.shape[:-1], logits.device)
     temperature = check_temperature(temperature, index)
@@ -75,25 +58,7 @@ def linear_selective_log_softmax(
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of one chosen token per hidden state, and the entropy.
-
-        logits = hidden @ weight.T + bias
-        logps, entropy = selective_log_softmax(logits, index, temperature=temperature, return_entropy=True)
-
-    Args:
-        hidden: [R, D] floating.
-        weight: [V, D], the head, of the same type.
-        index: [R] int64, as in `selective_log_softmax`.
-        bias: [V] of the same type, or None.
-        temperature: a float, or a tensor [R], as in `selective_log_softmax`.
-        return_entropy: also return the entropy, in nats.
-
-    Returns:
-        logps [R], and entropy [R] if asked; fp32 (fp64 for fp64 inputs). Differentiable in hidden, weight and bias.
-
-    Raises:
-        ValueError: a shape, type or device that does not fit, or a temperature below 0.
-    """
+    """`rethinker_kernels.linear_selective_log_softmax` by its lines, with all logits at once."""
     check_linear(hidden, weight, bias)
     check_index(index, hidden.shape[:1], hidden.device)
     temperature = check_temperature(temperature, index)
@@ -156,29 +121,7 @@ def group_advantages(
     scale: Literal["std", "none", "batch"] = "std",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Rewards relative to their group's mean, scaled (GRPO).
-
-        centred = rewards - mean_of_group
-        advantages = centred / (std_of_group + eps)     # "batch": std of all rewards; "none": centred
-
-    The standard deviation is the sample one (divided by n - 1), as in TRL, verl and OpenRLHF. A group is degenerate
-    when its largest and smallest reward are equal, by comparison and not by a small std; its advantages are exactly 0.
-    A group of one is degenerate.
-
-    Args:
-        rewards: [S] floating.
-        group_offsets: [G + 1] int32 or int64: group g holds rewards group_offsets[g] to group_offsets[g + 1];
-            groups may have any size, none included.
-        scale: what centred rewards are divided by.
-        eps: added to the standard deviation, so that rewards that differ by rounding only stay small; >= 0.
-
-    Returns:
-        advantages: [S] of the rewards' type (at least fp32). NaN for a group with a NaN reward.
-        degenerate: [G] bool.
-
-    Raises:
-        ValueError: a shape, type, device or option that does not fit, naming it.
-    """
+    """`rethinker_kernels.group_advantages` by its formula: arguments, results and errors are written there."""
     check_group_advantages(rewards, group_offsets, scale, eps)
     group = sequence_of_row(group_offsets, rewards)
     rewards = rewards.detach().to(wide(rewards))

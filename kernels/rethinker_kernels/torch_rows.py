@@ -93,14 +93,6 @@ def gradient_rows(
     return out
 
 
-def scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """(values * factor) in `dtype`."""
-    out = torch.empty(values.shape, dtype=dtype, device=values.device)
-    for part in slices(0, values.numel(), CHUNK_BYTES // 4):
-        out.view(-1)[part] = values.reshape(-1)[part] * factor.to(wide(values))
-    return out
-
-
 def slices(start: int, stop: int, size: int) -> list[slice]:
     """[start, stop) in pieces of `size`, the last of what is left."""
     return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]

@@ -13,15 +13,15 @@ from rethinker_kernels.losses import Rows, Surrogate
 
 pytest.importorskip("triton", reason="needs triton, which this platform has no package of")
 from rethinker_kernels.triton_kernels import (
+    advantages,
     exponentials,
-    group_advantages,
     linear_loss,
     log_softmax,
     merge_attention,
     scaled,
 )
 
-MODULES = [exponentials, group_advantages, linear_loss, log_softmax, merge_attention, scaled]
+MODULES = [advantages, exponentials, linear_loss, log_softmax, merge_attention, scaled]
 R, D, V = 2, 16, 90_000
 
 
@@ -33,7 +33,7 @@ def launch_everything() -> None:
     log_softmax.gradient_rows(logits, index, None, 1.0, saved, rows, rows, rows, out=out)
     known = Rows(rows, rows, None, rows.bool(), rows)
     linear_loss.grpo_rows(logits, index, None, 1.0, known, rows, None, Surrogate(), out=out)
-    group_advantages.group_advantages(rows, index, "std", 1e-6)
+    advantages.group_advantages(rows, index, "std", 1e-6)
     scaled.scaled(logits, torch.empty(()), torch.bfloat16)
     head = [torch.empty(n, D, dtype=torch.bfloat16) for n in (R, V)]
     product = exponentials.Exponentials(*head, index, 1.0, out)
