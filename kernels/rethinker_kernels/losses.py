@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rethinker_kernels.arguments import check_policy_loss, describe, wide
+from rethinker_kernels.arguments import check_offsets, check_per_row, check_vector, describe, wide
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-this: exp(20) is already far outside any clip range, and fp32 sums of it stay finite."""
@@ -223,19 +223,33 @@ class Objective:
         given = getattr(loss, "keywords", {}) if self.is_grpo else {}
         self.surrogate = Surrogate(**given) if self.is_grpo else surrogate or Surrogate()
         self.whole_sequences = self.surrogate.importance == "sequence" if self.is_grpo else whole_sequences
-        check_policy_loss(
-            like,
-            old_logps,
-            advantages,
-            cu_seqlens=cu_seqlens,
-            ref_logps=ref_logps,
-            weights=weights,
-            mask=mask,
-            normalizer=normalizer,
-            aggregation=aggregation,
-            needs_sequences=self.whole_sequences or aggregation == "sequence",
-            needs_reference=self.surrogate.kl_coef != 0,
-        )
+        check_vector("logps", like, like.shape[:1], like.device)
+        check_vector("old_logps", old_logps, like.shape, like.device)
+        if aggregation not in ("token", "sequence", "constant"):
+            raise ValueError(f"aggregation={aggregation!r}: must be one of token, sequence, constant")
+        if isinstance(normalizer, Tensor):
+            if normalizer.numel() != 1:
+                raise ValueError(f"normalizer: must be one number, not {describe(normalizer)}")
+            if normalizer.device != like.device:
+                raise ValueError(f"normalizer: is on {normalizer.device}, the rest on {like.device}")
+        elif not normalizer > 0:
+            raise ValueError(f"normalizer={normalizer}: must be positive")
+        if ref_logps is not None:
+            check_vector("ref_logps", ref_logps, like.shape, like.device)
+        elif self.surrogate.kl_coef != 0:
+            raise ValueError("ref_logps is needed with a kl_coef that is not 0")
+        if cu_seqlens is not None:
+            check_offsets("cu_seqlens", cu_seqlens, like)
+        elif self.whole_sequences or aggregation == "sequence":
+            raise ValueError("cu_seqlens is needed with a loss or an aggregation per sequence")
+        check_per_row("advantages", advantages, like, cu_seqlens)
+        if weights is not None:
+            check_per_row("weights", weights, like, cu_seqlens)
+        if mask is not None:
+            if mask.shape != like.shape or mask.dtype != torch.bool:
+                raise ValueError(f"mask: must be bool {list(like.shape)}, not {describe(mask)}")
+            if mask.device != like.device:
+                raise ValueError(f"mask: is on {mask.device}, the rest on {like.device}")
         dtype = wide(like)
         sequences = None if cu_seqlens is None else cu_seqlens.numel() - 1
         sequence = None if cu_seqlens is None else sequence_of_row(cu_seqlens, like)
@@ -401,5 +415,7 @@ def sequence_of_row(offsets: Tensor, rows: Tensor) -> Tensor:
 
 
 def segment_sum(values: Tensor, segment: Tensor, segments: int) -> Tensor:
-    """[segments]: sums of the values [R] of each segment."""
+    """[segments]: sums of the values [R] of each segment; in a fixed order, which index_add has on a CPU alone."""
+    if values.is_cuda:
+        return values.new_zeros(segments).index_put((segment,), values, accumulate=True)
     return values.new_zeros(segments).index_add(0, segment, values)

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rethinker_kernels import losses
 from rethinker_kernels.arguments import (
-    check_group_advantages,
     check_index,
     check_linear,
     check_logits,
     check_temperature,
     wide,
 )
-from rethinker_kernels.losses import segment_sum, sequence_of_row
 
 # Log-probabilities
 
@@ -109,40 +106,6 @@ def entropy_sum(entropies: Tensor, mask: Tensor) -> Tensor:
     """[1] fp64: of the rows that count and whose entropy [R] is finite."""
     counts = mask & entropies.isfinite()
     return torch.where(counts, entropies, 0.0).detach().sum(dtype=torch.float64)[None]
-
-
-# Advantages
-
-
-def group_advantages(
-    rewards: Tensor,
-    group_offsets: Tensor,
-    *,
-    scale: Literal["std", "none", "batch"] = "std",
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """`rethinker_kernels.group_advantages` by its formula: arguments, results and errors are written there."""
-    check_group_advantages(rewards, group_offsets, scale, eps)
-    group = sequence_of_row(group_offsets, rewards)
-    rewards = rewards.detach().to(wide(rewards))
-    count = group_offsets.diff().to(rewards.dtype)  # [G]
-
-    lowest = rewards.new_full(count.shape, math.inf).scatter_reduce(0, group, rewards, "amin")
-    highest = rewards.new_full(count.shape, -math.inf).scatter_reduce(0, group, rewards, "amax")
-    degenerate = (highest == lowest) | (count == 0)
-
-    # Counting from the group's lowest reward, in units of its range, keeps rewards that nearly agree exact.
-    span = torch.where(degenerate, 1.0, highest - lowest)  # [G]
-    units = (rewards - lowest[group]) / span[group]  # [S] in [0, 1]
-    centred = units - segment_sum(units, group, len(count))[group] / count[group]
-    if scale == "std":
-        variance = segment_sum(centred.square(), group, len(count)) / (count - 1).clamp(min=1)
-        advantages = centred / (variance.sqrt() + eps / span)[group]
-    else:
-        advantages = centred * span[group]
-        if scale == "batch" and rewards.numel() > 1:
-            advantages = advantages / (rewards.std() + eps)
-    return torch.where(degenerate[group], 0.0, advantages), degenerate
 
 
 # Pieces

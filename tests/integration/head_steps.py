@@ -5,6 +5,7 @@ Usage: torchrun --nproc-per-node N -m tests.integration.head_steps MODEL_FOLDER 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from rethinker.config import AlgorithmConfig, Config, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
+from rethinker.config import AlgorithmConfig, Config, ConfigError, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import LossHead, load_processor
@@ -20,6 +21,19 @@ from rethinker.policy.packing import plan_micro_batches
 from rethinker.runtime import distributed
 from rethinker_kernels import linear_selective_log_softmax, policy_loss
 from tests.integration.zero3_steps import gradients_at_step, scenario
+
+LOSSES = """
+calls = []
+
+def cispo(logps, rows, clip_high):
+    ratio = (logps.detach() - rows.old_logps).exp()
+    return -ratio.clamp(max=1 + clip_high) * rows.advantages * logps
+
+def breaks(logps, rows):
+    calls.append(len(logps))
+    return cispo(logps, rows, 0.2) * (1.0 if len(calls) < 9 else float("nan"))
+"""
+"""Losses of the user's own; the second is in order when it is tried, and not in training."""
 
 BUDGET = 100  # tokens: several micro-batches a step
 
@@ -74,6 +88,14 @@ def main(model: str, scratch: str, output: str) -> None:
     count = count_gathers(engine.policy.hf.lm_head.weight)
     engine.train_step(samples)
     results["gathers"] = count[0]
+    own = Path(scratch) / f"losses_{ranks.rank}.py"
+    own.write_text(LOSSES)
+    for name in ("cispo", "breaks"):
+        config = dataclasses.replace(config, algorithm=AlgorithmConfig(loss=f"{own}:{name}"))
+        try:
+            results[name] = PolicyEngine(config, model, encoder, ranks, total_steps=10).train_step(samples)
+        except ConfigError as error:
+            results[name] = str(error)
     if ranks.is_main:
         torch.save(results, output)
     distributed.stop()

@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 
 import rethinker_kernels as ops
 from rethinker_kernels import linear, linear_loss, merge_attention
-from rethinker_kernels.triton_kernels import advantages, exponentials, log_softmax, scaled, tiles
+from rethinker_kernels.triton_kernels import exponentials, log_softmax, scaled, tiles
 from rethinker_kernels.triton_kernels import linear_loss as loss_kernels
 from rethinker_kernels.triton_kernels import merge_attention as merge_kernels
 
@@ -47,7 +47,7 @@ VOCABULARY, ROWS = 151_936, 8 * PROCESSORS
 ROWS_OF_A_STEP = 16_384
 """For which times are estimated."""
 
-MODULES = [advantages, exponentials, loss_kernels, log_softmax, merge_kernels, scaled]
+MODULES = [exponentials, loss_kernels, log_softmax, merge_kernels, scaled]
 
 
 @dataclass(eq=False)
@@ -172,8 +172,6 @@ class Launches:
                 self.name = f"merge attention, {short}, heads of {width}"
                 out, lse = torch.empty(ROWS, 4, width, dtype=dtype), torch.empty(4, ROWS)
                 merge_attention.merge_attention(out, lse, out.clone(), lse.clone(), index)
-        self.name = "group advantages"
-        ops.group_advantages(values, offsets)
         self.name = ""
 
     def of_the_fuzzing_suite(self) -> None:

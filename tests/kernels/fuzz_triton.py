@@ -14,7 +14,6 @@ import torch
 
 import rethinker_kernels
 from rethinker_kernels import (
-    group_advantages,
     linear,
     linear_grpo_loss,
     linear_policy_loss,
@@ -423,38 +422,6 @@ def test_any_loss(dtype, monkeypatch):
         torch.testing.assert_close(got, want, atol=3e-5, rtol=1e-4)
     else:
         as_good_as(both(plain, plain, leaves, one)[0], got, want)
-
-
-# Advantages
-
-
-@pytest.mark.parametrize("scale", ["std", "none", "batch"])
-@pytest.mark.parametrize("groups", [[], [0, 0], [1], [4, 0, 1, 5, 17, 3, 8]])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_group_advantages(scale, groups, dtype):
-    """Groups of any size, degenerate ones and rewards that nearly agree included."""
-    torch.manual_seed(0)
-    rewards = torch.rand(sum(groups), device=DEVICE).round(decimals=1).to(dtype)
-    if len(groups) > 4:
-        rewards[:4] = 0.3
-        rewards[5:10] = torch.tensor([1.0, 1.0 + torch.finfo(dtype).eps, 1.0, 1.0, 1.0])
-    offsets = torch.tensor([0, *itertools.accumulate(groups)], device=DEVICE)
-    poison(len(rewards))
-    got = group_advantages(rewards, offsets, scale=scale)
-    want = reference.group_advantages(rewards.double(), offsets, scale=scale)
-    exact = dtype == torch.float64
-    torch.testing.assert_close(got[0].double(), want[0], atol=1e-13 if exact else 1e-6, rtol=1e-8 if exact else 1e-4)
-    assert got[0].dtype == (dtype if exact else torch.float32) and got[1].tolist() == want[1].tolist()
-    assert got[0][want[0] == 0].eq(0).all()
-
-
-def test_group_advantages_of_nan():
-    """A NaN reward makes its own group NaN and no other, and not degenerate."""
-    rewards = torch.tensor([0.0, math.nan, math.nan, 0.5, 0.0, 1.0], device=DEVICE)
-    advantages, degenerate = group_advantages(rewards, torch.tensor([0, 2, 4, 6], device=DEVICE))
-    assert advantages.isnan().tolist() == [True] * 4 + [False] * 2 and not degenerate.any()
-    alone, _ = group_advantages(torch.full((3,), math.nan, device=DEVICE), torch.tensor([0, 3], device=DEVICE))
-    assert alone.isnan().all()
 
 
 # Registration
