@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from rethinker.algorithm.cues import rethinks
-from rethinker.algorithm.rethinking import Rethinker, make_triggers, released_reward
+from rethinker.algorithm.rethinking import Rethinker, make_triggers, released_reward, rethinks
 from rethinker.config import Config
 from rethinker.data.prompts import PromptEncoder
 from rethinker.data.query_stream import QueryStream
 from rethinker.data.streaming import StreamedQueries
+from rethinker.evaluation import answering
 from rethinker.policy.engine import PolicyEngine
 from rethinker.rewards.checker import AnswerChecker
 from rethinker.rollout.engine import RolloutEngine
@@ -174,7 +174,7 @@ class Episodes:
                 self.rethinker.force(
                     work.groups,
                     work.prompts,
-                    self.rollout,
+                    self.rollout.generate,
                     lambda trials: judge(trials, self.checker, config),
                     self._seed(work, stream=1),
                 )
@@ -206,15 +206,9 @@ def roll_out(
 
 def judge(groups: list[Group], checker: AnswerChecker, config: Config) -> None:
     """Give every completion the reward of its own final text; requests carry ids, so order does not matter."""
-    requests = {
-        f"{g}/{i}": (completion.text, group.query)
-        for g, group in enumerate(groups)
-        for i, completion in enumerate(group.completions)
-    }
-    rewards = checker.score([(key, text, query) for key, (text, query) in requests.items()])
-    for g, group in enumerate(groups):
-        group.rewards = [rewards[f"{g}/{i}"] for i in range(len(group.completions))]
-        if config.rethink.fraction > 0 and config.rethink.preset == "released_code":
+    answering.judge(groups, checker)
+    if config.rethink.fraction > 0 and config.rethink.preset == "released_code":
+        for group in groups:
             group.rewards = list(map(released_reward, group.rewards, group.completions))
 
 

@@ -24,16 +24,14 @@ from rethinker.data.datasets import load_queries
 from rethinker.data.images import check_images
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.streaming import open_stream
-from rethinker.embedded.warmup import warmed_up_tiny
+from rethinker.embedded.files import as_files, model_folder
 from rethinker.episode import Episodes, score_again
-from rethinker.evaluation.validation import validate
+from rethinker.evaluation.answering import open_model, validate
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
 from rethinker.policy.throughput import model_flops_utilization, peak_memory_gb
 from rethinker.report.learning import learning_curve
 from rethinker.report.page import report_or_warning
-from rethinker.rewards.checker import AnswerChecker
-from rethinker.rollout.backends import make_engine
 from rethinker.rollout.mismatch import check_mismatch
 from rethinker.runtime import distributed, signals
 from rethinker.runtime.display import Display
@@ -65,7 +63,7 @@ class Run:
 
     def _open(self, stack: ExitStack) -> None:
         config = self.config
-        stream, questions = open_stream(config.data, config.seed)
+        stream, questions = open_stream(as_files(config.data, "train"), config.seed)
         held_out = load_held_out(config)
         check_images([*stream.queries, *held_out], config.data)
         self.total_steps = schedule_length(config, questions)
@@ -89,11 +87,8 @@ class Run:
         reference = initial_model(config, ranks) if config.algorithm.kl_coef > 0 else None
         budget_file = self.folder / "micro_batch_tokens.json"
         self.policy = PolicyEngine(config, model, self.encoder, ranks, self.total_steps, reference, budget_file)
-        self.rollout = make_engine(
-            config, str(model), rank=ranks.rank, world_size=ranks.world_size, local_rank=ranks.local_rank
-        )
-        stack.callback(self.rollout.close)
-        self.checker = stack.enter_context(AnswerChecker(config.reward))
+        self.model = stack.enter_context(open_model(config, str(model), ranks, self.encoder))
+        self.rollout, self.checker = self.model.rollout, self.model.checker
         self.episodes = Episodes(config, stream, self.encoder, self.rollout, self.checker, ranks)
         stack.callback(self.episodes.close)
         self.replay = ReplayBuffer(config.replay, config.seed, ranks.device)
@@ -101,7 +96,7 @@ class Run:
         self._state = RunState(config, ranks, self.progress, self.policy, self.episodes, self.replay, self.directory)
         if checkpoint:
             self._state.load(checkpoint, saved)
-        self.display = stack.enter_context(Display(self.total_steps, enabled=ranks.is_main, done=self.policy.steps))
+        self.display = Display(self.total_steps, enabled=ranks.is_main, done=self.policy.steps)
         self._profiler = StepProfiler(config.profile.steps, self.folder)
         stack.callback(self._profiler.close)
 
@@ -247,7 +242,7 @@ class Run:
         if self.held_out:
             longest = self.config.rollout.max_new_tokens
             with phase("validation"):
-                accuracy = validate(self.held_out, self.rollout, self.encoder, self.checker, self.ranks, longest)
+                accuracy = validate(self.held_out, self.model, self.ranks, longest)
         self.display.validated(step, accuracy)
         self.directory.log_validation(step, accuracy)
         return accuracy
@@ -294,16 +289,14 @@ def load_held_out(config: Config) -> list[Query]:
     """The validation questions: the first `validation.size` of a seeded shuffle, the same ones at every seed."""
     if config.data.validation is None:
         return []
-    queries = load_queries(config.data, "validation", most=config.validation.size)
+    queries = load_queries(as_files(config.data, "validation"), "validation", most=config.validation.size)
     random.Random(0).shuffle(queries)
     return queries[: config.validation.size]
 
 
 def initial_model(config: Config, ranks: distributed.Ranks) -> Path:
     """Where training starts: policy.model, or the tiny model that rank 0 builds and warms up."""
-    if config.policy.model != "tiny":
-        return Path(config.policy.model)
-    return ranks.broadcast(warmed_up_tiny(config.policy.warmup, config.data) if ranks.is_main else None)
+    return Path(ranks.broadcast(model_folder(config) if ranks.is_main else None))
 
 
 def seed_everything(seed: int) -> None:
