@@ -164,9 +164,7 @@ class PolicyConfig:
     """torch.compile of the decoder layers: faster and less memory for activations, after a first step that compiles.
     ZeRO-3 then gathers a whole layer's weights at a time."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Adapters instead of all weights."""
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
-    """The tiny model's supervised stage."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from rethinker.checks import check_geometry, check_resources
-from rethinker.config import Config, ConfigError, nearest, one_line
+from rethinker.config import Config, ConfigError, nearest
 from rethinker.ranges import Range, in_words, range_of
 
 # Far beyond any recipe.
@@ -216,7 +216,7 @@ def read_yaml(text: str, what: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # besides its own errors, whatever Python says of `!!timestamp never` or `!!int x`
-        raise ConfigError(f"{what} is not readable YAML: {one_line(error)}") from None
+        raise ConfigError(f"{what} is not readable YAML: {' '.join(str(error).split())[:300]}") from None
 
 
 def read_yaml_file(path: Path, what: str) -> Any:
@@ -228,7 +228,7 @@ def read_yaml_file(path: Path, what: str) -> Any:
             raise ConfigError(f"{what} is longer than {LONGEST_YAML} bytes, so it is something else")
         return read_yaml(content.decode("utf-8"), what)
     except (UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{what} is not readable YAML: {one_line(error)}") from None
+        raise ConfigError(f"{what} is not readable YAML: {' '.join(str(error).split())[:300]}") from None
 
 
 def _read_arguments(arguments: Sequence[str]) -> dict[str, str]:
@@ -304,7 +304,7 @@ def _convert(values: Mapping[str, Any]) -> Config:
         found = re.match(r'Parser key "([^"]+)"', str(error))
         setting = found and _find(found[1])
         if not setting:
-            raise ConfigError(one_line(error)) from None
+            raise ConfigError(" ".join(str(error).split())) from None
         raise ConfigError(f"{setting.key}={values[setting.key]!r} must be {in_words(setting.type)}") from None
     for setting in settings():
         value = _get(config, setting.key)

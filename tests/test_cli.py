@@ -133,7 +133,7 @@ def test_doctor_names_what_is_missing(monkeypatch, capsys):
 
 
 def test_doctor_sees_what_several_processes_lack(monkeypatch, capsys):
-    """A container's 64 MB of /dev/shm, few open files and a host name without an address are named with their mend;
+    """A container's 64 MB of /dev/shm, few open files and a host name without an address are named with their fix;
     one process trains without them, so they block nothing."""
     import resource
     import shutil

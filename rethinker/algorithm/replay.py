@@ -27,7 +27,7 @@ class _Entry:
     """What one draw returns: a sample, or with replay.unit=group the effective samples of a query."""
 
     samples: list[Sample]
-    added: int  # which `add` brought it, counted from 0
+    added: int  # the number of the `add` it came with, from 0
 
     @property
     def priority(self) -> float:
@@ -178,7 +178,7 @@ class ReplayBuffer:
         self._weigh([*leaving, *self._entries], weights)
 
     def _check(self, entries: list[_Entry]) -> None:
-        """Refuse what the tree could not weigh, before anything changes."""
+        """Fail on what the tree cannot weigh, before anything changes."""
         priorities = torch.tensor([entry.priority for entry in entries], dtype=torch.float64)
         fits = self._tree.accepts(priorities)
         if not fits.all():
