@@ -31,6 +31,7 @@ from benchmarks.train_step_workload import GPU_TRAFFIC, SIZES, Traffic, Workload
 from rethinker.config import PolicyConfig
 from rethinker.policy import attention as policy_attention
 from rethinker.policy.packing import pack, plan_micro_batches
+from rethinker.policy.segment_attention import moved
 from rethinker.samples import PackedBatch
 
 CASES = {
@@ -92,7 +93,7 @@ def of_policy(kernel: str) -> Callable[[PackedBatch, str, float], Prepared]:
     """The kernel that `policy.attention` names, through the policy's own layout and attention function."""
 
     def provider(batch: PackedBatch, device: str, scale: float) -> Prepared:
-        layout = policy_attention.lay_out(batch, kernel).to(torch.device(device))
+        layout = moved(policy_attention.lay_out(batch, kernel), torch.device(device))
         row = torch.arange(batch.tokens, device=device)
         places = (row, row) if layout.index is None else (layout.index[0], layout.position)
 

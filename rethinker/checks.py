@@ -19,6 +19,7 @@ from rethinker.doctor import cpp_compiler, how_to_install
 from rethinker.families.model_folder import check_model_folder, decoder_matrices
 from rethinker.ranges import is_text
 from rethinker.runtime.profiling import parse_steps
+from rethinker.runtime.user_code import user_file
 
 MIN_FREE_BYTES = 200 * 2**20  # the tiny model, its checkpoints, completions and logs
 
@@ -163,12 +164,10 @@ def check_resources(config: Config) -> None:
     lora = config.policy.lora
     if lora.rank and model_bytes:
         lora_targets(decoder_matrices(Path(config.policy.model).expanduser()), lora.target_modules)
-    function = config.reward.function
-    reward_file, colon, _ = function.rpartition(":")
-    if function != "boxed" and not (colon and reward_file.endswith(".py")):
-        raise ConfigError(f"reward.function={function} must be boxed or path/to/file.py:function")
-    if colon and not os.path.isfile(os.path.expanduser(reward_file)):
-        raise ConfigError(f"reward.function={function}: the file {reward_file} does not exist")
+    if config.reward.function != "boxed":
+        user_file("reward.function", config.reward.function, ["boxed"])
+    if ":" in config.algorithm.loss:
+        user_file("algorithm.loss", config.algorithm.loss, [])
     recording, weight_folder = config.rollout.recording, config.rollout.weight_folder
     if recording and not any(Path(recording).glob("episode_*.parquet")):
         raise ConfigError(

@@ -265,6 +265,8 @@ class AlgorithmConfig:
     """`grpo` keeps all samples, `filter` drops those without advantage, `ssr` refills the batch from replay."""
     advantage_scale: Literal["std", "none", "batch"] = "std"
     """Divide centred rewards by the group's standard deviation, by nothing, or by the batch's."""
+    loss: ranges.PathOrName = "grpo"
+    """The loss of a token: `grpo`, or your own as `path/to/file.py:function` (docs/losses.md)."""
     clip_low: ranges.Fraction = 0.2
     """The ratio is clipped below 1 - clip_low."""
     clip_high: ranges.Positive = 0.2

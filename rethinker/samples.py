@@ -130,8 +130,8 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Elsewhere:
-    """What a rank knows of a response that another rank sampled and holds: enough to choose, plan and normalise."""
+class RemoteCompletion:
+    """What a rank knows of a completion that another rank sampled and holds: enough to choose, plan and normalise."""
 
     tokens: int
     trainable_tokens: int
@@ -146,7 +146,7 @@ class Group:
     """
 
     query: Query
-    completions: list[Completion] | list[Elsewhere]
+    completions: list[Completion] | list[RemoteCompletion]
     policy_version: int
     prompt_tokens: int = 0  # length of the prompt's token_ids: what packing plans with
     rewards: list[float] = field(default_factory=list)
@@ -182,7 +182,7 @@ class Sample:
     """
 
     query: Query
-    completion: Completion | Elsewhere
+    completion: Completion | RemoteCompletion
     advantage: float
     policy_version: int
     reward: float = 0.0

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rethinker.runtime.distributed import Ranks
-from rethinker.samples import Completion, Elsewhere, Group, Query, Rethinking, Rethought, Sample
+from rethinker.samples import Completion, Group, Query, RemoteCompletion, Rethinking, Rethought, Sample
 
 Key = tuple[int, int]  # (group, index)
 
@@ -75,8 +75,8 @@ class Responses:
     def _known(self, saved: dict[str, Any]) -> dict[str, Any]:
         return saved | {"query": self._queries[saved["query"]], "owner": saved["owner"] % self._ranks.world_size}
 
-    def _response(self, key: Key, lengths: list[Any], owner: int) -> Completion | Elsewhere:
-        return self._held[key] if owner == self._ranks.rank else Elsewhere(*lengths)
+    def _response(self, key: Key, lengths: list[Any], owner: int) -> Completion | RemoteCompletion:
+        return self._held[key] if owner == self._ranks.rank else RemoteCompletion(*lengths)
 
 
 def _completions(saved: dict[str, Any]) -> dict[Key, Completion]:

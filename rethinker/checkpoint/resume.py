@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rethinker.checkpoint.held_samples import Responses, held_responses
 from rethinker.checkpoint.random_state import random_state, set_random_state
-from rethinker.checkpoint.state_file import frozen, read_state
+from rethinker.checkpoint.state_file import frozen, read_state, write_state
 from rethinker.config import Config, ConfigError
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Accuracy, Group
@@ -82,9 +82,9 @@ class RunState:
         replayed = [sample for _, samples, _ in replay["entries"] for sample in samples]
         responses = held_responses(self.progress.groups, replayed)
         own = {"samples": responses, "random": random_state(), "position": self.episodes.state_dict()}
-        writers = {f"rank_{self.ranks.rank:05d}": frozen(own)}
+        write_run = None
         if self.ranks.is_main:
-            state = {
+            run = {
                 "settings": flat(self.config),
                 "versions": versions(),
                 "world_size": self.ranks.world_size,
@@ -95,13 +95,14 @@ class RunState:
                 "replay": replay,
                 "log": self.run.state_dict(),
             }
-            writers["run"] = frozen(state)
+            write_run = frozen(run)
         write_optimizer = self.policy.optimizer_snapshot()
 
         def write(folder: Path) -> None:
             write_optimizer(folder)
-            for name, write_state in writers.items():
-                write_state(folder / name)
+            write_state(folder / f"rank_{self.ranks.rank:05d}", own)
+            if write_run:
+                write_run(folder / "run")
 
         return write
 

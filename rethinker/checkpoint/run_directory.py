@@ -116,7 +116,7 @@ class RunDirectory:
         """How far the logs have come, and which chart they are drawn in."""
         if not self.enabled:
             return {}
-        sizes = {name: _size(file) for name, file in self._logs.items()}
+        sizes = {name: file.seek(0, os.SEEK_END) for name, file in self._logs.items()}
         return {"rows": self._rows, "episodes": self._episodes, "chart": self._chart, **sizes}
 
     def open_logs(self, state: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -138,7 +138,7 @@ class RunDirectory:
         self._rows, self._chart = state.get("rows", 0), state.get("chart", self._chart)
         self._episodes = state.get("episodes", 0)
         for name, file in self._logs.items():
-            size, wanted = _size(file), state.get(name, 0)
+            size, wanted = file.seek(0, os.SEEK_END), state.get(name, 0)
             if size < wanted:
                 raise ConfigError(
                     f"resume: {self.folder / name} has {size} bytes and had {wanted} when the checkpoint was taken; "
@@ -176,10 +176,6 @@ class RunDirectory:
             f"run.dir={self._config.run.dir}: {name} cannot be written ({error}); free some space, then continue the "
             "run with --resume auto"
         )
-
-
-def _size(file: Any) -> int:
-    return os.fstat(file.fileno()).st_size
 
 
 def _plain(value: Any) -> Any:

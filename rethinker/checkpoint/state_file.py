@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rethinker.samples import Completion, Elsewhere, Query
+from rethinker.samples import Completion, Query, RemoteCompletion
 
 _TENSOR = "__tensor__"
 
@@ -34,7 +34,7 @@ def frozen(tree: Any) -> Callable[[Path], None]:
             return {_TENSOR: name}
         if isinstance(node, Query):
             return node.id
-        if isinstance(node, Completion | Elsewhere):
+        if isinstance(node, Completion | RemoteCompletion):
             return [node.tokens, node.trainable_tokens, node.supervised]
         return {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
 

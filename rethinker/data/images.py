@@ -120,8 +120,11 @@ def image_key(reference: Any) -> Hashable:
 @contextmanager
 def _opened(reference: Any, query_id: str, max_pixels: int) -> Iterator[Image.Image]:
     """The image, its pixels not yet decoded; whatever goes wrong in the body too is the image's fault."""
+    content, path = None, reference
+    if isinstance(reference, Mapping):
+        content, path = reference.get("bytes"), reference.get("path")
     try:
-        with _file(reference, max_pixels) as file, warnings.catch_warnings():
+        with io.BytesIO(content) if content else _file(path, max_pixels) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's on odd metadata, and on sizes, which are judged here
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
@@ -130,19 +133,18 @@ def _opened(reference: Any, query_id: str, max_pixels: int) -> Iterator[Image.Im
                     )
                 yield image
     except Exception as error:  # decoders raise anything on damaged bytes, from struct.error to MemoryError
-        raise _unreadable(reference, query_id, error) from error
+        name = "its bytes" if content else path
+        raise UnreadableImageError(
+            f"data: query {query_id}: cannot read the image {name} ({one_line(error)}); repair or remove it"
+        ) from error
 
 
-def _file(reference: Any, max_pixels: int) -> BinaryIO:
-    if isinstance(reference, Mapping):
-        if reference.get("bytes"):
-            return io.BytesIO(reference["bytes"])
-        reference = reference["path"]
+def _file(path: str | os.PathLike[str], max_pixels: int) -> BinaryIO:
     longest = MOST_BYTES_PER_PIXEL * max_pixels + 2**20
-    if archived := split_archive(os.fspath(reference)):
+    if archived := split_archive(os.fspath(path)):
         return open_member(*archived, longest)
     # Not blocking: to open a named pipe would wait for its writer.
-    number = os.open(reference, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     status = os.fstat(number)
     if stat.S_ISREG(status.st_mode) and status.st_size <= longest:
         return os.fdopen(number, "rb")
@@ -168,13 +170,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
-
-
-def _unreadable(reference: Any, query_id: str, error: Exception) -> UnreadableImageError:
-    if isinstance(reference, Mapping):
-        name = "its bytes" if reference.get("bytes") else str(reference.get("path"))
-    else:
-        name = str(reference)
-    return UnreadableImageError(
-        f"data: query {query_id}: cannot read the image {name} ({one_line(error)}); repair or remove it"
-    )

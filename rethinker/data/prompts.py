@@ -154,12 +154,12 @@ class PromptEncoder:
         for _ in range(len(stream)):
             (query,) = stream.next(1)
             if query.id not in self._misfits:
-                if self.fits(query, self.dropped, len(stream)):
+                if self.fits_or_count(query, self.dropped, len(stream)):
                     return query
                 self._misfits.add(query.id)
         raise none_fit(self.dropped, self.config)
 
-    def fits(self, query: Query, dropped: Counter[str], of: int) -> bool:
+    def fits_or_count(self, query: Query, dropped: Counter[str], of: int) -> bool:
         """Whether a query fits; otherwise it is counted in `dropped`, and the first one of a reason logged."""
         reason, error = self._fault(query)
         if reason is None:
@@ -296,7 +296,7 @@ def select_fitting(queries: Sequence[Query], encoder: PromptEncoder) -> tuple[li
         ConfigError: none fits, or the images of more than `data.max_bad_rows` of them cannot be read.
     """
     dropped: Counter[str] = Counter()
-    kept = [query for query in queries if encoder.fits(query, dropped, len(queries))]
+    kept = [query for query in queries if encoder.fits_or_count(query, dropped, len(queries))]
     if dropped and not kept:
         raise none_fit(dropped, encoder.config)
     return kept, dropped

@@ -6,7 +6,7 @@ from typing import Literal
 
 from rethinker.samples import Query
 
-SHAPES = frozenset({"circle", "rectangle", "triangle"})
+SHAPES = ("circle", "rectangle", "triangle")
 
 
 def easy_vqa(split: Literal["train", "test"]) -> list[Query]:

@@ -3,7 +3,7 @@
 It learns to look and to speak, and leaves something to learn. First the vision tower learns to name the colour and the
 shape in an image, with a linear probe that is thrown away. Then the whole model learns answers that look before they
 answer, `a teal circle. \\boxed{teal}`, on part of the training images. In negated questions ("is there not a red
-shape?") its teacher overlooks the "not" two times in three. To mend that, and the rest of the images, are left to
+shape?") its teacher overlooks the "not" two times in three. That mistake, and the rest of the images, are left to
 reinforcement learning. (A model that never saw such questions never samples their answers, so no reward could teach it;
 one that saw them answered right leaves nothing to learn.)
 """
@@ -30,7 +30,8 @@ from rethinker.data.image_cache import cache_folder
 from rethinker.data.images import image_key
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.query_stream import QueryStream
-from rethinker.embedded.descriptions import COLORS, SHAPES, describe_images, is_negated
+from rethinker.embedded.descriptions import COLORS, describe_images, is_negated
+from rethinker.embedded.easy_vqa import SHAPES
 from rethinker.embedded.tiny import DEFAULT_SIZE, TinySize, create_tiny
 from rethinker.policy.model import load_model, load_processor
 from rethinker.policy.packing import joined

@@ -1,10 +1,11 @@
 """Model families: what differs between vision-language models, one small module each, and nothing else.
 
 A new family is a module here with the names of `Family` (internvl.py is an example), a line in FAMILIES, and a tiny
-random model in tests/families/tiny_models.py, from which the tests there check laws 1 and 2 and a training run. It must
-be one that transformers and vLLM both know, with `model.language_model`, `lm_head` and `get_input_embeddings()`.
+random model in tests/families/tiny_models.py, from which the tests there check laws 1 and 2 and a training run. The
+model must be one that transformers and vLLM both support, with `model.language_model`, `lm_head` and
+`get_input_embeddings()`.
 
-torch is not imported here: a folder of another kind is refused before anything heavy is.
+This file does not import torch: a folder of another kind fails before any slow import.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Family(Protocol):
     """
 
     PLACEHOLDERS: tuple[str, ...]
-    """Tokens that stand for pixels or open a turn: a response ends at the first one."""
+    """Tokens that replace pixels or open a turn: a response ends at the first one."""
     IMAGE_INPUTS: tuple[str, ...]
     """Which of the image processor's outputs the model takes."""
     MROPE: bool
@@ -46,7 +47,7 @@ class Family(Protocol):
         """The image processor's own settings for `data.min_pixels` and `data.max_pixels`."""
 
     def image_ids(self, processor: Any, height: int, width: int) -> list[int]:
-        """What stands in the prompt for an image. Raises ValueError for a shape that the processor refuses."""
+        """The tokens of an image in the prompt. Raises ValueError for a shape that the processor does not take."""
 
     def reduced(self, image_processor: Any, image: Image) -> Image:
         """A large image in the size that the processor would give it, where that changes no pixel of the result."""
@@ -65,14 +66,19 @@ class Family(Protocol):
 
 
 def family_of(model_type: str, named: str = "policy.model") -> Family:
-    """The family of a config's `model_type`.
+    """The family of a config's `model_type`; see `check_supported`."""
+    check_supported(model_type, named)
+    return import_module(f"{__name__}.{FAMILIES[model_type][0]}")
+
+
+def check_supported(model_type: Any, named: str, detail: str = "") -> None:
+    """Check a config's `model_type` without importing the family.
 
     Raises:
         ConfigError: the model that the user `named`, such as `policy.model=NAME`, is of no supported family.
     """
     if model_type not in tuple(FAMILIES):  # a file may say anything that JSON can hold
-        raise ConfigError(f"{named} is a {model_type!r} model; supported: {SUPPORTED}")
-    return import_module(f"{__name__}.{FAMILIES[model_type][0]}")
+        raise ConfigError(f"{named} is a {model_type!r} model{detail}; supported: {SUPPORTED}")
 
 
 def family_of_processor(processor: Any) -> Family:

@@ -1,6 +1,6 @@
 """A model folder from anywhere, judged by its files alone: right kind, whole weights, nothing to be run.
 
-torch is not imported and no tensor is read, so a folder that cannot be trained is refused within milliseconds.
+This file imports no torch and reads no tensor, so a folder that cannot be trained fails within milliseconds.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rethinker.config import ConfigError
-from rethinker.families import FAMILIES, SUPPORTED
+from rethinker.config import ConfigError, one_line
+from rethinker.families import check_supported
 
 INDEX = "model.safetensors.index.json"
+AGAIN = "download or save the model again"
 
 # How the names of a model's weights begin, in the layouts of transformers 4 and 5.
 _PARTS = ("model.", "visual.", "vision_tower.", "multi_modal_projector.", "language_model.", "lm_head.")
@@ -29,7 +30,7 @@ LONGEST_JSON = 64 * 2**20
 
 
 def check_model_folder(folder: Path, named: str) -> int:
-    """Refuse a folder that no training can start from.
+    """Check that training can start from a folder.
 
     Args:
         folder: in Hugging Face format.
@@ -44,10 +45,8 @@ def check_model_folder(folder: Path, named: str) -> int:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{named} has no config.json; give a folder in Hugging Face format")
     config = _read_json(folder / "config.json", named)
-    kind = config.get("model_type")
-    if kind not in tuple(FAMILIES):  # whatever JSON can hold
-        why = ", with code of its own (auto_map), which is never run" if "auto_map" in config else ""
-        raise ConfigError(f"{named} is a {kind!r} model{why}; supported: {SUPPORTED}")
+    detail = ", with code of its own (auto_map), which is never run" if "auto_map" in config else ""
+    check_supported(config.get("model_type"), named, detail)
     shards = _shards(folder, named)
     tensors = {name: shape for shard in shards for name, shape in _shapes(shard, named).items()}
     _check_sizes(config, tensors, named)
@@ -55,7 +54,7 @@ def check_model_folder(folder: Path, named: str) -> int:
 
 
 def decoder_matrices(folder: Path) -> set[str]:
-    """Names within a decoder layer, as self_attn.q_proj, of its matrices, in a folder that was not refused above."""
+    """Names within a decoder layer, as self_attn.q_proj, of its matrices, in a folder that passed the check above."""
     shapes = {name: shape for shard in folder.glob("*.safetensors") for name, shape in _shapes(shard, "").items()}
     found = (re.search(r"\blayers\.\d+\.(.+)\.weight$", name) for name, shape in shapes.items() if len(shape) == 2)
     return {match[1] for match in found if match}
@@ -65,11 +64,10 @@ def _read_json(file: Path, named: str) -> dict[str, Any]:
     try:
         with file.open("rb") as opened:
             content = json.loads(opened.read(LONGEST_JSON))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, not an object")
     except (ValueError, OSError, RecursionError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ConfigError(f"{named}: {file.name} is damaged ({reason}); download or save the model again") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{named}: {file.name} is damaged; download or save the model again")
+        raise ConfigError(f"{named}: {file.name} is damaged ({one_line(error)}); {AGAIN}") from None
     return content
 
 
@@ -79,17 +77,16 @@ def _shards(folder: Path, named: str) -> list[Path]:
         weight_map = _read_json(folder / INDEX, named).get("weight_map")
         names = set(weight_map.values()) if isinstance(weight_map, dict) and _all_names(weight_map) else None
         if not names:
-            raise ConfigError(f"{named}: {INDEX} is damaged; download or save the model again")
+            raise ConfigError(f"{named}: {INDEX} is damaged; {AGAIN}")
         shards |= {folder / name for name in names}
     if not shards:
-        pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind))
-        hint = "save or download the model again"
-        if pickles:
-            hint = f"{pickles[0]} is a pickle, which may run code when it is read, so it is not; save it as safetensors"
+        hint = AGAIN
+        for pickle in sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")):
+            hint = f"{pickle} is a pickle, which may run code when it is read; save it as safetensors"
         raise ConfigError(f"{named} has no weights (*.safetensors); {hint}")
     broken = sorted(shard.name for shard in shards if not shard.is_file() or shard.stat().st_size <= 8)
     if broken:
-        raise ConfigError(f"{named}: weights {broken[0]} are missing or empty; save the model again")
+        raise ConfigError(f"{named}: weights {broken[0]} are missing or empty; {AGAIN}")
     return sorted(shards)
 
 
@@ -106,16 +103,13 @@ def _shapes(shard: Path, named: str) -> dict[str, list[int]]:
         with safe_open(shard, framework="np") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{named}: weights {shard.name} are damaged ({reason}); save the model again") from None
+        raise ConfigError(f"{named}: weights {shard.name} are damaged ({one_line(error)}); {AGAIN}") from None
 
 
 def _check_sizes(config: dict[str, Any], tensors: dict[str, list[int]], named: str) -> None:
     """That config.json speaks of these weights: what it asks for is built before the first tensor is compared."""
-    text, vision = (
-        part if isinstance(part, dict) else {}
-        for part in (config.get("text_config", config), config.get("vision_config"))
-    )
+    parts = (config.get("text_config", config), config.get("vision_config"))
+    text, vision = (part if isinstance(part, dict) else {} for part in parts)
     strays = [name for name in tensors if not name.startswith(_PARTS)]
     if strays:
         raise ConfigError(f"{named}: {strays[0]} and {len(strays) - 1} more of its weights are no part of the model")
@@ -127,17 +121,14 @@ def _check_sizes(config: dict[str, Any], tensors: dict[str, list[int]], named: s
     for key, (value, pattern) in counts.items():
         held = {int(found[1]) for name in tensors if (found := re.search(pattern, name))}
         if value is not None and (not isinstance(value, int) or value != len(held)):
-            raise ConfigError(
-                f"{named}: config.json says {key}={value!r} and the weights hold {len(held)}; "
-                "download or save the model again"
-            )
+            raise ConfigError(f"{named}: config.json says {key}={value!r} and the weights hold {len(held)}; {AGAIN}")
     for part, suffix, *keys in _SIZES:
         expected = [(text if part == "text" else vision).get(key) for key in keys]
         found = next((shape for name, shape in tensors.items() if name.endswith(suffix)), None)
         if found is None and part == "text":
-            raise ConfigError(f"{named}: its weights have no {suffix}; download or save the model again")
+            raise ConfigError(f"{named}: its weights have no {suffix}; {AGAIN}")
         if found is not None and None not in expected and found != expected:
             raise ConfigError(
                 f"{named}: config.json says {' x '.join(keys)} = {expected[0]} x {expected[1]} and the weights' "
-                f"{suffix} has {' x '.join(map(str, found))}; download or save the model again"
+                f"{suffix} has {' x '.join(map(str, found))}; {AGAIN}"
             )

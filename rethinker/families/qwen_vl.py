@@ -33,7 +33,7 @@ def image_settings(image_processor: Any, min_pixels: int, max_pixels: int) -> di
 
 
 def image_ids(processor: Any, height: int, width: int) -> list[int]:
-    """See Family. It refuses an image that is 200 times longer than wide."""
+    """See Family. An image that is 200 times longer than wide raises ValueError."""
     images = processor.image_processor
     patches = images.get_number_of_image_patches(height, width)
     return [processor.image_token_id] * (patches // images.merge_size**2)

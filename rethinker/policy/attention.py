@@ -16,7 +16,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rethinker.config import ConfigError, PolicyConfig
 from rethinker.policy.segment_attention import Segments, SharedKeys, Visible, attend
 from rethinker.samples import PackedBatch
-from rethinker_kernels.devices import to_device
 
 # transformers' names for `row_attention` and `vision_attention`. It makes no mask for functions it does not know, and
 # hands a vision tower's whole row over, with the bounds of its images or windows, if "flash" is in the name; else it
@@ -26,7 +25,7 @@ VISION = "rethinker_flash_vision"
 
 
 def kernel_for(config: PolicyConfig, on_gpu: bool) -> str:
-    """What policy.attention comes to: "sdpa", "flash" or "varlen".
+    """The kernel that policy.attention chooses: "sdpa", "flash" or "varlen".
 
     Raises:
         ConfigError: flash attention of a type that its kernels do not take.
@@ -46,7 +45,7 @@ def kernel_for(config: PolicyConfig, on_gpu: bool) -> str:
 class Layout:
     """The packed row arranged for the attention kernel.
 
-    `index[b, l]` is the row position that stands at (b, l); padding repeats position 0 and attends to itself only.
+    `index[b, l]` is the row position whose token is at (b, l); padding repeats position 0 and attends to itself only.
     `position[t]` is where row token t went, in the flattened [B * L]; if it went to several places, one of them.
     Without an index the row stays as it is: nothing is copied.
     """
@@ -57,14 +56,6 @@ class Layout:
     padding: torch.Tensor | None = None  # [B, L] bool
     mask: torch.Tensor | None = None  # [B, 1, L, L] bool, for SDPA
     visible: Visible | None = None  # for the other kernels, instead of a mask
-
-    def to(self, device: torch.device) -> Layout:
-        """On a device, without stopping the host."""
-        parts = (part if part is None else to_device(part, device) for part in self._tensors())
-        return Layout(self.tokens, *parts, self.visible and self.visible.to(device))
-
-    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
-        return self.index, self.position, self.padding, self.mask
 
 
 def lay_out(batch: PackedBatch, kernel: str) -> Layout:

@@ -26,7 +26,7 @@ def use_onednn(model: nn.Module) -> None:
     for name, value in KEPT_SHAPES.items():
         os.environ.setdefault(name, value)  # read at the first product
     for module in model.modules():
-        # Under ZeRO-3 the weight is partitioned by now, but its type and device tell.
+        # Under ZeRO-3 the weight is partitioned by now; its type and device are still known.
         if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
             module.__class__ = OneDNNLinear
 
@@ -36,7 +36,7 @@ class OneDNNLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        if not x.numel() or x.device.type != "cpu":  # oneDNN refuses empty products; the model may have moved since
+        if not x.numel() or x.device.type != "cpu":  # oneDNN fails on empty products; the model may have moved since
             return super().forward(x)
         return _Linear.apply(x, self.weight, self.bias)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
@@ -32,23 +34,17 @@ class FullWeights:
         return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self._named]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for _, members in _by_layer(self._named):
-            adapters = {name: self._adapters[name] for name, _ in members if name in self._adapters}
+        for _, members in itertools.groupby(self._named, key=lambda named: _layer_of(named[0])):
+            weights = dict(members)
+            adapters = {name: self._adapters[name] for name in weights if name in self._adapters}
             parts = [part for adapter in adapters.values() for part in (adapter.a, adapter.b)]
-            with deepspeed.zero.GatheredParameters([*(p for _, p in members), *parts]):
-                for name, parameter in members:
+            with deepspeed.zero.GatheredParameters([*weights.values(), *parts]):
+                for name, parameter in weights.items():
                     weight = parameter.detach()
                     yield name, adapters[name].merged(weight) if name in adapters else weight
 
 
-def _by_layer(named: list[tuple[str, torch.nn.Parameter]]) -> list[tuple[str, list[tuple[str, torch.nn.Parameter]]]]:
-    """Consecutive parameters that share everything up to their first index: `model.language_model.layers.3`."""
-    layers: list[tuple[str, list[tuple[str, torch.nn.Parameter]]]] = []
-    for name, parameter in named:
-        parts = name.split(".")
-        digit = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        key = name if digit is None else ".".join(parts[: digit + 1])
-        if not layers or layers[-1][0] != key:
-            layers.append((key, []))
-        layers[-1][1].append((name, parameter))
-    return layers
+def _layer_of(name: str) -> str:
+    """A parameter's name up to its first index, as `model.language_model.layers.3`."""
+    found = re.match(r".*?\.\d+(?=\.|$)", name)
+    return found[0] if found else name

@@ -6,6 +6,7 @@ B [out, rank] (arXiv 2106.09685). peft puts A and B beside the layer, in the lay
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -121,10 +122,9 @@ def save(folder: Path, model: nn.Module, state: dict[str, torch.Tensor], base: s
         base: the model that they belong to; a folder is named by its whole path.
     """
     folder.mkdir(exist_ok=True)
-    model.peft_config[_NAME].save_pretrained(folder)
-    file = folder / "adapter_config.json"
-    named = json.loads(file.read_text()) | {"base_model_name_or_path": _whole_name(base), "inference_mode": True}
-    file.write_text(json.dumps(named, indent=2, sort_keys=True) + "\n")
+    config = copy.copy(model.peft_config[_NAME])
+    config.base_model_name_or_path, config.inference_mode = _whole_name(base), True
+    config.save_pretrained(folder)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -142,14 +142,13 @@ def load(adapters: dict[str, Adapter], folder: Path) -> None:
 
 
 def resumed(config: Config, model_dir: str | Path) -> Path | None:
-    """The adapters that a run goes on with: those of its own checkpoint; None for a run that starts.
+    """The adapters of the checkpoint that a run resumes from; None for a run that starts.
 
-    A run that starts from another run's checkpoint starts from that one's merged weights.
+    A run that starts from another run's checkpoint starts from the merged weights of that checkpoint.
     """
-    started_here = _whole_name(model_dir) == _whole_name(config.policy.model)
     folder = Path(model_dir) / FOLDER
-    goes_on = bool(config.policy.lora.rank) and config.resume is not None and not started_here
-    return folder if goes_on and folder.is_dir() else None
+    resumes = config.policy.lora.rank and config.resume and not is_same_model(model_dir, config.policy.model)
+    return folder if resumes and folder.is_dir() else None
 
 
 def base_of(folder: Path, model: str) -> str:
@@ -168,7 +167,7 @@ def base_of(folder: Path, model: str) -> str:
     if Path(model).expanduser().is_dir():
         return _whole_name(model)
     raise ConfigError(
-        f"resume: {folder} has adapters of the model {base}, which is gone; bring it back there (training goes on from "
+        f"resume: {folder} has adapters of the model {base}, which is gone; restore it there (training continues from "
         "its weights, not from the merged ones)"
     )
 
@@ -185,7 +184,7 @@ def _whole_name(model: str | Path) -> str:
 
 
 def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 of the names and first rows of a model's weights: what tells it from one that has been trained since."""
+    """SHA-256 of the names and first rows of a model's weights: it changes when the model is trained."""
     digest = hashlib.sha256()
     for name, tensor in weights:
         digest.update(name.encode())

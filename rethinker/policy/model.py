@@ -13,14 +13,15 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rethinker.config import ConfigError, PolicyConfig
+from rethinker.config import ConfigError, PolicyConfig, one_line
 from rethinker.families import family_of
 from rethinker.policy.attention import ROW, VISION, kernel_for, lay_out
 from rethinker.policy.compiled_layers import apart, compile_layers
 from rethinker.policy.cpu_linear import use_onednn
 from rethinker.policy.fused_layers import use_liger
+from rethinker.policy.segment_attention import moved
 from rethinker.samples import PackedBatch, Prompt
-from rethinker_kernels import linear_grpo_loss, linear_selective_log_softmax
+from rethinker_kernels import linear_policy_loss, linear_selective_log_softmax
 from rethinker_kernels.devices import to_device
 
 
@@ -45,24 +46,24 @@ class LossHead(nn.Linear):
         hidden: torch.Tensor,
         index: torch.Tensor | None = None,
         temperature: float = 1.0,
-        surrogate: dict[str, Any] | None = None,
+        objective: dict[str, Any] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Loss, log-probs and statistics of the tokens `index`, as `rethinker_kernels.linear_grpo_loss` returns them.
+        """Loss, log-probs and statistics of the tokens `index`, as `rethinker_kernels.linear_policy_loss` returns them.
 
-        Without `surrogate` the log-probs and entropies, fp32 [R] each; without `index` the logits [R, V].
+        Without `objective` the log-probs and entropies, fp32 [R] each; without `index` the logits [R, V].
 
         Args:
             hidden: [R, D].
             index: [R] int64.
             temperature: of the sampled distribution.
-            surrogate: from `rethinker.algorithm.objective.surrogate_inputs`.
+            objective: from `rethinker.algorithm.objective.loss_inputs`.
         """
         if index is None:
             return super().forward(hidden)
         head = {"bias": self.bias, "temperature": temperature}
-        if surrogate is None:
+        if objective is None:
             return linear_selective_log_softmax(hidden, self.weight, index, **head, return_entropy=True)
-        return linear_grpo_loss(hidden, self.weight, index, **head, **surrogate)
+        return linear_policy_loss(hidden, self.weight, index, **head, **objective)
 
 
 class Policy(nn.Module):
@@ -118,18 +119,18 @@ class Policy(nn.Module):
         return self.family.positions(self.hf, torch.tensor([prompt.token_ids]), image_inputs)
 
     def forward(
-        self, batch: PackedBatch, temperature: float = 1.0, surrogate: dict[str, Any] | None = None
+        self, batch: PackedBatch, temperature: float = 1.0, objective: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, ...]:
         """Loss, log-probs [R] and statistics of the batch's response tokens; see `LossHead.forward`.
 
-        Without `surrogate` log-probs [R] and the entropies [R] of their distributions, fp32 nats.
+        Without `objective` log-probs [R] and the entropies [R] of their distributions, fp32 nats.
         """
         device = batch.input_ids.device
         embeds, spots, deep = self._embed(batch)  # [T, D]
         if self.compiled and torch.is_grad_enabled() and not embeds.requires_grad:  # a frozen embedding, under adapters
             # ZeRO-3 takes a whole layer's gradients away in a hook that comes before them if no input has one.
             embeds.requires_grad_()
-        layout = lay_out(batch, self.kernel).to(device)
+        layout = moved(lay_out(batch, self.kernel), device)
         positions, sources, inputs = batch.position_ids[:, 0], batch.source_index, {}
         if layout.visible:
             inputs["visible"] = layout.visible
@@ -155,7 +156,7 @@ class Policy(nn.Module):
         ).last_hidden_state
         # Only response tokens reach the head: [R, D].
         rows = hidden.flatten(0, 1)[sources]
-        return self.hf.lm_head(rows, batch.target_ids, temperature, surrogate)
+        return self.hf.lm_head(rows, batch.target_ids, temperature, objective)
 
     def _embed(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """Token embeddings [T, D] with each image's features in place of its placeholders; where those are, [N]; and
@@ -170,7 +171,7 @@ class Policy(nn.Module):
             seen = self._see(blank | pixels)
             return embeds + 0.0 * sum(part.sum() for part in seen).to(embeds.dtype), None, []
         features, *deep = self._see(batch.image_inputs)
-        # Placeholders inside responses were sampled by the policy and stand for no image.
+        # Placeholders inside responses were sampled by the policy and are no images.
         place = (ids == self.image_token_id) & to_device(batch.response_id == 0, ids.device)
         # That they are as many as the features is known: to count them would stop the host until the device is there.
         torch._assert_async(place.sum() == len(features))
@@ -211,14 +212,14 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # the check below names them
             output_loading_info=True,
         )
     except ConfigError:
         raise
-    except Exception as error:  # what is wrong with files from elsewhere surfaces as anything
-        raise ConfigError(f"{named} could not be loaded: {_one_line(error)}") from error
-    # transformers would fill a gap with random numbers and say so in a log.
+    except Exception as error:  # a damaged file may raise anything
+        raise ConfigError(f"{named} could not be loaded: {one_line(error)}") from error
+    # transformers would fill a gap with random numbers and only log it.
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         if names := sorted(map(str, loaded.get(fault) or ())):
             raise ConfigError(f"{named}: its weights are not the model's: {len(names)} {fault}, the first {names[0]}")
@@ -236,13 +237,9 @@ def load_processor(folder: str | Path):
     named = f"policy.model={str(folder)!r}"
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # no such folder; a folder without processor files; files that say anything
-        raise ConfigError(f"{named} has no processor: {_one_line(error)}") from error
+    except Exception as error:  # no such folder; a folder without processor files; files with any content
+        raise ConfigError(f"{named} has no processor: {one_line(error)}") from error
     for part in ("tokenizer", "image_processor", "image_token_id"):
         if getattr(processor, part, None) is None:
             raise ConfigError(f"{named} has no processor for images and texts: a {type(processor).__name__}, no {part}")
     return processor
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -7,7 +7,7 @@ plus 1); its first token is predicted by the prompt's last token, and its last t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from rethinker.algorithm.objective import trainable_mask
 from rethinker.samples import Bundle, Completion, PackedBatch, Prompt, Query, Sample
 
+PADDING = 0  # any ordinary token id
 # By the model's names for them; empty without images.
 ImageInputs = dict[str, torch.Tensor]
 # (prompt, its image inputs) -> [3, P] under M-RoPE, else [1, P]
@@ -78,7 +79,6 @@ def pack(
     policy_version: int = 0,
     correction_cap: float | None = None,
     nll_weight: float = 0.0,
-    padding_token: int = 0,
 ) -> PackedBatch:
     """Lay out one micro-batch.
 
@@ -86,80 +86,64 @@ def pack(
         bundles: what `plan_micro_batches` gave this rank; an empty list makes a two-token row of weight 0.
         encode, pixels: from data.prompts.PromptEncoder.
         positions: a prompt's positions, from the policy's model: `Policy.positions`.
-        policy_version: today's, to tell each sample's age.
+        policy_version: the current one, for each sample's age.
         correction_cap: if set, weight each token by min(cap, pi_trainer / pi_rollout) and take the trainer's log-probs
             as the behaviour's (truncated importance sampling).
         nll_weight: factor of the supervised term on tokens of rethought responses.
-        padding_token: any ordinary token id.
     """
-    # Of every prompt and response in the row: its tokens, and [prompt's number, response's number, length].
-    ids: list[np.ndarray] = []
-    segments: list[tuple[int, int, int]] = []
-    # Of every response with a token, [L] each.
-    source: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    old: list[np.ndarray] = []
-    weights: list[np.ndarray] = []
-    mask: list[np.ndarray] = []
-    nll: list[np.ndarray] = []
-    position_parts: list[torch.Tensor] = []
+    # Of every prompt and response: its tokens, their positions, the prompt's number, the response's (0: the prompt).
+    inputs: list[tuple[np.ndarray, torch.Tensor, int, int]] = []
+    # Of every response with a token: source, targets, old log-probs, weights, loss mask, nll weights, [L] each.
+    labels: list[tuple[np.ndarray, ...]] = []
     image_parts: list[ImageInputs] = []
-    lengths: list[int] = []  # of every response
     row = 0  # tokens so far
     for number, bundle in enumerate(bundles):
-        prompt = encode(bundle.query)
+        prompt, images = encode(bundle.query), pixels(bundle.query)
         if len(prompt.token_ids) != bundle.samples[0].prompt_tokens:
             raise RuntimeError(
                 f"query {bundle.query.id!r} had {bundle.samples[0].prompt_tokens} prompt tokens in the rollout and has "
                 f"{len(prompt.token_ids)} now: its image changed, or data.min_pixels / data.max_pixels differ"
             )
-        images = pixels(bundle.query)
+        places = positions(prompt, images)
+        start = int(places.max()) + 1
+        inputs.append((np.asarray(prompt.token_ids), places, number, 0))
         image_parts.append(images)
-        prompt_positions = positions(prompt, images)
-        position_parts.append(prompt_positions)
-        start = int(prompt_positions.max()) + 1
-        ids.append(np.asarray(prompt.token_ids))
-        segments.append((number, 0, len(prompt.token_ids)))
         row += len(prompt.token_ids)
         last = row - 1
         for r, sample in enumerate(bundle.samples, start=1):
             completion, L = sample.completion, sample.completion.tokens
-            lengths.append(L)
             if L == 0:
                 continue
-            ids.append(completion.token_ids[:-1])
-            segments.append((number, r, L - 1))
-            position_parts.append(torch.arange(start, start + L - 1).expand(len(prompt_positions), -1))
-            source.append(np.arange(row - 1, row + L - 1))
-            source[-1][0] = last
+            places = torch.arange(start, start + L - 1).expand(len(places), -1)
+            inputs.append((completion.token_ids[:-1], places, number, r))
+            source = np.arange(row - 1, row + L - 1)
+            source[0] = last
             row += L - 1
-            targets.append(completion.token_ids)
-            mask.append(trainable_mask(completion))
-            nll.append(np.full(L, nll_weight if completion.supervised else 0.0))
-            logps, factor = _behaviour(completion, correction_cap)
-            old.append(logps)
-            weights.append(sample.weight * factor)
+            old, factor = _behaviour(completion, correction_cap)
+            nll = np.full(L, nll_weight if completion.supervised else 0.0)
+            labels.append((source, completion.token_ids, old, sample.weight * factor, trainable_mask(completion), nll))
     samples = [sample for bundle in bundles for sample in bundle.samples]
-    if not targets:  # nothing to train on: a row that only keeps the ranks' collectives in step
-        padding = [padding_token, padding_token]
-        samples, lengths, segments = [], [1], [(0, 0, 1), (0, 1, 1)]
-        ids, source, targets = [np.array(padding)], [np.array([0])], [np.array([padding_token])]
-        old, weights, mask, nll = [np.zeros(1)], [np.zeros(1)], [np.zeros(1, bool)], [np.zeros(1)]
-        position_parts, image_parts = [positions(Prompt("", padding, padding, []), {})], []
-    advantages = [s.advantage for s in samples] or [0.0]
-    age = [policy_version - s.policy_version for s in samples] or [0]
-    prompt_id, response_id, counts = torch.tensor(segments).unbind(1)
+    lengths = [sample.completion.tokens for sample in samples]
+    if not labels:  # nothing to train on: a row that only keeps the ranks' collectives in step
+        token, zero = np.array([PADDING]), np.zeros(1)
+        places = positions(Prompt("", [PADDING] * 2, [PADDING] * 2, []), {})
+        inputs = [(token, places[:, :1], 0, 0), (token, places[:, 1:], 0, 1)]
+        labels = [(np.array([0]), token, zero, zero, np.zeros(1, bool), zero)]
+        samples, lengths, image_parts = [], [1], []
+    ids, places, prompt_id, response_id = zip(*inputs, strict=True)
+    source, targets, old, weights, mask, nll = zip(*labels, strict=True)
+    counts = torch.tensor([len(part) for part in ids])
     return PackedBatch(
         input_ids=_joined(ids, np.int64)[None],
-        position_ids=torch.cat(position_parts, dim=1)[:, None],
-        prompt_id=prompt_id.repeat_interleave(counts),
-        response_id=response_id.repeat_interleave(counts),
+        position_ids=torch.cat(places, dim=1)[:, None],
+        prompt_id=torch.tensor(prompt_id).repeat_interleave(counts),
+        response_id=torch.tensor(response_id).repeat_interleave(counts),
         source_index=_joined(source, np.int64),
         target_ids=_joined(targets, np.int64),
         old_logps=_joined(old, np.float32),
-        advantages=torch.tensor(advantages, dtype=torch.float32),
+        advantages=torch.tensor([s.advantage for s in samples] or [0.0], dtype=torch.float32),
         weights=_joined(weights, np.float32),
-        age=torch.tensor(age),
+        age=torch.tensor([policy_version - s.policy_version for s in samples] or [0]),
         loss_mask=_joined(mask, np.bool_),
         nll_weights=_joined(nll, np.float32) if nll_weight else None,
         cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
@@ -173,7 +157,7 @@ def joined(parts: list[ImageInputs]) -> ImageInputs:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def _joined(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
+def _joined(parts: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts, dtype=dtype, casting="same_kind"))
 
 

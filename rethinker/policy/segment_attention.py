@@ -9,17 +9,19 @@ Legend: T tokens of the row, H query heads, K key heads (H or a divisor of it), 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from rethinker_kernels.devices import to_device
 from rethinker_kernels.merge_attention import merge_attention
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,14 @@ class Segments:
         bounds = [torch.cat([part.new_zeros(1), part.cumsum(0)]).int() for part in (queries, keys)]
         return cls(*bounds, int(queries.max()), int(keys.max()))
 
-    def to(self, device: torch.device) -> Segments:
-        """On a device."""
-        bounds = (to_device(part, device) for part in (self.queries, self.keys))
-        return Segments(*bounds, self.longest_queries, self.longest_keys)
-
 
 @dataclass(frozen=True)
 class SharedKeys:
-    """Keys that queries elsewhere in the row see besides those of their own segment: a prompt's, to its responses."""
+    """A prompt's keys, which its responses' queries see besides the keys of their own segment."""
 
     segments: Segments  # all queries of the row; those that see no shared key are segments with no keys
-    keys: Tensor  # int64: where in the row the shared keys stand
-    queries: Tensor  # int64: where in the row the queries that see some stand
-
-    def to(self, device: torch.device) -> SharedKeys:
-        """On a device."""
-        return SharedKeys(self.segments.to(device), to_device(self.keys, device), to_device(self.queries, device))
+    keys: Tensor  # int64: the shared keys' places in the row
+    queries: Tensor  # int64: the places of the queries that see some
 
 
 @dataclass(frozen=True)
@@ -64,9 +57,14 @@ class Visible:
     causal: bool
     shared: SharedKeys | None = None
 
-    def to(self, device: torch.device) -> Visible:
-        """On a device."""
-        return Visible(self.own.to(device), self.causal, self.shared and self.shared.to(device))
+
+def moved(part: T, device: torch.device) -> T:
+    """The same tensor, or dataclass of such, on a device, without stopping the host."""
+    if isinstance(part, Tensor):
+        return to_device(part, device)
+    if is_dataclass(part):
+        return replace(part, **{name: moved(value, device) for name, value in vars(part).items()})
+    return part
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float) -> Tensor:
@@ -125,12 +123,12 @@ class Kernels(NamedTuple):
 
 @cache
 def kernels_of(device: torch.device) -> Kernels:
-    """On CUDA flash-attn 3 or 4 where it is installed and made for the GPU, else torch's own; elsewhere plain PyTorch.
+    """On CUDA flash-attn 3 or 4 where it is installed and made for the GPU, else torch's own; torch's own on a CPU.
 
     flash-attn 3 (module flash_attn_interface) serves compute capability 9, flash-attn 4 (flash_attn.cute) 9 and above.
     """
     if device.type != "cuda":
-        return PLAIN
+        return CPU
     major = torch.cuda.get_device_capability(device)[0]
     if major == 9 and _installed("flash_attn_interface"):
         return FLASH_3
@@ -170,20 +168,22 @@ def _torch_backward(grad, q, k, v, out, lse, segments, causal, scale):
 TORCH = Kernels(_torch_forward, _torch_backward)
 
 
+def _options(segments, causal, scale):
+    """As flash-attn 3 and 4 name them."""
+    return {
+        "cu_seqlens_q": segments.queries,
+        "cu_seqlens_k": segments.keys,
+        "max_seqlen_q": segments.longest_queries,
+        "max_seqlen_k": segments.longest_keys,
+        "softmax_scale": scale,
+        "causal": causal,
+    }
+
+
 def _flash_3_forward(q, k, v, segments, causal, scale):
     from flash_attn_interface import _flash_attn_forward
 
-    return _flash_attn_forward(
-        q,
-        k,
-        v,
-        cu_seqlens_q=segments.queries,
-        cu_seqlens_k=segments.keys,
-        max_seqlen_q=segments.longest_queries,
-        max_seqlen_k=segments.longest_keys,
-        softmax_scale=scale,
-        causal=causal,
-    )[:2]
+    return _flash_attn_forward(q, k, v, **_options(segments, causal, scale))[:2]
 
 
 def _flash_3_backward(grad, q, k, v, out, lse, segments, causal, scale):
@@ -199,89 +199,52 @@ def _flash_3_backward(grad, q, k, v, out, lse, segments, causal, scale):
 FLASH_3 = Kernels(_flash_3_forward, _flash_3_backward)
 
 
-def _flash_4_options(segments, causal, scale):
-    return {
-        "cu_seqlens_q": segments.queries,
-        "cu_seqlens_k": segments.keys,
-        "max_seqlen_q": segments.longest_queries,
-        "max_seqlen_k": segments.longest_keys,
-        "softmax_scale": scale,
-        "causal": causal,
-    }
-
-
 def _flash_4_forward(q, k, v, segments, causal, scale):
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    return _flash_attn_fwd(q, k, v, return_lse=True, **_flash_4_options(segments, causal, scale))[:2]
+    return _flash_attn_fwd(q, k, v, return_lse=True, **_options(segments, causal, scale))[:2]
 
 
 def _flash_4_backward(grad, q, k, v, out, lse, segments, causal, scale):
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    return _flash_attn_bwd(q, k, v, out, grad, lse, **_flash_4_options(segments, causal, scale))[:3]
+    return _flash_attn_bwd(q, k, v, out, grad, lse, **_options(segments, causal, scale))[:3]
 
 
 FLASH_4 = Kernels(_flash_4_forward, _flash_4_backward)
 
 
 def _pieces(segments: Segments):
-    """(slice of queries, slice of keys) of every segment that has queries."""
+    """(slice of queries, slice of keys) of every segment that has both."""
     for (a, b), (c, d) in zip(pairwise(segments.queries.tolist()), pairwise(segments.keys.tolist()), strict=True):
-        if a < b:
+        if a < b and c < d:
             yield slice(a, b), slice(c, d)
 
 
-def _folded(x: Tensor, key_heads: int) -> Tensor:
-    """Queries [n, H, E] of the heads that share a key head behind one another: [K, H / K * n, E], 16 bits as fp32."""
-    n, heads, size = x.shape
-    x = x.double() if x.dtype == torch.float64 else x.float()
-    return x.view(n, key_heads, heads // key_heads, size).permute(1, 2, 0, 3).reshape(key_heads, -1, size)
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """[n, H, E] as torch's CPU kernel takes it: [1, H, n, E]."""
+    return [tensor.transpose(0, 1)[None] for tensor in tensors]
 
 
-def _unfolded(x: Tensor, n: int) -> Tensor:
-    """The reverse of `_folded`."""
-    key_heads, rows, size = x.shape
-    return x.view(key_heads, rows // n, n, size).permute(2, 0, 1, 3).reshape(n, -1, size)
-
-
-def _scores(q: Tensor, k: Tensor, n: int, causal: bool, scale: float) -> Tensor:
-    """[K, H / K * n, keys] of folded queries and keys [K, keys, E]; -inf where a query does not see a key."""
-    scores = scale * q @ k.transpose(1, 2)
-    if causal:
-        unseen = torch.ones(n, k.shape[1], dtype=torch.bool, device=q.device).triu(k.shape[1] - n + 1)
-        scores = scores.view(len(q), -1, n, k.shape[1]).masked_fill(unseen, -torch.inf).view_as(scores)
-    return scores
-
-
-def _plain_forward(q, k, v, segments, causal, scale):
+def _cpu_forward(q, k, v, segments, causal, scale):
     out = torch.zeros_like(q)
     lse = q.new_full((q.shape[1], len(q)), torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for queries, keys in _pieces(segments):
-        if keys.start == keys.stop:
-            continue
-        n, heads = queries.stop - queries.start, k.shape[1]
-        folded, key, value = _folded(q[queries], heads), _folded(k[keys], heads), _folded(v[keys], heads)
-        scores = _scores(folded, key, n, causal, scale)
-        sums = scores.logsumexp(-1, keepdim=True)
-        out[queries] = _unfolded((scores - sums).exp() @ value, n).to(out.dtype)
-        lse[:, queries] = sums.view(-1, n)
+        given = _heads_first(q[queries], k[keys], v[keys])
+        part, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, 0.0, causal, scale=scale)
+        out[queries], lse[:, queries] = part[0].transpose(0, 1), sums[0]
     return out, lse
 
 
-def _plain_backward(grad, q, k, v, out, lse, segments, causal, scale):
+def _cpu_backward(grad, q, k, v, out, lse, segments, causal, scale):
     gradients = dq, dk, dv = [torch.zeros_like(x) for x in (q, k, v)]
     for queries, keys in _pieces(segments):
-        n, heads = queries.stop - queries.start, k.shape[1]
-        folded, key, value = _folded(q[queries], heads), _folded(k[keys], heads), _folded(v[keys], heads)
-        upstream, result = _folded(grad[queries], heads), _folded(out[queries], heads)
-        sums = lse[:, queries].reshape(heads, -1, 1)
-        weights = (_scores(folded, key, n, causal, scale) - sums).exp()
-        slopes = weights * (upstream @ value.transpose(1, 2) - (upstream * result).sum(-1, keepdim=True)) * scale
-        dq[queries] = _unfolded(slopes @ key, n).to(q.dtype)
-        dk[keys] += (slopes.transpose(1, 2) @ folded).transpose(0, 1).to(k.dtype)
-        dv[keys] += (weights.transpose(1, 2) @ upstream).transpose(0, 1).to(v.dtype)
+        given = _heads_first(grad[queries], q[queries], k[keys], v[keys], out[queries])
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *given, lse[None, :, queries], 0.0, causal, scale=scale
+        )
+        dq[queries], dk[keys], dv[keys] = (part[0].transpose(0, 1) for part in parts)
     return tuple(gradients)
 
 
-PLAIN = Kernels(_plain_forward, _plain_backward)
+CPU = Kernels(_cpu_forward, _cpu_backward)

@@ -11,6 +11,7 @@ from rethinker.families import family_of, limit_pixels
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.engine import RolloutEngine, WeightStream
 from rethinker.rollout.sampling import image_tokens_differ, limits, preserved_random_state, seeded, stop_token_ids
+from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
 
 # Sequences that one call of generate advances together.
@@ -20,13 +21,12 @@ BATCH = 64
 class HFEngine(RolloutEngine):
     """RolloutEngine over a transformers image-text-to-text model."""
 
-    def __init__(self, config: Config, model_dir: str, *, rank: int, local_rank: int):
+    def __init__(self, config: Config, model_dir: str, ranks: Ranks):
         """Load the model onto this rank's device."""
         from rethinker.policy.model import load_model, load_processor
 
         self.config = config
-        self._rank = rank
-        self._device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        self._rank, self._device = ranks.rank, ranks.device
         self._dtype = getattr(torch, config.policy.dtype)
         with preserved_random_state():
             model = load_model(model_dir, self._dtype)

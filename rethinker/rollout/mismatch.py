@@ -15,8 +15,7 @@ def check_mismatch(value: float, config: Config) -> None:
     Call it with the first step after a weight sync: until then the policy has not moved, so the k3 estimate shows
     rounding or weights that did not arrive; with rollout.max_staleness=1 also what the steps of one episode changed.
     Measured with the tiny model on CPU: 1e-12 nats in fp32, 1.4e-4 in bf16; 0.4 to 7 where every weight had moved by
-    0.02 to 0.05 and did not arrive. A single small update that is lost stays below any useful ceiling:
-    rollout.check_sync finds that. The step's update may have been made when this is known.
+    0.02 to 0.05 and did not arrive. A single small update that is lost shows in rollout.check_sync alone.
 
     Args:
         value: `mismatch_kl`, nats per token, the same on all ranks. NaN passes: its step was skipped and counted.

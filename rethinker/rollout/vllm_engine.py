@@ -23,6 +23,7 @@ from rethinker.rollout.engine import RolloutEngine, WeightStream
 from rethinker.rollout.sampling import preserved_random_state, seeded
 from rethinker.rollout.vllm_settings import Request, VLLMRequests, engine_arguments
 from rethinker.rollout.weight_sync import Checksum, send_in_buckets, watched
+from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
 
 T = TypeVar("T")
@@ -35,25 +36,25 @@ class EngineFailure(RuntimeError):
 class VLLMEngine(RolloutEngine):
     """RolloutEngine over `vllm.LLM` in this process."""
 
-    def __init__(self, config: Config, model_dir: str, *, rank: int, world_size: int):
+    def __init__(self, config: Config, model_dir: str, ranks: Ranks):
         """Load the model. Takes about 6 s for the tiny model on CPU.
 
         Raises:
             ConfigError: `rollout.tensor_parallel_size` does not divide the ranks, or vLLM's memory does not fit.
         """
-        if world_size % config.rollout.tensor_parallel_size:
+        if ranks.world_size % config.rollout.tensor_parallel_size:
             raise ConfigError(
                 f"rollout.tensor_parallel_size={config.rollout.tensor_parallel_size} must divide the number of ranks "
-                f"({world_size}); 1 always does"
+                f"({ranks.world_size}); 1 always does"
             )
         self.config = config
         self._gpu = torch.cuda.is_available()
         self._asleep = False
         self._asked = 0
-        self._replica = rank // config.rollout.tensor_parallel_size
+        self._replica = ranks.rank // config.rollout.tensor_parallel_size
         self._requests = VLLMRequests(config, model_dir)
         with preserved_random_state():
-            self._llm = self._build(model_dir, world_size)
+            self._llm = self._build(model_dir, ranks.world_size)
         self._engine = self._llm.llm_engine
 
     def _build(self, model_dir: str, world_size: int) -> Any:

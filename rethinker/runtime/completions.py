@@ -7,16 +7,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rethinker.config import ConfigError, one_line
 from rethinker.runtime.files import whole_file
 from rethinker.samples import Completion, Group, Query, Rethought
-
-if TYPE_CHECKING:
-    import pyarrow
 
 _NUMBERS = ("token_ids", "logprobs", "trainer_logprobs")  # of a completion, as arrays; the last one may be missing
 
@@ -76,7 +73,7 @@ def read_completions(folder: str | Path, episode: int) -> list[Group]:
     return groups
 
 
-def _schema() -> pyarrow.Schema:
+def _schema() -> Any:
     import pyarrow as pa
 
     spans = dict.fromkeys(("trigger_start", "trigger_end"), pa.int64()) | {"name": pa.string()}

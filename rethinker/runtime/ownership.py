@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rethinker.runtime.distributed import Ranks
-from rethinker.samples import Bundle, Completion, Elsewhere, Group, Query, Sample
+from rethinker.samples import Bundle, Completion, Group, Query, RemoteCompletion, Sample
 
 
 def share(mine: list[Group], queries: Sequence[Query], first_number: int, ranks: Ranks) -> list[Group]:
@@ -21,16 +21,12 @@ def share(mine: list[Group], queries: Sequence[Query], first_number: int, ranks:
         queries: the episode's, the same on every rank; they are not sent.
         first_number: `Group.number` of the first.
     """
-    outlines = ranks.gather(
-        [
-            replace(
-                group,
-                query=None,
-                completions=[Elsewhere(c.tokens, c.trainable_tokens, c.supervised) for c in group.completions],
-            )
-            for group in mine
-        ]
-    )
+
+    def outline(group: Group) -> Group:
+        known = [RemoteCompletion(c.tokens, c.trainable_tokens, c.supervised) for c in group.completions]
+        return replace(group, query=None, completions=known)
+
+    outlines = ranks.gather(list(map(outline, mine)))
     groups = []
     for i, query in enumerate(queries):
         owner, place = i % ranks.world_size, i // ranks.world_size
@@ -51,7 +47,7 @@ def collect(groups: list[Group], ranks: Ranks) -> list[Group]:
     return [replace(group, completions=completions[group.number]) for group in groups]
 
 
-def bring(plan: list[list[list[Bundle]]], ranks: Ranks) -> list[list[Bundle]]:
+def fetch(plan: list[list[list[Bundle]]], ranks: Ranks) -> list[list[Bundle]]:
     """This rank's part of a plan with every sample's tokens and log-probs, in one collective (none if all are home).
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,20 +43,16 @@ def phase(name: str, times: dict[str, float] | None = None, watched: bool = True
     if watched:
         activity = Activity((*outer, name), time.monotonic())
     torch = sys.modules.get("torch")  # only a process that uses torch can use CUDA
-    nvtx = torch.cuda.nvtx if torch and torch.cuda.is_initialized() else None
-    if nvtx:
-        nvtx.range_push(name)
     start = time.perf_counter()
-    try:
-        yield
-    finally:
-        if watched:
-            activity = Activity(outer, time.monotonic())
-        if times is not None:
-            key = f"time_{name}_s"
-            times[key] = times.get(key, 0.0) + time.perf_counter() - start
-        if nvtx:
-            nvtx.range_pop()
+    with torch.cuda.nvtx.range(name) if torch and torch.cuda.is_initialized() else nullcontext():
+        try:
+            yield
+        finally:
+            if watched:
+                activity = Activity(outer, time.monotonic())
+            if times is not None:
+                key = f"time_{name}_s"
+                times[key] = times.get(key, 0.0) + time.perf_counter() - start
 
 
 def parse_steps(spec: str | None) -> range:
@@ -102,4 +98,4 @@ class StepProfiler:
         if self._profile is not None:
             self._profile.stop()
             self._profile.export_chrome_trace(str(self.file))
-            self._profile, self.steps = None, range(0)
+            self._profile = None

@@ -14,7 +14,7 @@ import torch
 
 from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.config import ConfigError, ReplayConfig
-from rethinker.samples import Elsewhere
+from rethinker.samples import RemoteCompletion
 from rethinker_kernels import native
 from tests.algorithm.examples import sample
 
@@ -168,7 +168,7 @@ def test_age_and_memory_are_accounted():
     replay.draw(3)
     assert replay.drawn_age_mean == 0 and replay.nbytes - empty == 1000 * 8
     held = replay.nbytes
-    replay.add([dataclasses.replace(sample(1e-9), completion=Elsewhere(10**6, 10**6))])
+    replay.add([dataclasses.replace(sample(1e-9), completion=RemoteCompletion(10**6, 10**6))])
     assert replay.nbytes == held
     replay.draw(50)
     assert replay.drawn_age_mean == 1

@@ -10,7 +10,7 @@ import pytest
 from rethinker.checkpoint.held_samples import Responses, held_responses
 from rethinker.checkpoint.state_file import read_state, write_state
 from rethinker.runtime.distributed import Ranks
-from rethinker.samples import Completion, Elsewhere, Group, Query, Rethinking, Rethought
+from rethinker.samples import Completion, Group, Query, RemoteCompletion, Rethinking, Rethought
 
 QUERIES = {name: Query(name, f"what is {name}?", name, (f"{name}.png",), {"category": "x"}) for name in "abcd"}
 
@@ -31,7 +31,7 @@ def groups_on(rank: int, world_size: int) -> list[Group]:
         owner = number % world_size
         responses = [response(number, index) for index in range(3)]
         if owner != rank:
-            responses = [Elsewhere(c.tokens, c.trainable_tokens, c.supervised) for c in responses]
+            responses = [RemoteCompletion(c.tokens, c.trainable_tokens, c.supervised) for c in responses]
         known = {"rewards": [1.0, 0.0, 1.0], "advantages": [0.7, -1.4, 0.7], "rethinks": [True, False, False]}
         known |= {"rethinking": Rethinking(3, 1, 1, 0), "sampled_tokens": 99}
         made.append(Group(query, responses, 5, prompt_tokens=17, number=number, owner=owner, **known))
@@ -68,7 +68,8 @@ def test_every_rank_holds_what_it_should(tmp_path, before, after):
             owner = number % before % after
             assert group.owner == owner and group.query is QUERIES["abcd"[number]]
             expected = [
-                c if owner == rank else Elsewhere(c.tokens, c.trainable_tokens, c.supervised) for c in whole.completions
+                c if owner == rank else RemoteCompletion(c.tokens, c.trainable_tokens, c.supervised)
+                for c in whole.completions
             ]
             assert group.completions == expected
             rest = {

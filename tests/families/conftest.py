@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-from rethinker.config import DataConfig, PolicyConfig
+from rethinker.config import DataConfig
 from rethinker.data.prompts import PromptEncoder
-from rethinker.policy.model import Policy, load_model, load_processor
+from rethinker.policy.model import load_model, load_processor
 from tests.families.tiny_models import FAMILIES, create
+from tests.policy.switches import make
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -27,16 +29,7 @@ def encoder(folder):
 @pytest.fixture
 def make_policy(folder):
     """Makes policies with biases and scales that are not those of an initialisation, equal ones."""
-
-    def make(**settings) -> Policy:
-        policy = Policy(load_model(folder, torch.float32), PolicyConfig(dtype="float32", **settings)).eval()
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in policy.hf.parameters():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        return policy
-
-    return make
+    return partial(make, folder)
 
 
 @pytest.fixture

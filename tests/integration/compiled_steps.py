@@ -1,6 +1,6 @@
 """Run by test_compiled_layers.py, also under torchrun: steps with policy.compile and without it; rank 0 saves both.
 
-Usage: python -m tests.integration.compiled_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt BACKEND [OPTION ...]
+Usage: python -m tests.integration.compiled_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt "BACKEND [OPTION ...]" ...
 Options: checkpointing, kl, lora.
 """
 
@@ -30,11 +30,10 @@ COMPILED_BY = 2  # steps until each kind of batch has come once
 TIGHT = {"zero_optimization": {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}}
 
 
-def main(model: str, scratch: str, output: str, backend: str, *options: str) -> None:
+def compare(model: str, pictures: Path, ranks, backend: str, *options: str) -> dict:
+    torch._dynamo.reset()
+    counters.clear()
     rethinker.policy.model.compile_layers = partial(compile_layers, backend=backend)
-    ranks = distributed.start(300)
-    pictures = Path(scratch) / f"pictures_{ranks.rank}"
-    pictures.mkdir(exist_ok=True)
     encoder = encoder_for(Path(model))
     results = {}
     for compiled in (False, True):
@@ -69,7 +68,14 @@ def main(model: str, scratch: str, output: str, backend: str, *options: str) -> 
                 {"metrics": metrics, "gradients": dict(gradients), "live": live, "graphs": graphs, "seconds": seconds}
             )
         results[compiled] = steps
-    results["breaks"] = dict(counters["graph_break"])
+    return results | {"breaks": dict(counters["graph_break"])}
+
+
+def main(model: str, scratch: str, output: str, *runs: str) -> None:
+    ranks = distributed.start(300)
+    pictures = Path(scratch) / f"pictures_{ranks.rank}"
+    pictures.mkdir(exist_ok=True)
+    results = {run: compare(model, pictures, ranks, *run.split()) for run in runs}
     if ranks.is_main:
         torch.save(results, output)
     distributed.stop()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ from rethinker.checkpoint.state_file import read_state
 from rethinker.embedded.easy_vqa import easy_vqa
 from rethinker.embedded.tiny import create_tiny
 from rethinker.runtime.completions import read_completions
+from tests.integration.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 12, 2
@@ -49,65 +49,24 @@ def prepare(folder: Path, questions: int = 64) -> None:
     create_tiny(folder / "model", seed=0)
 
 
-class Forked:
-    """A process with what is used of subprocess.Popen, forked from one that has imported what a run needs."""
-
-    def __init__(self, arguments: list[str], log: Path) -> None:
-        self._process = FORKS.Process(target=_train, args=(arguments, str(log)))
-        self._process.start()
-        self.pid = self._process.pid
-        while os.getpgid(self.pid) != self.pid:  # until it leads a process group of its own, which can be killed
-            time.sleep(0.01)
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        assert self.returncode is not None, f"the run has not ended in {timeout} s"
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-
-def _train(arguments: list[str], log: str) -> None:
-    """`rethinker train` in this process, which is a fresh copy of the one that only imported."""
-    os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(output, number)
-    os.chdir(ROOT)
-    from rethinker import cli
-
-    sys.exit(cli.main(["train", *arguments]))
-
-
-# Importing takes most of a short run's time; every process here starts from one that has done it.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    """rethinker.cli rethinker.run jsonargparse deepspeed torch.utils.tensorboard matplotlib.pyplot vllm.entrypoints.llm
-    rethinker.rollout.vllm_engine vllm.v1.worker.cpu_worker vllm.model_executor.models.qwen2_5_vl""".split()
-)
-
-
 def start(
-    folder: Path, name: str, *options: str, ranks: int = 1, launch: tuple[str, ...] = ()
+    folder: Path, name: str, *options: str, ranks: int = 1, torchrun: tuple[str, ...] | None = None
 ) -> Forked | subprocess.Popen:
-    """Start, or with --resume continue, a run; its output goes to <name>.log. `launch` are options of torchrun."""
+    """Start, or with --resume continue, a run; its output goes to <name>.log.
+
+    Args:
+        torchrun: start the ranks with it and these options, in processes that share nothing with this one.
+    """
     arguments = ["easy_vqa_cpu", "--run.dir", str(folder), "--run.name", name, "--policy.model", str(folder / "model")]
     arguments += ["--data.train", str(folder / "questions.jsonl"), "--data.category_weights", "{}"]
     arguments += ["--reward.function", f"{folder / 'reward.py'}:parity", *OPTIONS, *options]
-    if ranks == 1:
-        return Forked(arguments, folder / f"{name}.log")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launch]
-    with (folder / f"{name}.log").open("a") as log:
-        command = [sys.executable, *torchrun, "-m", "rethinker", "train", *arguments]
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    log = folder / f"{name}.log"
+    if torchrun is None:
+        return Forked(arguments, log, ranks)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *torchrun]
+    with log.open("a") as output:
+        command = [sys.executable, *launcher, "-m", "rethinker", "train", *arguments]
+        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
 
 
 def finish(folder: Path, name: str, *options: str, ranks: int = 1) -> None:

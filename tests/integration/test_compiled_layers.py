@@ -20,14 +20,18 @@ from tests.policy.conftest import tiny_folder  # noqa: F401  (a fixture)
 from tests.policy.switches import batch_for, errors, make, outcome
 
 
-def compare(model: Path, scratch: Path, backend: str, *options: str, ranks: int = 1) -> None:
+def launch(model: Path, scratch: Path, *runs: str, ranks: int = 1) -> dict:
+    """What compiled_steps.py saw, by run."""
     output = scratch / "steps.pt"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launch, "-m", "tests.integration.compiled_steps"]
-    command += [str(model), str(scratch), str(output), backend, *options]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, "-m", "tests.integration.compiled_steps"]
+    command += [str(model), str(scratch), str(output), *runs]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
-    results = torch.load(output, weights_only=False)
+    return torch.load(output, weights_only=False)
+
+
+def check(results: dict, reference: bool = False) -> None:
     for plain, compiled in zip(results[False], results[True], strict=True):
         for name in ("loss", "entropy", "kl", "old_kl", "grad_norm"):
             assert compiled["metrics"][name] == pytest.approx(plain["metrics"][name], rel=1e-5, abs=1e-7), name
@@ -36,21 +40,26 @@ def compare(model: Path, scratch: Path, backend: str, *options: str, ranks: int 
         assert plain["graphs"] == 0
     assert not results["breaks"]
     graphs = [step["graphs"] for step in results[True]]
-    most = 6 if "kl" in options else 4  # one row and several: without gradients, with them, and the reference's
+    most = 6 if reference else 4  # one row and several: without gradients, with them, and the reference's
     assert 1 <= graphs[-1] <= most and graphs[COMPILED_BY - 1] == graphs[-1], graphs
 
 
-def test_steps_are_those_of_the_plain_layers(tiny_folder, tmp_path):  # noqa: F811
+@pytest.fixture(scope="module")
+def traced(tiny_folder, tmp_path_factory):  # noqa: F811
+    return launch(tiny_folder, tmp_path_factory.mktemp("compiled"), "eager checkpointing", "aot_eager lora kl")
+
+
+def test_steps_are_those_of_the_plain_layers(traced):
     """Loss, entropy and gradients of seven batches of different shapes within 1e-5 relative, with gradient
     checkpointing; no graph is cut, none is compiled after each kind of batch came once, and after a forward no layer's
     weights are left gathered. Here the graphs run as they were traced: inductor's code takes a minute to compile."""
-    compare(tiny_folder, tmp_path, "eager", "checkpointing")
+    check(traced["eager checkpointing"])
 
 
-def test_adapters_in_compiled_layers(tiny_folder, tmp_path):  # noqa: F811
+def test_adapters_in_compiled_layers(traced):
     """With policy.lora, whose frozen weights are the reference, nothing before the first layer is trained: the first
     layer's adapters get the same gradients all the same."""
-    compare(tiny_folder, tmp_path, "aot_eager", "lora", "kl")
+    check(traced["aot_eager lora kl"], reference=True)
 
 
 @pytest.mark.soak
@@ -58,7 +67,8 @@ def test_adapters_in_compiled_layers(tiny_folder, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("options", [(), ("checkpointing", "kl"), ("checkpointing", "lora", "kl")], ids=" ".join)
 def test_inductors_code_takes_the_same_steps(ranks, options, tiny_folder, tmp_path):  # noqa: F811
     """The same with the code that policy.compile runs, on one rank and on two."""
-    compare(tiny_folder, tmp_path, "inductor", *options, ranks=ranks)
+    run = " ".join(("inductor", *options))
+    check(launch(tiny_folder, tmp_path, run, ranks=ranks)[run], reference="kl" in options)
 
 
 @pytest.mark.parametrize("kernel", ["flash", "varlen"])

@@ -43,7 +43,7 @@ def test_a_rank_that_dies_ends_the_run(scratch, lost):
 
     The launcher may be told to start again (--max-restarts); here it is not.
     """
-    process = start(scratch, f"lost_{lost}", "--rollout.backend", "hf", ranks=2)
+    process = start(scratch, f"lost_{lost}", "--rollout.backend", "hf", ranks=2, torchrun=())
     wait_for(lambda: len(rows(scratch / f"lost_{lost}")) >= 1, process)
     victim, ports = ranks_of(process.pid)[lost], listening(process.pid)
     victim.send_signal(signal.SIGKILL)
@@ -76,7 +76,7 @@ def wait_for_none(folder: Path, seconds: float) -> None:
 def test_a_lost_rank_is_replaced(scratch):
     """With --max-restarts and --resume auto the launcher starts all ranks again, and the run ends as undisturbed."""
     finish(scratch, "undisturbed", ranks=2)
-    process = start(scratch, "restarted", "--resume", "auto", ranks=2, launch=("--max-restarts", "1"))
+    process = start(scratch, "restarted", "--resume", "auto", ranks=2, torchrun=("--max-restarts", "1"))
     wait_for(lambda: len(rows(scratch / "restarted")) >= 3, process)
     ranks_of(process.pid)[1].send_signal(signal.SIGKILL)
     assert process.wait(200) == 0

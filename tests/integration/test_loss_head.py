@@ -16,17 +16,22 @@ from tests.policy.conftest import tiny_folder, untied_folder  # noqa: F401  (fix
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def steps(request, tiny_folder, untied_folder, tmp_path_factory):  # noqa: F811
-    """What head_steps.py saw."""
+@pytest.fixture(scope="module")
+def both(tiny_folder, untied_folder, tmp_path_factory):  # noqa: F811
+    """What head_steps.py saw of the tied head and of the other."""
     scratch = tmp_path_factory.mktemp("head")
-    model = {"tied": tiny_folder, "untied": untied_folder}[request.param]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.integration.head_steps", str(model), str(scratch), str(scratch / "out.pt")]
+    command += ["-m", "tests.integration.head_steps", str(scratch), str(scratch / "out.pt")]
+    command += [str(tiny_folder), str(untied_folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(scratch / "out.pt", weights_only=False)
+
+
+@pytest.fixture(params=["tied", "untied"])
+def steps(request, both):
+    return both[request.param == "untied"]
 
 
 @pytest.mark.parametrize("importance", ["token", "sequence"])
@@ -42,3 +47,14 @@ def test_the_head_is_gathered_once_per_micro_batch(steps):
     """The three products share one gather, also with the embedding where they are tied."""
     assert steps["micro_batches"] > 1
     assert steps["gathers"] == steps["micro_batches"]
+
+
+def test_a_loss_of_the_users_own_trains(steps):
+    """CISPO in a file: a step with a gradient; its metrics count where GRPO's clips would act."""
+    metrics = steps["cispo"]
+    assert metrics["loss"] != 0 and metrics["grad_norm"] > 0 and metrics["skipped"] == 0
+
+
+def test_a_loss_that_breaks_in_training_ends_it(steps):
+    """NaN from finite log-probs is no step to skip: one line names the setting, on every rank."""
+    assert steps["breaks"].startswith("algorithm.loss=") and "breaks: it is nan in step " in steps["breaks"]

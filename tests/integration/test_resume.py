@@ -111,7 +111,7 @@ def two(scratch):
 def two_stopped(scratch):
     """The same, stopped within the episode: its folder and the steps it had done."""
     run = scratch / "two_stopped"
-    process = start(scratch, "two_stopped", *ONE_EPISODE, ranks=2)
+    process = start(scratch, "two_stopped", *ONE_EPISODE, ranks=2, torchrun=())
     wait_for(lambda: len(rows(run)) >= 1, process)
     os.killpg(process.pid, signal.SIGTERM)  # as schedulers and terminals do: to the launcher and the ranks at once
     process.wait(90)

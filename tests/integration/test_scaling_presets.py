@@ -11,15 +11,14 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from rethinker.config import Config, ConfigError
-from rethinker.policy.zero3 import reference_settings, zero3_settings
-from rethinker.runtime.distributed import Ranks
+from rethinker.policy.zero3 import deepspeed_config, without_optimizer
 from rethinker.settings import resolve_config
 from tests.conftest import ROOT
 from tests.policy.conftest import tiny_folder  # noqa: F401  (a fixture)
 
 
 def zero_of(recipe: str) -> DeepSpeedZeroConfig:
-    return DeepSpeedZeroConfig(**zero3_settings(resolve_config(recipe), Ranks(0, 16, 0))["zero_optimization"])
+    return DeepSpeedZeroConfig(**deepspeed_config(resolve_config(recipe), 16, on_gpu=False)["zero_optimization"])
 
 
 def test_what_deepspeed_is_told():
@@ -39,10 +38,10 @@ def test_a_partition_that_does_not_divide_the_ranks():
     config = Config()
     config.train.deepspeed = {"zero_optimization": {"zero_hpz_partition_size": 8}}
     with pytest.raises(ConfigError, match=r"zero_hpz_partition_size=8 must divide the number of ranks \(12\)"):
-        zero3_settings(config, Ranks(0, 12, 0))
+        deepspeed_config(config, 12, on_gpu=False)
     for ranks in (1, 2, 8, 64):
-        settings = zero3_settings(config, Ranks(0, ranks, 0))
-        assert "zero_hpz_partition_size" not in reference_settings(settings)["zero_optimization"]
+        settings = deepspeed_config(config, ranks, on_gpu=False)
+        assert "zero_hpz_partition_size" not in without_optimizer(settings)["zero_optimization"]
 
 
 @pytest.mark.soak

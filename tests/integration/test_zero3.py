@@ -25,17 +25,16 @@ def runs(tiny_folder, tmp_path_factory):  # noqa: F811
     """Results of the same steps on (ranks, micro-batch budget): by SDPA's mask, on two ranks by flash's segments."""
     scratch = tmp_path_factory.mktemp("zero3")
     results = {}
-    for ranks, budget in ((1, 10_000), (1, 60), (2, 10_000)):
-        output = scratch / f"{ranks}_{budget}.pt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        attention = "flash" if ranks == 2 else "sdpa"
-        command += ["-m", "tests.integration.zero3_steps", str(tiny_folder), str(scratch), str(output)]
-        command += [str(budget), attention]
+    for ranks, attention, budgets in ((1, "sdpa", (10_000, 60)), (2, "flash", (10_000,))):
+        output = scratch / f"{ranks}.pt"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, *(torchrun if ranks > 1 else []), "-m", "tests.integration.zero3_steps"]
+        command += [str(tiny_folder), str(scratch), str(output), attention, *map(str, budgets)]
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        results[ranks, budget] = torch.load(output, weights_only=False)
+        results |= {(ranks, budget): found for budget, found in torch.load(output, weights_only=False).items()}
     results["scratch"] = scratch
     return results
 
@@ -49,7 +48,7 @@ def relative_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor
 def test_two_ranks_partition_every_parameter(runs, tiny_folder):  # noqa: F811
     """On two ranks no parameter is held whole, or the tests below would test nothing."""
     parameters = len(list(load_model(tiny_folder, torch.float32).parameters()))
-    assert runs[2, 10_000]["mixed"]["partitioned"] == parameters
+    assert runs[2, 10_000]["partitioned"] == parameters
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -77,7 +76,7 @@ def test_step_equals_plain_pytorch(runs, tiny_folder, encoder):  # noqa: F811
     gradients = {name: p.grad.clone() for name, p in policy.hf.named_parameters()}
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0).step()
-    for run in (runs[1, 10_000]["mixed"], runs[2, 10_000]["mixed"]):
+    for run in (runs[1, 10_000]["moved"], runs[2, 10_000]["moved"]):
         assert run["metrics"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert run["metrics"]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
         assert relative_error(run["gradients"], gradients) <= 1e-5
@@ -95,10 +94,10 @@ def test_frozen_comparison_would_notice_a_missed_normaliser(runs):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_non_finite_step_is_skipped_and_counted(ranks, runs):
+def test_non_finite_step_is_skipped(ranks, runs):
     """Law 12: a NaN behaviour log-prob on one rank skips the step on all; weights stay, the next step trains."""
     poisoned = runs[ranks, 10_000]["poisoned"]
-    assert poisoned["metrics"]["skipped"] == 1 and poisoned["counted"] == 1
+    assert poisoned["metrics"]["skipped"] == 1
     assert poisoned["unchanged"] and poisoned["finite"] and poisoned["moved"]
     assert poisoned["recovered"]["skipped"] == 0
 
@@ -129,6 +128,6 @@ def test_saved_checkpoint_loads_in_transformers(ranks, runs):
     model = load_model(folder, torch.float32)
     assert load_processor(folder).tokenizer is not None
     assert all(p.isfinite().all() for p in model.parameters())
-    fresh = runs[ranks, 10_000]["empty responses"]["weights"]
+    fresh = runs[ranks, 10_000]["moved"]["weights"]
     assert set(dict(model.named_parameters())) == set(fresh)
     assert any(not torch.equal(p, fresh[n]) for n, p in model.named_parameters())

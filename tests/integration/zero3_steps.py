@@ -1,6 +1,6 @@
-"""Run under torchrun by test_zero3.py: one ZeRO-3 step of each scenario; rank 0 saves metrics and weights.
+"""Run by test_zero3.py, also under torchrun: a ZeRO-3 step of each scenario; rank 0 saves metrics and gradients.
 
-Usage: torchrun --nproc-per-node N -m tests.integration.zero3_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt BUDGET KERNEL
+Usage: python -m tests.integration.zero3_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt KERNEL BUDGET ...
 """
 
 from __future__ import annotations
@@ -80,42 +80,52 @@ def scores(engine: PolicyEngine, pictures: Path, encoder: PromptEncoder, ranks) 
     return own, (kl, sum(terms) / len(terms))
 
 
-def main(model: str, scratch: str, output: str, budget: str, attention: str) -> None:
-    ranks = distributed.start(120)
+def steps(model: str, scratch: str, encoder: PromptEncoder, ranks, budget: int, attention: str) -> dict:
+    """Each scenario's step from the same weights, and what comes after the first of them."""
     pictures = Path(scratch) / f"pictures_{ranks.world_size}_{ranks.rank}"
     pictures.mkdir(exist_ok=True)
-    encoder = PromptEncoder(load_processor(model), DataConfig(min_pixels=1024, max_pixels=8192))
-    results = {}
-    for name in SCENARIOS:
+
+    def build(rate: float) -> tuple[PolicyEngine, dict[str, torch.Tensor]]:
         config = Config(
             policy=PolicyConfig(model=model, dtype="float32", attention=attention),
             rollout=RolloutConfig(max_new_tokens=16),
             algorithm=AlgorithmConfig(clip_low=10.0, clip_high=10.0),  # random behaviour log-probs: leave all unclipped
-            train=TrainConfig(learning_rate=1e-3, schedule="constant", warmup_ratio=0, micro_batch_tokens=int(budget)),
+            train=TrainConfig(learning_rate=rate, schedule="constant", warmup_ratio=0, micro_batch_tokens=budget),
         )
         engine = PolicyEngine(config, model, encoder, ranks, total_steps=10)
-        partitioned = [p for p in engine.policy.parameters() if p.ds_tensor.numel() < p.ds_numel]
-        if name == "mixed":
-            results["scored"], results["score_kl"] = scores(engine, pictures, encoder, ranks)
-        gradients = gradients_at_step(engine)
+        return engine, gradients_at_step(engine)
+
+    results: dict = {}
+    engine, gradients = build(0.0)
+    for name in SCENARIOS:
         metrics = engine.train_step(scenario(name, pictures, encoder))
-        weights = {n: t.clone() for n, t in engine.weights}
-        results[name] = {"metrics": metrics, "gradients": gradients, "weights": weights}
-        results[name]["partitioned"] = len(partitioned)
-    engine.engine.step = type(engine.engine).step.__get__(engine.engine)
+        results[name] = {"metrics": metrics, "gradients": dict(gradients)}
+    engine, gradients = build(1e-3)
+    results["partitioned"] = sum(p.ds_tensor.numel() < p.ds_numel for p in engine.policy.parameters())
+    results["scored"], results["score_kl"] = scores(engine, pictures, encoder, ranks)
+    metrics = engine.train_step(scenario("mixed", pictures, encoder))
+    weights = {n: t.clone() for n, t in engine.weights}
+    results["moved"] = {"metrics": metrics, "gradients": dict(gradients), "weights": weights}
     poisoned = scenario("mixed", pictures, encoder)
     poisoned[3].completion.logprobs[0] = float("nan")
-    before = {n: t.clone() for n, t in engine.weights}
     metrics = engine.train_step(poisoned)
-    unchanged = all(torch.equal(t, before[n]) for n, t in engine.weights)
+    unchanged = all(torch.equal(t, weights[n]) for n, t in engine.weights)
     recovered = engine.train_step(scenario("mixed", pictures, encoder))
-    finite = all(t.isfinite().all() for _, t in engine.weights)
-    moved = any(not torch.equal(t, before[n]) for n, t in engine.weights)
+    finite = all(bool(t.isfinite().all()) for _, t in engine.weights)
+    moved = any(not torch.equal(t, weights[n]) for n, t in engine.weights)
     results["poisoned"] = {"metrics": metrics, "unchanged": unchanged, "recovered": recovered}
-    results["poisoned"] |= {"finite": bool(finite), "moved": moved, "counted": engine.skipped_steps}
+    results["poisoned"] |= {"finite": finite, "moved": moved}
     save = engine.model_snapshot()
     if ranks.is_main:
         save(Path(scratch) / f"saved_{ranks.world_size}")
+    return results
+
+
+def main(model: str, scratch: str, output: str, attention: str, *budgets: str) -> None:
+    ranks = distributed.start(120)
+    encoder = PromptEncoder(load_processor(model), DataConfig(min_pixels=1024, max_pixels=8192))
+    results = {int(budget): steps(model, scratch, encoder, ranks, int(budget), attention) for budget in budgets}
+    if ranks.is_main:
         torch.save(results, output)
     distributed.stop()
 

@@ -21,9 +21,14 @@ def create_family(family: str, folder: Path) -> Path:
     return create_tiny(folder, seed=0) if family == "qwen2_5_vl" else create(family, folder)
 
 
-def make(folder: Path, device: str = "cpu", **settings) -> Policy:
-    """A policy whose biases and scales are not those of an initialisation; equal ones for equal folders."""
-    policy = Policy(load_model(folder, torch.float32), PolicyConfig(dtype="float32", **settings)).eval()
+def make(folder: Path, device: str = "cpu", layers: int | None = None, **settings) -> Policy:
+    """A policy whose biases and scales are not those of an initialisation; equal ones for equal folders.
+
+    With `layers` only the first decoder layers, which are all alike.
+    """
+    model = load_model(folder, torch.float32)
+    del model.model.language_model.layers[layers or len(model.model.language_model.layers) :]
+    policy = Policy(model, PolicyConfig(dtype="float32", **settings)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.hf.parameters():

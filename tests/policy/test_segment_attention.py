@@ -9,7 +9,7 @@ import torch
 
 from rethinker.policy import segment_attention
 from rethinker.policy.attention import VISION, lay_out, row_attention
-from rethinker.policy.segment_attention import Segments, Visible, attend
+from rethinker.policy.segment_attention import Segments, Visible, attend, moved
 from rethinker_kernels.merge_attention import merge_attention
 
 # (tokens of a prompt, input tokens of its responses), one per prompt
@@ -123,7 +123,7 @@ def test_sixteen_bits_are_as_exact_as_plain_pytorch():
 def assert_as_exact(batch, given, factor: float) -> None:
     """Relative errors of the output and each gradient against fp64 within a factor of plain PyTorch's."""
     device, mask = given[0].device, mask_of(batch).to(given[0].device)
-    visible = lay_out(batch, "flash").visible.to(device)
+    visible = moved(lay_out(batch, "flash").visible, device)
     exact = results(lambda *x: masked(*x, mask, 0.3), *(x.double() for x in given))
     plain = results(lambda *x: masked(*x, mask, 0.3), *given)
     found = results(lambda *x: attend(*x, visible, 0.3), *given)
@@ -176,12 +176,12 @@ def test_attention_does_not_wait_for_the_gpu():
     """Layout, forward and backward are queued: nothing in them asks the device for an answer."""
     batch = row(ROWS["many"])
     given = inputs(batch.tokens, 8, 2, 64, torch.bfloat16, "cuda")
-    visible = lay_out(batch, "flash").visible.to(torch.device("cuda"))
+    visible = moved(lay_out(batch, "flash").visible, torch.device("cuda"))
     results(lambda *x: attend(*x, visible, 0.3), *given)  # compiled and loaded
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        visible = lay_out(batch, "flash").visible.to(torch.device("cuda"))
+        visible = moved(lay_out(batch, "flash").visible, torch.device("cuda"))
         results(lambda *x: attend(*x, visible, 0.3), *given)
     finally:
         torch.cuda.set_sync_debug_mode("default")

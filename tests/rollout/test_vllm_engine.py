@@ -15,6 +15,7 @@ from rethinker.policy.full_weights import FullWeights
 from rethinker.policy.lora import add_adapters, base_parameters
 from rethinker.policy.model import load_model
 from rethinker.rollout.hf_engine import HFEngine
+from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Prompt
 from tests.rollout.helpers import TOLERANCE, check_sampled_placeholders, rollout_config, tied_only
 
@@ -80,7 +81,7 @@ def test_greedy_equals_transformers(engine, policy, prompts, folder):
     """At temperature 0 both backends give the same tokens."""
     policy.perturb(seed=5)
     engine.sync(policy, 1)
-    hf = HFEngine(rollout_config(), str(folder), rank=0, local_rank=0)
+    hf = HFEngine(rollout_config(), str(folder), Ranks(0, 1, 0))
     hf.sync(policy, 1)
     greedy = {"n": 1, "max_new_tokens": 24, "temperature": 0.0, "seed": 0}
     ours, theirs = engine.generate(prompts, **greedy), hf.generate(prompts, **greedy)

@@ -45,10 +45,9 @@ def sample(folder: str, ranks: Ranks, tensor_parallel_size: int) -> dict:
         errors.append(policy.error(own, sampled))
     shared = make_prompts(folder, seed=9)
     tokens = [one.token_ids.tolist() for group in engine.generate(shared, seed=3, **sampling) for one in group]
-    engine.close()
     from vllm.distributed.parallel_state import destroy_model_parallel
 
-    destroy_model_parallel()
+    destroy_model_parallel()  # the next engine's groups are others; closing this one would end the process group, too
     return {"errors": errors, "tokens": tokens, "groups": len(sampled)}
 
 

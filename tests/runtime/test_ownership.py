@@ -14,7 +14,7 @@ import scipy.stats
 
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.ownership import collect, share
-from rethinker.samples import Completion, Elsewhere
+from rethinker.samples import Completion, RemoteCompletion
 from tests.runtime.two_owners import PAIRS, QUERIES, REWARDS, STEPS, rolled_out
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_the_main_rank_can_write_everything(seen):
     texts = [[c.text for c in group.completions] for group in seen[0]["collected"]]
     assert texts == [[f"{i}/{j}" for j in range(5)] for i in range(len(QUERIES))]
     kinds = {type(c) for group in seen[1]["collected"] for c in group.completions}
-    assert kinds == {Completion, Elsewhere}
+    assert kinds == {Completion, RemoteCompletion}
 
 
 def test_groups_are_the_same_everywhere(seen):

@@ -15,7 +15,6 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from rethinker.config import Config, ConfigError
 from rethinker.rollout.deadline import Deadline
@@ -24,6 +23,7 @@ from rethinker.rollout.server.replicas import ReplicaLost, Replicas, ServerError
 from rethinker.rollout.server.sync import Checkpoint, FileTransfer, NCCLTransfer
 from rethinker.rollout.vllm_settings import VLLMRequests, model_shape
 from rethinker.rollout.weight_sync import Checksum, watched
+from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
 
 HOW_TO_START = "start it with `rethinker serve`, the same recipe and the same settings"
@@ -32,26 +32,26 @@ HOW_TO_START = "start it with `rethinker serve`, the same recipe and the same se
 class ServerEngine(RolloutEngine):
     """RolloutEngine over vLLM servers."""
 
-    def __init__(self, config: Config, model_dir: str, *, rank: int, world_size: int):
+    def __init__(self, config: Config, model_dir: str, ranks: Ranks):
         """Connect, compare the servers' settings with the run's, and give them the weights in `model_dir`.
 
         Raises:
             ConfigError: a server does not answer, or serves something else.
         """
         self.config = config
-        self._rank, self._world_size = rank, world_size
+        self._ranks = ranks
         self._requests = VLLMRequests(config, model_dir)
         self._replicas = Replicas(address.rstrip("/") for address in config.rollout.servers)
         self._transfer: FileTransfer | NCCLTransfer | None = None  # on rank 0
-        self._prefix = self._agree(f"{config.run.name or 'run'}-{os.urandom(4).hex()}")[0]
+        self._prefix = ranks.broadcast(f"{config.run.name or 'run'}-{os.urandom(4).hex()}")
         self._label = ""
         self._asked = 0
         try:
             by_nccl = self._connect() == "nccl"
-            if rank == 0:
+            if ranks.is_main:
                 folder = config.rollout.weight_folder
                 self._transfer = NCCLTransfer(self._replicas) if by_nccl else FileTransfer(self._replicas, folder)
-            self.sync(Checkpoint(model_dir if rank == 0 else None), 0)
+            self.sync(Checkpoint(model_dir if ranks.is_main else None), 0)
         except BaseException:
             self.close()
             raise
@@ -101,11 +101,11 @@ class ServerEngine(RolloutEngine):
         self._asked += 1  # an id is used once
 
         async def ask(address: str, number: int) -> list[Completion]:
-            (prompt, settings), key = requests[number], f"{self._prefix}-{self._rank}-{self._asked}-{number}"
+            (prompt, settings), key = requests[number], f"{self._prefix}-{self._ranks.rank}-{self._asked}-{number}"
             body = {
                 "request_id": key,
                 "token_ids": prompt.compact_ids,
-                "sampling_params": settings | {"seed": _seed(seed, self._rank, number)},
+                "sampling_params": settings | {"seed": _seed(seed, self._ranks.rank, number)},
                 "return_token_ids": True,
             }
             if prompt.images:
@@ -143,13 +143,13 @@ class ServerEngine(RolloutEngine):
     def sync(self, weights: WeightStream, version: int) -> None:
         """Take over the policy's weights; see RolloutEngine. A server that is lost meanwhile is left out (`file`)."""
         label = f"{self._prefix}:{version}"
-        sent: dict[str, Checksum] | None = {} if self.config.rollout.check_sync and self._rank == 0 else None
+        sent: dict[str, Checksum] | None = {} if self.config.rollout.check_sync and self._ranks.is_main else None
         error: Exception | None = None
         with Deadline(f"the weight sync to version {version}", self.config.rollout.timeout_s) as deadline:
             self._share_losses(None)  # all ranks' rollouts have ended
             tensors = watched(weights, deadline, sent, getattr(torch, self.config.policy.dtype))
             try:
-                if self._rank == 0:
+                if self._ranks.is_main:
                     metadata = weights.metadata()
                     names = [name for name, *_ in metadata]
                     self._replicas.worker("rethinker_prepare_update", deadline, names=names)
@@ -179,19 +179,13 @@ class ServerEngine(RolloutEngine):
 
     def _share_losses(self, error: Exception | None) -> None:
         """Every rank leaves out the servers that any rank lost, and stops if rank 0 failed."""
-        for lost, failure in self._agree((self._replicas.lost, error and f"{type(error).__name__}: {error}")):
+        for lost, failure in self._ranks.gather((self._replicas.lost, error and f"{type(error).__name__}: {error}")):
             for address, reason in lost.items():
                 self._replicas.drop(ReplicaLost(address, reason))
             if failure and error is None:
                 raise RuntimeError(f"the weight sync failed on rank 0: {failure}")
         if error is not None:
             raise error
-
-    def _agree(self, value: Any) -> list[Any]:
-        values = [value] * self._world_size
-        if self._world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
 
     def close(self) -> None:
         """Leave the servers, which go on."""
