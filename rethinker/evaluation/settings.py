@@ -1,4 +1,4 @@
-"""The settings of an evaluation: those that shape answers, and those that a run's checkpoint brings along.
+"""The settings of an evaluation: those that shape answers, and those that come with a checkpoint from its run.
 
 torch is not imported here: mistakes are reported before anything slow.
 """

@@ -59,7 +59,7 @@ _ASKS_FOR_PERCENT = re.compile(r"percent|%", re.IGNORECASE)
 class Quantity:
     """A number with its unit.
 
-    `ratio` tells a written fraction (1/3) from a decimal. `unit` is a canonical name, "" without one. `loose` marks a
+    `ratio` marks a written fraction (1/3), other than a decimal. `unit` is a canonical name, "" without one. `loose` marks a
     unit that may as well be a variable (5m) or a noun (5 apples), so that it is not simply left out of a comparison.
     """
 
