@@ -80,7 +80,7 @@ def begin(folder: Path, measured: dict[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--output {folder}: cannot be used ({error}); choose another folder") from error
-    # The same content may lie elsewhere now.
+    # The same content may lie in another place now.
     differing = [k for k in measured if before.get(k) != measured[k] and k not in ("model", "data")]
     if differing:
         changes = ", ".join(f"{key}={measured[key]} (was {before.get(key)})" for key in differing)

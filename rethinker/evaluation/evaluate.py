@@ -96,7 +96,7 @@ def evaluate(
     max_new_tokens: int,
     triggers: Sequence[Trigger] = (),
 ) -> list[Answer] | None:
-    """Answer every query greedily, the ranks sharing the work; on rank 0 the answers in order, None elsewhere.
+    """Answer every query greedily, the ranks sharing the work; on rank 0 the answers in order, None on others.
 
     Args:
         queries: the same on every rank; their images are decoded when their turn comes.

@@ -1,4 +1,4 @@
-"""The settings of an evaluation: those that shape answers, and those that a run's checkpoint brings along.
+"""The settings of an evaluation: those that shape answers, and those that come with a checkpoint from its run.
 
 torch is not imported here: mistakes are reported before anything slow.
 """
@@ -56,13 +56,12 @@ def check_engine(config: Config, command: str, *packages: str) -> None:
     """
     if config.rollout.backend == "recorded":
         raise ConfigError("rollout.backend=recorded has no new answers; use vllm or hf")
-    for package in ("transformers", "pyarrow", "PIL", *packages):
+    needed = dict.fromkeys(("transformers", "pyarrow", "PIL", *packages), command)
+    if config.rollout.backend == "vllm":
+        needed["vllm"] = "rollout.backend=vllm, other than hf,"
+    for package, what in needed.items():
         if find_spec(package) is None:
-            raise ConfigError(f"{command} needs the package {package}: {how_to_install(package)}")
-    if config.rollout.backend == "vllm" and find_spec("vllm") is None:
-        raise ConfigError(
-            f"rollout.backend=vllm needs the package vllm: {how_to_install('vllm')}; or add --rollout.backend hf"
-        )
+            raise ConfigError(f"{what} needs the package {package}: {how_to_install(package)}")
 
 
 def run_settings(checkpoint: str) -> dict[str, Any]:

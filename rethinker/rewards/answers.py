@@ -129,7 +129,7 @@ def compare(predicted: str, answer: str, *, question: str = "", choices: Any = N
         equal: decides two mathematical expressions: `math_equal`, or `undecided` to leave them open.
 
     Returns:
-        The verdict, or None where only `equal` could tell and it did not.
+        The verdict, or None where only `equal` could decide and it did not.
     """
     if "\\boxed" in answer:
         unwrapped = extract_boxed(answer)

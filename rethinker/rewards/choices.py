@@ -87,7 +87,7 @@ def _in_question(question: str) -> tuple[tuple[str, str], ...]:
 
 
 def chosen(text: str, options: dict[str, str], same: Callable[[str, str], bool | None]) -> frozenset[str] | None:
-    """The letters that a cleaned answer names; the empty set if none, None where only `same` could tell and did not.
+    """The letters that a cleaned answer names; the empty set if none, None where only `same` could decide and did not.
 
     `same` compares an answer's text with an option's text. A letter with another option's text names nothing. Of
     options with one text the first stands for all.

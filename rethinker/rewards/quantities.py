@@ -59,8 +59,8 @@ _ASKS_FOR_PERCENT = re.compile(r"percent|%", re.IGNORECASE)
 class Quantity:
     """A number with its unit.
 
-    `ratio` tells a written fraction (1/3) from a decimal. `unit` is a canonical name, "" without one. `loose` marks a
-    unit that may as well be a variable (5m) or a noun (5 apples), so that it is not simply left out of a comparison.
+    `ratio` marks a written fraction (1/3) rather than a decimal. `unit` is a canonical name, "" without one. `loose`
+    marks a unit that may as well be a variable (5m) or a noun (5 apples): it is not simply left out of a comparison.
     """
 
     value: Fraction

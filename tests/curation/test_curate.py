@@ -92,21 +92,21 @@ def test_the_subset_trains_as_it_is(curate, capsys):
     config = resolve_config(folder / "recipe.yaml")
     queries = load_queries(config.data, "train")
     assert [q.id for q in queries] == [row["qid"] for row in rows] and {len(q.images) for q in queries} == {0, 1, 2}
-    told = capsys.readouterr().out
-    assert "48 questions" in told and f"rethinker train {folder}/recipe.yaml" in told and " 1 of 4 " in told
+    printed = capsys.readouterr().out
+    assert "48 questions" in printed and f"rethinker train {folder}/recipe.yaml" in printed and " 1 of 4 " in printed
     figure = (folder / "pass_rates.svg").read_text()
     assert "sometimes right" in figure and "the subset" in figure
 
 
 def test_provenance(curate, scratch):
     """It names the model by its weights, the data by its content, the settings, versions, counts, date and command."""
-    told = json.loads((curate("--size", "20k") / "provenance.json").read_text())
-    assert told["model"] == str(scratch / "model") and len(told["model_version"]) == len("sha256 ") + 64
-    assert len(told["data_sha256"]) == len(told["subset_sha256"]) == 64 and told["samples"] == SAMPLES
-    assert told["questions"] == 200 and told["size_asked"] == 20_000
-    assert told["subset"] == told["sometimes_right"] == 200 - told["always_wrong"] - told["always_right"]
-    assert told["settings"]["rollout.temperature"] == 1.0 and "torch" in told["versions"]
-    assert told["date"].startswith("20") and told["command"][0] == "rethinker"
+    written = json.loads((curate("--size", "20k") / "provenance.json").read_text())
+    assert written["model"] == str(scratch / "model") and len(written["model_version"]) == len("sha256 ") + 64
+    assert len(written["data_sha256"]) == len(written["subset_sha256"]) == 64 and written["samples"] == SAMPLES
+    assert written["questions"] == 200 and written["size_asked"] == 20_000
+    assert written["subset"] == written["sometimes_right"] == 200 - written["always_wrong"] - written["always_right"]
+    assert written["settings"]["rollout.temperature"] == 1.0 and "torch" in written["versions"]
+    assert written["date"].startswith("20") and written["command"][0] == "rethinker"
 
 
 def test_a_killed_measurement_goes_on(curate):

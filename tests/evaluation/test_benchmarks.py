@@ -195,7 +195,7 @@ def test_other_data_is_refused(tmp_path):
 
 
 def test_your_own_benchmark(tmp_path):
-    """A YAML file and a .jsonl file are a benchmark; a file with a mistake is refused, naming it."""
+    """A YAML file and a .jsonl file are a benchmark; a file with a mistake fails, naming it."""
     (tmp_path / "mine.jsonl").write_text('{"q": "1 + {1}?", "a": 2}\n{"q": "2 + 2?", "a": 4}\n')
     file = tmp_path / "mine.yaml"
     file.write_text('title: Mine\ndata: me/mine\nfiles: ["*.jsonl"]\nprompt: "{q}"\nfields: {answer: a}\n')
@@ -250,7 +250,7 @@ def test_a_benchmarks_file_stays_in_its_place(tmp_path, changes, message):
 
 @pytest.mark.parametrize("content", ["- a", "3", "a: &a [x]\nb: *a", "!!python/name:os.system", "a: b: c", "\0", ""])
 def test_a_benchmarks_file_is_plain_yaml(tmp_path, content):
-    """Whatever else stands in it is refused, and nothing is run."""
+    """Whatever else stands in it fails, and nothing is run."""
     file = tmp_path / "mine.yaml"
     file.write_text(content)
     with pytest.raises(ConfigError, match="--benchmark"):

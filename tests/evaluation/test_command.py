@@ -88,7 +88,7 @@ def test_mistakes_about_a_checkpoint_and_settings(checkpoint, capsys, tmp_path, 
     """Settings of no use, answers longer than the model, another model, folders in use: named before any engine."""
     monkeypatch.chdir(tmp_path)
 
-    def refused(*arguments: str) -> str:
+    def error_of(*arguments: str) -> str:
         small = [
             "--limit",
             "1",
@@ -99,25 +99,25 @@ def test_mistakes_about_a_checkpoint_and_settings(checkpoint, capsys, tmp_path, 
         return capsys.readouterr().err
 
     here = str(checkpoint)
-    assert "train.max_steps has no effect on an evaluation; settings that do: data.prompt" in refused(
+    assert "train.max_steps has no effect on an evaluation; settings that do: data.prompt" in error_of(
         here, "--train.max_steps", "3"
     )
-    assert "unknown setting 'data.promt': did you mean 'data.prompt'?" in refused(here, "--data.promt", "x")
-    assert "rollout.backend=recorded" in refused(here, "--rollout.backend", "recorded")
-    assert "rollout.max_new_tokens=4096 leaves no room for a prompt" in refused(
+    assert "unknown setting 'data.promt': did you mean 'data.prompt'?" in error_of(here, "--data.promt", "x")
+    assert "rollout.backend=recorded" in error_of(here, "--rollout.backend", "recorded")
+    assert "rollout.max_new_tokens=4096 leaves no room for a prompt" in error_of(
         here, "--rollout.max_new_tokens", "4096"
     )
-    assert "leaves no room" in refused(here, "--mode", "forced", "--rollout.max_new_tokens", "2048")
+    assert "leaves no room" in error_of(here, "--mode", "forced", "--rollout.max_new_tokens", "2048")
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llama"}')
-    assert "checkpoint other is a 'llama' model; supported: qwen2_5_vl" in refused("other")
+    assert "checkpoint other is a 'llama' model; supported: qwen2_5_vl" in error_of("other")
     (other / "model.safetensors").write_bytes(b"x" * 20)
-    assert "checkpoint ./other is a 'llama' model; supported: qwen2_5_vl" in refused("./other")
+    assert "checkpoint ./other is a 'llama' model; supported: qwen2_5_vl" in error_of("./other")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").touch()
-    assert "--output taken already holds files" in refused(here, "--output", "taken")
-    assert "--data x is for one --benchmark" in refused(here, "--data", "x", "--benchmark", "easy_vqa")
+    assert "--output taken already holds files" in error_of(here, "--output", "taken")
+    assert "--data x is for one --benchmark" in error_of(here, "--data", "x", "--benchmark", "easy_vqa")
 
 
 def test_the_checkpoint_is_found_or_named(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Results on the same questions are compared pair by pair; others are refused, naming the difference."""
+"""Results on the same questions are compared pair by pair; others fail, naming the difference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def queries(n: int = 10) -> list[Query]:
 
 
 def write(folder: Path, rights: list[bool], asked: list[Query] | None = None, **fields) -> str:
-    """A result whose answers are right as told."""
+    """A result whose answers are right or not, as given."""
     asked = asked or queries(len(rights))
     answers = [Answer(Completion([5, 6], [-1.0, -1.0], "so", "stop"), float(right)) for right in rights]
     result = {

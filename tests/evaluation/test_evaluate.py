@@ -17,8 +17,8 @@ from rethinker.samples import Completion, Query
 
 SCRIPT = {  # query id: its answer, first response, what follows the trigger
     "kept": ("1", "\\boxed{1}", " yes \\boxed{1}"),
-    "mended": ("2", "\\boxed{0}", " no, \\boxed{2}"),
-    "spoilt": ("3", "\\boxed{3}", " no, \\boxed{0}"),
+    "fixed": ("2", "\\boxed{0}", " no, \\boxed{2}"),
+    "broken": ("3", "\\boxed{3}", " no, \\boxed{0}"),
     "lost": ("4", "wait, \\boxed{0}", " yes"),
 }
 
@@ -97,7 +97,7 @@ def test_forced(encoder, checker):
 def test_oracle(encoder, checker):
     """Only wrong answers are continued, so accuracy cannot fall: an upper bound."""
     queries, answers, engine = ask(encoder, checker, "oracle")
-    assert engine.calls[1] == ["mended", "lost"]
+    assert engine.calls[1] == ["fixed", "lost"]
     assert [answer.right for answer in answers] == [True, True, True, False]
     assert answers[0].first is None and answers[1].first.text == "\\boxed{0}"
     assert summarize(queries, answers)["second_pass"]["right_to_wrong"] == 0
@@ -127,7 +127,7 @@ def test_questions_that_do_not_fit_count_as_wrong(encoder, checker):
 
 def test_any_of_several_answers_counts(encoder, checker):
     """A question with several accepted answers is right if one of them is given; rewards stay with their request."""
-    queries = [Query("kept", "?", "7", metadata={"answers": ["7", "1"]}), Query("mended", "?", "2")]
+    queries = [Query("kept", "?", "7", metadata={"answers": ["7", "1"]}), Query("fixed", "?", "2")]
     _, answers, _ = ask(encoder, checker, "normal", queries)
     assert [answer.right for answer in answers] == [True, False]
 
@@ -161,5 +161,5 @@ def test_ranks_share_the_questions(encoder, checker, monkeypatch):
         answers = evaluate(queries, AnsweringModel(engine, encoder, checker), Rank(rank, 2, 0), **options)
         calls.append(len(engine.calls))
         assert (answers is None) == (rank == 1)
-    assert [answer.completion.text.count("mended") for answer in answers] == [0, 0, 0]
+    assert [answer.completion.text.count("fixed") for answer in answers] == [0, 0, 0]
     assert [answer.right for answer in answers] == [True, True, True] and calls[0] == calls[1]
