@@ -64,12 +64,15 @@ class VLLMEngine(RolloutEngine):
         logging.getLogger("vllm").setLevel(level.upper())
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         from vllm import LLM
+        from vllm.model_executor.models import ModelRegistry
 
         from rethinker.runtime import logs
 
         logs.follow("vllm")  # which has just configured its logger
 
-        _register_classes(self._requests.model_config.architectures)
+        # vLLM would inspect the model's class in a subprocess, without torchvision's fix: it is loaded here.
+        for name in set(self._requests.model_config.architectures) & ModelRegistry.models.keys():
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
         settings = self.config.rollout
         arguments = engine_arguments(self.config, self._requests, gpu=self._gpu)
         if self._gpu:
@@ -215,12 +218,3 @@ def _named(what: str) -> Iterator[None]:
         raise EngineFailure(
             f"vLLM failed in {what}: {type(error).__name__}: {error}; the run can go on from its last checkpoint"
         ) from error
-
-
-def _register_classes(architectures: list[str]) -> None:
-    """Load vLLM's model classes here: it would inspect them in a subprocess, without torchvision's fix."""
-    from vllm.model_executor.models import ModelRegistry
-
-    for name in architectures:
-        if name in ModelRegistry.models:
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
