@@ -66,7 +66,7 @@ def run(task: str, method: str, seed: int, tokens: int, runs: Path, model: str |
     if done.exists():
         return json.loads(done.read_text())
     shutil.rmtree(runs / name, ignore_errors=True)  # an interrupted one
-    command = [sys.executable, "-m", "rethinker.train", "easy_vqa_cpu", "--run.dir", str(runs), "--run.name", name]
+    command = [sys.executable, "-m", "rethinker", "train", "easy_vqa_cpu", "--run.dir", str(runs), "--run.name", name]
     command += ["--seed", str(seed), "--train.max_generated_tokens", str(tokens)]
     command += [*SHARED, *TASKS[task], *METHODS[method], *(["--policy.model", model] if model else [])]
     log = (runs / f"{name}.log").open("w")

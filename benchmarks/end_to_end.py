@@ -91,9 +91,9 @@ class Side:
 
 def prepare_model(config: Config) -> Path:
     """The tiny model after its supervised warm-up, where a run of the recipe starts."""
-    from rethinker.embedded.warmup import warmed_up_tiny
+    from rethinker.embedded.files import model_folder
 
-    return warmed_up_tiny(config.policy.warmup, config.data)
+    return Path(model_folder(config))
 
 
 def measure(

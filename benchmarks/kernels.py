@@ -244,7 +244,7 @@ OPS: dict[str, dict[str, Any]] = {
     "group_advantages": {
         "inputs": reward_inputs,
         "floor": None,
-        "providers": {"rethinker": advantages_of(ours), "pytorch": advantages_of(reference)},
+        "providers": {"rethinker": advantages_of(ours)},
     },
 }
 

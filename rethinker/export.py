@@ -1,8 +1,8 @@
 """`rethinker export`: a run's model as a folder to share, with a model card that says what was trained and how it went.
 
 The folder is what `vllm serve` and transformers load unchanged: weights in safetensors, configuration, processor. It
-leaves out what only training needs (the optimizer, replay). Of a LoRA run the weights are merged, and the adapters come
-along.
+leaves out what only training needs (the optimizer, replay). Of a LoRA run the weights are merged, and the adapters are
+in a folder beside them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rethinker.command_line import Parser
-from rethinker.config import ConfigError
+from rethinker.config import ConfigError, one_line
+from rethinker.report.learning import learning_curve
 from rethinker.report.runs import RunRecord, read_run
 from rethinker.report.summary import Table, categories, changed_settings, summary
 
@@ -45,15 +46,13 @@ def export(run: str | Path, output: str | Path | None = None, checkpoint: str | 
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        for path in sorted(source.iterdir()):
-            if path.is_file() and path.name != "COMPLETE" and not path.name.startswith("."):
-                shutil.copy2(path, partial / path.name)
-        if (source / ADAPTER).is_dir():
-            shutil.copytree(source / ADAPTER, partial / ADAPTER)
+        shutil.copytree(source, partial, ignore=_of_training)
         if (record.folder / "config.yaml").is_file():
             shutil.copy2(record.folder / "config.yaml", partial / "rethinker.yaml")
-        _figure(record.folder, partial / "learning.png")
+        try:
+            learning_curve([record.folder], partial / "learning.png")
+        except ConfigError:  # without matplotlib the card goes without
+            (partial / "learning.png").unlink(missing_ok=True)
         (partial / "README.md").write_text(model_card(record, source.resolve().name, partial), encoding="utf-8")
         if target.exists():
             target.rmdir()
@@ -62,6 +61,12 @@ def export(run: str | Path, output: str | Path | None = None, checkpoint: str | 
         shutil.rmtree(partial, ignore_errors=True)
         raise ConfigError(f"--output {target} cannot be written: {error}") from error
     return target
+
+
+def _of_training(folder: str, names: list[str]) -> set[str]:
+    """What in a checkpoint only training needs: all folders but the adapters, the mark that it is whole."""
+    folders = {name for name in names if (Path(folder) / name).is_dir() and name != ADAPTER}
+    return folders | {name for name in names if name == "COMPLETE" or name.startswith(".")}
 
 
 def find_model(run: Path, checkpoint: str | None) -> Path:
@@ -87,16 +92,21 @@ def model_card(run: RunRecord, checkpoint: str, folder: Path) -> str:
         checkpoint: which of its checkpoints the folder holds.
         folder: where the card will lie; a learning.png there is shown.
     """
-    base, data = str(run.settings.get("policy.model", "")), str(run.settings.get("data.train", ""))
-    header = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
-    header["tags"] = ["rethinker", "reinforcement-learning", "grpo", "vision-language"]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a name on the hub
-        header["base_model"] = base
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not Path(data).exists() and not Path(data).suffix:
-        header["datasets"] = [data]
-    import yaml
+    from huggingface_hub import ModelCardData
 
-    parts = [f"---\n{yaml.safe_dump(header, sort_keys=False)}---", f"# {_text(run.name)}"]
+    def on_the_hub(setting: str) -> str | None:
+        name = str(run.settings.get(setting, ""))
+        named = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+        return name if named and not (setting == "data.train" and Path(name).suffix) else None
+
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["rethinker", "reinforcement-learning", "grpo", "vision-language"],
+        base_model=on_the_hub("policy.model"),
+        datasets=on_the_hub("data.train"),
+    )
+    parts = [f"---\n{header.to_yaml()}\n---", f"# {_text(run.name)}"]
     parts.append(
         "A vision-language model trained by reinforcement learning with Rethinker "
         "([VL-Rethinker](https://arxiv.org/abs/2504.08837)'s method: GRPO, selective sample replay, forced "
@@ -135,8 +145,9 @@ def push(folder: Path, name: str, private: bool) -> str:
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Model and card")
     except Exception as error:  # the client raises its own errors, requests' and the operating system's
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"--push {name}: {reason}; `hf auth login` sets the token. The folder is {folder}") from error
+        raise ConfigError(
+            f"--push {name}: {one_line(error)}; `hf auth login` sets the token. The folder is {folder}"
+        ) from error
     return f"https://huggingface.co/{name}"
 
 
@@ -161,16 +172,6 @@ def main(arguments: Sequence[str]) -> int:
     if options.push:
         print(push(folder, options.push, options.private))
     return 0
-
-
-def _figure(run: Path, output: Path) -> None:
-    """The run's learning curve, as far as it has come; a machine without matplotlib goes without."""
-    from rethinker.report.learning import learning_curve
-
-    try:
-        learning_curve([run], output)
-    except ConfigError:
-        output.unlink(missing_ok=True)
 
 
 def _markdown(table: Table) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import inspect
 import json
 import sys
-import typing
 
 from rethinker.config import Config
-from rethinker.settings import in_words, settings
+from rethinker.ranges import in_words
+from rethinker.settings import settings
 
 
 def settings_reference() -> str:
-    """Every setting with its type, default and meaning, section by section, as Markdown."""
+    """Every setting with its type, range, default and meaning, section by section, as Markdown."""
     lines = [
         "# Settings",
         "",
@@ -25,25 +25,14 @@ def settings_reference() -> str:
         parent, _, _ = setting.key.rpartition(".")
         if parent != section:
             section = parent
-            doc = _section_doc(parent)
-            lines += ["", f"## {parent or 'The run as a whole'}", "", *([doc, ""] if doc else [])]
+            about = inspect.getdoc(functools.reduce(getattr, parent.split("."), Config())) if parent else ""
+            lines += ["", f"## {parent or 'The run as a whole'}", "", *([" ".join(about.split()), ""] if about else [])]
             lines += ["| setting | type | default | |", "|---|---|---|---|"]
-        cells = (f"`{setting.key}`", in_words(setting.type), _default(setting.default), setting.doc)
+        kind = in_words(setting.type) + (f"; {setting.range.words}" if setting.range else "")
+        default = f"`{json.dumps(setting.default, ensure_ascii=False)}`"
+        cells = (f"`{setting.key}`", kind, default, setting.doc)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _section_doc(section: str) -> str:
-    """The first paragraph of a section's docstring."""
-    kind: type = Config
-    for name in filter(None, section.split(".")):
-        kind = typing.get_type_hints(kind)[name]
-    assert dataclasses.is_dataclass(kind)
-    return " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split()) if section else ""
-
-
-def _default(value: object) -> str:
-    return f"`{json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)}`"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Shapes: L tokens of one response, T tokens of a packed row, R response tokens of
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a checking process needs Query, not numpy and torch
@@ -258,3 +259,17 @@ class Accuracy:
     overall: float
     by_category: dict[str, float]
     questions: int
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves behind."""
+
+    folder: Path
+    """runs/<name>: config.yaml, metrics.jsonl, completions/, checkpoints/."""
+    metrics: list[dict[str, Any]]
+    """One entry per optimizer step, as in metrics.jsonl."""
+    best_checkpoint: Path
+    """The checkpoint with the best validation accuracy (the last one without validation)."""
+    accuracy_before: Accuracy | None
+    accuracy_after: Accuracy | None

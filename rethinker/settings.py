@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import json
 import os
 import re
-import types
 import typing
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from time import strftime
 from typing import Any
@@ -20,19 +16,24 @@ from typing import Any
 import yaml
 
 from rethinker.checks import check_geometry, check_resources
-from rethinker.config import Config, ConfigError
+from rethinker.config import Config, ConfigError, nearest, one_line
+from rethinker.ranges import Range, in_words, range_of
 
 # Far beyond any recipe.
 LONGEST_YAML = 2**20
 DEEPEST_RECIPE = 32
 
+RENAMED: dict[str, str] = {}
+"""Of a setting that was renamed or removed: what to write instead."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One leaf of the settings: its dotted key, type, default and documentation."""
+    """One leaf of the settings: its dotted key, type, range, default and documentation."""
 
     key: str
     type: Any
+    range: Range | None
     default: Any
     doc: str
 
@@ -47,7 +48,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any]
     Args:
         recipe: name of a shipped recipe, or path of a YAML file.
         overrides: `["--train.max_steps", "20"]` (or `--train.max_steps=20`) as on the command line, or a mapping,
-            dotted or nested: `{"train.max_steps": 20}`.
+            dotted or nested: `{"train.max_steps": 20}`. It is not changed, nor is it part of the result.
 
     Raises:
         ConfigError: naming the setting, its value, and what would work. Nothing has been written or loaded then.
@@ -60,10 +61,9 @@ def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any]
 def resolve_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any] | None = None) -> Config:
     """As `load_config`, without looking at this machine's disk, models and packages."""
     values: dict[str, Any] = {}
-    for path in recipe_paths(recipe):
-        _merge(values, _read_recipe(path))
     given = overrides or {}
-    _merge(values, given if isinstance(given, Mapping) else _read_arguments(given))
+    for mapping in (*_recipes(recipe), given if isinstance(given, Mapping) else _read_arguments(given)):
+        _merge(values, mapping)
     config = _convert(values)
     if config.run.name is None:
         if config.resume is not None:
@@ -79,49 +79,38 @@ def resolve_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, A
 
 def shipped_recipes() -> dict[str, Path]:
     """Recipes that come with the package, by name."""
-    return _yaml_files("recipes")
+    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
 
 def presets() -> dict[str, Path]:
     """What can be added to a recipe as RECIPE+PRESET, by name."""
-    return _yaml_files("recipes/presets")
+    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes" / "presets").glob("*.yaml"))}
 
 
-def _yaml_files(folder: str) -> dict[str, Path]:
-    files = (Path(str(resources.files("rethinker"))) / folder).glob("*.yaml")
-    return {path.stem: path for path in sorted(files)}
-
-
-def recipe_paths(recipe: str | Path) -> list[Path]:
-    """The files of a recipe, `NAME` or `NAME+PRESET+...`, in the order in which later settings replace earlier ones.
-
-    A name is that of a shipped recipe or preset, or a YAML file. A recipe's `base` comes before it.
-
-    Raises:
-        ConfigError: naming the part that does not exist, and those that do.
-    """
+def _recipes(recipe: str | Path) -> Iterator[dict[str, Any]]:
+    """What the parts of `NAME+PRESET+...` say, each a shipped recipe or preset or a YAML file: later ones win."""
     is_file = os.path.isfile(os.path.expanduser(recipe))  # unlike Path.is_file no error on a name no file can have
-    parts = [str(recipe)] if is_file else str(recipe).split("+")
-    paths: list[Path] = []
-    for number, part in enumerate(parts):
-        path = _recipe_path(part, {**presets(), **shipped_recipes()} if number else shipped_recipes())
-        base = read_yaml_file(path, f"recipe {path}")
-        name = base.get("base") if isinstance(base, dict) else None
-        if name is not None and (not isinstance(name, str) or name not in presets()):
-            raise ConfigError(f"recipe {path}: base={name!r} must be one of {', '.join(presets())}")
-        paths += [presets()[name], path] if name else [path]
-    return paths
+    for number, part in enumerate([str(recipe)] if is_file else str(recipe).split("+")):
+        named = {**presets(), **shipped_recipes()} if number else shipped_recipes()
+        path = Path(os.path.expanduser(part))
+        if part not in named and not os.path.isfile(path):
+            if path.suffix in (".yaml", ".yml"):
+                raise ConfigError(f"recipe {part} does not exist")
+            raise ConfigError(f"no recipe named {part!r}: give a shipped one ({', '.join(named)}) or a .yaml file")
+        yield from _with_base(named.get(part, path))
 
 
-def _recipe_path(part: str, named: Mapping[str, Path]) -> Path:
-    path = Path(os.path.expanduser(part))
-    if part in named:
-        return named[part]
-    if os.path.isfile(path):
-        return path
-    if path.suffix in (".yaml", ".yml"):
-        raise ConfigError(f"recipe {part} does not exist")
-    raise ConfigError(f"no recipe named {part!r}: give a shipped one ({', '.join(named)}) or a .yaml file")
+def _with_base(path: Path) -> Iterator[dict[str, Any]]:
+    """What a recipe's `base` says, a shipped recipe or preset, and then what the recipe itself says."""
+    content = read_yaml_file(path, f"recipe {path}") or {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"recipe {path} must map sections to settings, not be a {type(content).__name__}")
+    base, shipped = content.pop("base", None), {**presets(), **shipped_recipes()}
+    if base is not None:
+        if not isinstance(base, str) or base not in shipped:
+            raise ConfigError(f"recipe {path}: base={base!r} must be one of {', '.join(shipped)}")
+        yield from _with_base(shipped[base])
+    yield content
 
 
 @functools.cache
@@ -134,13 +123,12 @@ def _settings(section: type, prefix: str) -> Iterator[Setting]:
     from docstring_parser import parse_from_object
 
     docs = {param.arg_name: " ".join((param.description or "").split()) for param in parse_from_object(section).params}
-    hints = typing.get_type_hints(section)
-    for field in dataclasses.fields(section):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from _settings(hints[field.name], f"{prefix}{field.name}.")
+    plain, ranged = typing.get_type_hints(section), typing.get_type_hints(section, include_extras=True)
+    for name, default in vars(section()).items():
+        if dataclasses.is_dataclass(default):
+            yield from _settings(plain[name], f"{prefix}{name}.")
         else:
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            yield Setting(prefix + field.name, hints[field.name], default, docs.get(field.name, ""))
+            yield Setting(prefix + name, plain[name], range_of(ranged[name]), default, docs.get(name, ""))
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -149,61 +137,61 @@ def flat(config: Config) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def to_yaml(config: Config, docs: bool = True) -> str:
-    """The settings as YAML that `rethinker train` reads back to the same settings, docs as comments."""
-    lines: list[str] = []
-    section: list[str] = []
-    for setting in settings():
-        *parents, name = setting.key.split(".")
-        if parents != section:
-            shared = [a for a, b in zip(parents, section, strict=False) if a == b]
-            lines += ["  " * depth + f"{parents[depth]}:" for depth in range(len(shared), len(parents))]
-            section = parents
-        indent = "  " * len(parents)
-        if docs and setting.doc:
-            lines.append(f"{indent}# {setting.doc}")
-        lines.append(f"{indent}{name}: {_dump(_get(config, setting.key))}")
-    return "\n".join(lines) + "\n"
-
-
-def _dump(value: Any) -> str:
-    """One value on one line of YAML."""
-    value = list(value) if isinstance(value, tuple) else value
-    if isinstance(value, dict | list) and "\\n" in json.dumps(value):
-        return json.dumps(value, ensure_ascii=False)  # YAML too, and keeps line breaks within the line
-    quote = '"' if isinstance(value, str) and "\n" in value else None
-    style = {"default_flow_style": True, "default_style": quote, "allow_unicode": True, "width": 10**6}
-    text = yaml.dump(value, Dumper=_Dumper, **style)
-    return text.removesuffix("...\n").strip()
-
-
 def _get(config: Config, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
 
 
+def to_yaml(config: Config, docs: bool = True) -> str:
+    """The settings as YAML that `rethinker train` reads back to the same settings, docs as comments."""
+    texts = {setting.key: setting.doc for setting in settings()} if docs else {}
+
+    def lines(section: Any, prefix: str, indent: str) -> Iterator[str]:
+        for name, value in vars(section).items():
+            if dataclasses.is_dataclass(value):
+                yield f"{indent}{name}:"
+                yield from lines(value, f"{prefix}{name}.", indent + "  ")
+            else:
+                if text := texts.get(prefix + name):
+                    yield f"{indent}# {text}"
+                yield f"{indent}{name}: {_dump(value)}"
+
+    return "\n".join(lines(config, "", "")) + "\n"
+
+
+def _dump(value: Any) -> str:
+    """One value on one line of YAML."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**6, sort_keys=False)
+    return text.removesuffix("...\n").strip()
+
+
 class _Dumper(yaml.SafeDumper):
-    """Writes values that occur twice twice: aliases are not read back."""
+    """Writes values that occur twice twice, since aliases are not read, and texts with line breaks on one line."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_str(self, data: str) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\n" in data else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Loader(yaml.SafeLoader):
     """Plain YAML: 1e-6 is a number, as in YAML 1.2; a key given twice is a mistake; nothing refers or runs.
 
-    Aliases are refused, since nine lines of them spell a billion values, and so is depth that no setting has.
+    Aliases are not read, since nine lines of them spell a billion values, and neither is depth that no setting has.
     """
 
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        mark = self.peek_event().start_mark
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                None, None, "aliases (*name) are not read; write the value", self.peek_event().start_mark
-            )
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read; write the value", problem_mark=mark)
         self.depth += 1
         if self.depth > DEEPEST_RECIPE:
-            raise yaml.MarkedYAMLError(None, None, f"more than {DEEPEST_RECIPE} levels", self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST_RECIPE} levels", problem_mark=mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -211,10 +199,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
-                seen.add(key.value)
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"the key {key.value!r} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
 
 
@@ -224,19 +212,11 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str, what: str) -> Any:
-    """What a YAML text says; only plain values, whoever wrote it.
-
-    Args:
-        text: of a file.
-        what: it is, for the message.
-
-    Raises:
-        ConfigError: in one line.
-    """
+    """What a YAML text says: plain values, whoever wrote it. A ConfigError names `what` in one line."""
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # besides its own errors, whatever Python says of `!!timestamp never` or `!!int x`
-        raise ConfigError(f"{what} is not readable YAML: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"{what} is not readable YAML: {one_line(error)}") from None
 
 
 def read_yaml_file(path: Path, what: str) -> Any:
@@ -248,14 +228,7 @@ def read_yaml_file(path: Path, what: str) -> Any:
             raise ConfigError(f"{what} is longer than {LONGEST_YAML} bytes, so it is something else")
         return read_yaml(content.decode("utf-8"), what)
     except (UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{what} is not readable YAML: {' '.join(str(error).split())}") from None
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    content = read_yaml_file(path, f"recipe {path}")
-    if content is not None and not isinstance(content, dict):
-        raise ConfigError(f"recipe {path} must map sections to settings, not be a {type(content).__name__}")
-    return {key: value for key, value in (content or {}).items() if key != "base"}
+        raise ConfigError(f"{what} is not readable YAML: {one_line(error)}") from None
 
 
 def _read_arguments(arguments: Sequence[str]) -> dict[str, str]:
@@ -283,7 +256,8 @@ def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str = "") -
         setting = _find(key)
         if setting is None:
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{key}={value!r} is a section; give the settings below it, as {_example(key)}")
+                example = next(setting.key for setting in settings() if setting.key.startswith(f"{key}."))
+                raise ConfigError(f"{key}={value!r} is a section; give the settings below it, as {example}")
             _merge(values, value, f"{key}.")
         elif not setting.is_mapping:
             values[key] = value
@@ -304,44 +278,40 @@ def _joined(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 def _find(key: str) -> Setting | None:
     """The setting that a key names, or whose mapping it names an entry of; None for a section."""
     known = {setting.key: setting for setting in settings()}
-    if key in known:
-        return known[key]
     for setting in known.values():
-        if setting.is_mapping and key.startswith(f"{setting.key}."):
+        if key == setting.key or (setting.is_mapping and key.startswith(f"{setting.key}.")):
             return setting
     if any(name.startswith(f"{key}.") for name in known):
         return None
+    if key in RENAMED:
+        raise ConfigError(f"the setting {key!r} is gone: {RENAMED[key]}")
     leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
-    close = difflib.get_close_matches(key, known, n=1) or [
-        leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1)
-    ]
-    hint = f"did you mean {close[0]!r}?" if close else "`rethinker train RECIPE --print_config` lists all settings"
+    close = nearest(key, known) or leaves.get(nearest(key.rpartition(".")[2], leaves))
+    hint = f"did you mean {close!r}?" if close else "`rethinker train RECIPE --print_config` lists all settings"
     raise ConfigError(f"unknown setting {key!r}: {hint}")
 
 
-def _example(section: str) -> str:
-    return next(setting.key for setting in settings() if setting.key.startswith(f"{section}."))
-
-
 def _convert(values: Mapping[str, Any]) -> Config:
-    """Typed settings from {key: value}; a text is read as its setting's type."""
+    """Settings of their types and in their ranges, from {key: value}; a text is read as its setting's type."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *sections, name = key.split(".")
         functools.reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[name] = value
     parser = _parser()
     try:
-        parsed = parser.instantiate(parser.parse_object(tree))
+        config = Config(**vars(parser.instantiate(parser.parse_object(tree))))
     except ArgumentError as error:
         found = re.match(r'Parser key "([^"]+)"', str(error))
         setting = found and _find(found[1])
         if not setting:
-            raise ConfigError(" ".join(str(error).split())) from None
+            raise ConfigError(one_line(error)) from None
         raise ConfigError(f"{setting.key}={values[setting.key]!r} must be {in_words(setting.type)}") from None
-    config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
-    for setting in settings():  # the parser takes null for "not given", whatever the type
-        if _get(config, setting.key) is None and type(None) not in typing.get_args(setting.type):
+    for setting in settings():
+        value = _get(config, setting.key)
+        if value is None and type(None) not in typing.get_args(setting.type):  # to the parser null is "not given"
             raise ConfigError(f"{setting.key}={values.get(setting.key)!r} must be {in_words(setting.type)}")
+        if value is not None and setting.range and not setting.range.holds(value):
+            raise ConfigError(f"{setting.key}={value} must be {setting.range.words}")
     return config
 
 
@@ -353,20 +323,3 @@ def _parser() -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Config)
     return parser
-
-
-def in_words(hint: Any) -> str:
-    """A type as a user would say it: `int | None` is "an integer or null"."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(in_words, arguments))
-    if origin is typing.Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if origin is tuple:
-        return f"a list of {len(arguments)} values, each {in_words(arguments[0])}"
-    if origin is list:
-        return f"a list, each entry {in_words(arguments[0])}"
-    if origin is dict:
-        return f"a mapping whose values are each {in_words(arguments[1])}"
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    return words.get(hint, "a mapping")

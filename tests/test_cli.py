@@ -67,25 +67,22 @@ def test_settings_are_checked_before_anything_slow_is_imported():
 
 def test_a_mistake_found_while_training_starts_is_told_the_same_way(monkeypatch, capsys):
     """A ConfigError from the data or the model, of several lines even, is one line and code 2; a bug is a traceback."""
-    stand_in = types.ModuleType("rethinker.train")
-    monkeypatch.setitem(sys.modules, "rethinker.train", stand_in)
-    monkeypatch.setattr(package, "train", stand_in, raising=False)
 
-    def bad_data(config):
+    def bad_data(recipe, overrides):
         raise ConfigError("data.train=x.parquet\nhas no column 'question'")
 
-    stand_in.train = bad_data
+    monkeypatch.setattr(cli, "train", bad_data)
     assert cli.main(["train", "easy_vqa_cpu"]) == 2
     assert capsys.readouterr().err == "error: data.train=x.parquet has no column 'question'\n"
 
-    stand_in.train = lambda config: [][0]
+    monkeypatch.setattr(cli, "train", lambda recipe, overrides: [][0])
     with pytest.raises(IndexError):
         cli.main(["train", "easy_vqa_cpu"])
 
     seen = []
-    stand_in.train = seen.append
-    assert cli.train_main(["easy_vqa_cpu", "--train.max_steps", "5"]) == 0
-    assert seen[0].train.max_steps == 5
+    monkeypatch.setattr(cli, "train", lambda *given: seen.append(given))
+    assert cli.main(["train", "easy_vqa_cpu", "--train.max_steps", "5", "--replay.alpha=-1"]) == 0
+    assert seen == [("easy_vqa_cpu", ["--train.max_steps", "5", "--replay.alpha=-1"])]
 
 
 def test_print_config_prints_yaml_with_docs(capsys):
@@ -97,11 +94,11 @@ def test_print_config_prints_yaml_with_docs(capsys):
 
 
 def test_help_and_version(capsys):
-    """Help lists the commands and every setting; the version is the package's."""
+    """Help lists the commands, the recipes and the presets; the version is the package's."""
     assert cli.main([]) == 0 and "rethinker doctor" in capsys.readouterr().out
     assert cli.main(["train", "--help"]) == 0
     listed = capsys.readouterr().out
-    assert "easy_vqa_cpu" in listed and "--rollout.group_size [8]" in listed
+    assert "easy_vqa_cpu" in listed and "released_code" in listed and "--print_config" in listed
     assert cli.main(["--version"]) == 0 and capsys.readouterr().out == f"rethinker {package.__version__}\n"
 
 

@@ -255,6 +255,12 @@ def test_batches_must_hold_whole_groups_and_episodes_whole_batches():
         ("train.betas", [0.9, 1.0], "two numbers of at least 0 and below 1"),
         ("policy.warmup.data_fraction", 1.5, "above 0 and at most 1"),
         ("data.category_weights", {"a": 0.0}, "weights of at least 0, one of them positive"),
+        ("replay.capacity", 2**32, "from 1 to 2147483648"),
+        ("replay.alpha", float("nan"), "at least 0"),
+        ("replay.importance_exponent", -1.0, "at least 0"),
+        ("replay.max_age", -1, "at least 0"),
+        ("rollout.max_mismatch_kl", 0.0, "positive"),
+        ("rollout.max_staleness", 2, "from 0 to 1"),
         ("data.min_pixels", 10**9, "must not exceed data.max_pixels"),
         ("data.prompt", "What?", "must contain {question}"),
         ("run.name", "../elsewhere", "a plain folder name"),
@@ -272,11 +278,35 @@ def test_values_out_of_range(key, value, needed):
     assert needed in str(error.value)
 
 
-def test_ranges_name_real_settings():
-    """Every key in the table of ranges is a setting."""
-    known = {setting.key for setting in settings.settings()}
-    for _, keys in checks._RANGES.values():
-        assert set(keys.split()) <= known
+def test_defaults_are_in_range():
+    """Every number's default lies within the range that its own type names."""
+    ranged = [setting for setting in settings.settings() if setting.range]
+    assert len(ranged) > 50
+    for setting in ranged:
+        assert setting.default is None or setting.range.holds(setting.default), setting.key
+
+
+def test_a_setting_that_is_gone_names_what_took_its_place(monkeypatch, tmp_path):
+    """An old recipe's setting that was renamed is refused with its new name, in a file and on the command line."""
+    monkeypatch.setitem(settings.RENAMED, "train.steps", "it is now train.max_steps")
+    assert refused("--train.steps", "3") == "the setting 'train.steps' is gone: it is now train.max_steps"
+    (tmp_path / "r.yaml").write_text("train: {steps: 3}\n")
+    assert "it is now train.max_steps" in refused(recipe=tmp_path / "r.yaml")
+
+
+def test_a_caller_keeps_its_overrides():
+    """The settings share nothing with the overrides they came from, nor with the defaults."""
+    overrides = {"train.deepspeed": {"a": {"b": 1}}, "data.sources": {"x": {"train": "digits", "fields": {}}}}
+    copy = json.loads(json.dumps(overrides))
+    config = resolve_config("easy_vqa_cpu", overrides)
+    assert overrides == copy
+    config.train.deepspeed["a"]["b"] = 2
+    config.data.sources["x"]["fields"]["answer"] = "y"
+    config.data.fields["answer"] = "z"
+    config.rethink.triggers.clear()
+    assert overrides == copy
+    assert resolve_config("easy_vqa_cpu").data.fields["answer"] == "answer" and Config().rethink.triggers
+    assert resolve_config("easy_vqa_cpu").rethink.triggers
 
 
 def model_folder(folder: Path, **files: bytes | str) -> Path:

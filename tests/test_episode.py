@@ -113,7 +113,7 @@ def test_it_runs_beside_the_training():
     engine.gate.clear()
     episodes.begin(0, 0, {})
     assert engine.started.wait(10)
-    assert profiling.progress.phases == ()
+    assert profiling.activity.phases == ()
     threading.Timer(0.2, engine.gate.set).start()
     times = {}
     assert len(episodes.take(0, 1, times)) == 3
@@ -190,7 +190,3 @@ def test_staleness_needs_servers_and_a_correction():
         config.rethink = RethinkConfig(fraction=0.5, **change)
         with pytest.raises(ConfigError, match=r"rollout\.max_staleness=1 .* set rethink\.temperature"):
             check_geometry(config)
-    config.rethink = RethinkConfig()
-    config.rollout.max_staleness = 2
-    with pytest.raises(ConfigError, match=r"rollout\.max_staleness=2 must be from 0 to 1"):
-        check_geometry(config)

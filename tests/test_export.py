@@ -1,10 +1,8 @@
-"""`rethinker export`: a folder that loads, a card that tells the truth, and nothing half-written."""
+"""`rethinker export`: a folder that loads, a card with the run's own numbers, and nothing half-written."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,7 +57,7 @@ def test_a_checkpoint_by_name(run):
     assert not Path("other").exists()
 
 
-def test_the_card_tells_what_was_trained(run):
+def test_the_card_says_what_was_trained(run):
     """Front matter the hub reads; accuracy, steps, changed settings from the run's own files."""
     folder = export(run)
     card = (folder / "README.md").read_text()
@@ -71,8 +69,8 @@ def test_the_card_tells_what_was_trained(run):
     assert f"| Steps | {record.last_step}" in card and "vllm serve" in card and "(learning.png)" in card
 
 
-def test_a_lora_run_brings_its_adapters(run):
-    """The adapters come along and the card says rank and alpha, and that the weights are merged; else neither."""
+def test_a_lora_run_has_its_adapters(run):
+    """The adapters are in the folder, and the card says rank, alpha and that the weights are merged; else neither."""
     assert not (export(run) / "adapter").exists() and "LoRA" not in Path("exports/mine/README.md").read_text()
     adapter = run / "checkpoints" / "best_000004" / "adapter"
     adapter.mkdir()
@@ -97,16 +95,16 @@ def test_a_card_runs_nothing(run):
 
 
 def test_nothing_is_overwritten_or_left(run, monkeypatch):
-    """A folder with something in it is refused; a full disk leaves no half folder."""
+    """A folder with something in it is an error; a full disk leaves no half folder."""
     Path("taken").mkdir()
     (Path("taken") / "x").touch()
     with pytest.raises(ConfigError, match="--output taken is not empty"):
         export(run, "taken")
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rethinker.export.shutil.copy2", full)
+    monkeypatch.setattr("rethinker.export.shutil.copytree", full)
     with pytest.raises(ConfigError, match="--output new cannot be written: .*No space left"):
         export(run, "new")
     assert not Path("new").exists() and not Path(".new.partial").exists()
@@ -123,16 +121,16 @@ def test_pushing(run, monkeypatch, capsys):
         def upload_folder(self, repo_id, folder_path, commit_message):
             calls.append(sorted(path.name for path in Path(folder_path).iterdir()))
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=Hub))
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert main([str(run), "--output", "a", "--push", "me/mine", "--private"]) == 0
     assert calls[0] == ("me/mine", True) and "README.md" in calls[1]
     assert capsys.readouterr().out.splitlines() == ["a", "https://huggingface.co/me/mine"]
 
-    def refuse(self, *_, **__):
+    def fail(self, *_, **__):
         raise RuntimeError("401\nInvalid token")
 
-    monkeypatch.setattr(Hub, "create_repo", refuse)
-    with pytest.raises(ConfigError, match=r"--push me/mine: 401 Invalid token; .*hf auth login"):
+    monkeypatch.setattr(Hub, "create_repo", fail)
+    with pytest.raises(ConfigError, match=r"--push me/mine: RuntimeError: 401 Invalid token; .*hf auth login"):
         main([str(run), "--output", "b", "--push", "me/mine"])
     with pytest.raises(ConfigError, match="must be OWNER/NAME"):
         main([str(run), "--push", "mine"])

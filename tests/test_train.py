@@ -7,11 +7,12 @@ import random
 import pytest
 
 import rethinker
+from rethinker.checks import schedule_length
 from rethinker.config import Config, ConfigError, RolloutConfig, TrainConfig
 from rethinker.episode import judge, note_rethinking
 from rethinker.policy.schedule import learning_rate
 from rethinker.samples import Completion, Group, Query, Rethought
-from rethinker.train import schedule_length
+from rethinker.settings import resolve_config
 
 
 def group(name: str, *texts: str) -> Group:
@@ -62,6 +63,24 @@ def test_learning_rate_rises_then_follows_its_schedule(schedule):
     assert rates[:10] == sorted(rates[:10]) and 0 < rates[0] < rates[9] < rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == 1.0 if schedule == "constant" else 0.1 <= rates[-1] < 0.12
+
+
+def test_the_callers_settings_are_not_changed(monkeypatch):
+    """What a run makes of its settings, as its name, is not seen in the Config or the overrides it was given."""
+
+    class Renamed:
+        def __init__(self, config):
+            config.run.name, config.train.deepspeed["x"]["y"] = "another", 2
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("rethinker.run.Run", Renamed)
+    overrides = {"run.name": "mine", "train.deepspeed": {"x": {"y": 1}}}
+    config = resolve_config("easy_vqa_cpu", overrides)
+    for given in ((config,), ("easy_vqa_cpu", overrides)):
+        with pytest.raises(KeyboardInterrupt):
+            rethinker.train(*given)
+    assert (config.run.name, config.train.deepspeed) == ("mine", {"x": {"y": 1}})
+    assert overrides == {"run.name": "mine", "train.deepspeed": {"x": {"y": 1}}}
 
 
 def test_the_package_is_callable_as_documented():

@@ -2,8 +2,9 @@
 
     selective_log_softmax         log-probabilities (and entropies) of chosen tokens, from logits
     linear_selective_log_softmax  the same from hidden states and the head's weight: [R, V] is never held whole
-    grpo_loss                     the clipped surrogate, its KL term and its statistics
-    linear_grpo_loss              both of the above in one call
+    policy_loss                   any loss that is a function of log-probs, summed over a batch, and its statistics
+    linear_policy_loss            the same from hidden states and the head's weight, gradients made in the forward pass
+    grpo_loss, linear_grpo_loss   these two of GRPO's clipped surrogate
     group_advantages              group-normalised rewards
     SumTree                       exact sampling in proportion to priorities
 
@@ -12,11 +13,10 @@ Each docstring states the op's PyTorch equivalent, its shapes and its errors.
 
 from rethinker_kernels.advantages import group_advantages
 from rethinker_kernels.linear import linear_selective_log_softmax
-from rethinker_kernels.linear_grpo import linear_grpo_loss
+from rethinker_kernels.linear_loss import linear_grpo_loss, linear_policy_loss
 from rethinker_kernels.log_softmax import selective_log_softmax
-from rethinker_kernels.reference import GRPO_STATS, LINEAR_GRPO_STATS
+from rethinker_kernels.losses import GRPO_STATS, LINEAR_GRPO_STATS, grpo_loss, policy_loss
 from rethinker_kernels.sum_tree import SumTree
-from rethinker_kernels.surrogate import grpo_loss
 
 __all__ = [
     "GRPO_STATS",
@@ -25,6 +25,8 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "linear_grpo_loss",
+    "linear_policy_loss",
     "linear_selective_log_softmax",
+    "policy_loss",
     "selective_log_softmax",
 ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rethinker_kernels import reference
-from rethinker_kernels.arguments import check_group_advantages
-from rethinker_kernels.devices import takes_triton
+from rethinker_kernels.arguments import check_offsets, check_vector, wide
+from rethinker_kernels.losses import segment_sum, sequence_of_row
 
 
 def group_advantages(
@@ -26,7 +26,7 @@ def group_advantages(
 
     The standard deviation is the sample one (divided by n - 1). A group is degenerate when its largest and smallest
     reward are equal, by comparison and not by a small std; its advantages are exactly 0. A group of one is degenerate.
-    One launch on a GPU ("batch": and one for the std).
+    Plain PyTorch on any device, without asking it for a value.
 
     Args:
         rewards: [S] floating.
@@ -42,21 +42,29 @@ def group_advantages(
     Raises:
         ValueError: a shape, type, device or option that does not fit, naming it.
     """
-    check_group_advantages(rewards, group_offsets, scale, eps)
-    if takes_triton(group_offsets):  # the kernel takes fp64 rewards too
-        return _group_advantages(rewards.detach(), group_offsets, scale, eps)
-    return reference.group_advantages(rewards, group_offsets, scale=scale, eps=eps)
+    check_vector("rewards", rewards, rewards.shape[:1], rewards.device)
+    if scale not in ("std", "none", "batch"):
+        raise ValueError(f"scale={scale!r}: must be one of std, none, batch")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps}: must be at least 0")
+    check_offsets("group_offsets", group_offsets, rewards)
+    group = sequence_of_row(group_offsets, rewards)
+    rewards = rewards.detach().to(wide(rewards))
+    count = group_offsets.diff().to(rewards.dtype)  # [G]
 
+    lowest = rewards.new_full(count.shape, math.inf).scatter_reduce(0, group, rewards, "amin")
+    highest = rewards.new_full(count.shape, -math.inf).scatter_reduce(0, group, rewards, "amax")
+    degenerate = (highest == lowest) | (count == 0)
 
-@torch.library.custom_op("rethinker::group_advantages", mutates_args=())
-def _group_advantages(rewards: Tensor, group_offsets: Tensor, scale: str, eps: float) -> tuple[Tensor, Tensor]:
-    from rethinker_kernels.triton_kernels.group_advantages import group_advantages
-
-    return group_advantages(rewards, group_offsets, scale, eps)
-
-
-@_group_advantages.register_fake
-def _(rewards, group_offsets, scale, eps):
-    groups = group_offsets.shape[0] - 1
-    dtype = torch.promote_types(rewards.dtype, torch.float32)
-    return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(groups, dtype=torch.bool)
+    # Counting from the group's lowest reward, in units of its range, keeps rewards that nearly agree exact.
+    span = torch.where(degenerate, 1.0, highest - lowest)  # [G]
+    units = (rewards - lowest[group]) / span[group]  # [S] in [0, 1]
+    centred = units - segment_sum(units, group, len(count))[group] / count[group]
+    if scale == "std":
+        variance = segment_sum(centred.square(), group, len(count)) / (count - 1).clamp(min=1)
+        advantages = centred / (variance.sqrt() + eps / span)[group]
+    else:
+        advantages = centred * span[group]
+        if scale == "batch" and rewards.numel() > 1:
+            advantages = advantages / (rewards.std() + eps)
+    return torch.where(degenerate[group], 0.0, advantages), degenerate

@@ -5,37 +5,13 @@ Each raises ValueError naming the argument, what it must be and what it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Surrogate:
-    """Which surrogate `grpo_loss` computes: its options that are plain values, explained there."""
-
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"
-    importance: str = "token"
-    aggregation: str = "token"
-
-    def __post_init__(self) -> None:
-        for name, options in (
-            ("kl_estimator", ("k1", "k2", "k3")),
-            ("importance", ("token", "sequence")),
-            ("aggregation", ("token", "sequence", "constant")),
-        ):
-            if getattr(self, name) not in options:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(options)}")
-        for name in ("clip_low", "clip_high"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"dual_clip={self.dual_clip}: must be above 1, or None")
+def wide(tensor: Tensor) -> torch.dtype:
+    """The type that results are computed in: fp32, or fp64 for fp64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def describe(tensor: Tensor) -> str:
@@ -106,52 +82,3 @@ def check_per_row(name: str, values: Tensor, rows: Tensor, cu_seqlens: Tensor | 
         raise ValueError(f"{name}: must be floating {expected}, not {describe(values)}")
     if values.device != rows.device:
         raise ValueError(f"{name}: is on {values.device}, the rest on {rows.device}")
-
-
-def check_grpo(
-    logps: Tensor,
-    old_logps: Tensor,
-    advantages: Tensor,
-    surrogate: Surrogate,
-    *,
-    cu_seqlens: Tensor | None,
-    ref_logps: Tensor | None,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    normalizer: float | Tensor,
-) -> None:
-    check_vector("logps", logps, logps.shape[:1], logps.device)
-    check_vector("old_logps", old_logps, logps.shape, logps.device)
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(f"normalizer: must be one number, not {describe(normalizer)}")
-        if normalizer.device != logps.device:
-            raise ValueError(f"normalizer: is on {normalizer.device}, the rest on {logps.device}")
-    elif not normalizer > 0:
-        raise ValueError(f"normalizer={normalizer}: must be positive")
-    if ref_logps is not None:
-        check_vector("ref_logps", ref_logps, logps.shape, logps.device)
-    elif surrogate.kl_coef != 0:
-        raise ValueError(f"ref_logps is needed with kl_coef={surrogate.kl_coef}")
-    importance, aggregation = surrogate.importance, surrogate.aggregation
-    if cu_seqlens is not None:
-        check_offsets("cu_seqlens", cu_seqlens, logps)
-    elif "sequence" in (importance, aggregation):
-        raise ValueError(f"cu_seqlens is needed with importance={importance!r}, aggregation={aggregation!r}")
-    check_per_row("advantages", advantages, logps, cu_seqlens)
-    if weights is not None:
-        check_per_row("weights", weights, logps, cu_seqlens)
-    if mask is not None:
-        if mask.shape != logps.shape or mask.dtype != torch.bool:
-            raise ValueError(f"mask: must be bool {list(logps.shape)}, not {describe(mask)}")
-        if mask.device != logps.device:
-            raise ValueError(f"mask: is on {mask.device}, the rest on {logps.device}")
-
-
-def check_group_advantages(rewards: Tensor, group_offsets: Tensor, scale: str, eps: float) -> None:
-    check_vector("rewards", rewards, rewards.shape[:1], rewards.device)
-    if scale not in ("std", "none", "batch"):
-        raise ValueError(f"scale={scale!r}: must be one of std, none, batch")
-    if not eps >= 0:
-        raise ValueError(f"eps={eps}: must be at least 0")
-    check_offsets("group_offsets", group_offsets, rewards)

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from rethinker_kernels.arguments import check_index, check_linear, check_temperature
+from rethinker_kernels.arguments import check_index, check_linear, check_temperature, wide
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_rows
 from rethinker_kernels.devices import processors, row_kernels, takes_exponentials
 from rethinker_kernels.log_softmax import split_temperature
-from rethinker_kernels.reference import wide
 from rethinker_kernels.torch_rows import slices
 
 
@@ -223,11 +222,13 @@ def log_softmax_backward_op(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     given = (hidden, weight, bias, index, temperatures, temperature)
-    needs = (needs_hidden, needs_weight, needs_bias)
-    return log_softmax_gradients(*given, saved, entropies, grad_logps, grad_entropies, needs).narrowed()
+    gradients = Gradients(hidden, weight, bias, (needs_hidden, needs_weight, needs_bias))
+    add_gradients(gradients, *given, saved, entropies, grad_logps, grad_entropies)
+    return gradients.narrowed()
 
 
-def log_softmax_gradients(
+def add_gradients(
+    gradients: Gradients,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -238,10 +239,9 @@ def log_softmax_gradients(
     entropies: Tensor,
     grad_logps: Tensor | None,
     grad_entropies: Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> Gradients:
-    """Of the log-probs and entropies, whose own gradients [R] may be None."""
-    gradients, kernels = Gradients(hidden, weight, bias, needs), row_kernels(hidden)
+) -> None:
+    """Take in those of the log-probs and entropies, whose own gradients [R] may be None."""
+    kernels = row_kernels(hidden)
 
     def fill_exponentials(rows: slice, out: Tensor) -> Tensor:
         from rethinker_kernels.triton_kernels.exponentials import Exponentials
@@ -267,7 +267,6 @@ def log_softmax_gradients(
     log_probs_alone = grad_logps is not None and grad_entropies is None
     fused = log_probs_alone and takes_exponentials(hidden, weight, bias, temperatures, temperature)
     gradients.accumulate(fill_exponentials if fused else fill)
-    return gradients
 
 
 @log_softmax_backward_op.register_fake

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rethinker_kernels.arguments import check_index, check_logits, check_temperature
+from rethinker_kernels.arguments import check_index, check_logits, check_temperature, wide
 from rethinker_kernels.devices import row_kernels
-from rethinker_kernels.reference import wide
 
 
 def selective_log_softmax(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rethinker_kernels import torch_rows
+from rethinker_kernels.arguments import wide
 from rethinker_kernels.devices import takes_triton
+from rethinker_kernels.torch_rows import CHUNK_BYTES, slices
 
 
-@torch.library.custom_op("rethinker::scaled", mutates_args=())
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * factor in `dtype`, without a copy in a wider type.
 
@@ -21,9 +21,7 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         from rethinker_kernels.triton_kernels.scaled import scaled
 
         return scaled(gradient, factor, dtype)
-    return torch_rows.scaled(gradient, factor, dtype)
-
-
-@scaled.register_fake
-def _(gradient, factor, dtype):
-    return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    for part in slices(0, gradient.numel(), CHUNK_BYTES // 4):
+        out.view(-1)[part] = gradient.reshape(-1)[part] * factor.to(wide(gradient))
+    return out

@@ -10,14 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from rethinker_kernels.arguments import Surrogate
-from rethinker_kernels.reference import (
-    MAX_LOG_RATIO,
-    clamp_log_ratio,
-    segment_sum,
-    sequence_mean,
-    wide,
-)
+from rethinker_kernels.arguments import wide
 
 CHUNK_BYTES = 64 * 2**20
 """Size of the fp32 (or fp64) copy of logits that is worked on at a time; about two of them exist at once."""
@@ -97,57 +90,6 @@ def gradient_rows(
         # Also where p is NaN: a row without a gradient has exactly none.
         x.masked_fill_(((per_logp[rows] == 0) & (per_entropy[rows] == 0))[:, None], 0.0)
         into[rows] = x
-    return out
-
-
-def loss_gradient(
-    logps: Tensor,
-    old_logps: Tensor,
-    advantages: Tensor,
-    factors: Tensor,
-    active: Tensor,
-    ref_logps: Tensor | None,
-    sequence: Tensor | None,
-    cu_seqlens: Tensor | None,
-    surrogate: Surrogate,
-) -> Tensor:
-    """d loss / d logps [R] of `reference.grpo_loss` in closed form, for code below autograd.
-
-    Args:
-        advantages: [R].
-        factors: [R], what each row's loss is multiplied by; 0 where it does not count.
-        active: [R] bool, whether it counts.
-        sequence: [R], each row's sequence; with `cu_seqlens` for importance="sequence".
-    """
-    now, then, advantages = (torch.where(active, x.to(factors.dtype), 0.0) for x in (logps, old_logps, advantages))
-    difference = now - then
-    if surrogate.importance == "sequence":
-        difference = sequence_mean(difference, active, sequence, cu_seqlens)[sequence]
-    ratio = clamp_log_ratio(difference).exp()
-    flat = (advantages < 0) & (ratio < 1 - surrogate.clip_low) | (advantages > 0) & (ratio > 1 + surrogate.clip_high)
-    if surrogate.dual_clip is not None:
-        flat |= (advantages < 0) & (ratio > surrogate.dual_clip)
-    flat |= difference.abs() > MAX_LOG_RATIO
-    slope = factors * (torch.where(flat, 0.0, -ratio * advantages) + (difference - difference))
-    if surrogate.importance == "sequence":
-        like = cu_seqlens[1:]
-        tokens = segment_sum(active.to(slope.dtype), sequence, like).clamp(min=1)
-        slope = (segment_sum(torch.where(active, slope, 0.0), sequence, like) / tokens)[sequence]
-    if surrogate.kl_coef != 0:
-        raw = torch.where(active, ref_logps.to(now.dtype), 0.0) - now
-        d = clamp_log_ratio(raw)
-        by_now = {"k1": torch.ones_like(d), "k2": -d, "k3": -d.expm1()}[surrogate.kl_estimator]
-        slope = slope + factors * surrogate.kl_coef * (
-            torch.where(raw.abs() > MAX_LOG_RATIO, 0.0, by_now) + (raw - raw)
-        )
-    return torch.where(active, slope, 0.0)
-
-
-def scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """(values * factor) in `dtype`."""
-    out = torch.empty(values.shape, dtype=dtype, device=values.device)
-    for part in slices(0, values.numel(), CHUNK_BYTES // 4):
-        out.view(-1)[part] = values.reshape(-1)[part] * factor.to(wide(values))
     return out
 
 

@@ -21,7 +21,7 @@ def assign_advantages(groups: list[Group], scale: str, device: torch.device | st
     Args:
         groups: groups with one finite reward per completion. With `scale="batch"` these are the batch.
         scale: `algorithm.advantage_scale`: "std", "none" or "batch".
-        device: where to compute: on a GPU in one launch, or two with "batch", and one wait for the result.
+        device: where to compute; one wait for the result.
 
     Returns:
         effective_query_ratio: share of the groups whose rewards differ; 0 without groups.

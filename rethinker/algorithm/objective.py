@@ -1,44 +1,132 @@
-"""The training objective on a packed batch: GRPO's clipped surrogate with the settings of `algorithm`.
+"""What lies around the loss that `algorithm.loss` names: its check, its inputs, what divides its sum.
 
-Shapes: R response tokens and S responses of a packed row.
+Shapes: R response tokens and S responses of a packed row, C tokens that a loss gets at a time.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from rethinker.config import AlgorithmConfig
+from rethinker.algorithm import losses
+from rethinker.config import AlgorithmConfig, ConfigError, one_line
+from rethinker.runtime.user_code import user_function
 from rethinker.samples import Completion, PackedBatch, Sample
+from rethinker_kernels.losses import SURROGATE_OPTIONS, NeedsSequences, Objective, Surrogate
 
 
-def surrogate_inputs(
-    batch: PackedBatch, config: AlgorithmConfig, normalizer: float, ref_logps: Tensor | None = None
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A loss with the settings that it takes."""
+
+    function: Callable[[Tensor, losses.Rows], Tensor]
+    whole_sequences: bool
+    """Whether it calls `Rows.sequence_mean`: then all log-probs are computed before it, with one more product."""
+
+
+def shipped_losses() -> dict[str, Callable[..., Tensor]]:
+    """The public functions of losses.py whose first parameters are (logps, rows), by name."""
+    functions = {name: f for name, f in vars(losses).items() if inspect.isfunction(f) and not name.startswith("_")}
+    return {name: f for name, f in functions.items() if list(inspect.signature(f).parameters)[:2] == ["logps", "rows"]}
+
+
+def load_loss(config: AlgorithmConfig) -> PolicyLoss:
+    """The loss that `algorithm.loss` names, tried on a few tokens.
+
+    Raises:
+        ConfigError: it does not exist, takes a parameter that is no setting, or does not return a finite number per
+            token with a gradient; the message names algorithm.loss.
+    """
+    named = f"algorithm.loss={config.loss}"
+    function = user_function("algorithm.loss", config.loss, shipped_losses())
+    try:
+        _, _, *options = inspect.signature(function).parameters.values()
+    except ValueError as error:  # fewer parameters, or a builtin without a signature
+        raise ConfigError(f"{named}: it must take (logps, rows), and then settings by name") from error
+    settings, given = vars(config), {}
+    for option in options:
+        if option.name in settings:
+            given[option.name] = settings[option.name]
+        elif option.default is option.empty and option.kind not in (option.VAR_POSITIONAL, option.VAR_KEYWORD):
+            raise ConfigError(
+                f"{named}: its parameter {option.name!r} is no setting of algorithm and has no default; there are "
+                f"{', '.join(sorted(settings))}"
+            )
+    loss = partial(function, **given)
+    try:
+        return PolicyLoss(loss, _tried(loss, config))
+    except ConfigError as error:
+        raise ConfigError(f"{named}: {error}") from error
+    except Exception as error:  # the user's code raises anything
+        raise ConfigError(f"{named}: it fails on a batch of 9 tokens ({one_line(error)})") from error
+
+
+def _tried(loss: Callable[[Tensor, losses.Rows], Tensor], config: AlgorithmConfig) -> bool:
+    """Whether the loss needs whole responses, after a trial on 9 tokens of 3 responses, on and off policy."""
+    logps = -torch.tensor([0.1, 2.0, 0.7, 1.1, 0.4, 3.0, 0.2, 0.9, 1.5])
+    off_policy = torch.tensor([0.0, 0.1, -0.1, 0.0, 0.9, -0.9, 0.0, 0.9, -0.9])
+    inputs = {
+        "old_logps": logps - off_policy,
+        "advantages": torch.tensor([1.0, -1.0, 0.5]),
+        "ref_logps": logps - 0.1 if config.kl_coef else None,
+        "cu_seqlens": torch.tensor([0, 4, 6, 9]),
+        "mask": torch.arange(9) != 3,
+        "surrogate": surrogate_of(config),
+        "normalizer": 8.0,
+    }
+    objective = Objective(loss, logps, **inputs)
+    parts = [slice(0, 9)] if objective.whole_sequences else [slice(0, 5), slice(5, 6), slice(6, 9)]
+    try:
+        slope = torch.cat([objective.slopes(logps[part], part) for part in parts])
+    except NeedsSequences:
+        objective = Objective(loss, logps, **inputs, whole_sequences=True)
+        slope = objective.slopes(logps)
+    value = objective.total(logps)
+    if not (value.isfinite() and slope.isfinite().all()):
+        what = "loss" if not value.isfinite() else "gradient"
+        raise ConfigError(
+            f"its {what} is not finite for ordinary log-probs (NaN or inf); log a negative number, or 0 / 0?"
+        )
+    if not slope.any():
+        raise ConfigError("its gradient is 0 for every token; compute it from logps, without detach()")
+    return objective.whole_sequences
+
+
+def surrogate_of(config: AlgorithmConfig) -> Surrogate:
+    """GRPO's options, by which the statistics of every loss are counted."""
+    return Surrogate(**{name: getattr(config, name) for name in SURROGATE_OPTIONS})
+
+
+def loss_inputs(
+    loss: PolicyLoss, batch: PackedBatch, config: AlgorithmConfig, normalizer: float, ref_logps: Tensor | None = None
 ) -> dict[str, Any]:
-    """What `rethinker_kernels.linear_grpo_loss` needs of a micro-batch beside hidden states, head and tokens.
+    """What `rethinker_kernels.linear_policy_loss` needs of a micro-batch beside hidden states, head and tokens.
 
     The losses of a step's micro-batches, over all ranks, add up to the step's loss. A token that counts and whose
     log-prob is not finite makes the loss NaN: the step is then to be skipped.
 
     Args:
+        loss: `load_loss` of the same settings.
         batch: its old_logps, advantages [S], weights ([R], or [S]), loss_mask and cu_seqlens.
         config: the `algorithm` settings.
         normalizer: `loss_normalizer` of the whole step.
         ref_logps: [R], the reference policy's log-probs; needed when `algorithm.kl_coef` is not 0.
     """
     return {
+        "loss": loss.function,
+        "whole_sequences": loss.whole_sequences,
+        "surrogate": surrogate_of(config),
         "old_logps": batch.old_logps,
         "advantages": batch.advantages,
         "cu_seqlens": batch.cu_seqlens,
         "ref_logps": ref_logps,
-        "clip_low": config.clip_low,
-        "clip_high": config.clip_high,
-        "dual_clip": config.dual_clip,
-        "kl_coef": config.kl_coef,
-        "kl_estimator": config.kl_estimator,
-        "importance": config.importance,
         "aggregation": config.aggregation,
         "weights": batch.weights,
         "mask": batch.loss_mask,

@@ -42,20 +42,9 @@ class ReplayBuffer:
         seed: seed of the draws; the same on every rank.
         device: where the tree lives. On a GPU an `add` and the end of an episode are one launch each and wait for
             nothing; a draw is one launch and waits once, for its slots to come back.
-
-    Raises:
-        ConfigError: a setting out of range.
     """
 
     def __init__(self, config: ReplayConfig, seed: int, device: torch.device | str = "cpu") -> None:
-        if not 1 <= config.capacity <= 1 << 31:
-            raise ConfigError(f"replay.capacity={config.capacity}: must be between 1 and 2^31")
-        if not 0 <= config.alpha < math.inf:
-            raise ConfigError(f"replay.alpha={config.alpha}: must be finite and at least 0")
-        if not 0 <= config.importance_exponent < math.inf:
-            raise ConfigError(f"replay.importance_exponent={config.importance_exponent}: must be finite and at least 0")
-        if config.max_age is not None and config.max_age < 0:
-            raise ConfigError(f"replay.max_age={config.max_age}: must be at least 0, or null")
         self._config = config
         self._tree = SumTree(config.capacity, device, config.alpha)
         self._entries: dict[int, _Entry] = {}  # slot of the tree -> entry, oldest first

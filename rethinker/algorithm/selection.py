@@ -70,10 +70,8 @@ def select_batch(
         replay: only `ssr` uses or changes it.
 
     Raises:
-        ValueError: an unknown name, or a group without advantages.
+        ValueError: a group without advantages.
     """
-    if name not in ("grpo", "filter", "ssr"):
-        raise ValueError(f"name={name!r}: must be one of grpo, filter, ssr")
     samples = [sample for group in groups for sample in group.samples()]
     if name != "grpo":
         samples = [sample for sample in samples if sample.advantage != 0]

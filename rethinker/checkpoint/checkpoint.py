@@ -25,8 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rethinker.config import CheckpointConfig, ConfigError
+from rethinker.config import CheckpointConfig, ConfigError, one_line
 from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.files import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +93,15 @@ class Checkpoints:
         Raises:
             ConfigError: the last one could not be written.
         """
-        self._join()
+        self.close()
         if self._error:
             raise ConfigError(self._error)
 
     def close(self) -> None:
         """Let what is being written come to its end."""
-        self._join()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def find(self, resume: str) -> Path | None:
         """The checkpoint that `resume` names; for `auto` the newest whole one, or None. Every rank calls it.
@@ -110,40 +113,38 @@ class Checkpoints:
             ConfigError: there is no such checkpoint, or it is damaged.
         """
         names = self._ranks.broadcast(self._candidates() if self._ranks.is_main else None)
-        if resume != "auto":
-            name = Path(resume).name
-            if name not in names:
-                there = ", ".join(reversed(names)) or "none"
-                raise ConfigError(f"resume={resume}: {self.folder} has no such checkpoint; it has {there}; or use auto")
-            if problem := self._problem(name):
-                raise ConfigError(f"resume={resume}: {problem}; choose another one, or auto")
-            if self._ranks.is_main:
-                for later in names[: names.index(name)]:
-                    _replace(self.folder / later, self.folder / f"abandoned_{later}")
-                _link(self.folder / "last", name)
-            return self.folder / name
-        for name in names:
-            problem = self._problem(name)
-            if problem is None:
-                return self.folder / name
-            if self._ranks.is_main:
-                log.warning("resume=auto: checkpoint %s is skipped: %s", name, problem)
-        if names:
-            raise ConfigError(
-                f"resume=auto: none of the checkpoints in {self.folder} is whole ({names[-1]}: {problem}); restore "
-                "one, or start a new run with another run.name"
-            )
-        return None
+        if resume == "auto":
+            for name in names:
+                if not (problem := self._problem(name)):
+                    return self.folder / name
+                if self._ranks.is_main:
+                    log.warning("resume=auto: checkpoint %s is skipped: %s", name, problem)
+            if names:
+                raise ConfigError(
+                    f"resume=auto: none of the checkpoints in {self.folder} is whole ({names[-1]}: {problem}); restore "
+                    "one, or start a new run with another run.name"
+                )
+            return None
+        name = Path(resume).name
+        if name not in names:
+            there = ", ".join(reversed(names)) or "none"
+            raise ConfigError(f"resume={resume}: {self.folder} has no such checkpoint; it has {there}; or use auto")
+        if problem := self._problem(name):
+            raise ConfigError(f"resume={resume}: {problem}; choose another one, or auto")
+        if self._ranks.is_main:
+            for later in names[: names.index(name)]:
+                _replace(self.folder / later, self.folder / f"abandoned_{later}")
+            _link(self.folder / "last", name)
+        return self.folder / name
 
     def _candidates(self) -> list[str]:
-        """Names of the checkpoints that are marked complete, newest first."""
+        """Names of the checkpoints that are marked complete, newest first; what a killed run left half-written goes."""
         for leftover in self.folder.glob(".*.partial"):
             shutil.rmtree(leftover)
-        found = sorted((path.name for path in self.folder.glob("step_*") if path.name[5:].isdecimal()), reverse=True)
-        for name in found:
-            if not (self.folder / name / MARKER).is_file():
-                log.warning("checkpoint %s was never finished; skipped", name)
-        return [name for name in found if (self.folder / name / MARKER).is_file()]
+        steps = sorted((path for path in self.folder.glob("step_*") if path.name[5:].isdecimal()), reverse=True)
+        for unfinished in (path for path in steps if not (path / MARKER).is_file()):
+            log.warning("checkpoint %s was never finished; skipped", unfinished.name)
+        return [path.name for path in steps if (path / MARKER).is_file()]
 
     def _problem(self, name: str) -> str | None:
         """What is wrong with a checkpoint's files, the same on every rank; None if they are as they were written."""
@@ -151,20 +152,16 @@ class Checkpoints:
         try:
             files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
             share = sorted(files)[self._ranks.rank :: self._ranks.world_size]
-            mine = next(filter(None, (_difference(folder / path, *files[path]) for path in share)), None)
+            wrong = (path for path in share if _secured(folder / path) != files[path])
+            mine = next((f"{path} is not as it was written" for path in wrong), None)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            mine = f"its {MARKER} cannot be read ({error})"
+            mine = f"it cannot be read: {one_line(error)}"
         return next(filter(None, self._ranks.gather(mine)), None)
 
     def _start(self, name: str, link: str, write: Write, writers: int) -> None:
-        self._join()
+        self.close()
         self._thread = threading.Thread(target=self._write, args=(name, link, write, writers), name=f"write {name}")
         self._thread.start()
-
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
 
     def _write(self, name: str, link: str, write: Write, writers: int) -> None:
         partial, rank = self.folder / f".{name}.partial", self._ranks.rank
@@ -175,7 +172,7 @@ class Checkpoints:
             mine = (path for path in partial.rglob("*") if path.is_file() and _writer(path, partial) == rank)
             files = {str(path.relative_to(partial)): _secured(path) for path in mine}
         except Exception as problem:  # a full disk, a lost mount, whatever the model's library raises
-            error = f"{type(problem).__name__}: {problem}"
+            error = one_line(problem)
         try:
             _write_json(partial / f".rank_{rank:05d}", {"files": files, "error": error})
             if self._ranks.is_main:
@@ -189,7 +186,7 @@ class Checkpoints:
 
     def _publish(self, name: str, link: str, partial: Path, writers: int) -> None:
         """Give the folder its name, once every rank's files are on the disk, then mark it, then drop old ones."""
-        files: dict[str, tuple[int, str]] = {}
+        files: dict[str, list[Any]] = {}
         errors = []
         end = time.monotonic() + PEERS_S
         for rank in range(writers):
@@ -215,12 +212,11 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Remove all but the newest `checkpoint.keep` steps, those of `checkpoint.keep_every`, and the best."""
+        every, best = self._config.keep_every, self.folder / "best"
         steps = sorted(path for path in self.folder.glob("step_*") if (path / MARKER).is_file())
-        kept_for_good = self._config.keep_every
         for path in steps[: -self._config.keep]:
-            if not kept_for_good or int(path.name.removeprefix("step_")) % kept_for_good:
+            if not every or int(path.name.removeprefix("step_")) % every:
                 _remove(path)
-        best = self.folder / "best"
         for path in self.folder.glob("best_*"):
             if best.exists() and path.name != os.readlink(best):
                 _remove(path)
@@ -228,37 +224,25 @@ class Checkpoints:
 
 def _writer(path: Path, partial: Path) -> int | None:
     """The rank that writes a file: its own state, rank 0 all others; None for the ranks' notes to rank 0."""
-    if path.parent == partial and path.name.startswith(".rank_"):
+    if path.parent == partial and path.name.startswith("."):
         return None
-    of = re.search(r"_(\d{5})\.", path.name) if path.parent.name == "trainer" else None
-    return int(of[1]) if of else 0
+    own = re.search(r"_(\d{5})\.", path.name) if path.parent.name == "trainer" else None
+    return int(own[1]) if own else 0
 
 
-def _secured(path: Path) -> tuple[int, str]:
+def _secured(path: Path) -> list[Any]:
     """Size and SHA-256 of a file whose content is on the disk now."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _difference(path: Path, size: int, sha256: str) -> str | None:
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != size:
-        return f"{path.name} has {path.stat().st_size} bytes instead of {size}"
-    with path.open("rb") as file:
-        same = hashlib.file_digest(file, "sha256").hexdigest() == sha256
-    return None if same else f"the content of {path.name} has changed"
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def _write_json(path: Path, content: Any) -> None:
     """Whole or not at all, and on the disk."""
-    partial = path.with_name(f"{path.name}.writing")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())
-    partial.rename(path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,13 +1,13 @@
-"""Groups and samples as plain values, so that a resumed run trains on the very responses that a killed one held.
+"""The samples of a checkpoint: a resumed run trains on the very responses that the stopped one held.
 
-What all ranks know of a response (`outline`) is written once; its tokens and log-probs (`payload`) by the rank that
-holds them. On another number of ranks, rank r takes over what the ranks r, r + world_size, ... held.
+A group or a sample itself is written as what all ranks know of it (state_file.py); the tokens and log-probs of its
+responses are written by the rank that holds them (`held_responses`). On another number of ranks, rank r takes over what
+the ranks r, r + world_size, ... held.
 Legend: n responses, T tokens of all of them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,103 +20,80 @@ from rethinker.samples import Completion, Group, Query, RemoteCompletion, Rethin
 Key = tuple[int, int]  # (group, index)
 
 
-class Responses:
-    """The queries and completions that restored groups and samples refer to.
-
-    Args:
-        queries: of the data, by id.
-        payloads: what the ranks whose responses fall to this one had written.
-        ranks: this process's place.
-    """
-
-    def __init__(self, queries: Mapping[str, Query], payloads: Iterable[dict[str, Any]], ranks: Ranks) -> None:
-        self._queries, self._world_size, self._rank = queries, ranks.world_size, ranks.rank
-        self._held: dict[Key, Completion] = {}
-        for payload in payloads:
-            self._held |= _completions(payload)
-
-    def group(self, outline: dict[str, Any]) -> Group:
-        """The group of an outline."""
-        fields = dict(outline)
-        number, owner = fields["number"], fields.pop("owner") % self._world_size
-        completions = [self._completion((number, i), owner, known) for i, known in enumerate(fields.pop("completions"))]
-        rethinking = Rethinking(**fields.pop("rethinking"))
-        query = self._queries[fields.pop("query")]
-        return Group(query, completions, rethinking=rethinking, owner=owner, **fields)
-
-    def sample(self, outline: dict[str, Any]) -> Sample:
-        """The sample of an outline."""
-        fields = dict(outline)
-        owner, query = fields.pop("owner") % self._world_size, self._queries[fields.pop("query")]
-        completion = self._completion((fields["group"], fields["index"]), owner, fields.pop("completion"))
-        return Sample(query, completion, owner=owner, **fields)
-
-    def _completion(self, key: Key, owner: int, known: list[Any]) -> Completion | RemoteCompletion:
-        return self._held[key] if owner == self._rank else RemoteCompletion(*known)
-
-
-def group_outline(group: Group) -> dict[str, Any]:
-    """All of a group but its responses' tokens."""
-    fields = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
-    return fields | {
-        "query": group.query.id,
-        "completions": [_known(completion) for completion in group.completions],
-        "rethinking": dataclasses.asdict(group.rethinking),
-    }
-
-
-def sample_outline(sample: Sample) -> dict[str, Any]:
-    """All of a sample but its response's tokens."""
-    fields = {field.name: getattr(sample, field.name) for field in dataclasses.fields(sample)}
-    return fields | {"query": sample.query.id, "completion": _known(sample.completion)}
-
-
-def _known(completion: Completion | RemoteCompletion) -> list[Any]:
-    return [completion.tokens, completion.trainable_tokens, completion.supervised]
-
-
-def payload(groups: Iterable[Group], samples: Iterable[Sample]) -> dict[str, Any]:
+def held_responses(groups: Iterable[Group], samples: Iterable[Sample]) -> dict[str, Any]:
     """The responses that this rank holds of some groups and samples, each once."""
     held: dict[Key, Completion] = {}
     for group in groups:
         held |= {(group.number, i): c for i, c in enumerate(group.completions) if isinstance(c, Completion)}
     held |= {(s.group, s.index): s.completion for s in samples if isinstance(s.completion, Completion)}
     completions = list(held.values())
-    scored = [c.trainer_logprobs for c in completions if c.trainer_logprobs is not None]
     return {
         "keys": torch.tensor(list(held), dtype=torch.int64).view(-1, 2),  # [n, 2]
         "lengths": torch.tensor([c.tokens for c in completions], dtype=torch.int64),  # [n]
         "token_ids": _joined([c.token_ids for c in completions], np.int32),  # [T]
         "logprobs": _joined([c.logprobs for c in completions], np.float32),  # [T]
         "scored": [c.trainer_logprobs is not None for c in completions],
-        "trainer_logprobs": _joined(scored, np.float32),
+        "trainer_logprobs": _joined([c.trainer_logprobs for c in completions], np.float32),  # [T of the scored ones]
         "texts": [c.text for c in completions],
         "finish_reasons": [c.finish_reason for c in completions],
-        "rethought": [c.rethought and dataclasses.asdict(c.rethought) for c in completions],
+        "rethought": [c.rethought for c in completions],
     }
 
 
-def _joined(arrays: list[np.ndarray], dtype: type) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *arrays]))
+def _joined(arrays: list[np.ndarray | None], dtype: type) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *(a for a in arrays if a is not None)]))
 
 
-def _completions(payload: dict[str, Any]) -> dict[Key, Completion]:
+class Responses:
+    """The queries and completions that restored groups and samples refer to.
+
+    Args:
+        queries: of the data, by id.
+        saved: `held_responses` of the ranks whose responses fall to this one.
+        ranks: this process's place.
+    """
+
+    def __init__(self, queries: Mapping[str, Query], saved: Iterable[dict[str, Any]], ranks: Ranks) -> None:
+        self._queries, self._ranks = queries, ranks
+        self._held: dict[Key, Completion] = {}
+        for state in saved:
+            self._held |= _completions(state)
+
+    def group(self, saved: dict[str, Any]) -> Group:
+        """The group that was written as `saved`."""
+        known = self._known(saved) | {"rethinking": Rethinking(**saved["rethinking"])}
+        places = [(saved["number"], i) for i in range(len(saved["completions"]))]
+        responses = [self._response(*of, known["owner"]) for of in zip(places, saved["completions"], strict=True)]
+        return Group(**known | {"completions": responses})
+
+    def sample(self, saved: dict[str, Any]) -> Sample:
+        """The sample that was written as `saved`."""
+        known = self._known(saved)
+        response = self._response((saved["group"], saved["index"]), saved["completion"], known["owner"])
+        return Sample(**known | {"completion": response})
+
+    def _known(self, saved: dict[str, Any]) -> dict[str, Any]:
+        return saved | {"query": self._queries[saved["query"]], "owner": saved["owner"] % self._ranks.world_size}
+
+    def _response(self, key: Key, lengths: list[Any], owner: int) -> Completion | RemoteCompletion:
+        return self._held[key] if owner == self._ranks.rank else RemoteCompletion(*lengths)
+
+
+def _completions(saved: dict[str, Any]) -> dict[Key, Completion]:
+    lengths = saved["lengths"].tolist()
+    scored = [length for length, is_scored in zip(lengths, saved["scored"], strict=True) if is_scored]
+    numbers = zip(saved["token_ids"].split(lengths), saved["logprobs"].split(lengths), strict=True)
+    scores = iter(saved["trainer_logprobs"].split(scored))
     held: dict[Key, Completion] = {}
-    start = scored = 0  # where the next response's tokens and trainer's log-probs begin
-    for i, (key, length) in enumerate(zip(payload["keys"].tolist(), payload["lengths"].tolist(), strict=True)):
-        rethought, end = payload["rethought"][i], start + length
-        held[key[0], key[1]] = Completion(
-            # Copies: one response that is kept would keep them all.
-            token_ids=payload["token_ids"][start:end].int().numpy().copy(),
-            logprobs=payload["logprobs"][start:end].float().numpy().copy(),
-            text=payload["texts"][i],
-            finish_reason=payload["finish_reasons"][i],
-            rethought=rethought and Rethought(**rethought),
+    for i, ((group, index), (token_ids, logprobs)) in enumerate(zip(saved["keys"].tolist(), numbers, strict=True)):
+        rethought = saved["rethought"][i]
+        held[group, index] = Completion(
+            # Copies: one response that is kept would keep them all. An older release wrote int64 and fp64.
+            np.array(token_ids, np.int32),
+            np.array(logprobs, np.float32),
+            saved["texts"][i],
+            saved["finish_reasons"][i],
+            rethought and Rethought(**rethought),
+            np.array(next(scores), np.float32) if saved["scored"][i] else None,
         )
-        if payload["scored"][i]:
-            held[key[0], key[1]].trainer_logprobs = (
-                payload["trainer_logprobs"][scored : scored + length].float().numpy().copy()
-            )
-            scored += length
-        start = end
     return held

@@ -24,8 +24,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Continue every stream where `random_state` was taken; tuples may have become lists."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

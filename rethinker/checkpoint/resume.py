@@ -6,7 +6,6 @@ random streams (trainer/rank_*) and its part of the optimizer.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -14,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rethinker.checkpoint.held_samples import Responses, group_outline, payload, sample_outline
+from rethinker.checkpoint.held_samples import Responses, held_responses
 from rethinker.checkpoint.random_state import random_state, set_random_state
-from rethinker.checkpoint.state_file import read_state, write_state
+from rethinker.checkpoint.state_file import frozen, read_state, write_state
 from rethinker.config import Config, ConfigError
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Accuracy, Group
@@ -79,36 +78,31 @@ class RunState:
 
     def snapshot(self) -> Callable[[Path], None]:
         """Everything as it is now; what comes back writes it into trainer/, while training goes on."""
-        replay = self.replay.state_dict()
+        replay, stream = self.replay.state_dict(), self.episodes.stream
         replayed = [sample for _, samples, _ in replay["entries"] for sample in samples]
-        replay["entries"] = [
-            [slot, [sample_outline(s) for s in samples], added] for slot, samples, added in replay["entries"]
-        ]
-        position = self.episodes.state_dict()
-        own = {"samples": payload(self.progress.groups, replayed), "random": random_state(), "position": position}
-        state = None
+        responses = held_responses(self.progress.groups, replayed)
+        own = {"samples": responses, "random": random_state(), "position": self.episodes.state_dict()}
+        write_run = None
         if self.ranks.is_main:
-            progress = {f.name: getattr(self.progress, f.name) for f in dataclasses.fields(Progress)}
-            for name in ("before", "after", "best"):
-                progress[name] = progress[name] and dataclasses.asdict(progress[name])
-            state = {
+            run = {
                 "settings": flat(self.config),
                 "versions": versions(),
                 "world_size": self.ranks.world_size,
-                "data": self.episodes.stream.fingerprint(),
-                "queries": self.episodes.stream.keep([x.query for x in (*self.progress.groups, *replayed)]),
-                "progress": progress | {"groups": [group_outline(group) for group in self.progress.groups]},
+                "data": stream.fingerprint(),
+                "queries": stream.keep([held.query for held in (*self.progress.groups, *replayed)]),
+                "progress": self.progress,
                 "policy": self.policy.state_dict(),
                 "replay": replay,
                 "log": self.run.state_dict(),
             }
+            write_run = frozen(run)
         write_optimizer = self.policy.optimizer_snapshot()
 
         def write(folder: Path) -> None:
             write_optimizer(folder)
             write_state(folder / f"rank_{self.ranks.rank:05d}", own)
-            if state is not None:
-                write_state(folder / "run", state)
+            if write_run:
+                write_run(folder / "run")
 
         return write
 
@@ -122,10 +116,9 @@ class RunState:
         Raises:
             ConfigError: it belongs to other data or another kind of run.
         """
-        folder = checkpoint / "trainer"
         if state["data"] != self.episodes.stream.fingerprint():
             raise ConfigError(f"data.train={self.config.data.train}: its questions are not those of {checkpoint}")
-        ranks, world_size = self.ranks, state["world_size"]
+        folder, ranks, world_size = checkpoint / "trainer", self.ranks, state["world_size"]
         if self.config.rollout.backend == "recorded" and world_size != ranks.world_size:
             raise ConfigError(f"rollout.backend=recorded: resume on as many ranks as before ({world_size})")
         taken = range(ranks.rank, world_size, ranks.world_size)  # the ranks whose responses fall to this one
@@ -134,21 +127,17 @@ class RunState:
         responses = Responses(queries, [own["samples"] for own in owns], ranks)
         self.policy.load_state_dict(state["policy"])
         self.policy.load_optimizer(folder, state["policy"]["adam_steps"])
-        for name, value in state["progress"].items():
-            setattr(self.progress, name, value)
+        progress, replay = state["progress"], state["replay"]
         for name in ("before", "after", "best"):
-            accuracy = state["progress"][name]
-            setattr(self.progress, name, accuracy and Accuracy(**accuracy))
-        replay = state["replay"]
-        replay["entries"] = [
-            (slot, [responses.sample(s) for s in samples], added) for slot, samples, added in replay["entries"]
-        ]
+            progress[name] = progress[name] and Accuracy(**progress[name])
+        progress["groups"] = list(map(responses.group, progress["groups"]))
+        vars(self.progress).update(progress)
+        replay["entries"] = [(slot, list(map(responses.sample, unit)), age) for slot, unit, age in replay["entries"]]
         self.replay.load_state_dict(replay)
         # A rank that the run did not have before goes on from rank 0's place in the data, with streams of its own.
         position = owns[0]["position"] if owns else read_state(folder / "rank_00000")["position"] | {"failures": {}}
         position["failures"] = dict(sum((Counter(own["position"]["failures"]) for own in owns), Counter()))
         self.episodes.load_state_dict(position)
-        self.progress.groups = [responses.group(outline) for outline in state["progress"]["groups"]]
         if owns:
             set_random_state(owns[0]["random"])
         _warn_of_other_versions(state["versions"])

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import os
 import secrets
@@ -21,20 +20,18 @@ import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rethinker.checks import check_new
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import how_to_install
 from rethinker.runtime.completions import file_name, write_completions
-from rethinker.runtime.trackers import Tracker, start_tracker
-from rethinker.samples import Group
+from rethinker.runtime.files import whole_file
+from rethinker.runtime.trackers import Trackers
+from rethinker.samples import Accuracy, Group
 from rethinker.settings import to_yaml
 
-if TYPE_CHECKING:
-    from rethinker.samples import Accuracy
-
-log = logging.getLogger(__name__)
+LOGS = ("metrics.jsonl", "validation.jsonl")
 
 
 class RunDirectory:
@@ -55,7 +52,7 @@ class RunDirectory:
         self._config = config
         self._rows = self._episodes = 0
         self._chart = secrets.token_hex(4)  # what wandb knows this run by, however often it is resumed
-        self._trackers: list[Tracker] = []
+        self._trackers: Trackers | None = None
         if enabled:
             check_new(config)
             for tracker in config.run.trackers:
@@ -64,30 +61,26 @@ class RunDirectory:
 
     def __enter__(self) -> RunDirectory:
         if self.enabled:
-            self._made = next((p for p in (*reversed(self.folder.parents), self.folder) if not p.exists()), self.folder)
+            self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
             self._continues = (self.folder / "config.yaml").is_file()
             for name in ("completions", "checkpoints"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             # Every line is one write at the file's end; a reader takes what ends with a line break.
-            self._metrics = (self.folder / "metrics.jsonl").open("ab", buffering=0)
-            self._validations = (self.folder / "validation.jsonl").open("ab", buffering=0)
+            self._logs = {name: (self.folder / name).open("ab", buffering=0) for name in LOGS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if not self.enabled:
             return
-        for tracker in self._trackers:
-            try:
-                tracker.close()
-            except Exception as error:
-                log.warning("run.trackers: %s could not be closed: %s", tracker.name, error)
-        self._metrics.close()
-        self._validations.close()
+        if self._trackers:
+            self._trackers.close()
+        for file in self._logs.values():
+            file.close()
         kept = any(any((self.folder / name).iterdir()) for name in ("completions", "checkpoints"))
         if kind is not None and not self._rows and not self._continues and (kind is ConfigError or not kept):
             shutil.rmtree(self.folder, ignore_errors=True)
-            for parent in self.folder.parents:
-                if parent.is_relative_to(self._made) and not any(parent.iterdir()):
+            for parent in self._made[1:]:
+                if not any(parent.iterdir()):
                     parent.rmdir()
 
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -95,21 +88,16 @@ class RunDirectory:
         if not self.enabled:
             return
         row = {name: _plain(value) for name, value in metrics.items()}
-        self._append(self._metrics, row)
+        self._append("metrics.jsonl", row)
         self._rows += 1
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
-        for tracker in list(self._trackers):
-            try:
-                tracker.log(numbers, row["step"])
-            except Exception as error:  # a lost network, a full disk: metrics.jsonl has everything, and the run goes on
-                log.warning("run.trackers: %s failed and is left out from here on: %s", tracker.name, error)
-                self._trackers.remove(tracker)
+        self._trackers.log(numbers, row["step"])
 
     def log_validation(self, step: int, accuracy: Accuracy | None) -> None:
         """Append a validation after optimizer step `step`; None (no held-out questions) writes nothing."""
         if self.enabled and accuracy is not None:
             row = {"step": step, "val_accuracy": accuracy.overall, "questions": accuracy.questions}
-            self._append(self._validations, row | {"by_category": accuracy.by_category})
+            self._append("validation.jsonl", row | {"by_category": accuracy.by_category})
 
     def write_completions(self, episode: int, groups: Sequence[Group]) -> None:
         """Write an episode's completions; an episode written twice is replaced.
@@ -128,8 +116,8 @@ class RunDirectory:
         """How far the logs have come, and which chart they are drawn in."""
         if not self.enabled:
             return {}
-        logs = {name: os.fstat(file.fileno()).st_size for name, file in self._logs.items()}
-        return {"rows": self._rows, "episodes": self._episodes, "chart": self._chart, **logs}
+        sizes = {name: file.seek(0, os.SEEK_END) for name, file in self._logs.items()}
+        return {"rows": self._rows, "episodes": self._episodes, "chart": self._chart, **sizes}
 
     def open_logs(self, state: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Start the logs, or go back to a position of them: what came later is dropped, to be written again.
@@ -150,31 +138,26 @@ class RunDirectory:
         self._rows, self._chart = state.get("rows", 0), state.get("chart", self._chart)
         self._episodes = state.get("episodes", 0)
         for name, file in self._logs.items():
-            size, wanted = os.fstat(file.fileno()).st_size, state.get(name, 0)
+            size, wanted = file.seek(0, os.SEEK_END), state.get(name, 0)
             if size < wanted:
                 raise ConfigError(
                     f"resume: {self.folder / name} has {size} bytes and had {wanted} when the checkpoint was taken; "
                     "restore the file, or start a new run with another run.name"
                 )
             file.truncate(wanted)
-        stale = [path for path in (self.folder / "completions").iterdir() if path.name >= file_name(self._episodes)]
+        written = (self.folder / "completions").iterdir()
+        stale = [path for path in written if path.name >= file_name(self._episodes) or path.suffix == ".partial"]
         stale += [self.folder / "learning.png"]  # drawn when a run has ended
         stale += [] if state else self.folder.glob("events.out.tfevents.*")
         for path in stale:
             path.unlink(missing_ok=True)
-        partial = self.folder / ".config.yaml.partial"
-        partial.write_text(to_yaml(dataclasses.replace(self._config, resume=None)), encoding="utf-8")
-        partial.replace(self.folder / "config.yaml")
-        for tracker in self._config.run.trackers:
-            self._trackers.append(start_tracker(tracker, self._config, self.folder, self._chart, self._rows))
+        with whole_file(self.folder / "config.yaml") as partial:
+            partial.write_text(to_yaml(dataclasses.replace(self._config, resume=None)), encoding="utf-8")
+        self._trackers = Trackers(self._config, self.folder, self._chart, self._rows)
         lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
-    @property
-    def _logs(self) -> dict[str, Any]:
-        return {"metrics.jsonl": self._metrics, "validation.jsonl": self._validations}
-
-    def _append(self, file: Any, row: Mapping[str, Any]) -> None:
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
         """One line, in one write.
 
         Raises:
@@ -182,11 +165,11 @@ class RunDirectory:
         """
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         try:
-            written = file.write(line)
+            written = self._logs[name].write(line)
             if written != len(line):
                 raise OSError(f"{written} of {len(line)} bytes were written")
         except OSError as error:
-            raise self._unwritable(Path(file.name).name, error) from error
+            raise self._unwritable(name, error) from error
 
     def _unwritable(self, name: str, error: OSError) -> ConfigError:
         return ConfigError(

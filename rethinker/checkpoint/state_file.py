@@ -1,8 +1,10 @@
-"""A tree of numbers, texts and tensors as two files that execute nothing when they are read: JSON and safetensors."""
+"""A tree of plain values and tensors as two files that execute nothing when they are read: JSON and safetensors."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,44 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rethinker.samples import Completion, Query, RemoteCompletion
+
 _TENSOR = "__tensor__"
 
 
-def write_state(path: Path, tree: Any) -> None:
-    """Write `path`.json and `path`.safetensors.
+def frozen(tree: Any) -> Callable[[Path], None]:
+    """Copy a tree as it is now; what this returns writes `path`.json and `path`.safetensors, for a path without suffix.
 
     Args:
-        path: without suffix.
         tree: dicts with text keys, lists, tuples (read back as lists), texts, numbers (NaN and infinities included,
-            floats exact), booleans, None and tensors.
+            floats exact), booleans, None, tensors, and dataclasses (read back as dicts). Of a query only the id is
+            kept, and of a response its two lengths and whether it is supervised; see held_samples.py.
     """
     tensors: dict[str, torch.Tensor] = {}
-    outline = _outline(tree, "", tensors)
-    _with_suffix(path, ".json").write_text(json.dumps(outline), encoding="utf-8")
-    save_file(tensors, _with_suffix(path, ".safetensors"))
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, torch.Tensor):
+            name = str(len(tensors))
+            tensors[name] = node.detach().to("cpu", copy=True).contiguous()  # safetensors takes no shared memory
+            return {_TENSOR: name}
+        if isinstance(node, Query):
+            return node.id
+        if isinstance(node, Completion | RemoteCompletion):
+            return [node.tokens, node.trainable_tokens, node.supervised]
+        return {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+
+    text = json.dumps(tree, default=plain)
+
+    def write(path: Path) -> None:
+        path.with_name(f"{path.name}.json").write_text(text, encoding="utf-8")
+        save_file(tensors, path.with_name(f"{path.name}.safetensors"))
+
+    return write
+
+
+def write_state(path: Path, tree: Any) -> None:
+    """Write a tree, as `frozen` says."""
+    frozen(tree)(path)
 
 
 def read_state(path: Path) -> Any:
@@ -33,30 +58,8 @@ def read_state(path: Path) -> Any:
     Raises:
         OSError, ValueError: a file is missing or not one of ours.
     """
-    outline = json.loads(_with_suffix(path, ".json").read_text(encoding="utf-8"))
-    with safe_open(_with_suffix(path, ".safetensors"), framework="pt") as file:
-        return _filled(outline, file)
-
-
-def _outline(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(node, torch.Tensor):
-        tensors[name] = node.detach().to("cpu", copy=True).contiguous()  # shared memory is refused
-        return {_TENSOR: name}
-    if isinstance(node, dict):
-        assert all(isinstance(key, str) for key in node), f"{name}: JSON keys are texts"
-        return {key: _outline(value, f"{name}/{key}", tensors) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        if any(isinstance(value, dict | list | tuple | torch.Tensor) for value in node):
-            return [_outline(value, f"{name}/{i}", tensors) for i, value in enumerate(node)]
-        return list(node)
-    return node
-
-
-def _filled(node: Any, file: Any) -> Any:
-    if isinstance(node, dict):
-        return file.get_tensor(node[_TENSOR]) if _TENSOR in node else {k: _filled(v, file) for k, v in node.items()}
-    return [_filled(value, file) for value in node] if isinstance(node, list) else node
-
-
-def _with_suffix(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
+    with safe_open(path.with_name(f"{path.name}.safetensors"), framework="pt") as file:
+        return json.loads(
+            path.with_name(f"{path.name}.json").read_text(encoding="utf-8"),
+            object_hook=lambda node: file.get_tensor(node[_TENSOR]) if _TENSOR in node else node,
+        )

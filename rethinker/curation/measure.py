@@ -5,27 +5,88 @@ Every chunk has its own seed: asked again it gets the same responses (on the sam
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rethinker.config import Config, ConfigError
 from rethinker.curation.subset import PassRate
-from rethinker.data.prompts import PromptEncoder
-from rethinker.rewards.checker import AnswerChecker
-from rethinker.rollout.engine import RolloutEngine
+from rethinker.data.query_stream import fingerprint
+from rethinker.evaluation.answering import AnsweringModel
+from rethinker.evaluation.settings import recorded
 from rethinker.runtime.display import progress
 from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.files import whole_file
 from rethinker.samples import Query
 
 # Questions of one rank per call of the engine, and per file.
 CHUNK = 256
 
+# Says what is measured in a folder.
+MANIFEST = "measurement.json"
+
 # Keeps the seeds apart from those of training's episodes.
 _STREAM = 0x6375
+
+
+def identity(config: Config, model: str, queries: Sequence[Query], samples: int) -> dict[str, Any]:
+    """What the pass rates depend on; a measurement goes on only if all of it is the same."""
+    folder = Path(os.path.expanduser(model))
+    if folder.is_dir():
+        digest = hashlib.sha256()
+        for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        version = f"sha256 {digest.hexdigest()}"
+    else:
+        from transformers import AutoConfig
+
+        found = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        version = f"commit {getattr(found, '_commit_hash', None)}"
+    return {
+        **{"model": model, "model_version": version, "data": config.data.train, "data_sha256": fingerprint(queries)},
+        **{"samples": samples, "seed": config.seed},
+        **recorded(config, "data.max_prompt_tokens", "rollout.temperature"),
+    }
+
+
+def check_folder(folder: Path) -> None:
+    """Report an output folder that holds anything but a measurement."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output {folder} is a file; choose another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ConfigError(f"--output {folder} holds other files; choose another folder")
+
+
+def begin(folder: Path, measured: dict[str, Any]) -> None:
+    """Note what is measured here, or compare it with what was.
+
+    Raises:
+        ConfigError: naming each difference.
+    """
+    path = folder / MANIFEST
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            with whole_file(path) as partial:
+                partial.write_text(json.dumps(measured, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--output {folder}: cannot be used ({error}); choose another folder") from error
+    # The same content may lie elsewhere now.
+    differing = [k for k in measured if before.get(k) != measured[k] and k not in ("model", "data")]
+    if differing:
+        changes = ", ".join(f"{key}={measured[key]} (was {before.get(key)})" for key in differing)
+        raise ConfigError(
+            f"--output {folder} holds a measurement with other settings: {changes}; choose another folder"
+        )
 
 
 def missing_chunks(folder: Path, queries: int) -> set[int]:
@@ -39,14 +100,7 @@ def chunk_file(folder: Path, number: int) -> Path:
 
 
 def measure(
-    queries: Sequence[Query],
-    samples: int,
-    folder: Path,
-    rollout: RolloutEngine,
-    encoder: PromptEncoder,
-    checker: AnswerChecker,
-    ranks: Ranks,
-    config: Config,
+    queries: Sequence[Query], samples: int, folder: Path, model: AnsweringModel, ranks: Ranks, config: Config
 ) -> None:
     """Ask the questions of every missing chunk `samples` times each and write what came out.
 
@@ -56,78 +110,46 @@ def measure(
         queries: the same on every rank.
         samples: responses per question, at `rollout.temperature`.
         folder: the output; on disks that ranks do not share, each finds its own chunks.
+        model: that is asked.
+        ranks: all of them.
         config: the settings; `seed` is the measurement's.
     """
-    total = -(-len(queries) // CHUNK)
     missing = missing_chunks(folder, len(queries))
-    firsts = range(0, total, ranks.world_size)
+    firsts = range(0, -(-len(queries) // CHUNK), ranks.world_size)
     for first in progress(firsts, "asked", len(firsts)) if ranks.is_main and len(firsts) > 1 else firsts:
-        if not ranks.any(first + ranks.rank in missing):
-            continue
         number = first + ranks.rank
+        if not ranks.any(number in missing):
+            continue
         part = queries[number * CHUNK : (number + 1) * CHUNK]
-        rates = _ask(part, samples, number, rollout, encoder, checker, config)
-        if part:
-            _write(chunk_file(folder, number), rates)
+        rates = _ask(part, samples, number, model, config)
+        if not part:
+            continue
+        path = chunk_file(folder, number)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as partial:
+                partial.write_text("".join(json.dumps(vars(rate)) + "\n" for rate in rates), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--output {folder}: cannot be written ({error}); what was asked is kept") from error
 
 
-def _ask(
-    queries: Sequence[Query],
-    samples: int,
-    number: int,
-    rollout: RolloutEngine,
-    encoder: PromptEncoder,
-    checker: AnswerChecker,
-    config: Config,
-) -> list[PassRate]:
-    misfits = [encoder.misfit(query) for query in queries]
-    asked = [query for query, misfit in zip(queries, misfits, strict=True) if misfit is None]
-    seed = int(np.random.SeedSequence([config.seed, _STREAM, number]).generate_state(1)[0])
-    answers = rollout.generate(
-        [encoder.encode(query) for query in asked],
+def _ask(queries: Sequence[Query], samples: int, number: int, model: AnsweringModel, config: Config) -> list[PassRate]:
+    rates = [
+        PassRate(q.id, str(q.metadata.get("category", "all")), 0, 0, 0.0, model.encoder.misfit(q)) for q in queries
+    ]
+    fit = [i for i, rate in enumerate(rates) if rate.left_out is None]
+    groups = model.answer(
+        [queries[i] for i in fit],
         n=samples,
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
-        seed=seed,
+        seed=int(np.random.SeedSequence([config.seed, _STREAM, number]).generate_state(1)[0]),
     )
-    rewards = checker.score(
-        [
-            (f"{q}/{i}", completion.text, query)
-            for q, (query, completions) in enumerate(zip(asked, answers, strict=True))
-            for i, completion in enumerate(completions)
-        ]
-    )
-    found = {}
-    for q, (query, completions) in enumerate(zip(asked, answers, strict=True)):
-        right = sum(rewards[f"{q}/{i}"] >= 1.0 for i in range(samples))
-        tokens = sum(completion.tokens for completion in completions) / samples
-        found[query.id] = PassRate(query.id, category_of(query), right, samples, tokens)
-    return [
-        found.get(query.id) or PassRate(query.id, category_of(query), 0, 0, left_out=misfit)
-        for query, misfit in zip(queries, misfits, strict=True)
-    ]
-
-
-def category_of(query: Query) -> str:
-    """The question's category, "all" without one."""
-    return str(query.metadata.get("category", "all"))
-
-
-def _write(path: Path, rates: list[PassRate]) -> None:
-    """Whole or not at all, also when the machine stops."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            for rate in rates:
-                file.write(json.dumps(vars(rate)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise ConfigError(
-            f"--output {path.parent.parent}: cannot be written ({error}); what was asked is kept"
-        ) from error
+    for i, group in zip(fit, groups, strict=True):
+        right = sum(reward >= 1.0 for reward in group.rewards)
+        tokens = sum(completion.tokens for completion in group.completions) / samples
+        rates[i] = dataclasses.replace(rates[i], right=right, samples=samples, tokens=tokens)
+    return rates
 
 
 def read_rates(folder: Path, queries: Sequence[Query]) -> list[PassRate]:
@@ -137,9 +159,8 @@ def read_rates(folder: Path, queries: Sequence[Query]) -> list[PassRate]:
         ConfigError: a chunk that is damaged or of other questions, naming the file to remove.
     """
     rates: list[PassRate] = []
-    for number in range(-(-len(queries) // CHUNK)):
-        path = chunk_file(folder, number)
-        part = queries[number * CHUNK : (number + 1) * CHUNK]
+    for start in range(0, len(queries), CHUNK):
+        path, part = chunk_file(folder, start // CHUNK), queries[start : start + CHUNK]
         try:
             found = [PassRate(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
         except (ValueError, TypeError, OSError) as error:

@@ -7,37 +7,17 @@ archive are not listed at all.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
 import tarfile
-import threading
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-SUFFIXES = (".zip", ".tar")
 _THROUGH = re.compile(r"\.(?:zip|tar)/", re.IGNORECASE)
-
-
-@dataclass
-class _Archive:
-    """An open archive: where each member lies."""
-
-    file: zipfile.ZipFile | BinaryIO
-    members: dict[str, Any]
-    """Name to ZipInfo, or of a .tar to (offset, bytes)."""
-
-
-_lock = threading.Lock()
-# By path, size, time of change, and process: a child process does not share its parent's place in the file.
-_opened: dict[tuple[str, int, int, int], _Archive] = {}
-
-
-def is_archive(path: str | os.PathLike[str]) -> bool:
-    """Whether it is a file that images are read from without unpacking it."""
-    return os.fspath(path).lower().endswith(SUFFIXES) and os.path.isfile(path)
 
 
 def split_archive(path: str) -> tuple[str, str] | None:
@@ -54,7 +34,7 @@ def has_member(archive: str, member: str) -> bool:
     Raises:
         ValueError: the archive cannot be read.
     """
-    return _name(member) in _open(archive).members
+    return _name(member) in _members(archive)
 
 
 def open_member(archive: str, member: str, most_bytes: int) -> BinaryIO:
@@ -68,44 +48,48 @@ def open_member(archive: str, member: str, most_bytes: int) -> BinaryIO:
     Raises:
         ValueError: an archive that cannot be read, no such member, or a member that is too long.
     """
-    opened = _open(archive)
-    place = opened.members.get(_name(member))
-    if place is None:
+    size, read = _members(archive).get(_name(member), (0, None))
+    if read is None:
         raise ValueError(f"{archive} has no file {member}")
-    size = place.file_size if isinstance(place, zipfile.ZipInfo) else place[1]
     if size > most_bytes:
         raise ValueError(f"{size} bytes are too many")
-    if isinstance(place, zipfile.ZipInfo):
-        with opened.file.open(place) as file:  # ZipFile locks its seeks and reads; checks the sum of what it gives
-            return io.BytesIO(file.read(most_bytes))
-    return io.BytesIO(os.pread(opened.file.fileno(), size, place[0]))
+    return io.BytesIO(read(size))
 
 
-def _open(path: str) -> _Archive:
+# What an archive holds: names to sizes in bytes, and what reads so many.
+Members = dict[str, tuple[int, Callable[[int], bytes]]]
+
+
+def _members(path: str) -> Members:
     status = os.stat(path)
-    key = (path, status.st_size, status.st_mtime_ns, os.getpid())
-    with _lock:
-        if key not in _opened:
-            _opened[key] = _read_zip(path) if path.lower().endswith(".zip") else _read_tar(path)
-        return _opened[key]
+    read = _of_zip if path.lower().endswith(".zip") else _of_tar
+    return read(path, status.st_size, status.st_mtime_ns, os.getpid())  # no child shares its parent's place in the file
 
 
-def _read_zip(path: str) -> _Archive:
+@functools.cache
+def _of_zip(path: str, *_version: int) -> Members:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
         raise ValueError(f"{path} is not a readable .zip ({error})") from error
+
+    def read(info: zipfile.ZipInfo, size: int) -> bytes:
+        with archive.open(info) as file:  # ZipFile locks its seeks and reads; checks the sum of what it gives
+            return file.read(size)
+
     infos = (info for info in archive.infolist() if not info.is_dir())
-    return _Archive(archive, {name: info for info in infos if (name := _name(info.filename))})
+    return {name: (i.file_size, functools.partial(read, i)) for i in infos if (name := _name(i.filename))}
 
 
-def _read_tar(path: str) -> _Archive:
+@functools.cache
+def _of_tar(path: str, *_version: int) -> Members:
     try:
         with tarfile.open(path, "r:") as archive:
-            members = {name: (m.offset_data, m.size) for m in archive if m.isreg() and (name := _name(m.name))}
+            places = {name: (m.size, m.offset_data) for m in archive if m.isreg() and (name := _name(m.name))}
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"{path} is not a readable uncompressed .tar ({error}); a .zip may be compressed") from error
-    return _Archive(open(path, "rb"), members)
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return {name: (size, lambda n, start=start: os.pread(file, n, start)) for name, (size, start) in places.items()}
 
 
 def _name(member: str) -> str:

@@ -15,10 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from rethinker.config import ConfigError
+from rethinker.runtime.files import whole_file
 
 IN_MEMORY_BYTES = 64 * 2**20
 
 _CACHED = re.compile(r"embedded-[0-9a-f]{16}\.zip")
+
+
+def cache_folder() -> Path:
+    """Where files lie that can be made again: `$RETHINKER_CACHE`, else `~/.cache/rethinker`."""
+    return Path(os.environ.get("RETHINKER_CACHE") or Path.home() / ".cache" / "rethinker")
 
 
 def content_name(content: bytes) -> str:
@@ -26,35 +32,29 @@ def content_name(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-class InRows:
-    """Takes a stream's embedded images: each stays with its row, and goes with it."""
-
-    @staticmethod
-    def keep(content: bytes) -> dict[str, Any]:
-        """A reference to the image, with a name: a cache whose keys are bytes would never let go of them."""
-        return {"bytes": content, "name": content_name(content)}
+def in_its_row(content: bytes) -> dict[str, Any]:
+    """A reference to a stream's image, which goes with its row. It has a name: as keys of a cache, bytes would stay."""
+    return {"bytes": content, "name": content_name(content)}
 
 
 class EmbeddedImages:
     """Takes a data set's embedded images one by one and gives references; equal images have one place.
 
-    What does not stay in memory goes to `embedded-*.zip` (uncompressed, see `archives`) in `$RETHINKER_CACHE`, else
-    `~/.cache/rethinker`. It is written once, by whichever rank comes first, found again by every later run on the same
-    data, and may be deleted whenever no run uses it.
+    What does not stay in memory goes to `embedded-*.zip` (uncompressed, see `archives`) in the `cache_folder`. It is
+    written once, by whichever rank comes first, found again by every later run on the same data, and may be deleted
+    whenever no run uses it.
 
     Args:
         identity: names the data set and its version, such as path, size and time of change.
     """
 
     def __init__(self, identity: str) -> None:
-        cache = Path(os.environ.get("RETHINKER_CACHE") or Path.home() / ".cache" / "rethinker")
         name = hashlib.sha256(f"{identity} {IN_MEMORY_BYTES}".encode()).hexdigest()[:16]
-        self.path = cache / f"embedded-{name}.zip"
+        self.path = cache_folder() / f"embedded-{name}.zip"
         self._references: dict[str, Any] = {}
         self._held = 0
         self._file: zipfile.ZipFile | None = None
-        self._stack = contextlib.ExitStack()
-        self._outside = False
+        self._stack: contextlib.ExitStack | None = None
 
     def keep(self, content: bytes) -> Any:
         """A reference to the image: `{"bytes"}`, or a path into the archive.
@@ -75,30 +75,22 @@ class EmbeddedImages:
     def __enter__(self) -> EmbeddedImages:
         return self
 
-    def __exit__(self, failed: Any, *_: object) -> None:
+    def __exit__(self, *failed: Any) -> None:
         """Finish the file; one that was not finished is not there."""
-        with self._stack:
-            if self._file is not None:
-                self._file.close()
-                if failed:
-                    self._partial.unlink(missing_ok=True)
-                else:
-                    os.replace(self._partial, self.path)
-
-    @property
-    def _partial(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.partial")
+        if self._stack is not None:
+            self._stack.__exit__(*failed)
 
     def _write(self, name: str, content: bytes) -> None:
         from filelock import FileLock
 
         try:
-            if not self._outside:
-                self._outside = True
+            if self._stack is None:
+                self._stack = contextlib.ExitStack()
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._stack.enter_context(FileLock(f"{self.path}.lock"))
                 if not self.path.is_file():
-                    self._file = zipfile.ZipFile(self._partial, "w", zipfile.ZIP_STORED)
+                    partial = self._stack.enter_context(whole_file(self.path))
+                    self._file = self._stack.enter_context(zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED))
             if self._file is not None:
                 self._file.writestr(name, content)
         except OSError as error:

@@ -11,16 +11,16 @@ import os
 import stat
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from rethinker.config import ConfigError, DataConfig
+from rethinker.config import ConfigError, DataConfig, one_line
 from rethinker.data.archives import open_member, split_archive
-from rethinker.data.faults import Faults
+from rethinker.data.faults import check_bad_rows
 from rethinker.samples import Query
 
 # The reason under which queries with such an image are counted.
@@ -63,7 +63,7 @@ def open_image(reference: Any, query_id: str, max_pixels: int = DataConfig.max_i
     Of an animation it is the first frame.
 
     Args:
-        reference: a path, `{"bytes"}`, `{"path"}` or a PIL image.
+        reference: a path, `{"bytes"}` or `{"path"}`.
         query_id: for messages.
         max_pixels: `data.max_image_pixels`; an image whose header says more is not decoded.
 
@@ -92,54 +92,39 @@ def check_images(queries: Iterable[Query], config: DataConfig | None = None, bud
     A small data set is checked whole before a model is loaded; of a large one the beginning, and the rest when drawn.
 
     Raises:
-        UnreadableImageError: the first of more broken images than `data.max_bad_rows` of the queries.
+        UnreadableImageError: of one of more broken images than `data.max_bad_rows` of the queries.
     """
-    config = config or DataConfig()
-    queries = list(queries)
-    end, faults = time.monotonic() + budget_s, Faults(config.max_bad_rows, len(queries))
+    config, queries = config or DataConfig(), list(queries)
+    end, broken = time.monotonic() + budget_s, 0
     checked = set()
     for query in queries:
-        for reference in query.images:
-            key = image_key(reference)
-            if key not in checked:
-                checked.add(key)
-                try:
+        try:
+            for reference in query.images:
+                if (key := image_key(reference)) not in checked:
+                    checked.add(key)
                     check_image(reference, query.id, config.max_image_pixels)
-                except UnreadableImageError as error:
-                    faults.add(UNREADABLE, error)
-                    break
+        except UnreadableImageError as error:
+            broken += 1
+            check_bad_rows(error, broken, len(queries), config.max_bad_rows)
         if time.monotonic() > end:
             return
 
 
-def image_key(reference: Any) -> Any:
-    """What identifies an image in a cache: its path, its bytes or their name, or the object."""
+def image_key(reference: Any) -> Hashable:
+    """What identifies an image in a cache: its path, or its bytes or their name."""
     if isinstance(reference, Mapping):
         return reference.get("name") or reference.get("bytes") or reference["path"]
-    return _Identity(reference) if isinstance(reference, Image.Image) else str(reference)
-
-
-class _Identity:
-    """A key for an object as itself, which stays alive as long as the key."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
+    return str(reference)
 
 
 @contextmanager
 def _opened(reference: Any, query_id: str, max_pixels: int) -> Iterator[Image.Image]:
     """The image, its pixels not yet decoded; whatever goes wrong in the body too is the image's fault."""
+    content, path = None, reference
+    if isinstance(reference, Mapping):
+        content, path = reference.get("bytes"), reference.get("path")
     try:
-        if isinstance(reference, Image.Image):
-            yield reference
-            return
-        with _file(reference, max_pixels) as file, warnings.catch_warnings():
+        with io.BytesIO(content) if content else _file(path, max_pixels) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's on odd metadata, and on sizes, which are judged here
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
@@ -148,19 +133,18 @@ def _opened(reference: Any, query_id: str, max_pixels: int) -> Iterator[Image.Im
                     )
                 yield image
     except Exception as error:  # decoders raise anything on damaged bytes, from struct.error to MemoryError
-        raise _unreadable(reference, query_id, error) from error
+        name = "its bytes" if content else path
+        raise UnreadableImageError(
+            f"data: query {query_id}: cannot read the image {name} ({one_line(error)}); repair or remove it"
+        ) from error
 
 
-def _file(reference: Any, max_pixels: int) -> BinaryIO:
-    if isinstance(reference, Mapping):
-        if reference.get("bytes"):
-            return io.BytesIO(reference["bytes"])
-        reference = reference["path"]
+def _file(path: str | os.PathLike[str], max_pixels: int) -> BinaryIO:
     longest = MOST_BYTES_PER_PIXEL * max_pixels + 2**20
-    if archived := split_archive(os.fspath(reference)):
+    if archived := split_archive(os.fspath(path)):
         return open_member(*archived, longest)
     # Not blocking: to open a named pipe would wait for its writer.
-    number = os.open(reference, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     status = os.fstat(number)
     if stat.S_ISREG(status.st_mode) and status.st_size <= longest:
         return os.fdopen(number, "rb")
@@ -186,12 +170,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
-
-
-def _unreadable(reference: Any, query_id: str, error: Exception) -> UnreadableImageError:
-    if isinstance(reference, Mapping):
-        name = "its bytes" if reference.get("bytes") else str(reference.get("path"))
-    else:
-        name = str(reference)
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return UnreadableImageError(f"data: query {query_id}: cannot read the image {name} ({reason}); repair or remove it")

@@ -12,10 +12,12 @@ An entry takes the settings below of the data section, and the section's own val
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
 from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from rethinker.config import ConfigError, DataConfig
@@ -26,19 +28,31 @@ OF_A_SOURCE = ("train", "train_split", "fields", "image_root", "pass_rate", "max
 
 
 def source_configs(config: DataConfig) -> dict[str, DataConfig]:
-    """The data settings of every source, by its name.
+    """The data settings of every source, by its name; {} of `data.train` that is one data set.
 
     Raises:
         ConfigError: no sources, or an entry that cannot be meant.
     """
-    if not config.sources:
-        raise ConfigError("data.train=sources needs data.sources: {NAME: {train: FILE, weight: 1}, ...}")
-    if config.category_weights:
+    if (config.train == SOURCES) != bool(config.sources):
+        raise ConfigError(
+            f"data.sources goes with data.train=sources, and data.train is {config.train}; set both, as data.sources: "
+            "{NAME: {train: FILE, weight: 1}, ...}"
+        )
+    if config.sources and config.category_weights:
         raise ConfigError(
             f"data.category_weights={config.category_weights} with data.train=sources: give each source its own, as "
             "data.sources.NAME.category_weights, and data.category_weights={}"
         )
     return {name: _source(name, entry, config) for name, entry in config.sources.items()}
+
+
+@contextlib.contextmanager
+def of_source(name: str) -> Iterator[None]:
+    """Names the source in an error of its data."""
+    try:
+        yield
+    except ConfigError as error:
+        raise type(error)(f"data.sources.{name}: {error}") from error
 
 
 def _source(name: str, entry: Any, config: DataConfig) -> DataConfig:
@@ -63,6 +77,37 @@ def _source(name: str, entry: Any, config: DataConfig) -> DataConfig:
     return dataclasses.replace(config, sources={}, **own)
 
 
+def source_weights(config: DataConfig) -> dict[str, float]:
+    """The weight of every source, in any scale; {} where none has one, and they are mixed by size.
+
+    Raises:
+        ConfigError: a weight is no positive number.
+    """
+    weights = {name: entry.get("weight") for name, entry in config.sources.items()}
+    if all(weight is None for weight in weights.values()):
+        return {}
+    for name, weight in weights.items():
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight) or weight <= 0:
+            raise ConfigError(
+                f"data.sources.{name}.weight={weight!r} must be a positive number; give every source one, or none"
+            )
+    return {name: float(weight) for name, weight in weights.items()}
+
+
+def check_category_weights(weights: Mapping[str, float], present: Collection[str], setting: str) -> None:
+    """Check the weights of categories.
+
+    Raises:
+        ConfigError: a weight of a category that is not present, or weights that cannot be shares.
+    """
+    for name in weights:
+        if name not in present:
+            raise ConfigError(f"{setting}.{name}: the data has no such category, but {', '.join(sorted(present))}")
+    if any(not math.isfinite(w) or w < 0 for w in weights.values()) or not sum(weights.values()):
+        raise ConfigError(f"{setting}={dict(weights)}: weights are finite, not negative, and not all 0")
+
+
 def stream_weights(queries: list[Query], config: DataConfig) -> dict[str, Any]:
     """What QueryStream needs to draw as the settings say: `category_weights`, and with sources their `label`.
 
@@ -73,29 +118,25 @@ def stream_weights(queries: list[Query], config: DataConfig) -> dict[str, Any]:
     """
     if config.train != SOURCES:
         return {"category_weights": config.category_weights}
-    weights, parts = _source_weights(queries, config), source_configs(config)
-    if not weights:
+    weights = source_weights(config)
+    categories = {name: part.category_weights for name, part in source_configs(config).items()}
+    if not weights and not any(categories.values()):
         return {"category_weights": {}}
-    present = {(_source_of(query), _category(query)) for query in queries}
+    present: dict[str, Counter[str]] = {name: Counter() for name in categories}
+    for query in queries:
+        present[_source_of(query)][category_of(query)] += 1
     shares = {}
-    for name, part in parts.items():
-        own = part.category_weights
-        for category in own:
-            if (name, category) not in present:
-                known = ", ".join(sorted(c for source, c in present if source == name))
-                raise ConfigError(
-                    f"data.sources.{name}.category_weights.{category}: the source has no such category, but {known}"
-                )
-        if own and not sum(own.values()) > 0:
-            raise ConfigError(f"data.sources.{name}.category_weights={own}: one of them must be positive")
-        for category, weight in own.items():
-            shares[f"{name}/{category}"] = weights[name] * weight / sum(own.values())
+    for name, own in categories.items():
+        weight = weights.get(name, float(present[name].total()))
         if not own:
-            shares[name] = weights[name]
+            shares[name] = weight
+            continue
+        check_category_weights(own, present[name], f"data.sources.{name}.category_weights")
+        shares |= {f"{name}/{category}": weight * part / sum(own.values()) for category, part in own.items()}
 
     def label(query: Query) -> str:
         source = _source_of(query)
-        return f"{source}/{_category(query)}" if parts[source].category_weights else source
+        return f"{source}/{category_of(query)}" if categories[source] else source
 
     return {"category_weights": shares, "label": label}
 
@@ -106,37 +147,10 @@ def furthest_behind(shares: dict[str, float], drawn: dict[str, int]) -> str:
     return max(shares, key=lambda name: shares[name] * total - drawn[name])
 
 
-def _source_weights(queries: list[Query], config: DataConfig) -> dict[str, float]:
-    """Share of every source, in any scale: its weight, or where none has one its number of questions.
-
-    {} where there is nothing to weigh: the sources' mix is that of their sizes.
-    """
-    weights = {name: entry.get("weight") for name, entry in config.sources.items()}
-    if all(weight is None for weight in weights.values()):
-        if not any(part.category_weights for part in source_configs(config).values()):
-            return {}
-        return {name: float(n) for name, n in Counter(map(_source_of, queries)).items()}
-    return check_weights(weights)
-
-
-def check_weights(weights: dict[str, Any]) -> dict[str, float]:
-    """The sources' weights, all of them given.
-
-    Raises:
-        ConfigError: one is no positive number.
-    """
-    for name, weight in weights.items():
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight) or weight <= 0:
-            raise ConfigError(
-                f"data.sources.{name}.weight={weight!r} must be a positive number; give every source one, or none"
-            )
-    return {name: float(weight) for name, weight in weights.items()}
+def category_of(query: Query) -> str:
+    """What `category_weights` are about."""
+    return str(query.metadata.get("category"))
 
 
 def _source_of(query: Query) -> str:
     return query.id.partition("/")[0]
-
-
-def _category(query: Query) -> str:
-    return str(query.metadata.get("category"))

@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from PIL import Image
 
 from rethinker.config import ConfigError, DataConfig
 from rethinker.data.datasets import IMAGE_MARK
+from rethinker.data.faults import check_bad_rows
 from rethinker.data.images import UNREADABLE, UnreadableImageError, check_image, image_key, image_size, open_image
 from rethinker.data.query_stream import QueryStream
 from rethinker.families import family_of_processor, limit_pixels
@@ -114,15 +115,14 @@ class PromptEncoder:
 
     def misfit(self, query: Query) -> str | None:
         """Why the query is left out, or None if it fits: `data.max_images`, `data.max_prompt_tokens`, `image shape`, or
-        `unreadable image`.
+        `unreadable image`; prompts are never truncated.
 
         An image is read to its end the first time that it is asked for, and not kept: 0.1 ms for 64 x 64 pixels; for
         1024 x 1024 it is 2 ms as JPEG and 25 ms as PNG or WebP (one core of a 2-core Xeon VM).
         """
-        fault = self.fault(query)
-        return None if fault is None else fault[0]
+        return self._fault(query)[0]
 
-    def fault(self, query: Query) -> tuple[str, ConfigError | None] | None:
+    def _fault(self, query: Query) -> tuple[str | None, UnreadableImageError | None]:
         """The reason of `misfit`, and what is wrong with the image if it is that."""
         if len(query.images) > self.config.max_images:
             return "data.max_images", None
@@ -140,11 +140,7 @@ class PromptEncoder:
             return "image shape", None
         except UnreadableImageError as error:
             return UNREADABLE, error
-        return None
-
-    def fits(self, query: Query) -> bool:
-        """Whether the prompt is within `data.max_prompt_tokens` and `data.max_images`; prompts are never truncated."""
-        return self.misfit(query) is None
+        return None, None
 
     def fitting(self, stream: QueryStream) -> Query:
         """The stream's next query that fits; the others are passed over and counted, each once, in `dropped`.
@@ -157,20 +153,24 @@ class PromptEncoder:
         """
         for _ in range(len(stream)):
             (query,) = stream.next(1)
-            if query.id in self._misfits:
-                continue
-            fault = self.fault(query)
-            if fault is None:
-                return query
-            reason, error = fault
-            if error is not None:
-                _check_share(self.config, self.dropped[reason], len(stream), error)
-            if not self.dropped[reason] and os.environ.get("RANK", "0") == "0":
-                what = error or self._explain(reason)
-                log.warning("left out query %s: %s; further ones are only counted", query.id, what)
-            self._misfits.add(query.id)
-            self.dropped[reason] += 1
+            if query.id not in self._misfits:
+                if self.fits_or_count(query, self.dropped, len(stream)):
+                    return query
+                self._misfits.add(query.id)
         raise none_fit(self.dropped, self.config)
+
+    def fits_or_count(self, query: Query, dropped: Counter[str], of: int) -> bool:
+        """Whether a query fits; otherwise it is counted in `dropped`, and the first one of a reason logged."""
+        reason, error = self._fault(query)
+        if reason is None:
+            return True
+        dropped[reason] += 1
+        if error is not None:
+            check_bad_rows(error, dropped[reason], of, self.config.max_bad_rows)
+        if dropped[reason] == 1 and os.environ.get("RANK", "0") == "0":
+            what = error or _setting(reason, self.config)
+            log.warning("left out query %s: %s; further ones are only counted", query.id, what)
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """What has been left out so far: counts by reason, and the queries; plain JSON."""
@@ -179,10 +179,6 @@ class PromptEncoder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting from a `state_dict`: what it left out stays left out and is not counted again."""
         self.dropped, self._misfits = Counter(state["dropped"]), set(state["misfits"])
-
-    def _explain(self, reason: str) -> str:
-        value = getattr(self.config, reason.removeprefix("data."), None)
-        return reason if value is None else f"more than {reason}={value}"
 
     def _token_ids(self, query: Query) -> tuple[list[int], list[int]]:
         """(compact, expanded) ids; not to be changed by the caller."""
@@ -293,42 +289,26 @@ class _BoundedCache:
         return value
 
 
-def select_fitting(queries: Iterable[Query], encoder: PromptEncoder) -> tuple[list[Query], Counter[str]]:
+def select_fitting(queries: Sequence[Query], encoder: PromptEncoder) -> tuple[list[Query], Counter[str]]:
     """The queries whose prompts are within the limits, and how many were left out for which reason.
 
     Raises:
         ConfigError: none fits, or the images of more than `data.max_bad_rows` of them cannot be read.
     """
-    queries = list(queries)
-    kept: list[Query] = []
     dropped: Counter[str] = Counter()
-    for query in queries:
-        fault = encoder.fault(query)
-        if fault is None:
-            kept.append(query)
-            continue
-        reason, error = fault
-        if error is not None:
-            _check_share(encoder.config, dropped[reason], len(queries), error)
-            if not dropped[reason] and os.environ.get("RANK", "0") == "0":
-                log.warning("left out query %s: %s; further ones are only counted", query.id, error)
-        dropped[reason] += 1
+    kept = [query for query in queries if encoder.fits_or_count(query, dropped, len(queries))]
     if dropped and not kept:
         raise none_fit(dropped, encoder.config)
     return kept, dropped
 
 
-def _check_share(config: DataConfig, already: int, rows: int, error: ConfigError) -> None:
-    """Raise the error of an unreadable image if `data.max_bad_rows` of the rows have one already."""
-    limit = int(config.max_bad_rows * rows)
-    if already >= limit:
-        more = f" ({already + 1} of {rows} queries have such images; data.max_bad_rows={config.max_bad_rows:g})"
-        raise UnreadableImageError(f"{error}{more if limit else ''}") from error
-
-
 def none_fit(dropped: Counter[str], config: DataConfig) -> ConfigError:
     """The error for a data set of which no query fits, naming the limit that most of them exceed."""
-    reason = dropped.most_common(1)[0][0]
-    value = getattr(config, reason.removeprefix("data."), None)
-    setting = reason if value is None else f"{reason}={value}"
+    setting = _setting(dropped.most_common(1)[0][0], config)
     return ConfigError(f"{setting}: no query fits (left out: {dict(dropped)}); raise the limit or use other data")
+
+
+def _setting(reason: str, config: DataConfig) -> str:
+    """`data.max_images=8` for a reason that is a limit."""
+    value = getattr(config, reason.removeprefix("data."), None)
+    return reason if value is None else f"{reason}={value}"

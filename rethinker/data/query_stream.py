@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rethinker.config import ConfigError
-from rethinker.data.mixture import furthest_behind
+from rethinker.data.mixture import category_of, check_category_weights, furthest_behind
 from rethinker.samples import Query
 
 
@@ -45,7 +44,7 @@ class QueryStream:
         *,
         seed: int,
         category_weights: Mapping[str, float] | None = None,
-        label: Callable[[Query], str] = lambda query: str(query.metadata.get("category")),
+        label: Callable[[Query], str] = category_of,
     ) -> None:
         if not queries:
             raise ConfigError("data.train: there are no queries to train on")
@@ -56,23 +55,13 @@ class QueryStream:
             members = {}
             for i, query in enumerate(queries):
                 members.setdefault(label(query), []).append(i)
-            self._check(weights, members)
+            check_category_weights(weights, members, "data.category_weights")
             members = {name: members[name] for name, weight in weights.items() if weight > 0}
         total = sum(weights.values())
         self._members = members
         self._shares = {name: weights[name] / total if weights else 1.0 for name in members}
         self._drawn = dict.fromkeys(members, 0)
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
-
-    @staticmethod
-    def _check(weights: dict[str, float], members: dict[str, list[int]]) -> None:
-        unknown = [name for name in weights if name not in members]
-        if unknown:
-            raise ConfigError(
-                f"data.category_weights.{unknown[0]}: the data has no such category, but {', '.join(sorted(members))}"
-            )
-        if any(not math.isfinite(w) or w < 0 for w in weights.values()) or not sum(weights.values()):
-            raise ConfigError(f"data.category_weights={weights}: weights are finite, not negative, and not all 0")
 
     def __len__(self) -> int:
         """Queries in the order: all of them, or those of the weighted categories."""
@@ -88,11 +77,6 @@ class QueryStream:
     def kept(self, state: None) -> dict[str, Query]:
         """The queries by id, of what `keep` gave."""
         return {query.id: query for query in self.queries}
-
-    @property
-    def epoch(self) -> float:
-        """Queries drawn so far as a multiple of the queries there are."""
-        return sum(self._drawn.values()) / len(self)
 
     def next(self, n: int) -> list[Query]:
         """The next n queries; n may exceed the number of queries."""

@@ -10,10 +10,10 @@ import re
 from collections.abc import Hashable, Iterable
 
 from rethinker.data.images import image_key
+from rethinker.embedded.easy_vqa import SHAPES
 from rethinker.samples import Query
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-SHAPES = ("circle", "rectangle", "triangle")
 
 _NEGATION = re.compile(r"\b(no|not)\b")
 _WORD = re.compile(r"\w+")

@@ -1,6 +1,6 @@
 """Handwritten digits as queries: read one, compare two, add two (1,797 images that ship with scikit-learn, CC BY 4.0).
 
-A second embedded data set: most of its questions are about two images: it exercises what easy-VQA cannot.
+Most of its questions are about two images, which easy-VQA has none of.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 
-from rethinker.config import ConfigError
 from rethinker.samples import Query
 
 SIDE = 64  # pixels of an image; the originals have 8
@@ -30,14 +29,9 @@ def digits(split: Literal["train", "test"]) -> list[Query]:
 
     Ids are `digits/<split>/<image>/<question>`; metadata holds `category` ("read", "compare" or "add") and `image_ids`,
     which count scikit-learn's images. An image belongs to one split.
-
-    Raises:
-        ConfigError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ConfigError("data.train=digits needs the package scikit-learn: pip install scikit-learn") from error
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     values = data.target.tolist()  # [1797]
     order = np.random.default_rng(0).permutation(len(values))
@@ -46,19 +40,21 @@ def digits(split: Literal["train", "test"]) -> list[Query]:
     pictures = {i: {"bytes": _png(data.images[i])} for i in own.tolist()}
     rng = np.random.default_rng(1)
     queries = []
+
+    def ask(category: str, question: str, answer: str | int, *shown: int, n: int = 0) -> None:
+        name = f"digits/{split}/{shown[0]}/{category}{n or ''}"
+        metadata = {"category": category, "image_ids": list(shown)}
+        queries.append(Query(name, question, str(answer), tuple(pictures[j] for j in shown), metadata))
+
     for i in own.tolist():
-        picture = (pictures[i],)
-        queries.append(_query(split, i, "read", READ[i % len(READ)], values[i], picture, [i]))
+        ask("read", READ[i % len(READ)], values[i], i)
         for n in range(PAIRS):
             other = _partner(rng, own, lambda j, i=i: values[j] != values[i])
             kind = ("larger", "smaller")[int(rng.integers(2))]
             first_wins = (values[i] > values[other]) == (kind == "larger")
-            pair, ids = (*picture, pictures[other]), [i, other]
-            answer = "first" if first_wins else "second"
-            queries.append(_query(split, i, "compare", COMPARE[kind], answer, pair, ids, n))
+            ask("compare", COMPARE[kind], "first" if first_wins else "second", i, other, n=n)
             other = _partner(rng, own, lambda j, i=i: j != i)
-            pair, ids = (*picture, pictures[other]), [i, other]
-            queries.append(_query(split, i, "add", ADD, values[i] + values[other], pair, ids, n))
+            ask("add", ADD, values[i] + values[other], i, other, n=n)
     return queries
 
 
@@ -67,16 +63,6 @@ def _partner(rng: np.random.Generator, own: np.ndarray, suits) -> int:
         other = int(own[rng.integers(len(own))])
         if suits(other):
             return other
-
-
-def _query(split, image: int, category: str, question: str, answer, images: tuple, ids: list[int], n: int = 0) -> Query:
-    return Query(
-        id=f"digits/{split}/{image}/{category}{n or ''}",
-        question=question,
-        answer=str(answer),
-        images=images,
-        metadata={"category": category, "image_ids": ids},
-    )
 
 
 def _png(ink: np.ndarray) -> bytes:

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rethinker.config import ConfigError
 from rethinker.samples import Query
 
-SHAPES = frozenset({"circle", "rectangle", "triangle"})
+SHAPES = ("circle", "rectangle", "triangle")
 
 
 def easy_vqa(split: Literal["train", "test"]) -> list[Query]:
     """The questions of a split, in the package's order.
 
     Ids are `easy_vqa/<split>/<index>`; metadata holds `category` ("yes/no", "color" or "shape") and `image_id`.
-
-    Raises:
-        ConfigError: the package is not installed.
     """
-    try:
-        import easy_vqa as package
-    except ImportError as error:
-        raise ConfigError("data.train=easy_vqa needs the package easy-vqa: pip install easy-vqa") from error
+    import easy_vqa as package
+
     if split == "train":
-        (questions, answers, image_ids), paths = package.get_train_questions(), package.get_train_image_paths()
+        questions, paths = package.get_train_questions(), package.get_train_image_paths()
     else:
-        (questions, answers, image_ids), paths = package.get_test_questions(), package.get_test_image_paths()
+        questions, paths = package.get_test_questions(), package.get_test_image_paths()
     return [
         Query(
             id=f"easy_vqa/{split}/{i}",
@@ -34,7 +28,7 @@ def easy_vqa(split: Literal["train", "test"]) -> list[Query]:
             images=(paths[image_id],),
             metadata={"category": _category(answer), "image_id": image_id},
         )
-        for i, (question, answer, image_id) in enumerate(zip(questions, answers, image_ids, strict=True))
+        for i, (question, answer, image_id) in enumerate(zip(*questions, strict=True))
     ]
 
 

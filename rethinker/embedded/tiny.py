@@ -81,13 +81,10 @@ def write_random(folder: str | Path, model_class: type, config: PreTrainedConfig
     """Write a model of any family with random weights, and its processor, to `folder`, which is made if missing."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    generator_state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         model = model_class(config)
         _widen(model)
-    finally:
-        torch.set_rng_state(generator_state)
     to_id = processor.tokenizer.convert_tokens_to_ids
     model.generation_config = GenerationConfig(
         bos_token_id=to_id("<|endoftext|>"),

@@ -12,30 +12,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
 
 # Qwen2.5-VL's added tokens in the order of their ids; True marks the ones that decoding with skip_special_tokens drops.
-QWEN_TOKENS: dict[str, bool] = {
-    "<|endoftext|>": True,
-    "<|im_start|>": True,
-    "<|im_end|>": True,
-    "<|object_ref_start|>": True,
-    "<|object_ref_end|>": True,
-    "<|box_start|>": True,
-    "<|box_end|>": True,
-    "<|quad_start|>": True,
-    "<|quad_end|>": True,
-    "<|vision_start|>": True,
-    "<|vision_end|>": True,
-    "<|vision_pad|>": True,
-    "<|image_pad|>": True,
-    "<|video_pad|>": True,
-    "<tool_call>": False,
-    "</tool_call>": False,
-    "<|fim_prefix|>": False,
-    "<|fim_middle|>": False,
-    "<|fim_suffix|>": False,
-    "<|fim_pad|>": False,
-    "<|repo_name|>": False,
-    "<|file_sep|>": False,
-}
+_SPECIAL = """
+    endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start
+    vision_end vision_pad image_pad video_pad
+"""
+_ORDINARY = """
+    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>
+"""
+QWEN_TOKENS = {f"<|{name}|>": True for name in _SPECIAL.split()} | dict.fromkeys(_ORDINARY.split(), False)
 
 CHAT_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"

@@ -3,7 +3,7 @@
 It learns to look and to speak, and leaves something to learn. First the vision tower learns to name the colour and the
 shape in an image, with a linear probe that is thrown away. Then the whole model learns answers that look before they
 answer, `a teal circle. \\boxed{teal}`, on part of the training images. In negated questions ("is there not a red
-shape?") its teacher overlooks the "not" two times in three. To mend that, and the rest of the images, are left to
+shape?") its teacher overlooks the "not" two times in three. That mistake, and the rest of the images, are left to
 reinforcement learning. (A model that never saw such questions never samples their answers, so no reward could teach it;
 one that saw them answered right leaves nothing to learn.)
 """
@@ -26,13 +26,12 @@ from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from rethinker.config import ConfigError, DataConfig, WarmupConfig
-from rethinker.data.datasets import load_queries
+from rethinker.data.image_cache import cache_folder
 from rethinker.data.images import image_key
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.query_stream import QueryStream
-from rethinker.embedded import descriptions, tiny
-from rethinker.embedded import tokenizer as tiny_tokenizer
-from rethinker.embedded.descriptions import COLORS, SHAPES, describe_images, is_negated
+from rethinker.embedded.descriptions import COLORS, describe_images, is_negated
+from rethinker.embedded.easy_vqa import SHAPES
 from rethinker.embedded.tiny import DEFAULT_SIZE, TinySize, create_tiny
 from rethinker.policy.model import load_model, load_processor
 from rethinker.policy.packing import joined
@@ -51,7 +50,12 @@ _RECORD = "warmup.json"
 
 
 def warmed_up_tiny(
-    warmup: WarmupConfig, data: DataConfig, *, size: TinySize = DEFAULT_SIZE, cache: Path | None = None
+    warmup: WarmupConfig,
+    data: DataConfig,
+    queries: list[Query],
+    *,
+    size: TinySize = DEFAULT_SIZE,
+    cache: Path | None = None,
 ) -> Path:
     """The tiny model after its warm-up, from the cache or made now.
 
@@ -60,18 +64,18 @@ def warmed_up_tiny(
 
     Args:
         warmup: steps, batch size, learning rate, share of the images, seed.
-        data: the training questions and the prompt that reinforcement learning will use too.
+        data: the prompt and the category weights that reinforcement learning will use too.
+        queries: the training questions.
         size: the model's sizes.
-        cache: where finished models live; by default `$RETHINKER_CACHE`, else `~/.cache/rethinker`.
+        cache: where finished models live; by default the `cache_folder`.
 
     Returns:
         A folder in Hugging Face format.
 
     Raises:
-        ConfigError: unusable data, or a cache that cannot be written.
+        ConfigError: no question that fits the prompt's limits, or a cache that cannot be written.
     """
-    cache = cache or Path(os.environ.get("RETHINKER_CACHE") or Path.home() / ".cache" / "rethinker")
-    queries = load_queries(data, "train")
+    cache = cache or cache_folder()
     given = {name: value for name, value in asdict(data).items() if not name.startswith("validation")}
     settings = {"warmup": asdict(warmup), "size": asdict(size), "data": given}
     folder = cache / f"tiny-{_digest(settings, queries)}"
@@ -101,25 +105,19 @@ def _build(
         create_tiny(partial, warmup.seed, texts=texts, size=size)
         with _all_cores(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(warmup.seed)
-            _train(partial, warmup, data, queries, shown)
+            processor, model = load_processor(partial), load_model(partial, torch.float32)
+            encoder = PromptEncoder(processor, data)
+            lessons = _lessons(queries, shown, encoder, warmup)
+            model.train()
+            _learn_to_look(model, encoder, lessons, shown, warmup)
+            _learn_to_answer(model, encoder, lessons, shown, warmup)
+            model.eval()
+            model.save_pretrained(partial)
+            processor.save_pretrained(partial)
         (partial / _RECORD).write_text(json.dumps(settings, indent=2))
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _train(folder: Path, warmup: WarmupConfig, data: DataConfig, queries: list[Query], shown: Shown) -> None:
-    """Train the model in `folder` and save it there."""
-    processor = load_processor(folder)
-    model = load_model(folder, torch.float32)
-    encoder = PromptEncoder(processor, data)
-    lessons = _lessons(queries, shown, encoder, warmup)
-    model.train()
-    _learn_to_look(model, encoder, lessons, shown, warmup)
-    _learn_to_answer(model, encoder, lessons, shown, warmup, data.category_weights)
-    model.eval()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 def _lessons(queries: list[Query], shown: Shown, encoder: PromptEncoder, warmup: WarmupConfig) -> list[Query]:
@@ -181,18 +179,11 @@ def _learn_to_look(model, encoder: PromptEncoder, lessons: list[Query], shown: S
         _update(optimizer, color_loss + shape_loss, warmup, step / warmup.look_steps)
 
 
-def _learn_to_answer(
-    model,
-    encoder: PromptEncoder,
-    lessons: list[Query],
-    shown: Shown,
-    warmup: WarmupConfig,
-    category_weights: dict[str, float],
-) -> None:
+def _learn_to_answer(model, encoder: PromptEncoder, lessons: list[Query], shown: Shown, warmup: WarmupConfig) -> None:
     """Train the whole model on the responses; the loss is on their tokens alone."""
     optimizer = _optimizer(model.parameters())
     present = {query.metadata.get("category") for query in lessons}
-    weights = {category: weight for category, weight in category_weights.items() if category in present}
+    weights = {category: w for category, w in encoder.config.category_weights.items() if category in present}
     stream = QueryStream(lessons, seed=warmup.seed, category_weights=weights)
     end = encoder.tokenizer.eos_token_id
     rng = random.Random(warmup.seed)
@@ -250,7 +241,6 @@ def _digest(settings: dict, queries: list[Query]) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for query in queries:
         digest.update(f"{query.id}\n{query.question}\n{query.answer}\n".encode())
-    for module in (tiny, tiny_tokenizer, descriptions):
-        digest.update(Path(module.__file__).read_bytes())
-    digest.update(Path(__file__).read_bytes())
+    for name in ("descriptions", "tiny", "tokenizer", "warmup"):
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()[:12]

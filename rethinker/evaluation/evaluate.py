@@ -1,4 +1,4 @@
-"""A model's greedy answers to a benchmark, judged; also with rethinking forced on all of them, or on the wrong ones.
+"""A model's greedy answers to benchmarks, judged; also with rethinking forced on all of them, or on the wrong ones.
 
 Rethinking at test time (METHOD: evaluation): `forced` puts a trigger after every first answer and lets the model go on,
 `oracle` only after wrong ones, which takes knowing the answers: an upper bound.
@@ -7,61 +7,89 @@ Rethinking at test time (METHOD: evaluation): `forced` puts a trigger after ever
 from __future__ import annotations
 
 import dataclasses
+import time
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack
+from pathlib import Path
 
-from rethinker.algorithm.cues import rethinks
-from rethinker.algorithm.rethinking import Trigger, continue_after_trigger
+import torch
+
+from rethinker.algorithm.rethinking import Trigger, continue_after_trigger, make_triggers
+from rethinker.config import Config
 from rethinker.data.prompts import PromptEncoder
-from rethinker.evaluation import Mode
-from rethinker.evaluation.benchmark import accepted_answers
-from rethinker.rewards.checker import AnswerChecker
-from rethinker.rollout.engine import RolloutEngine
+from rethinker.evaluation.answering import AnsweringModel, fit_model, judge, open_model, ranks_of_torchrun, sample
+from rethinker.evaluation.benchmark import Benchmark
+from rethinker.evaluation.results import Answer, accepted_answers, describe_result, summarize, write_result
+from rethinker.evaluation.settings import Mode, recorded
+from rethinker.policy.model import load_processor
 from rethinker.runtime.display import progress
 from rethinker.runtime.distributed import Ranks
-from rethinker.samples import Completion, Query
+from rethinker.samples import Group, Query
+from rethinker.version import versions
 
 # Questions of one rank per call of the engine: bounds the decoded images in memory and what a deadline covers.
 CHUNK = 256
 
+Task = tuple[Benchmark, tuple[list[Query], Counter[str]], Path]
 
-@dataclass(frozen=True)
-class Answer:
-    """What a question got: the response that counts and, where it was made to rethink, the one from before."""
 
-    completion: Completion | None
-    """None for a question that does not fit (see `left_out`)."""
-    reward: float = 0.0
-    first: Completion | None = None
-    first_reward: float | None = None
-    left_out: str | None = None
-    """The setting whose limit the question exceeds; it counts as wrong."""
-    no_room: bool = False
-    """It should have rethought, but the first answer left no room."""
+def run_benchmarks(config: Config, mode: Mode, limit: int | None, tasks: list[Task]) -> None:
+    """Evaluate `config.policy.model` on benchmarks, one after the other; rank 0 writes and shows each result.
 
-    @property
-    def right(self) -> bool:
-        return self.reward >= 1.0
+    Args:
+        config: from `settings.eval_config`.
+        mode: see `evaluate`.
+        limit: of the questions of each benchmark.
+        tasks: benchmark, its questions and uncovered rows, and the folder of its result.
 
-    @property
-    def was_right(self) -> bool:
-        """Whether the first answer was right; the answer itself if there was no second pass."""
-        return (self.reward if self.first_reward is None else self.first_reward) >= 1.0
-
-    @property
-    def rethinks(self) -> bool:
-        """Whether the first answer rethinks of its own accord."""
-        first = self.first or self.completion
-        return first is not None and rethinks(first.text)
+    Raises:
+        ConfigError: a model that cannot be read or is too short for `rollout.max_new_tokens`, and whatever the engine
+            or the checker reports.
+    """
+    folder = config.policy.model
+    with ExitStack() as stack:
+        ranks = stack.enter_context(ranks_of_torchrun(config.rollout.timeout_s))
+        processor = load_processor(folder)
+        triggers = make_triggers(processor.tokenizer, config.rethink.triggers)
+        engine_config = fit_model(config, folder, triggers if mode != "normal" else ())
+        encoder = PromptEncoder(processor, engine_config.data)
+        model = stack.enter_context(open_model(engine_config, folder, ranks, encoder))
+        for benchmark, (queries, uncovered), output in tasks:
+            start, before = time.perf_counter(), Counter(model.checker.failures)
+            asked = sample(queries, limit)
+            if ranks.is_main:
+                print(f"{benchmark.title}: {len(asked)} questions", flush=True)
+            longest = config.rollout.max_new_tokens
+            answers = evaluate(asked, model, ranks, mode=mode, max_new_tokens=longest, triggers=triggers)
+            failures = sum((Counter(share) for share in ranks.gather(dict(model.checker.failures - before))), Counter())
+            if answers is None:
+                continue
+            result = {
+                "benchmark": benchmark.name,
+                "title": benchmark.title,
+                "model": folder,
+                "mode": mode,
+                "second_pass": None,
+                **summarize(asked, answers),
+                "failed_checks": dict(failures),
+                "uncovered": dict(uncovered),
+                "questions_in_benchmark": len(queries),
+                "questions_published": benchmark.questions,
+                "questions_limit": limit if len(asked) < len(queries) else None,
+                "settings": recorded(config),
+                "versions": versions(),
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+            write_result(output, result, asked, answers)
+            print(describe_result(result, output), flush=True)
 
 
 def evaluate(
     queries: Sequence[Query],
-    rollout: RolloutEngine,
-    encoder: PromptEncoder,
-    checker: AnswerChecker,
+    model: AnsweringModel,
     ranks: Ranks,
     *,
     mode: Mode,
@@ -77,7 +105,7 @@ def evaluate(
         triggers: for the second pass; a query's is the same in every evaluation.
 
     Raises:
-        ConfigError: an image that cannot be read, and whatever the engine refuses.
+        ConfigError: an image that cannot be read, and whatever the engine reports.
     """
     numbers = range(len(queries))[ranks.rank :: ranks.world_size]
     chunks = -(-len(queries) // (ranks.world_size * CHUNK))  # the same on every rank: an engine may span ranks
@@ -85,8 +113,7 @@ def evaluate(
     starts: Iterable[int] = range(0, chunks * CHUNK, CHUNK)
     for start in progress(starts, "answered", chunks) if ranks.is_main and chunks > 1 else starts:
         part = numbers[start : start + CHUNK]
-        answers = _answer([queries[i] for i in part], rollout, encoder, checker, mode, max_new_tokens, triggers)
-        own += zip(part, answers, strict=True)
+        own += zip(part, _answer([queries[i] for i in part], model, mode, max_new_tokens, triggers), strict=True)
     shares = ranks.gather_to_main(own)
     if shares is None:
         return None
@@ -95,58 +122,35 @@ def evaluate(
 
 
 def _answer(
-    queries: list[Query],
-    rollout: RolloutEngine,
-    encoder: PromptEncoder,
-    checker: AnswerChecker,
-    mode: Mode,
-    max_new_tokens: int,
-    triggers: Sequence[Trigger],
+    queries: list[Query], model: AnsweringModel, mode: Mode, max_new_tokens: int, triggers: Sequence[Trigger]
 ) -> list[Answer]:
     """Answers to some queries. Calls the engine a fixed number of times: other ranks may take part in it."""
-    misfits = [encoder.misfit(query) for query in queries]
-    answers = [Answer(None, left_out=misfit) for misfit in misfits]
-    fit = [i for i, misfit in enumerate(misfits) if misfit is None]
-    prompts = {i: encoder.encode(queries[i]) for i in fit}
-    sampling: dict[str, Any] = {"temperature": 0.0, "seed": 0}
-    outputs = rollout.generate(list(prompts.values()), n=1, max_new_tokens=max_new_tokens, **sampling)
-    first = {i: completions[0] for i, completions in zip(fit, outputs, strict=True)}
-    rewards = score({i: (queries[i], completion) for i, completion in first.items()}, checker)
-    for i in fit:
-        answers[i] = Answer(first[i], rewards[i])
+    answers = [Answer(None, left_out=model.encoder.misfit(query)) for query in queries]
+    fit = [i for i, answer in enumerate(answers) if answer.left_out is None]
+    asked = [queries[i] for i in fit]
+    groups = model.answer(asked, max_new_tokens=max_new_tokens, accepted=accepted_answers)
+    for i, group in zip(fit, groups, strict=True):
+        answers[i] = Answer(group.completions[0], group.rewards[0])
     if mode == "normal":
         return answers
 
     again = [i for i in fit if mode == "forced" or not answers[i].right]
-    chosen = [triggers[zlib.crc32(queries[i].id.encode()) % len(triggers)] for i in again]
-    room = 2 * max_new_tokens + max(len(trigger.token_ids) for trigger in triggers)
     second = continue_after_trigger(
-        rollout,
-        [prompts[i] for i in again],
-        [first[i] for i in again],
-        chosen,
-        encoder.decode,
-        max_new_tokens=room,
-        **sampling,
+        model.rollout.generate,
+        [model.encoder.encode(queries[i]) for i in again],
+        [answers[i].completion for i in again],
+        [triggers[zlib.crc32(queries[i].id.encode()) % len(triggers)] for i in again],
+        model.encoder.decode,
+        max_new_tokens=2 * max_new_tokens + max(len(trigger.token_ids) for trigger in triggers),
+        temperature=0.0,
+        seed=0,
     )
-    longer = {i: completion for i, completion in zip(again, second, strict=True) if completion is not None}
-    rewards_after = score({i: (queries[i], completion) for i, completion in longer.items()}, checker)
+    longer = {i: Group(queries[i], [y], 0) for i, y in zip(again, second, strict=True) if y is not None}
+    judge(list(longer.values()), model.checker, accepted_answers)
     for i in again:
+        before = answers[i]
         if i in longer:
-            answers[i] = Answer(longer[i], rewards_after[i], first[i], rewards[i])
+            answers[i] = Answer(longer[i].completions[0], longer[i].rewards[0], before.completion, before.reward)
         else:
-            answers[i] = dataclasses.replace(answers[i], no_room=True)
+            answers[i] = dataclasses.replace(before, no_room=True)
     return answers
-
-
-def score(responses: dict[int, tuple[Query, Completion]], checker: AnswerChecker) -> dict[int, float]:
-    """The reward of every response's own text; where several answers are accepted, the best one's."""
-    requests = {
-        (i, n): (completion.text, dataclasses.replace(query, answer=answer))
-        for i, (query, completion) in responses.items()
-        for n, answer in enumerate(accepted_answers(query))
-    }
-    rewards = checker.score([(f"{i}/{n}", text, query) for (i, n), (text, query) in requests.items()])
-    return {
-        i: max(rewards[f"{i}/{n}"] for n in range(len(accepted_answers(query)))) for i, (query, _) in responses.items()
-    }

@@ -3,21 +3,60 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rethinker.config import ConfigError
-from rethinker.evaluation.benchmark import accepted_answers
-from rethinker.evaluation.statistics import wilson_interval
-from rethinker.samples import Query
+import pyarrow as pa
+import pyarrow.parquet as parquet
+from scipy.stats import binomtest
 
-if TYPE_CHECKING:
-    from rethinker.evaluation.evaluate import Answer
+from rethinker.algorithm.rethinking import rethinks
+from rethinker.config import ConfigError, one_line
+from rethinker.runtime.files import whole_file
+from rethinker.samples import Completion, Query
 
 RESULT, RESPONSES = "result.json", "responses.parquet"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a question got: the response that counts and, where it was made to rethink, the one from before."""
+
+    completion: Completion | None
+    """None for a question that does not fit (see `left_out`)."""
+    reward: float = 0.0
+    first: Completion | None = None
+    first_reward: float | None = None
+    left_out: str | None = None
+    """The setting whose limit the question exceeds; it counts as wrong."""
+    no_room: bool = False
+    """It should have rethought, but the first answer left no room."""
+
+    @property
+    def right(self) -> bool:
+        return self.reward >= 1.0
+
+    @property
+    def was_right(self) -> bool:
+        """Whether the first answer was right; the answer itself if there was no second pass."""
+        return (self.reward if self.first_reward is None else self.first_reward) >= 1.0
+
+    @property
+    def rethinks(self) -> bool:
+        """Whether the first answer rethinks of its own accord."""
+        first = self.first or self.completion
+        return first is not None and rethinks(first.text)
+
+
+def wilson_interval(right: int, n: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of a share `right / n`; (0, 1) without questions.
+
+    Source: Wilson (1927); Newcombe (1998), Statistics in Medicine 17:857, method 3.
+    """
+    return tuple(map(float, binomtest(right, n).proportion_ci(0.95, "wilson"))) if n else (0.0, 1.0)
 
 
 def summarize(queries: Sequence[Query], answers: Sequence[Answer]) -> dict[str, Any]:
@@ -28,13 +67,13 @@ def summarize(queries: Sequence[Query], answers: Sequence[Answer]) -> dict[str, 
     by_category: dict[str, list[bool]] = {}
     for query, answer in zip(queries, answers, strict=True):
         by_category.setdefault(query.metadata.get("category", "all"), []).append(answer.right)
-    given = [answer for answer in answers if answer.completion is not None]
+    given = [answer.completion for answer in answers if answer.completion is not None]
     summary: dict[str, Any] = {
         **_accuracy([answer.right for answer in answers]),
         "by_category": {category: _accuracy(right) for category, right in sorted(by_category.items())},
         "left_out": dict(Counter(answer.left_out for answer in answers if answer.left_out)),
-        "unfinished": sum(answer.completion.finish_reason != "stop" for answer in given),
-        "response_length_mean": sum(a.completion.tokens for a in given) / max(1, len(given)),
+        "unfinished": sum(completion.finish_reason != "stop" for completion in given),
+        "response_length_mean": sum(completion.tokens for completion in given) / max(1, len(given)),
         "rethink_ratio": sum(answer.rethinks for answer in answers) / max(1, len(answers)),
     }
     again = [answer for answer in answers if answer.first is not None]
@@ -60,16 +99,11 @@ def write_result(folder: Path, result: dict[str, Any], queries: Sequence[Query],
     Raises:
         ConfigError: the folder cannot be written.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    rows = [_row(query, answer) for query, answer in zip(queries, answers, strict=True)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        parquet.write_table(pa.Table.from_pylist(rows, schema=_schema()), folder / RESPONSES, compression="zstd")
-        partial = folder / f".{RESULT}.partial"
-        partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, folder / RESULT)
+        parquet.write_table(_responses(queries, answers), folder / RESPONSES, compression="zstd")
+        with whole_file(folder / RESULT) as path:
+            path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output {folder}: cannot be written ({error})") from error
 
@@ -80,9 +114,6 @@ def read_result(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]
     Raises:
         ConfigError: the folder holds no complete result.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
     path = Path(folder).expanduser()
     if not (path / RESULT).is_file():
         inside = sorted(p.parent for p in path.glob(f"*/{RESULT}"))
@@ -93,88 +124,66 @@ def read_result(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]
         result = json.loads((path / RESULT).read_text(encoding="utf-8"))
         rows = parquet.read_table(path / RESPONSES, columns=columns).to_pylist()
     except (ValueError, OSError, pa.ArrowException) as error:
-        raise ConfigError(f"{folder}: damaged result ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        raise ConfigError(f"{folder}: damaged result ({one_line(error)})") from error
     return result, rows
 
 
-def _schema() -> Any:
-    import pyarrow as pa
+def _responses(queries: Sequence[Query], answers: Sequence[Answer]) -> Any:
+    """The table of `responses.parquet`."""
+    text, number, place = pa.string(), pa.float64(), pa.int64()
+    completions = [answer.completion for answer in answers]
+    spans = [completion and completion.rethought for completion in completions]
 
-    return pa.schema(
+    def column(kind: Any, items: Sequence[Any], name: str) -> Any:
+        """An attribute of every item; null where there is no item."""
+        return pa.array([item and getattr(item, name) for item in items], kind)
+
+    return pa.table(
         {
-            "query_id": pa.string(),
-            "category": pa.string(),
-            "question": pa.string(),
-            "answers": pa.list_(pa.string()),  # any of them counts
-            "response": pa.string(),  # null for a question that was left out
-            "reward": pa.float64(),
-            "finish_reason": pa.string(),
-            "token_ids": pa.list_(pa.int64()),
-            "trigger": pa.string(),  # of the second pass
-            "trigger_start": pa.int64(),
-            "trigger_end": pa.int64(),
-            "first_response": pa.string(),
-            "first_reward": pa.float64(),
-            "rethinks": pa.bool_(),  # of its own accord, in its first answer
-            "left_out": pa.string(),
+            "query_id": column(text, queries, "id"),
+            "category": pa.array([query.metadata.get("category", "all") for query in queries], text),
+            "question": column(text, queries, "question"),
+            "answers": pa.array(map(accepted_answers, queries), pa.list_(text)),  # any of them counts
+            "response": column(text, completions, "text"),  # null for a question that was left out
+            "reward": column(number, answers, "reward"),
+            "finish_reason": column(text, completions, "finish_reason"),
+            "token_ids": column(pa.list_(place), completions, "token_ids"),
+            "trigger": column(text, spans, "name"),  # of the second pass
+            "trigger_start": column(place, spans, "trigger_start"),
+            "trigger_end": column(place, spans, "trigger_end"),
+            "first_response": column(text, [answer.first for answer in answers], "text"),
+            "first_reward": column(number, answers, "first_reward"),
+            "rethinks": column(pa.bool_(), answers, "rethinks"),  # of its own accord, in its first answer
+            "left_out": column(text, answers, "left_out"),
         }
     )
 
 
-def _row(query: Query, answer: Answer) -> dict[str, Any]:
-    completion = answer.completion
-    spans = completion.rethought if completion else None
-    return {
-        "query_id": query.id,
-        "category": query.metadata.get("category", "all"),
-        "question": query.question,
-        "answers": accepted_answers(query),
-        "response": completion.text if completion else None,
-        "reward": answer.reward,
-        "finish_reason": completion.finish_reason if completion else None,
-        "token_ids": completion.token_ids.tolist() if completion else None,
-        "trigger": spans.name if spans else None,
-        "trigger_start": spans.trigger_start if spans else None,
-        "trigger_end": spans.trigger_end if spans else None,
-        "first_response": answer.first.text if answer.first else None,
-        "first_reward": answer.first_reward,
-        "rethinks": answer.rethinks,
-        "left_out": answer.left_out,
-    }
+def accepted_answers(query: Query) -> list[str]:
+    """The answers of which any counts: one, unless the benchmark has several."""
+    return query.metadata.get("answers") or [query.answer]
 
 
 def describe_result(result: dict[str, Any], folder: Path) -> str:
     """What the user reads: the accuracy and its parts as a table, and what qualifies them."""
     lines = [f"{result['title']}, mode {result['mode']}, {result['model']}"]
-    table = [("", "questions", "right", "accuracy", "95% interval")]
     parts = result["by_category"] if len(result["by_category"]) > 1 else {}
-    for name, entry in {"all": result, **parts}.items():
-        low, high = entry["interval"]
-        shown = name if name == "all" else f"  {name}"
-        table.append(
-            (
-                shown,
-                str(entry["questions"]),
-                str(entry["right"]),
-                f"{entry['accuracy']:.3f}",
-                f"{low:.3f} to {high:.3f}",
-            )
-        )
+    table = [("", "questions", "right", "accuracy", "95% interval")]
+    for name, entry in {"all": result, **{f"  {name}": entry for name, entry in parts.items()}}.items():
+        share, interval = f"{entry['accuracy']:.3f}", "{:.3f} to {:.3f}".format(*entry["interval"])
+        table.append((name, str(entry["questions"]), str(entry["right"]), share, interval))
     lines += aligned(table)
-    if result["second_pass"]:
-        second = result["second_pass"]
+    if second := result["second_pass"]:
         lines.append(
             f"second pass on {second['answers']} answers: accuracy {second['first_accuracy']:.3f} -> "
-            f"{result['accuracy']:.3f} ({second['wrong_to_right']} mended, {second['right_to_wrong']} spoilt)"
+            f"{result['accuracy']:.3f} ({second['wrong_to_right']} became right, {second['right_to_wrong']} wrong)"
         )
         if second["no_room"]:
             lines.append(f"no room for a second pass: {second['no_room']} (their first answer counts)")
+    covered = result["questions_in_benchmark"]
     if result["questions_limit"]:
-        lines.append(f"a random sample of {result['questions_in_benchmark']} questions (--limit)")
-    elif result["questions_published"] not in (
-        None,
-        result["questions_in_benchmark"] + sum(result["uncovered"].values()),
-    ):
+        lines.append(f"a random sample of {covered} questions (--limit)")
+    elif result["questions_published"] not in (None, covered + sum(result["uncovered"].values())):
         lines.append(f"note: the published benchmark has {result['questions_published']} questions")
     for key, text in (
         ("uncovered", "not covered by this benchmark's rules"),
@@ -192,11 +201,8 @@ def describe_result(result: dict[str, Any], folder: Path) -> str:
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines: the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
         for row in table
     ]

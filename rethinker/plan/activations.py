@@ -2,16 +2,16 @@
 
 Nothing here is a formula for a transformer. Every tensor that the real modules make is counted while it lives, with one
 layer and with two; the difference is what a layer keeps. Only the attention kernel has a stand-in, which saves what
-fused kernels save (query, key, value, output, log-sum-exp, and the float mask where SDPA makes one) and takes for a
-moment what they take.
+fused kernels save and takes for a moment what they take.
 
-Legend: T tokens of a row, B rows of L tokens each, D hidden size, P patches.
+Legend: T tokens of a row, B rows of L tokens each, P patches.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rethinker.config import LoraConfig, PolicyConfig
-from rethinker.families import family_of
-from rethinker.plan.shapes import Shape, meta_model
+from rethinker.plan.shapes import Shape, depths, meta_model
 
-_ATTENTION = "rethinker_plan"
+_TEXT = "rethinker_plan"
 _VISION = "rethinker_plan_flash"  # "flash": transformers hands a tower's whole row over, see policy/attention.py
-_TOKENS, _PATCHES, _WINDOW = 4096, 1024, 64  # counted with these and twice as many; the rest is a straight line
+_TOKENS, _PATCHES = 4096, 1024  # counted with these and twice as many; the rest is a straight line
 _ROW = 128  # tokens of a row where no mask makes memory grow with it
 
 
@@ -34,14 +33,10 @@ _ROW = 128  # tokens of a row where no mask makes memory grow with it
 class Activations:
     """Bytes per token (of the language model) or per patch (of the vision tower)."""
 
-    kept: float
-    """Held from the forward to the backward."""
-    extra: float
-    """Beyond that, in the worst moment of the backward: a layer's temporaries, or what it computes again."""
-    fixed: float
-    """Bytes in that moment whatever the number of tokens: gradients of a layer's weights."""
-    forward: float
-    """Most at once in a forward that keeps nothing."""
+    kept: float  # from the forward to the backward
+    extra: float  # beyond that, in the worst moment of the backward: a layer's temporaries, or what it computes again
+    fixed: float  # bytes in that moment whatever the number of tokens: gradients of a layer's weights
+    forward: float  # most at once in a forward that keeps nothing
 
 
 class Count(TorchDispatchMode):
@@ -53,30 +48,27 @@ class Count(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor):
-                self._meet(tensor.untyped_storage(), made=False)
+        self._meet((args, kwargs), made=False)
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._meet(tensor.untyped_storage(), made=True)
+        self._meet(result, made=True)
         return result
 
-    def _meet(self, storage: torch.UntypedStorage, made: bool) -> None:
+    def _meet(self, tree: Any, made: bool) -> None:
         """Count a storage from its first sight to its end, unless it was there before."""
-        if storage._cdata not in self._known:
-            size = storage.nbytes() if made else 0
-            self._known.add(storage._cdata)
-            self.bytes += size
-            self.most = max(self.most, self.bytes)
-            weakref.finalize(storage, self._forget, storage._cdata, size)
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                size = storage.nbytes() if made else 0
+                self._known.add(storage._cdata)
+                self.bytes += size
+                self.most = max(self.most, self.bytes)
+                weakref.finalize(storage, self._forget, storage._cdata, size)
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.bytes -= size
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def text_activations(
     shape: Shape,
     *,
@@ -98,101 +90,74 @@ def text_activations(
         rank, targets: policy.lora's; then the embedding is frozen, too.
     """
     lora = LoraConfig(rank=rank, target_modules=list(targets))
+    settings = PolicyConfig(dtype=dtype, gradient_checkpointing=checkpointing, lora=lora)
     row = row if kernel == "sdpa" else _ROW
-    most_rows = max(1, _TOKENS // row)
+    rows = max(1, _TOKENS // row)
 
     def run(depth: int, factor: int) -> tuple[float, float, float]:
-        rows = factor * most_rows
-        language = _policy(shape, dtype, kernel, checkpointing, depth, lora).model.language_model
-        mask = torch.empty(rows, 1, row, row, dtype=torch.bool, device="meta") if kernel == "sdpa" else None
-        axes = (3,) if family_of(shape.config.model_type).MROPE else ()
-        positions = torch.empty(*axes, rows, row, dtype=torch.int64, device="meta")
-        index = torch.empty(rows, row, dtype=torch.int64, device="meta")
+        B, policy = factor * rows, policy_without_data(shape, settings, kernel, depth)
+        mask = torch.empty(B, 1, row, row, dtype=torch.bool, device="meta") if kernel == "sdpa" else None
+        positions = torch.empty(*((3,) if policy.family.MROPE else ()), B, row, dtype=torch.int64, device="meta")
+        index = torch.empty(B, row, dtype=torch.int64, device="meta")
 
-        def forward() -> torch.Tensor:
-            embeds = torch.empty(rows * row, shape.hidden, dtype=_dtype(dtype), device="meta", requires_grad=not rank)
-            keep.append(embeds)
-            return language(
-                inputs_embeds=embeds.view(rows, row, -1) if kernel == "flash" else embeds[index],
+        def forward() -> tuple[torch.Tensor, torch.Tensor]:
+            made = {"dtype": getattr(torch, dtype), "device": "meta", "requires_grad": not rank}
+            embeds = torch.empty(B * row, shape.hidden, **made)  # [T, D]
+            output = policy.hf.model.language_model(
+                inputs_embeds=embeds.view(B, row, -1) if kernel == "flash" else embeds[index],
                 position_ids=positions,
                 attention_mask={"full_attention": mask, "sliding_attention": mask},
                 use_cache=False,
-            ).last_hidden_state
+            )
+            return output.last_hidden_state, embeds
 
-        keep: list[torch.Tensor] = []
-        return _run(language, forward, keep)
+        return _run([policy.hf.model.language_model], forward)
 
-    return _per_unit(run, shape.layers, most_rows * row)
+    return _per_unit(run, depths(shape.config)[0], rows * row)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def vision_activations(shape: Shape, *, dtype: str, kernel: str, checkpointing: bool) -> Activations:
-    """Of the vision tower, its merger included, per patch; arguments as in `text_activations`."""
-    if shape.tile:
-        return _tile_activations(shape, dtype, kernel, checkpointing)
+    """Of the vision tower, its merger or projector included, per patch; arguments as in `text_activations`."""
+    settings = PolicyConfig(dtype=dtype, gradient_checkpointing=checkpointing)
+    tiles = max(1, _PATCHES // shape.tile_patches) if shape.tile else 0
 
     def run(depth: int, factor: int) -> tuple[float, float, float]:
-        patches = factor * _PATCHES
-        cu_seqlens = torch.arange(0, patches + 1, _WINDOW)
-        visual = _policy(shape, dtype, kernel, checkpointing, depth).model.visual
-        width = shape.vision_hidden // visual.config.num_heads
+        policy = policy_without_data(shape, settings, kernel, depth)
 
-        def forward() -> torch.Tensor:
-            pixels = torch.empty(patches, shape.patch_values, device="meta")
-            keep.append(pixels)
-            hidden = visual.patch_embed(pixels.to(_dtype(dtype)))
-            angles = torch.empty(patches, width, device="meta"), torch.empty(patches, width, device="meta")
-            for block in visual.blocks:
-                hidden = block(hidden, cu_seqlens=cu_seqlens, position_embeddings=angles)
-            return visual.merger(hidden)
+        def forward() -> tuple[torch.Tensor, Any]:
+            if tiles:
+                inputs = {"pixel_values": torch.empty(factor * tiles, 3, shape.tile, shape.tile, device="meta")}
+            else:
+                inputs = {"pixel_values": torch.empty(factor * _PATCHES, shape.patch_values, device="meta")}
+                inputs["image_grid_thw"] = torch.tensor([[1, 32, _PATCHES // 32]] * factor)
+            return policy.family.features(policy.hf, inputs)[0], inputs
 
-        keep: list[torch.Tensor] = []
-        return _run(visual, forward, keep)
+        return _run(policy.family.vision_modules(policy.hf), forward)
 
-    return _per_unit(run, shape.vision_layers, _PATCHES)
+    return _per_unit(run, depths(shape.config)[1], tiles * shape.tile_patches or _PATCHES)
 
 
-def _tile_activations(shape: Shape, dtype: str, kernel: str, checkpointing: bool) -> Activations:
-    """Of InternVL's vision tower and projector, per patch."""
-    tiles = max(1, _PATCHES // shape.tile_patches)
-    channels = shape.config.vision_config.num_channels
-
-    def run(depth: int, factor: int) -> tuple[float, float, float]:
-        model = _policy(shape, dtype, kernel, checkpointing, depth)
-        family = family_of(shape.config.model_type)
-
-        def forward() -> torch.Tensor:
-            pixels = torch.empty(factor * tiles, channels, shape.tile, shape.tile, device="meta")
-            keep.append(pixels)
-            return family.features(model, {"pixel_values": pixels})[0]
-
-        keep: list[torch.Tensor] = []
-        return _run(nn.ModuleList(family.vision_modules(model)), forward, keep)
-
-    return _per_unit(run, shape.vision_layers, tiles * shape.tile_patches)
-
-
-def _run(module: nn.Module, forward: Any, keep: list[torch.Tensor]) -> tuple[float, float, float]:
-    """(kept, extra, forward without gradients) of one run, in bytes; `keep` holds what the caller of it holds."""
-    for parameter in module.parameters():  # ZeRO-3 takes each gradient away as soon as it is there
+def _run(modules: list[nn.Module], forward: Callable[[], tuple[torch.Tensor, Any]]) -> tuple[float, float, float]:
+    """(kept, extra, most of a forward without gradients) in bytes; `forward` returns what its caller holds, too."""
+    for parameter in nn.ModuleList(modules).parameters():  # ZeRO-3 takes each gradient away as soon as it is there
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with Count() as count:
-        output = forward()
+        output, held = forward()
         kept = count.bytes - output.untyped_storage().nbytes()
         count.most = count.bytes
         gradient = torch.empty_like(output)
-        keep.clear()
+        del held
         torch.autograd.backward(output, gradient)
         extra = count.most - kept
-    keep.clear()
     del output, gradient
     with Count() as count, torch.no_grad():
         forward()
     return kept, extra, count.most
 
 
-def _per_unit(run: Any, depth: int, units: int) -> Activations:
+def _per_unit(run: Callable[[int, int], tuple[float, float, float]], depth: int, units: int) -> Activations:
     """From runs one and two layers deep, on `units` tokens and on twice as many, to `depth` layers."""
     (kept_1, *_), (kept_2, extra, forward) = run(1, 1), run(2, 1)
     (more_1, *_), (more_2, extra_more, forward_more) = run(1, 2), run(2, 2)
@@ -201,30 +166,21 @@ def _per_unit(run: Any, depth: int, units: int) -> Activations:
     return Activations(kept / units, slope / units, max(0.0, extra - slope), (forward_more - forward) / units)
 
 
-def _policy(
-    shape: Shape, dtype: str, kernel: str, checkpointing: bool, depth: int, lora: LoraConfig | None = None
-) -> nn.Module:
-    """The model as the policy sets it up, `depth` layers deep, its attention replaced by the stand-in."""
+def policy_without_data(shape: Shape, settings: PolicyConfig, kernel: str, depth: int) -> Any:
+    """The policy as training sets it up, `depth` layers deep, its attention replaced by the stand-in."""
     from transformers import AttentionInterface
 
     from rethinker.policy.lora import add_adapters
     from rethinker.policy.model import Policy
 
-    AttentionInterface.register(_ATTENTION, functools.partial(_attention, kernel))
-    AttentionInterface.register(_VISION, functools.partial(_attention, "varlen"))
-    model = meta_model(shape.config, depth=depth, dtype=_dtype(dtype))
-    settings = PolicyConfig(dtype=dtype, attention="sdpa", gradient_checkpointing=checkpointing)
-    if lora and lora.rank:
-        settings.lora = lora
-        add_adapters(model, lora, seed=0)
+    model = meta_model(shape.config, depth=depth, dtype=getattr(torch, settings.dtype))
+    if settings.lora.rank:
+        add_adapters(model, settings.lora, seed=0)
     policy = Policy(model, settings).eval()
-    vision = _ATTENTION if kernel == "sdpa" or shape.tile else _VISION
-    model.set_attn_implementation({"text_config": _ATTENTION, "vision_config": vision})
-    return policy.hf
-
-
-def _dtype(name: str) -> torch.dtype:
-    return getattr(torch, name)
+    for name in (_TEXT, _VISION):
+        AttentionInterface.register(name, functools.partial(_attention, kernel))
+    model.set_attn_implementation({"text_config": _TEXT, "vision_config": _VISION})
+    return policy
 
 
 def _attention(
@@ -254,7 +210,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask, kernel, segments):
         out = torch.empty_like(query)
-        if kernel == "flash":
+        if kernel == "flash" and not segments:
             torch.empty_like(query)  # the part over shared keys, until it is merged
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         bias = None if mask is None else query.new_empty(mask.shape)  # SDPA turns a boolean mask into numbers
@@ -264,7 +220,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        query, key, value, out, lse, _ = ctx.saved_tensors
+        query, key, value, _, lse, _ = ctx.saved_tensors
         gradients = tuple(torch.empty_like(x) for x in (query, key, value))
         scratch = [torch.empty_like(lse)]
         if ctx.flash:
@@ -274,5 +230,4 @@ class _Fused(torch.autograd.Function):
             padded = rows * tokens + 128 * ctx.segments, heads, -(-size // 32) * 32
             scratch += [query.new_empty(padded, dtype=torch.float32)]
             scratch += [torch.empty_like(query) for _ in range(2) if key.shape != query.shape]
-        del scratch, out
         return *gradients, None, None, None

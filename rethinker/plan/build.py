@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rethinker.config import Config, ConfigError
-from rethinker.plan.batches import Geometry, Times, Traffic, largest_micro_batch, likely_traffic
+from rethinker.plan.batches import Batches, Machine, Times, batches_of, times_of
 from rethinker.plan.memory import (
     GIB,
-    MicroBatch,
     Term,
     lora_parameters,
     step_moments,
@@ -31,40 +30,12 @@ TOKEN_BYTES = 8  # of a response: an id and a log-prob (samples.Completion)
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What the run is planned for; `gpus` 0 is a CPU, and `ranks` processes share it."""
-
-    gpus: int
-    gpu_memory: float  # bytes of a GPU
-    gpus_per_node: int
-    host_memory: float | None  # bytes of a node
-    disk: float | None = None  # bytes free at run.dir
-    mfu: float = 0.4
-    peak_flops: float = 989e12
-    bandwidth: float = 3.35e12  # bytes/s of a GPU's memory
-    network: float = 50e9  # bytes/s of a GPU to other nodes
-    nvlink: float = 450e9  # and within its node
-
-    @property
-    def ranks(self) -> int:
-        return max(1, self.gpus)
-
-    @property
-    def ranks_per_node(self) -> int:
-        return min(self.ranks, self.gpus_per_node) if self.gpus else 1
-
-    @property
-    def nodes(self) -> int:
-        return -(-self.ranks // self.ranks_per_node)
-
-
-@dataclass(frozen=True)
 class Phase:
-    """A moment of the run: what is held, and of how much."""
+    """A moment of the run, or the disk: what is held, and of how much."""
 
     name: str
     terms: list[Term]
-    limit: float | None
+    limit: float | None  # None: not known
 
     @property
     def bytes(self) -> float:
@@ -82,33 +53,65 @@ class Plan:
     config: Config
     shape: Shape
     machine: Machine
-    traffic: Traffic
-    micro_batch: MicroBatch
-    geometry: Geometry
+    batches: Batches
     moments: list[Term]  # what a training step adds at each moment that may be its worst
-    phases: list[Phase]  # on a rank's device
-    host: Phase  # on a node; without GPUs the only one
+    device: list[Phase]  # of a rank; none without GPUs
+    host: Phase  # of a node; without GPUs the only memory
     disk: Phase
     rollout: Rollout
     times: Times | None
 
     @property
-    def problems(self) -> list[str]:
-        """What does not fit, in words."""
-        said = []
-        for phase in (*self.phases, self.host, self.disk):
-            if not phase.fits:
-                said.append(f"{phase.name}: {phase.bytes / GIB:.1f} GiB of {phase.limit / GIB:.1f}")
-        if self.rollout.cache_missing:
-            said.append(
-                f"rollout: vLLM's cache holds {self.rollout.cache_tokens:,.0f} tokens and lacks "
-                f"{self.rollout.cache_missing / GIB:.1f} GiB for one sequence of the longest kind"
+    def phases(self) -> list[Phase]:
+        """All of them."""
+        return [*self.device, self.host, self.disk]
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """What does not fit: {phase or "vLLM's cache": in words}."""
+        sizes = {p.name: f"{p.name}: {p.bytes / GIB:.1f} GiB of {p.limit / GIB:.1f}" for p in self.phases if not p.fits}
+        if missing := self.rollout.cache_missing:
+            sizes["vLLM's cache"] = (
+                f"vLLM's cache: it holds {self.rollout.cache_tokens:,.0f} tokens and lacks {missing / GIB:.1f} GiB "
+                "for one sequence of the longest kind"
             )
-        return said
+        return sizes
 
     @property
     def fits(self) -> bool:
         return not self.problems
+
+
+def remedies(plan: Plan, problem: str) -> list[str]:
+    """Up to three options that lessen a problem, first those that change neither the result nor the speed by much."""
+    config, on_gpu, vllm = plan.config, plan.machine.gpus > 0, plan.config.rollout.backend == "vllm"
+    tokens, share = config.train.micro_batch_tokens, config.rollout.gpu_memory_utilization
+    half = max(config.data.max_prompt_tokens + config.rollout.max_new_tokens, tokens // 2)
+    wide, workers, keep = 2 * config.rollout.tensor_parallel_size, config.reward.workers, config.checkpoint.keep
+    wider = vllm and plan.machine.ranks_per_node % wide == 0 and plan.shape.text.num_attention_heads % wide == 0
+    training = {"training", "memory"}
+    device = {"training", "rollout", "weight sync"}
+    awake = on_gpu and vllm and not config.rollout.sleep  # then the engine keeps its share in every phase
+    split = {"vLLM's cache", "host memory of a node", *([] if awake else ["weight sync"])}
+    offers = [
+        ("--rollout.sleep true", {"training", "weight sync"}, awake),
+        ("--policy.gradient_checkpointing true", training, not config.policy.gradient_checkpointing),
+        (f"--train.micro_batch_tokens {half}", training, half < tokens),
+        (
+            f"--rollout.gpu_memory_utilization {share - 0.1:.2g}",
+            device if awake else {"rollout"},
+            vllm and share > 0.15,
+        ),
+        (f"--rollout.gpu_memory_utilization {share + 0.1:.2g}", {"vLLM's cache"}, share < 0.85),
+        (f"--rollout.tensor_parallel_size {wide}", split, wider),
+        (f"--rollout.kv_cache_gb {config.rollout.kv_cache_gb / 2:g}", {"memory"}, vllm),
+        ("--train.deepspeed.zero_optimization.offload_optimizer.device cpu", device, on_gpu),
+        ("--policy.lora.rank 16", device | {"memory", "disk"}, not config.policy.lora.rank),
+        (f"--gpus {2 * plan.machine.gpus}", device, on_gpu),
+        (f"--reward.workers {workers // 2}", {"host memory of a node"}, workers > 1),
+        (f"--checkpoint.keep {keep - 1}", {"disk"}, keep > 1),
+    ]
+    return [option for option, lessens, possible in offers if possible and problem in lessens][:3]
 
 
 def make_plan(
@@ -132,110 +135,71 @@ def make_plan(
     """
     shape = shape_of(config.policy.model)
     _check_parallel(config, shape, machine)
-    ranks, on_gpu = machine.ranks, machine.gpus > 0
-    traffic = likely_traffic(config, shape, prompt_tokens, response_tokens)
-    batch = largest_micro_batch(config, shape, traffic, ranks)
+    ranks, on_gpu, here = machine.ranks, machine.gpus > 0, machine.ranks_per_node
+    batches = batches_of(config, shape, ranks, prompt_tokens, response_tokens, queries)
     state, offloaded = training_state(config, shape, ranks, on_gpu)
-    moments = step_moments(config, shape, batch, ranks, on_gpu)
+    moments = step_moments(config, shape, batches.largest, ranks, on_gpu)
     step = worst(moments)
     rollout = rollout_of(config, shape, ranks, machine.gpu_memory if on_gpu else None)
     sync = sync_peak(config, shape) if rollout.terms else []
-    times = None
-    if on_gpu and not rollout.cache_missing:
-        network = machine.network if machine.nodes > 1 else machine.nvlink
-        given = {"mfu": machine.mfu, "peak_flops": machine.peak_flops, "bandwidth": machine.bandwidth}
-        given |= {"network": network, "local": machine.nvlink}
-        likely = rollout.cache_tokens / (traffic.prompt / config.rollout.group_size + traffic.response)
-        times = Times.of(config, shape, traffic, ranks, min(rollout.most_sequences, likely), **given)
-    phases = _device_phases(machine, state, step, sync, rollout) if on_gpu else []
+    device, times = [], None
+    if on_gpu:
+        # An engine that sleeps takes nothing while the policy trains, and wakes for a weight sync without its cache.
+        reserve = Term("reserve", RESERVE, "CUDA context, NCCL, cuBLAS: assumed")
+        lost = Term("fragmentation", FRAGMENTATION * (total(state) + total(step)), f"{FRAGMENTATION:.0%} assumed")
+        beside, awake = ([], rollout.terms[:1]) if rollout.sleeps else (rollout.terms, rollout.terms)
+        device = [
+            Phase("training", [*state, *step, *beside, lost, reserve], machine.gpu_memory),
+            Phase("rollout", [*state, *rollout.terms, reserve], machine.gpu_memory),
+            Phase("weight sync", [*state, *awake, *sync, reserve], machine.gpu_memory),
+        ]
+        host = [Term("processes", here * PROCESS, f"{here} ranks: assumed")]
+        host += [Term(f"{term.name}, offloaded", here * term.bytes) for term in offloaded]
+        if rollout.sleeps:
+            host.append(Term("vLLM's weights, asleep", here * rollout.terms[0].bytes, "rollout.sleep, pinned"))
+        if not rollout.cache_missing:
+            likely = rollout.cache_tokens / (batches.prompt / config.rollout.group_size + batches.response)
+            times = times_of(config, shape, batches, machine, min(rollout.most_sequences, likely))
+    else:
+        process = Term("the process", CPU_PROCESS, "Python, torch, DeepSpeed, vLLM")
+        host = [process, *state, *offloaded, *rollout.terms, *max(step, sync, key=total)]
+    responses = config.train.episode_queries * config.rollout.group_size
+    if not config.replay.clear_every_episode:
+        responses = max(responses, config.replay.capacity)
+    held = responses * config.rollout.max_new_tokens * TOKEN_BYTES / machine.nodes
+    workers, b, keep = config.reward.workers, weight_bytes(config), config.checkpoint.keep
+    host += [
+        Term("answer checkers", here * workers * CHECKER, f"{here} x {workers}: assumed"),
+        Term("responses and replay", held, f"{responses:,} of the longest"),
+        Term("a checkpoint's weights", b * shape.parameters, "whole, on rank 0's node, while it is written"),
+    ]
+    model = b * (shape.parameters + lora_parameters(config, shape))
+    resumable = model + 12 * trained_parameters(config, shape)
+    disk = [  # One more than is kept: the oldest goes when the newest is whole.
+        Term("checkpoints to resume from", (keep + 1) * resumable, f"{keep} kept, one being written"),
+        Term("best and last model", 2 * model, f"{b} bytes per parameter"),
+    ]
     return Plan(
-        config=config,
-        shape=shape,
-        machine=machine,
-        traffic=traffic,
-        micro_batch=batch,
-        geometry=Geometry.of(config, traffic, ranks, queries),
+        config,
+        shape,
+        machine,
+        batches,
         moments=[Term(moment[-1].name, total(moment), moment[-1].note) for moment in moments],
-        phases=phases,
-        host=_host(config, shape, machine, offloaded, state, step, sync, rollout),
-        disk=_disk(config, shape, machine),
+        device=device,
+        host=Phase("host memory of a node" if on_gpu else "memory", host, machine.host_memory),
+        disk=Phase("disk", disk, machine.disk),
         rollout=rollout,
         times=times,
     )
 
 
-def _device_phases(
-    machine: Machine, state: list[Term], step: list[Term], sync: list[Term], rollout: Rollout
-) -> list[Phase]:
-    """Training, rollout and weight sync. An engine that sleeps takes nothing while the policy trains."""
-    reserve = Term("reserve", RESERVE, "CUDA context, NCCL, cuBLAS: assumed")
-    lost = Term("fragmentation", FRAGMENTATION * (total(state) + total(step)), f"{FRAGMENTATION:.0%} assumed")
-    beside = [] if rollout.sleeps else rollout.terms
-    weights = [Term("vLLM's weights", rollout.weights, "awake, without its cache")] if rollout.sleeps else rollout.terms
-    return [
-        Phase("training", [*state, *step, *beside, lost, reserve], machine.gpu_memory),
-        Phase("rollout", [*state, *rollout.terms, reserve], machine.gpu_memory),
-        Phase("weight sync", [*state, *weights, *sync, reserve], machine.gpu_memory),
-    ]
-
-
-def _host(
-    config: Config,
-    shape: Shape,
-    machine: Machine,
-    offloaded: list[Term],
-    state: list[Term],
-    step: list[Term],
-    sync: list[Term],
-    rollout: Rollout,
-) -> Phase:
-    b, here = weight_bytes(config), machine.ranks_per_node
-    group, longest = config.rollout.group_size, config.rollout.max_new_tokens
-    kept = config.train.episode_queries * group
-    if not config.replay.clear_every_episode:
-        kept = max(kept, config.replay.capacity)
-    responses = kept * longest * TOKEN_BYTES / machine.nodes
-    terms = [
-        Term("answer checkers", here * config.reward.workers * CHECKER, f"{here} x {config.reward.workers}: assumed"),
-        Term("responses and replay", responses, f"{kept:,} of the longest"),
-        Term("a checkpoint's weights", b * shape.parameters, "whole, on rank 0's node, while it is written"),
-    ]
-    if not machine.gpus:
-        terms.insert(0, Term("the process", CPU_PROCESS, "Python, torch, DeepSpeed, vLLM"))
-        during = max(total(step), total(sync))
-        worst_moment = step if total(step) == during else sync
-        terms[1:1] = [*state, *offloaded, *rollout.terms, *worst_moment]
-        return Phase("memory", terms, machine.host_memory)
-    terms.insert(0, Term("processes", here * PROCESS, f"{here} ranks: assumed"))
-    if rollout.sleeps and rollout.weights:
-        terms.insert(1, Term("vLLM's weights, asleep", here * rollout.weights, "rollout.sleep, pinned"))
-    terms[1:1] = [Term(f"{term.name}, offloaded", here * term.bytes) for term in offloaded]
-    return Phase("host memory of a node", terms, machine.host_memory)
-
-
-def _disk(config: Config, shape: Shape, machine: Machine) -> Phase:
-    b = weight_bytes(config)
-    model = b * (shape.parameters + lora_parameters(config, shape))
-    resumable = model + 12 * trained_parameters(config, shape)
-    keep = config.checkpoint.keep
-    return Phase(
-        "disk",
-        [
-            # One more than is kept: the oldest goes when the newest is whole.
-            Term("checkpoints to resume from", (keep + 1) * resumable, f"{keep} kept, one being written"),
-            Term("best and last model", 2 * model, f"{b} bytes per parameter"),
-        ],
-        machine.disk,
-    )
-
-
 def _check_parallel(config: Config, shape: Shape, machine: Machine) -> None:
-    tp = config.rollout.tensor_parallel_size
+    tp, heads = config.rollout.tensor_parallel_size, shape.text.num_attention_heads
     if machine.ranks % tp:
         raise ConfigError(f"rollout.tensor_parallel_size={tp} must divide the number of GPUs ({machine.ranks})")
-    if shape.heads % tp:
-        sizes = [n for n in range(1, shape.heads + 1) if shape.heads % n == 0 and machine.ranks % n == 0]
+    if heads % tp:
+        sizes = [n for n in range(1, heads + 1) if heads % n == 0 and machine.ranks % n == 0]
         raise ConfigError(
-            f"rollout.tensor_parallel_size={tp} must divide the model's {shape.heads} attention heads; "
+            f"rollout.tensor_parallel_size={tp} must divide the model's {heads} attention heads; "
             f"on {machine.ranks} GPUs: {', '.join(map(str, sizes))}"
         )

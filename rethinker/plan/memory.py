@@ -7,18 +7,23 @@ V vocabulary, D hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
 
 from rethinker.checks import lora_targets
-from rethinker.config import Config
+from rethinker.config import Config, ConfigError, one_line
 from rethinker.plan.activations import text_activations, vision_activations
 from rethinker.plan.shapes import Shape
 from rethinker.policy.attention import kernel_for
+from rethinker.policy.zero3 import zero3_settings
+from rethinker.rollout.weight_sync import BUCKET_BYTES
 from rethinker_kernels import torch_rows
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_bytes
 
 GIB = 2**30
 H100_PROCESSORS = 132  # the loss head's chunks depend on them; other GPUs' differ by a few percent
-BUCKET_BYTES = 256 << 20  # rollout.weight_sync's, which cannot be imported without vLLM
 
 
 @dataclass(frozen=True)
@@ -40,45 +45,26 @@ class MicroBatch:
     patches: int  # P
 
 
-@dataclass(frozen=True)
-class Zero3:
-    """What decides ZeRO-3's memory: DeepSpeed's settings as rethinker.policy.zero3 writes and the user overrides them.
+def zero3(config: Config, ranks: int, on_gpu: bool) -> tuple[Any, int]:
+    """(DeepSpeed's ZeRO settings of a run, bytes of an accumulated gradient's entry).
 
-    Read in deepspeed 0.19 runtime/zero/stage3.py: gradients are accumulated in `data_types.grad_accum_dtype`; the
-    optimizer works through `sub_group_size` elements at a time; a parameter stays gathered if it is used again within
-    `stage3_max_reuse_distance` elements.
+    Raises:
+        ConfigError: train.deepspeed holds what DeepSpeed does not take.
     """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    bucket: int  # elements
-    prefetch: int
-    reuse: int
-    sub_group: int
-    gradient_bytes: int
-    optimizer_on_host: bool
-    parameters_on_host: bool
-    node_copy: int  # GPUs that share a second copy of the weights (hpZ); 1: there is none
+    device = torch.device("cuda" if on_gpu else "cpu")
+    settings = zero3_settings(config, SimpleNamespace(device=device, world_size=ranks))
+    try:
+        zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
+    except ValueError as error:
+        raise ConfigError(f"train.deepspeed.zero_optimization: {one_line(error)}") from error
+    return zero, 4 if settings["data_types"]["grad_accum_dtype"] in ("fp32", "float32") else 2
 
-    @classmethod
-    def of(cls, config: Config, on_gpu: bool) -> Zero3:
-        zero = config.train.deepspeed.get("zero_optimization", {})
-        kind = config.train.deepspeed.get("data_types", {}).get("grad_accum_dtype", "fp32")
 
-        def number(name: str, default: float) -> int:
-            return int(zero.get(f"stage3_{name}", zero.get(name, default)))
-
-        def away(name: str) -> bool:
-            return (zero.get(name) or {}).get("device", "none") != "none"
-
-        return cls(
-            bucket=number("reduce_bucket_size", 5e8 if on_gpu else 5e6),
-            prefetch=number("prefetch_bucket_size", 5e7 if on_gpu else 5e5),
-            reuse=number("max_reuse_distance", 1e9),
-            sub_group=number("sub_group_size", 1e9),
-            gradient_bytes=4 if kind in ("fp32", "float32") else 2,
-            optimizer_on_host=away("offload_optimizer"),
-            parameters_on_host=away("offload_param"),
-            node_copy=max(1, number("zero_hpz_partition_size", 1)),
-        )
+def on_host(part: Any) -> bool:
+    """Whether an `offload_*` section of DeepSpeed's moves its part to the host."""
+    return part is not None and part.device != "none"
 
 
 def weight_bytes(config: Config) -> int:
@@ -89,7 +75,7 @@ def weight_bytes(config: Config) -> int:
 def lora_parameters(config: Config, shape: Shape) -> int:
     """A and B of policy.lora; 0 without."""
     chosen = lora_linears(config, shape)
-    return shape.layers * (config.policy.lora.rank or 0) * sum(wide + high for wide, high in chosen)
+    return shape.text.num_hidden_layers * (config.policy.lora.rank or 0) * sum(wide + high for wide, high in chosen)
 
 
 def lora_linears(config: Config, shape: Shape) -> list[tuple[int, int]]:
@@ -112,25 +98,25 @@ def trained_parameters(config: Config, shape: Shape) -> int:
 
 def training_state(config: Config, shape: Shape, ranks: int, on_gpu: bool) -> tuple[list[Term], list[Term]]:
     """What a rank holds between steps: (on its device, offloaded to the host)."""
-    zero, b = Zero3.of(config, on_gpu), weight_bytes(config)
+    (zero, entry), b = zero3(config, ranks, on_gpu), weight_bytes(config)
     whole, trained = shape.parameters / ranks, trained_parameters(config, shape) / ranks
     adapters = lora_parameters(config, shape) / ranks
     parameters = [Term("parameters", b * (whole + adapters), f"{b} bytes / ranks")]
-    optimizer = [Term("gradients", zero.gradient_bytes * trained, f"{zero.gradient_bytes} bytes / ranks")]
+    optimizer = [Term("gradients", entry * trained, f"{entry} bytes / ranks")]
     # An fp32 policy is not its own master: DeepSpeed compares a torch.device with a text and copies (measured).
     optimizer.append(Term("fp32 master weights", 4 * trained, "4 bytes / ranks"))
     optimizer.append(Term("AdamW moments", 8 * trained, "8 bytes / ranks"))
-    device = [Term("gradient bucket", zero.bucket * b, "reduce_bucket_size")]
-    if (sharing := min(zero.node_copy, ranks)) > 1:
+    device = [Term("gradient bucket", zero.reduce_bucket_size * b, "reduce_bucket_size")]
+    if (sharing := min(zero.zero_hpz_partition_size, ranks)) > 1:
         copied = b * shape.parameters / sharing
         device.append(Term("the node's copy of the weights", copied, f"{b} bytes / {sharing}, zero_hpz_partition_size"))
     if config.algorithm.kl_coef > 0 and not adapters:
         device.append(Term("reference policy", b * whole, "algorithm.kl_coef > 0"))
     host: list[Term] = []
-    if zero.optimizer_on_host:
+    if on_host(zero.offload_optimizer):
         optimizer.append(Term("fp32 gradients", 4 * trained, "4 bytes / ranks"))
-    for terms, away in ((parameters, zero.parameters_on_host), (optimizer, zero.optimizer_on_host)):
-        (host if away else device).extend(terms)
+    for terms, away in ((parameters, zero.offload_param), (optimizer, zero.offload_optimizer)):
+        (host if on_host(away) else device).extend(terms)
     return device[1:] + device[:1], host
 
 
@@ -140,14 +126,14 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
     Moments: the head (its gradients are made in its forward), the head's and the layers' backward, the vision tower's
     backward, the embedding's gradient, and the optimizer.
     """
-    zero, b, ckpt = Zero3.of(config, on_gpu), weight_bytes(config), config.policy.gradient_checkpointing
+    (zero, _), b = zero3(config, ranks, on_gpu), weight_bytes(config)
     kernel = kernel_for(config.policy, on_gpu)
     T, P, R = batch.tokens, batch.patches, batch.rows
     row = batch.row if kernel == "sdpa" else 0
     lora = config.policy.lora
-    given = {"dtype": config.policy.dtype, "kernel": kernel, "row": row, "checkpointing": ckpt}
-    text = text_activations(shape, **given, rank=lora.rank or 0, targets=tuple(lora.target_modules))
-    vision = vision_activations(shape, dtype=config.policy.dtype, kernel=kernel, checkpointing=ckpt)
+    given = {"dtype": config.policy.dtype, "kernel": kernel, "checkpointing": config.policy.gradient_checkpointing}
+    text = text_activations(shape, **given, row=row, rank=lora.rank or 0, targets=tuple(lora.target_modules))
+    vision = vision_activations(shape, **given)
     frozen = config.policy.freeze_vision or bool(lora.rank)
 
     head = b * shape.head_parameters  # also the head's gradient, and the embedding's
@@ -155,13 +141,13 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
     rows, states = b * R * shape.hidden, b * T * shape.hidden
     work = _chunk_bytes(shape, R, b, on_gpu)
     # A full bucket is copied once more to be scattered; a gradient larger than the bucket goes alone.
-    flush = b * min(zero.bucket, trained_parameters(config, shape))
+    flush = b * min(zero.reduce_bucket_size, trained_parameters(config, shape))
     large = max(flush, learned)
     waits = learned if shape.tied else 0  # the head's gradient waits for the embedding's
     gathered = 0.0
     if ranks > 1:
-        at_turn = max(shape.head_parameters, min(zero.reuse / 2, shape.parameters))
-        gathered = b * (at_turn + min(zero.prefetch, shape.parameters))
+        at_turn = max(shape.head_parameters, min(zero.max_reuse_distance / 2, shape.parameters))
+        gathered = b * (at_turn + min(zero.prefetch_bucket_size, shape.parameters))
 
     tokens, patches = f"{T:,} tokens", f"{P:,} patches"
     kept = [Term("activations, language model", text.kept * T, tokens)]
@@ -172,7 +158,7 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
     made = Term(
         "loss head",
         2 * rows + learned * 4 / b + work,
-        f"{R:,} rows, of which {_gib(work)} GiB are a chunk of logits",
+        f"{R:,} rows, of which {work / GIB:.2g} GiB are a chunk of logits",
     )
     live = [Term("gathered weights", gathered, "the head, a layer, prefetched ones")] if gathered else []
     see = [
@@ -189,16 +175,12 @@ def step_moments(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on
     ]
     if learned:
         moments.append([*live, Term("embedding's gradient", states + (3 if shape.tied else 1) * head + large)])
-    if not zero.optimizer_on_host:
+    if not on_host(zero.offload_optimizer):
         # A sub-group ends with the parameter that fills it. It takes an fp32 gradient, and AdamW's temporaries: one on
         # a GPU (foreach), two on a CPU.
-        group = min(trained, zero.sub_group + shape.head_parameters / ranks)
+        group = min(trained, zero.sub_group_size + shape.head_parameters / ranks)
         moments.append([Term("optimizer step", group * (8 if on_gpu else 12))])
     return moments
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2g}"
 
 
 def worst(moments: list[list[Term]]) -> list[Term]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from rethinker.algorithm.objective import loss_normalizer, supervised_weight, surrogate_inputs
+from rethinker.algorithm.objective import load_loss, loss_inputs, loss_normalizer, supervised_weight
 from rethinker.config import Config, ConfigError
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora, optimizer_state
@@ -26,7 +26,7 @@ from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.policy.schedule import learning_rate
 from rethinker.policy.zero3 import deepspeed_config, without_optimizer
 from rethinker.runtime.distributed import Ranks
-from rethinker.runtime.ownership import bring
+from rethinker.runtime.ownership import fetch
 from rethinker.runtime.profiling import phase
 from rethinker.samples import Bundle, PackedBatch, Sample
 from rethinker_kernels import LINEAR_GRPO_STATS
@@ -69,6 +69,7 @@ class PolicyEngine:
         self.steps = 0  # optimizer steps attempted
         self.version = 0  # weight syncs: the policy version that rollouts carry
         self.budget_file = budget_file
+        self.loss = load_loss(config.algorithm)
         # On several nodes only one may see the note, and all must cut the same micro-batches.
         self.micro_batch_tokens = min(ranks.gather(noted_budget(budget_file, config.train.micro_batch_tokens)))
         # DeepSpeed would compile a shared-memory all-reduce at its first start. Only CPU inference calls it, and a run
@@ -120,11 +121,12 @@ class PolicyEngine:
 
         Raises:
             OutOfMemory: memory ran out on this rank.
-            ConfigError: memory ran out, and smaller micro-batches would not help.
+            ConfigError: memory ran out, and smaller micro-batches would not help; or the user's own loss is not finite
+                where every log-prob is.
         """
         if not samples:
             self.steps += 1
-            return _metrics([0.0] * len(_SUMS), grad_norm=0.0, rate=0.0)
+            return _metrics(dict.fromkeys(_SUMS, 0.0), grad_norm=0.0, rate=0.0)
         plan = self._plan(samples, self.ranks.world_size)
         with explained(lambda: self._smaller_next_time(plan)):
             sums = self._accumulate(samples, plan)
@@ -134,7 +136,14 @@ class PolicyEngine:
         with phase("optimizer"), explained(lambda: _OPTIMIZER_IS_FULL.format(self.steps + 1)):
             self.engine.step()
         self.steps += 1
-        return _metrics(self.ranks.sum(sums).tolist(), float(self.engine.get_global_grad_norm()), rate)
+        sums = dict(zip(_SUMS, self.ranks.sum(sums).tolist(), strict=True))
+        named = self.config.algorithm.loss
+        if not (math.isfinite(sums["loss"]) or sums["nonfinite"] or named == "grpo"):
+            raise ConfigError(
+                f"algorithm.loss={named}: it is {sums['loss']} in step {self.steps}, though every log-prob of the "
+                "batch is finite; it must be finite for any finite logps, old_logps and advantages"
+            )
+        return _metrics(sums, float(self.engine.get_global_grad_norm()), rate)
 
     @torch.no_grad()
     def score(self, samples: list[Sample]) -> float:
@@ -247,8 +256,9 @@ class PolicyEngine:
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.ranks.device)
         for batch in self._micro_batches(plan, nll_weight):
             with phase("forward"):
-                surrogate = surrogate_inputs(batch, config.algorithm, normalizer, self._reference_logps(batch))
-                loss, logps, stats = self.engine(batch, config.rollout.temperature, surrogate)
+                reference = self._reference_logps(batch)
+                objective = loss_inputs(self.loss, batch, config.algorithm, normalizer, reference)
+                loss, logps, stats = self.engine(batch, config.rollout.temperature, objective)
             with phase("backward"):
                 # ZeRO averages gradients over ranks; the normalizer is global already. A non-finite loss poisons the
                 # gradient on purpose: ZeRO then sees a non-finite norm on every rank and leaves the weights alone.
@@ -259,7 +269,7 @@ class PolicyEngine:
         return sums
 
     def _micro_batches(self, plan: Plan, nll_weight: float) -> Iterator[PackedBatch]:
-        for bundles in bring(plan, self.ranks):
+        for bundles in fetch(plan, self.ranks):
             with phase("pack"):
                 batch = self._pack(bundles, self.config.algorithm.rollout_correction, nll_weight)
             yield batch
@@ -296,9 +306,8 @@ class PolicyEngine:
         return torch.stack([x.double() for x in (loss.detach(), kl, fresh.sum(), processed, nll)])
 
 
-def _metrics(sums: list[float], grad_norm: float, rate: float) -> dict[str, float]:
-    """What `train_step` returns, from the sums `_SUMS` over all ranks."""
-    of = dict(zip(_SUMS, sums, strict=True))
+def _metrics(of: dict[str, float], grad_norm: float, rate: float) -> dict[str, float]:
+    """What `train_step` returns, from the sums over all ranks by their names in `_SUMS`."""
     tokens = max(of["tokens"], 1.0)
     return {
         "loss": of["loss"],

@@ -21,7 +21,7 @@ from rethinker.policy.cpu_linear import use_onednn
 from rethinker.policy.fused_layers import use_liger
 from rethinker.policy.segment_attention import moved
 from rethinker.samples import PackedBatch, Prompt
-from rethinker_kernels import linear_grpo_loss, linear_selective_log_softmax
+from rethinker_kernels import linear_policy_loss, linear_selective_log_softmax
 from rethinker_kernels.devices import to_device
 
 
@@ -46,24 +46,24 @@ class LossHead(nn.Linear):
         hidden: torch.Tensor,
         index: torch.Tensor | None = None,
         temperature: float = 1.0,
-        surrogate: dict[str, Any] | None = None,
+        objective: dict[str, Any] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Loss, log-probs and statistics of the tokens `index`, as `rethinker_kernels.linear_grpo_loss` returns them.
+        """Loss, log-probs and statistics of the tokens `index`, as `rethinker_kernels.linear_policy_loss` returns them.
 
-        Without `surrogate` the log-probs and entropies, fp32 [R] each; without `index` the logits [R, V].
+        Without `objective` the log-probs and entropies, fp32 [R] each; without `index` the logits [R, V].
 
         Args:
             hidden: [R, D].
             index: [R] int64.
             temperature: of the sampled distribution.
-            surrogate: from `rethinker.algorithm.objective.surrogate_inputs`.
+            objective: from `rethinker.algorithm.objective.loss_inputs`.
         """
         if index is None:
             return super().forward(hidden)
         head = {"bias": self.bias, "temperature": temperature}
-        if surrogate is None:
+        if objective is None:
             return linear_selective_log_softmax(hidden, self.weight, index, **head, return_entropy=True)
-        return linear_grpo_loss(hidden, self.weight, index, **head, **surrogate)
+        return linear_policy_loss(hidden, self.weight, index, **head, **objective)
 
 
 class Policy(nn.Module):
@@ -119,11 +119,11 @@ class Policy(nn.Module):
         return self.family.positions(self.hf, torch.tensor([prompt.token_ids]), image_inputs)
 
     def forward(
-        self, batch: PackedBatch, temperature: float = 1.0, surrogate: dict[str, Any] | None = None
+        self, batch: PackedBatch, temperature: float = 1.0, objective: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, ...]:
         """Loss, log-probs [R] and statistics of the batch's response tokens; see `LossHead.forward`.
 
-        Without `surrogate` log-probs [R] and the entropies [R] of their distributions, fp32 nats.
+        Without `objective` log-probs [R] and the entropies [R] of their distributions, fp32 nats.
         """
         device = batch.input_ids.device
         embeds, spots, deep = self._embed(batch)  # [T, D]
@@ -156,7 +156,7 @@ class Policy(nn.Module):
         ).last_hidden_state
         # Only response tokens reach the head: [R, D].
         rows = hidden.flatten(0, 1)[sources]
-        return self.hf.lm_head(rows, batch.target_ids, temperature, surrogate)
+        return self.hf.lm_head(rows, batch.target_ids, temperature, objective)
 
     def _embed(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """Token embeddings [T, D] with each image's features in place of its placeholders; where those are, [N]; and

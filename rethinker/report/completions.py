@@ -11,17 +11,17 @@ import io
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rethinker.algorithm.cues import rethinks
-from rethinker.config import ConfigError
+from rethinker.algorithm.rethinking import rethinks
+from rethinker.config import ConfigError, RethinkConfig
 from rethinker.data.images import open_image
 from rethinker.report.runs import RunRecord
-from rethinker.report.triggers import TriggerFinder
 from rethinker.samples import Rethought
 
 MOST_GROUPS = 48
@@ -33,62 +33,12 @@ THUMBNAIL = 160
 
 
 @dataclass(frozen=True)
-class Part:
-    """A piece of a response: its text, and whether the trainer forced it."""
-
-    text: str
-    forced: bool = False
-
-
-@dataclass(frozen=True)
-class Response:
-    """One response as the page shows it."""
-
-    parts: list[Part]
-    reward: float | None
-    advantage: float | None
-    finish_reason: str
-    tokens: int
-    trigger: str | None
-    """Name of the forced trigger, if any."""
-    rethinks: bool
-    """Of its own accord: a cue that was not forced."""
-
-    @property
-    def verdict(self) -> str:
-        """right (a reward of at least 1, as in validation), wrong, or unjudged."""
-        return "unjudged" if self.reward is None else "right" if self.reward >= 1 else "wrong"
-
-
-@dataclass
-class Shown:
-    """One group as the page shows it."""
-
-    run: str
-    episode: int
-    number: int
-    query_id: str
-    question: str
-    answer: str
-    category: str
-    images: list[str | None]
-    """Data URIs; None for one that cannot be read any more."""
-    images_left_out: int
-    size: int
-    """G."""
-    responses: list[Response] = field(default_factory=list)
-
-    @property
-    def right(self) -> int:
-        """How many of the shown responses are right."""
-        return sum(response.verdict == "right" for response in self.responses)
-
-
-@dataclass(frozen=True)
 class Browsable:
-    """What the browser shows, and of how many."""
+    """What the page's browser shows, and of how many."""
 
-    groups: list[Shown]
+    groups: list[dict[str, Any]]
+    """Each with run, episode, query_id, question, answer, category, images (data URIs, or None for one that cannot be
+    read), images_left_out, size (G) and responses; see `_response` for those."""
     responses: int
     """All responses that the runs have recorded."""
     unreadable: list[str]
@@ -96,7 +46,7 @@ class Browsable:
     @property
     def categories(self) -> list[str]:
         """In order of appearance."""
-        return list(dict.fromkeys(group.category for group in self.groups if group.category))
+        return list(dict.fromkeys(group["category"] for group in self.groups if group["category"]))
 
 
 def sample_completions(runs: Sequence[RunRecord], most: int = MOST_GROUPS) -> Browsable:
@@ -105,19 +55,24 @@ def sample_completions(runs: Sequence[RunRecord], most: int = MOST_GROUPS) -> Br
     Args:
         runs: those without recorded completions add nothing.
         most: groups in all.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
     """
-    shown: list[Shown] = []
+    try:
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError as error:
+        raise ConfigError("completions are parquet files: install the extra `cpu` or `gpu`") from error
+    shown: list[dict[str, Any]] = []
     total, unreadable = 0, []
     for run in runs:
-        files = sorted((run.folder / "completions").glob("episode_*.parquet"))
-        counts = []
-        for file in list(files):
+        files = []
+        for file in sorted((run.folder / "completions").glob("episode_*.parquet")):
             try:
-                counts.append(_count(file))
+                total += pq.ParquetFile(file).metadata.num_rows
+                files.append(file)
             except (OSError, ValueError):  # pyarrow's ArrowInvalid is a ValueError
-                files.remove(file)
                 unreadable.append(f"{run.name}/{file.name}")
-        total += sum(counts)
         finder = TriggerFinder(run)
         for file, groups in _shares(files, max(1, most // len(runs))):
             try:
@@ -136,15 +91,7 @@ def _shares(files: list[Path], most: int) -> list[tuple[Path, int]]:
     return [(files[index], each + (place < rest)) for place, index in enumerate(chosen)]
 
 
-def _count(file: Path) -> int:
-    try:
-        import pyarrow.parquet as pq
-    except ModuleNotFoundError as error:
-        raise ConfigError("completions are parquet files: install the extra `cpu` or `gpu`") from error
-    return pq.ParquetFile(file).metadata.num_rows
-
-
-def _read_groups(run: RunRecord, file: Path, most: int, finder: TriggerFinder) -> list[Shown]:
+def _read_groups(run: RunRecord, file: Path, most: int, finder: TriggerFinder) -> list[dict[str, Any]]:
     """Groups of an episode, at random but the same each time, in the episode's order."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -153,52 +100,51 @@ def _read_groups(run: RunRecord, file: Path, most: int, finder: TriggerFinder) -
     chosen = random.Random(file.name).sample(numbers, min(most, len(numbers)))
     columns = "episode group index query_id question images answer metadata response reward advantage finish_reason"
     rows = pq.read_table(file, columns=[*columns.split(), "token_ids", "rethought"], filters=[("group", "in", chosen)])
-    groups: dict[int, Shown] = {}
+    groups: dict[int, dict[str, Any]] = {}
     for row in rows.to_pylist():
         group = groups.get(row["group"]) or groups.setdefault(row["group"], _group(run, row))
-        group.size += 1
-        if len(group.responses) < MOST_RESPONSES:
-            group.responses.append(_response(row, finder))
+        group["size"] += 1
+        if len(group["responses"]) < MOST_RESPONSES:
+            group["responses"].append(_response(row, finder))
     return [groups[number] for number in sorted(groups)]
 
 
-def _group(run: RunRecord, row: dict[str, Any]) -> Shown:
+def _group(run: RunRecord, row: dict[str, Any]) -> dict[str, Any]:
     metadata = json.loads(row["metadata"] or "{}")
     category = metadata.get("category") if isinstance(metadata, dict) else None
     images = row["images"] or []
-    return Shown(
-        run.label,
-        row["episode"],
-        row["group"],
-        row["query_id"],
-        _shortened(row["question"]),
-        _shortened(row["answer"]),
-        str(category or ""),
-        [_thumbnail(image, row["query_id"]) for image in images[:MOST_IMAGES]],
-        max(0, len(images) - MOST_IMAGES),
-        size=0,
-    )
+    return {
+        "run": run.label,
+        "episode": row["episode"],
+        "query_id": row["query_id"],
+        "question": _shortened(row["question"]),
+        "answer": _shortened(row["answer"]),
+        "category": str(category or ""),
+        "images": [_thumbnail(image, row["query_id"]) for image in images[:MOST_IMAGES]],
+        "images_left_out": max(0, len(images) - MOST_IMAGES),
+        "size": 0,
+        "responses": [],
+    }
 
 
-def _response(row: dict[str, Any], finder: TriggerFinder) -> Response:
-    text, forced = row["response"], row["rethought"]
-    rethought = Rethought(**forced) if forced else None
-    span = finder.find(text, row["token_ids"], rethought) if rethought else None
+def _response(row: dict[str, Any], finder: TriggerFinder) -> dict[str, Any]:
+    """`parts` are (text, whether the trainer forced it); `verdict` is right (a reward of at least 1), wrong or
+    unjudged; `trigger` names the forced one, if any; `rethinks` says whether a cue outside of it was the model's."""
+    text, reward = row["response"], row["reward"]
+    rethought = Rethought(**row["rethought"]) if row["rethought"] else None
+    start, end = (rethought and finder.find(text, row["token_ids"], rethought)) or (len(text), len(text))
     # Cut apart first and shorten after: the trigger stays whole whatever is left out around it.
-    pieces = [(text, False)] if span is None else [(text[: span[0]], False), (text[slice(*span)], True)]
-    pieces += [] if span is None else [(text[span[1] :], False)]
-    parts = [Part(piece if is_forced else _shortened(piece), is_forced) for piece, is_forced in pieces if piece]
-    # Its own cues are those outside the trigger, which may hold several.
-    own = text if span is None else text[: span[0]] + text[span[1] :]
-    return Response(
-        parts,
-        row["reward"],
-        row["advantage"],
-        row["finish_reason"],
-        len(row["token_ids"]),
-        rethought.name if rethought else None,
-        rethinks(own),
-    )
+    parts = [(_shortened(text[:start]), False), (text[start:end], True), (_shortened(text[end:]), False)]
+    return {
+        "parts": [part for part in parts if part[0]],
+        "verdict": "unjudged" if reward is None else "right" if reward >= 1 else "wrong",
+        "reward": reward,
+        "advantage": row["advantage"],
+        "finish_reason": row["finish_reason"],
+        "tokens": len(row["token_ids"]),
+        "trigger": rethought and rethought.name,
+        "rethinks": rethinks(text[:start] + text[end:]),
+    }
 
 
 def _shortened(text: str) -> str:
@@ -219,3 +165,46 @@ def _thumbnail(reference: dict[str, Any], query_id: str) -> str | None:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=82)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+class TriggerFinder:
+    """Finds forced triggers in the responses of one run, whose tokenizer is loaded when the first one is sought."""
+
+    def __init__(self, run: RunRecord) -> None:
+        self._run = run
+        prefix = "rethink.triggers."
+        own = {key.removeprefix(prefix): text for key, text in run.settings.items() if key.startswith(prefix)}
+        self._texts = {name: str(text).strip() for name, text in (RethinkConfig().triggers | own).items()}
+
+    def find(self, text: str, token_ids: list[int], rethought: Rethought) -> tuple[int, int] | None:
+        """(start, end) of the trigger's characters in the response's text; None where it cannot be found.
+
+        The run's tokenizer decodes the tokens before the trigger and up to its end. Without a tokenizer, or where
+        decoding does not give the text, it is the trigger's own words nearest to its share of the tokens.
+        """
+        start, end = rethought.trigger_start, rethought.trigger_end
+        if decode := self._tokenizer and self._tokenizer.decode:
+            before, through = (decode(token_ids[:stop], skip_special_tokens=True) for stop in (start, end))
+            if len(before) < len(through) and text.startswith(through):
+                return len(before), len(through)
+        expected = len(text) * start / max(1, len(token_ids))
+        for words in filter(None, (self._texts.get(rethought.name), *self._texts.values())):
+            places = [place for place in range(len(text)) if text.startswith(words, place)]
+            if places:
+                place = min(places, key=lambda place: abs(place - expected))
+                return place, place + len(words)
+        return None
+
+    @cached_property
+    def _tokenizer(self) -> Any | None:
+        """The one saved with the run's checkpoints, or of the model it began with; None without either here."""
+        model = Path(str(self._run.settings.get("policy.model", "")))
+        for folder in (*(self._run.folder / "checkpoints" / name for name in ("last", "best")), model):
+            if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
+                try:
+                    from transformers import AutoTokenizer
+
+                    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                except Exception:  # the files may be anybody's; the report does without
+                    continue
+        return None

@@ -12,7 +12,7 @@ from rethinker.config import ConfigError
 from rethinker.report.runs import RunRecord
 
 TEXT, GRID = "#222222", "#e4e4e4"
-# Okabe and Ito's, less their yellow: told apart with any colour vision, dark enough on white. Marks and dashes differ
+# Okabe and Ito's, less their yellow: distinct with any colour vision, dark enough on white. Marks and dashes differ
 # too.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#56b4e9", "#8c6d00", "#444444")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -40,12 +40,12 @@ def label_of(text: str) -> str:
     return text.replace("$", r"\$") if not text.startswith("_") else " " + text.replace("$", r"\$")
 
 
-def draw_runs(axes: Any, runs: Sequence[RunRecord], metric: str, suffix: str = "", **style: Any) -> bool:
+def draw_runs(axes: Any, runs: Sequence[RunRecord | None], metric: str, suffix: str = "", **style: Any) -> bool:
     """One line per run over its steps: the moving average, and for a single run its single steps behind it.
 
     Args:
         axes: where to draw.
-        runs: a run without the metric is left out.
+        runs: a run without the metric is left out, and so is None.
         metric: a key of metrics.jsonl.
         suffix: joins the run's label.
         style: overrides the run's own.
@@ -55,13 +55,13 @@ def draw_runs(axes: Any, runs: Sequence[RunRecord], metric: str, suffix: str = "
     """
     drawn = False
     for number, run in enumerate(runs):
-        steps, values = thinned(*run.series(metric))
+        steps, values = thinned(*run.series(metric)) if run else (np.array([]),) * 2
         if not steps.size:
             continue
         window = smoothing_window(steps.size)
-        if len(runs) == 1 and window > 1:
-            axes.plot(steps, values, color=style.get("color", style_of(number)["color"]), alpha=0.28, linewidth=0.9)
         look = {"linewidth": 1.8, "marker": "o" if steps.size == 1 else None} | style_of(number) | style
+        if len(runs) == 1 and window > 1:
+            axes.plot(steps, values, color=look["color"], alpha=0.28, linewidth=0.9)
         axes.plot(steps, moving_average(values, window), label=label_of(run.label + suffix), **look)
         drawn = True
     return drawn

@@ -49,16 +49,18 @@ def learning_curve(run_folders: Sequence[str | Path], output: str | Path) -> Pat
     figure = new_figure(width=7.2, height=5.0)
     above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2.2, 1]})
 
-    steps, _ = _series(runs, "reward_mean")
-    window = smoothing_window(steps.size)
+    window = smoothing_window(min(run.series("reward_mean")[0].size for run in runs))
     smoothed = f", mean of {window} steps" if window > 1 else ""
-    _draw_series(above, runs, "reward_mean", f"sampled reward{smoothed}", _REWARD, window)
-    _draw_accuracy(above, runs)
+    _draw(above, runs, "reward_mean", f"sampled reward{smoothed}", _REWARD, window)
+    accuracy = _draw(above, runs, "val_accuracy", "greedy held-out accuracy", _ACCURACY)
+    if accuracy.size:
+        _write_ends(above, *accuracy)
     above.set_ylabel("reward, accuracy (0 to 1)")
-    above.set_title(_heading(run_folders), loc="left", fontsize=10, color=TEXT)
-
-    _draw_series(below, runs, "effective_query_ratio", "queries with an advantage", _EFFECTIVE, window)
-    _draw_series(below, runs, "replay_fraction", "pairs from replay", _REPLAYED, window)
+    names = [Path(folder).resolve().name for folder in run_folders]
+    heading = names[0] if len(names) == 1 else f"{len(names)} runs: mean and range"
+    above.set_title(heading, loc="left", fontsize=10, color=TEXT)
+    _draw(below, runs, "effective_query_ratio", "queries with an advantage", _EFFECTIVE, window)
+    _draw(below, runs, "replay_fraction", "pairs from replay", _REPLAYED, window)
     below.set_ylim(-0.03, 1.03)
     below.set_ylabel("share (0 to 1)")
     whole_steps(below)
@@ -67,51 +69,35 @@ def learning_curve(run_folders: Sequence[str | Path], output: str | Path) -> Pat
     return save_figure(figure, Path(output))
 
 
-def _draw_series(axes: Any, runs: list[RunRecord], metric: str, label: str, color: str, window: int) -> None:
-    """A metric over steps: moving average over single steps, or mean and range over runs."""
-    steps, values = _series(runs, metric)  # [steps], [runs, steps]
-    if np.isnan(values).all():
-        return
-    averaged = np.stack([moving_average(row, window) for row in values])
-    if len(runs) == 1:
-        if window > 1:
-            axes.plot(steps, values[0], color=color, alpha=0.28, linewidth=0.9)
-    else:
-        axes.fill_between(steps, averaged.min(0), averaged.max(0), color=color, alpha=0.18, linewidth=0)
-    marker = "o" if steps.size == 1 else None  # one point is no line
-    axes.plot(steps, averaged.mean(0), color=color, linewidth=2, marker=marker, label=label)
-
-
-def _draw_accuracy(axes: Any, runs: list[RunRecord]) -> None:
-    """Greedy accuracy where it was measured, its first and last value written beside their points."""
-    steps, values = _series(runs, "val_accuracy")
-    if not steps.size:
-        return
-    mean = values.mean(0)
-    if len(runs) > 1:
-        axes.fill_between(steps, values.min(0), values.max(0), color=_ACCURACY, alpha=0.18, linewidth=0)
-    axes.plot(steps, mean, color=_ACCURACY, linewidth=1.6, marker="o", markersize=4.5, label="greedy held-out accuracy")
-    style = {"textcoords": "offset points", "color": _ACCURACY, "fontsize": 9, "fontweight": "bold"}
-    axes.annotate(f"{mean[-1]:.3f}", (steps[-1], mean[-1]), (7, 0), ha="left", va="center", **style)
-    if steps.size > 1:
-        axes.annotate(f"{mean[0]:.3f}", (steps[0], mean[0]), (0, 7), ha="center", va="bottom", **style)
-    axes.margins(y=0.1)
-
-
-def _series(runs: list[RunRecord], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps at which every run has the metric, and its values.
+def _draw(axes: Any, runs: list[RunRecord], metric: str, label: str, color: str, window: int = 1) -> np.ndarray:
+    """A metric over the steps that every run has: moving average over single steps, or mean and range over runs.
 
     Returns:
-        steps [steps], values [runs, steps].
+        The drawn points [2, steps]; none where there is nothing to draw.
     """
     by_step = [dict(zip(*run.series(metric), strict=True)) for run in runs]
-    steps = sorted(set.intersection(*(set(values) for values in by_step)))
-    return np.array(steps), np.array([[values[step] for step in steps] for values in by_step], dtype=float)
+    steps = sorted(set.intersection(*map(set, by_step)))
+    if not steps:
+        return np.empty((2, 0))
+    values = np.array([[found[step] for step in steps] for found in by_step])  # [runs, steps]
+    averaged = np.stack([moving_average(row, window) for row in values])
+    if len(runs) > 1:
+        axes.fill_between(steps, averaged.min(0), averaged.max(0), color=color, alpha=0.18, linewidth=0)
+    elif window > 1:
+        axes.plot(steps, values[0], color=color, alpha=0.28, linewidth=0.9)
+    points = window == 1 and (metric == "val_accuracy" or len(steps) == 1)  # one point is no line
+    mean = averaged.mean(0)
+    axes.plot(steps, mean, color=color, linewidth=1.8, marker="o" if points else None, markersize=4.5, label=label)
+    return np.array([steps, mean])
 
 
-def _heading(run_folders: Sequence[str | Path]) -> str:
-    names = [Path(folder).resolve().name for folder in run_folders]
-    return names[0] if len(names) == 1 else f"{len(names)} runs: mean and range"
+def _write_ends(axes: Any, steps: np.ndarray, values: np.ndarray) -> None:
+    """The first and the last accuracy beside their points."""
+    style = {"textcoords": "offset points", "color": _ACCURACY, "fontsize": 9, "fontweight": "bold"}
+    axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), (7, 0), ha="left", va="center", **style)
+    if steps.size > 1:
+        axes.annotate(f"{values[0]:.3f}", (steps[0], values[0]), (0, 7), ha="center", va="bottom", **style)
+    axes.margins(y=0.1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -31,10 +31,10 @@ window.addEventListener("beforeprint", () => {
     for (const { element, question, responses: all } of groups) {
       const here = (!wanted.run || element.dataset.run === wanted.run) &&
         (!wanted.category || element.dataset.category === wanted.category);
-      const asked = question.includes(text);
+      const inQuestion = question.includes(text);
       let kept = 0;
       for (const response of all) {
-        const keep = here && fits(response.item, wanted.verdict) && (asked || response.text.includes(text));
+        const keep = here && fits(response.item, wanted.verdict) && (inQuestion || response.text.includes(text));
         response.item.hidden = !keep;
         kept += keep;
       }

@@ -7,18 +7,18 @@ import hashlib
 import re
 import sys
 from collections.abc import Sequence
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rethinker.config import ConfigError
+from rethinker.config import ConfigError, one_line
 from rethinker.report import completions
 from rethinker.report.completions import sample_completions
-from rethinker.report.contents import FIGURES
 from rethinker.report.drawing import save_figure
-from rethinker.report.figures import Runs
+from rethinker.report.figures import FIGURES
 from rethinker.report.rethinking import compare, read_evaluations, rethinking_analysis
-from rethinker.report.runs import read_runs
+from rethinker.report.runs import RunRecord, read_runs
 from rethinker.report.summary import categories, changed_settings, summary
 
 
@@ -52,20 +52,18 @@ def write_report(
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = output.with_name(f"{output.stem}_figures")
         folder.mkdir(exist_ok=True)
-        figures = [
-            {
-                "name": figure.name,
-                "title": figure.title,
-                "text": figure.meaning if drawing else figure.missing,
-                "svg": _svg(drawing, folder / f"{figure.name}.svg", f"{figure.title}. {_numbers(runs, figure.name)}"),
-            }
-            for figure, drawing in drawn
-        ]
+        figures = []
+        for figure, drawing in drawn:
+            ends = [_ends(run, figure.metric) for run in runs]
+            svg = _svg(drawing, folder / f"{figure.name}.svg", f"{figure.title}. {' '.join(filter(None, ends))}")
+            text = figure.meaning if drawing else figure.missing
+            figures.append({"name": figure.name, "title": figure.title, "text": text, "svg": svg})
         analysis_svg = _svg(analysis, folder / "rethinking.svg", "Relative improvement by benchmark, as bars.")
+        table = comparison.table() if analysis else None
         page = _render(
             runs=runs,
             figures=figures,
-            analysis={"svg": analysis_svg, "comparison": comparison, "asked": bool(evaluations)},
+            analysis={"svg": analysis_svg, "comparison": comparison, "table": table, "given": bool(evaluations)},
             summary=summary(runs),
             tables=[table for table in (categories(runs), changed_settings(runs)) if table],
             browser=sample_completions(runs),
@@ -82,8 +80,7 @@ def report_or_warning(run_folder: str | Path) -> Path | None:
     try:
         return write_report([run_folder])
     except Exception as error:  # whatever it is, a trained model is worth more than its report
-        reason = " ".join(str(error).split())
-        print(f"warning: no report: {type(error).__name__}: {reason}"[:300], file=sys.stderr, flush=True)
+        print(f"warning: no report: {one_line(error)}", file=sys.stderr, flush=True)
         return None
 
 
@@ -94,7 +91,8 @@ def _render(**values: Any) -> str:
         from markupsafe import Markup
     except ModuleNotFoundError as error:
         raise ConfigError("the report needs jinja2: install the extra `cpu` or `gpu`") from error
-    parts = {kind: _read(f"page.{kind}") for kind in ("html", "css", "js")}
+    files = resources.files("rethinker.report")
+    parts = {kind: (files / f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")}
     digest = base64.b64encode(hashlib.sha256(parts["js"].encode()).digest()).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["svg"] = Markup  # our own drawings: matplotlib has escaped the texts in them
@@ -102,44 +100,22 @@ def _render(**values: Any) -> str:
     return environment.from_string(parts["html"]).render(**values, **assets)
 
 
-def _read(name: str) -> str:
-    return (resources.files("rethinker.report") / name).read_text("utf-8")
-
-
 def _svg(figure: Any | None, file: Path, label: str) -> str | None:
-    """Write the figure's file, and give it back as markup for the page; without a figure, no old file stays."""
+    """Write the figure's file, and return it as markup for the page, sized by the page; an old file does not stay."""
     if figure is None:
         file.unlink(missing_ok=True)
         return None
-    save_figure(figure, file)
-    return _inline(file.read_text("utf-8"), file.stem, label)
-
-
-def _inline(svg: str, name: str, label: str) -> str:
-    """An SVG file as an element of a page: ids of its own, sized by the page, described for those who cannot see it."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    viewbox = re.search(r'viewBox="[^"]*"', svg)[0]
-    description = label.translate({ord(c): f"&#{ord(c)};" for c in '<>&"'})
-    opening = f'<svg role="img" aria-label="{description}" {viewbox} xmlns:xlink="http://www.w3.org/1999/xlink">'
+    svg = save_figure(figure, file).read_text("utf-8")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{file.stem}-", svg)  # ids of its own
+    box = re.search(r'viewBox="[^"]*"', svg)[0]
+    opening = f'<svg role="img" aria-label="{escape(label)}" {box} xmlns:xlink="http://www.w3.org/1999/xlink">'
     return opening + svg[svg.index(">") + 1 :]
 
 
-def _numbers(runs: Runs, name: str) -> str:
-    """First and last value of the figure's main metric, in words."""
-    metrics = {
-        "validation": "val_accuracy",
-        "reward": "reward_mean",
-        "effective_queries": "effective_query_ratio",
-        "replay": "replay_fraction",
-        "response_length": "response_length_mean",
-        "policy": "entropy",
-        "time": "step_s",
-    }
-    said = []
-    for run in runs:
-        steps, values = run.series(metrics[name]) if name in metrics else ((), ())
-        if len(steps):
-            said.append(f"{run.label}: {values[0]:.3g} at step {steps[0]}, {values[-1]:.3g} at step {steps[-1]}.")
-    return " ".join(said)
+def _ends(run: RunRecord, metric: str) -> str:
+    """First and last value of a metric, in words."""
+    steps, values = run.series(metric)
+    if not len(steps):
+        return ""
+    return f"{run.label}: {values[0]:.3g} at step {steps[0]}, {values[-1]:.3g} at step {steps[-1]}."

@@ -1,37 +1,25 @@
-"""The rethinking analysis: what rethinking adds per benchmark, from the results of `rethinker eval` (METHOD).
-
-A result.json holds model, benchmark, mode (normal, forced or oracle), accuracy and rethink_ratio (0 to 1), and more
-that is not drawn.
-"""
+"""The rethinking analysis: what rethinking adds per benchmark, from the results of `rethinker eval` (METHOD)."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rethinker.config import ConfigError
 from rethinker.report.drawing import COLORS, MARKERS, label_of, new_figure
 from rethinker.report.figures import WIDTH
+from rethinker.report.summary import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MODES = {"normal": "as it is", "forced": "rethinking forced", "oracle": "forced where wrong (upper bound)"}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One model on one benchmark in one mode."""
-
-    model: str
-    benchmark: str
-    mode: str
-    accuracy: float
-    questions: int | None
-    rethink_ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -39,29 +27,40 @@ class Comparison:
     """The evaluations by what they are compared with: the model trained without forced rethinking."""
 
     baseline: str
-    trained: list[str]
-    """Other models: those trained with forced rethinking."""
-    benchmarks: list[str]
-    """Those on which the baseline's normal accuracy is known and above zero."""
-    results: dict[tuple[str, str, str], Evaluation]
-    """By (model, benchmark, mode)."""
+    trained: list[str]  # other models: those trained with forced rethinking
+    benchmarks: list[str]  # those on which the baseline's normal accuracy is known and above zero
+    results: pd.DataFrame  # accuracy and rethink_ratio (0 to 1) by (model, benchmark, mode)
+
+    def value(self, model: str, benchmark: str, mode: str, column: str = "accuracy") -> float:
+        """A result; NaN where it was not evaluated."""
+        key = (model, benchmark, mode)
+        return float(self.results.loc[key, column]) if key in self.results.index else math.nan
 
     def improvement(self, model: str, benchmark: str, mode: str) -> float:
         """Relative improvement over the baseline's normal mode, in per cent; NaN where it was not evaluated."""
-        result = self.results.get((model, benchmark, mode))
-        normal = self.results[self.baseline, benchmark, "normal"].accuracy
-        return 100 * (result.accuracy / normal - 1) if result else math.nan
+        return 100 * (self.value(model, benchmark, mode) / self.value(self.baseline, benchmark, "normal") - 1)
 
     def bars(self) -> list[tuple[str, str, str]]:
         """(label, model, mode) of each bar of a benchmark, those that some benchmark has."""
         bars = [(MODES[mode], self.baseline, mode) for mode in ("forced", "oracle")]
         several = len(self.trained) > 1
         bars += [("trained with it" + (f": {_short(m)}" if several else ""), m, "normal") for m in self.trained]
-        return [bar for bar in bars if any((bar[1], name, bar[2]) in self.results for name in self.benchmarks)]
+        return [bar for bar in bars if any((bar[1], name, bar[2]) in self.results.index for name in self.benchmarks)]
+
+    def table(self) -> Table:
+        """Accuracies, and in parentheses the improvement in per cent."""
+        bars = self.bars()
+        header = ["Benchmark", "baseline", *(label for label, *_ in bars)]
+        rows = []
+        for name in self.benchmarks:
+            cells = [(self.value(model, name, mode), self.improvement(model, name, mode)) for _, model, mode in bars]
+            texts = ["not evaluated" if math.isnan(value) else f"{value:.3f} ({gain:+.1f})" for value, gain in cells]
+            rows.append([name, f"{self.value(self.baseline, name, 'normal'):.3f}", *texts])
+        return Table("Accuracy by benchmark (improvement in %)", header, rows)
 
 
-def read_evaluations(folders: Sequence[str | Path]) -> list[Evaluation]:
-    """Every result.json in these folders, or below them.
+def read_evaluations(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Model, benchmark, mode, accuracy and rethink_ratio of every result.json in these folders, or below them.
 
     Raises:
         ConfigError: a folder holds none, or a file is not to the schema.
@@ -76,28 +75,22 @@ def read_evaluations(folders: Sequence[str | Path]) -> list[Evaluation]:
     return [_read(file) for file in files]
 
 
-def _read(file: Path) -> Evaluation:
+def _read(file: Path) -> dict[str, Any]:
     try:
         row = json.loads(file.read_text("utf-8"))
-        ratio, questions = row.get("rethink_ratio"), row.get("questions")
-        result = Evaluation(
-            str(row["model"]),
-            str(row["benchmark"]),
-            str(row["mode"]),
-            float(row["accuracy"]),
-            len(questions) if isinstance(questions, list) else questions,
-            None if ratio is None else float(ratio),
-        )
+        result = {name: str(row[name]) for name in ("model", "benchmark", "mode")}
+        ratio = row.get("rethink_ratio")
+        result |= {"accuracy": float(row["accuracy"]), "rethink_ratio": math.nan if ratio is None else float(ratio)}
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise ConfigError(f"--eval: {file} is no result of `rethinker eval`: {error}") from None
     except KeyError as error:
         raise ConfigError(f"--eval: {file} is no result of `rethinker eval`: it lacks {error}") from None
-    if result.mode not in MODES:
-        raise ConfigError(f"--eval: {file} has mode {result.mode!r}; known are {', '.join(MODES)}")
+    if result["mode"] not in MODES:
+        raise ConfigError(f"--eval: {file} has mode {result['mode']!r}; known are {', '.join(MODES)}")
     return result
 
 
-def compare(evaluations: Sequence[Evaluation]) -> Comparison | None:
+def compare(evaluations: Sequence[dict[str, Any]]) -> Comparison | None:
     """Find the baseline: the only model with forced or oracle results, or else the first one given.
 
     Where every benchmark has a pair of models of its own, one with such results and one without, the pairs are compared
@@ -106,31 +99,24 @@ def compare(evaluations: Sequence[Evaluation]) -> Comparison | None:
     Returns:
         None where the baseline has no normal result above zero.
     """
-    evaluations = _by_role(evaluations)
-    results = {(e.model, e.benchmark, e.mode): e for e in evaluations}
-    models = list(dict.fromkeys(e.model for e in evaluations))
-    probed = list(dict.fromkeys(e.model for e in evaluations if e.mode != "normal"))
-    if not models:
+    if not evaluations:
         return None
+    import pandas as pd
+
+    table = pd.DataFrame(evaluations)
+    probed = table["mode"].ne("normal").groupby([table.benchmark, table.model]).any()  # by (benchmark, model)
+    if probed.groupby("model").any().sum() > 1 and all(
+        len(p) == 2 and p.sum() == 1 for _, p in probed.groupby(level=0)
+    ):
+        roles = {True: "without forced rethinking", False: "with forced rethinking"}
+        table["model"] = [roles[bool(probed[key])] for key in zip(table.benchmark, table.model, strict=True)]
+    models, probed = table.model.unique(), table.model[table["mode"] != "normal"].unique()
     baseline = probed[0] if len(probed) == 1 else models[0]
-    benchmarks = [
-        e.benchmark for e in results.values() if e.model == baseline and e.mode == "normal" and e.accuracy > 0
-    ]
+    normal = table[(table.model == baseline) & (table["mode"] == "normal") & (table.accuracy > 0)]
+    results = table.drop_duplicates(["model", "benchmark", "mode"], keep="last")
+    results = results.set_index(["model", "benchmark", "mode"]).sort_index()
     trained = [model for model in models if model != baseline]
-    return Comparison(baseline, trained, benchmarks, results) if benchmarks else None
-
-
-def _by_role(evaluations: Sequence[Evaluation]) -> Sequence[Evaluation]:
-    """With several baselines and one pair of models per benchmark: the same results, models named by their roles."""
-    probed = {(e.benchmark, e.model) for e in evaluations if e.mode != "normal"}
-    models: dict[str, set[str]] = {}
-    for e in evaluations:
-        models.setdefault(e.benchmark, set()).add(e.model)
-    pairs = all(len(m) == 2 and sum((name, x) in probed for x in m) == 1 for name, m in models.items())
-    if len({model for _, model in probed}) < 2 or not pairs:
-        return evaluations
-    names = {True: "without forced rethinking", False: "with forced rethinking"}
-    return [replace(e, model=names[(e.benchmark, e.model) in probed]) for e in evaluations]
+    return Comparison(baseline, trained, list(normal.benchmark.unique()), results) if len(normal) else None
 
 
 def rethinking_analysis(comparison: Comparison) -> Any | None:
@@ -167,8 +153,7 @@ def _draw_ratios(axes: Any, comparison: Comparison, places: np.ndarray) -> None:
     """The spontaneous rethinking ratio, on an axis of its own at the right."""
     lines = {}
     for model in comparison.trained or [comparison.baseline]:
-        found = [comparison.results.get((model, name, "normal")) for name in comparison.benchmarks]
-        ratios = [math.nan if e is None or e.rethink_ratio is None else 100 * e.rethink_ratio for e in found]
+        ratios = [100 * comparison.value(model, name, "normal", "rethink_ratio") for name in comparison.benchmarks]
         if not all(map(math.isnan, ratios)):
             lines[model] = ratios
     if not lines:
@@ -183,6 +168,6 @@ def _draw_ratios(axes: Any, comparison: Comparison, places: np.ndarray) -> None:
 
 
 def _short(model: str) -> str:
-    """What tells a model apart: a checkpoint of a run by the run's name."""
+    """The short name of a model: a checkpoint of a run by the run's name."""
     parts = Path(model).parts
     return parts[-3] if len(parts) > 2 and parts[-2] == "checkpoints" else parts[-1] if parts else model

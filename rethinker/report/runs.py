@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rethinker.settings import read_yaml_file
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as its folder tells it; a run that is still going on, or was killed, has fewer steps."""
+    """One run as its folder has it; a run that is still going on, or was killed, has fewer steps."""
 
     folder: Path
     settings: dict[str, Any]
@@ -84,7 +84,7 @@ def read_run(folder: str | Path) -> RunRecord:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
-    """Read several runs, each once, labelled so that figures can tell them apart.
+    """Read several runs, each once, each with a label of its own.
 
     A run's label is its `algorithm.name`; runs that share it also give their seed, or else their names.
 
@@ -92,17 +92,14 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
         ConfigError: as `read_run`.
     """
     runs = [read_run(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()]
-    labellings: list[Callable[[RunRecord], str]] = [
-        lambda run: run.algorithm or run.name,
-        lambda run: f"{run.algorithm or run.name}, seed {run.settings.get('seed', '?')}",
-        lambda run: f"{run.algorithm}, {run.name}" if run.algorithm else run.name,
-        lambda run: f"{run.algorithm or 'run'}, {run.folder}",
-    ]
-    labels = [labellings[0](run) for run in runs]
-    for labelling in labellings[1:]:
-        often = Counter(labels)
-        labels = [label if often[label] == 1 else labelling(run) for run, label in zip(runs, labels, strict=True)]
-    return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
+    runs = [replace(run, label=run.algorithm or run.name) for run in runs]
+    for more in (lambda run: f"seed {run.settings.get('seed', '?')}", lambda run: run.name, lambda run: run.folder):
+        often = Counter(run.label for run in runs)
+        longer = [f"{run.algorithm or 'run'}, {more(run)}" for run in runs]
+        runs = [
+            run if often[run.label] == 1 else replace(run, label=label) for run, label in zip(runs, longer, strict=True)
+        ]
+    return runs
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
@@ -130,12 +127,13 @@ def _read_settings(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     content = read_yaml_file(file, str(file))
-    return _flat(content if isinstance(content, dict) else {})
+    return flat_settings(content if isinstance(content, dict) else {})
 
 
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys; a setting that is itself a mapping keeps its entries, also dotted."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        nested = isinstance(value, dict) and value
+        flat |= flat_settings(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from rethinker.report.runs import RunRecord
-from rethinker.settings import settings, shipped_recipes
+from rethinker.config import Config
+from rethinker.report.runs import RunRecord, flat_settings
+from rethinker.settings import shipped_recipes
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,15 @@ def categories(runs: Sequence[RunRecord]) -> Table | None:
 
 def changed_settings(runs: Sequence[RunRecord]) -> Table | None:
     """Settings of which any run's value is not the default; None without a config.yaml."""
-    defaults: dict[str, Any] = {}
-    for setting in settings():
-        default = list(setting.default) if isinstance(setting.default, tuple) else setting.default
-        entries = {f"{setting.key}.{key}": value for key, value in default.items()} if setting.is_mapping else {}
-        defaults |= entries or {setting.key: default}
+    defaults = flat_settings(dataclasses.asdict(Config()))
     known = [run for run in runs if run.settings]
-    keys = [key for key in dict.fromkeys([*defaults, *(k for run in known for k in run.settings)])]
     rows = []
-    for key in keys:
-        values = [run.settings.get(key, defaults.get(key)) for run in known]
-        changed = any(value != defaults.get(key) and value != {} for value in values)
-        if changed and key not in ("run.name", "run.dir"):
-            default = _value(defaults[key]) if defaults.get(key) not in ({}, None) else ""
-            rows.append([key, default or ("null" if key in defaults else "none"), *map(_value, values)])
+    for key in dict.fromkeys([*defaults, *(key for run in known for key in run.settings)]):
+        default = defaults.get(key)
+        default = list(default) if isinstance(default, tuple) else default  # as YAML gives it back
+        values = [run.settings.get(key, default) for run in known]
+        if key not in ("run.name", "run.dir") and any(value not in (default, {}) for value in values):
+            rows.append([key, _value(default) if key in defaults else "none", *map(_value, values)])
     header = ["Setting", "Default", *(run.label for run in known)]
     return Table("Settings that differ from their defaults", header, rows) if rows else None
 

@@ -11,7 +11,7 @@ The rules, on both sides freed of LaTeX dressing such as `$..$` and `\text{}`:
    ordered; nor is a bare `a, b`, unless the question asks to order, rank, sort or arrange.
 5. Texts of more than 2,000 characters, and lists of more than 64 items, are equal to the letter or not at all.
 6. `x = 5` equals `5`. What still looks like mathematics is left to math-verify: it can take arbitrarily long, so
-   callers bound it from outside (`reward.AnswerChecker`).
+   callers bound it from outside (`checker.AnswerChecker`).
 
 Only the standard library is imported until rule 6 is reached, so a checking process starts light.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -136,9 +136,7 @@ def compare(predicted: str, answer: str, *, question: str = "", choices: Any = N
         answer = answer if unwrapped is None else unwrapped
     if predicted.strip() == answer.strip():
         return bool(answer.strip())
-    if len(predicted) > LONGEST_PREDICTION + len(answer):
-        return False
-    if len(answer) > LONGEST_TEXT:
+    if len(predicted) > LONGEST_PREDICTION + len(answer) or len(answer) > LONGEST_TEXT:
         return False
     predicted, answer = clean(predicted), clean(answer)
     if not predicted or not answer:
@@ -205,10 +203,8 @@ def _values_match(predicted: str, answer: str, question: str, equal: Equal, dept
         if ours or theirs:
             return _lists_match(ours or ("", [predicted]), theirs or ("", [answer]), question, equal, depth + 1)
 
-    (predicted, unit), (answer, expected_unit) = (
-        split_unit(predicted) or (predicted, ""),
-        split_unit(answer) or (answer, ""),
-    )
+    predicted, unit = split_unit(predicted) or (predicted, "")
+    answer, expected_unit = split_unit(answer) or (answer, "")
     if unit and expected_unit and unit != expected_unit:
         return False
     if "%" in (unit, expected_unit) or (":" in predicted) != (":" in answer):  # 2:3 is no fraction
@@ -279,27 +275,18 @@ def _lists_match(
     (our_brackets, predicted), (brackets, answer) = ours, theirs
     if len(predicted) != len(answer) or len(answer) > LONGEST_LIST:
         return False
-    if our_brackets and brackets and our_brackets != brackets:
-        return False
-    if our_brackets and not brackets and our_brackets not in ("()", "[]", "{}"):
+    if our_brackets and our_brackets not in ((brackets,) if brackets else ("()", "[]", "{}")):
         return False
     kind = brackets or our_brackets
-    if kind in ("", "{}") and not (kind == "" and _ASKS_FOR_ORDER.search(question)):
-        if any(sum(map(",".join(side).count, ",;")) > MOST_PAIRED for side in (predicted, answer) if _nested(side)):
+    if kind == "{}" or (kind == "" and not _ASKS_FOR_ORDER.search(question)):
+        # Of sets within sets every item of the one is compared with every item of the other.
+        nested = [side for side in (predicted, answer) if any("\\{" in item for item in side)]
+        if any(sum(map(",".join(side).count, ",;")) > MOST_PAIRED for side in nested):
             return False
         return _matched(predicted, answer, lambda p, a: _values_match(p, a, question, equal, depth))
-    return _all(_values_match(p, a, question, equal, depth) for p, a in zip(predicted, answer, strict=True))
-
-
-def _nested(items: list[str]) -> bool:
-    """Whether there are sets among the items of a set: then all items of the one are compared with all of the other."""
-    return any("\\{" in item for item in items)
-
-
-def _all(verdicts: Iterable[bool | None]) -> bool | None:
-    """`all` with an open outcome."""
     open_ones = False
-    for verdict in verdicts:
+    for p, a in zip(predicted, answer, strict=True):
+        verdict = _values_match(p, a, question, equal, depth)
         if verdict is False:
             return False
         open_ones |= verdict is None

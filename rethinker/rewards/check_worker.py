@@ -1,8 +1,8 @@
 """One answer-checking process: `Worker` is its handle in the trainer, `serve` what runs inside.
 
 A fresh interpreter, not a fork (the trainer has threads) and not multiprocessing's spawn (which imports the trainer's
-main module again). It loads math-verify or the custom reward, not torch. Every check is answered on its own, in order,
-so the trainer knows which check a dead worker was at.
+main module again). It loads math-verify or the custom reward, not torch. It has one check at a time, so the trainer
+knows which check a dead worker was at.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ import socket
 import struct
 import subprocess
 import sys
-import time
+import threading
 from multiprocessing.connection import Connection
 from typing import Any
+
+from rethinker.config import ConfigError, RewardConfig
+from rethinker.rewards.functions import load_reward
+from rethinker.samples import Query
 
 # Until a worker has imported what it needs; far beyond any healthy start, since a loaded machine is slow.
 START_S = 120.0
@@ -25,94 +29,79 @@ READY = "ready"
 OUT_OF_MEMORY = 77  # exit code
 
 
-class WorkerFailed(RuntimeError):
-    """A worker did not start; the message says why."""
-
-
 class Worker:
-    """A process that is started on the first `send` and again after each `kill`.
+    """A process that is started by the first check, and again by the next one after each `kill`."""
 
-    Args:
-        function: the setting `reward.function`.
-        timeout_s: deadline of one check, in seconds.
-        memory_gb: most memory that its checks may take, GiB.
-    """
-
-    def __init__(self, function: str, timeout_s: float, memory_gb: float) -> None:
-        self.function, self.timeout_s, self.memory_gb = function, timeout_s, memory_gb
-        self.deadline = math.inf
-        self.started = False
+    def __init__(self, config: RewardConfig) -> None:
+        self.config = config
         self._process: subprocess.Popen | None = None
         self._link: Connection | None = None
+        self._closed, self._busy = False, threading.Lock()
 
-    def send(self, checks: list[Any]) -> Connection:
-        """Hand over checks to an idle worker, and return the connection on which its answers will come.
+    def check(self, response: str, answer: str, query: Query) -> tuple[float, str]:
+        """(reward, "") of a response; or (0.0, failure), the failure as "reason: detail".
 
         Raises:
-            WorkerFailed: the process cannot be reached.
+            ConfigError: the process does not start, or could not load the reward.
+            RuntimeError: the worker is closed.
         """
-        for _ in range(2):  # it may have died since its last answer
+        with self._busy:
+            if self._closed:
+                raise RuntimeError("the answer checker is closed")
+            return self._check(response, answer, query)
+
+    def close(self) -> None:
+        """End the process for good; a check under way fails."""
+        self._closed = True
+        self._end()
+        with self._busy:
+            self.kill()
+
+    def _check(self, response: str, answer: str, query: Query) -> tuple[float, str]:
+        for attempt in range(2):  # it may have died since its last answer
             if self._link is None:
                 self._start()
             try:
-                self._link.send(checks)
+                self._link.send((response, answer, query))
+                break
             except OSError:
                 self.kill()
-                continue
-            self.deadline = time.monotonic() + (self.timeout_s if self.started else START_S)
-            return self._link
-        raise WorkerFailed("its checking process cannot be reached")
-
-    def receive(self) -> tuple[float, str] | None:
-        """The next answer, (score, failure), once the connection is ready; None if the worker has died.
-
-        Raises:
-            WorkerFailed: the process could not load the reward.
-        """
+                if attempt:
+                    raise self._no_start("it cannot be reached") from None
         try:
-            answer = self._link.recv()
-            if not self.started and answer == READY:
-                self.started, self.deadline = True, time.monotonic() + self.timeout_s
+            if self._link.poll(self.config.timeout_s):
+                return self._link.recv()
+            failure = f"timeout: reward.timeout_s={self.config.timeout_s}"
         except (EOFError, OSError):
-            answer = None
-        if not self.started:
-            raise WorkerFailed(f"its checking process does not start: {answer or self.obituary()}")
-        if answer is not None:
-            self.deadline = time.monotonic() + self.timeout_s
-        return answer
-
-    def obituary(self) -> str:
-        """How a worker that died ended."""
-        try:
-            code = self._process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            return "the connection was closed"
-        if code == OUT_OF_MEMORY:
-            return f"more than {self.memory_gb:g} GiB of memory"
-        if code < 0:
-            with contextlib.suppress(ValueError):
-                return signal.Signals(-code).name
-        return f"exit code {code}"
+            failure = f"crash: {self._obituary()}"
+        self.kill()
+        return 0.0, failure
 
     def kill(self) -> None:
         """End the process and everything it started, at once, and reap it."""
         if self._link is not None:
             self._link.close()
             self._link = None
-        process, self._process = self._process, None
+        self._end()
+        if self._process is not None:
+            self._process.wait()
+            self._process = None
+
+    def _end(self) -> None:
+        process = self._process
         if process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         # A message longer than the socket's buffer waits for its reader: not for ever.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(START_S), 0))
         with theirs:
+            reward = self.config
             code = (
                 f"import sys; sys.path[:] = {sys.path!r}; from rethinker.rewards.check_worker import serve; "
-                f"serve({theirs.fileno()}, {self.function!r}, {self.timeout_s!r}, {self.memory_gb!r})"
+                f"serve({theirs.fileno()}, {reward.function!r}, {reward.timeout_s!r}, {reward.memory_gb!r})"
             )
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code],
@@ -122,17 +111,41 @@ class Worker:
                 start_new_session=True,  # so that it and its children can be killed as one, and Ctrl-C is not theirs
             )
         self._link = Connection(ours.detach())
-        self.started = False
+        try:
+            said = self._link.recv() if self._link.poll(START_S) else "no sign of life"
+        except (EOFError, OSError):
+            said = self._obituary()
+        if said != READY:
+            self.kill()
+            raise self._no_start(said)
+
+    def _no_start(self, why: str) -> ConfigError:
+        return ConfigError(f"reward.function={self.config.function}: its checking process does not start: {why}")
+
+    def _obituary(self) -> str:
+        """How a worker that died ended."""
+        try:
+            code = self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            return "the connection was closed"
+        if code == OUT_OF_MEMORY:
+            return f"more than {self.config.memory_gb:g} GiB of memory"
+        if code < 0:
+            with contextlib.suppress(ValueError):
+                return signal.Signals(-code).name
+        return f"exit code {code}"
 
 
 def serve(fd: int, function: str, timeout_s: float, memory_gb: float) -> None:
     """Answer checks until the trainer closes the connection or dies."""
     link = Connection(fd)
     try:
-        check = _load(function)
+        reward = load_reward(function)
+        if function == "boxed":
+            import math_verify  # noqa: F401  (a second of imports belongs to the start, not to a check's deadline)
         _limit_memory(memory_gb)
     except BaseException as error:
-        link.send(f"{type(error).__name__}: {error}")
+        link.send(_described(error))
         return
     link.send(READY)
     # The kernel ends a worker that a dead trainer left behind in an endless check. A living one has killed it by then.
@@ -140,24 +153,24 @@ def serve(fd: int, function: str, timeout_s: float, memory_gb: float) -> None:
     worker = os.getpid()
     while True:
         try:
-            checks = link.recv()
+            check = link.recv()
         except (EOFError, OSError):
             return
-        for arguments in checks:
-            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
-            try:
-                answer = _number(check(*arguments)), ""
-            except MemoryError:
-                os._exit(OUT_OF_MEMORY)
-            except BaseException as error:  # SystemExit too: it is the check's, not the worker's
-                answer = 0.0, f"error: {_described(error)}"
-            if os.getpid() != worker:  # a reward that forked and let the child return: its answer is one too many
-                os._exit(0)
-            try:
-                link.send(answer)
-            except OSError:
-                return
+        signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
+        try:
+            score = _number(reward(*check))
+            answer = (score, "") if math.isfinite(score) else (0.0, "non_finite")
+        except MemoryError:
+            os._exit(OUT_OF_MEMORY)
+        except BaseException as error:  # SystemExit too: it is the check's, not the worker's
+            answer = 0.0, f"error: {_described(error)}"
+        if os.getpid() != worker:  # a reward that forked and let the child return: its answer is one too many
+            os._exit(0)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            link.send(answer)
+        except OSError:
+            return
 
 
 def _number(reward: Any) -> float:
@@ -174,20 +187,6 @@ def _described(error: BaseException) -> str:
     except BaseException:
         text = type(error).__name__
     return text.encode("utf-8", "backslashreplace").decode()[:500]
-
-
-def _load(function: str) -> Any:
-    if function != "boxed":
-        from rethinker.rewards.checker import load_reward
-
-        return load_reward(function)
-    import math_verify  # noqa: F401  (a second of imports belongs to the start, not to the first check's deadline)
-
-    from rethinker.rewards.answers import compare, math_equal
-
-    return lambda predicted, answer, question, choices: compare(
-        predicted, answer, question=question, choices=choices, equal=math_equal
-    )
 
 
 def _limit_memory(memory_gb: float) -> None:

@@ -16,68 +16,21 @@ RATIO_TOLERANCE = Fraction(2, 10**6)
 # Beyond this power of ten an exact value is a memory bomb, not an answer.
 LARGEST_EXPONENT = 400
 
-_NAMES = {
-    "mm": "millimeter millimetre",
-    "cm": "centimeter centimetre",
-    "dm": "decimeter decimetre",
-    "m": "meter metre",
-    "km": "kilometer kilometre",
-    "in": "inch inches",
-    "ft": "foot feet",
-    "yd": "yard",
-    "mi": "mile",
-    "mg": "milligram",
-    "g": "gram",
-    "kg": "kilogram",
-    "t": "ton tonne",
-    "lb": "lbs pound",
-    "oz": "ounce",
-    "ms": "millisecond",
-    "s": "sec second",
-    "min": "minute",
-    "h": "hr hour",
-    "day": "",
-    "week": "",
-    "month": "",
-    "year": "yr",
-    "ml": "mL milliliter millilitre",
-    "L": "l liter litre",
-    "Hz": "hertz",
-    "kHz": "",
-    "MHz": "",
-    "GHz": "",
-    "N": "newton",
-    "J": "joule",
-    "kJ": "",
-    "W": "watt",
-    "mW": "",
-    "kW": "",
-    "MW": "",
-    "V": "volt",
-    "A": "amp ampere",
-    "mA": "",
-    "Ω": "ohm",
-    "Pa": "pascal",
-    "kPa": "",
-    "MPa": "",
-    "mol": "mole",
-    "K": "kelvin",
-    "°": "deg degree",
-    "°C": "celsius",
-    "°F": "fahrenheit",
-    "rad": "radian",
-    "mph": "",
-    "$": "dollar USD",
-    "¢": "cent",
-    "€": "euro EUR",
-    "£": "GBP",
-    "¥": "yen yuan RMB",
-    "%": "percent pct percentage",
-    "unit": "",
-}
-_EXACT = {name: unit for unit, names in _NAMES.items() for name in [unit, *names.split()]}
+# Units by the name that all their spellings share, which comes first.
+_UNITS = """
+mm millimeter millimetre; cm centimeter centimetre; dm decimeter decimetre; m meter metre; km kilometer kilometre;
+in inch inches; ft foot feet; yd yard; mi mile; mph; ml mL milliliter millilitre; L l liter litre;
+mg milligram; g gram; kg kilogram; t ton tonne; lb lbs pound; oz ounce; mol mole;
+ms millisecond; s sec second; min minute; h hr hour; day; week; month; year yr; Hz hertz; kHz; MHz; GHz;
+N newton; J joule; kJ; W watt; mW; kW; MW; V volt; A amp ampere; mA; Ω ohm; Pa pascal; kPa; MPa;
+K kelvin; °C celsius; °F fahrenheit; ° deg degree; rad radian;
+$ dollar USD; ¢ cent; € euro EUR; £ GBP; ¥ yen yuan RMB; % percent pct percentage; unit
+"""
+_EXACT = {name: names.split()[0] for names in _UNITS.split(";") for name in names.split()}
 # Without regard to case, but not where case is the prefix: mW and MW.
 _FOLDED = {name.casefold(): unit for name, unit in _EXACT.items() if len(name) > 1 and unit not in ("mW", "MW")}
+_TEMPERATURES = dict.fromkeys(("degrees c", "degree celsius", "degrees celsius", "° c", "°celsius"), "°C")
+_TEMPERATURES |= dict.fromkeys(("degrees f", "degree fahrenheit", "degrees fahrenheit", "° f"), "°F")
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CURRENCIES = "$€£¥"
 _NO_UNIT = frozenset("pi sqrt sin cos tan log ln exp and or to by not times plus minus over per from is".split())
@@ -113,7 +66,7 @@ class Quantity:
     value: Fraction
     ratio: bool
     unit: str
-    loose: bool
+    loose: bool = False
 
 
 @lru_cache(maxsize=16384)
@@ -126,28 +79,23 @@ def parse_quantity(text: str) -> Quantity | None:
     value = _value(part)
     if value is None:
         return None
-    if "-" in (part["sign"], part["sign2"]):
-        value = -value
+    value = -value if "-" in (part["sign"], part["sign2"]) else value
     gap, rest = text[found.end() :], text[found.end() :].strip()
     first, _, others = rest.partition(" ")
     if first.casefold() in _SCALES:
         value, rest = value * _SCALES[first.casefold()], others.strip()
         gap = " "
-    if part["currency"]:
-        return (
-            None
-            if rest and canonical_unit(rest)[0] != part["currency"]
-            else Quantity(value, _is_ratio(part), part["currency"], False)
-        )
-    if not rest:
-        return Quantity(value, _is_ratio(part), "", False)
+    ratio, currency = part["number"] is None, part["currency"]
+    if currency or not rest:
+        return None if currency and rest and canonical_unit(rest)[0] != currency else Quantity(value, ratio, currency)
     if not _UNIT_TEXT.fullmatch(rest):
         return None
     unit, known = canonical_unit(rest)
     glued = not gap.startswith(" ")
-    if not known and (glued or len(unit) < 2 or not _is_noun(rest)):
+    noun = re.fullmatch(r"[A-Za-z]+(?: [A-Za-z]+)*", rest) and _NO_UNIT.isdisjoint(rest.casefold().split())
+    if not known and (glued or len(unit) < 2 or not noun):
         return None  # 5x and 5 sin are expressions, 5 and 6 are two numbers
-    return Quantity(value, _is_ratio(part), unit, loose=not known or (glued and len(rest) == 1 and rest.isalpha()))
+    return Quantity(value, ratio, unit, loose=not known or (glued and len(rest) == 1 and rest.isalpha()))
 
 
 def quantities_match(predicted: Quantity, answer: Quantity, question: str) -> bool:
@@ -192,10 +140,6 @@ def canonical_unit(text: str) -> tuple[str, bool]:
     ), False
 
 
-def _is_noun(text: str) -> bool:
-    return re.fullmatch(r"[A-Za-z]+(?: [A-Za-z]+)*", text) is not None and _NO_UNIT.isdisjoint(text.casefold().split())
-
-
 def _single_unit(text: str) -> str | None:
     """cm, cm^2, cm2, square centimeters, centimeters squared; None if it is no unit known here."""
     power = ""
@@ -205,10 +149,8 @@ def _single_unit(text: str) -> str | None:
         if len(kept) < len(words):
             words, power = kept, exponent
     name = " ".join(words)
-    if name.casefold() in ("degrees c", "degree celsius", "degrees celsius", "° c", "°celsius"):
-        return "°C"
-    if name.casefold() in ("degrees f", "degree fahrenheit", "degrees fahrenheit", "° f"):
-        return "°F"
+    if name.casefold() in _TEMPERATURES:
+        return _TEMPERATURES[name.casefold()]
     raised = re.fullmatch(r"([A-Za-z]+)\^?([23])", name)
     if raised and not power:
         name, power = raised[1], f"^{raised[2]}"
@@ -236,10 +178,6 @@ def _value(part: dict[str, str | None]) -> Fraction | None:
 
 def _decimal(text: str) -> Fraction:
     return Fraction(text.replace(",", ""))
-
-
-def _is_ratio(part: dict[str, str | None]) -> bool:
-    return part["number"] is None
 
 
 def _same(predicted: Quantity, expected: Fraction, ratio: bool) -> bool:

@@ -20,12 +20,11 @@ class Deadline:
 
     Args:
         what: the work, for the message ("the rollout of 64 prompts").
-        seconds: time allowed.
-        setting: the setting that holds `seconds`, for the message.
+        seconds: time allowed: rollout.timeout_s.
     """
 
-    def __init__(self, what: str, seconds: float, setting: str):
-        self.message = f"{what} did not end within {setting}={seconds:g} seconds; raise it if the work is just long"
+    def __init__(self, what: str, seconds: float):
+        self.message = f"{what} did not end within rollout.timeout_s={seconds:g} seconds; raise it if the work is long"
         self.seconds = seconds
 
     def __enter__(self) -> Deadline:

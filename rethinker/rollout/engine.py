@@ -23,7 +23,10 @@ class WeightStream(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """Samples responses and reports the log-probability of every token it sampled."""
+    """Samples responses and reports the log-probability of every token it sampled.
+
+    A backend inherits from this class, defines `generate` and `sync`, and is named in backends.py.
+    """
 
     def generate(
         self, prompts: list[Prompt], *, n: int, max_new_tokens: int | list[int], temperature: float, seed: int
@@ -57,25 +60,14 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Free the GPU memory while the policy trains; nothing on CPU."""
-        ...
-
-    def wake(self) -> None:
-        """Take the GPU memory back; `sync` and `generate` also do so themselves."""
-        ...
-
-    def logprobs(self, prompts: list[Prompt], completions: list[Completion]) -> list[list[float]]:
-        """Log-probability of every token of `completions[i]` after `prompts[i]`, at `rollout.temperature`."""
-        ...
+        """Free the GPU memory while the policy trains; `sync` and `generate` take it back themselves."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the next rollouts depend on besides weights, prompts and seed: nothing, where sampling is real."""
-        ...
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        ...
+        """Continue from where `state_dict` was taken."""
 
     def close(self) -> None:
         """Release the engine."""
-        ...

@@ -6,27 +6,27 @@ from typing import Any
 
 import torch
 
-from rethinker.config import Config, ConfigError
+from rethinker.config import Config
 from rethinker.families import family_of, limit_pixels
 from rethinker.rollout.deadline import Deadline
-from rethinker.rollout.engine import WeightStream
-from rethinker.rollout.sampling import limits, preserved_random_state, seeded, stop_token_ids
+from rethinker.rollout.engine import RolloutEngine, WeightStream
+from rethinker.rollout.sampling import image_tokens_differ, limits, preserved_random_state, seeded, stop_token_ids
+from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
 
 # Sequences that one call of generate advances together.
 BATCH = 64
 
 
-class HFEngine:
-    """RolloutEngine over a transformers image-text-to-text model (see rethinker.rollout.RolloutEngine)."""
+class HFEngine(RolloutEngine):
+    """RolloutEngine over a transformers image-text-to-text model."""
 
-    def __init__(self, config: Config, model_dir: str, *, rank: int, local_rank: int):
+    def __init__(self, config: Config, model_dir: str, ranks: Ranks):
         """Load the model onto this rank's device."""
         from rethinker.policy.model import load_model, load_processor
 
         self.config = config
-        self._rank = rank
-        self._device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        self._rank, self._device = ranks.rank, ranks.device
         self._dtype = getattr(torch, config.policy.dtype)
         with preserved_random_state():
             model = load_model(model_dir, self._dtype)
@@ -36,6 +36,8 @@ class HFEngine:
         limit_pixels(self._processor, self._family, config.data.min_pixels, config.data.max_pixels)
         self._tokenizer = self._processor.tokenizer
         self._stop_ids = stop_token_ids(self._tokenizer, model.config, model.generation_config)
+        pad_id = self._tokenizer.pad_token_id
+        self._pad_id = self._stop_ids[0] if pad_id is None else pad_id
 
     @torch.no_grad()
     def generate(
@@ -44,14 +46,11 @@ class HFEngine:
         """Sample n completions of every prompt; see RolloutEngine."""
         self.wake()
         completions: list[list[Completion]] = []
-        batch, most = max(1, BATCH // n), limits(max_new_tokens, len(prompts))
-        with (
-            self._deadline(f"the rollout of {len(prompts)} prompts") as deadline,
-            seeded(seed + 1_000_003 * self._rank),
-        ):
-            for start in range(0, len(prompts), batch):
-                part, longest = prompts[start : start + batch], most[start : start + batch]
-                completions += self._generate(part, n, longest, temperature, deadline)
+        batch, longest = max(1, BATCH // n), limits(max_new_tokens, len(prompts))
+        what = f"the rollout of {len(prompts)} prompts"
+        with Deadline(what, self.config.rollout.timeout_s) as deadline, seeded(seed, self._rank):
+            for part in (slice(start, start + batch) for start in range(0, len(prompts), batch)):
+                completions += self._generate(prompts[part], n, longest[part], temperature, deadline)
         return completions
 
     def _generate(
@@ -79,12 +78,13 @@ class HFEngine:
 
         output = self._model.generate(**inputs, generation_config=settings, stopping_criteria=[watch])
         sampled = output.sequences[:, inputs["input_ids"].shape[1] :]  # [B, L]
-        logprobs = torch.stack([_gather(step, sampled[:, i], 1.0) for i, step in enumerate(output.scores)], 1)
-        flat = [
+        logps = (scores.float().log_softmax(-1) for scores in output.scores)  # [B, V] per step
+        logprobs = torch.cat([step.gather(-1, sampled[:, i, None]) for i, step in enumerate(logps)], 1)  # [B, L]
+        completions = [
             self._completion(tokens[: longest[row // n]], values)
             for row, (tokens, values) in enumerate(zip(sampled.tolist(), logprobs.tolist(), strict=True))
         ]
-        return [flat[i : i + n] for i in range(0, len(flat), n)]
+        return [completions[i : i + n] for i in range(0, len(completions), n)]
 
     def _completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
         end = next((i for i, token in enumerate(tokens) if token in self._stop_ids), None)
@@ -95,23 +95,6 @@ class HFEngine:
             text=self._tokenizer.decode(tokens[:length], skip_special_tokens=True),
             finish_reason="length" if end is None else "stop",
         )
-
-    @torch.no_grad()
-    def logprobs(self, prompts: list[Prompt], completions: list[Completion]) -> list[list[float]]:
-        """Score given tokens with one plain forward each; see RolloutEngine."""
-        self.wake()
-        temperature = self.config.rollout.temperature
-        scores = []
-        with self._deadline(f"the scoring of {len(prompts)} completions") as deadline:
-            for prompt, completion in zip(prompts, completions, strict=True):
-                deadline.check(f"{len(scores)} scored")
-                # The last token is a label only, never an input.
-                inputs = self._inputs([prompt], [prompt.token_ids + completion.token_ids[:-1].tolist()])
-                length = len(completion.token_ids)
-                logits = self._model(**inputs).logits[0, len(prompt.token_ids) - 1 :][:length]  # [L, V]
-                labels = torch.tensor(completion.token_ids, dtype=torch.long, device=self._device)
-                scores.append(_gather(logits, labels, temperature).tolist())
-        return scores
 
     def _inputs(self, prompts: list[Prompt], rows: list[list[int]]) -> dict[str, torch.Tensor]:
         """Left-padded model inputs: rows of token ids, and the images of their prompts in the same order."""
@@ -128,19 +111,12 @@ class HFEngine:
         return {name: tensor.to(self._device) for name, tensor in inputs.items()}
 
     def _image_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        """The family's IMAGE_INPUTS of a prompt's images.
-
-        Raises:
-            ConfigError: they make another number of image tokens than the prompt has.
-        """
-        image_id, data = self._model.config.image_token_id, self.config.data
+        """The family's IMAGE_INPUTS of a prompt's images, which must make as many image tokens as the prompt has."""
+        image_id = self._model.config.image_token_id
         shown = [self._family.image_ids(self._processor, image.height, image.width) for image in prompt.images]
-        expected, present = sum(ids.count(image_id) for ids in shown), prompt.token_ids.count(image_id)
-        if expected != present:
-            raise ConfigError(
-                f"query {prompt.query_id!r}: the prompt has {present} image tokens and its images make {expected}; "
-                f"both must use data.min_pixels={data.min_pixels} and data.max_pixels={data.max_pixels}"
-            )
+        theirs, ours = sum(ids.count(image_id) for ids in shown), prompt.token_ids.count(image_id)
+        if theirs != ours:
+            raise image_tokens_differ(prompt, ours, theirs, self.config.data)
         features = self._processor.image_processor(prompt.images, return_tensors="pt")
         return {name: features[name] for name in self._family.IMAGE_INPUTS}
 
@@ -150,7 +126,7 @@ class HFEngine:
         self.wake()
         own = dict(self._model.named_parameters())
         seen = set()
-        with self._deadline("the weight sync") as deadline:
+        with Deadline("the weight sync", self.config.rollout.timeout_s) as deadline:
             for name, tensor in weights:
                 deadline.check(f"at {name}")
                 if name not in own:
@@ -173,26 +149,6 @@ class HFEngine:
         """Move the weights back to this rank's device."""
         self._model.to(self._device)
 
-    def state_dict(self) -> dict[str, Any]:
-        """See RolloutEngine."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See RolloutEngine."""
-
     def close(self) -> None:
         """Drop the model."""
         del self._model
-
-    @property
-    def _pad_id(self) -> int:
-        return self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._stop_ids[0]
-
-    def _deadline(self, what: str) -> Deadline:
-        return Deadline(what, self.config.rollout.timeout_s, "rollout.timeout_s")
-
-
-def _gather(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities [R] of tokens [R] under tempered logits [R, V]; fp32."""
-    logps = (logits.float() / temperature).log_softmax(-1)
-    return logps.gather(-1, token_ids[:, None]).squeeze(-1)

@@ -10,18 +10,15 @@ class MismatchError(RuntimeError):
 
 
 def check_mismatch(value: float, config: Config) -> None:
-    """Refuse to train on rollouts of another policy.
+    """Check that the rollouts are those of the policy that is trained.
 
-    Call it with the first step after a weight sync: until then the policy has not moved, so whatever the k3 estimate
-    shows is rounding or weights that did not arrive; with rollout.max_staleness=1 also what the steps of one episode
-    changed, which the ceiling bounds, too. Measured with the tiny model on CPU: 1e-12 nats in fp32, 1.4e-4 in bf16; 0.4
-    to 7 with an engine left behind by a move of every weight by 0.02 to 0.05. A single small update that is lost stays
-    below any useful ceiling: that is what rollout.check_sync compares checksums for. The step's update may have been
-    made when this is known, so the last checkpoint is the one to go on from.
+    Call it with the first step after a weight sync: until then the policy has not moved, so the k3 estimate shows
+    rounding or weights that did not arrive; with rollout.max_staleness=1 also what the steps of one episode changed.
+    Measured with the tiny model on CPU: 1e-12 nats in fp32, 1.4e-4 in bf16; 0.4 to 7 where every weight had moved by
+    0.02 to 0.05 and did not arrive. A single small update that is lost shows in rollout.check_sync alone.
 
     Args:
-        value: `mismatch_kl`, nats per token, the same on all ranks. A NaN passes: the step that had it was skipped and
-            counted.
+        value: `mismatch_kl`, nats per token, the same on all ranks. NaN passes: its step was skipped and counted.
 
     Raises:
         MismatchError: above rollout.max_mismatch_kl.

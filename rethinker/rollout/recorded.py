@@ -6,12 +6,12 @@ from collections import Counter, defaultdict, deque
 from pathlib import Path
 
 from rethinker.config import Config, ConfigError
-from rethinker.rollout.engine import WeightStream
+from rethinker.rollout.engine import RolloutEngine, WeightStream
 from rethinker.runtime.completions import read_completions
 from rethinker.samples import Completion, Prompt
 
 
-class RecordedEngine:
+class RecordedEngine(RolloutEngine):
     """RolloutEngine that returns, per query, its groups' completions in the order of the recording's episodes."""
 
     def __init__(self, config: Config):
@@ -27,9 +27,10 @@ class RecordedEngine:
                 "of a run that had run.save_completions on"
             )
         self.folder = Path(folder)
-        self._unread = deque(sorted(int(path.stem.split("_")[1]) for path in self.folder.glob("episode_*.parquet")))
-        if not self._unread:
+        episodes = sorted(int(path.stem.split("_")[1]) for path in self.folder.glob("episode_*.parquet"))
+        if not episodes:
             raise ConfigError(f"rollout.recording={folder!r} holds no episode_*.parquet; name another run's folder")
+        self._unread = (group for episode in episodes for group in read_completions(self.folder, episode))
         self._completions: dict[str, deque[list[Completion]]] = defaultdict(deque)
         self._taken: Counter[str] = Counter()  # groups of each query that were asked for
         self._passed: Counter[str] = Counter()  # groups of each query to leave out: the resumed run had them
@@ -46,12 +47,11 @@ class RecordedEngine:
 
     def _next(self, query_id: str, n: int) -> list[Completion]:
         recorded = self._completions[query_id]
-        while not recorded and self._unread:
-            for group in read_completions(self.folder, self._unread.popleft()):
-                if self._passed[group.query.id] > 0:
-                    self._passed[group.query.id] -= 1
-                else:
-                    self._completions[group.query.id].append(group.completions)
+        while not recorded and (group := next(self._unread, None)):
+            if self._passed[group.query.id] > 0:
+                self._passed[group.query.id] -= 1
+            else:
+                self._completions[group.query.id].append(group.completions)
         if not recorded:
             raise ConfigError(
                 f"rollout.recording={str(self.folder)!r} holds no (further) completions of query {query_id!r}; use the "
@@ -74,17 +74,4 @@ class RecordedEngine:
         self._taken, self._passed = Counter(state), Counter(state)
 
     def sync(self, weights: WeightStream, version: int) -> None:
-        """Nothing to update; as every rank leaves the stream alone, none waits for another."""
-
-    def sleep(self) -> None:
-        """Nothing is held."""
-
-    def wake(self) -> None:
-        """Nothing is held."""
-
-    def logprobs(self, prompts: list[Prompt], completions: list[Completion]) -> list[list[float]]:
-        """Not possible: a recording scores nothing new."""
-        raise ConfigError("rollout.backend=recorded cannot score completions; use vllm or hf")
-
-    def close(self) -> None:
-        """Nothing is held."""
+        """A recording has no weights; as every rank leaves the stream alone, none waits for another."""

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from rethinker.config import ConfigError, DataConfig
 from rethinker.families import family_of
+from rethinker.samples import Prompt
 
 _CONFIG_PLACEHOLDERS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
@@ -23,22 +25,27 @@ def stop_token_ids(tokenizer: Any, model_config: Any, generation_config: Any | N
     Args:
         tokenizer, model_config, generation_config: as transformers loads them from the model's folder.
     """
-    text_config = model_config.get_text_config()
-    ids = {tokenizer.eos_token_id, *_as_list(getattr(text_config, "eos_token_id", None))}
-    ids.update(_as_list(getattr(generation_config, "eos_token_id", None)))
+    ids = {tokenizer.eos_token_id, *(getattr(model_config, name, None) for name in _CONFIG_PLACEHOLDERS)}
+    for source in (model_config.get_text_config(), generation_config):
+        end = getattr(source, "eos_token_id", None)
+        ids.update(end if isinstance(end, (list, tuple)) else [end])
     added = tokenizer.get_added_vocab()
     ids.update(added.get(token) for token in family_of(model_config.model_type).PLACEHOLDERS)
-    ids.update(getattr(model_config, name, None) for name in _CONFIG_PLACEHOLDERS)
-    return sorted(i for i in ids if i is not None)
+    return sorted(ids - {None})
+
+
+def image_tokens_differ(prompt: Prompt, ours: int, theirs: int, data: DataConfig) -> ConfigError:
+    """The error for a prompt in which policy and rollout engine read different tokens, which only images can cause."""
+    return ConfigError(
+        f"query {prompt.query_id!r}: the policy reads {ours} tokens and the rollout engine {theirs}, so image features "
+        f"would not match image tokens; both must use data.min_pixels={data.min_pixels} and "
+        f"data.max_pixels={data.max_pixels}"
+    )
 
 
 def limits(max_new_tokens: int | list[int], prompts: int) -> list[int]:
     """The longest completion of each prompt."""
     return max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * prompts
-
-
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    return list(ids) if isinstance(ids, (list, tuple)) else [ids] if ids is not None else []
 
 
 @contextmanager
@@ -55,9 +62,13 @@ def preserved_random_state() -> Iterator[None]:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Run a block with the process's generators seeded, then restore them (per-request seeds crash vLLM on CPU)."""
+def seeded(seed: int, replica: int) -> Iterator[None]:
+    """Run a block with the process's generators seeded, each replica's apart, then restore them.
+
+    Seeds of single requests would crash vLLM on CPU.
+    """
     with preserved_random_state():
+        seed += 1_000_003 * replica
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)

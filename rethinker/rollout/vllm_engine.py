@@ -11,15 +11,19 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 
 from rethinker.config import Config, ConfigError
 from rethinker.rollout.deadline import Deadline
-from rethinker.rollout.engine import WeightStream
-from rethinker.rollout.sampling import limits, preserved_random_state, seeded
-from rethinker.rollout.vllm_settings import Asking, engine_arguments
+from rethinker.rollout.engine import RolloutEngine, WeightStream
+from rethinker.rollout.sampling import preserved_random_state, seeded
+from rethinker.rollout.vllm_settings import Request, VLLMRequests, engine_arguments
+from rethinker.rollout.weight_sync import Checksum, send_in_buckets, watched
+from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
 
 T = TypeVar("T")
@@ -29,34 +33,28 @@ class EngineFailure(RuntimeError):
     """vLLM failed in a rollout or a weight sync; its engine cannot be used any more."""
 
 
-class VLLMEngine:
-    """RolloutEngine over `vllm.LLM` in this process (see rethinker.rollout.RolloutEngine)."""
+class VLLMEngine(RolloutEngine):
+    """RolloutEngine over `vllm.LLM` in this process."""
 
-    def __init__(self, config: Config, model_dir: str, *, rank: int, world_size: int):
+    def __init__(self, config: Config, model_dir: str, ranks: Ranks):
         """Load the model. Takes about 6 s for the tiny model on CPU.
 
         Raises:
-            ConfigError: `rollout.tensor_parallel_size` does not divide the ranks, or does not fit `rollout.check_sync`.
+            ConfigError: `rollout.tensor_parallel_size` does not divide the ranks, or vLLM's memory does not fit.
         """
-        settings = config.rollout
-        if world_size % settings.tensor_parallel_size:
+        if ranks.world_size % config.rollout.tensor_parallel_size:
             raise ConfigError(
-                f"rollout.tensor_parallel_size={settings.tensor_parallel_size} must divide the number of ranks "
-                f"({world_size}); 1 always does"
-            )
-        if settings.check_sync and settings.tensor_parallel_size > 1:
-            raise ConfigError(
-                "rollout.check_sync=true compares whole tensors and needs rollout.tensor_parallel_size=1, not "
-                f"{settings.tensor_parallel_size}"
+                f"rollout.tensor_parallel_size={config.rollout.tensor_parallel_size} must divide the number of ranks "
+                f"({ranks.world_size}); 1 always does"
             )
         self.config = config
         self._gpu = torch.cuda.is_available()
         self._asleep = False
-        self._requests = 0
-        self._replica = rank // settings.tensor_parallel_size
-        self._asking = Asking(config, model_dir)
+        self._asked = 0
+        self._replica = ranks.rank // config.rollout.tensor_parallel_size
+        self._requests = VLLMRequests(config, model_dir)
         with preserved_random_state():
-            self._llm = self._build(model_dir, world_size)
+            self._llm = self._build(model_dir, ranks.world_size)
         self._engine = self._llm.llm_engine
 
     def _build(self, model_dir: str, world_size: int) -> Any:
@@ -67,15 +65,13 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         from vllm import LLM
 
-        from rethinker.rollout import weight_sync
         from rethinker.runtime import logs
 
         logs.follow("vllm")  # which has just configured its logger
 
-        weight_sync.register()
-        _register_classes(self._asking.model_config.architectures)
+        _register_classes(self._requests.model_config.architectures)
         settings = self.config.rollout
-        arguments = engine_arguments(self.config, self._asking, gpu=self._gpu)
+        arguments = engine_arguments(self.config, self._requests, gpu=self._gpu)
         if self._gpu:
             arguments["enable_sleep_mode"] = settings.sleep
         if world_size > 1:
@@ -84,12 +80,7 @@ class VLLMEngine:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # vLLM's own imports
-                return LLM(
-                    model_dir,
-                    weight_transfer_config={"backend": weight_sync.BACKEND},
-                    use_tqdm_on_load=False,
-                    **arguments,
-                )
+                return LLM(model_dir, use_tqdm_on_load=False, **arguments)
         except ValueError as error:
             if "memory" not in str(error):
                 raise
@@ -104,82 +95,39 @@ class VLLMEngine:
         self, prompts: list[Prompt], *, n: int, max_new_tokens: int | list[int], temperature: float, seed: int
     ) -> list[list[Completion]]:
         """Sample n completions of every prompt; see RolloutEngine. Prompt and images are sent once for all n."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        def params(longest: int) -> SamplingParams:
-            return SamplingParams(
-                **self._asking.sampling(n, temperature, longest),
-                output_kind=RequestOutputKind.FINAL_ONLY,
-                flat_logprobs=True,  # a few lists per response, not a few objects per token
-            )
-
-        inputs, own = self._share(list(zip(prompts, limits(max_new_tokens, len(prompts)), strict=True)))
-        for prompt, longest in inputs:
-            self._asking.check_length(prompt, longest)
-        with seeded(seed + 1_000_003 * self._replica):
-            return self._run([(prompt, [], params(longest)) for prompt, longest in inputs], "rollout", self._read, own)
-
-    def logprobs(self, prompts: list[Prompt], completions: list[Completion]) -> list[list[float]]:
-        """Score given tokens; see RolloutEngine. The last token is a label only, so it may be a placeholder.
-
-        Raises:
-            ConfigError: `rollout.temperature` is not 1: vLLM scores prompt tokens at temperature 1.
-        """
-        from vllm import SamplingParams
-
-        inputs, own = self._share(list(zip(prompts, completions, strict=True)))
-        requests = []
-        for prompt, completion in inputs:
-            *body, last = completion.token_ids.tolist() or [0]
-            requests.append((prompt, body, SamplingParams(**self._asking.scoring(last))))
-        with preserved_random_state():
-            outputs = self._run(requests, "scoring", lambda output: output, own)
-        scores = []
-        for (prompt, completion), output in zip(inputs[own], outputs, strict=True):
-            start = len(prompt.token_ids)
-            token_ids = completion.token_ids.tolist()
-            row = [output.prompt_logprobs[start + i][token].logprob for i, token in enumerate(token_ids[:-1])]
-            if token_ids:
-                row.append(output.outputs[0].logprobs[0][token_ids[-1]].logprob)
-            scores.append(row)
-        return scores
+        requests, own = self._share(self._requests.sampling(prompts, n, max_new_tokens, temperature))
+        with seeded(seed, self._replica):
+            return self._run(requests, own)
 
     def sync(self, weights: WeightStream, version: int) -> None:
         """Take over the policy's weights; see RolloutEngine. Wakes the weights' memory, not the key-value cache's."""
-        from rethinker.rollout import weight_sync
+        from rethinker.rollout import vllm_weights
 
         if self._asleep:
             torch.cuda.empty_cache()  # memory that the trainer's allocator holds is not free to vLLM's
             self._engine.wake_up(["weights"])
-        sent: dict[str, weight_sync.Checksum] = {}
-        dtype = getattr(torch, self.config.policy.dtype)
-        with self._deadline("the weight sync") as deadline:
-
-            def watch(name: str, tensor: torch.Tensor) -> None:
-                deadline.check(f"at {name}")
-                if self.config.rollout.check_sync:
-                    sent[name] = weight_sync.checksum(tensor, dtype)
-
-            client = weight_sync.InProcessClient(self._engine)
-            source = weight_sync.StreamSource(weights, watch)
-            client.announce(source)
+        names = [name for name, *_ in weights.metadata()]
+        sent: dict[str, Checksum] | None = {} if self.config.rollout.check_sync else None
+        with Deadline("the weight sync", self.config.rollout.timeout_s) as deadline:
+            tensors = watched(weights, deadline, sent, getattr(torch, self.config.policy.dtype))
+            self._in_model(vllm_weights.prepare_update, names)
             with _named(f"the weight sync to version {version}"):
-                weight_sync.send_weights(client, source)
-                self._reset_caches()
-            if sent:
-                name = self._engine.apply_model(lambda model: weight_sync.first_difference(model, sent, dtype))[0]
-                if name is not None:
-                    raise RuntimeError(
-                        f"rollout.check_sync: after the weight sync to version {version} vLLM's {name} differs from "
-                        f"the policy's ({len(sent)} tensors were compared)"
-                    )
+                self._in_model(vllm_weights.start_update)
+                load = partial(self._in_model, vllm_weights.load)
+                send_in_buckets(names, tensors, load, lambda: self._in_model(vllm_weights.finish_update))
+                # Forget what the old weights computed: keys and values, and image embeddings.
+                if not self._engine.reset_prefix_cache():
+                    raise RuntimeError("vLLM could not clear its prefix cache; requests are still running")
+                self._engine.reset_encoder_cache()
+            if sent and (name := self._in_model(vllm_weights.first_difference, sent)):
+                raise RuntimeError(
+                    f"rollout.check_sync: after the weight sync to version {version} vLLM's {name} differs from "
+                    f"the policy's ({len(sent)} tensors were compared)"
+                )
 
-    def _reset_caches(self) -> None:
-        """Forget what the old weights computed: keys and values, and image embeddings."""
-        if not self._engine.reset_prefix_cache():
-            raise RuntimeError("weight sync: vLLM could not clear its prefix cache; requests are still running")
-        self._engine.reset_encoder_cache()
+    def _in_model(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What function(vLLM's model, vLLM's config, *arguments) returns."""
+        return self._engine.apply_model(lambda model: function(model, self._engine.vllm_config, *arguments))[0]
 
     def sleep(self) -> None:
         """Free the GPU memory: weights go to the host, the key-value cache is dropped."""
@@ -194,50 +142,38 @@ class VLLMEngine:
             self._engine.wake_up()
             self._asleep = False
 
-    def state_dict(self) -> dict[str, Any]:
-        """See RolloutEngine."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See RolloutEngine."""
-
     def close(self) -> None:
         """Shut the engine down."""
         self._engine.engine_core.shutdown()
 
-    def _run(
-        self, requests: list[tuple[Prompt, list[int], Any]], what: str, read: Callable[[Any], T], own: slice
-    ) -> list[T]:
-        """Run requests (prompt, tokens after it, sampling parameters) to their end.
+    def _run(self, requests: list[Request], own: slice) -> list[list[Completion]]:
+        """The completions of requests[own], after all have run. An output, which is large, is read and dropped."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        Returns:
-            What `read` makes of the outputs of requests[own], in their order. An output, which is large, is read and
-            dropped when it comes.
-        """
         self.wake()
-        finished: dict[str, T | None] = {}
-        ids: list[str] = []
-        with self._deadline(f"the {what} of {len(requests)} requests") as deadline:
+        finished: dict[str, list[Completion]] = {}
+        ids = [f"rollout-{self._asked + i}" for i in range(len(requests))]
+        self._asked += len(requests)
+        kept, what = set(ids[own]), f"the rollout of {len(requests)} requests"
+        with Deadline(what, self.config.rollout.timeout_s) as deadline:
             try:
-                for prompt, continuation, params in requests:
-                    inputs = {"prompt_token_ids": prompt.compact_ids + continuation}
+                for request_id, (prompt, settings) in zip(ids, requests, strict=True):
+                    inputs = {"prompt_token_ids": prompt.compact_ids}
                     if prompt.images:
                         inputs["multi_modal_data"] = {"image": prompt.images}
                     (rendered,) = self._llm.renderer.render_cmpl([inputs])
-                    self._asking.check_prompt(prompt, rendered["prompt_token_ids"], continuation)
-                    request_id = f"{what}-{self._requests}"
-                    self._requests += 1
+                    self._requests.check_prompt(prompt, rendered["prompt_token_ids"])
+                    # flat_logprobs: a few lists per response, not a few objects per token.
+                    params = SamplingParams(**settings, output_kind=RequestOutputKind.FINAL_ONLY, flat_logprobs=True)
                     self._engine.add_request(request_id, rendered, params)
-                    ids.append(request_id)
-                    deadline.check(f"{len(ids)} requests prepared")
-                kept = set(ids[own])
+                    deadline.check(f"{request_id} is prepared")
                 while self._engine.has_unfinished_requests():
-                    with _named(f"the {what} of {len(requests)} requests, after {len(finished)} of them"):
+                    with _named(f"{what}, after {len(finished)} of them"):
                         outputs = self._engine.step()
                     for output in outputs:
                         if output.finished:
-                            key = output.request_id
-                            finished[key] = read(output) if key in kept else None
+                            finished[output.request_id] = self._read(output) if output.request_id in kept else []
                     deadline.check(f"{len(finished)} requests ended")
             except BaseException:
                 with suppress(Exception):  # an engine that is dead cannot do that either; the cause is what matters
@@ -245,29 +181,27 @@ class VLLMEngine:
                 raise
         return [finished[request_id] for request_id in ids[own]]
 
-    def _deadline(self, what: str) -> Deadline:
-        return Deadline(what, self.config.rollout.timeout_s, "rollout.timeout_s")
-
-    def _share(self, items: list[Any]) -> tuple[list[Any], slice]:
-        """All items of the ranks of this tensor-parallel engine, in rank order, and where this rank's are."""
+    def _share(self, requests: list[Request]) -> tuple[list[Request], slice]:
+        """All requests of the ranks of this tensor-parallel engine, in rank order, and where this rank's are."""
         if self.config.rollout.tensor_parallel_size == 1:
-            return items, slice(None)
+            return requests, slice(None)
         from vllm.distributed.parallel_state import get_tp_group
 
         group = get_tp_group()
         gathered: list[Any] = [None] * group.world_size
-        torch.distributed.all_gather_object(gathered, items, group=group.cpu_group)
+        torch.distributed.all_gather_object(gathered, requests, group=group.cpu_group)
         start = sum(len(part) for part in gathered[: group.rank_in_group])
-        return [item for part in gathered for item in part], slice(start, start + len(items))
+        return list(chain.from_iterable(gathered)), slice(start, start + len(requests))
 
     def _read(self, output: Any) -> list[Completion]:
-        return [self._completion(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
-
-    def _completion(self, sample: Any) -> Completion:
-        flat, token_ids = sample.logprobs, list(sample.token_ids)
-        at = flat.start_indices  # of each position the sampled token comes first
-        assert [flat.token_ids[i] for i in at] == token_ids
-        return self._asking.completion(token_ids, [flat.logprobs[i] for i in at], sample.finish_reason)
+        completions = []
+        for sample in sorted(output.outputs, key=lambda sample: sample.index):
+            flat, token_ids = sample.logprobs, list(sample.token_ids)
+            at = flat.start_indices  # of each position the sampled token comes first
+            assert [flat.token_ids[i] for i in at] == token_ids
+            logprobs = [flat.logprobs[i] for i in at]
+            completions.append(self._requests.completion(token_ids, logprobs, sample.finish_reason))
+        return completions
 
 
 @contextmanager
@@ -284,7 +218,7 @@ def _named(what: str) -> Iterator[None]:
 
 
 def _register_classes(architectures: list[str]) -> None:
-    """Load vLLM's model classes here: it would inspect them in a subprocess, without torchvision's repair."""
+    """Load vLLM's model classes here: it would inspect them in a subprocess, without torchvision's fix."""
     from vllm.model_executor.models import ModelRegistry
 
     for name in architectures:

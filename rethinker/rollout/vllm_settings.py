@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
 from rethinker.config import Config, ConfigError
 from rethinker.families import family_of
-from rethinker.rollout.sampling import stop_token_ids
+from rethinker.rollout.sampling import image_tokens_differ, limits, stop_token_ids
 from rethinker.samples import Completion, Prompt
 
 # What two models must share for one's weights to fit the other, and for both to read the same tokens.
@@ -17,11 +18,12 @@ _SHAPES = """
     intermediate_size num_hidden_layers num_attention_heads num_key_value_heads depth num_heads patch_size
     spatial_merge_size out_hidden_size
 """.split()
-WORKER = "rethinker.rollout.server.worker.ServerWorker"  # worker extension of a server
+Request = tuple[Prompt, dict[str, Any]]
+"""A prompt and the arguments of vLLM's SamplingParams."""
 
 
-def engine_arguments(config: Config, asking: Asking, *, gpu: bool) -> dict[str, Any]:
-    """vLLM's engine arguments, all but the model and the weight transfer; `gpu`: whether it runs on CUDA."""
+def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> dict[str, Any]:
+    """vLLM's engine arguments, all but the model; `gpu`: whether it runs on CUDA."""
     settings = config.rollout
     if gpu:
         device: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
@@ -38,9 +40,9 @@ def engine_arguments(config: Config, asking: Asking, *, gpu: bool) -> dict[str, 
         "trust_remote_code": False,
         "seed": config.seed,
         "tensor_parallel_size": settings.tensor_parallel_size,
-        "max_model_len": asking.max_length,
+        "max_model_len": requests.max_length,
         "limit_mm_per_prompt": {"image": config.data.max_images, "video": 0},
-        "mm_processor_kwargs": asking.image_settings,
+        "mm_processor_kwargs": requests.image_settings,
         # Every image is seen once per episode, so a cache of pixels only fills the host's memory.
         "mm_processor_cache_gb": 0,
         "logprobs_mode": "processed_logprobs",
@@ -50,20 +52,16 @@ def engine_arguments(config: Config, asking: Asking, *, gpu: bool) -> dict[str, 
     }
 
 
-def outline(model_config: Any) -> dict[str, Any]:
+def model_shape(model_config: Any) -> dict[str, Any]:
     """The numbers of a transformers model config that shape its weights, of its text and its vision part."""
-    found: dict[str, Any] = {}
     parts = {"": model_config, "text_": model_config.get_text_config()}
     parts["vision_"] = getattr(model_config, "vision_config", None)
-    for prefix, part in parts.items():
-        for name in _SHAPES:
-            if part is not None and (value := getattr(part, name, None)) is not None:
-                found[prefix + name] = value
-    return found
+    values = {prefix + name: getattr(part, name, None) for prefix, part in parts.items() for name in _SHAPES}
+    return {f"policy.model's {name}": value for name, value in values.items() if value is not None}
 
 
-class Asking:
-    """How a run asks its vLLM engines: sampling parameters, lengths, and what their answers mean.
+class VLLMRequests:
+    """How a run asks vLLM: sampling parameters, lengths, and what the answers mean.
 
     Attributes:
         tokenizer: of the model.
@@ -74,10 +72,23 @@ class Asking:
     """
 
     def __init__(self, config: Config, model_dir: str):
+        """Read the model's folder.
+
+        Raises:
+            ConfigError: `rollout.check_sync` with `rollout.tensor_parallel_size` above 1.
+        """
+        if config.rollout.check_sync and config.rollout.tensor_parallel_size > 1:
+            raise ConfigError(
+                "rollout.check_sync=true compares whole tensors and needs rollout.tensor_parallel_size=1, not "
+                f"{config.rollout.tensor_parallel_size}"
+            )
         self.config = config
         self.model_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-        self.stop_ids = stop_token_ids(self.tokenizer, self.model_config, _generation_config(model_dir))
+        generation = None
+        with suppress(OSError):  # optional in a model's folder
+            generation = GenerationConfig.from_pretrained(model_dir)
+        self.stop_ids = stop_token_ids(self.tokenizer, self.model_config, generation)
         self.max_length = min(
             config.data.max_prompt_tokens + config.rollout.max_new_tokens,
             self.model_config.get_text_config().max_position_embeddings,
@@ -86,63 +97,39 @@ class Asking:
         family = family_of(self.model_config.model_type)
         self.image_settings = family.image_settings(processor, config.data.min_pixels, config.data.max_pixels)
 
-    def sampling(self, n: int, temperature: float, longest: int) -> dict[str, Any]:
-        """Arguments of vLLM's SamplingParams for n samples of at most `longest` tokens."""
-        return {
-            "n": n,
-            "temperature": temperature,
-            "max_tokens": longest,
-            "logprobs": 0,  # the sampled token's only
-            "stop_token_ids": self.stop_ids,
-            "detokenize": False,
-        }
-
-    def scoring(self, last: int) -> dict[str, Any]:
-        """Arguments of vLLM's SamplingParams that score a prompt's tokens and `last` as the one after them.
+    def sampling(
+        self, prompts: list[Prompt], n: int, max_new_tokens: int | list[int], temperature: float
+    ) -> list[Request]:
+        """One request for every prompt; the arguments are those of RolloutEngine.generate.
 
         Raises:
-            ConfigError: `rollout.temperature` is not 1: vLLM scores prompt tokens at temperature 1.
+            ConfigError: a prompt leaves no room for its response: vLLM would cut that short without a word.
         """
-        if self.config.rollout.temperature != 1.0:
-            raise ConfigError(
-                f"rollout.temperature={self.config.rollout.temperature:g}: vLLM scores given tokens at temperature 1 "
-                "only; use rollout.backend=hf"
-            )
-        return {
-            "max_tokens": 1,
-            "prompt_logprobs": 0,
-            "logprobs": 2,
-            "logprob_token_ids": [last, last],  # over HTTP as many are told as asked for, the sampled token first
-            "temperature": 1.0,
-            "detokenize": False,
-        }
+        requests = []
+        for prompt, longest in zip(prompts, limits(max_new_tokens, len(prompts)), strict=True):
+            if len(prompt.token_ids) + longest > self.max_length:
+                raise ConfigError(
+                    f"query {prompt.query_id!r}: {len(prompt.token_ids)} prompt tokens and rollout.max_new_tokens="
+                    f"{longest} exceed vLLM's {self.max_length}; data.max_prompt_tokens="
+                    f"{self.config.data.max_prompt_tokens} should leave such queries out"
+                )
+            settings = {
+                "n": n,
+                "temperature": temperature,
+                "max_tokens": longest,
+                "logprobs": 0,  # the sampled token's only
+                "stop_token_ids": self.stop_ids,
+                "detokenize": False,
+            }
+            requests.append((prompt, settings))
+        return requests
 
-    def check_length(self, prompt: Prompt, max_new_tokens: int) -> None:
-        """Refuse a prompt that leaves no room for its response: vLLM would cut that short without a word."""
-        if len(prompt.token_ids) + max_new_tokens > self.max_length:
-            raise ConfigError(
-                f"query {prompt.query_id!r}: {len(prompt.token_ids)} prompt tokens and rollout.max_new_tokens="
-                f"{max_new_tokens} exceed vLLM's {self.max_length}; data.max_prompt_tokens="
-                f"{self.config.data.max_prompt_tokens} should leave such queries out"
-            )
-
-    def check_prompt(self, prompt: Prompt, expanded: list[int], continuation: list[int]) -> None:
-        """Refuse a prompt in which vLLM and the policy see different tokens."""
-        if list(expanded) != prompt.token_ids + continuation:
-            raise ConfigError(
-                f"query {prompt.query_id!r}: the policy reads {len(prompt.token_ids)} prompt tokens and vLLM "
-                f"{len(expanded) - len(continuation)}, so image features would not match image tokens; both must use "
-                f"data.min_pixels={self.config.data.min_pixels} and data.max_pixels={self.config.data.max_pixels}"
-            )
+    def check_prompt(self, prompt: Prompt, expanded: list[int]) -> None:
+        """Check that vLLM and the policy see the same tokens in a prompt; ConfigError if not."""
+        if list(expanded) != prompt.token_ids:
+            raise image_tokens_differ(prompt, len(prompt.token_ids), len(expanded), self.config.data)
 
     def completion(self, token_ids: list[int], logprobs: list[float], finish_reason: str) -> Completion:
         """One answer as the trainer knows it."""
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         return Completion(token_ids, logprobs, text, finish_reason)
-
-
-def _generation_config(model_dir: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(model_dir)
-    except OSError:  # optional in a model's folder
-        return None

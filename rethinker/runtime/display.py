@@ -1,18 +1,16 @@
-"""What the user sees while a run goes on: a live bar on a terminal, plain lines elsewhere, and a summary at the end."""
+"""What the user sees while a run goes on: one line per step, one per validation, and a summary at the end."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 
-if TYPE_CHECKING:
-    from rethinker.samples import Accuracy
-    from rethinker.train import Run
+from rethinker.samples import Accuracy, RunResult
 
 T = TypeVar("T")
 
@@ -29,50 +27,28 @@ _COLUMNS = (
     ("tok/s", "tokens_per_s", ",.0f"),
     ("s/step", "step_s", ".2f"),
 )
-_ON_BAR = ("reward", "effective", "replay", "length", "tok/s")
 
 
 class Display:
-    """Shows the steps of a run; silent on all ranks but the first."""
+    """Shows the steps of a run on stdout; silent on all ranks but the first."""
 
-    def __init__(self, total_steps: int, enabled: bool = True, console: Console | None = None, done: int = 0) -> None:
+    def __init__(self, total_steps: int, enabled: bool = True, done: int = 0) -> None:
         """Args:
         total_steps: optimizer steps of the whole run.
         enabled: False shows nothing.
-        console: where to write; by default stdout.
         done: steps that a resumed run has behind it.
         """
-        self.total_steps, self._done_before = total_steps, done
-        self.enabled = enabled
-        self._console = console or Console(highlight=False, markup=False, soft_wrap=True)
+        self.total_steps, self.enabled, self._done_before = total_steps, enabled, done
         self._start = time.perf_counter()
         self._first_step: float | None = None  # when steps began: the estimate leaves the start-up out
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> Display:
-        if self.enabled and self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[state]}"), console=self._console)
-            self._task = self._bar.add_task("train", total=self.total_steps, completed=self._done_before, state="")
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Show one optimizer step."""
-        if not self.enabled:
-            return
-        if self._bar is not None:
-            self._bar.update(self._task, completed=metrics["step"], state=_line(metrics, _ON_BAR))
-            return
+        """Show one optimizer step; a metric that is missing or null is left out."""
         now, done = time.perf_counter(), metrics["step"]
         self._first_step = self._first_step or now - (metrics.get("step_s") or 0.0)
         left = _duration((now - self._first_step) / (done - self._done_before) * (self.total_steps - done))
-        self._print(f"step {done}/{self.total_steps}  {_line(metrics)}  left {left}")
+        shown = [f"{label} {metrics[name]:{form}}" for label, name, form in _COLUMNS if metrics.get(name) is not None]
+        self._print("  ".join([f"step {done}/{self.total_steps}", *shown, f"left {left}"]))
 
     def validated(self, step: int, accuracy: Accuracy | None) -> None:
         """Show a validation; None, of a run without held-out questions, shows nothing."""
@@ -88,20 +64,18 @@ class Display:
 
     def stopped(self, signal: str, step: int, folder: Path) -> None:
         """Say that the run was asked to stop, is saved, and how to go on."""
-        self.__exit__()
         self._print(f"{signal}: saved after step {step}/{self.total_steps}; to go on:")
         self._print(f"  rethinker train {folder}/config.yaml --resume auto")
 
-    def summary(self, run: Run, report: Path | None = None) -> None:
+    def summary(self, run: RunResult, report: Path | None = None) -> None:
         """Say what was learned, how long it took and where the run lies."""
-        self.__exit__()
-        steps = len(run.metrics)
-        lines = ["", f"{steps} steps in {_duration(time.perf_counter() - self._start)}"]
-        if steps:
-            first, last, few = _first_and_last([row["reward_mean"] for row in run.metrics])
+        rewards, before, after = [row["reward_mean"] for row in run.metrics], run.accuracy_before, run.accuracy_after
+        lines = ["", f"{len(rewards)} steps in {_duration(time.perf_counter() - self._start)}"]
+        if rewards:
+            few = max(1, len(rewards) // 10)  # single steps are noisy
+            first, last = sum(rewards[:few]) / few, sum(rewards[-few:]) / few
             of = f"mean of the first and last {few} steps" if few > 1 else "first and last step"
             lines.append(f"sampled reward   {first:.3f} -> {last:.3f}  ({of})")
-        before, after = run.accuracy_before, run.accuracy_after
         if before is not None and after is not None:
             points = f"{100 * (after.overall - before.overall):+.1f} points"
             change = f"{before.overall:.3f} -> {after.overall:.3f}  ({points}"
@@ -117,46 +91,27 @@ class Display:
 
     def _print(self, text: str) -> None:
         if self.enabled:
-            self._console.print(text)
+            print(text, flush=True)
 
 
-def progress(items: Iterable[T], label: str, total: int | None = None, console: Console | None = None) -> Iterator[T]:
+def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
     """Pass items on while showing how far they have come: a bar on a terminal, elsewhere a line at each fifth.
 
     Args:
         items: what to go through.
         label: what is being done.
         total: how many there are, if `items` has no length.
-        console: where to write; by default stdout.
     """
     total = len(items) if total is None else total  # type: ignore[arg-type]
-    console = console or Console(highlight=False, markup=False, soft_wrap=True)
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
-            yield from bar.track(items, total=total, description=label)
+    if sys.stdout.isatty():
+        yield from track(items, label, total)
         return
-    start, told = time.perf_counter(), 0
+    start, fifths = time.perf_counter(), 0
     for done, item in enumerate(items, start=1):
         yield item
-        if done * 5 // total > told:
-            told = done * 5 // total
-            console.print(f"{label}: {done}/{total}  {_duration(time.perf_counter() - start)}")
-
-
-def _line(metrics: Mapping[str, Any], labels: Sequence[str] | None = None) -> str:
-    """The step's numbers in one line; a metric that is missing or null is left out."""
-    return "  ".join(
-        f"{label} {metrics[name]:{form}}"
-        for label, name, form in _COLUMNS
-        if metrics.get(name) is not None and (labels is None or label in labels)
-    )
-
-
-def _first_and_last(values: Sequence[float]) -> tuple[float, float, int]:
-    """Means of the first and of the last tenth, one value at least; single steps are noisy."""
-    few = max(1, len(values) // 10)
-    return sum(values[:few]) / few, sum(values[-few:]) / few, few
+        if done * 5 // total > fifths:
+            fifths = done * 5 // total
+            print(f"{label}: {done}/{total}  {_duration(time.perf_counter() - start)}", flush=True)
 
 
 def _duration(seconds: float) -> str:

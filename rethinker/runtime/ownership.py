@@ -6,8 +6,8 @@ log-probs stay where they were sampled. They travel when a step trains them on a
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Bundle, Completion, Group, Query, RemoteCompletion, Sample
@@ -21,30 +21,17 @@ def share(mine: list[Group], queries: Sequence[Query], first_number: int, ranks:
         queries: the episode's, the same on every rank; they are not sent.
         first_number: `Group.number` of the first.
     """
-    outlines = ranks.gather(
-        [
-            {
-                "completions": [
-                    RemoteCompletion(c.tokens, c.trainable_tokens, c.supervised) for c in group.completions
-                ],
-                "prompt_tokens": group.prompt_tokens,
-                "policy_version": group.policy_version,
-                "rewards": group.rewards,
-                "rethinks": group.rethinks,
-                "rethinking": group.rethinking,
-                "sampled_tokens": group.sampled_tokens,
-            }
-            for group in mine
-        ]
-    )
+
+    def outline(group: Group) -> Group:
+        known = [RemoteCompletion(c.tokens, c.trainable_tokens, c.supervised) for c in group.completions]
+        return replace(group, query=None, completions=known)
+
+    outlines = ranks.gather(list(map(outline, mine)))
     groups = []
     for i, query in enumerate(queries):
         owner, place = i % ranks.world_size, i // ranks.world_size
-        number = first_number + i
-        if owner == ranks.rank:
-            groups.append(dataclasses.replace(mine[place], number=number, owner=owner))
-        else:
-            groups.append(Group(query, number=number, owner=owner, **outlines[owner][place]))
+        group = mine[place] if owner == ranks.rank else replace(outlines[owner][place], query=query)
+        groups.append(replace(group, number=first_number + i, owner=owner))
     return groups
 
 
@@ -57,10 +44,10 @@ def collect(groups: list[Group], ranks: Ranks) -> list[Group]:
     if held is None:
         return groups
     completions = {number: responses for share in held for number, responses in share.items()}
-    return [dataclasses.replace(group, completions=completions[group.number]) for group in groups]
+    return [replace(group, completions=completions[group.number]) for group in groups]
 
 
-def bring(plan: list[list[list[Bundle]]], ranks: Ranks) -> list[list[Bundle]]:
+def fetch(plan: list[list[list[Bundle]]], ranks: Ranks) -> list[list[Bundle]]:
     """This rank's part of a plan with every sample's tokens and log-probs, in one collective (none if all are home).
 
     Args:
@@ -83,9 +70,9 @@ def bring(plan: list[list[list[Bundle]]], ranks: Ranks) -> list[list[Bundle]]:
             return sample
         completion = arrived[sample.group, sample.index]
         assert completion.tokens == sample.completion.tokens, f"two responses are called {sample.group}, {sample.index}"
-        return dataclasses.replace(sample, completion=completion)
+        return replace(sample, completion=completion)
 
     return [
-        [dataclasses.replace(bundle, samples=tuple(map(whole, bundle.samples))) for bundle in bundles]
+        [replace(bundle, samples=tuple(map(whole, bundle.samples))) for bundle in bundles]
         for bundles in plan[ranks.rank]
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,14 @@ PHASES = ("rollout", "reward", "rethink", "train", "sync", "checkpoint")
 
 
 @dataclass(frozen=True)
-class Progress:
+class Activity:
     """The phases that are open, outermost first, and when one last began or ended (time.monotonic, seconds)."""
 
     phases: tuple[str, ...]
     since: float
 
 
-progress = Progress((), time.monotonic())  # of this process; the watchdog reads it
+activity = Activity((), time.monotonic())  # of this process; the watchdog reads it
 
 
 @contextmanager
@@ -38,25 +38,21 @@ def phase(name: str, times: dict[str, float] | None = None, watched: bool = True
         times: its entry `time_<name>_s` grows by the seconds spent here.
         watched: False in a thread beside the loop's, which alone the watchdog follows.
     """
-    global progress
-    outer = progress.phases
+    global activity
+    outer = activity.phases
     if watched:
-        progress = Progress((*outer, name), time.monotonic())
+        activity = Activity((*outer, name), time.monotonic())
     torch = sys.modules.get("torch")  # only a process that uses torch can use CUDA
-    nvtx = torch.cuda.nvtx if torch and torch.cuda.is_initialized() else None
-    if nvtx:
-        nvtx.range_push(name)
     start = time.perf_counter()
-    try:
-        yield
-    finally:
-        if watched:
-            progress = Progress(outer, time.monotonic())
-        if times is not None:
-            key = f"time_{name}_s"
-            times[key] = times.get(key, 0.0) + time.perf_counter() - start
-        if nvtx:
-            nvtx.range_pop()
+    with torch.cuda.nvtx.range(name) if torch and torch.cuda.is_initialized() else nullcontext():
+        try:
+            yield
+        finally:
+            if watched:
+                activity = Activity(outer, time.monotonic())
+            if times is not None:
+                key = f"time_{name}_s"
+                times[key] = times.get(key, 0.0) + time.perf_counter() - start
 
 
 def parse_steps(spec: str | None) -> range:
@@ -93,15 +89,13 @@ class StepProfiler:
 
             self._profile = profile(record_shapes=True)
             self._profile.start()
-        try:
-            yield
-        finally:
-            if self._profile is not None and (step + 1 not in self.steps or sys.exc_info()[0]):
-                self.close()
+        yield
+        if step + 1 not in self.steps:
+            self.close()
 
     def close(self) -> None:
         """Write the trace if one is being recorded: also when the run ends inside the chosen steps."""
         if self._profile is not None:
             self._profile.stop()
             self._profile.export_chrome_trace(str(self.file))
-            self._profile, self.steps = None, range(0)
+            self._profile = None

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 # kill and torchrun send TERM, Ctrl-C INT, Slurm with --signal=USR1@300 USR1, a terminal that closes HUP.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -28,14 +29,8 @@ class _State:
     at = 0.0
 
 
-class _Interruptible(threading.local):
-    """Whether this thread's work may be broken off, and what else than a signal asks for it."""
-
-    now = False
-    abandoned: threading.Event | None = None
-
-
-_interruptible = _Interruptible()
+# In work of this thread that a stop may break off: an event that may break it off, too.
+_interruptible: ContextVar[threading.Event | None] = ContextVar("interruptible", default=None)
 
 
 def requested() -> str | None:
@@ -49,21 +44,19 @@ def check() -> None:
     Raises:
         StopRequested: a stop was asked for, and the work is within `interruptible`.
     """
-    if not _interruptible.now:
-        return
-    if _State.name is not None or (_interruptible.abandoned and _interruptible.abandoned.is_set()):
+    abandoned = _interruptible.get()
+    if abandoned is not None and (_State.name is not None or abandoned.is_set()):
         raise StopRequested(_State.name or "abandoned")
 
 
 @contextlib.contextmanager
 def interruptible(abandoned: threading.Event | None = None) -> Iterator[None]:
     """Work of this thread that a stop may break off, and so may the event `abandoned`."""
-    outer = _interruptible.now, _interruptible.abandoned
-    _interruptible.now, _interruptible.abandoned = True, abandoned
+    outer = _interruptible.set(abandoned or threading.Event())
     try:
         yield
     finally:
-        _interruptible.now, _interruptible.abandoned = outer
+        _interruptible.reset(outer)
 
 
 @contextlib.contextmanager
@@ -88,14 +81,14 @@ def _handle(number: int, frame: object) -> None:
     now = time.monotonic()
     name = signal.Signals(number).name
     if _State.name is not None and now - _State.at > _SAME_S:
-        _tell(f"{name}: leaving at once, without saving")
+        _say(f"{name}: leaving at once, without saving")
         os._exit(128 + number)
     if _State.name is None:
         _State.name, _State.at = name, now
         if os.environ.get("RANK", "0") == "0":
-            _tell(f"{name}: the step ends, then the run is saved; once more leaves at once")
+            _say(f"{name}: the step ends, then the run is saved; once more leaves at once")
 
 
-def _tell(text: str) -> None:
+def _say(text: str) -> None:
     # Not print(): the signal may have arrived within a print.
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{text}\n".encode())

@@ -1,14 +1,17 @@
 """Lets torchvision's PyPI wheel (a CUDA build) be imported beside a CPU build of torch.
 
 That wheel's C++ library needs CUDA libraries. Without it the import stops at `torchvision::nms`, whose schema the
-library would have defined, although image transforms use no C++ operator. Declaring the schemas is enough.
+library would have defined, although image transforms use no C++ operator. Declaring the schemas is enough; that happens
+when torchvision's code is about to run, so a process that never imports it pays nothing.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from typing import Any
 
 SITE_FOLDER = Path(__file__).parent / "site"
 
@@ -19,29 +22,27 @@ _SCHEMAS = {
 _library = None  # torch forgets the schemas when their Library object dies
 
 
+class _BeforeTorchvision:
+    """Meta-path finder whose spec for torchvision declares its operators before it runs the package."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name) if name == "torchvision" else None
+        if spec and spec.loader and spec.origin:
+            run = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (declare_operators(Path(spec.origin).parent), run(module))[1]
+        return spec
+
+
 def make_importable() -> None:
-    """Declare the schemas torchvision's import needs, if its own library cannot; call before importing torchvision.
-
-    Does nothing when torchvision is absent, when its library loads, and when called again.
-    """
-    global _library
-    if _library is not None:
-        return
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or not spec.submodule_search_locations:
-        return
-    import torch
-
-    if _declared("nms") or any(_loads(path) for path in Path(spec.submodule_search_locations[0]).glob("_C*.so")):
-        return
-    _library = torch.library.Library("torchvision", "FRAGMENT")
-    for name, schema in _SCHEMAS.items():
-        if not _declared(name):
-            _library.define(schema)
+    """Call before importing torchvision; calling again changes nothing."""
+    if _BeforeTorchvision not in sys.meta_path:
+        sys.meta_path.insert(0, _BeforeTorchvision)
 
 
 def child_environment() -> dict[str, str]:
-    """Environment variables under which every Python started from here (vLLM's own processes) makes the same repair.
+    """Environment variables under which every Python started from here (vLLM's own processes) makes torchvision
+    importable for itself.
 
     Returns:
         `{"PYTHONPATH": ...}`: the present one with the folder of our `sitecustomize` in front.
@@ -50,10 +51,24 @@ def child_environment() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(folders))}
 
 
-def _declared(name: str) -> bool:
+def declare_operators(package: Path) -> None:
+    """Declare the schemas that torchvision's import needs, if neither its own library nor anybody else has done so.
+
+    Args:
+        package: torchvision's folder.
+    """
+    global _library
     import torch
 
-    return hasattr(torch.ops.torchvision, name)
+    def declared(name: str) -> bool:
+        return hasattr(torch.ops.torchvision, name)
+
+    if declared("nms") or any(_loads(path) for path in package.glob("_C*.so")):
+        return
+    _library = torch.library.Library("torchvision", "FRAGMENT")
+    for name, schema in _SCHEMAS.items():
+        if not declared(name):
+            _library.define(schema)
 
 
 def _loads(library: Path) -> bool:

@@ -1,6 +1,6 @@
-"""Tells where a run hangs: after `run.stall_s` without progress every rank writes the stacks of its threads to its log.
+"""Says where a run hangs: after `run.stall_s` without progress every rank writes the stacks of its threads to its log.
 
-A Python thread does this, so that phase, step and time can be told and the next report can wait longer. It needs the
+A Python thread does this, so that a report has phase, step and time, and the next one can wait longer. It needs the
 interpreter, which C code may hold for ever; so each time it wakes it also puts off a timer of faulthandler, whose own C
 thread writes the stacks when nobody puts it off any more. Nothing is ended here: see rollout/deadline.py.
 """
@@ -32,7 +32,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        profiling.progress = profiling.Progress((), time.monotonic())
+        profiling.activity = profiling.Activity((), time.monotonic())
         self._put_off_timer()
         self._thread.start()
         return self
@@ -43,20 +43,19 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        reported, wait = None, self._stall_s
+        seen, reports = profiling.activity, 0
         # Often enough that a report is late by a tenth at most.
         while not self._ended.wait(self._stall_s / 10):
             self._put_off_timer()
-            seen = profiling.progress
+            before, seen = seen, profiling.activity
+            if seen is not before:
+                if reports:
+                    self._write(f"rank {self._rank}: step {self.step} goes on\n")
+                reports = 0
             still = time.monotonic() - seen.since
-            if seen is not reported and reported is not None:
-                self._write(f"rank {self._rank}: step {self.step} goes on\n")
-                reported = None
-            if reported is None:
-                wait = self._stall_s
-            if still >= wait:
+            if still >= self._stall_s * 2**reports:
                 self._report(seen.phases, still)
-                reported, wait = seen, 2 * wait
+                reports += 1
 
     def _put_off_timer(self) -> None:
         faulthandler.dump_traceback_later(1.5 * self._stall_s, repeat=True, file=self._log.descriptor)

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from rethinker.algorithm.objective import loss_normalizer, supervised_weight, surrogate_inputs, trainable_mask
+from rethinker.algorithm.objective import load_loss, loss_inputs, loss_normalizer, supervised_weight, trainable_mask
 from rethinker.config import AlgorithmConfig
 from rethinker.samples import RemoteCompletion, Rethought
-from rethinker_kernels import GRPO_STATS, grpo_loss
+from rethinker_kernels import GRPO_STATS, policy_loss
 from tests.algorithm.examples import completion, packed, sample
 
 TRIGGER = Rethought(2, 4, "self_questioning", 2, 4)
@@ -29,11 +29,11 @@ def logps_for(batch) -> torch.Tensor:
     return (batch.old_logps.nan_to_num(-1.0) + 0.3 * noise).requires_grad_()
 
 
-def policy_loss(logps, batch, config, normalizer, ref_logps=None):
+def run_loss(logps, batch, config, normalizer, ref_logps=None):
     """The loss and its statistics with the run's settings, without a supervised term."""
-    inputs = surrogate_inputs(batch, config, normalizer, ref_logps)
+    inputs = loss_inputs(load_loss(config), batch, config, normalizer, ref_logps)
     assert inputs.pop("nll_weights") is None
-    return grpo_loss(logps, **inputs)
+    return policy_loss(logps, **inputs)
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
@@ -44,7 +44,7 @@ def test_any_split_and_order_gives_the_same_loss(aggregation, importance):
     normalizer = loss_normalizer(SAMPLES, config, max_new_tokens=8)
     whole = packed(SAMPLES)
     logps = logps_for(whole)
-    loss, stats = policy_loss(logps, whole, config, normalizer)
+    loss, stats = run_loss(logps, whole, config, normalizer)
     loss.backward()
     per_sample = logps.detach().split(whole.cu_seqlens.diff().tolist())
     gradients = logps.grad.split(whole.cu_seqlens.diff().tolist())
@@ -52,7 +52,7 @@ def test_any_split_and_order_gives_the_same_loss(aggregation, importance):
         total, total_stats = 0.0, 0.0
         for indices in split:
             part = torch.cat([per_sample[i] for i in indices]).requires_grad_()
-            part_loss, part_stats = policy_loss(part, packed([SAMPLES[i] for i in indices]), config, normalizer)
+            part_loss, part_stats = run_loss(part, packed([SAMPLES[i] for i in indices]), config, normalizer)
             part_loss.backward()
             torch.testing.assert_close(part.grad, torch.cat([gradients[i] for i in indices]))
             total, total_stats = total + part_loss.detach(), total_stats + part_stats
@@ -69,18 +69,18 @@ def test_every_setting_reaches_the_loss():
     changes = {"clip_low": 0.1, "clip_high": 0.1, "dual_clip": 1.1, "kl_coef": 0.2, "kl_estimator": "k1",
                "importance": "sequence", "aggregation": "sequence"}  # fmt: skip
     losses = [
-        policy_loss(logps, batch, AlgorithmConfig(**base | change), 5.0, ref_logps=reference)[0].item()
+        run_loss(logps, batch, AlgorithmConfig(**base | change), 5.0, ref_logps=reference)[0].item()
         for change in ({}, *({k: v} for k, v in changes.items()))
     ]
     assert len({round(loss, 9) for loss in losses}) == len(losses)
-    assert policy_loss(logps, batch, AlgorithmConfig(**base), 10.0, ref_logps=reference)[0].item() == losses[0] / 2
+    assert run_loss(logps, batch, AlgorithmConfig(**base), 10.0, ref_logps=reference)[0].item() == losses[0] / 2
 
 
 def test_forced_tokens_carry_no_gradient():
     """The trigger's tokens (NaN behaviour log-probs) get gradient exactly 0, all others of the response do not."""
     batch = packed([SAMPLES[1]])
     logps = batch.old_logps.nan_to_num(-1.0).requires_grad_()
-    loss, stats = policy_loss(logps, batch, AlgorithmConfig(), 4.0)
+    loss, stats = run_loss(logps, batch, AlgorithmConfig(), 4.0)
     loss.backward()
     assert loss.isfinite() and logps.grad.eq(0).tolist() == [False, False, True, True, False, False]
     assert stats[GRPO_STATS.index("tokens")] == 4
@@ -93,7 +93,7 @@ def test_a_broken_behaviour_log_prob_is_not_masked(bad, importance):
     batch = packed(SAMPLES)
     logps = logps_for(batch)
     batch.old_logps[1] = bad
-    assert policy_loss(logps, batch, AlgorithmConfig(importance=importance), 4.0)[0].isnan()
+    assert run_loss(logps, batch, AlgorithmConfig(importance=importance), 4.0)[0].isnan()
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
@@ -106,8 +106,8 @@ def test_weight_zero_changes_nothing(aggregation):
     assert loss_normalizer([*SAMPLES, padding], config, 8) == loss_normalizer(SAMPLES, config, 8)
     batch, padded = packed(SAMPLES), packed([*SAMPLES, padding])
     logps = logps_for(batch).detach()
-    got = policy_loss(torch.cat([logps, torch.zeros(4, dtype=torch.float64)]), padded, config, 4.0)
-    torch.testing.assert_close(got, policy_loss(logps, batch, config, 4.0))
+    got = run_loss(torch.cat([logps, torch.zeros(4, dtype=torch.float64)]), padded, config, 4.0)
+    torch.testing.assert_close(got, run_loss(logps, batch, config, 4.0))
 
 
 def test_importance_weights_scale_their_sample():
@@ -118,7 +118,7 @@ def test_importance_weights_scale_their_sample():
     one = logps_for(once).detach()
     config = AlgorithmConfig()
     torch.testing.assert_close(
-        policy_loss(one, once, config, 6.0)[0], policy_loss(torch.cat([one, one]), twice, config, 6.0)[0]
+        run_loss(one, once, config, 6.0)[0], run_loss(torch.cat([one, one]), twice, config, 6.0)[0]
     )
 
 
@@ -136,7 +136,7 @@ def test_a_step_without_tokens_has_loss_zero(aggregation):
     for samples in ([], [sample(1.0, length=0)] * 2):
         batch = packed(samples)
         logps = logps_for(batch)
-        loss, _ = policy_loss(logps, batch, config, loss_normalizer(samples, config, 8))
+        loss, _ = run_loss(logps, batch, config, loss_normalizer(samples, config, 8))
         loss.backward()
         assert loss.item() == 0
 

@@ -283,16 +283,6 @@ def test_an_advantage_that_cannot_be_weighed_names_its_query(bad):
     assert len(replay) == 1 and set(drawn(replay, 50)) == {"fine"}
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [("capacity", 0), ("alpha", -0.5), ("alpha", float("nan")), ("importance_exponent", -1.0), ("max_age", -1)],
-)
-def test_wrong_settings_are_named(setting, value):
-    """Each names `replay.<setting>` and its value."""
-    with pytest.raises(ConfigError, match=rf"^replay\.{setting}={value}"):
-        buffer(**{setting: value})
-
-
 def test_a_checkpoint_of_another_buffer_is_refused():
     """Resuming with another capacity or alpha names the setting and the saved value."""
     state = buffer(capacity=7, alpha=0.5).state_dict()

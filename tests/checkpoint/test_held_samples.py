@@ -1,14 +1,13 @@
-"""Groups and samples as plain values: every rank gets back what it held, on as many ranks as before or on others."""
+"""Groups and samples in a checkpoint: every rank gets back what it held, on as many ranks as before or on others."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import pytest
 
-from rethinker.checkpoint.held_samples import Responses, group_outline, payload, sample_outline
+from rethinker.checkpoint.held_samples import Responses, held_responses
 from rethinker.checkpoint.state_file import read_state, write_state
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Group, Query, RemoteCompletion, Rethinking, Rethought
@@ -39,16 +38,16 @@ def groups_on(rank: int, world_size: int) -> list[Group]:
     return made
 
 
-def test_numbers_of_an_older_release_are_read():
+def test_numbers_of_an_older_release_are_read(tmp_path):
     """It wrote ids as int64 and log-probs as fp64: the very completions come back."""
-    held = payload(groups_on(0, 1), [])
+    held = held_responses(groups_on(0, 1), [])
     wide = held | {"token_ids": held["token_ids"].long()}
     wide |= {name: held[name].double() for name in ("logprobs", "trainer_logprobs")}
-    ranks = Ranks(0, 1, 0)
-    for group in groups_on(0, 1):
-        outline = json.loads(json.dumps(group_outline(group)))
-        for saved in (held, wide):
-            assert Responses(QUERIES, [saved], ranks).group(outline).completions == group.completions
+    write_state(tmp_path / "run", [[held, wide], groups_on(0, 1)])
+    saved, outlines = read_state(tmp_path / "run")
+    for state in saved:
+        responses = Responses(QUERIES, [state], Ranks(0, 1, 0))
+        assert [responses.group(outline) for outline in outlines] == groups_on(0, 1)
 
 
 @pytest.mark.parametrize("before, after", [(1, 1), (2, 2), (2, 1), (1, 2), (3, 2), (2, 3)])
@@ -57,11 +56,10 @@ def test_every_rank_holds_what_it_should(tmp_path, before, after):
     for rank in range(before):
         groups = groups_on(rank, before)
         samples = [sample for group in groups[:2] for sample in group.samples()]  # also in replay
-        write_state(tmp_path / f"rank_{rank}", payload(groups, samples))
+        write_state(tmp_path / f"rank_{rank}", held_responses(groups, samples))
         if rank == 0:
-            outlines = {"groups": list(map(group_outline, groups)), "samples": list(map(sample_outline, samples))}
-            (tmp_path / "run.json").write_text(json.dumps(outlines))
-    saved = json.loads((tmp_path / "run.json").read_text())
+            write_state(tmp_path / "run", {"groups": groups, "samples": samples})
+    saved = read_state(tmp_path / "run")
     for rank in range(after):
         owns = [read_state(tmp_path / f"rank_{old}") for old in range(rank, before, after)]
         responses = Responses(QUERIES, owns, Ranks(rank, after, rank))

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.checkpoint.resume import MAY_CHANGE, OF_A_SOURCE_MAY_CHANGE, Progress, RunState, saved_state, versions
-from rethinker.checkpoint.state_file import write_state
-from rethinker.config import Config, ConfigError
+from rethinker.checkpoint.state_file import read_state, write_state
+from rethinker.config import Config, ConfigError, ReplayConfig
 from rethinker.data.mixture import OF_A_SOURCE
 from rethinker.data.query_stream import QueryStream, fingerprint
+from rethinker.embedded.easy_vqa import easy_vqa
+from rethinker.runtime.completions import read_completions
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Query
 from rethinker.settings import flat, resolve_config, settings
 
+# trainer/ of a run of release 0.1.0 on two ranks, stopped within its first episode; the optimizer's files left out.
+OLD = Path(__file__).parent / "old_checkpoint"
 QUERIES = [Query("a", "what?", "red", ("a.png",)), Query("b", "and?", "blue")]
 
 
@@ -74,3 +80,43 @@ def test_the_free_settings_exist():
 def test_versions_name_what_numbers_depend_on():
     """torch and the rest of the numerics are recorded."""
     assert {"python", "torch", "transformers", "deepspeed"} <= set(versions())
+
+
+def resumed(rank: int, world_size: int) -> tuple[RunState, dict]:
+    """A run that goes on from the old checkpoint, with stand-ins for what holds no samples; and the data's position."""
+    saved, position = read_state(OLD / "trainer" / "run"), {}
+    policy = SimpleNamespace(state_dict=lambda: saved["policy"], load_state_dict=lambda state: None)
+    policy.load_optimizer, policy.optimizer_snapshot = lambda folder, steps: None, lambda: lambda folder: None
+    stream = QueryStream(easy_vqa("train")[:32], seed=0)
+    episodes = SimpleNamespace(stream=stream, state_dict=lambda: position, load_state_dict=position.update)
+    replay, run = ReplayBuffer(ReplayConfig(capacity=60), seed=0), SimpleNamespace(state_dict=lambda: saved["log"])
+    state = RunState(Config(), Ranks(rank, world_size, rank), Progress(), policy, episodes, replay, run)
+    state.load(OLD, saved | {"progress": dict(saved["progress"]), "replay": dict(saved["replay"])})
+    return state, position
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_old_checkpoint_is_read_and_written_back_to_the_bit(tmp_path, rank):
+    """The state of release 0.1.0: what a resumed run would save at once is what it was resumed from."""
+    state, _ = resumed(rank, world_size=2)
+    state.snapshot()(tmp_path)
+    for name in [f"rank_{rank:05d}"] + ["run"] * (rank == 0):
+        old, new = (read_state(folder / name) for folder in (OLD / "trainer", tmp_path))
+        for clock in ("settings", "versions"):
+            old.pop(clock, None), new.pop(clock, None)
+        assert repr(new) == repr(old)
+
+
+def test_an_old_checkpoint_holds_what_was_sampled():
+    """On one rank its last two groups and all of replay are whole: the completions that the run had recorded."""
+    state, position = resumed(rank=0, world_size=1)
+    recorded = read_completions(OLD, 0)
+    assert [group.number for group in state.progress.groups] == [6, 7]
+    for group in state.progress.groups:
+        assert group.completions == recorded[group.number].completions
+        assert (group.rewards, group.advantages) == (recorded[group.number].rewards, recorded[group.number].advantages)
+    replayed = [sample for _, samples, _ in state.replay.state_dict()["entries"] for sample in samples]
+    assert len(replayed) == len(state.replay) == 20
+    assert all(s.completion == recorded[s.group].completions[s.index] for s in replayed)
+    assert all(s.query.id == recorded[s.group].query.id for s in replayed)
+    assert state.progress.before.questions == 4 and position["stream"]["drawn"] == {"": 8}

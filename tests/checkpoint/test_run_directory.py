@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -14,6 +15,7 @@ import torch
 from rethinker.checkpoint import run_directory
 from rethinker.checkpoint.run_directory import RunDirectory
 from rethinker.config import Config, ConfigError, RunConfig
+from rethinker.runtime import completions
 from rethinker.runtime.completions import read_completions, write_completions
 from rethinker.samples import Accuracy, Completion, Group, Query, Rethought
 from rethinker.settings import resolve_config
@@ -209,9 +211,8 @@ def test_a_line_is_one_write(config, monkeypatch):
         run.log({"step": 1, "loss": 0.5})
         assert (run.folder / "metrics.jsonl").read_bytes().endswith(b"}\n")  # without a flush
         written = []
-        monkeypatch.setattr(
-            run, "_metrics", SimpleNamespace(write=lambda b: written.append(b) or len(b), close=list, name="")
-        )
+        file = SimpleNamespace(write=lambda b: written.append(b) or len(b), close=list)
+        monkeypatch.setitem(run._logs, "metrics.jsonl", file)
         run.log({"step": 2, "loss": 0.25})
     assert written == [b'{"step": 2, "loss": 0.25}\n']
 
@@ -221,18 +222,20 @@ def test_a_full_disk_is_named(config):
     with RunDirectory(config) as run:
         run.open_logs({})
         with open("/dev/full", "ab", buffering=0) as full:
-            run._metrics.close()
-            run._metrics = full
+            run._logs["metrics.jsonl"].close()
+            run._logs["metrics.jsonl"] = full
             with pytest.raises(ConfigError, match=r"run.dir=.*No space left on device.*--resume auto"):
                 run.log({"step": 1})
 
 
-def test_a_full_disk_while_completions_are_written(config):
+def test_a_full_disk_while_completions_are_written(config, monkeypatch):
     """The same for an episode's parquet file, and a later reader does not find half a file."""
     with RunDirectory(config) as run:
         run.open_logs({})
         run.log({"step": 1})
-        (run.folder / "completions" / "episode_00000.partial").symlink_to("/dev/full")
+        full = run.folder / "full"
+        full.symlink_to("/dev/full")  # a link, since pyarrow removes what it could not write
+        monkeypatch.setattr(completions, "whole_file", lambda path: contextlib.nullcontext(full))
         with pytest.raises(ConfigError, match=r"run.dir=.*episode_00000.parquet cannot be written.*No space left"):
             run.write_completions(0, groups())
     assert not list((run.folder / "completions").glob("*.parquet"))

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-import rethinker.evaluation.run  # noqa: F401  (it keeps make_engine under a name of its own: import it before the patch)
 from rethinker.config import ConfigError
 from rethinker.curation import measure as measuring
 from rethinker.curation.command import main
@@ -67,7 +66,7 @@ def scratch(tmp_path_factory):
 def curate(scratch, tmp_path, monkeypatch):
     """Runs the command on the fixture of 200 rows; returns the output folder."""
     engine = TableEngine()
-    monkeypatch.setattr("rethinker.rollout.backends.make_engine", lambda *args, **options: engine)
+    monkeypatch.setattr("rethinker.evaluation.answering.make_engine", lambda *args, **options: engine)
     monkeypatch.setattr(measuring, "CHUNK", CHUNK)
 
     def run(*options: str, output: str = "out") -> Path:

@@ -57,7 +57,7 @@ def test_every_kind_of_bad_row_is_left_out(tmp_path, caplog, change, reason):
     assert [query.id for query in queries] == [f"row {i}" for i in range(100) if i != 57]
     (record,) = caplog.records
     message = record.getMessage()
-    assert f"left out 1 unusable rows ({reason} 1); the first: " in message and "\n" not in message
+    assert f"of 100 rows left out 1 unusable ones ({reason} 1); the first: " in message and "\n" not in message
     with pytest.raises(ConfigError) as small:  # of 99 rows none may be
         load_queries(DataConfig(train=write(tmp_path, 99, {57: change})), "train")
     assert str(small.value) in message
@@ -68,8 +68,10 @@ def test_reasons_are_counted_apart_and_the_limit_is_a_share(tmp_path, caplog):
     bad = {10: {"answer": None}, 20: {"answer": None}, 30: {"question": 3}}
     file = write(tmp_path, 300, bad)
     assert len(load_queries(DataConfig(train=file), "train")) == 297
-    assert "3 unusable rows (no answer 2, no question 1); the first: " in caplog.text
-    with pytest.raises(ConfigError, match=r"row 10 has nothing as answer.*first of 3 unusable.*max_bad_rows=0.009.* 2"):
+    assert "3 unusable ones (no answer 2, no question 1); the first: " in caplog.text
+    with pytest.raises(
+        ConfigError, match=r"row 10 has nothing as answer.*one of 3 unusable rows.*max_bad_rows=0.009.* 2"
+    ):
         load_queries(DataConfig(train=file, max_bad_rows=0.009), "train")
     with pytest.raises(ConfigError, match=r"row row 10 has nothing as answer in column 'answer'; .* a number$"):
         load_queries(DataConfig(train=file, max_bad_rows=0.0), "train")
@@ -83,10 +85,8 @@ def test_a_wrong_column_stops_after_the_share(tmp_path, monkeypatch):
     """A column of the wrong type ends a large data set after 1% of its rows, not after all."""
     file = write(tmp_path, 1000, {number: {"answer": None} for number in range(1000)})
     read = []
-    real = datasets.RowReader.query
-    monkeypatch.setattr(
-        datasets.RowReader, "query", lambda self, number, row: read.append(number) or real(self, number, row)
-    )
+    real = datasets.Reader._query
+    monkeypatch.setattr(datasets.Reader, "_query", lambda self, row: read.append(row) or real(self, row))
     with pytest.raises(ConfigError, match="row row 0 has nothing as answer"):
         load_queries(DataConfig(train=file), "train")
     assert len(read) == 11
@@ -163,7 +163,8 @@ def test_too_many_broken_images_stop_the_run(processor, tmp_path):
     queries = pictures(tmp_path, 40, broken={7, 23, 31})
     ours, stream = encoder(processor, max_bad_rows=0.05), QueryStream(queries, seed=0)
     with pytest.raises(
-        ConfigError, match=r"query q\d+: cannot read the image .*\.png .*3 of 40 queries.*max_bad_rows=0.05"
+        ConfigError,
+        match=r"query q\d+: cannot read the image .*\.png .*of 3 unusable rows of 40.*max_bad_rows=0.05",
     ):
         [ours.fitting(stream) for _ in range(40)]
     with pytest.raises(ConfigError, match=r"data\.max_bad_rows=0\.05"):

@@ -11,6 +11,7 @@ from rethinker.config import ConfigError, DataConfig
 from rethinker.data.datasets import load_queries
 from rethinker.data.mixture import stream_weights
 from rethinker.data.query_stream import QueryStream
+from rethinker.embedded.files import as_files
 from rethinker.settings import resolve_config, to_yaml
 from tests.data.virl39k import write_fixture
 
@@ -25,6 +26,7 @@ def config(tmp_path):
 
 
 def stream(config: DataConfig) -> QueryStream:
+    config = as_files(config, "train")
     queries = load_queries(config, "train")
     return QueryStream(queries, seed=1, **stream_weights(queries, config))
 

@@ -15,6 +15,7 @@ from rethinker.config import ConfigError, DataConfig
 from rethinker.data.datasets import load_queries
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.query_stream import QueryStream
+from rethinker.embedded.files import as_files
 from rethinker.embedded.tiny import create_tiny
 from rethinker.policy.model import load_processor
 from rethinker.samples import Query
@@ -99,8 +100,8 @@ def test_compact_ids_have_one_placeholder_per_image(make):
     """What the rollout engine takes: the same ids, each run of image tokens as one."""
     encoder = make()
     image_id = encoder.processor.image_token_id
-    made = encoder.encode(Query("q", "a <image> b <image>", "", (picture(64, 64), picture(40, 90))))
-    grids = encoder.pixels(Query("q", "a <image> b <image>", "", tuple(made.images)))["image_grid_thw"]
+    made = encoder.encode(Query("q", "a <image> b <image>", "", (as_bytes(picture(64, 64)), as_bytes(picture(40, 90)))))
+    grids = encoder.pixels(Query("q", "a <image> b <image>", "", tuple(map(as_bytes, made.images))))["image_grid_thw"]
     counts = iter((grids.prod(-1) // 4).tolist())
     assert made.compact_ids.count(image_id) == 2
     expanded = [j for i in made.compact_ids for j in ([i] * next(counts) if i == image_id else [i])]
@@ -128,8 +129,8 @@ def test_text_that_spells_a_special_token_stays_text(make, place, text):
     else:
         odd[place] += text
     encoder = make(**odd)
-    made = encoder.encode(Query("q", question, "", (picture(64, 64),)))
-    usual = make(**plain).encode(Query("q", "q", "", (picture(64, 64),)))
+    made = encoder.encode(Query("q", question, "", (as_bytes(picture(64, 64)),)))
+    usual = make(**plain).encode(Query("q", "q", "", (as_bytes(picture(64, 64)),)))
     special = set(encoder.tokenizer.all_special_ids) | {
         i for i, token in encoder.tokenizer.added_tokens_decoder.items() if token.special
     }
@@ -141,7 +142,7 @@ def test_marks_that_do_not_match_the_images_are_refused(make):
     """A prompt never has more or fewer placeholders than images."""
     for question, count in (("<image>", 0), ("<image>", 2), ("<image><image><image>", 2)):
         with pytest.raises(ConfigError, match="query q: .* marks in the question but"):
-            make().encode(Query("q", question, "", tuple(picture(64, 64, i) for i in range(count))))
+            make().encode(Query("q", question, "", tuple(as_bytes(picture(64, 64, i)) for i in range(count))))
 
 
 def test_images_are_upright_rgb_on_white(make):
@@ -207,19 +208,19 @@ def test_queries_over_the_limits_are_left_out_whole_and_counted(make):
     queries = [
         Query("short", "q", "", ()),
         Query("long text", "word " * 200, "", ()),
-        Query("large images", "q", "", (picture(128, 128), picture(128, 128, 1))),
-        Query("many images", "q", "", tuple(picture(32, 32, i) for i in range(3))),
-        Query("strip", "q", "", (picture(2000, 4),)),
-        Query("image", "q", "", (picture(64, 64),)),
+        Query("large images", "q", "", (as_bytes(picture(128, 128)), as_bytes(picture(128, 128, 1)))),
+        Query("many images", "q", "", tuple(as_bytes(picture(32, 32, i)) for i in range(3))),
+        Query("strip", "q", "", (as_bytes(picture(2000, 4)),)),
+        Query("image", "q", "", (as_bytes(picture(64, 64)),)),
     ]
     kept, dropped = select_fitting(queries, encoder)
     assert [q.id for q in kept] == ["short", "image"]
     assert dropped == {"data.max_prompt_tokens": 2, "data.max_images": 1, "image shape": 1}
-    assert [encoder.fits(q) for q in queries] == [True, False, False, False, False, True]
+    assert [encoder.misfit(q) is None for q in queries] == [True, False, False, False, False, True]
     assert len(encoder.encode(queries[1]).token_ids) > 200
     exact = make(max_prompt_tokens=len(encoder.encode(queries[-1]).token_ids))
-    assert exact.fits(queries[-1])
-    assert not make(max_prompt_tokens=exact.config.max_prompt_tokens - 1).fits(queries[-1])
+    assert exact.misfit(queries[-1]) is None
+    assert make(max_prompt_tokens=exact.config.max_prompt_tokens - 1).misfit(queries[-1])
 
 
 def test_a_stream_passes_over_queries_that_do_not_fit(make, caplog):
@@ -287,14 +288,15 @@ def test_caches_stay_within_their_bounds(make, monkeypatch):
 def test_the_same_id_with_another_question_is_another_prompt(make):
     """Training and validation data may share ids; caches must not mix them."""
     encoder = make()
-    a, b = (encoder.encode(Query("1", text, "", (picture(64, 64, i),))) for i, text in enumerate(("one", "two")))
+    images = [as_bytes(picture(64, 64, i)) for i in range(2)]
+    a, b = (encoder.encode(Query("1", text, "", (i,))) for text, i in zip(("one", "two"), images, strict=True))
     assert a.token_ids != b.token_ids and a.images[0].tobytes() != b.images[0].tobytes()
 
 
 def test_encoding_is_fast(make):
     """A step of 64 queries: about 1 ms each to encode with pixels, and nothing is tokenised before it is drawn."""
     encoder = make(min_pixels=4096, max_pixels=4096)
-    stream = QueryStream(load_queries(DataConfig(), "train"), seed=0)
+    stream = QueryStream(load_queries(as_files(DataConfig(), "train"), "train"), seed=0)
     encoder.encode(encoder.fitting(stream))
     start = time.process_time()  # of this process: other work on the machine does not count
     queries = [encoder.fitting(stream) for _ in range(256)]

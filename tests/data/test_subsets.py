@@ -9,7 +9,7 @@ import pytest
 
 from rethinker.config import ConfigError, DataConfig
 from rethinker.data.datasets import load_queries
-from rethinker.data.subsets import one_side, sometimes_right
+from rethinker.data.subsets import side_of
 from rethinker.samples import Query
 from tests.data.virl39k import picture, write_fixture
 
@@ -26,7 +26,7 @@ def made(n: int = 2000) -> list[Query]:
 
 
 def sides(queries, share=0.1, root="/data"):
-    return [{q.id for q in one_side(queries, side, share, root, "here")} for side in ("train", "validation")]
+    return [{q.id for q in queries if side_of(q, share, root) == side} for side in ("train", "validation")]
 
 
 def test_an_image_is_on_one_side():
@@ -74,18 +74,18 @@ def test_folder_archive_and_bytes(tmp_path):
     assert {int(i) % 12 for i in train}.isdisjoint({int(i) % 12 for i in validation})
 
 
-def test_built_in_data_can_be_split():
-    """easy-VQA's training questions: no image on both sides, wherever the package is installed."""
-    config = DataConfig(validation="split")
-    train, validation = load_queries(config, "train"), load_queries(config, "validation")
-    assert len(train) + len(validation) == 38575 and 500 < len(validation) < 1100
-    assert not {q.images for q in train} & {q.images for q in validation}
+def rows(folder, count: int, **columns) -> str:
+    row = {"question": "q", "answer": "a", **columns}
+    path = folder / "d.jsonl"
+    path.write_text("\n".join(json.dumps(row | {"id": str(i), "question": f"{i}?"}) for i in range(count)))
+    return str(path)
 
 
-def test_a_share_that_leaves_nothing():
-    """The setting is named, with what to do."""
-    with pytest.raises(ConfigError, match=r"data\.validation_share=0\.001: of the 3 questions .* raise it"):
-        one_side(made(3), "validation", 0.001, None, "data.train=x")
+def test_a_share_that_leaves_nothing(tmp_path):
+    """The setting is named, with what it did."""
+    config = DataConfig(train=rows(tmp_path, 3), validation="split", validation_share=0.001)
+    with pytest.raises(ConfigError, match=r"none of its 3 rows is left for validation \(for train 3\); change data"):
+        load_queries(config, "validation")
 
 
 def test_pass_rates(tmp_path, caplog):
@@ -97,7 +97,7 @@ def test_pass_rates(tmp_path, caplog):
     config = DataConfig(train=str(path), validation=str(path), pass_rate="rate")
     with caplog.at_level("INFO"):
         assert [q.id for q in load_queries(config, "train")] == ["1", "5"]
-    assert "leaves 2 of 8 questions (not measured 3, always right 2, always wrong 1)" in caplog.text
+    assert "of 8 rows not used for train: not measured 3, always right 2, always wrong 1" in caplog.text
     assert len(load_queries(config, "validation")) == 8
 
 
@@ -109,10 +109,11 @@ def test_pass_rates_of_virl39k(tmp_path):
     assert 0 < len(queries) < 200 and all(0 < q.metadata["PassRate_7BBase"] < 1 for q in queries)
 
 
-def test_a_column_that_is_not_there():
+def test_a_column_that_is_not_there(tmp_path):
     """The columns that are there are named."""
-    queries = [Query("1", "q", "a", metadata={"level": 1})]
-    with pytest.raises(ConfigError, match=r"data\.pass_rate=rate: here has no such column, but level"):
-        sometimes_right(queries, "rate", "here")
-    with pytest.raises(ConfigError, match=r"no question of here has a pass rate .*\(always right 1\)"):
-        sometimes_right(queries, "level", "here")
+    config = DataConfig(train=rows(tmp_path, 1, level=1), pass_rate="rate")
+    with pytest.raises(ConfigError, match=r"data\.pass_rate=rate: .* has no such column, but level"):
+        load_queries(config, "train")
+    config.pass_rate = "level"
+    with pytest.raises(ConfigError, match=r"none of its 1 rows .*\(always right 1\); change data\.pass_rate=level"):
+        load_queries(config, "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 import zipfile
@@ -71,6 +72,7 @@ def make_rows(count: int) -> list[dict[str, Any]]:
     return rows
 
 
+@functools.cache  # most tests write the same ones
 def picture(name: str) -> bytes:
     """The image of a name such as `images/7_red.png`: its colour around a black square, its size by its number."""
     number, color = Path(name).stem.split("_")

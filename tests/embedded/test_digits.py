@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import sys
 from collections import Counter
 
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from rethinker.config import ConfigError, DataConfig
-from rethinker.data.datasets import IMAGE_MARK, load_queries
-from rethinker.data.query_stream import QueryStream
+from rethinker.data.datasets import IMAGE_MARK
 from rethinker.embedded.digits import SIDE, digits
 
 
@@ -74,19 +71,3 @@ def test_the_same_every_time(splits):
     """Questions and pairs do not depend on the process: they are compared with a digest taken once."""
     text = "\n".join(f"{q.id} {q.question} {q.answer} {q.metadata}" for q in splits["train"] + splits["test"])
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "8e9cb268dc489cae"
-
-
-def test_digits_are_training_data(splits):
-    """`data.train: digits` and `data.validation: digits` load the splits, and categories can be weighted."""
-    config = DataConfig(train="digits", validation="digits")
-    train, test = load_queries(config, "train"), load_queries(config, "validation")
-    assert [q.id for q in train] == [q.id for q in splits["train"]] and len(test) == 2520
-    stream = QueryStream(train, seed=0, category_weights={"read": 0.5, "add": 0.5})
-    assert Counter(q.metadata["category"] for q in stream.next(100)) == {"read": 50, "add": 50}
-
-
-def test_without_scikit_learn(monkeypatch):
-    """The error names the package to install."""
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ConfigError, match="data.train=digits needs the package scikit-learn: pip install"):
-        digits("train")

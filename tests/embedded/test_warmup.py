@@ -6,16 +6,15 @@ import contextlib
 import json
 import os
 import random
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from rethinker.config import ConfigError, DataConfig, WarmupConfig
+from rethinker.config import Config, ConfigError, DataConfig, WarmupConfig
 from rethinker.data.prompts import PromptEncoder
+from rethinker.embedded import files
 from rethinker.embedded import warmup as module
 from rethinker.embedded.descriptions import describe_images, is_negated
 from rethinker.embedded.easy_vqa import easy_vqa
@@ -27,7 +26,8 @@ SMALL = TinySize(
     hidden=64, intermediate=64, layers=1, heads=2, kv_heads=1, vision_hidden=32, vision_heads=1, merges=300
 )
 DATA = DataConfig(prompt="{question}", min_pixels=4096, max_pixels=4096)
-BRIEF = WarmupConfig(look_steps=3, steps=3, batch_size=8, data_fraction=0.01)
+QUERIES = easy_vqa("train")[:3000]  # about 250 images that can be described
+BRIEF = WarmupConfig(look_steps=3, steps=3, batch_size=8, data_fraction=0.16)
 
 
 def question(text, answer, image="a.png"):
@@ -74,7 +74,7 @@ def test_the_response_looks_before_it_answers():
 def test_lessons_are_about_a_share_of_the_training_images(tmp_path):
     """No undescribed image, and no more images than `data_fraction`, which the seed chooses."""
     encoder = PromptEncoder(AutoProcessor.from_pretrained(create_tiny(tmp_path, size=SMALL)), DATA)
-    queries = easy_vqa("train")
+    queries = QUERIES
     shown = describe_images(queries)
 
     def lessons(**settings):
@@ -102,13 +102,13 @@ def test_the_not_of_negated_questions_is_overlooked_two_times_in_three():
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
     """A model warmed up for three steps per stage."""
-    return warmed_up_tiny(BRIEF, DATA, size=SMALL, cache=tmp_path_factory.mktemp("cache"))
+    return warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path_factory.mktemp("cache"))
 
 
 def test_a_brief_warmup_trains_every_part(warm, tmp_path):
     """The folder loads as any model does, and every weight moved from where it began, with finite values."""
     trained = AutoModelForImageTextToText.from_pretrained(warm).state_dict()
-    texts = [text for q in easy_vqa("train") for text in (q.question, response_text(q, ("teal", "circle")))]
+    texts = [text for q in QUERIES for text in (q.question, response_text(q, ("teal", "circle")))]
     fresh = AutoModelForImageTextToText.from_pretrained(create_tiny(tmp_path, BRIEF.seed, texts=texts, size=SMALL))
     fresh = {name: value for name, value in fresh.state_dict().items() if value.shape == trained[name].shape}
     assert any("visual" in name for name in fresh)
@@ -119,13 +119,16 @@ def test_a_brief_warmup_trains_every_part(warm, tmp_path):
 
 def test_the_warmup_never_opens_a_test_image(tmp_path, monkeypatch):
     """The test split is held out: neither its questions nor its images are read."""
-    opened = []
-    monkeypatch.setattr(module, "load_queries", lambda data, which: opened.append(which) or easy_vqa(which))
+    read, opened = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "warmed_up_tiny", lambda warmup, data, queries: queries)
+        patch.setattr(files, "load_queries", lambda data, which: read.append(which))
+        files.model_folder(Config())
+    assert read == ["train"]
     pixels = PromptEncoder.pixels
     monkeypatch.setattr(PromptEncoder, "pixels", lambda self, q: opened.append(q.images[0]) or pixels(self, q))
-    warmed_up_tiny(BRIEF, DATA, size=SMALL, cache=tmp_path)
-    assert opened[0] == "train" and len(opened) > 40
-    assert all("/train/images/" in image for image in opened[1:])
+    warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path)
+    assert len(opened) > 40 and all("/train/images/" in image for image in opened)
 
 
 def test_the_loss_falls(tmp_path, monkeypatch):
@@ -134,8 +137,8 @@ def test_the_loss_falls(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_all_cores", contextlib.nullcontext)  # other tests may hold the other cores
     update = module._update
     monkeypatch.setattr(module, "_update", lambda o, loss, *rest: losses.append(loss.item()) or update(o, loss, *rest))
-    brief = WarmupConfig(look_steps=30, steps=30, batch_size=16, data_fraction=0.02)
-    warmed_up_tiny(brief, DATA, size=SMALL, cache=tmp_path)
+    brief = WarmupConfig(look_steps=30, steps=30, batch_size=16, data_fraction=0.3)
+    warmed_up_tiny(brief, DATA, QUERIES, size=SMALL, cache=tmp_path)
     look, answer = losses[:30], losses[30:]
     assert sum(look[-5:]) < 0.8 * sum(look[:5])
     assert sum(answer[-5:]) < 0.4 * sum(answer[:5])
@@ -145,30 +148,35 @@ def test_a_finished_model_is_reused_and_another_setting_makes_another(warm, monk
     """The same call builds nothing; a change of any setting that shapes the model does not get the old one."""
     built = []
     monkeypatch.setattr(module, "_build", lambda folder, *rest: built.append(folder))
-    assert warmed_up_tiny(BRIEF, DATA, size=SMALL, cache=warm.parent) == warm and built == []
+    assert warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=warm.parent) == warm and built == []
     for warmup, data in (
-        (WarmupConfig(look_steps=3, steps=4, batch_size=8, data_fraction=0.01), DATA),
-        (WarmupConfig(look_steps=3, steps=3, batch_size=8, data_fraction=0.01, seed=1), DATA),
+        (WarmupConfig(look_steps=3, steps=4, batch_size=8, data_fraction=0.16), DATA),
+        (WarmupConfig(look_steps=3, steps=3, batch_size=8, data_fraction=0.16, seed=1), DATA),
         (BRIEF, DataConfig(prompt="{question} ", min_pixels=4096, max_pixels=4096)),
     ):
-        folder = warmed_up_tiny(warmup, data, size=SMALL, cache=warm.parent)
+        folder = warmed_up_tiny(warmup, data, QUERIES, size=SMALL, cache=warm.parent)
         assert built.pop() == folder != warm
     # What only validation reads does not shape the model.
     data = DataConfig(prompt="{question}", min_pixels=4096, max_pixels=4096, validation=None)
-    assert warmed_up_tiny(BRIEF, data, size=SMALL, cache=warm.parent) == warm
+    assert warmed_up_tiny(BRIEF, data, QUERIES, size=SMALL, cache=warm.parent) == warm
 
 
 def test_a_half_written_model_is_not_taken(tmp_path):
-    """A builder killed while it trains leaves nothing that looks like a model, and the next one starts afresh."""
-    code = (
-        "import os, rethinker.policy; from pathlib import Path; from tests.embedded.test_warmup import *; "
-        "module._learn_to_answer = lambda *a: os._exit(9); "
-        f"warmed_up_tiny(BRIEF, DATA, size=SMALL, cache=Path({str(tmp_path)!r}))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 9
+    """A builder killed while it works leaves nothing that looks like a model, and the next one starts afresh."""
+
+    def killed(folder, *arguments, **options):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        os._exit(9)
+
+    if not (child := os.fork()):
+        module.create_tiny = killed
+        warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     left = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert [path.name.endswith(".partial") for path in left] == [True]
-    folder = warmed_up_tiny(BRIEF, DATA, size=SMALL, cache=tmp_path)
+    folder = warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path)
     assert (folder / "model.safetensors").is_file()
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
 
@@ -178,10 +186,10 @@ def test_a_folder_without_its_record_is_built_again(tmp_path, monkeypatch):
     names = []
     with monkeypatch.context() as patch:
         patch.setattr(module, "_build", lambda folder, *rest: names.append(folder))
-        warmed_up_tiny(BRIEF, DATA, size=SMALL, cache=tmp_path)
+        warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path)
     names[0].mkdir()
     (names[0] / "config.json").write_text("{}")
-    folder = warmed_up_tiny(BRIEF, DATA, size=SMALL, cache=tmp_path)
+    folder = warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path)
     assert folder == names[0] and (folder / "warmup.json").is_file()
     assert len((folder / "config.json").read_text()) > 100
 
@@ -193,7 +201,7 @@ def test_two_builders_at_once_make_one_model(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_build", lambda folder, *rest: built.append(folder) or build(folder, *rest))
 
     def work():
-        results.append(warmed_up_tiny(BRIEF, DATA, size=SMALL, cache=tmp_path))
+        results.append(warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -207,11 +215,11 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     """`RETHINKER_CACHE` names it; one that cannot be written is refused by name."""
     monkeypatch.setattr(module, "_build", lambda *rest: None)
     monkeypatch.setenv("RETHINKER_CACHE", str(tmp_path / "here"))
-    assert warmed_up_tiny(BRIEF, DATA).parent == tmp_path / "here"
+    assert warmed_up_tiny(BRIEF, DATA, QUERIES).parent == tmp_path / "here"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RETHINKER_CACHE", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="RETHINKER_CACHE"):
-        warmed_up_tiny(BRIEF, DATA)
+        warmed_up_tiny(BRIEF, DATA, QUERIES)
 
 
 def test_the_callers_generator_and_threads_are_left_alone(tmp_path):
@@ -219,18 +227,14 @@ def test_the_callers_generator_and_threads_are_left_alone(tmp_path):
     torch.manual_seed(7)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     warmed_up_tiny(
-        WarmupConfig(look_steps=1, steps=1, batch_size=2, data_fraction=0.01), DATA, size=SMALL, cache=tmp_path
+        WarmupConfig(look_steps=1, steps=1, batch_size=2, data_fraction=0.16), DATA, QUERIES, size=SMALL, cache=tmp_path
     )
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
 
 
 def test_other_data_without_descriptions_also_warms_up(tmp_path):
     """Text-only questions of one's own train the answers alone."""
-    rows = [{"id": str(i), "question": f"what is {i} + 1?", "answer": str(i + 1)} for i in range(20)]
-    file = tmp_path / "sums.jsonl"
-    file.write_text("".join(json.dumps(row) + os.linesep for row in rows))
-    data = DataConfig(train=str(file), prompt="{question}")
-    folder = warmed_up_tiny(
-        WarmupConfig(look_steps=2, steps=2, batch_size=4), data, size=SMALL, cache=tmp_path / "cache"
-    )
+    sums = [Query(str(i), f"what is {i} + 1?", str(i + 1)) for i in range(20)]
+    brief = WarmupConfig(look_steps=2, steps=2, batch_size=4)
+    folder = warmed_up_tiny(brief, DATA, sums, size=SMALL, cache=tmp_path)
     assert (folder / "model.safetensors").is_file()

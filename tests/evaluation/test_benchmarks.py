@@ -11,10 +11,29 @@ from PIL import Image
 
 from rethinker.config import ConfigError, RewardConfig
 from rethinker.data.datasets import IMAGE_MARK
-from rethinker.evaluation.benchmark import accepted_answers, benchmark_queries, load_benchmark, shipped_benchmarks
-from rethinker.rewards.checker import AnswerChecker, boxed_reward
+from rethinker.evaluation.benchmark import load_benchmark, shipped_benchmarks
+from rethinker.evaluation.benchmark_rows import benchmark_queries
+from rethinker.evaluation.results import accepted_answers
+from rethinker.rewards.checker import AnswerChecker
+from rethinker.rewards.functions import boxed_reward
 from rethinker.samples import Query
 from tests.evaluation import fixtures
+
+
+@pytest.fixture(scope="module")
+def checker():
+    with AnswerChecker(RewardConfig(workers=1)) as checker:
+        yield checker
+
+
+@pytest.fixture
+def right(checker):
+    """Whether the training reward accepts an answer."""
+
+    def accepted(query: Query, boxed: str) -> bool:
+        return checker.score([("x", f"so \\boxed{{{boxed}}}", query)])["x"] == 1.0
+
+    return accepted
 
 
 @pytest.fixture
@@ -38,13 +57,7 @@ def colors(query: Query) -> list[str]:
     return [names[image.getpixel((0, 0))] for image in opened]
 
 
-def right(query: Query, boxed: str) -> bool:
-    """Whether the training reward accepts the answer."""
-    with AnswerChecker(RewardConfig(workers=1)) as checker:
-        return checker.score([("x", f"so \\boxed{{{boxed}}}", query)])["x"] == 1.0
-
-
-def test_mathvista(load):
+def test_mathvista(load, right):
     """The published prompt and nothing else of the data; a choice's text as answer is asked for by its letter."""
     queries, _ = load("mathvista")
     assert set(queries) == {"1", "2"}  # testmini only
@@ -56,7 +69,7 @@ def test_mathvista(load):
     assert [right(angle, given) for given in ("C", "145", "(C) 145°", "B", "140°")] == [True, True, True, False, False]
 
 
-def test_mathverse(load):
+def test_mathverse(load, right):
     """Versions are the categories; the letter counts, and its text where the question has the choices."""
     queries, _ = load("mathverse")
     assert [q.metadata["category"] for q in queries.values()] == ["Text Dominant", "Vision Only"]
@@ -65,7 +78,7 @@ def test_mathverse(load):
     assert IMAGE_MARK not in queries["5"].question
 
 
-def test_mathvision(load):
+def test_mathvision(load, right):
     """Its mark becomes ours, letters alone are choices, an open question has none."""
     queries, _ = load("mathvision")
     assert queries["4"].question == "Which bridge?\n<image>\n(A) A\n(B) B\n(C) C\n(D) D\n(E) E"
@@ -74,7 +87,7 @@ def test_mathvision(load):
     assert right(queries["5"], "0.5") and queries["5"].metadata["category"] == "counting"
 
 
-def test_mmmu(load):
+def test_mmmu(load, right):
     """One folder per subject; numbered images in order of appearance, in choices too; several answers; no image."""
     queries, _ = load("mmmu")
     art, several, text = (queries[f"validation_{name}"] for name in ("Art_Theory_1", "Art_Theory_2", "Math_7"))
@@ -85,7 +98,7 @@ def test_mmmu(load):
     assert text.images == () and text.answer == "2" and text.question == "1 + 1?" and len(queries) == 3
 
 
-def test_mmmu_pro(load):
+def test_mmmu_pro(load, right):
     """Both settings and their union: ten options beyond letter D, and a question that is in its image alone."""
     queries, _ = load("mmmu_pro_standard", "mmmu_pro")
     assert set(queries) == {"test_History_1"} and queries["test_History_1"].question.endswith("\n(J) option 9")
@@ -97,7 +110,7 @@ def test_mmmu_pro(load):
     assert {q.metadata["category"] for q in union.values()} == {"mmmu_pro_standard", "mmmu_pro_vision"}
 
 
-def test_emma(load):
+def test_emma(load, right):
     """Options that are images take their places; context comes first; lines without content are dropped."""
     queries, _ = load("emma")
     assert queries["math_1"].question == "Which completes <image>?\n(A) <image>\n(B) <image>"
@@ -106,7 +119,7 @@ def test_emma(load):
     assert {q.metadata["category"] for q in queries.values()} == {"Math", "Coding"}
 
 
-def test_megabench(load, tmp_path):
+def test_megabench(load, right, tmp_path):
     """Only tasks of one field judged by equality on images are asked; the others are counted by reason."""
     queries, uncovered = load("megabench")
     assert set(queries) == {"q1"} and colors(queries["q1"]) == ["red", "blue", "green"]
@@ -138,7 +151,7 @@ def test_all_shipped_benchmarks_are_tested():
 
 def test_data_that_is_nowhere(tmp_path, monkeypatch):
     """One error says what to fetch and where to put it; the place it names works."""
-    monkeypatch.setattr("rethinker.evaluation.benchmark_data.hub_answers", lambda source: False)
+    monkeypatch.setattr("rethinker.evaluation.benchmark.hub_answers", lambda source: False)
     monkeypatch.setenv("RETHINKER_DATA", str(tmp_path))
     benchmark = load_benchmark("mathvista")
     with pytest.raises(ConfigError) as error:
@@ -161,7 +174,7 @@ def test_a_cached_download_is_found_offline(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.delenv("RETHINKER_DATA", raising=False)
-    monkeypatch.setattr("rethinker.evaluation.benchmark_data.hub_answers", lambda source: False)
+    monkeypatch.setattr("rethinker.evaluation.benchmark.hub_answers", lambda source: False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     fixtures.mathvision(tmp_path)
     assert len(benchmark_queries(load_benchmark("mathvision"))[0]) == 2
@@ -209,21 +222,21 @@ PLAIN = {"title": "t", "data": "a/b", "files": ["*.parquet"], "fields": {"answer
     [
         ({"name": "../../outside"}, r"name='\.\./\.\./outside' must be a plain name"),
         ({"name": "/outside"}, "must be a plain name"),
-        ({"name": 3}, "name must be a text"),
+        ({"name": 3}, 'key "name"'),
         ({"files": ["../*.parquet"]}, "files and folder must lie below the data's folder"),
         ({"files": ["/etc/*"]}, "files and folder must lie below the data's folder"),
-        ({"files": [3]}, "must be lists of texts"),
+        ({"files": [3]}, 'key "files"'),
         ({"files": 3}, "does not describe a benchmark"),
         ({"folder": "../x"}, "files and folder must lie below"),
-        ({"folder": 3}, "folder must be a text"),
-        ({"fields": {"answer": ["a"]}}, "fields must map"),
-        ({"fields": "answer"}, "fields must map"),
-        ({"prompt": None}, "prompt must be a text"),
+        ({"folder": 3}, 'key "folder"'),
+        ({"fields": {"answer": ["a"]}}, "fields.*answer"),
+        ({"fields": "/etc/hosts"}, "fields must map"),
+        ({"prompt": 3}, 'key "prompt"'),
         ({"category_pattern": "("}, "category_pattern='\\('"),
         ({"category_pattern": "x"}, "must have one group"),
-        ({"title": {"a": 1}}, "title must be a text"),
+        ({"title": {"a": 1}}, 'key "title"'),
         ({"colour": "red"}, "does not describe a benchmark"),
-        ({"answer_kind": "other"}, "answer_kind=other must be one of"),
+        ({"answer_kind": "other"}, 'key "answer_kind".*given.*option'),
     ],
 )
 def test_a_benchmarks_file_stays_in_its_place(tmp_path, changes, message):

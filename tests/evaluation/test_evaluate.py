@@ -8,6 +8,7 @@ from rethinker.algorithm.rethinking import make_triggers
 from rethinker.config import Config, RewardConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.evaluation import evaluate as module
+from rethinker.evaluation.answering import AnsweringModel
 from rethinker.evaluation.evaluate import evaluate
 from rethinker.evaluation.results import summarize
 from rethinker.rewards.checker import AnswerChecker
@@ -63,7 +64,7 @@ def ask(encoder, checker, mode: str, queries: list[Query] | None = None, engine:
     engine = engine or Scripted(encoder.tokenizer)
     triggers = make_triggers(encoder.tokenizer, Config().rethink.triggers)
     settings = {"mode": mode, "max_new_tokens": 64, "triggers": triggers, **options}
-    return queries, evaluate(queries, engine, encoder, checker, Ranks(0, 1, 0), **settings), engine
+    return queries, evaluate(queries, AnsweringModel(engine, encoder, checker), Ranks(0, 1, 0), **settings), engine
 
 
 def test_normal(encoder, checker):
@@ -157,7 +158,7 @@ def test_ranks_share_the_questions(encoder, checker, monkeypatch):
     for rank in (1, 0):
         engine = Scripted(encoder.tokenizer)
         options = {"mode": "oracle", "max_new_tokens": 64, "triggers": triggers}
-        answers = evaluate(queries, engine, encoder, checker, Rank(rank, 2, 0), **options)
+        answers = evaluate(queries, AnsweringModel(engine, encoder, checker), Rank(rank, 2, 0), **options)
         calls.append(len(engine.calls))
         assert (answers is None) == (rank == 1)
     assert [answer.completion.text.count("mended") for answer in answers] == [0, 0, 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rethinker.config import ConfigError
-from rethinker.evaluation.images_in_text import NotAnImageError, image_references, mark_images
+from rethinker.evaluation.benchmark_rows import NotCoveredError, image_references, mark_images
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_references(tmp_path):
     assert image_references([b"1", None], tmp_path, "") == [{"bytes": b"1"}, None]
     assert image_references(None, tmp_path, "") == image_references("", tmp_path, "") == [None]
     assert image_references([], tmp_path, "") == image_references("[]", tmp_path, "") == []
-    with pytest.raises(NotAnImageError):
+    with pytest.raises(NotCoveredError):
         image_references(["clip.mp4"], tmp_path, "")
     with pytest.raises(ConfigError, match=r"here: no image file .*b.png"):
         image_references("b.png", tmp_path, "here")

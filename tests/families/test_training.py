@@ -31,7 +31,7 @@ def test_a_run_trains_and_its_checkpoint_starts_the_next(folder, ranks, tmp_path
         paths = ["--run.dir", str(tmp_path), "--run.name", name, "--policy.model", str(model)]
         paths += ["--reward.function", f"{tmp_path / 'reward.py'}:parity"]
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        command = [sys.executable, *launch, "-m", "rethinker.train", *SETTINGS, *paths, *options]
+        command = [sys.executable, *launch, "-m", "rethinker", "train", *SETTINGS, *paths, *options]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

@@ -97,7 +97,7 @@ def fuzz_rows(examples: int, folder: Path, processor) -> Campaign:
             pickle.loads(pickle.dumps(query))
             json.dumps(query.metadata, default=str)
             f"{query.id}{query.question}{query.answer}".encode()
-            if encoder.fits(query):
+            if encoder.misfit(query) is None:
                 prompt = encoder.encode(query)
                 assert len(prompt.token_ids) <= config.max_prompt_tokens
                 grids = encoder.pixels(query)["image_grid_thw"] if query.images else []
@@ -153,7 +153,7 @@ def fuzz_answers(examples: int, folder: Path) -> tuple[Campaign, float, float, d
             assert took < STRING_WORK_S, f"{took:.2f} s of string work"
             worker, failures = checker._workers[0], checker.failures.total()
             query = Query("q", question, answer, metadata={"choices": choices})
-            ready = worker.started and worker._process is not None
+            ready = worker._process is not None
             start = time.perf_counter()
             scores = checker.score([("a", response, query)])
             if ready and worker._process is not None and checker.failures.total() == failures:

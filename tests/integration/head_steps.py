@@ -12,26 +12,40 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from rethinker.config import AlgorithmConfig, Config, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
+from rethinker.algorithm.objective import load_loss
+from rethinker.config import AlgorithmConfig, Config, ConfigError, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import LossHead, load_processor
 from rethinker.policy.packing import plan_micro_batches
 from rethinker.runtime import distributed
-from rethinker_kernels import grpo_loss, linear_selective_log_softmax
+from rethinker_kernels import linear_selective_log_softmax, policy_loss
 from tests.integration.zero3_steps import gradients_at_step, scenario
+
+LOSSES = """
+calls = []
+
+def cispo(logps, rows, clip_high):
+    ratio = (logps.detach() - rows.old_logps).exp()
+    return -ratio.clamp(max=1 + clip_high) * rows.advantages * logps
+
+def breaks(logps, rows):
+    calls.append(len(logps))
+    return cispo(logps, rows, 0.2) * (1.0 if len(calls) < 9 else float("nan"))
+"""
+"""Losses of the user's own; the second is in order when it is tried, and not in training."""
 
 BUDGET = 100  # tokens: several micro-batches a step
 
 
-def unfused(head, hidden, index=None, temperature=1.0, surrogate=None):
+def unfused(head, hidden, index=None, temperature=1.0, objective=None):
     """`LossHead.forward` as a composition that autograd differentiates."""
     logps, entropy = linear_selective_log_softmax(
         hidden, head.weight, index, bias=head.bias, temperature=temperature, return_entropy=True
     )
-    surrogate = {name: value for name, value in surrogate.items() if name != "nll_weights"}
-    loss, stats = grpo_loss(logps, **surrogate)
-    counted = surrogate["mask"] & (surrogate["weights"] != 0)
+    objective = {name: value for name, value in objective.items() if name != "nll_weights"}
+    loss, stats = policy_loss(logps, **objective)
+    counted = objective["mask"] & (objective["weights"] != 0)
     return loss, logps.detach(), torch.cat([stats, entropy.detach()[counted].sum().double()[None]])
 
 
@@ -64,6 +78,7 @@ def steps(model: str, pictures: Path, ranks) -> dict:
     gradients, head = gradients_at_step(engine), engine.policy.hf.lm_head
     for importance in ("token", "sequence"):
         config.algorithm.importance = importance
+        engine.loss = load_loss(config.algorithm)
         for forward in (unfused, LossHead.forward):
             head.forward = forward.__get__(head)
             metrics = engine.train_step(samples)
@@ -71,7 +86,17 @@ def steps(model: str, pictures: Path, ranks) -> dict:
     # The first steps let DeepSpeed learn the order of the modules; from then on it keeps to it.
     count = count_gathers(head.weight)
     engine.train_step(samples)
-    return results | {"gathers": count[0]}
+    results["gathers"] = count[0]
+    own = pictures / "losses.py"
+    own.write_text(LOSSES)
+    for name in ("cispo", "breaks"):
+        config.algorithm = AlgorithmConfig(loss=f"{own}:{name}")
+        engine.loss = load_loss(config.algorithm)
+        try:
+            results[name] = engine.train_step(samples)
+        except ConfigError as error:
+            results[name] = str(error)
+    return results
 
 
 def main(scratch: str, output: str, *models: str) -> None:

@@ -18,6 +18,7 @@ from rethinker.checkpoint.state_file import read_state
 from rethinker.embedded.easy_vqa import easy_vqa
 from rethinker.embedded.tiny import create_tiny
 from rethinker.runtime.completions import read_completions
+from tests.integration.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 12, 2
@@ -48,16 +49,24 @@ def prepare(folder: Path, questions: int = 64) -> None:
     create_tiny(folder / "model", seed=0)
 
 
-def start(folder: Path, name: str, *options: str, ranks: int = 1, launch: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Start, or with --resume continue, a run; its output goes to <name>.log. `launch` are options of torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launch]
-    torchrun = [] if ranks == 1 else torchrun
+def start(
+    folder: Path, name: str, *options: str, ranks: int = 1, torchrun: tuple[str, ...] | None = None
+) -> Forked | subprocess.Popen:
+    """Start, or with --resume continue, a run; its output goes to <name>.log.
+
+    Args:
+        torchrun: start the ranks with it and these options, in processes that share nothing with this one.
+    """
     arguments = ["easy_vqa_cpu", "--run.dir", str(folder), "--run.name", name, "--policy.model", str(folder / "model")]
     arguments += ["--data.train", str(folder / "questions.jsonl"), "--data.category_weights", "{}"]
     arguments += ["--reward.function", f"{folder / 'reward.py'}:parity", *OPTIONS, *options]
-    with (folder / f"{name}.log").open("a") as log:
-        command = [sys.executable, *torchrun, "-m", "rethinker.train", *arguments]
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    log = folder / f"{name}.log"
+    if torchrun is None:
+        return Forked(arguments, log, ranks)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *torchrun]
+    with log.open("a") as output:
+        command = [sys.executable, *launcher, "-m", "rethinker", "train", *arguments]
+        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
 
 
 def finish(folder: Path, name: str, *options: str, ranks: int = 1) -> None:
@@ -66,7 +75,7 @@ def finish(folder: Path, name: str, *options: str, ranks: int = 1) -> None:
     assert code == 0, (folder / f"{name}.log").read_text()[-4000:]
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: Forked | subprocess.Popen) -> None:
     """SIGKILL to the process and all it has started: what a power cut does."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -88,7 +97,7 @@ def newest(run: Path) -> int | None:
     return max((int(path.parent.name[5:]) for path in run.glob("checkpoints/step_*/COMPLETE")), default=None)
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, process: Forked | subprocess.Popen, seconds: float = 120) -> None:
     """Until the condition holds or the process has ended."""
     end = time.monotonic() + seconds
     while not condition() and process.poll() is None:
@@ -99,12 +108,12 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
 def disturb(folder: Path, name: str, kills: int, seed: int, options: tuple[str, ...] = ()) -> list[str]:
     """Kill a run `kills` times at random instants, or until it has come to its end; returns a line about each kill.
 
-    A third of the instants lie anywhere in a process's life, a third within the steps, a third within a save.
+    A third of the instants lie within the steps, a third within a save, a third anywhere in a process's life.
     """
-    chance, told, run = random.Random(seed), [], folder / name
+    chance, lines, run = random.Random(seed), [], folder / name
     for number in range(kills):
         process, started, back = start(folder, name, "--resume", "auto", *options), time.monotonic(), ""
-        done, kind = len(rows(run)), ("anywhere", "in a step", "in a save")[number % 3]
+        done, kind = len(rows(run)), ("in a step", "in a save", "anywhere")[number % 3]
         if kind == "anywhere":
             time.sleep(chance.uniform(0, 15))
         elif kind == "in a step":
@@ -121,10 +130,10 @@ def disturb(folder: Path, name: str, kills: int, seed: int, options: tuple[str, 
         saving = [path.name for path in run.glob("checkpoints/.*.partial")]
         kill(process)
         steps, saved = len(rows(run)), newest(run)
-        told.append(f"kill {number + 1} {kind}: {steps} steps logged, checkpoint {saved}, being written {saving}{back}")
+        lines.append(f"kill {number + 1} {kind}: {steps} steps logged, checkpoint {saved}, writing {saving}{back}")
         # One checkpoint is written while the next steps run, so at most two of them are not there yet.
-        assert steps - (saved or 0) <= 2 * EVERY, told[-1]
-    return told
+        assert steps - (saved or 0) <= 2 * EVERY, lines[-1]
+    return lines
 
 
 def assert_equal_runs(run: Path, reference: Path) -> None:

@@ -30,6 +30,7 @@ from rethinker.policy.model import load_processor
 from rethinker.rollout.hf_engine import HFEngine
 from rethinker.runtime import distributed
 from tests.policy.helpers import queries_of_every_kind, samples_for
+from tests.rollout.helpers import hf_logprobs
 
 STEPS = 2  # before the stop, and after it
 
@@ -85,15 +86,15 @@ def parts(engine: PolicyEngine) -> list[torch.nn.Parameter]:
 
 def mismatch(engine: PolicyEngine, folder: Path, config: Config, encoder: PromptEncoder, samples: list) -> float:
     """Largest difference, in nats, between the policy's log-probs and a synced hf engine's."""
-    rollout = HFEngine(config, config.policy.model, rank=0, local_rank=0)
+    rollout = HFEngine(config, config.policy.model, distributed.Ranks(0, 1, 0))
     rollout.sync(engine.weights, 1)
     for sample in samples:
         sample.owner = engine.ranks.rank
     engine.score(samples)
     prompts = [encoder.encode(sample.query) for sample in samples]
-    scores = rollout.logprobs(prompts, [sample.completion for sample in samples])
+    scores = [hf_logprobs(rollout, prompt, sample.completion) for prompt, sample in zip(prompts, samples, strict=True)]
     ours = [sample.completion.trainer_logprobs for sample in samples]
-    return max((torch.tensor(a) - torch.tensor(b)).abs().max().item() for a, b in zip(ours, scores, strict=True))
+    return max((torch.tensor(a) - b).abs().max().item() for a, b in zip(ours, scores, strict=True))
 
 
 def refusals(config: Config, scratch: Path, encoder: PromptEncoder, counters: dict, ranks) -> list[str]:

@@ -34,18 +34,16 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 def ranks_of(launcher: int) -> list[psutil.Process]:
     """The training processes of a launcher, in the order of their ranks."""
     children = psutil.Process(launcher).children()
-    return sorted(
-        (child for child in children if "rethinker.train" in child.cmdline()), key=lambda p: p.environ()["RANK"]
-    )
+    return sorted((child for child in children if "rethinker" in child.cmdline()), key=lambda p: p.environ()["RANK"])
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_rank_that_dies_ends_the_run(scratch, lost):
     """One of two ranks is killed: the launcher ends with its rank and signal, and no process or port is left.
 
     The launcher may be told to start again (--max-restarts); here it is not.
     """
-    process = start(scratch, f"lost_{lost}", ranks=2)
+    process = start(scratch, f"lost_{lost}", "--rollout.backend", "hf", ranks=2, torchrun=())
     wait_for(lambda: len(rows(scratch / f"lost_{lost}")) >= 1, process)
     victim, ports = ranks_of(process.pid)[lost], listening(process.pid)
     victim.send_signal(signal.SIGKILL)
@@ -78,7 +76,7 @@ def wait_for_none(folder: Path, seconds: float) -> None:
 def test_a_lost_rank_is_replaced(scratch):
     """With --max-restarts and --resume auto the launcher starts all ranks again, and the run ends as undisturbed."""
     finish(scratch, "undisturbed", ranks=2)
-    process = start(scratch, "restarted", "--resume", "auto", ranks=2, launch=("--max-restarts", "1"))
+    process = start(scratch, "restarted", "--resume", "auto", ranks=2, torchrun=("--max-restarts", "1"))
     wait_for(lambda: len(rows(scratch / "restarted")) >= 3, process)
     ranks_of(process.pid)[1].send_signal(signal.SIGKILL)
     assert process.wait(200) == 0

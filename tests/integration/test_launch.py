@@ -29,7 +29,6 @@ exit 0
 @pytest.fixture
 def slurm(tmp_path):
     """A folder to run in, and the environment of a Slurm job with two GPUs' worth of ranks."""
-    prepare(tmp_path)
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -61,6 +60,7 @@ def test_a_job_needs_a_name(slurm):
 def test_a_job_out_of_time_saves_and_queues_itself_again(slurm):
     """Slurm's warning signal: both ranks save and end, the job is queued again, and the next one goes on and ends."""
     folder, environment = slurm
+    prepare(folder)
     command = ["bash", str(LAUNCH / "slurm.sh"), *arguments(folder), "--train.max_steps", "6"]
     with (folder / "job.log").open("a") as log:
         job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
@@ -80,6 +80,7 @@ def test_a_job_out_of_time_saves_and_queues_itself_again(slurm):
 def test_torchrun_script(slurm):
     """The script for nodes without a scheduler trains on this one."""
     folder, environment = slurm
+    prepare(folder)
     command = [str(LAUNCH / "torchrun.sh"), *arguments(folder), "--train.max_steps", "2"]
     done = subprocess.run(command, cwd=ROOT, env=environment | {"GPUS": "2"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

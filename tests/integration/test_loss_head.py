@@ -47,3 +47,14 @@ def test_the_head_is_gathered_once_per_micro_batch(steps):
     """The three products share one gather, also with the embedding where they are tied."""
     assert steps["micro_batches"] > 1
     assert steps["gathers"] == steps["micro_batches"]
+
+
+def test_a_loss_of_the_users_own_trains(steps):
+    """CISPO in a file: a step with a gradient; its metrics count where GRPO's clips would act."""
+    metrics = steps["cispo"]
+    assert metrics["loss"] != 0 and metrics["grad_norm"] > 0 and metrics["skipped"] == 0
+
+
+def test_a_loss_that_breaks_in_training_ends_it(steps):
+    """NaN from finite log-probs is no step to skip: one line names the setting, on every rank."""
+    assert steps["breaks"].startswith("algorithm.loss=") and "breaks: it is nan in step " in steps["breaks"]

@@ -45,7 +45,7 @@ def test_dry_run(scratch, name, stage):
     options = ["--run.dir", str(scratch), "--run.name", run, "--policy.model", str(scratch / family)]
     options += ["--data.train", str(scratch / "39Krelease.parquet"), "--data.image_root", str(scratch / "images.zip")]
     options += ["--reward.function", f"{scratch / 'reward.py'}:parity", *SMALL]
-    command = [sys.executable, "-m", "rethinker.train", name + stage, *options]
+    command = [sys.executable, "-m", "rethinker", "train", name + stage, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     rows = [json.loads(line) for line in (scratch / run / "metrics.jsonl").read_text().splitlines()]

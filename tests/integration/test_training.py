@@ -49,7 +49,7 @@ def train(scratch: Path, name: str, *options: str, ranks: int = 1) -> list[dict]
     arguments += ["--rollout.max_new_tokens", "24", "--rollout.kv_cache_gb", "0.1", "--train.learning_rate", "1e-3"]
     arguments += ["--validation.size", "16", "--validation.every", "1", *options]
     launch = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launch, "-m", "rethinker.train", *arguments]
+    command = [sys.executable, *launch, "-m", "rethinker", "train", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     (scratch / f"{name}.log").write_text(done.stdout)

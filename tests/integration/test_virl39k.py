@@ -53,7 +53,7 @@ def scratch(tmp_path_factory):
 
 def train(scratch: Path, name: str, *options: str) -> list[dict]:
     """Run the recipe; returns the rows of metrics.jsonl."""
-    command = [sys.executable, "-m", "rethinker.train", str(scratch / "recipe.yaml"), "--run.name", name, *options]
+    command = [sys.executable, "-m", "rethinker", "train", str(scratch / "recipe.yaml"), "--run.name", name, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [json.loads(line) for line in (scratch / name / "metrics.jsonl").read_text().splitlines()]

@@ -2,9 +2,10 @@
 
 Run by test_compile_gate.py in a process of its own, or by hand: `python -m tests.kernels.compile_gate`. No GPU is
 needed: a driver that launches nothing notes how each launch specialises its kernel, types, alignments and constants,
-first of the ops at a real vocabulary, then of the whole fuzzing suite. Prints what was found for the former, with a
-time estimated for an H200, and exits with 1 where any form spills registers or has a stack, needs more shared memory
-than the chip has, or, at a real vocabulary, reads logits in less than 16 bytes; or where a kernel was never launched.
+first of the ops at a real vocabulary, then (`--all`) of the whole fuzzing suite. Prints what was found for the former,
+with a time estimated for an H200, and exits with 1 where any form spills registers or has a stack, needs more shared
+memory than the chip has, or, at a real vocabulary, reads logits in less than 16 bytes; or where a kernel was never
+launched.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import rethinker_kernels as ops
-from rethinker_kernels import linear, linear_grpo, merge_attention
-from rethinker_kernels.triton_kernels import exponentials, group_advantages, grpo_loss, log_softmax, scaled, tiles
-from rethinker_kernels.triton_kernels import linear as linear_kernels
+from rethinker_kernels import linear, linear_loss, merge_attention
+from rethinker_kernels.triton_kernels import exponentials, log_softmax, scaled, tiles
+from rethinker_kernels.triton_kernels import linear_loss as loss_kernels
 from rethinker_kernels.triton_kernels import merge_attention as merge_kernels
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -46,7 +47,7 @@ VOCABULARY, ROWS = 151_936, 8 * PROCESSORS
 ROWS_OF_A_STEP = 16_384
 """For which times are estimated."""
 
-MODULES = [exponentials, group_advantages, grpo_loss, linear_kernels, log_softmax, merge_kernels, scaled]
+MODULES = [exponentials, loss_kernels, log_softmax, merge_kernels, scaled]
 
 
 @dataclass(eq=False)
@@ -156,7 +157,7 @@ class Launches:
             hidden = torch.empty(ROWS, 16, dtype=dtype, requires_grad=True)
             weight = torch.empty(VOCABULARY, 16, dtype=dtype, requires_grad=True)
             for fused in (False, True)[: 1 + (dtype == torch.bfloat16)]:
-                linear.takes_exponentials = linear_grpo.takes_exponentials = lambda *_, fused=fused: fused
+                linear.takes_exponentials = linear_loss.takes_exponentials = lambda *_, fused=fused: fused
                 kind = ", exponentials" * fused
                 self.name = f"linear log-softmax, {short}{kind}"
                 for entropy in (False, True):
@@ -166,17 +167,11 @@ class Launches:
                     self.name = f"linear grpo{' + kl' * bool(kl_coef)}, {short}{kind}"
                     more = {"kl_coef": kl_coef, "ref_logps": values, "nll_weights": values}
                     ops.linear_grpo_loss(hidden, weight, index, values, values, **more, **surrogate)[0].backward()
-            linear.takes_exponentials = linear_grpo.takes_exponentials = lambda *_: False
+            linear.takes_exponentials = linear_loss.takes_exponentials = lambda *_: False
             for width in (64, 80, 128):
                 self.name = f"merge attention, {short}, heads of {width}"
                 out, lse = torch.empty(ROWS, 4, width, dtype=dtype), torch.empty(4, ROWS)
                 merge_attention.merge_attention(out, lse, out.clone(), lse.clone(), index)
-        for importance in ("token", "sequence"):
-            self.name = f"grpo loss, one ratio per {importance}"
-            logps = torch.zeros(ROWS, requires_grad=True)
-            ops.grpo_loss(logps, values, values, importance=importance, kl_coef=0.1, ref_logps=values, **surrogate)
-        self.name = "group advantages"
-        ops.group_advantages(values, offsets)
         self.name = ""
 
     def of_the_fuzzing_suite(self) -> None:
@@ -287,7 +282,8 @@ def main() -> int:
     launches = Launches()
     launches.install()
     launches.of_real_ops()
-    launches.of_the_fuzzing_suite()
+    if everything := "--all" in sys.argv:
+        launches.of_the_fuzzing_suite()
     FORMS.extend(launches.forms)
     tasks = [(place, capability) for place, form in enumerate(FORMS) for capability in form.capabilities]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
@@ -295,7 +291,9 @@ def main() -> int:
     launched = {form.kernel for form in FORMS}
     kernels = [value for module in MODULES for name, value in vars(module).items() if name.endswith("_kernel")]
     wrong = [f"{kernel.__name__}: never launched" for kernel in kernels if kernel not in launched]
-    if not any(f.constant("SPLIT") for f in FORMS if f.kernel is log_softmax.forward_kernel and not f.name):
+    if everything and not any(
+        f.constant("SPLIT") for f in FORMS if f.kernel is log_softmax.forward_kernel and not f.name
+    ):
         wrong.append("forward_kernel: no split rows in the fuzzing suite")
     print(
         f"{'op':42} {'kernel':10} {'arch':>6} {'warps':>5} {'regs':>5} {'shared':>6} {'load':>4} "

@@ -10,11 +10,13 @@ import math
 import pytest
 import torch
 
+import rethinker_kernels
 from rethinker_kernels import (
     devices,
     linear,
-    linear_grpo,
     linear_grpo_loss,
+    linear_loss,
+    linear_policy_loss,
     linear_selective_log_softmax,
     reference,
 )
@@ -29,7 +31,7 @@ def products(monkeypatch):
     """How many products each test made; several chunks each."""
     if DEVICE.type == "cpu":
         one = lambda hidden, weight, bias, temperatures, temperature: bias is None and temperatures is None  # noqa: E731
-        for module in (linear, linear_grpo):
+        for module in (linear, linear_loss):
             monkeypatch.setattr(module, "takes_exponentials", one)
     elif torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU: others have fp32 logits")
@@ -61,7 +63,7 @@ def compare(plain, got, want) -> None:
         torch.testing.assert_close(got, want, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 65])
+@pytest.mark.parametrize("rows", [1, 7, 33])
 @pytest.mark.parametrize(("vocabulary", "width"), [(1, 8), (31, 16), (129, 40), (500, 24)])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs(rows, vocabulary, width, temperature):
@@ -115,8 +117,30 @@ def test_grpo(importance, options):
     if "dual_clip" in options:  # a supervised term, on masked rows too
         options["nll_weights"] = 0.2 * (torch.arange(len(index), device=DEVICE) % 3).float()
     given = ((hidden, weight), index, inputs, options)
-    got, want = grpo(linear_grpo, DTYPE, *given), grpo(reference, torch.float64, *given)
+    got, want = grpo(rethinker_kernels, DTYPE, *given), grpo(reference, torch.float64, *given)
     compare(grpo(reference, DTYPE, *given), got, want)
+
+
+def test_any_loss():
+    """CISPO, which no kernel knows, takes the same product."""
+    inputs = on_device(tokens())
+    del inputs["logps"], inputs["ref_logps"]
+    inputs["old_logps"] -= 3
+    hidden, weight, index = head(sum(LENGTHS), 261, 16, 2.0)
+
+    def cispo(logps, rows):
+        return -(logps.detach() - rows.old_logps).exp().clamp(max=1.3) * rows.advantages * logps
+
+    def fused(h, w):
+        return linear_policy_loss(h, w, index, cispo, **inputs, normalizer=5.0)[0]
+
+    def plain(h, w):
+        log_softmax = reference.linear_selective_log_softmax
+        return reference.composed_loss(log_softmax, h, w, index, cispo, **inputs, normalizer=5.0)[0]
+
+    one = [torch.ones((), device=DEVICE)]
+    got, want = both(fused, plain, [hidden, weight], one)
+    compare(both(plain, plain, [hidden, weight], one)[0], got, want)
 
 
 @pytest.mark.parametrize("old", ["near", "0", "-1e4", "nan"])
@@ -136,7 +160,7 @@ def test_any_old_log_prob_will_do(old, products):
         inputs["mask"] = ~inputs["mask"]
     options = {"normalizer": 3.0, "nll_weights": torch.ones(rows, device=DEVICE)}
     given = ((hidden, weight), index, inputs, options)
-    got, want = grpo(linear_grpo, DTYPE, *given), grpo(reference, torch.float64, *given)
+    got, want = grpo(rethinker_kernels, DTYPE, *given), grpo(reference, torch.float64, *given)
     compare(grpo(reference, DTYPE, *given), got, want)
     torch.testing.assert_close(got[0][1], exact, atol=1e-4, rtol=1e-6)
     assert any(product.work[1] > 0 for product in products), "no product was made a second time"
@@ -183,7 +207,7 @@ def test_two_runs_agree_bit_for_bit():
     inputs = on_device(tokens())
     del inputs["logps"]
     hidden, weight, index = head(sum(LENGTHS), 261, 16, 2.0)
-    runs = [grpo(linear_grpo, DTYPE, (hidden, weight), index, inputs, {"normalizer": 5.0}) for _ in range(2)]
+    runs = [grpo(rethinker_kernels, DTYPE, (hidden, weight), index, inputs, {"normalizer": 5.0}) for _ in range(2)]
     assert all(torch.equal(a, b) for x, y in zip(*runs, strict=True) for a, b in zip(x, y, strict=True))
 
 

@@ -12,24 +12,24 @@ import math
 import pytest
 import torch
 
+import rethinker_kernels
 from rethinker_kernels import (
-    GRPO_STATS,
-    group_advantages,
-    grpo_loss,
     linear,
-    linear_grpo,
     linear_grpo_loss,
+    linear_policy_loss,
+    losses,
     reference,
     selective_log_softmax,
 )
 from rethinker_kernels.devices import takes_triton
+from rethinker_kernels.triton_kernels.linear_loss import grpo_rows
 from rethinker_kernels.triton_kernels.tiles import tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIXTEEN_BITS = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter rounds to bf16 wrongly
 INF = math.inf
 VOCABULARIES = [1, 2, 127, 128, 129, 1000, 4099]
-ROWS = [0, 1, 7, 65]
+ROWS = [0, 1, 7, 19]
 
 
 def test_these_are_the_triton_kernels():
@@ -282,74 +282,13 @@ def in_fp64(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
-@pytest.mark.parametrize("importance", ["token", "sequence"])
-@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-@pytest.mark.parametrize(
-    ("given", "options"),
-    [
-        ("all", {}),
-        ("all", {"clip_low": 0.1, "clip_high": 0.6, "dual_clip": 1.5, "kl_coef": 0.3, "kl_estimator": "k3"}),
-        ("per row", {"kl_coef": 0.3, "kl_estimator": "k1"}),
-        ("unmasked", {"kl_coef": 0.3, "kl_estimator": "k2"}),
-        ("no reference", {"dual_clip": 3.0}),
-    ],
-)
-def test_grpo_loss(importance, aggregation, options, given):
-    """Loss, statistics and gradient, with what does not count full of NaN."""
-    inputs = tokens()
-    rows = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    off = ~inputs["mask"] | (inputs["weights"][rows] == 0)
-    for name in ("logps", "old_logps", "ref_logps"):
-        inputs[name] = torch.where(off, math.nan, inputs[name])
-    if given == "per row":
-        inputs["advantages"], inputs["weights"] = inputs["advantages"][rows], inputs["weights"][rows]
-        if "sequence" not in (importance, aggregation):
-            del inputs["cu_seqlens"]
-    elif given == "unmasked":
-        inputs = tokens()
-        del inputs["mask"], inputs["weights"]
-    elif given == "no reference":
-        del inputs["ref_logps"]
-    inputs = on_device(inputs)
-    options = {**options, "importance": importance, "aggregation": aggregation}
-    normalizer = torch.tensor(7.0, device=DEVICE)
-    results = []
-    for function, values in ((grpo_loss, inputs), (reference.grpo_loss, in_fp64(inputs))):
-        values = dict(values)
-        logps = values.pop("logps").clone().requires_grad_()
-        poison(sum(LENGTHS), 16 * len(LENGTHS))
-        loss, stats = function(logps, **values, **options, normalizer=normalizer)
-        (2 * loss).backward()
-        results.append((loss.detach().double(), stats, logps.grad.double()))
-    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
-    assert grpo_loss(**inputs, **options, normalizer=7.0)[0] == results[0][0].float()
-
-
-@pytest.mark.parametrize("importance", ["token", "sequence"])
-@pytest.mark.parametrize("poisoned", [math.nan, INF, -INF])
-@pytest.mark.parametrize("name", ["logps", "old_logps", "ref_logps"])
-def test_a_token_that_counts_and_is_not_finite(importance, poisoned, name):
-    """Loss and gradient NaN, statistics finite and equal to the definition's."""
-    inputs = tokens()
-    inputs[name][torch.nonzero(inputs["mask"])[3]] = poisoned
-    inputs = on_device(inputs)
-    leaf = inputs.pop("logps").requires_grad_()
-    options = {"importance": importance, "kl_coef": 0.1, "normalizer": 1.0}
-    loss, stats = grpo_loss(leaf, **inputs, **options)
-    loss.backward()
-    assert loss.isnan() and leaf.grad.isnan().any() and stats[GRPO_STATS.index("nonfinite")] >= 1
-    want = reference.grpo_loss(leaf.detach().double(), **in_fp64(inputs), **options)[1]
-    torch.testing.assert_close(stats, want, atol=1e-4, rtol=1e-5)
-
-
 @pytest.mark.parametrize("poisoned", [math.nan, INF, -INF])
 def test_an_advantage_that_is_not_finite(poisoned):
-    """The loss is not finite, with and without the head: the step is then skipped, never trained on a wrong number."""
+    """The loss is not finite: the step is then skipped, never trained on a wrong number."""
     inputs = tokens()
     inputs["advantages"][0] = poisoned
     inputs = on_device(inputs)
     logps = inputs.pop("logps")
-    assert not grpo_loss(logps, **inputs, normalizer=1.0)[0].isfinite()
     rows = len(logps)
     hidden, weight = torch.randn(rows, 4, device=DEVICE), torch.randn(6, 4, device=DEVICE)
     index = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
@@ -357,19 +296,16 @@ def test_an_advantage_that_is_not_finite(poisoned):
 
 
 @pytest.mark.parametrize("d", [1e-5, 1e-3, -1e-3, 0.1, 0.249, 0.251, 0.99, 1.01, -1.5, 5.0, 19.0, 25.0])
-def test_k3_is_accurate(d):
-    """k3 = exp(d) - d - 1 and its slope to 2e-6, also where the subtraction would cancel."""
-    zero, d32 = torch.zeros(1, device=DEVICE), torch.tensor([d], device=DEVICE)
-    logps = zero.clone().requires_grad_()
-    loss, _ = grpo_loss(logps, zero, zero, ref_logps=d32, kl_coef=1.0, normalizer=1.0)
-    loss.backward()
-    exact = min(d32.item(), 20.0)
-    assert loss.item() == pytest.approx(math.expm1(exact) - exact if abs(d) > 1e-2 else series(exact, 2), rel=4e-6)
-    assert logps.grad.item() == pytest.approx(-math.expm1(exact) * (d <= 20), rel=4e-6)
-
-
-def series(x: float, first: int) -> float:
-    return sum(x**k / math.factorial(k) for k in range(first, 12))
+def test_the_slope_of_k3_is_accurate(d):
+    """The row kernel's 1 - exp(d) to 4e-6, also where the subtraction would cancel; none beyond the clamp."""
+    logits = torch.zeros(1, 2, device=DEVICE)  # so that the slope in the log-prob is twice that in its logit
+    one, index = torch.ones(1, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    logp = selective_log_softmax(logits, index)
+    ref, out = logp + d, torch.empty_like(logits)
+    rows = losses.Rows(logp, torch.zeros_like(one), ref, one.bool(), one)
+    grpo_rows(logits, index, None, 1.0, rows, one, None, losses.Surrogate(kl_coef=1.0), out=out)
+    exact = (ref.double() - logp.double()).item()
+    assert 2 * out[0, 0].item() == pytest.approx(-math.expm1(exact) * (d <= 20), rel=4e-6)
 
 
 # Linear
@@ -437,7 +373,7 @@ def test_linear_grpo_loss(importance, aggregation, dtype, options, monkeypatch):
         loss.backward()
         return [loss.detach().double(), logps.double(), stats], [x.grad.double() for x in (h, w, b)]
 
-    got, want = run(linear_grpo, dtype), run(reference, torch.float64)
+    got, want = run(rethinker_kernels, dtype), run(reference, torch.float64)
     if dtype == torch.float32:
         torch.testing.assert_close(got, want, atol=3e-5, rtol=1e-4)
     else:
@@ -450,48 +386,42 @@ def test_linear_grpo_loss_needs():
     del inputs["logps"]
     index = torch.randint(50, (sum(LENGTHS),), device=DEVICE)
     values = [torch.randn(sum(LENGTHS), 4, device=DEVICE), torch.randn(50, 4, device=DEVICE)]
-    losses = []
+    values_of = []
     for frozen in (0, 1):
         leaves = [v.clone().requires_grad_(i != frozen) for i, v in enumerate(values)]
         loss, *_ = linear_grpo_loss(*leaves, index, **inputs, normalizer=1.0)
         loss.backward()
         assert leaves[frozen].grad is None and leaves[1 - frozen].grad.abs().sum() > 0
-        losses.append(loss.item())
+        values_of.append(loss.item())
     with torch.no_grad():
-        losses.append(linear_grpo_loss(*values, index, **inputs, normalizer=1.0)[0].item())
-    assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-6)
+        values_of.append(linear_grpo_loss(*values, index, **inputs, normalizer=1.0)[0].item())
+    assert values_of[0] == values_of[1] == pytest.approx(values_of[2], rel=1e-6)
 
 
-# Advantages
+@pytest.mark.parametrize("dtype", [torch.float32, SIXTEEN_BITS])
+def test_any_loss(dtype, monkeypatch):
+    """CISPO, which no kernel knows: the kernels of log-probs and of their gradient around autograd on a vector."""
+    monkeypatch.setattr(linear, "chunk_rows", lambda *_: (16, 24))
+    inputs = on_device(tokens())
+    old = inputs.pop("logps") - 3
+    given = (old, inputs["advantages"])
+    more = {"mask": inputs["mask"], "cu_seqlens": inputs["cu_seqlens"], "normalizer": 5.0}
+    index = torch.randint(261, (len(old),), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    leaves = [torch.randn(*s, device=DEVICE).to(dtype) / 2 for s in ((len(old), 8), (261, 8))]
 
+    def cispo(logps, rows):
+        return -(logps.detach() - rows.old_logps).exp().clamp(max=1.3) * rows.advantages * logps
 
-@pytest.mark.parametrize("scale", ["std", "none", "batch"])
-@pytest.mark.parametrize("groups", [[], [0, 0], [1], [4, 0, 1, 5, 17, 3, 8]])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_group_advantages(scale, groups, dtype):
-    """Groups of any size, degenerate ones and rewards that nearly agree included."""
-    torch.manual_seed(0)
-    rewards = torch.rand(sum(groups), device=DEVICE).round(decimals=1).to(dtype)
-    if len(groups) > 4:
-        rewards[:4] = 0.3
-        rewards[5:10] = torch.tensor([1.0, 1.0 + torch.finfo(dtype).eps, 1.0, 1.0, 1.0])
-    offsets = torch.tensor([0, *itertools.accumulate(groups)], device=DEVICE)
-    poison(len(rewards))
-    got = group_advantages(rewards, offsets, scale=scale)
-    want = reference.group_advantages(rewards.double(), offsets, scale=scale)
-    exact = dtype == torch.float64
-    torch.testing.assert_close(got[0].double(), want[0], atol=1e-13 if exact else 1e-6, rtol=1e-8 if exact else 1e-4)
-    assert got[0].dtype == (dtype if exact else torch.float32) and got[1].tolist() == want[1].tolist()
-    assert got[0][want[0] == 0].eq(0).all()
+    def plain(h, w):
+        log_softmax = reference.linear_selective_log_softmax
+        return reference.composed_loss(log_softmax, h, w, index, cispo, *given, **more)[0]
 
-
-def test_group_advantages_of_nan():
-    """A NaN reward makes its own group NaN and no other, and not degenerate."""
-    rewards = torch.tensor([0.0, math.nan, math.nan, 0.5, 0.0, 1.0], device=DEVICE)
-    advantages, degenerate = group_advantages(rewards, torch.tensor([0, 2, 4, 6], device=DEVICE))
-    assert advantages.isnan().tolist() == [True] * 4 + [False] * 2 and not degenerate.any()
-    alone, _ = group_advantages(torch.full((3,), math.nan, device=DEVICE), torch.tensor([0, 3], device=DEVICE))
-    assert alone.isnan().all()
+    one = [torch.ones((), device=DEVICE)]
+    got, want = both(lambda h, w: linear_policy_loss(h, w, index, cispo, *given, **more)[0], plain, leaves, one)
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, want, atol=3e-5, rtol=1e-4)
+    else:
+        as_good_as(both(plain, plain, leaves, one)[0], got, want)
 
 
 # Registration
@@ -500,35 +430,29 @@ def test_group_advantages_of_nan():
 def test_two_runs_agree_bit_for_bit():
     """Outputs, statistics and gradients of every op."""
     inputs = on_device(tokens())
-    leaf = inputs.pop("logps")
+    rows = len(inputs.pop("logps"))
+    leaves = [torch.randn(n, 8, device=DEVICE) for n in (rows, 261)]
+    index = torch.arange(rows, device=DEVICE)
     runs = []
     for _ in range(2):
-        logps = leaf.clone().requires_grad_()
-        loss, stats = grpo_loss(logps, **inputs, normalizer=3.0)
+        hidden, weight = (leaf.clone().requires_grad_() for leaf in leaves)
+        loss, logps, stats = linear_grpo_loss(hidden, weight, index, **inputs, normalizer=3.0)
         loss.backward()
-        runs.append((loss.detach(), stats, logps.grad))
+        runs.append((loss.detach(), logps, stats, hidden.grad, weight.grad))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("op", ["log_softmax", "linear", "grpo", "linear grpo"])
+@pytest.mark.parametrize("op", ["log_softmax", "linear"])
 def test_registration(op):
     """torch.library's own checks: schema, fake implementation and autograd registration agree with the op."""
-    inputs = on_device(tokens())
-    rows = sum(LENGTHS)
+    rows = 19
     index = torch.randint(40, (rows,), device=DEVICE)
     hidden = torch.randn(rows, 4, device=DEVICE, requires_grad=True)
     weight = torch.randn(40, 4, device=DEVICE, requires_grad=True)
     logits = torch.randn(rows, 40, device=DEVICE, requires_grad=True)
-    clips = (0.2, 0.2, None, 0.1, "k3", "token", "token")
-    per_token = (inputs["old_logps"], inputs["advantages"], inputs["cu_seqlens"], inputs["ref_logps"])
-    row_weights = (inputs["weights"], inputs["mask"])
-    rest = (None, 2.0, *clips)
-    head = (hidden, weight, None, index, None, 0.7)
     library = torch.ops.rethinker
     call = {
         "log_softmax": (library.selective_log_softmax, (logits, index, None, 0.7, True)),
-        "linear": (library.linear_selective_log_softmax, (*head, True)),
-        "grpo": (library.grpo_loss, (inputs["logps"].requires_grad_(), *per_token, *row_weights, *rest)),
-        "linear grpo": (library.linear_grpo_loss, (*head, *per_token, *row_weights, None, *rest, True, True, False)),
-    }  # fmt: skip
+        "linear": (library.linear_selective_log_softmax, (hidden, weight, None, index, None, 0.7, True)),
+    }
     torch.library.opcheck(*call[op], test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))

@@ -19,7 +19,12 @@ def exact(hidden, weight, index, temperature):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("rows", "width", "vocabulary"),
-    [(1937, 3584, 152_064), (2169, 896, 151_936), (1530, 2048, 32_256), (1388, 4096, 102_400)],
+    [
+        pytest.param(1937, 3584, 152_064, marks=pytest.mark.soak),
+        (2169, 896, 151_936),
+        (1530, 2048, 32_256),
+        pytest.param(1388, 4096, 102_400, marks=pytest.mark.soak),
+    ],
 )
 def test_log_probs_of_16_bit_inputs(device, rows, width, vocabulary):
     """verl's four shapes, values, temperature and tolerances (tests/utils/test_linear_cross_entropy.py), against fp64;

@@ -11,10 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rethinker_kernels import linear, linear_grpo, linear_grpo_loss
+from rethinker_kernels import linear, linear_grpo_loss, linear_loss
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, WORKSPACE, chunk_bytes, chunk_rows
+from rethinker_kernels.losses import Objective, grpo
 from rethinker_kernels.scaled import scaled
-from rethinker_kernels.triton_kernels import linear as row_kernel
+from rethinker_kernels.triton_kernels import linear_loss as row_kernel
 
 ROWS = 16_384
 
@@ -55,16 +56,16 @@ def test_workspace_at_a_real_head(width, vocabulary, gigabytes, monkeypatch):
     of which 2.2 are the fp32 gradient). All logits alone would take 5 GB in bf16."""
     monkeypatch.setattr(linear, "processors", lambda device: 132)
     # The GPU's way on tensors without data: the row kernel and the products allocate nothing more.
-    monkeypatch.setattr(linear_grpo, "takes_triton", lambda hidden: True)
+    monkeypatch.setattr(linear_loss, "takes_triton", lambda hidden: True)
     monkeypatch.setattr(linear, "product", lambda a, b, out, add=False: None)
     monkeypatch.setattr(row_kernel, "grpo_rows", lambda logits, *_, out: (logits.new_empty(len(logits)),) * 2)
     with FakeTensorMode():
         hidden, weight = (torch.empty(n, width, dtype=torch.bfloat16) for n in (ROWS, vocabulary))
         index, per_row, one = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS), torch.ones(())
         with Peak(hidden, weight, index, per_row) as peak:
-            terms = linear_grpo._Terms(hidden, per_row, per_row, None, None, None, None, None, "token")
+            objective = Objective(grpo, per_row, per_row, per_row, normalizer=1.0)
             needs = (True, True, False)
-            sums = linear_grpo._one_pass(hidden, weight, None, index, None, 1.0, terms, needs, None)[2].wide()
+            sums = linear_loss.one_pass(hidden, weight, None, index, None, 1.0, objective, None, needs)[2].wide()
             forward = peak.most
             returned = [scaled(gradient, one, torch.bfloat16) for gradient in sums]
         returned = sum(gradient.untyped_storage().nbytes() for gradient in returned)

@@ -1,18 +1,21 @@
 """Measures what `rethinker plan` computes: resident memory of real ZeRO-3 steps on this machine, as JSON.
 
-    python -m tests.plan.measure FOLDER NAME [NAME ...]
+    python -m tests.plan.measure FOLDER NAME[,NAME ...] [NAME[,NAME ...] for two ranks]
 
-One process, one rank, the policy engine as it trains. Per case: the memory held after two steps, and the most during
-the second, both above what the process took before the engine was built. For a figure to mean tensors and no more, the
-caller sets MALLOC_MMAP_THRESHOLD_, so that freed memory leaves the process.
+The policy engine as it trains. Per case: the memory held after two steps, and the most during the second, both above
+what the process took before the engine was built. For a figure to mean tensors and no more, the caller sets
+MALLOC_MMAP_THRESHOLD_, so that freed memory leaves the process. Each list starts with a case that is not compared:
+libraries grow at their first use. The lists run at the same time, in forks of a process that has imported everything.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import re
+import socket
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,7 +54,7 @@ _WIDE = TinySize(hidden=512, intermediate=1408, layers=4, heads=8, kv_heads=4)
 _NARROW = TinySize(hidden=256, intermediate=704, layers=8, heads=4, kv_heads=2)
 _SEEING = replace(_NARROW, layers=2, vision_hidden=256, vision_intermediate=1024, vision_layers=5, vision_heads=4)
 CASES = {
-    "warm": Case(replace(_NARROW, layers=1), [8] * 2, 1, 64),  # not compared: libraries grow at their first use
+    "warm": Case(replace(_NARROW, layers=1), [8] * 2, 1, 64),  # not compared
     "text": Case(_WIDE, [96] * 8, 2, 0),
     "checkpointing": Case(
         _NARROW, [170] * 8, 2, 0, settings=PolicyConfig(dtype="float32", gradient_checkpointing=True)
@@ -146,12 +149,17 @@ def measure(name: str, scratch: Path, ranks: distributed.Ranks) -> dict:
     }
 
 
-def main(scratch: str, *names: str) -> None:
+def _measure_all(scratch: Path, names: str, rank: int, world_size: int, port: str) -> None:
+    """A rank's process: its results are printed by rank 0."""
+    if world_size > 1:
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        os.environ |= {name: str(value) for name, value in places.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
     ranks = distributed.start(120)
-    own = Path(scratch) / str(ranks.rank)
+    own = scratch / f"{world_size}_{rank}"
     own.mkdir()
-    for name in names:
+    for name in names.split(","):
         found = measure(name, own, ranks)
         if ranks.is_main:
             print(json.dumps(found), flush=True)
@@ -159,5 +167,21 @@ def main(scratch: str, *names: str) -> None:
     distributed.stop()
 
 
+def main(scratch: str, *lists: str) -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    fork = multiprocessing.get_context("fork")
+    ranks = [
+        (Path(scratch), names, rank, number, port) for number, names in enumerate(lists, 1) for rank in range(number)
+    ]
+    processes = [fork.Process(target=_measure_all, args=arguments) for arguments in ranks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return max(abs(process.exitcode) for process in processes)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

@@ -18,7 +18,7 @@ TRIGGER = "\n\nWait, let's double check"
 
 
 def metrics_of(step: int, algorithm: str = "ssr") -> dict:
-    """A row of metrics.jsonl; every number is told apart by its step."""
+    """A row of metrics.jsonl; every number depends on its step."""
     ssr = algorithm == "ssr"
     return {
         "step": step,
@@ -42,8 +42,10 @@ def metrics_of(step: int, algorithm: str = "ssr") -> dict:
         "val_accuracy": None,
         "time_rollout_s": 2.0 * (step % 2),
         "time_reward_s": 0.1,
+        "time_rethink_s": 0.3,
         "time_train_s": 1.0,
         "time_sync_s": 0.2,
+        "time_checkpoint_s": 0.1,
         "step_s": 4.0,
     }
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rethinker.embedded.tiny import create_tiny
-from rethinker.report.contents import FIGURES
+from rethinker.report.figures import FIGURES
 from rethinker.report.page import write_report
 from tests.report.conftest import PHONE
 from tests.report.examples import TRIGGER, forced, group, picture, write_evaluation, write_run
@@ -81,7 +81,7 @@ def test_an_injected_script_would_be_blocked(browser, page, tmp_path):
 
 
 def test_filters(browser, page):
-    """Each verdict shows its responses alone, whatever was closed before; all brings the rest back."""
+    """Each verdict shows its responses alone, whatever was closed before; with `all` the rest is there again."""
     browser.open(page)
     assert visible_responses(browser) == ["a red circle", "wrong: red"]  # of the first question, which is open
     choose(browser, "wrong")

@@ -1,4 +1,4 @@
-"""Figures show the runs' own numbers, told apart by algorithm, and say nothing where there is nothing to show."""
+"""Figures show the runs' own numbers, labelled by algorithm, and are not drawn where there is nothing to show."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rethinker.report import figures
 from rethinker.report.drawing import MOST_POINTS, new_figure, save_figure, thinned
 from rethinker.report.rethinking import compare, read_evaluations, rethinking_analysis
 from rethinker.report.runs import read_runs
+from rethinker.runtime.profiling import PHASES
 from tests.report.examples import HISTOGRAMS, write_evaluation, write_run
 
 ALGORITHMS = ("grpo", "filter", "ssr")
@@ -23,6 +24,12 @@ def three(tmp_path):
     """A run of each algorithm, with validations."""
     accuracies = {"grpo": {0: 0.5, 6: 0.6}, "filter": {0: 0.5, 6: 0.65}, "ssr": {0: 0.5, 3: 0.6, 6: 0.7}}
     return read_runs([write_run(tmp_path / f"run_{a}", a, accuracies=accuracies[a]) for a in ALGORITHMS])
+
+
+def draw(name, runs):
+    """The figure of this name."""
+    (figure,) = [figure for figure in figures.FIGURES if figure.name == name]
+    return figure.draw(runs)
 
 
 def lines(axes):
@@ -37,11 +44,11 @@ def heights(axes):
 
 def test_algorithms_are_drawn_side_by_side(three):
     """Accuracy and effective queries: one line per run, named by its algorithm, at the run's own steps."""
-    (axes,) = figures.validation_curves(three).axes
+    (axes,) = draw("validation", three).axes
     assert list(lines(axes)) == list(ALGORITHMS)
     np.testing.assert_allclose(lines(axes)["ssr"], [[0, 3, 6], [0.5, 0.6, 0.7]])
     assert {text.get_text() for text in axes.texts} == {"0.600", "0.650", "0.700"}
-    (axes,) = figures.effective_queries(three).axes
+    (axes,) = draw("effective_queries", three).axes
     np.testing.assert_allclose(lines(axes)["grpo"], [[1, 2, 3, 4, 5, 6], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]])
     colors = [line.get_color() for line in axes.get_lines()]
     assert len(set(colors)) == 3
@@ -61,7 +68,7 @@ def test_labels_tell_runs_apart(tmp_path):
 
 def test_advantages_are_counted_over_all_steps(three):
     """The histogram's bars are each run's shares of trained pairs, in per cent; they have the trainer's bins."""
-    (axes,) = figures.advantages(three).axes
+    (axes,) = draw("advantages", three).axes
     for algorithm in ALGORITHMS:
         counts = 6 * np.array(HISTOGRAMS[algorithm]) * [1, 1, 3.5, 1, 1, 1]  # examples: bin 2 grows with the step
         np.testing.assert_allclose(heights(axes)[algorithm], 100 * counts / counts.sum())
@@ -71,38 +78,39 @@ def test_advantages_are_counted_over_all_steps(three):
 
 
 def test_times_add_up_to_the_step(tmp_path, three):
-    """Phases and the rest stack to step_s, over the steps of one run and as the mean of several."""
-    (axes,) = figures.phase_times([three[2]]).axes
+    """Phases and the rest stack to step_s, over the steps of one run and as the mean of several; every phase that the
+    trainer logs is one of its own."""
+    (axes,) = draw("time", [three[2]]).axes
     stacked = heights(axes)
-    assert list(stacked) == ["rollout", "reward", "train", "sync", "other"]
+    assert list(stacked) == [*PHASES, "other"]
+    np.testing.assert_allclose(stacked["rethink"], [0.3] * 6)
+    np.testing.assert_allclose(stacked["checkpoint"], [0.1] * 6)
     np.testing.assert_allclose(stacked["rollout"], [2, 0, 2, 0, 2, 0])
     np.testing.assert_allclose(np.sum(list(stacked.values()), axis=0), [4.0] * 6)
-    (axes,) = figures.phase_times(three).axes
+    (axes,) = draw("time", three).axes
     widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
     np.testing.assert_allclose(widths["rollout"], [1.0] * 3)
     np.testing.assert_allclose(np.sum(list(widths.values()), axis=0), [4.0] * 3)
 
 
 def test_replay_is_of_the_runs_that_replay(three):
-    """Fraction, size and age of ssr's buffer, in the colour that ssr has elsewhere; without ssr no such figure."""
-    share, size, age = figures.replay(three).axes
+    """Fraction, size and age of ssr's buffer, in ssr's colour of other figures; without ssr no such figure."""
+    share, size, age = draw("replay", three).axes
     assert list(lines(share)) == ["ssr"]
     np.testing.assert_allclose(lines(share)["ssr"][1], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     np.testing.assert_allclose(lines(size)["ssr"][1], [50, 100, 150, 200, 250, 300])
     np.testing.assert_allclose(lines(age)["ssr"][1], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-    elsewhere = {line.get_label(): line.get_color() for line in figures.effective_queries(three).axes[0].get_lines()}
-    assert share.get_lines()[0].get_color() == elsewhere["ssr"]
-    assert figures.replay(three[:2]) is None
+    colors = {line.get_label(): line.get_color() for line in draw("effective_queries", three).axes[0].get_lines()}
+    assert share.get_lines()[0].get_color() == colors["ssr"]
+    assert draw("replay", three[:2]) is None
 
 
 def test_lengths_and_policy_metrics(three):
     """Response length with the rethinking ratio below; entropy, clipping, KL, mismatch, gradient norm and loss."""
-    length, rethinking = figures.response_lengths(three).axes
+    length, rethinking = draw("response_length", three).axes
     np.testing.assert_allclose(lines(length)["filter"][1], [21, 22, 23, 24, 25, 26])
     np.testing.assert_allclose(lines(rethinking)["filter"][1], np.arange(1, 7) * 0.02)
-    panels = {
-        axes.get_title(loc="left"): lines(axes) for axes in figures.policy_health(three).axes if axes.get_visible()
-    }
+    panels = {axes.get_title(loc="left"): lines(axes) for axes in draw("policy", three).axes if axes.get_visible()}
     np.testing.assert_allclose(panels["entropy (nats)"]["grpo"][1], 1 / np.arange(1, 7))
     np.testing.assert_allclose(panels["clipped tokens"]["grpo above"][1], [0.02] * 6)
     np.testing.assert_allclose(panels["clipped tokens"]["grpo below"][1], [0.01] * 6)
@@ -115,11 +123,8 @@ def test_nothing_to_draw_is_no_figure(tmp_path):
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "reward_mean": 0.5}\n{"step": 2, "reward_mean": null}\n')
     runs = read_runs([folder])
-    for draw in (figures.validation_curves, figures.effective_queries, figures.advantages, figures.replay):
-        assert draw(runs) is None
-    for draw in (figures.response_lengths, figures.policy_health, figures.phase_times):
-        assert draw(runs) is None
-    np.testing.assert_allclose(lines(figures.rewards(runs).axes[0])["bare"], [[1], [0.5]])
+    assert [figure.name for figure in figures.FIGURES if figure.draw(runs)] == ["reward"]
+    np.testing.assert_allclose(lines(draw("reward", runs).axes[0])["bare"], [[1], [0.5]])
 
 
 def test_long_lines_are_thinned_to_means():
@@ -136,7 +141,7 @@ def test_names_are_drawn_as_they_are(tmp_path):
     folders = [write_run(tmp_path / str(i), "ssr") for i in range(3)]
     runs = read_runs(folders)
     runs = [replace(run, label=name) for run, name in zip(runs, hostile, strict=True)]
-    figure = figures.rewards(runs)
+    figure = draw("reward", runs)
     svg = save_figure(figure, tmp_path / "reward.svg").read_text()
     assert "_run$\\frac{$" in svg
     assert "<script" not in svg and "&lt;script&gt;alert(1)" in svg
@@ -219,6 +224,6 @@ def test_results_that_cannot_be_read_are_named(tmp_path, content, message):
 
 def test_the_same_numbers_give_the_same_file(tmp_path, three):
     """Figures are repeatable to the byte."""
-    first, second = (save_figure(figures.rewards(three), tmp_path / f"{n}.svg").read_bytes() for n in "ab")
+    first, second = (save_figure(draw("reward", three), tmp_path / f"{n}.svg").read_bytes() for n in "ab")
     assert first == second and b"<text" in first
     assert new_figure(1, 1).axes == []

@@ -1,4 +1,4 @@
-"""The page tells a run's own facts, escapes what models wrote, stays bounded, and does without missing parts."""
+"""The page has a run's own facts, escapes what models wrote, stays bounded, and does without missing parts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from PIL import Image
 from rethinker.config import ConfigError
 from rethinker.embedded.tokenizer import train_tokenizer
 from rethinker.report import completions, page
-from rethinker.report.contents import FIGURES
+from rethinker.report.completions import TriggerFinder
+from rethinker.report.figures import FIGURES
 from rethinker.report.page import report_or_warning, write_report
 from rethinker.report.runs import read_run
-from rethinker.report.triggers import TriggerFinder
 from rethinker.samples import Rethought
 from tests.report.examples import TRIGGER, forced, group, picture, write_evaluation, write_run
 
@@ -52,7 +52,13 @@ class Elements(HTMLParser):
         return [a for t, a in self.found if t == tag and all(a.get(k) == v for k, v in attributes.items())]
 
 
-def test_the_summary_has_the_runs_facts(tmp_path):
+@pytest.fixture
+def no_figures(monkeypatch):
+    """The page without its figures, which take most of its time."""
+    monkeypatch.setattr(page, "FIGURES", ())
+
+
+def test_the_summary_has_the_runs_facts(tmp_path, no_figures):
     """Model, algorithm, seed, steps, first and last accuracy, best checkpoint, categories, changed settings."""
     run = write_run(tmp_path / "run", accuracies={0: 0.5, 2: 0.75, 6: 0.625}, seed=7)
     (run / "checkpoints" / "best").mkdir()
@@ -132,7 +138,7 @@ def test_what_others_wrote_is_text(tmp_path):
         assert script in "".join(elements.words)
 
 
-def test_groups_show_all_responses(tmp_path):
+def test_groups_show_all_responses(tmp_path, no_figures):
     """Question, answer, image, verdict, reward and advantage of every response; forced triggers are marked."""
     text = f"three. {TRIGGER} ... four"
     texts = [("four", 1.0), (text, 1.0), ("Wait, let me re-examine. five", 0.0), ("", 0.0)]
@@ -151,7 +157,7 @@ def test_groups_show_all_responses(tmp_path):
     assert image["src"].startswith("data:image/jpeg;base64,") and "q3" in image["alt"]
 
 
-def test_the_page_is_bounded(tmp_path, monkeypatch):
+def test_the_page_is_bounded(tmp_path, monkeypatch, no_figures):
     """Many groups, long texts and large images: as many as the page says, cut in the middle, as thumbnails."""
     long = "begin " + "x" * 10_000 + " \\boxed{end}"
     large = picture(1200, 900)
@@ -195,7 +201,7 @@ def test_the_sample_covers_the_run(tmp_path):
     first, again = (completions.sample_completions(runs) for _ in range(2))
     assert first == again and first.responses == 1000 and len(first.groups) == completions.MOST_GROUPS
     for run in runs:
-        episodes = [shown.episode for shown in first.groups if shown.run == run.label]
+        episodes = [shown["episode"] for shown in first.groups if shown["run"] == run.label]
         assert len(episodes) == completions.MOST_GROUPS // 2 and episodes == sorted(episodes)
         assert (episodes[0], episodes[-1]) == (0, 99)
 
@@ -223,8 +229,8 @@ def test_triggers_are_found_by_their_words(tmp_path):
     assert finder.find("nothing of the kind", [1, 2, 3], Rethought(1, 2, "self_verification", 1, 2)) is None
 
 
-def test_a_failed_report_is_one_warning(tmp_path, capsys, monkeypatch):
-    """Whatever goes wrong in it, training gets None back and one line is told."""
+def test_a_failed_report_is_one_warning(tmp_path, capsys, monkeypatch, no_figures):
+    """Whatever goes wrong in it, training gets None back, and one line is printed."""
     run = write_run(tmp_path / "run")
     assert report_or_warning(run) == run / "report.html"
     monkeypatch.setattr(page, "sample_completions", lambda runs: 1 / 0)

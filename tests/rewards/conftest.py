@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 
+from rethinker.config import RewardConfig
+from rethinker.rewards.checker import AnswerChecker
 from rethinker.samples import Query
+
+
+@pytest.fixture(scope="session")
+def boxed_checker():
+    """The built-in check; one worker, since math-verify takes seconds to import."""
+    with AnswerChecker(RewardConfig(timeout_s=2.0, workers=1)) as checker:
+        yield checker
 
 
 @pytest.fixture

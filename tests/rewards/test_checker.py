@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,8 @@ import time
 import pytest
 
 from rethinker.config import ConfigError, RewardConfig
-from rethinker.rewards.checker import AnswerChecker, load_reward
+from rethinker.rewards.checker import AnswerChecker
+from rethinker.rewards.functions import load_reward
 from rethinker.samples import Query
 
 REWARDS = """
@@ -88,18 +90,30 @@ def by_word(response, answer, query):
 """
 
 
-@pytest.fixture
-def reward_file(tmp_path):
-    path = tmp_path / "rewards.py"
+@pytest.fixture(scope="module")
+def reward_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewards") / "rewards.py"
     path.write_text(REWARDS)
     return path
 
 
-@pytest.fixture
-def checker(reward_file):
-    config = RewardConfig(function=f"{reward_file}:by_word", workers=2, timeout_s=1.0, memory_gb=0.0625)
+@pytest.fixture(scope="module")
+def config(reward_file):
+    return RewardConfig(function=f"{reward_file}:by_word", workers=2, timeout_s=1.0, memory_gb=0.0625)
+
+
+@pytest.fixture(scope="module")
+def workers(config):
     with AnswerChecker(config) as checker:
         yield checker
+
+
+@pytest.fixture
+def checker(workers):
+    """Its workers serve all tests, whatever a test did to them; its counts are this test's."""
+    workers.failures.clear()
+    workers._named.clear()
+    return workers
 
 
 def ask(responses: dict[str, str]) -> list[tuple[str, str, Query]]:
@@ -193,18 +207,16 @@ def test_a_request_id_given_twice_is_refused(checker):
 
 
 @pytest.mark.parametrize("function", ["boxed", "custom"])
-def test_scoring_off_the_main_thread(reward_file, function):
+def test_scoring_off_the_main_thread(checker, boxed_checker, function):
     """Law 11: checks that use a process, a deadline and math-verify give the same scores in any thread."""
-    right = (
-        {"a": "\\boxed{x^2-1}", "b": "\\boxed{\\sqrt{2}}"} if function == "boxed" else {"a": "value 1", "b": "raise"}
-    )
+    right = {"a": "value 1", "b": "raise"}
+    if function == "boxed":
+        checker, right = boxed_checker, {"a": "\\boxed{x^2-1}", "b": "\\boxed{\\sqrt{2}}"}
     query = Query(id="q", question="", answer="(x-1)(x+1)")
     found = {}
-    config = RewardConfig(function="boxed" if function == "boxed" else f"{reward_file}:by_word")
-    with AnswerChecker(config) as checker:
-        thread = threading.Thread(target=lambda: found.update(checker.score([(k, v, query) for k, v in right.items()])))
-        thread.start()
-        thread.join(60)
+    thread = threading.Thread(target=lambda: found.update(checker.score([(k, v, query) for k, v in right.items()])))
+    thread.start()
+    thread.join(60)
     assert found == {"a": 1.0, "b": 0.0}
 
 
@@ -257,8 +269,9 @@ def test_a_killed_check_takes_its_child_processes_along(checker):
     assert not sleepers("98765.5")
 
 
-def test_close_leaves_no_process_behind(checker):
+def test_close_leaves_no_process_behind(config):
     """Workers are gone and reaped after close; a closed checker says so."""
+    checker = AnswerChecker(config)
     checker.score(ask({f"r{i}": "value 1" for i in range(40)}))
     pids = [worker._process.pid for worker in checker._workers]
     assert len(pids) == 2 and all(map(alive, pids))
@@ -268,6 +281,25 @@ def test_close_leaves_no_process_behind(checker):
             os.kill(pid, 0)
     with pytest.raises(RuntimeError, match="closed"):
         checker.score([])
+
+
+def test_close_ends_checks_under_way(config):
+    """A call that runs in another thread while the checker is closed ends at once, and starts no further process."""
+    checker, ends = AnswerChecker(config), []
+
+    def score() -> None:
+        try:
+            checker.score(ask({f"r{i}": "sleep 0.5" for i in range(100)}))
+        except RuntimeError as error:
+            ends.append(str(error))
+
+    thread = threading.Thread(target=score)
+    thread.start()
+    time.sleep(0.5)
+    checker.close()
+    thread.join(10)
+    assert ends == ["the answer checker is closed"]
+    assert all(worker._process is None for worker in checker._workers)
 
 
 @pytest.mark.parametrize("ending", ["forgets", "is killed", "is killed in a check"])
@@ -298,30 +330,23 @@ def test_workers_end_when_the_trainer(reward_file, tmp_path, ending):
     assert not alive(pid)
 
 
-def test_an_interrupted_call_does_not_answer_the_next(checker, monkeypatch):
+def test_an_interrupted_call_does_not_answer_the_next(checker):
     """Law 7: answers that were under way when a call broke off are not taken for those of the next call."""
-    from rethinker.rewards import checker as reward
-
-    real = reward.connection.wait
-    monkeypatch.setattr(reward.connection, "wait", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
-        checker.score(ask({f"r{i}": "value 7" for i in range(8)}))
-    monkeypatch.setattr(reward.connection, "wait", real)
+        checker.score(ask({f"r{i}": "sleep 0.3" for i in range(100)}))
     assert checker.score(ask({f"r{i}": f"value {i}" for i in range(8)})) == {f"r{i}": float(i) for i in range(8)}
 
 
-def test_hard_mathematics_times_out_in_the_boxed_reward():
+def test_hard_mathematics_times_out_in_the_boxed_reward(boxed_checker):
     """Law 11: an answer that sympy never finishes is killed and scores 0; identical answers share the check."""
     query = Query(id="q", question="", answer="10^{10^{10}}+1")
     bomb = "\\boxed{9^{9^{9^{9}}} + \\sqrt{2}}"
-    with AnswerChecker(RewardConfig(timeout_s=2.0, workers=1)) as checker:
-        start = time.monotonic()
-        scores = checker.score(
-            [(f"r{i}", bomb, query) for i in range(8)] + [("ok", "\\boxed{10^{10^{10}} + 1}", query)]
-        )
-        assert time.monotonic() - start < 15
-    assert scores == {**{f"r{i}": 0.0 for i in range(8)}, "ok": 1.0}
-    assert sum(checker.failures.values()) == 8
+    failed, start = boxed_checker.failures.total(), time.monotonic()
+    items = [(f"r{i}", bomb, query) for i in range(8)] + [("ok", "\\boxed{10^{10^{10}} + 1}", query)]
+    assert boxed_checker.score(items) == {**{f"r{i}": 0.0 for i in range(8)}, "ok": 1.0}
+    assert time.monotonic() - start < 15
+    assert boxed_checker.failures.total() == failed + 8
 
 
 def test_string_work_is_bounded(monkeypatch):
@@ -367,14 +392,13 @@ def test_plain_answers_need_no_process_and_are_fast():
     assert took < 2.0  # 8,000 checks: at least 4,000 a second
 
 
-def test_verdicts_of_the_worker_are_remembered():
+def test_verdicts_of_the_worker_are_remembered(boxed_checker):
     """A pair that mathematics decided once is not asked again."""
     query = Query(id="q", question="", answer="2\\sqrt{2}")
-    with AnswerChecker(RewardConfig(workers=1)) as checker:
-        assert checker.score([("a", "\\boxed{\\sqrt{8}}", query)]) == {"a": 1.0}
-        checker._workers[0].kill()
-        assert checker.score([("b", "\\boxed{\\sqrt{8}}", query)]) == {"b": 1.0}
-        assert checker._workers[0]._process is None
+    assert boxed_checker.score([("a", "\\boxed{\\sqrt{8}}", query)]) == {"a": 1.0}
+    boxed_checker._workers[0].kill()
+    assert boxed_checker.score([("b", "\\boxed{\\sqrt{8}}", query)]) == {"b": 1.0}
+    assert boxed_checker._workers[0]._process is None
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from rethinker.config import Config
 from rethinker.families.qwen_vl import PLACEHOLDERS
+from rethinker.rollout.hf_engine import HFEngine
 from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
 
@@ -23,6 +26,8 @@ LONG = "Look at the picture, then say in one word which shape you see, and of wh
 QUESTIONS = (("What shape is it?", 1), ("Say hello.", 0), ("Do these two differ, and if so, how?", 2), (LONG, 1))
 
 TOLERANCE = 1e-5  # nats, law 1
+# For what does not depend on whether the model's head has a matrix of its own.
+tied_only = pytest.mark.parametrize("folder", ["tied"], indirect=True, scope="session")
 
 
 def rollout_config(**rollout) -> Config:
@@ -118,6 +123,14 @@ class Policy:
             buffer.fill_(float("nan"))
 
 
+@torch.no_grad()
+def hf_logprobs(engine: HFEngine, prompt: Prompt, completion: Completion) -> torch.Tensor:
+    """Log-probabilities [L] of a completion's tokens, by the model that an hf engine samples with, at temperature 1."""
+    inputs = engine._inputs([prompt], [prompt.token_ids + completion.token_ids[:-1].tolist()])
+    logps = engine._model(**inputs).logits[0, len(prompt.token_ids) - 1 :].float().log_softmax(-1)
+    return logps.gather(-1, torch.tensor(completion.token_ids, dtype=torch.long)[:, None])[:, 0]
+
+
 def ends_by_itself(completion: Completion, stop_ids: list[int]) -> bool:
     """Whether the completion's only stop token is its last token."""
     stops = [i for i, token in enumerate(completion.token_ids) if token in stop_ids]
@@ -125,17 +138,15 @@ def ends_by_itself(completion: Completion, stop_ids: list[int]) -> bool:
 
 
 def check_sampled_placeholders(engine, policy: Policy, prompts: list[Prompt]) -> None:
-    """Law 4: with a policy that likes placeholders, every response ends at its first one, and it can be scored."""
-    ids = engine._asking.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
-    liked = engine._asking.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_pad|>"])
+    """Law 4: with a policy that likes placeholders, every response ends at its first one, with its log-prob."""
+    ids = engine._requests.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
+    liked = engine._requests.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_pad|>"])
     policy.like(liked, prompts)
     engine.sync(policy, 1)
     sampled = engine.generate(prompts, n=32, max_new_tokens=12, temperature=1.0, seed=0)
-    pairs = [(prompt, one) for prompt, group in zip(prompts, sampled, strict=True) for one in group]
-    ended = [(prompt, one) for prompt, one in pairs if one.token_ids[-1] in ids]
-    assert {one.token_ids[-1] for _, one in ended} >= set(liked)
-    for _, one in pairs:
+    ends = {one.token_ids[-1] for group in sampled for one in group}
+    assert ends >= set(liked)
+    for one in chain.from_iterable(sampled):
         assert not set(one.token_ids[:-1]) & set(ids)
-        assert (one.finish_reason == "stop") == ends_by_itself(one, engine._asking.stop_ids)
-    for row, (_, one) in zip(engine.logprobs(*map(list, zip(*ended, strict=True))), ended, strict=True):
-        np.testing.assert_allclose(row, one.logprobs, atol=TOLERANCE, rtol=0)
+        assert (one.finish_reason == "stop") == ends_by_itself(one, engine._requests.stop_ids)
+    assert policy.error(prompts, sampled) < TOLERANCE

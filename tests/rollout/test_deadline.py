@@ -13,17 +13,17 @@ HANG = """
 import threading
 from rethinker.rollout import deadline
 deadline.GRACE_S = 0.1
-with deadline.Deadline("the weight sync", 0.1, "rollout.timeout_s"):
+with deadline.Deadline("the weight sync", 0.1):
     threading.Event().wait(60)  # never returns to a check, as a hung collective
 """
 
 
 def test_check_raises_after_the_deadline_only():
     """In time nothing happens; late, the error names work, setting and progress."""
-    with Deadline("the rollout", 100, "rollout.timeout_s") as deadline:
+    with Deadline("the rollout", 100) as deadline:
         deadline.check()
     with (
-        Deadline("the rollout", 0, "rollout.timeout_s") as deadline,
+        Deadline("the rollout", 0) as deadline,
         pytest.raises(TimeoutError, match=r"^the rollout did not .* rollout\.timeout_s=0 seconds.*\(3 of 4\)$"),
     ):
         deadline.check("3 of 4")

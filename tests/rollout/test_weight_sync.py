@@ -6,7 +6,7 @@ import pytest
 import torch
 import vllm
 
-from rethinker.rollout import weight_sync
+from rethinker.rollout import vllm_weights, weight_sync
 from tests.rollout.helpers import TOLERANCE
 
 
@@ -39,15 +39,15 @@ def test_check_passes_when_all_tensors_are_equal(checked, policy):
 )
 def test_check_names_the_tensor_that_differs(checked, policy, monkeypatch, name):
     """One element of one tensor damaged on its way, by one part in a million, is found and named."""
-    receive = weight_sync.InProcessWeightTransferEngine.receive_weights
+    load = vllm_weights.load
 
-    def damage(self, update):
-        for other, tensor in update.weights:
+    def damage(model, vllm_config, weights):
+        for other, tensor in weights:
             if other == name:
                 tensor.view(-1)[-1] += 1e-6
-        receive(self, update)
+        load(model, vllm_config, weights)
 
-    monkeypatch.setattr(weight_sync.InProcessWeightTransferEngine, "receive_weights", damage)
+    monkeypatch.setattr(vllm_weights, "load", damage)
     with pytest.raises(RuntimeError, match=rf"rollout\.check_sync: .*{name} differs"):
         checked.sync(policy, 1)
 
@@ -58,7 +58,7 @@ def test_check_finds_a_tied_head_left_behind(checked, policy, prompts, monkeypat
     if not policy.model.config.tie_word_embeddings:
         return
     policy.perturb(seed=2)
-    monkeypatch.setattr(weight_sync, "_repack_tied_heads", lambda model: None)
+    monkeypatch.setattr(vllm_weights, "_repack_tied_heads", lambda model: None)
     if vllm.__version__.startswith("0.26."):
         checked.sync(policy, 1)
         sampled = checked.generate(prompts, n=2, max_new_tokens=12, temperature=1.0, seed=1)

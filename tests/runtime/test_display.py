@@ -1,19 +1,15 @@
-"""The display: plain lines where there is no terminal, a bar where there is one, and a summary of what was learned."""
+"""The display: a line per step and validation, and a summary of what was learned."""
 
 from __future__ import annotations
 
-from io import StringIO
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from rethinker.runtime.display import Display, _duration, progress
-
-
-def console(terminal: bool = False) -> Console:
-    return Console(file=StringIO(), force_terminal=terminal, width=200, highlight=False, markup=False)
+from rethinker.samples import RunResult
 
 
 def row(step: int, reward: float) -> dict:
@@ -34,70 +30,46 @@ def accuracy(overall: float, **by_category: float) -> SimpleNamespace:
     return SimpleNamespace(overall=overall, by_category=by_category, questions=512)
 
 
-def finished(rewards: list[float], before=None, after=None) -> SimpleNamespace:
+def finished(rewards: list[float], before=None, after=None) -> RunResult:
     metrics = [row(step, reward) for step, reward in enumerate(rewards, start=1)]
-    folder = Path("runs/x")
-    return SimpleNamespace(
-        folder=folder,
-        metrics=metrics,
-        best_checkpoint=folder / "checkpoints" / "best",
-        accuracy_before=before,
-        accuracy_after=after,
-    )
+    return RunResult(Path("runs/x"), metrics, Path("runs/x/checkpoints/best"), before, after)
 
 
-def test_plain_lines_elsewhere():
-    """Off a terminal every step is one line with its numbers; a missing metric is left out."""
-    screen = console()
-    with Display(10, console=screen) as display:
-        display.step(row(1, 0.5))
-        display.step(row(2, 0.6))
-    lines = screen.file.getvalue().splitlines()
+def test_a_line_per_step(capsys):
+    """Every step is one line with its numbers; a missing metric is left out."""
+    display = Display(10)
+    display.step(row(1, 0.5))
+    display.step(row(2, 0.6))
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith(
         "step 1/10  reward 0.500  effective 0.75  replay 0.25  length 9.1  loss -0.0100  tok/s 4,321"
     )
 
 
-def test_a_bar_on_a_terminal():
-    """On a terminal a live bar carries the numbers, and leaves the cursor as it was."""
-    screen = console(terminal=True)
-    with Display(10, console=screen) as display:
-        display.step(row(4, 0.5))
-        display.validated(4, accuracy(0.5))
-    shown = screen.file.getvalue()
-    assert "4/10" in shown and "reward 0.500" in shown and "greedy accuracy after step 4: 0.500" in shown
-    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # hidden and shown again
-
-
-def test_silent_on_other_ranks():
+def test_silent_on_other_ranks(capsys):
     """A disabled display writes nothing at all."""
-    screen = console(terminal=True)
-    with Display(10, enabled=False, console=screen) as display:
-        display.step(row(1, 0.5))
-        display.validated(0, accuracy(0.5))
-        display.summary(finished([0.5]))
-    assert screen.file.getvalue() == ""
+    display = Display(10, enabled=False)
+    display.step(row(1, 0.5))
+    display.validated(0, accuracy(0.5))
+    display.summary(finished([0.5]))
+    assert capsys.readouterr().out == ""
 
 
-def test_validation_lines():
+def test_validation_lines(capsys):
     """Validation names when, how many questions and each category; without held-out questions there is no line."""
-    screen = console()
-    display = Display(10, console=screen)
+    display = Display(10)
     display.validated(0, accuracy(0.5, color=0.25, shape=0.75))
     display.validated(5, None)
-    assert (
-        screen.file.getvalue() == "greedy accuracy before training: 0.500 of 512 questions (color 0.250, shape 0.750)\n"
-    )
+    shown = "greedy accuracy before training: 0.500 of 512 questions (color 0.250, shape 0.750)\n"
+    assert capsys.readouterr().out == shown
 
 
-def test_the_summary_says_what_was_learned():
+def test_the_summary_says_what_was_learned(capsys):
     """Rewards of the first and last tenth, greedy accuracies and their change in points, and where the run lies."""
-    screen = console()
     before, after = accuracy(0.5, color=0.2, shape=0.8), accuracy(0.5625, color=0.3, shape=0.8)
-    run = finished([0.3, 0.5, *[0.9] * 16, 0.6, 0.8], before, after)
-    Display(20, console=screen).summary(run)
-    shown = screen.file.getvalue()
+    Display(20).summary(finished([0.3, 0.5, *[0.9] * 16, 0.6, 0.8], before, after))
+    shown = capsys.readouterr().out
     assert "20 steps in 0 s" in shown
     assert "sampled reward   0.400 -> 0.700  (mean of the first and last 2 steps)" in shown
     assert "greedy accuracy  0.500 -> 0.562  (+6.2 points on 512 held-out questions)" in shown
@@ -105,25 +77,24 @@ def test_the_summary_says_what_was_learned():
     assert "runs/x/checkpoints/best" in shown and shown.rstrip().endswith("runs/x")
 
 
-def test_the_summary_of_a_run_without_steps_or_validation():
+def test_the_summary_of_a_run_without_steps_or_validation(capsys):
     """A run that made no step, or had no held-out questions, still ends in a summary."""
-    screen = console()
-    Display(0, console=screen).summary(finished([]))
-    Display(1, console=screen).summary(finished([0.5]))
-    shown = screen.file.getvalue()
+    Display(0).summary(finished([]))
+    Display(1).summary(finished([0.5]))
+    shown = capsys.readouterr().out
     assert "0 steps" in shown and "sampled reward   0.500 -> 0.500  (first and last step)" in shown
     assert "greedy" not in shown
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_progress_passes_everything_on(terminal):
-    """Progress yields the items unchanged and shows the way, in a few lines off a terminal."""
-    screen = console(terminal)
-    assert list(progress(range(50), "warm-up", console=screen)) == list(range(50))
-    assert list(progress(iter([7]), "one", total=1, console=screen)) == [7]
-    assert list(progress([], "none", console=screen)) == []
-    shown = screen.file.getvalue()
-    assert "warm-up" in shown and "50/50" in shown
+def test_progress_passes_everything_on(terminal, capsys, monkeypatch):
+    """Progress yields the items unchanged and shows the way: a bar on a terminal, a few lines elsewhere."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert list(progress(range(50), "warm-up")) == list(range(50))
+    assert list(progress(iter([7]), "one", total=1)) == [7]
+    assert list(progress([], "none")) == []
+    shown = capsys.readouterr().out
+    assert "warm-up" in shown and ("100%" if terminal else "50/50") in shown
     if not terminal:
         assert [line.split("  ")[0] for line in shown.splitlines()] == [
             *(f"warm-up: {n}/50" for n in (10, 20, 30, 40, 50)),
@@ -132,6 +103,6 @@ def test_progress_passes_everything_on(terminal):
 
 
 def test_durations():
-    """Durations are told in the unit that fits."""
-    told = ["0 s", "59 s", "1 min 00 s", "6 min 05 s", "2 h 05 min"]
-    assert [_duration(s) for s in (0.4, 59.4, 59.6, 365, 7500)] == told
+    """Durations are shown in the unit that fits."""
+    shown = ["0 s", "59 s", "1 min 00 s", "6 min 05 s", "2 h 05 min"]
+    assert [_duration(s) for s in (0.4, 59.4, 59.6, 365, 7500)] == shown

@@ -28,7 +28,7 @@ def test_a_signal_only_asks(number, monkeypatch):
 
 def test_a_rollout_may_be_broken_off_and_validation_not():
     """Work with a deadline checks for a stop as well, but only where it is done again after a resume."""
-    with signals.handled(), Deadline("the rollout", 60, "rollout.timeout_s") as deadline:
+    with signals.handled(), Deadline("the rollout", 60) as deadline:
         os.kill(os.getpid(), signal.SIGTERM)
         deadline.check()
         with pytest.raises(signals.StopRequested), signals.interruptible():

@@ -17,21 +17,17 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_transforms_work_after_the_repair():
-    """After make_importable(), called twice, torchvision imports and resizes; its schemas are there once."""
+    """The package that `rethinker serve` reads first brings the repair; repeated, it leaves one schema. No warning."""
     result = python(
+        "import rethinker.rollout.vllm_settings\n"
         "from rethinker.runtime.torchvision_cpu import make_importable\n"
         "make_importable(); make_importable()\n"
         "import torch, torchvision.transforms.v2.functional as F\n"
         "make_importable()\n"
         "print(tuple(F.resize(torch.ones(3, 8, 8), [4, 4]).shape), torch.ops.torchvision.nms)"
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0 and result.stderr == "", result.stderr
     assert result.stdout == "(3, 4, 4) torchvision.nms\n"
-
-
-def test_a_server_is_described_before_any_model_is_loaded():
-    """`rethinker serve` reads the engine's settings first: the module comes with the repair, like the policy's."""
-    assert python("import rethinker.rollout.vllm_settings").stderr == ""
 
 
 def test_children_repair_themselves(tmp_path):
@@ -51,11 +47,14 @@ def test_a_hidden_sitecustomize_still_runs(tmp_path):
 
 @pytest.mark.parametrize("state", ["absent", "complete"])
 def test_nothing_is_touched_when_there_is_nothing_to_repair(tmp_path, state):
-    """Without torchvision nothing happens; operators that somebody else defined stay theirs."""
-    hide = "import importlib.util; importlib.util.find_spec = lambda name: None\n"
-    define = "theirs = torch.library.Library('torchvision', 'DEF'); theirs.define('nms(Tensor boxes) -> Tensor')\n"
+    """Without torchvision there is nothing to find; operators that somebody else defined stay theirs."""
+    absent = "sys.path = [p for p in sys.path if 'packages' not in p]; torchvision_cpu.make_importable()\n"
+    absent += "assert importlib.util.find_spec('torchvision') is None\n"
+    complete = "import torch; theirs = torch.library.Library('torchvision', 'DEF')\n"
+    complete += "theirs.define('nms(Tensor boxes) -> Tensor'); torchvision_cpu.declare_operators(pathlib.Path('x'))\n"
     result = python(
-        "import torch\n" + (hide if state == "absent" else define) + "from rethinker.runtime import torchvision_cpu\n"
-        "torchvision_cpu.make_importable(); print(torchvision_cpu._library)"
+        "import importlib.util, pathlib, sys; from rethinker.runtime import torchvision_cpu\n"
+        + (absent if state == "absent" else complete)
+        + "print(torchvision_cpu._library)"
     )
     assert result.stdout == "None\n", result.stderr

@@ -16,7 +16,7 @@ from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.config import ReplayConfig
 from rethinker.policy.packing import plan_micro_batches
 from rethinker.runtime import distributed
-from rethinker.runtime.ownership import bring, collect, share
+from rethinker.runtime.ownership import collect, fetch, share
 from rethinker.samples import Completion, Group, Query, RemoteCompletion
 
 QUERIES = [Query(f"q{i}", "?", "!") for i in range(7)]  # an odd number: rank 0 holds one more
@@ -63,10 +63,10 @@ def main(folder: str) -> None:
         draws = replay.draw(PAIRS)
         plan = plan_micro_batches(draws, budget=400, world_size=ranks.world_size)
         drawn.append([(s.group, s.index) for s in draws])
-        for bundles in bring(plan, ranks):
+        for bundles in fetch(plan, ranks):
             trained += [(s.group, s.index, s.advantage, s.completion) for b in bundles for s in b.samples]
     in_steps = collectives[0]
-    bring([[[b for b in bundles if b.samples[0].owner == r] for bundles in plan[r]] for r in (0, 1)], ranks)
+    fetch([[[b for b in bundles if b.samples[0].owner == r] for bundles in plan[r]] for r in (0, 1)], ranks)
     whole = collect(groups, ranks)
     seen = {
         "drawn": drawn,

@@ -18,10 +18,6 @@ class Tiles:
     lane_bytes: int = 2048  # of logits in one of the `depth` lines: as many bytes in flight in 16 bits as in 32
     gradient: int = 2048  # columns a row kernel writes at a time
     warps: int = 4
-    tokens: int = 256  # rows of vectors [R] that a program takes at a time
-    token_warps: int = 8
-    token_registers: int = 128  # at most; left to itself ptxas (CUDA 12.8) takes 32 to 48, and a stack for an address
-    group: int = 128  # rewards of a group that a program takes at a time
     scaled: int = 2048  # numbers that a program of the scaling kernel takes
     few: int = 1  # fewer rows than this do not fill the processors: each is read and written twice as wide
     programs: int = 1  # fewer rows than this are split over several programs each
@@ -37,7 +33,7 @@ GPU = Tiles()
 """Of bf16 logits on an H200, rows of 4 to 32 warps: the fastest forward, and no gradient slower by more than 2%."""
 
 # Small, so that the interpreter's tests cross the borders of tiles at small sizes.
-INTERPRETER = Tiles(depth=4, lane_bytes=256, gradient=512, tokens=8, group=4, scaled=64, few=7, programs=3)
+INTERPRETER = Tiles(depth=4, lane_bytes=256, gradient=512, scaled=64, few=7, programs=3)
 
 MAX_SPLITS = 64
 """Programs per row at most; the combining kernel reads as many partial results at once."""

@@ -27,13 +27,13 @@ first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 stopped=
 stop() { # to the ranks alone: torchrun would give them 30 seconds
     stopped=1
-    srun --overlap --ntasks-per-node=1 pkill -USR1 -f 'python[^ ]* -u -m rethinker\.train'
+    srun --overlap --ntasks-per-node=1 pkill -USR1 -f 'python[^ ]* -u -m rethinker train'
 }
 trap stop USR1 TERM
 
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$first_node:29500" --rdzv-id "$SLURM_JOB_ID" \
-    -m rethinker.train "$recipe" --resume auto "$@" &
+    -m rethinker train "$recipe" --resume auto "$@" &
 job=$!
 wait "$job"
 code=$?

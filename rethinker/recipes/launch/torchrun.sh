@@ -8,4 +8,4 @@ shift
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a store of its own for every start: no addresses of dead ranks
 exec torchrun --nnodes "${NODES:-1}" --nproc-per-node "${GPUS:-8}" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "${FIRST_NODE:-localhost}:29500" --rdzv-id "${RUN_ID:-rethinker}" \
-    -m rethinker.train "$recipe" --resume auto "$@"
+    -m rethinker train "$recipe" --resume auto "$@"

@@ -11,14 +11,15 @@ import concurrent.futures
 import json
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
 from rethinker.rollout.deadline import Deadline
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 SILENT_S = 60.0  # without an answer to /health for so long a server is lost; long prompts may keep it busy for seconds
@@ -32,8 +33,7 @@ class ReplicaLost(RuntimeError):
 
     def __init__(self, address: str, reason: str):
         super().__init__(f"the rollout server {address} is lost: {reason}")
-        self.address = address
-        self.reason = reason
+        self.address, self.reason = address, reason
 
 
 class NoServerLeft(RuntimeError):
@@ -44,7 +44,8 @@ class ServerError(RuntimeError):
     """A server that answers, but with an error: its own words."""
 
     def __init__(self, address: str, path: str, status: int, words: str):
-        super().__init__(f"the rollout server {address} answered {path} with HTTP {status}: {words}")
+        self.reason = f"answered {path} with HTTP {status}: {words[:500] or '(no text)'}"
+        super().__init__(f"the rollout server {address} {self.reason}")
         self.status = status
 
 
@@ -59,114 +60,84 @@ class Replicas:
     def __init__(self, addresses: Iterable[str]):
         self.alive = list(addresses)
         self.lost: dict[str, str] = {}
-        self._waiting_for: dict[str, int] = {}
+        self._waiting_for: Counter[str] = Counter()  # open requests by address
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout servers", daemon=True)
         self._thread.start()
         self._session = asyncio.run_coroutine_threadsafe(_open_session(), self._loop).result()
 
-    def run(self, work: Coroutine[Any, Any, Any], deadline: Deadline, progress: Callable[[], str] = str) -> Any:
-        """Wait for work in the loop's thread, while the deadline and requests to stop are watched.
+    def close(self) -> None:
+        """Close all connections and end the thread."""
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(10)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(10)
+            self._loop.close()
 
-        Raises:
-            TimeoutError: the deadline passed; the message names the servers that had not answered.
+    def each(self, path: str, deadline: Deadline, body: Any = None, *, keep_all: bool = False) -> dict[str, Any]:
+        """Send the same POST to every server; their answers by address. Lost ones are left out and dropped.
+
+        Args:
+            body: of the request, or a function of the address.
+            keep_all: raise when one is lost, instead of going on with the others.
         """
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            while not concurrent.futures.wait([future], timeout=0.05).done:
-                deadline.check("; ".join(filter(None, [progress(), self._open_requests()])))
-            return future.result()
-        except BaseException:
-            future.cancel()  # closes its connections, at which vLLM aborts the requests
-            raise
+        answers = self._wait(
+            self._everywhere(lambda a: [self.call(a, path, body(a) if callable(body) else body)], keep_all), deadline
+        )
+        return {address: answer for address, (answer,) in answers.items()}
 
-    def _open_requests(self) -> str:
-        open_at = [f"{address} ({count})" for address, count in self._waiting_for.items() if count]
-        return f"no answer yet from {', '.join(open_at)}" if open_at else ""
+    def worker(self, method: str, deadline: Deadline, *, keep_all: bool = False, **arguments: Any) -> dict[str, Any]:
+        """Call a method of server/worker.py at every server; what the first worker of each answers, by address."""
+        body = {"method": method, "kwargs": arguments}
+        answers = self.each("/collective_rpc", deadline, body, keep_all=keep_all)
+        return {address: answer["results"][0] for address, answer in answers.items()}
 
-    async def call(self, address: str, path: str, body: Any = None, *, get: bool = False) -> Any:
-        """One request; its answer as JSON (None if empty).
+    def spread(self, count: int, ask: Callable[[str, int], Awaitable[T]], deadline: Deadline) -> list[T]:
+        """Ask for 0 ... count - 1, each at some server, evenly; the answers in that order.
+
+        Args:
+            ask: (address, number) to the answer, by way of `call`.
+        """
+        waiting, answers = deque(range(count)), {}
+
+        async def slot(address: str) -> None:
+            while waiting:
+                number = waiting.popleft()
+                try:
+                    answers[number] = await self._persistently(ask, address, number)
+                except BaseException:
+                    waiting.append(number)
+                    raise
+
+        async def work() -> None:
+            while waiting:
+                slots = range(min(IN_FLIGHT, -(-len(waiting) // len(self.alive))))
+                await self._everywhere(lambda address, slots=slots: [slot(address) for _ in slots])
+
+        self._wait(work(), deadline, lambda: f"{len(answers)} requests ended; ")
+        return [answers[number] for number in range(count)]
+
+    async def call(self, address: str, path: str, body: Any = None) -> Any:
+        """Send one POST; its answer as JSON (None if empty).
 
         Raises:
             ReplicaLost: no connection, or it broke.
             ServerError: an HTTP error.
         """
-        self._waiting_for[address] = self._waiting_for.get(address, 0) + 1
+        self._waiting_for[address] += 1
         try:
-            async with self._session.request("GET" if get else "POST", address + path, json=body) as response:
+            async with self._session.post(address + path, json=body) as response:
                 text = await response.text()
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
             raise ReplicaLost(address, f"{type(error).__name__}: {error}") from error
         finally:
             self._waiting_for[address] -= 1
         if response.status >= 400:
-            raise ServerError(address, path, response.status, _words(text))
+            raise ServerError(address, path, response.status, text)
         try:
             return json.loads(text) if text else None
         except ValueError:
-            raise ServerError(address, path, response.status, f"no JSON but {text[:200]!r}") from None
-
-    async def each(self, path: str, body: Any = None, *, get: bool = False, keep_all: bool = False) -> dict[str, Any]:
-        """The same request to every server; their answers by address. Lost ones are left out and dropped.
-
-        Args:
-            body: of the request, or a function of the address.
-            keep_all: raise when one is lost, instead of going on with the others.
-        """
-
-        async def one(address: str) -> Any:
-            own = body(address) if callable(body) else body
-            return await self._watched(address, self.call(address, path, own, get=get))
-
-        addresses = list(self.alive)
-        answers = await asyncio.gather(*map(one, addresses), return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, ReplicaLost) and not keep_all:
-                self.drop(answer)
-            elif isinstance(answer, BaseException):
-                raise answer
-        return {a: answer for a, answer in zip(addresses, answers, strict=True) if a in self.alive}
-
-    async def spread(
-        self, keys: Iterable[str], ask: Callable[[str, str], Awaitable[Any]], answers: dict[str, Any]
-    ) -> None:
-        """Ask for every key at some server, evenly, until `answers` has them all.
-
-        Args:
-            keys: of the requests.
-            ask: (address, key) to the answer, by way of `call`.
-            answers: filled as they come, in any order.
-
-        Raises:
-            NoServerLeft: every server is lost.
-        """
-        waiting = deque(keys)
-
-        async def slot(address: str) -> None:
-            while waiting:
-                key = waiting.popleft()
-                try:
-                    answers[key] = await self._persistently(address, lambda key=key: ask(address, key))
-                except BaseException:
-                    waiting.append(key)
-                    raise
-
-        async def serve(address: str, slots: int) -> None:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(slots):
-                    group.create_task(slot(address))
-
-        while waiting:
-            slots = min(IN_FLIGHT, -(-len(waiting) // len(self.alive)))
-            addresses = list(self.alive)
-            ends = await asyncio.gather(
-                *(self._watched(address, serve(address, slots)) for address in addresses), return_exceptions=True
-            )
-            for end in ends:
-                if isinstance(end, ReplicaLost):
-                    self.drop(end)
-                elif isinstance(end, BaseException):
-                    raise end
+            raise ServerError(address, path, response.status, f"no JSON but {text!r}") from None
 
     def drop(self, loss: ReplicaLost) -> None:
         """Go on without a server.
@@ -177,12 +148,7 @@ class Replicas:
         if loss.address in self.alive:
             self.alive.remove(loss.address)
             self.lost[loss.address] = loss.reason
-            log.warning(
-                "the rollout server %s is lost (%s); its requests go to the other %d",
-                loss.address,
-                loss.reason,
-                len(self.alive),
-            )
+            log.warning("%s; its requests go to the other %d", loss, len(self.alive))
         if not self.alive:
             reasons = "; ".join(f"{address}: {reason}" for address, reason in self.lost.items())
             raise NoServerLeft(
@@ -190,36 +156,51 @@ class Replicas:
                 "last checkpoint with --resume auto"
             )
 
-    def close(self) -> None:
-        """Close all connections and end the thread."""
-        if not self._thread.is_alive():
-            return
-        asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
+    def _wait(self, work: Coroutine[Any, Any, Any], deadline: Deadline, progress: Callable[[], str] = str) -> Any:
+        """Wait for work in the loop's thread, while the deadline and requests to stop are watched.
 
-    async def _watched(self, address: str, work: Coroutine[Any, Any, Any]) -> Any:
-        """Do work at a server until it is silent. Of several errors the first loss counts, else the first."""
-        task, watch = asyncio.ensure_future(work), asyncio.ensure_future(self._silence(address))
+        Raises:
+            TimeoutError: the deadline passed; the message names the servers that had not answered.
+        """
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise ReplicaLost(address, watch.result())
-            return task.result()
-        except BaseExceptionGroup as group:
-            errors = sorted(group.exceptions, key=lambda error: not isinstance(error, ReplicaLost))
-            raise errors[0] from None
-        finally:
-            task.cancel(), watch.cancel()
-            await asyncio.gather(task, watch, return_exceptions=True)
+            while not concurrent.futures.wait([future], timeout=0.05).done:
+                silent = ", ".join(f"{address} ({count})" for address, count in self._waiting_for.items() if count)
+                deadline.check(f"{progress()}no answer yet from {silent or 'the servers'}")
+            return future.result()
+        except BaseException:
+            future.cancel()  # closes its connections, at which vLLM aborts the requests
+            raise
 
-    async def _silence(self, address: str) -> str:
-        """Return, with the reason, once a server is lost."""
+    async def _everywhere(
+        self, works: Callable[[str], list[Coroutine[Any, Any, Any]]], keep_all: bool = False
+    ) -> dict[str, list[Any]]:
+        """The results of `works(address)` at every server that is not lost meanwhile."""
+        addresses = list(self.alive)
+        ends = await asyncio.gather(*(self._at(a, works(a)) for a in addresses), return_exceptions=True)
+        for end in ends:
+            if isinstance(end, ReplicaLost) and not keep_all:
+                self.drop(end)
+            elif isinstance(end, BaseException):
+                raise end
+        return {address: end for address, end in zip(addresses, ends, strict=True) if address in self.alive}
+
+    async def _at(self, address: str, works: list[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """The results of works at a server, unless it is lost. Of several errors a loss counts, else the first."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                watch = group.create_task(self._lost_if_silent(address))
+                results = await asyncio.gather(*map(group.create_task, works))
+                watch.cancel()
+                return results
+        except BaseExceptionGroup as errors:
+            raise min(errors.exceptions, key=lambda error: not isinstance(error, ReplicaLost)) from None
+
+    async def _lost_if_silent(self, address: str) -> None:
         while True:
             await asyncio.sleep(PING_S)
             if reason := await self._illness(address):
-                return reason
+                raise ReplicaLost(address, reason)
 
     async def _illness(self, address: str) -> str | None:
         """Why a server is not healthy, in its own words; None if it is."""
@@ -231,20 +212,19 @@ class Replicas:
         except (aiohttp.ClientError, OSError) as error:
             return f"{type(error).__name__}: {error}"
 
-    async def _persistently(self, address: str, ask: Callable[[], Awaitable[Any]]) -> Any:
-        """Ask again when a connection broke although the server is well; lost if its engine died under the request."""
+    async def _persistently(self, ask: Callable[[str, int], Awaitable[T]], address: str, number: int) -> T:
+        """Ask again after an error that is not the request's fault, as long as the server is healthy."""
         for attempt in range(1, _TRIES + 1):
             try:
-                return await ask()
+                return await ask(address, number)
             except (ReplicaLost, ServerError) as error:
-                if isinstance(error, ServerError) and error.status < 500:
-                    raise
                 if isinstance(error, ServerError):
-                    await asyncio.sleep(1)  # until it knows that its engine is dead
-                if reason := await self._illness(address):
-                    reason = f"{error}; {reason}" if isinstance(error, ServerError) else reason
-                    raise ReplicaLost(address, reason) from error
-                if isinstance(error, ServerError) or attempt == _TRIES:
+                    if error.status < 500:
+                        raise
+                    await asyncio.sleep(1)  # until the server knows that its engine is dead
+                if illness := await self._illness(address):
+                    raise ReplicaLost(address, f"{error.reason}; {illness}") from error
+                if attempt == _TRIES:
                     raise
 
 
@@ -252,13 +232,3 @@ async def _open_session() -> aiohttp.ClientSession:
     # A new connection for every request: one kept alive may be closed by the server just as it is used again.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
-
-
-def _words(text: str) -> str:
-    """The message in an error's body."""
-    try:
-        body = json.loads(text)
-    except ValueError:
-        return text[:500] or "(no text)"
-    error = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:500]

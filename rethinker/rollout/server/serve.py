@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -29,8 +28,6 @@ what to add to `rethinker train`. Give the same recipe and settings as to the tr
 
 On a machine with GPUs every server takes rollout.tensor_parallel_size of those in CUDA_VISIBLE_DEVICES, and weights
 arrive by NCCL; on a CPU they arrive as files through a folder (rollout.weight_folder)."""
-_LEAVE_S = 15.0  # to end by themselves after SIGTERM
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -44,6 +41,15 @@ class Server:
     def words(self) -> str:
         """The last lines of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+
+    def signal(self, number: int) -> bool:
+        """Send a signal to the server's process group; whether there still is one."""
+        self.process.poll()  # a process that has ended leaves its group only when its parent has looked
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -63,22 +69,22 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"--port {options.port} must leave room for {options.replicas} ports below 65536")
     import torch
 
+    from rethinker.embedded.files import model_folder
+
     gpus = torch.cuda.device_count()
+    ports = range(options.port, options.port + options.replicas)
     environments = [environment(config, i, options.replicas, gpus) for i in range(options.replicas)]
-    commands = [
-        command(config, model_folder(config), options.host, options.port + i, gpu=gpus > 0)
-        for i in range(options.replicas)
-    ]
+    commands = [command(config, model_folder(config), options.host, port, gpu=gpus > 0) for port in ports]
     if options.print_command:
         for line, variables in zip(commands, environments, strict=True):
             print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(line)]))
         return 0
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGHUP, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
     servers: list[Server] = []
     try:
-        for i, (line, variables) in enumerate(zip(commands, environments, strict=True)):
-            servers.append(start(line, variables, options.host, options.port + i, Path(config.run.dir) / "servers"))
+        for line, variables, port in zip(commands, environments, ports, strict=True):
+            servers.append(start(line, variables, options.host, port, Path(config.run.dir) / "servers"))
         wait(servers, options.wait_s)
         addresses = ",".join(server.address for server in servers)
         print(f"ready; train with: --rollout.backend server --rollout.servers '[{addresses}]'", flush=True)
@@ -94,29 +100,21 @@ def main(arguments: Sequence[str]) -> int:
         end(servers)
 
 
-def model_folder(config: Config) -> str:
-    """What to serve first; a run sends its own weights when it starts."""
-    if config.policy.model != "tiny":
-        return os.path.expanduser(config.policy.model)
-    from rethinker.embedded.warmup import warmed_up_tiny
-
-    return str(warmed_up_tiny(config.policy.warmup, config.data))
-
-
 def command(config: Config, model_dir: str, host: str, port: int, *, gpu: bool) -> list[str]:
     """The command line of one server."""
-    from rethinker.rollout.vllm_settings import WORKER, Asking, engine_arguments
+    from rethinker.rollout.vllm_settings import VLLMRequests, engine_arguments
 
-    settings = engine_arguments(config, Asking(config, model_dir), gpu=gpu)
+    settings = engine_arguments(config, VLLMRequests(config, model_dir), gpu=gpu)
     settings |= {
         "host": host,
         "port": port,
-        "weight_transfer_config": {"backend": "nccl" if gpu else "file"},
-        "worker_extension_cls": WORKER,
+        "worker_extension_cls": "rethinker.rollout.server.worker.ServerWorker",
         "enable_scale_out": True,  # /inference/v1/generate: token ids in and out
         "disable_uvicorn_access_log": True,
     }
-    if not gpu:
+    if gpu:
+        settings["weight_transfer_config"] = {"backend": "nccl"}
+    else:
         # A prompt in two parts takes back a draw of the request's own generator, which CPU generators cannot.
         settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, settings["max_model_len"])}
         if config.rollout.tensor_parallel_size == 1:
@@ -161,12 +159,10 @@ def start(line: list[str], variables: dict[str, str], host: str, port: int, logs
     Raises:
         ConfigError: the port is taken.
     """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"--port {port}: {host}:{port} cannot be served ({error.strerror})") from error
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ConfigError(f"--port {port}: {host}:{port} cannot be served ({error.strerror})") from error
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{port}.log"
     with log.open("w") as output:
@@ -184,7 +180,7 @@ def start(line: list[str], variables: dict[str, str], host: str, port: int, logs
 
 
 def wait(servers: list[Server], seconds: float) -> None:
-    """Until every server answers.
+    """Wait until every server answers.
 
     Raises:
         ConfigError: one ended, or took longer than `seconds`; with its last words.
@@ -193,64 +189,41 @@ def wait(servers: list[Server], seconds: float) -> None:
     waiting = list(servers)
     while waiting:
         time.sleep(0.25)
+        passed = time.monotonic() - begin
         for server in list(waiting):
-            if server.process.poll() is not None:
-                raise ConfigError(
-                    f"the server {server.address} did not start (code {server.process.returncode}); {server.log} ends "
-                    f"with: {server.words()}"
-                )
             if is_healthy(server.address):
                 waiting.remove(server)
-                print(f"{server.address} serves after {time.monotonic() - begin:.0f} s, log {server.log}", flush=True)
-        if waiting and time.monotonic() - begin > seconds:
-            raise ConfigError(
-                f"the server {waiting[0].address} does not answer after --wait-s {seconds:g} seconds; {waiting[0].log} "
-                f"ends with: {waiting[0].words()}"
-            )
+                print(f"{server.address} serves after {passed:.0f} s, log {server.log}", flush=True)
+            elif (code := server.process.poll()) is not None or passed > seconds:
+                fault = (
+                    f"did not start (code {code})" if code is not None else f"is not up after --wait-s {seconds:g} s"
+                )
+                raise ConfigError(f"the server {server.address} {fault}; {server.log} ends with: {server.words()}")
 
 
 def is_healthy(address: str) -> bool:
-    """Whether a server answers."""
+    """Whether a server answers; no proxy is asked."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{address}/health", timeout=5) as answer:
             return answer.status == 200
-    except (urllib.error.URLError, OSError):
+    except OSError:  # an HTTP error is one, too
         return False
 
 
 def end(servers: list[Server]) -> None:
-    """End servers with all their processes: SIGTERM, and after _LEAVE_S SIGKILL."""
-    for server in servers:
-        _signal(server, signal.SIGTERM)
-    limit = time.monotonic() + _LEAVE_S
-    while time.monotonic() < limit and any(_signal(server, 0) for server in servers):
-        for server in servers:
-            server.process.poll()  # reaps it
-        time.sleep(0.05)
-    for server in servers:
-        _signal(server, signal.SIGKILL)
-        server.process.wait()
-    while time.monotonic() < limit + 5 and any(_signal(server, 0) for server in servers):
-        time.sleep(0.05)  # what the server had started is on its way out
-
-
-def _signal(server: Server, number: int) -> bool:
-    """Send a signal to a server's process group; whether there is one."""
-    try:
-        os.killpg(server.process.pid, number)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+    """End servers with all their processes: SIGTERM, and after 15 s SIGKILL."""
+    for number, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
+        limit = time.monotonic() + seconds
+        left = [server for server in servers if server.signal(number)]
+        while left and time.monotonic() < limit:
+            time.sleep(0.05)
+            left = [server for server in left if server.signal(0)]
 
 
 def _end_with_parent() -> None:
-    """In the child: SIGTERM when this command is killed and cannot end its servers itself."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """In the child: SIGTERM when this command is killed and cannot end its servers itself (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _parser() -> Parser:

@@ -1,63 +1,21 @@
-"""What a vLLM server that serves a run has besides vLLM: weights by file, and answers to the trainer's questions.
+"""What a vLLM server that serves a run has besides vLLM: its settings for the trainer to compare, and weights by file.
 
-`--worker-extension-cls rethinker.rollout.server.worker.ServerWorker` brings it in; `rethinker serve` sets that. The
-`file` weight transfer is for servers that NCCL cannot reach, above all on CPU: the trainer writes buckets of tensors as
-safetensors files into a folder that both sides see, and sends their paths and checksums by HTTP.
+`rethinker serve` adds it by `--worker-extension-cls`. Weights by file are for servers that NCCL cannot reach, above all
+on CPU: the trainer writes buckets of tensors as safetensors files into a folder that both sides see, and sends their
+paths and checksums by HTTP.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
-from vllm.config import set_current_vllm_config
-from vllm.distributed.weight_transfer.base import WeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from rethinker.rollout.checksums import Checksum
-from rethinker.rollout.vllm_settings import outline
-from rethinker.rollout.weight_sync import InProcessWeightTransferEngine, end_broken_update, first_difference
-
-BACKEND = "file"
-
-
-@dataclass
-class FileUpdateInfo(WeightTransferUpdateInfo):
-    """One bucket of weights: a safetensors file that this process can read, and the SHA-256 of its bytes."""
-
-    path: str
-    sha256: str
-
-
-class FileWeightTransferEngine(InProcessWeightTransferEngine):
-    """Loads checkpoint tensors from files into the live model; each worker of a server takes its part."""
-
-    update_info_cls = FileUpdateInfo
-
-    def receive_weights(self, update_info: FileUpdateInfo) -> None:
-        """Load one bucket.
-
-        Raises:
-            RuntimeError: the file is not here, or is not what the trainer wrote.
-        """
-        try:
-            content = Path(update_info.path).read_bytes()
-        except OSError as error:
-            raise RuntimeError(
-                f"cannot read {update_info.path} ({error.strerror}): rollout.weight_folder must be one that the "
-                "trainer and this server both see"
-            ) from error
-        if hashlib.sha256(content).hexdigest() != update_info.sha256:
-            raise RuntimeError(f"{update_info.path} ({len(content)} bytes) is not what the trainer wrote")
-        self.model.load_weights(list(safetensors.torch.load(content).items()))
-
-
-if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransferEngine)
+from rethinker.rollout import vllm_weights
+from rethinker.rollout.vllm_settings import model_shape
 
 
 class ServerWorker:
@@ -69,18 +27,55 @@ class ServerWorker:
     vllm_config: Any
     weight_transfer_engine: Any
 
-    def rethinker_outline(self) -> dict[str, Any]:
-        """The numbers that shape the served model."""
-        return outline(self.model_config.hf_config)
+    def rethinker_settings(self) -> dict[str, Any]:
+        """What decides the samples, by the names of the run's settings; the trainer compares it with its own."""
+        images, transfer = self.model_config.multimodal_config, self.vllm_config.weight_transfer_config
+        return {
+            "policy.dtype": str(self.model_config.dtype).removeprefix("torch."),
+            "data.min_pixels, data.max_pixels": images.mm_processor_kwargs,
+            "data.max_images": images.get_limit_per_prompt("image"),
+            "data.max_prompt_tokens + rollout.max_new_tokens": self.model_config.max_model_len,
+            "vLLM's logprobs_mode": self.model_config.logprobs_mode,
+            "vLLM's weight transfer": "file" if transfer is None else transfer.backend,
+        } | model_shape(self.model_config.hf_config)
 
-    def rethinker_end_broken_update(self) -> None:
-        """Make ready for a weight update after one that broke off: its trainer was killed, or a file was not whole."""
+    def rethinker_prepare_update(self, names: list[str]) -> None:
+        """Make ready for a weight update, also after one that broke off: its trainer was killed, or a file was damaged.
+
+        Raises:
+            RuntimeError: `names` lack one of the model's parameters.
+        """
+        self._in_model(vllm_weights.prepare_update, names)
         self._weight_update_active = False
-        self.weight_transfer_engine.reset_weight_update_target()
-        with set_current_vllm_config(self.vllm_config):
-            end_broken_update(self.model_runner.get_model(), self.model_config)
+        if self.vllm_config.weight_transfer_config is None:
+            self._in_model(vllm_weights.start_update)
+        else:
+            self.weight_transfer_engine.reset_weight_update_target()
 
-    def rethinker_first_difference(self, sent: dict[str, list], dtype: str) -> dict[str, Any]:
+    def rethinker_load(self, path: str, sha256: str) -> None:
+        """Load one bucket: a safetensors file that this process can read, and the SHA-256 of its bytes.
+
+        Raises:
+            RuntimeError: the file is not here, or is not what the trainer wrote.
+        """
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise RuntimeError(
+                f"cannot read {path} ({error.strerror}): rollout.weight_folder must be one that the trainer and this "
+                "server both see"
+            ) from error
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise RuntimeError(f"{path} ({len(content)} bytes) is not what the trainer wrote")
+        self._in_model(vllm_weights.load, list(safetensors.torch.load(content).items()))
+
+    def rethinker_finish_update(self) -> None:
+        """Put the new weights in place."""
+        self._in_model(vllm_weights.finish_update)
+
+    def rethinker_first_difference(self, sent: dict[str, list]) -> dict[str, Any]:
         """First tensor whose checksum differs from the policy's; `sent` maps a name to [sha256, rows]."""
-        expected = {name: Checksum(*value) for name, value in sent.items()}
-        return {"differs": first_difference(self.model_runner.get_model(), expected, getattr(torch, dtype))}
+        return {"differs": self._in_model(vllm_weights.first_difference, sent)}
+
+    def _in_model(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(self.model_runner.get_model(), self.vllm_config, *arguments)

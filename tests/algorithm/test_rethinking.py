@@ -1,4 +1,4 @@
-"""Forced rethinking: law 6 on the real engine, and METHOD's rules on a scripted one."""
+"""METHOD's rules of forced rethinking, on a scripted engine; law 6 on a real one is in rollout/test_vllm_engine.py."""
 
 from __future__ import annotations
 
@@ -6,18 +6,10 @@ import dataclasses
 import math
 
 import pytest
-import torch
-from transformers import AutoTokenizer
 
-from rethinker.algorithm.rethinking import (
-    Rethinker,
-    Trigger,
-    answer_tokens,
-    continue_after_trigger,
-    make_triggers,
-    released_reward,
-)
+from rethinker.algorithm.rethinking import Rethinker, Trigger, continue_after_trigger, make_triggers, released_reward
 from rethinker.config import RethinkConfig
+from rethinker.embedded.tokenizer import train_tokenizer
 from rethinker.samples import Completion, Group, Prompt, Query, Rethinking, Rethought
 
 END = 99
@@ -63,76 +55,12 @@ def run(groups: list[Group], engine: Script | None = None, *, longest: int = 12,
     judge(groups)
     config = RethinkConfig(**{"fraction": 1.0} | settings)
     rethinker = Rethinker(config, TRIGGERS, decode, max_new_tokens=longest, temperature=1.0)
-    rethinker.force(groups, [Prompt(g.query.id, [1, 2], [1], []) for g in groups], engine, judge, seed)
+    rethinker.force(groups, [Prompt(g.query.id, [1, 2], [1], []) for g in groups], engine.generate, judge, seed)
     return engine
 
 
 def group(*completions: Completion, name: str = "q") -> Group:
     return Group(Query(name, "?", "42"), list(completions), policy_version=3)
-
-
-# Law 6
-
-
-def test_tokens_positions_and_log_probs_line_up(engine, policy, prompts, folder):
-    """Law 6 in vLLM and in the trainer: y1 and the trigger are the very ids, and the log-probs of y1 and y2 are those
-    of one forward over the spliced sequence; the trigger has none. The same with an image, without, and with two."""
-    engine.sync(policy, 1)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    triggers = make_triggers(tokenizer, RethinkConfig().triggers)
-    first = [one for (one,) in engine.generate(prompts, n=1, max_new_tokens=9, temperature=1.0, seed=1)]
-    options = {"max_new_tokens": 32 * 2, "temperature": 1.0, "seed": 2}
-    chosen = [triggers[i % 3] for i in range(len(prompts))]
-    spliced = continue_after_trigger(
-        engine, prompts, first, chosen, tokenizer.decode, **options | {"max_new_tokens": 9 + 32}
-    )
-    for prompt, y1, trigger, y in zip(prompts, first, chosen, spliced, strict=True):
-        spans, body = y.rethought, answer_tokens(y1)
-        start, end = spans.trigger_start, spans.trigger_end
-        assert y.token_ids[:start].tolist() == body.tolist() and tuple(y.token_ids[start:end]) == trigger.token_ids
-        assert len(body) < end < len(y.token_ids) <= 9 + 32 and spans.name == trigger.name
-        assert y.text == tokenizer.decode(y.token_ids)
-        given = torch.tensor(y.logprobs)
-        forced = torch.arange(len(given)).ge(start) & torch.arange(len(given)).lt(end)
-        assert given[forced].isnan().all() and given[~forced].isfinite().all()
-        whole = policy.logprobs(prompt, y)
-        assert (whole - given)[~forced].abs().max() < 1e-5
-        shifted = torch.cat([given[:start], given[end:], torch.zeros(end - start)])
-        assert (whole - shifted)[start : len(given) - (end - start)].abs().max() > 1e-2  # what one shift would cost
-
-
-def test_retokenising_would_be_noticed(engine, policy, prompts, folder):
-    """The test above fails on decode and encode: a policy samples ids that its tokenizer would not choose."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    engine.sync(policy, 1)
-    sampled = engine.generate(prompts, n=2, max_new_tokens=9, temperature=1.0, seed=1)
-    bodies = [answer_tokens(one).tolist() for answers in sampled for one in answers]
-    again = [tokenizer(tokenizer.decode(body), add_special_tokens=False)["input_ids"] for body in bodies]
-    assert sum(a != b for a, b in zip(bodies, again, strict=True)) > len(bodies) / 2
-
-
-def test_the_second_pass_reuses_the_first_ones_cache(engine, policy, prompts, folder):
-    """vLLM computes no block of prompt and y1 again that it still has."""
-    engine.sync(policy, 1)
-    first = [one for (one,) in engine.generate(prompts, n=1, max_new_tokens=9, temperature=1.0, seed=1)]
-    seen = []
-    read = engine._read
-
-    def watched(output):
-        number = int(output.request_id.split("-")[1])
-        seen.append((number, len(output.prompt_token_ids), output.num_cached_tokens))
-        return read(output)
-
-    engine._read = watched
-    try:
-        triggers = [Trigger("x", (5, 6))] * len(prompts)
-        continue_after_trigger(engine, prompts, first, triggers, str, max_new_tokens=20, temperature=1.0, seed=0)
-    finally:
-        engine._read = read
-    for (_, length, cached), y1 in zip(sorted(seen), first, strict=True):
-        whole_blocks = (length - 2 - 1) // 32 * 32  # the last token sampled was never an input
-        assert cached >= whole_blocks - 32 and cached % 32 == 0, (length, cached, len(y1.token_ids))
-    assert sum(cached for *_, cached in seen) > 0
 
 
 # METHOD's rules
@@ -218,8 +146,10 @@ def test_no_room_left():
     first = [spoken(*body)]
     options = {"temperature": 1.0, "seed": 0}
     prompt = [Prompt("q", [1], [1], [])]
-    assert continue_after_trigger(Script(), prompt, first, triggers, decode, max_new_tokens=12, **options) == [None]
-    (y,) = continue_after_trigger(Script(), prompt, first, triggers, decode, max_new_tokens=13, **options)
+    assert continue_after_trigger(Script().generate, prompt, first, triggers, decode, max_new_tokens=12, **options) == [
+        None
+    ]
+    (y,) = continue_after_trigger(Script().generate, prompt, first, triggers, decode, max_new_tokens=13, **options)
     assert len(y.token_ids) == 13 and y.finish_reason == "length"
 
 
@@ -242,7 +172,7 @@ def test_an_identical_response_is_kept_once():
     one = group(spoken(7), spoken(7), spoken(9))
     rethinker = Rethinker(RethinkConfig(fraction=1.0), TRIGGERS[:1], decode, max_new_tokens=12, temperature=1.0)
     judge([one])
-    rethinker.force([one], [Prompt("q", [1], [1], [])], Script(), judge, 0)
+    rethinker.force([one], [Prompt("q", [1], [1], [])], Script().generate, judge, 0)
     assert [c.rethought is not None for c in one.completions] == [True, False, True]
 
 
@@ -264,7 +194,7 @@ def test_what_is_masked():
     for settings, spans in (
         ({}, (1, 2)),
         ({"mask_first_answer": True}, (0, 2)),
-        ({"mask_trigger_tokens": False}, (0, 0)),
+        ({"mask_trigger_tokens": False}, (1, 1)),
         ({"mask_trigger_tokens": False, "mask_first_answer": True}, (0, 1)),
     ):
         one = group(spoken(7))
@@ -272,7 +202,7 @@ def test_what_is_masked():
         rethinker = Rethinker(
             RethinkConfig(fraction=1.0, **settings), TRIGGERS[1:], decode, max_new_tokens=9, temperature=1
         )
-        rethinker.force([one], [Prompt("q", [1], [1], [])], Script(), judge, 0)
+        rethinker.force([one], [Prompt("q", [1], [1], [])], Script().generate, judge, 0)
         (y,) = one.completions
         assert (y.rethought.masked_start, y.rethought.masked_end) == spans
         assert y.trainable_tokens == len(y.token_ids) - (spans[1] - spans[0])
@@ -301,7 +231,7 @@ def test_released_code_temperature_and_lengths():
             temperature=1.0,
         )
         engine = Script(lambda _, tokens=tokens: tokens)
-        rethinker.force([one], [Prompt("q", [1], [1], [])], engine, judge, 0)
+        rethinker.force([one], [Prompt("q", [1], [1], [])], engine.generate, judge, 0)
         assert one.rethinking.kept == kept and engine.calls[0][2] == 0.9 and rethinker.needs_scores
 
 
@@ -312,14 +242,14 @@ def test_released_code_skips_wrong_answers_of_solved_queries():
     for g in (solved, open_query):
         judge([g])
         rethinker = Rethinker(released(), TRIGGERS, decode, max_new_tokens=12, temperature=1.0)
-        rethinker.force([g], [Prompt("q", [1], [1], [])], Script(), judge, 0)
+        rethinker.force([g], [Prompt("q", [1], [1], [])], Script().generate, judge, 0)
     assert (solved.rethinking.forced, open_query.rethinking.forced) == (3, 4)
 
 
-def test_released_code_cuts_back_to_whole_tokens(folder):
+def test_released_code_cuts_back_to_whole_tokens():
     """About half of the first answers lose what begins at the last "Wait", box, "answer" or paragraph; the rest are
     whole tokens of y1, with their log-probs."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = train_tokenizer((), merges=768)
     text = "It is red.\n\nWait, no. The answer is \\boxed{blue}"
     ids = tokenizer(text)["input_ids"]
     starts = [text.rindex(cut) for cut in ("Wait", "\\boxed{", "answer", "\n\n")]
@@ -329,7 +259,7 @@ def test_released_code_cuts_back_to_whole_tokens(folder):
     rethinker = Rethinker(
         released(), make_triggers(tokenizer, {"t": "X"}), tokenizer.decode, max_new_tokens=200, temperature=1
     )
-    rethinker.force(groups, [Prompt("q", [], [], [])] * 200, engine, lambda trials: None, seed=0)
+    rethinker.force(groups, [Prompt("q", [], [], [])] * 200, engine.generate, lambda trials: None, seed=0)
     (trigger,) = make_triggers(tokenizer, {"t": "X"})
     kept = [p.token_ids[: -len(trigger.token_ids)] for p in engine.calls[0][0]]
     assert all(ids[: len(k)] == k for k in kept)
@@ -351,7 +281,7 @@ def test_released_code_triggers_by_correctness():
     groups = [group(spoken(42 if i % 2 else 7), name=str(i)) for i in range(600)]
     judge(groups)
     engine = Script()
-    rethinker.force(groups, [Prompt("q", [1], [1], [])] * 600, engine, judge, 0)
+    rethinker.force(groups, [Prompt("q", [1], [1], [])] * 600, engine.generate, judge, 0)
     used = [p.token_ids[-1] for p in engine.calls[0][0]]
     for offset, fitting in ((0, 1), (1, 2)):
         share = used[offset::2].count(fitting) / 300

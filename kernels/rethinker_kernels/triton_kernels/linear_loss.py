@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rethinker_kernels.arguments import Surrogate
 from rethinker_kernels.devices import on_device_of
-from rethinker_kernels.triton_kernels.grpo_loss import ESTIMATORS, bounds, divergence, surrogate
+from rethinker_kernels.losses import Rows, Surrogate
 from rethinker_kernels.triton_kernels.log_softmax import (
     chosen_column,
     chosen_logit,
@@ -21,6 +22,50 @@ from rethinker_kernels.triton_kernels.log_softmax import (
     write_zeros,
 )
 from rethinker_kernels.triton_kernels.tiles import tiles
+
+MAX_LOG_RATIO = tl.constexpr(20.0)
+
+ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+
+
+@triton.jit
+def clamped(x):
+    """Within +-MAX_LOG_RATIO, and NaN for infinities, so that no clamp hides them."""
+    return tl.minimum(tl.maximum(x, -MAX_LOG_RATIO), MAX_LOG_RATIO) + (x - x)
+
+
+@triton.jit
+def exp_minus_one(x):
+    """To full precision: near 0, where the subtraction cancels, by its series x (1 + x/2 (1 + ... x/14))."""
+    near = tl.abs(x) < 1.0
+    small = tl.where(near, x, 0.0)
+    series = tl.full(x.shape, 1.0, tl.float32)
+    for i in tl.static_range(2, 15):
+        series = 1.0 + small * (1.0 / (16 - i)) * series
+    return tl.where(near, small * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def surrogate_slope(difference, advantage, lower, upper, dual):
+    """Of `losses.grpo` without its KL term, in the log-ratio."""
+    ratio = tl.exp(clamped(difference))
+    flat = ((advantage < 0) & (ratio < lower)) | ((advantage > 0) & (ratio > upper))
+    flat = flat | ((advantage < 0) & (ratio > dual)) | (tl.abs(difference) > MAX_LOG_RATIO)
+    return tl.where(flat, 0.0, -ratio * advantage) + (difference - difference)
+
+
+@triton.jit
+def divergence_slope(reference, now, ESTIMATOR: tl.constexpr):
+    """Of `losses.kl_estimate` with d = reference - now, in `now`."""
+    raw = reference - now
+    d = clamped(raw)
+    if ESTIMATOR == 1:
+        slope = tl.full(d.shape, 1.0, tl.float32)
+    elif ESTIMATOR == 2:
+        slope = -d
+    else:
+        slope = -exp_minus_one(d)
+    return tl.where(tl.abs(raw) > MAX_LOG_RATIO, 0.0, slope) + (raw - raw)
 
 
 @triton.jit
@@ -47,12 +92,10 @@ def grpo_rows_kernel(
     factor = tl.load(factors + row)
     per_logp = 0.0
     if factor != 0.0:
-        _, slope, _, _, _, _ = surrogate(
-            logp - tl.load(old_logps + row).to(tl.float32), tl.load(advantages + row), lower, upper, dual
-        )
+        old_logp = tl.load(old_logps + row).to(tl.float32)
+        slope = surrogate_slope(logp - old_logp, tl.load(advantages + row), lower, upper, dual)
         if ESTIMATOR > 0:
-            _, kl_slope = divergence(tl.load(ref_logps + row).to(tl.float32), logp, ESTIMATOR)
-            slope += kl_coef * kl_slope
+            slope += kl_coef * divergence_slope(tl.load(ref_logps + row).to(tl.float32), logp, ESTIMATOR)
         per_logp = slope * factor
     if SUPERVISED:
         per_logp -= tl.load(nll_weights + row)
@@ -70,10 +113,8 @@ def grpo_rows(
     index: Tensor,
     temperatures: Tensor | None,
     temperature: float,
-    old_logps: Tensor,
-    advantages: Tensor,
+    rows: Rows,
     factors: Tensor,
-    ref_logps: Tensor | None,
     nll_weights: Tensor | None,
     options: Surrogate,
     *,
@@ -84,21 +125,23 @@ def grpo_rows(
     Args:
         logits: [R, V] with columns side by side.
         out: [R, V] of any type; may be the logits themselves.
+        rows: of these logits.
         factors: [R] fp32, what each row's loss is multiplied by; 0 where it does not count.
-        advantages: [R] fp32. The rest as in `rethinker_kernels.linear_grpo_loss`, per row.
+        nll_weights: [R] fp32, as in `rethinker_kernels.linear_policy_loss`.
     """
-    rows, vocabulary = logits.shape
-    logps = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    count, vocabulary = logits.shape
+    logps = torch.empty(count, dtype=torch.float32, device=logits.device)
     entropies = torch.empty_like(logps)
-    if rows == 0:
+    if count == 0:
         return logps, entropies
-    tile = tiles(logits.device).of_rows(rows)
+    tile = tiles(logits.device).of_rows(count)
+    highest = math.inf if options.dual_clip is None else options.dual_clip
     with on_device_of(logits):
-        grpo_rows_kernel[(rows,)](
-            logits, out, index, temperatures, temperature, old_logps, advantages, factors, ref_logps,
+        grpo_rows_kernel[(count,)](
+            logits, out, index, temperatures, temperature, rows.old_logps, rows.advantages, factors, rows.ref_logps,
             nll_weights, logps, entropies,
-            logits.stride(0), out.stride(0), vocabulary, *bounds(options), options.kl_coef,
-            PER_ROW=temperatures is not None,
+            logits.stride(0), out.stride(0), vocabulary, 1.0 - options.clip_low, 1.0 + options.clip_high, highest,
+            options.kl_coef, PER_ROW=temperatures is not None,
             ESTIMATOR=ESTIMATORS[options.kl_estimator] if options.kl_coef != 0 else 0,
             SUPERVISED=nll_weights is not None, DEPTH=tile.depth, LANES=tile.lane_bytes // logits.element_size(),
             TILE=tile.gradient, num_warps=tile.warps,

@@ -1,4 +1,4 @@
-"""grpo_loss and linear_grpo_loss against the formulas written out token by token, and their laws."""
+"""GRPO's loss against the formulas written out token by token, and the laws of what adds a loss up."""
 
 from __future__ import annotations
 
@@ -10,15 +10,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from rethinker_kernels import (
-    GRPO_STATS,
-    LINEAR_GRPO_STATS,
-    grpo_loss,
-    linear,
-    linear_grpo_loss,
-    linear_selective_log_softmax,
-    reference,
-)
+from rethinker_kernels import GRPO_STATS, grpo_loss, linear_grpo_loss, losses
 
 LENGTHS = [3, 1, 0, 4, 2]  # one sequence is empty
 OFFSETS = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
@@ -256,7 +248,7 @@ def test_log_ratio_is_clamped():
     """A log-ratio of 1000 counts as 20, in ratio and KL, without overflow."""
     loss, stats = grpo_loss(torch.tensor([0.0]), torch.tensor([-1000.0]), torch.tensor([-1.0]), normalizer=1.0)
     assert loss.item() == pytest.approx(math.exp(20), rel=1e-6) and stats.isfinite().all()
-    assert reference.MAX_LOG_RATIO == 20
+    assert losses.MAX_LOG_RATIO == 20
 
 
 def test_on_policy_gradient_is_minus_advantage():
@@ -328,47 +320,3 @@ def test_wrong_arguments_are_named(name, changes):
     arguments = case() | {"weights": None, "normalizer": 1.0} | changes
     with pytest.raises(ValueError, match=f"^{name}"):
         grpo_loss(**arguments)
-
-
-@pytest.mark.parametrize("supervised", [False, True])
-@pytest.mark.parametrize("importance", ["token", "sequence"])
-def test_linear_loss_is_the_composition(importance, supervised, monkeypatch):
-    """linear_grpo_loss equals its lines in every output and gradient; entropy_sum is of the rows that count, and the
-    supervised term of all rows with a weight, masked or not."""
-    monkeypatch.setattr(linear, "chunk_rows", lambda *_: (3, 4))
-    inputs = case()
-    inputs.pop("logps")
-    torch.manual_seed(1)
-    leaves = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((ROWS, 3), (6, 3), (6,))]
-    index = torch.randint(6, (ROWS,))
-    options = {"importance": importance, "kl_coef": 0.1, "dual_clip": 3.0, "normalizer": 6.0, **inputs}
-
-    nll_weights = 0.1 * (torch.arange(ROWS) % 3).double() if supervised else None
-    fused = {"temperature": 0.9, "nll_weights": nll_weights, **options}
-    loss, logps, stats = linear_grpo_loss(*leaves[:2], index, bias=leaves[2], **fused)
-    want_logps, entropy = linear_selective_log_softmax(
-        *leaves[:2], index, bias=leaves[2], temperature=0.9, return_entropy=True
-    )
-    want_loss, want_stats = grpo_loss(want_logps, **options)
-    if supervised:
-        want_loss = want_loss - (nll_weights * want_logps).sum()
-        assert nll_weights[~inputs["mask"]].any()
-    named = dict(zip(LINEAR_GRPO_STATS, stats.tolist(), strict=True))
-    rows = torch.repeat_interleave(torch.arange(SEQUENCES), torch.tensor(LENGTHS))
-    counted = inputs["mask"] & (inputs["weights"][rows] != 0)
-    torch.testing.assert_close((loss, logps), (want_loss, want_logps.detach()))
-    assert stats[:-1].tolist() == want_stats.tolist() and not logps.requires_grad
-    assert named["entropy_sum"] == pytest.approx(entropy[counted].sum().item())
-    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(want_loss, leaves))
-    assert gradcheck(lambda h, w, b: linear_grpo_loss(h, w, index, bias=b, **fused)[0], leaves)
-
-
-def test_wrong_supervised_weights_are_named():
-    """nll_weights of another length or type raise ValueError naming them."""
-    inputs = case()
-    rows = inputs.pop("logps")
-    for wrong in (torch.ones(ROWS - 1), torch.ones(ROWS, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="^nll_weights"):
-            linear_grpo_loss(
-                rows[:, None], rows[:6, None], inputs["mask"].long(), **inputs, nll_weights=wrong, normalizer=1
-            )

@@ -1,0 +1,421 @@
+"""A policy loss is a function of log-probs, `loss(logps, rows) -> [C]`: GRPO's is here, and what adds a loss up.
+
+What a function does not decide lies around it, in one place: which tokens count, their weights, the aggregation, the
+normalizer, the statistics. `grpo` is the definition of the shipped loss; the Triton row kernel is tested against it.
+
+Legend: R rows (response tokens), C rows of a chunk of them, S sequences (responses).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rethinker_kernels.arguments import check_offsets, check_per_row, check_vector, describe, wide
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to +-this: exp(20) is already far outside any clip range, and fp32 sums of it stay finite."""
+
+GRPO_STATS: tuple[str, ...] = (
+    "tokens",  # tokens that count: unmasked, with a non-zero weight
+    "nonfinite",  # of these, tokens whose log-prob, now, then or of the reference, is not finite
+    "clipped_low",  # finite tokens with A < 0 whose ratio fell below 1 - clip_low
+    "clipped_high",  # finite tokens with A > 0 whose ratio rose above 1 + clip_high
+    "dual_clipped",  # finite tokens with A < 0 whose ratio rose above dual_clip
+    "ratio_sum",  # importance ratio
+    "old_kl_sum",  # k3 estimate of KL(behaviour || policy)
+    "kl_sum",  # chosen estimate of KL(policy || reference); 0 without one
+)
+"""Fields of a loss's statistics, in order. All are sums over finite tokens: they add over batches and ranks. They mean
+the same for every loss: where GRPO's clips act, whether or not the loss clips there."""
+
+LINEAR_GRPO_STATS: tuple[str, ...] = (*GRPO_STATS, "entropy_sum")
+"""Fields of the statistics of the ops that compute the log-probs, in order."""
+
+
+class NeedsSequences(ValueError):
+    """A loss asked for `Rows.sequence_mean` where only a part of the rows is known."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a loss may know of C tokens beside their log-probs. Nothing here is differentiated.
+
+    A token that does not count (`mask` False) has log-probs and advantage 0, and what a loss says of it is dropped.
+    """
+
+    old_logps: Tensor
+    """[C] log-probs under the behaviour policy, which sampled the tokens."""
+    advantages: Tensor
+    """[C] the advantage of each token's response."""
+    ref_logps: Tensor | None
+    """[C] log-probs under the reference policy; None where none is loaded (kl_coef = 0)."""
+    mask: Tensor
+    """[C] bool: whether the token counts, which is unmasked and of a weight that is not 0."""
+    weights: Tensor
+    """[C] factor of the token's loss, 0 where it does not count. It is applied to what the loss returns."""
+    sequence: Tensor | None = None
+    """[C] int64: the response of each token, from 0 to S - 1; None where the caller named no sequences."""
+    tokens: Tensor | None = None
+    """[C] how many tokens of its response count, at least 1; None like `sequence`."""
+    sequences: int | None = None
+    """S if these are all rows of the batch; None in a chunk, which may hold parts of responses."""
+
+    def sequence_mean(self, values: Tensor) -> Tensor:
+        """[C]: for each token that counts the mean of `values` [C] over those of its response, else 0.
+
+        A loss that calls this needs the log-probs of whole responses (`whole_sequences`).
+        """
+        if self.sequence is None or self.sequences is None:
+            raise NeedsSequences("loss: sequence_mean needs whole_sequences=True, and cu_seqlens")
+        return torch.where(self.mask, self.sequence_means(values).gather(0, self.sequence), 0.0)
+
+    def sequence_means(self, values: Tensor) -> Tensor:
+        """[S]: mean of `values` [C] over each sequence's rows that count; 0 where there are none."""
+        count = segment_sum(self.mask.to(values.dtype), self.sequence, self.sequences)
+        return segment_sum(torch.where(self.mask, values, 0.0), self.sequence, self.sequences) / count.clamp(min=1)
+
+    def at(self, rows: slice) -> Rows:
+        """These rows alone."""
+        parts = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Rows(**{"ref_logps": None} | parts)
+
+
+Loss = Callable[[Tensor, Rows], Tensor]
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Options of `grpo`, which are explained there. The statistics of every loss read them too."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    kl_coef: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    importance: Literal["token", "sequence"] = "token"
+
+    def __post_init__(self) -> None:
+        for name, options in (("kl_estimator", ("k1", "k2", "k3")), ("importance", ("token", "sequence"))):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(options)}")
+        for name in ("clip_low", "clip_high"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip={self.dual_clip}: must be above 1, or None")
+
+
+SURROGATE_OPTIONS = tuple(field.name for field in fields(Surrogate))
+
+
+def grpo(
+    logps: Tensor,
+    rows: Rows,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    importance: str = "token",
+) -> Tensor:
+    """GRPO's clipped surrogate with an optional KL term (arXiv 2402.03300, equation 3), per token [C].
+
+        ratio = (logps - old_logps).exp()
+        loss = -torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A) + kl_coef * kl
+
+    Args:
+        logps: [C] log-probs of the policy.
+        rows: what is known of the tokens.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; apart as in DAPO (2503.14476).
+        dual_clip: bound > 1 on the ratio of negative advantages (1912.09729), or None.
+        kl_coef: weight of the KL to the reference; above 0 `rows.ref_logps` is needed.
+        kl_estimator: with d = ref_logps - logps, k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1.
+        importance: one ratio per `token`, or per `sequence`: exp(mean over the response) (GSPO, 2507.18071).
+    """
+    options = Surrogate(clip_low, clip_high, dual_clip, kl_coef, kl_estimator, importance)
+    ratio = importance_ratio(logps, rows, importance)
+    low, high, dual = clips(ratio, rows.advantages, options)
+    bounded = torch.where(low, 1 - clip_low, torch.where(high, 1 + clip_high, ratio))
+    if dual_clip is not None:
+        bounded = torch.where(dual, dual_clip, bounded)
+    loss = -bounded * rows.advantages
+    if kl_coef != 0:
+        loss = loss + kl_coef * kl_estimate(clamp_log_ratio(rows.ref_logps - logps), kl_estimator)
+    return loss
+
+
+def importance_ratio(logps: Tensor, rows: Rows, importance: str) -> Tensor:
+    """[C] pi / pi_behaviour, of each token or of its response."""
+    difference = logps - rows.old_logps
+    if importance == "sequence":
+        difference = rows.sequence_mean(difference)
+    return clamp_log_ratio(difference).exp()
+
+
+def clips(ratio: Tensor, advantages: Tensor, options: Surrogate) -> tuple[Tensor, Tensor, Tensor]:
+    """[C] bool each: where the lower, the upper and the dual clip act."""
+    low = (advantages < 0) & (ratio < 1 - options.clip_low)
+    high = (advantages > 0) & (ratio > 1 + options.clip_high)
+    if options.dual_clip is None:
+        return low, high, torch.zeros_like(low)
+    return low, high, (advantages < 0) & (ratio > options.dual_clip)
+
+
+def clamp_log_ratio(log_ratio: Tensor) -> Tensor:
+    """Within +-MAX_LOG_RATIO; infinities become NaN, in value and gradient, so that no clamp hides them."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO) + (log_ratio - log_ratio)
+
+
+def kl_estimate(d: Tensor, estimator: str) -> Tensor:
+    """[C] KL(policy || reference) with d = ref_logps - logps."""
+    if estimator == "k1":
+        return -d
+    return d.square() / 2 if estimator == "k2" else exp_minus_linear(d)
+
+
+def exp_minus_linear(d: Tensor) -> Tensor:
+    """exp(d) - d - 1 to full relative precision: its Taylor series near 0, where the subtraction cancels."""
+    near = d.abs() < 0.25
+    x = torch.where(near, d, 0.0)
+    series = torch.ones_like(x)
+    for k in range(14, 2, -1):  # 1 + x/3 (1 + x/4 (1 + ... x/14)): enough for fp64, derivative included
+        series = 1 + x / k * series
+    far = torch.where(near, 1.0, d)
+    return torch.where(near, x * x / 2 * series, far.expm1() - far)
+
+
+# Around a loss
+
+
+class Objective:
+    """A loss with all that decides how its tokens add up to one number."""
+
+    def __init__(
+        self,
+        loss: Loss,
+        like: Tensor,
+        old_logps: Tensor,
+        advantages: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        weights: Tensor | None = None,
+        mask: Tensor | None = None,
+        aggregation: Literal["token", "sequence", "constant"] = "token",
+        normalizer: float | Tensor,
+        surrogate: Surrogate | None = None,
+        whole_sequences: bool = False,
+    ) -> None:
+        """
+        Args:
+            like: [R], of the rows' number, type and device.
+            The rest is explained in `policy_loss`.
+        """
+        self.loss, self.aggregation = loss, aggregation
+        self.is_grpo = getattr(loss, "func", loss) is grpo
+        given = getattr(loss, "keywords", {}) if self.is_grpo else {}
+        self.surrogate = Surrogate(**given) if self.is_grpo else surrogate or Surrogate()
+        self.whole_sequences = self.surrogate.importance == "sequence" if self.is_grpo else whole_sequences
+        check_vector("logps", like, like.shape[:1], like.device)
+        check_vector("old_logps", old_logps, like.shape, like.device)
+        if aggregation not in ("token", "sequence", "constant"):
+            raise ValueError(f"aggregation={aggregation!r}: must be one of token, sequence, constant")
+        if isinstance(normalizer, Tensor):
+            if normalizer.numel() != 1:
+                raise ValueError(f"normalizer: must be one number, not {describe(normalizer)}")
+            if normalizer.device != like.device:
+                raise ValueError(f"normalizer: is on {normalizer.device}, the rest on {like.device}")
+        elif not normalizer > 0:
+            raise ValueError(f"normalizer={normalizer}: must be positive")
+        if ref_logps is not None:
+            check_vector("ref_logps", ref_logps, like.shape, like.device)
+        elif self.surrogate.kl_coef != 0:
+            raise ValueError("ref_logps is needed with a kl_coef that is not 0")
+        if cu_seqlens is not None:
+            check_offsets("cu_seqlens", cu_seqlens, like)
+        elif self.whole_sequences or aggregation == "sequence":
+            raise ValueError("cu_seqlens is needed with a loss or an aggregation per sequence")
+        check_per_row("advantages", advantages, like, cu_seqlens)
+        if weights is not None:
+            check_per_row("weights", weights, like, cu_seqlens)
+        if mask is not None:
+            if mask.shape != like.shape or mask.dtype != torch.bool:
+                raise ValueError(f"mask: must be bool {list(like.shape)}, not {describe(mask)}")
+            if mask.device != like.device:
+                raise ValueError(f"mask: is on {mask.device}, the rest on {like.device}")
+        dtype = wide(like)
+        sequences = None if cu_seqlens is None else cu_seqlens.numel() - 1
+        sequence = None if cu_seqlens is None else sequence_of_row(cu_seqlens, like)
+
+        def per_row(values: Tensor, rows_win: bool) -> Tensor:
+            values = values.detach().to(dtype)
+            return (
+                values
+                if values.shape[0] != sequences or (rows_win and values.shape == like.shape)
+                else values[sequence]
+            )
+
+        active = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
+        factors = torch.ones_like(like, dtype=dtype) if weights is None else per_row(weights, rows_win=True)
+        active = active & (factors != 0)
+        factors = torch.where(active, factors, 0.0)
+        tokens = None
+        if sequence is not None:
+            tokens = segment_sum(active.to(dtype), sequence, sequences).clamp(min=1)[sequence]
+
+        def counted(values: Tensor) -> Tensor:
+            # Rows that do not count become harmless before any arithmetic: a 0 gradient times NaN would still be NaN.
+            return torch.where(active, values.detach().to(dtype), 0.0)
+
+        self.rows = Rows(
+            old_logps=counted(old_logps),
+            advantages=counted(per_row(advantages, rows_win=False)),
+            ref_logps=None if ref_logps is None else counted(ref_logps),
+            mask=active,
+            weights=factors,
+            sequence=sequence,
+            tokens=tokens,
+            sequences=sequences,
+        )
+        self.normalizer = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
+        self.factors = (factors / tokens if aggregation == "sequence" else factors) / self.normalizer
+        """[R]: what each row's loss is multiplied by in the sum."""
+
+    def per_token(self, logps: Tensor, rows: Rows) -> Tensor:
+        """[C]: the loss of these rows; NaN where a token counts and its log-prob is not finite, whatever the loss."""
+        logps = torch.where(rows.mask, logps.to(rows.weights.dtype), 0.0)
+        found = self.loss(logps, rows)
+        if not isinstance(found, Tensor) or found.shape != logps.shape or not found.is_floating_point():
+            got = describe(found) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"loss: must return a number per token, floating {list(logps.shape)}, not {got}")
+        if logps.requires_grad and not found.requires_grad:
+            raise ValueError("loss: what it returns has no gradient; compute it from logps, without detach()")
+        difference = (logps - rows.old_logps).detach()
+        return torch.where(rows.mask, found + (difference - difference), 0.0)
+
+    def total(self, logps: Tensor) -> Tensor:
+        """The scalar loss of all rows."""
+        token_loss = self.per_token(logps, self.rows) * self.rows.weights
+        if self.aggregation == "sequence":
+            token_loss = self.rows.sequence_means(token_loss)
+        return token_loss.sum() / self.normalizer
+
+    def slopes(self, logps: Tensor, rows: slice = slice(None)) -> Tensor:
+        """[C]: d total / d logps of these rows, from autograd on vectors of this size."""
+        at, factors = (self.rows, self.factors) if self.whole_sequences else (self.rows.at(rows), self.factors[rows])
+        with torch.enable_grad():
+            leaf = logps.detach().requires_grad_()
+            per_token = self.per_token(leaf, at)
+            upstream = factors if self.whole_sequences else torch.ones_like(per_token)
+            (slope,) = torch.autograd.grad(per_token, leaf, upstream)
+        if not self.whole_sequences:
+            slope = slope * factors
+        difference = torch.where(at.mask, logps, 0.0) - at.old_logps
+        return torch.where(at.mask, slope + (difference - difference), 0.0)
+
+    def statistics(self, logps: Tensor) -> Tensor:
+        """[len(GRPO_STATS)] fp64."""
+        with torch.no_grad():
+            return self._statistics(logps)
+
+    def _statistics(self, logps: Tensor) -> Tensor:
+        rows, options = self.rows, self.surrogate
+        logps = torch.where(rows.mask, logps.to(rows.weights.dtype), 0.0)
+        difference = logps - rows.old_logps
+        if options.importance == "sequence":
+            difference = rows.sequence_mean(difference)
+        ratio = clamp_log_ratio(difference).exp()
+        low, high, dual = clips(ratio, rows.advantages, options)
+        finite = rows.mask & difference.isfinite()
+        kl = torch.zeros_like(logps)
+        if rows.ref_logps is not None:
+            kl = kl_estimate(clamp_log_ratio(rows.ref_logps - logps), options.kl_estimator)
+            finite = finite & rows.ref_logps.isfinite()
+        old_kl = exp_minus_linear(clamp_log_ratio(logps - rows.old_logps))
+        values = {
+            "tokens": rows.mask,
+            "nonfinite": rows.mask & ~finite,
+            "clipped_low": low & finite,
+            "clipped_high": high & finite,
+            "dual_clipped": dual & finite,
+            "ratio_sum": torch.where(finite, ratio, 0.0),
+            "old_kl_sum": torch.where(finite, old_kl, 0.0),
+            "kl_sum": torch.where(finite, kl, 0.0),
+        }
+        return torch.stack([values[name].sum(dtype=torch.float64) for name in GRPO_STATS])
+
+
+def policy_loss(logps: Tensor, loss: Loss, old_logps: Tensor, advantages: Tensor, **given) -> tuple[Tensor, Tensor]:
+    """A loss over a batch of tokens, and statistics that add over batches.
+
+        loss = (loss_of_each_token * weights)[mask].sum() / normalizer
+
+    `aggregation`: `token` and `constant` sum all tokens, `sequence` the sequences' means; `normalizer` then divides.
+    It is the caller's, and global (over ranks and micro-batches): all tokens, all sequences, or sequences * a constant
+    length. So the losses of any split into whole sequences add up to the loss of the whole.
+
+    A masked token, or one of weight 0, counts nowhere, whatever its values (NaN included). A token that counts and has
+    a log-prob that is not finite makes the loss NaN.
+
+    Args:
+        logps: [R] floating: the policy's log-probs; the only input that is differentiated.
+        loss: `loss(logps, rows) -> [C]`, see `Rows`; `functools.partial(grpo, clip_high=0.28)` for one.
+        old_logps: [R], the behaviour policy's.
+        advantages: [R], or [S] with `cu_seqlens` (which it is where R = S).
+        cu_seqlens: [S + 1] int32 or int64: sequence s holds rows cu_seqlens[s] to cu_seqlens[s + 1]; rows that no
+            sequence holds are an error that is not checked. Needed by everything that is per sequence.
+        ref_logps: [R], the reference policy's.
+        weights: factor of each token's loss: [R] (which it is where R = S), or [S] with `cu_seqlens`.
+        mask: [R] bool, False where a token does not count.
+        aggregation: `token` (default), `sequence` or `constant`.
+        normalizer: what the sum is divided by; > 0; a number or a tensor of one.
+        surrogate: where the statistics say that GRPO's clips act; `grpo`'s own options if that is the loss.
+        whole_sequences: whether the loss calls `Rows.sequence_mean`; `grpo` says it itself.
+
+    Returns:
+        loss: scalar, in the type of logps (at least fp32); 0 for an empty batch, still attached to logps.
+        stats: [len(GRPO_STATS)] fp64 on the same device, named by GRPO_STATS, detached.
+
+    Raises:
+        ValueError: a shape, type, device or option that does not fit, naming it; or `loss` returned something else than
+            a differentiable number per token.
+    """
+    objective = Objective(loss, logps.detach(), old_logps, advantages, **given)
+    return objective.total(logps), objective.statistics(logps)
+
+
+def grpo_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, **given) -> tuple[Tensor, Tensor]:
+    """`policy_loss` of `grpo`, whose options are among the keyword arguments.
+
+    ratio = (logps - old_logps).exp()
+    loss = -torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)[mask].sum() / normalizer
+    """
+    loss, given = split_options(given)
+    return policy_loss(logps, loss, old_logps, advantages, **given)
+
+
+def split_options(given: dict) -> tuple[Loss, dict]:
+    """(`grpo` with its options, the other keyword arguments)."""
+    options = {name: value for name, value in given.items() if name in SURROGATE_OPTIONS}
+    return partial(grpo, **options), {name: value for name, value in given.items() if name not in options}
+
+
+def sequence_of_row(offsets: Tensor, rows: Tensor) -> Tensor:
+    """[R] int64: which sequence each row belongs to."""
+    position = torch.arange(rows.shape[0], device=rows.device)
+    found = torch.searchsorted(offsets[1:].long().contiguous(), position, right=True)
+    return found.clamp(max=max(offsets.numel() - 2, 0))
+
+
+def segment_sum(values: Tensor, segment: Tensor, segments: int) -> Tensor:
+    """[segments]: sums of the values [R] of each segment; in a fixed order, which index_add has on a CPU alone."""
+    if values.is_cuda:
+        return values.new_zeros(segments).index_put((segment,), values, accumulate=True)
+    return values.new_zeros(segments).index_add(0, segment, values)

@@ -1,0 +1,110 @@
+"""What the words of the settings stand for that come with the package: data sets and a model, as files and a folder.
+
+`data.train: easy_vqa` and `digits` become parquet files, which are read as any other data set is; `policy.model: tiny`
+becomes the folder of a model. Both lie in the cache, and are made when they are asked for first.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from rethinker.config import Config, ConfigError, DataConfig
+from rethinker.data.datasets import SPLIT, load_queries
+from rethinker.data.image_cache import cache_folder
+from rethinker.data.mixture import source_configs
+from rethinker.data.subsets import Side
+from rethinker.embedded.digits import digits
+from rethinker.embedded.easy_vqa import easy_vqa
+from rethinker.runtime.files import whole_file
+from rethinker.samples import Query
+
+# By name: the questions of a split, and the package that they come with: its module and what it is installed as.
+DATA_SETS = {"easy_vqa": (easy_vqa, "easy_vqa", "easy-vqa"), "digits": (digits, "sklearn", "scikit-learn")}
+
+
+def as_files(data: DataConfig, which: Side) -> DataConfig:
+    """The settings with which `data/` reads `data.train` or `data.validation`: an embedded data set by its file.
+
+    Args:
+        data: the user's settings, which stay as they are.
+        which: which of the two is to be read.
+
+    Raises:
+        ConfigError: a name that an embedded data set nearly has, a package that is missing, or a cache that cannot be
+            written.
+    """
+    if which == "validation" and data.validation != SPLIT:
+        file = _file(data.validation, "test", "data.validation")
+        return replace(data, validation=file, fields={}) if file else data
+    sources = {name: as_files(own, "train") for name, own in source_configs(data).items()}
+    if any(own.train != data.sources[name]["train"] for name, own in sources.items()):
+        entries = {
+            name: data.sources[name]
+            | {"train": own.train, "fields": own.fields}
+            | ({} if own.image_root is None else {"image_root": own.image_root})
+            for name, own in sources.items()
+        }
+        return replace(data, sources=entries, fields={})
+    file = _file(data.train, "train", "data.train")
+    # An image_root of "": images are told apart by their own names, wherever the package is installed.
+    return replace(data, train=file, fields={}, image_root=data.image_root or "") if file else data
+
+
+def model_folder(config: Config) -> str:
+    """The folder, or the name on the hub, of `policy.model`; `tiny` is made and warmed up on the training questions.
+
+    Raises:
+        ConfigError: unusable data, or a cache that cannot be written.
+    """
+    if config.policy.model != "tiny":
+        return os.path.expanduser(config.policy.model)
+    from rethinker.embedded.warmup import warmed_up_tiny  # imports torch
+
+    queries = load_queries(as_files(config.data, "train"), "train")
+    return str(warmed_up_tiny(config.policy.warmup, config.data, queries))
+
+
+def _file(name: str | None, split: str, setting: str) -> str | None:
+    """The file of a split of an embedded data set, made if it is not there; None for any other data set."""
+    if name not in DATA_SETS:
+        word = name is not None and name.replace("-", "_").isidentifier() and not os.path.exists(name)
+        if word and (close := difflib.get_close_matches(name, DATA_SETS, n=1, cutoff=0.7)):
+            raise ConfigError(f"{setting}={name}: there is no such data set; did you mean {close[0]}?")
+        return None
+    load, package, distribution = DATA_SETS[name]
+    module = find_spec(package)
+    if module is None:
+        raise ConfigError(f"{setting}={name} needs the package {distribution}: pip install {distribution}")
+    made_of = [module.origin, version(distribution), version("pillow")]
+    made_of += [Path(file).read_bytes() for file in (__file__, load.__code__.co_filename)]
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
+    path = cache_folder() / f"{name}-{split}-{key}.parquet"
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, load(split))
+    except OSError as error:
+        raise ConfigError(
+            f"RETHINKER_CACHE={path.parent}: {setting}={name} cannot be written there ({error}); "
+            "set RETHINKER_CACHE to a folder with 50 MB free"
+        ) from error
+    return str(path)
+
+
+def _write(path: Path, queries: list[Query]) -> None:
+    """Write the queries with a column per field and per key of their metadata."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {name: [getattr(query, name) for query in queries] for name in ("id", "question", "answer")}
+    columns["images"] = [[i["bytes"] if isinstance(i, dict) else i for i in query.images] for query in queries]
+    columns |= {key: [query.metadata[key] for query in queries] for key in queries[0].metadata}
+    with whole_file(path) as partial:  # by every rank that finds none, each beside the others
+        # Room for all images in the dictionary: most are in many questions.
+        parquet.write_table(pyarrow.table(columns), partial, compression="zstd", dictionary_pagesize_limit=64 * 2**20)

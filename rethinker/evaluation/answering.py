@@ -1,0 +1,157 @@
+"""A model that answers questions, and the judged groups of its answers: for evaluation, validation and curation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from rethinker.algorithm.rethinking import Trigger
+from rethinker.config import Config, ConfigError, one_line
+from rethinker.data.prompts import PromptEncoder
+from rethinker.families import family_of
+from rethinker.rewards.checker import AnswerChecker
+from rethinker.rollout.backends import make_engine
+from rethinker.rollout.engine import RolloutEngine
+from rethinker.runtime import distributed
+from rethinker.runtime.distributed import Ranks
+from rethinker.samples import Accuracy, Group, Query
+
+
+@dataclass(frozen=True)
+class AnsweringModel:
+    """What answers questions on this rank, and judges the answers."""
+
+    rollout: RolloutEngine
+    encoder: PromptEncoder
+    checker: AnswerChecker
+
+    def answer(
+        self,
+        queries: Sequence[Query],
+        *,
+        n: int = 1,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        accepted: Callable[[Query], list[str]] | None = None,
+    ) -> list[Group]:
+        """A group of n completions to every query, with their rewards; greedy ones by default.
+
+        Every rank calls this equally often, since an engine may span ranks.
+
+        Args:
+            queries: this rank's; all of them fit.
+            n, max_new_tokens, temperature, seed: as in RolloutEngine.generate.
+            accepted: see `judge`.
+        """
+        prompts = [self.encoder.encode(query) for query in queries]
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        answers = self.rollout.generate(prompts, n=n, **sampling)
+        groups = [Group(query, completions, 0) for query, completions in zip(queries, answers, strict=True)]
+        judge(groups, self.checker, accepted)
+        return groups
+
+
+def judge(
+    groups: Sequence[Group], checker: AnswerChecker, accepted: Callable[[Query], list[str]] | None = None
+) -> None:
+    """Give every completion the reward of its own text; requests carry ids, so order does not matter.
+
+    Args:
+        groups: their `rewards` are set.
+        checker: of the answers.
+        accepted: the answers to a query of which any counts; by default it has one, `query.answer`.
+    """
+    requests: dict[str, tuple[str, Query]] = {}
+    for g, group in enumerate(groups):
+        answers = accepted(group.query) if accepted else [group.query.answer]
+        for a, answer in enumerate(answers):
+            query = dataclasses.replace(group.query, answer=answer) if accepted else group.query
+            requests |= {f"{g}/{i}/{a}": (completion.text, query) for i, completion in enumerate(group.completions)}
+        group.rewards = [-math.inf] * len(group.completions)
+    for request, reward in checker.score([(key, *asked) for key, asked in requests.items()]).items():
+        g, i, _ = map(int, request.split("/"))
+        groups[g].rewards[i] = max(groups[g].rewards[i], reward)
+
+
+def validate(queries: list[Query], model: AnsweringModel, ranks: Ranks, max_new_tokens: int) -> Accuracy:
+    """Answer every query once, greedily, the ranks sharing the work. A reward of at least 1 counts as right."""
+    mine = queries[ranks.rank :: ranks.world_size]
+    groups = model.answer(mine, max_new_tokens=max_new_tokens)
+    verdicts = [(group.query.metadata.get("category", "all"), group.rewards[0] >= 1.0) for group in groups]
+    by_category: dict[str, list[bool]] = defaultdict(list)
+    for category, right in (verdict for share in ranks.gather(verdicts) for verdict in share):
+        by_category[category].append(right)
+    return Accuracy(
+        overall=sum(map(sum, by_category.values())) / max(1, len(queries)),
+        by_category={category: sum(right) / len(right) for category, right in sorted(by_category.items())},
+        questions=len(queries),
+    )
+
+
+@contextmanager
+def open_model(config: Config, folder: str, ranks: Ranks, encoder: PromptEncoder) -> Iterator[AnsweringModel]:
+    """The engine and the checker of a model, until the end of the context (on every rank).
+
+    Args:
+        config: `rollout` and `reward`; see `fit_model`.
+        folder: of the model in Hugging Face format, or its name.
+        ranks: all of them.
+        encoder: of its prompts.
+    """
+    with ExitStack() as stack:
+        checker = stack.enter_context(AnswerChecker(config.reward))
+        rollout = make_engine(config, folder, **vars(ranks))
+        stack.callback(rollout.close)
+        yield AnsweringModel(rollout, encoder, checker)
+
+
+@contextmanager
+def ranks_of_torchrun(timeout_s: float) -> Iterator[Ranks]:
+    """The ranks that torchrun started, joined until the end of the context; without torchrun a single one."""
+    if "RANK" not in os.environ:
+        yield Ranks(0, 1, 0)
+        return
+    try:
+        yield distributed.start(timeout_s)
+    finally:
+        distributed.stop()
+
+
+def sample(queries: list[Query], limit: int | None) -> list[Query]:
+    """`limit` of the queries at random, the same ones every time and in their order; all without a limit."""
+    if limit is None or limit >= len(queries):
+        return queries
+    return [queries[i] for i in sorted(random.Random(0).sample(range(len(queries)), limit))]
+
+
+def fit_model(config: Config, checkpoint: str, triggers: Sequence[Trigger] = ()) -> Config:
+    """The engine's settings: prompts within the model's positions, and room for a second pass if there are triggers.
+
+    Raises:
+        ConfigError: a model that cannot be read, or of another kind; the answers alone fill its positions.
+    """
+    from transformers import AutoConfig
+
+    try:
+        model = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:  # what is wrong with files from elsewhere surfaces as anything
+        raise ConfigError(f"checkpoint {checkpoint} cannot be read: {one_line(error)}") from error
+    family_of(model.model_type, f"checkpoint {checkpoint}")
+    positions = model.get_text_config().max_position_embeddings  # prompt and answer together
+    longest = config.rollout.max_new_tokens
+    if triggers:
+        longest = 2 * longest + max(len(trigger.token_ids) for trigger in triggers)
+    if longest >= positions:
+        raise ConfigError(
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt: answers take "
+            f"{longest} tokens and the model has {positions} positions; lower it"
+        )
+    data = dataclasses.replace(config.data, max_prompt_tokens=min(config.data.max_prompt_tokens, positions - longest))
+    return dataclasses.replace(config, data=data, rollout=dataclasses.replace(config.rollout, max_new_tokens=longest))

@@ -1,0 +1,85 @@
+"""The settings of an evaluation: those that shape answers, and those that a run's checkpoint brings along.
+
+torch is not imported here: mistakes are reported before anything slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from rethinker.config import Config, ConfigError
+from rethinker.doctor import how_to_install
+from rethinker.settings import flat, read_yaml_file, resolve_config
+
+Mode = Literal["normal", "forced", "oracle"]
+"""Plain greedy answers; a second pass after every first answer; only after wrong ones (an upper bound)."""
+
+# What a checkpoint inherits from the run's config.yaml: how the model was asked.
+INHERITED = ("data.prompt", "data.system", "data.min_pixels", "data.max_pixels", "policy.dtype", "rollout.backend")
+INHERITED += ("rollout.max_new_tokens", "rollout.kv_cache_gb")
+# What a result records, since its answers depend on it.
+RECORDED = ("data.prompt", "data.system", "data.min_pixels", "data.max_pixels", "data.max_images", "policy.dtype")
+RECORDED += ("rollout.backend", "rollout.max_new_tokens", "reward.function")
+# All that an evaluation takes; the others are about training.
+SETTINGS = (*RECORDED, "rollout.gpu_memory_utilization", "rollout.kv_cache_gb", "rollout.tensor_parallel_size")
+SETTINGS += ("rollout.timeout_s", "data.max_prompt_tokens", "data.max_image_pixels", "rethink.triggers")
+SETTINGS += ("reward.workers", "reward.timeout_s", "reward.memory_gb")
+
+
+def eval_config(checkpoint: str, overrides: Sequence[str]) -> Config:
+    """The settings of an evaluation: settings.yaml beside this file, the run's own, the command line.
+
+    Raises:
+        ConfigError: a setting that is unknown, wrong, or of no use here; a package that is missing.
+    """
+    base = Path(__file__).with_suffix(".yaml")
+    resolve_config(base, overrides)  # names the unknown ones
+    for option in overrides:
+        key = option.removeprefix("--").partition("=")[0]
+        if option.startswith("--") and not key.startswith(SETTINGS):
+            raise ConfigError(f"{key} has no effect on an evaluation; settings that do: {', '.join(SETTINGS)}")
+    inherited = [f"--{key}={value}" for key, value in run_settings(checkpoint).items()]
+    config = resolve_config(base, [*inherited, *overrides])
+    config.policy.model = checkpoint
+    check_engine(config, "rethinker eval", "scipy")
+    return config
+
+
+def check_engine(config: Config, command: str, *packages: str) -> None:
+    """Report what keeps a command from asking a model anything: a recording as the engine, or missing packages.
+
+    Raises:
+        ConfigError: naming the setting or the package, and the fix.
+    """
+    if config.rollout.backend == "recorded":
+        raise ConfigError("rollout.backend=recorded has no new answers; use vllm or hf")
+    for package in ("transformers", "pyarrow", "PIL", *packages):
+        if find_spec(package) is None:
+            raise ConfigError(f"{command} needs the package {package}: {how_to_install(package)}")
+    if config.rollout.backend == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(
+            f"rollout.backend=vllm needs the package vllm: {how_to_install('vllm')}; or add --rollout.backend hf"
+        )
+
+
+def run_settings(checkpoint: str) -> dict[str, Any]:
+    """How a run asked its model, from the config.yaml above the run's checkpoint; {} for any other model."""
+    folder = Path(checkpoint).absolute().parent
+    path = folder.parent / "config.yaml"
+    content = read_yaml_file(path, str(path)) if folder.name == "checkpoints" and path.is_file() else {}
+    found: dict[str, Any] = {}
+    for key in INHERITED:
+        section, name = key.split(".")
+        part = content.get(section) if isinstance(content, dict) else None
+        value = part.get(name) if isinstance(part, dict) else None
+        if value is not None and value not in ("recorded", "server"):
+            found[key] = value
+    return found
+
+
+def recorded(config: Config, *further: str) -> dict[str, Any]:
+    """The values of RECORDED, and of further settings."""
+    return {key: value for key, value in flat(config).items() if key in (*RECORDED, *further)}

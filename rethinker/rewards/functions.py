@@ -1,0 +1,54 @@
+r"""Reward functions: the built-in check of the last `\boxed{}`, or a function in a file of the user's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from rethinker.config import ConfigError
+from rethinker.rewards.answers import compare, extract_boxed, math_equal
+from rethinker.runtime.user_code import user_function
+from rethinker.samples import Query
+
+RewardFunction = Callable[[str, str, Query], float]
+
+
+def context_of(query: Query | None) -> tuple[str, Any]:
+    """(question, options) that an answer is read in."""
+    if query is None:
+        return "", None
+    return query.question, query.metadata.get("choices") or query.metadata.get("options")
+
+
+def boxed_reward(response: str, answer: str, query: Query | None = None) -> float:
+    r"""1.0 if the last `\boxed{}` of the response holds the answer, else 0.0; a response without a box scores 0.
+
+    It may take arbitrarily long on hard mathematics, and raise whatever sympy raises on odd input: training asks an
+    AnswerChecker, which bounds and counts both.
+
+    Args:
+        response: what the model wrote.
+        answer: the expected answer, boxed or not; the rules are those of `answers`.
+        query: where options are found, in `metadata["choices"]` or in the question.
+    """
+    predicted, (question, choices) = extract_boxed(response), context_of(query)
+    if predicted is None:
+        return 0.0
+    return float(compare(predicted, answer, question=question, choices=choices, equal=math_equal))
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """The reward that `reward.function` names: `boxed`, or `path/to/file.py:function` taking (response, answer, query).
+
+    Raises:
+        ConfigError: no such file or function, a file that fails to import, or another signature.
+    """
+    function = user_function("reward.function", spec, {"boxed": boxed_reward})
+    try:
+        inspect.signature(function).bind("response", "answer", "query")
+    except TypeError as error:
+        raise ConfigError(f"reward.function={spec}: it must take (response, answer, query); {error}") from error
+    except ValueError:  # a builtin without a signature
+        pass
+    return function

@@ -1,0 +1,134 @@
+"""The worker's half of a weight sync: loads checkpoint tensors into vLLM's live model, and compares them.
+
+Loading is vLLM's own layerwise reload, by names of a Hugging Face checkpoint, so every model that vLLM loads from a
+checkpoint also syncs. Nothing of vLLM is patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from rethinker.rollout.weight_sync import Checksum, checksum
+
+
+def prepare_update(model: nn.Module, vllm_config: Any, names: list[str]) -> None:
+    """End an update that was broken off, and compare a checkpoint's names with the model's parameters.
+
+    Raises:
+        RuntimeError: a parameter, or a part of a fused one, would get no value; the weights have not been touched.
+    """
+    if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
+        finish_update(model, vllm_config)
+    if missing := _without_value(model, set(names)):
+        raise RuntimeError(
+            f"weight sync: the policy has no value for {len(missing)} of vLLM's parameters, the first {missing[0]}"
+        )
+
+
+def start_update(model: nn.Module, vllm_config: Any) -> None:
+    """Put the model into loading state."""
+    with set_current_vllm_config(vllm_config):
+        initialize_layerwise_reload(model)
+
+
+def load(model: nn.Module, vllm_config: Any, weights: list[tuple[str, torch.Tensor]]) -> None:
+    """Hand some tensors to the model's own checkpoint loader, which fuses and shards."""
+    with set_current_vllm_config(vllm_config):
+        model.load_weights(weights)
+
+
+def finish_update(model: nn.Module, vllm_config: Any) -> None:
+    """Put the new weights in place. On CPU a tied head keeps an old packed copy, which is packed again."""
+    with set_current_vllm_config(vllm_config):
+        finalize_layerwise_reload(model, vllm_config.model_config)
+        _repack_tied_heads(model)
+
+
+def first_difference(model: nn.Module, vllm_config: Any, sent: dict[str, Checksum]) -> str | None:
+    """The first of the policy's tensors, by checkpoint name, that differs from what a vLLM model computes with.
+
+    Reads what the model really multiplies with: on CPU the packed copy behind a linear layer, not a parameter that
+    was left behind. Needs unsharded weights (tensor_parallel_size 1), and checksums in the model's type.
+    """
+    for name, (digest, rows) in sent.items():
+        for live in _live_tensors(model, name):
+            # vLLM pads the vocabulary: rows beyond the checkpoint's are never read.
+            if checksum(live[:rows], vllm_config.model_config.dtype) != (digest, rows):
+                return name
+    return None
+
+
+def _without_value(model: nn.Module, names: set[str]) -> list[str]:
+    """The model's parameters, or parts of fused ones, that no checkpoint name in `names` fills."""
+    mapped = set(model.hf_to_vllm_mapper.apply_list(list(names)))
+    fused_parts = _fused_parts(model)
+    missing = []
+    for name, _ in model.named_parameters():
+        if name in mapped:
+            continue
+        parent, layer, leaf = name.rsplit(".", 2)
+        parts = [f"{parent}.{part}.{leaf}" for part in fused_parts.get(layer, [layer])]
+        missing += [part for part in parts if part not in mapped]
+    return missing
+
+
+def _fused_parts(model: nn.Module) -> dict[str, list[str]]:
+    """Names of fused layers and of their parts in a checkpoint; some models leave them to their language model."""
+    mappings = (getattr(module, "packed_modules_mapping", None) or {} for module in model.modules())
+    return {fused: parts for mapping in mappings for fused, parts in mapping.items()}
+
+
+def _live_tensors(model: nn.Module, name: str) -> Iterator[torch.Tensor]:
+    """What the engine holds of one checkpoint tensor: usually one tensor, two where a tied head has a packed copy."""
+    (mapped,) = model.hf_to_vllm_mapper.apply_list([name])
+    path, leaf = mapped.rsplit(".", 1)
+    parent_path, child = path.rsplit(".", 1)
+    parent = model.get_submodule(parent_path)
+    if hasattr(parent, child):
+        layer = getattr(parent, child)
+        yield _unpacked(layer, leaf)
+        yield from (_unpacked(head, leaf, packed_first=True) for head in _tied_heads(model, layer))
+        return
+    fused, part = next(
+        (fused, parts.index(child))
+        for fused, parts in _fused_parts(model).items()
+        if child in parts and hasattr(parent, fused)
+    )
+    layer = getattr(parent, fused)  # q, k and v, or gate and up, stacked along the rows
+    start = sum(layer.output_sizes[:part])
+    yield _unpacked(layer, leaf)[start : start + layer.output_sizes[part]]
+
+
+def _unpacked(layer: nn.Module, leaf: str, packed_first: bool = False) -> torch.Tensor:
+    """A layer's parameter; where vLLM's CPU kernels packed the weight, the packed one, read by multiplying with 1."""
+    tensor = getattr(layer, leaf)
+    if leaf != "weight" or not hasattr(layer, "cpu_linear") or (tensor.numel() and not packed_first):
+        return tensor.data
+    width = tensor.shape[1] if tensor.numel() else layer.input_size_per_partition
+    return layer.cpu_linear(torch.eye(width, dtype=tensor.dtype), tensor, None).T
+
+
+def _tied_heads(model: nn.Module, embedding: nn.Module) -> list[nn.Module]:
+    """The heads that share an embedding's weight but are modules of their own."""
+    if not isinstance(embedding, VocabParallelEmbedding):
+        return []
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, ParallelLMHead) and m is not embedding and m.weight is embedding.weight
+    ]
+
+
+def _repack_tied_heads(model: nn.Module) -> None:
+    """Pack tied heads' weights again: the reload packs the embedding's, and a head keeps the old copy (CPU)."""
+    for embedding in model.modules():
+        for head in _tied_heads(model, embedding):
+            head.quant_method.process_weights_after_loading(head)

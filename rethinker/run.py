@@ -1,0 +1,306 @@
+"""A run while it goes on: its parts, and what is not the flow of data, such as logs, clock and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rethinker.algorithm.replay import ReplayBuffer
+from rethinker.algorithm.selection import Batch
+from rethinker.checkpoint.checkpoint import Checkpoints
+from rethinker.checkpoint.resume import Progress, RunState, saved_state
+from rethinker.checkpoint.run_directory import RunDirectory
+from rethinker.checks import schedule_length
+from rethinker.config import Config
+from rethinker.data.datasets import load_queries
+from rethinker.data.images import check_images
+from rethinker.data.prompts import PromptEncoder, select_fitting
+from rethinker.data.streaming import open_stream
+from rethinker.embedded.files import as_files, model_folder
+from rethinker.episode import Episodes, score_again
+from rethinker.evaluation.answering import open_model, validate
+from rethinker.policy.engine import PolicyEngine
+from rethinker.policy.model import load_processor
+from rethinker.policy.throughput import model_flops_utilization, peak_memory_gb
+from rethinker.report.learning import learning_curve
+from rethinker.report.page import report_or_warning
+from rethinker.rollout.mismatch import check_mismatch
+from rethinker.runtime import distributed, signals
+from rethinker.runtime.display import Display
+from rethinker.runtime.host_memory import return_free_memory
+from rethinker.runtime.logs import RankLog
+from rethinker.runtime.ownership import collect
+from rethinker.runtime.profiling import PHASES, StepProfiler, phase
+from rethinker.runtime.signals import StopRequested
+from rethinker.runtime.watchdog import Watchdog
+from rethinker.samples import Accuracy, Group, Query, RunResult
+
+
+class Run:
+    """Opens all parts of a run on entry, on every rank, and closes them on exit."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.times: dict[str, float] = {}
+        """Seconds of each phase since the last step ended, as `time_<phase>_s`."""
+
+    def __enter__(self) -> Run:
+        with ExitStack() as stack:
+            self._open(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def _open(self, stack: ExitStack) -> None:
+        config = self.config
+        stream, questions = open_stream(as_files(config.data, "train"), config.seed)
+        held_out = load_held_out(config)
+        check_images([*stream.queries, *held_out], config.data)
+        self.total_steps = schedule_length(config, questions)
+        self.ranks = ranks = distributed.start(config.rollout.timeout_s)
+        stack.callback(distributed.stop)
+        config.run.name = ranks.broadcast(config.run.name)  # its default holds the time: ranks may read it differently
+        seed_everything(config.seed)
+
+        self.directory = stack.enter_context(RunDirectory(config, enabled=ranks.is_main))
+        self.folder = self.directory.folder
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", ranks, config.checkpoint)
+        stack.callback(self.checkpoints.close)
+        log = stack.enter_context(RankLog(self.folder / "logs", ranks.rank))
+        self._watchdog = stack.enter_context(Watchdog(config.run.stall_s, log, ranks.rank))
+        checkpoint = self.checkpoints.find(config.resume) if config.resume else None
+        saved = saved_state(checkpoint, config)
+        self.metrics: list[dict[str, Any]] = self.directory.open_logs(saved.get("log", {}))
+        model = checkpoint or initial_model(config, ranks)
+        self.encoder = PromptEncoder(load_processor(model), config.data)
+        self.held_out, _ = select_fitting(held_out, self.encoder)
+        reference = initial_model(config, ranks) if config.algorithm.kl_coef > 0 else None
+        budget_file = self.folder / "micro_batch_tokens.json"
+        self.policy = PolicyEngine(config, model, self.encoder, ranks, self.total_steps, reference, budget_file)
+        self.model = stack.enter_context(open_model(config, str(model), ranks, self.encoder))
+        self.rollout, self.checker = self.model.rollout, self.model.checker
+        self.episodes = Episodes(config, stream, self.encoder, self.rollout, self.checker, ranks)
+        stack.callback(self.episodes.close)
+        self.replay = ReplayBuffer(config.replay, config.seed, ranks.device)
+        self.progress = Progress()
+        self._state = RunState(config, ranks, self.progress, self.policy, self.episodes, self.replay, self.directory)
+        if checkpoint:
+            self._state.load(checkpoint, saved)
+        self.display = Display(self.total_steps, enabled=ranks.is_main, done=self.policy.steps)
+        self._profiler = StepProfiler(config.profile.steps, self.folder)
+        stack.callback(self._profiler.close)
+
+        stack.enter_context(signals.handled())  # until here there is nothing to save, and a signal ends the process
+        if checkpoint:
+            self.display.resumed(checkpoint)
+        else:
+            self.progress.before = self.progress.after = self.progress.best = self._validate(step=0)
+        self._saved_step = self.policy.steps if checkpoint else None
+        self._watchdog.step = self.policy.steps + 1
+        self._clock = time.perf_counter()
+
+    # Where the run stands
+
+    @property
+    def episode(self) -> int:
+        """The running episode, or between two the next one, from 0."""
+        return self.progress.episode
+
+    @property
+    def groups(self) -> list[Group]:
+        """The episode's groups that are rewarded and not trained on yet; empty between two episodes."""
+        return self.progress.groups
+
+    def unfinished(self) -> bool:
+        """Whether there is another step to do."""
+        return self.policy.steps < self.total_steps and (bool(self.groups) or self._may_sample())
+
+    def _may_sample(self) -> bool:
+        return self.progress.generated < (self.config.train.max_generated_tokens or math.inf)
+
+    # What the loop does, in its order
+
+    def begin_episode(self, groups: list[Group]) -> None:
+        """Take over an episode's groups, with rewards and advantages, to be trained on (collective).
+
+        Raises:
+            MismatchError: the rollout engine does not sample from the policy.
+        """
+        config, progress = self.config, self.progress
+        progress.generated += sum(group.sampled_tokens for group in groups)
+        progress.failed_checks = sum(self.ranks.gather(self.checker.failures.total()))
+        progress.mismatch = score_again(groups, self.policy, self.episodes.rethinker, config)
+        if config.run.save_completions:
+            self.directory.write_completions(progress.episode, collect(groups, self.ranks))
+        steps_left, per_step = (
+            self.total_steps - self.policy.steps,
+            config.train.batch_pairs // config.rollout.group_size,
+        )
+        progress.groups = groups[: steps_left * per_step]
+        another = len(progress.groups) // per_step < steps_left and self._may_sample()
+        if config.rollout.max_staleness and another:
+            self.episodes.begin(progress.episode + 1, self.policy.version, self.times)
+
+    def next_groups(self, n: int) -> list[Group]:
+        """The next n groups of the episode, which are trained on now."""
+        fresh, self.progress.groups = self.groups[:n], self.groups[n:]
+        return fresh
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around the optimizer step: its phase, and its trace if `profile.steps` asks for one."""
+        with phase("train", self.times), self._profiler.step(self.policy.steps + 1):
+            yield
+
+    def trained(self, fresh: list[Group], batch: Batch, update: dict[str, float]) -> None:
+        """Note what the step trained on and did.
+
+        Raises:
+            MismatchError: the rollout engine did not sample from the policy.
+        """
+        if self.progress.mismatch is None:  # the policy has not moved since the sync: both differ by rounding alone
+            self.progress.mismatch = update["old_kl"]
+            check_mismatch(self.progress.mismatch, self.config)
+        self._update = update
+        self._row = describe(self.policy.steps, self.progress, fresh, update) | batch.metrics(self.replay)
+        self._row |= {"left_out_queries": self.encoder.dropped.total(), "failed_checkpoints": self.checkpoints.failed}
+
+    def sync(self) -> AbstractContextManager[None]:
+        """Around the weight sync: its phase, once an episode that was begun ahead has left the engine."""
+        self.episodes.wait(self.times)
+        return phase("sync", self.times)
+
+    def end_episode(self) -> None:
+        """Validate, where `validation.every` says so, and keep the best policy."""
+        progress = self.progress
+        progress.episode += 1
+        return_free_memory()
+        if self.unfinished() and progress.episode % self.config.validation.every:
+            return
+        progress.after = accuracy = self._validate(self.policy.steps)
+        if accuracy and accuracy.overall > progress.best.overall:
+            progress.best = accuracy
+            self.checkpoints.save_best(self.policy.steps, self.policy.model_snapshot())
+        self._row["val_accuracy"] = accuracy and accuracy.overall
+
+    def end_step(self) -> None:
+        """Log the step, and save where `checkpoint.every` says so.
+
+        Raises:
+            StopRequested: on every rank, once the run is saved, if one of them was asked to stop.
+        """
+        now = time.perf_counter()
+        row = self._row | measure(self._update, self.policy, self.times, now - self._clock)
+        self._clock, self.times = now, {}
+        self.metrics.append(row)
+        self.directory.log(row)
+        self.display.step(row)
+        stops = self.ranks.any(signals.requested() is not None)
+        every = self.config.checkpoint.every
+        if stops or (every and self.policy.steps % every == 0):
+            with phase("checkpoint", self.times):
+                self._save()
+        self._watchdog.step = self.policy.steps + 1
+        if stops:
+            raise StopRequested
+
+    def finish(self) -> RunResult:
+        """Save what is not saved, and report what the run did, or how to go on where it was stopped."""
+        if self._saved_step != self.policy.steps:
+            self._save()
+        self.checkpoints.wait()
+        progress, folder = self.progress, self.folder / "checkpoints"
+        best = folder / ("best" if progress.best != progress.before and (folder / "best").exists() else "last")
+        result = RunResult(self.folder, self.metrics, best, progress.before, progress.after)
+        if self.unfinished():
+            self.display.stopped(signals.requested() or "stopped on another rank", self.policy.steps, self.folder)
+            return result
+        report = None
+        if self.ranks.is_main:
+            learning_curve([self.folder], self.folder / "learning.png")
+            report = report_or_warning(self.folder)
+        self.display.summary(result, report)
+        return result
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.policy.steps, self.policy.model_snapshot(), self._state.snapshot())
+        self._saved_step = self.policy.steps
+
+    def _validate(self, step: int) -> Accuracy | None:
+        """Greedy accuracy on the held-out questions, shown and logged; None without any."""
+        accuracy = None
+        if self.held_out:
+            longest = self.config.rollout.max_new_tokens
+            with phase("validation"):
+                accuracy = validate(self.held_out, self.model, self.ranks, longest)
+        self.display.validated(step, accuracy)
+        self.directory.log_validation(step, accuracy)
+        return accuracy
+
+
+def describe(step: int, progress: Progress, fresh: list[Group], update: dict[str, float]) -> dict[str, Any]:
+    """The step's metrics that do not depend on the clock; rewards and lengths are those of the fresh rollouts.
+
+    `rethink_*` are shares of the step's responses.
+    """
+    responses = sum(len(group.completions) for group in fresh)
+    return {
+        "step": step,
+        "episode": progress.episode,
+        "reward_mean": float(np.mean([reward for group in fresh for reward in group.rewards])),
+        "response_length_mean": float(np.mean([c.tokens for group in fresh for c in group.completions])),
+        "rethink_ratio": float(np.mean([cue for group in fresh for cue in group.rethinks])),
+        **{
+            f"rethink_{what}": sum(getattr(group.rethinking, what) for group in fresh) / responses
+            for what in ("forced", "kept", "fixed", "broken")
+        },
+        "val_accuracy": None,
+        "mismatch_kl": progress.mismatch,
+        "failed_checks": progress.failed_checks,
+        "generated_tokens": progress.generated,
+        **update,
+    }
+
+
+def measure(update: dict[str, float], policy: PolicyEngine, times: dict[str, float], step_s: float) -> dict[str, Any]:
+    """The step's speed: seconds since the last step by phase, tokens/s and MFU of training, memory."""
+    seconds = {f"time_{name}_s": times.get(f"time_{name}_s", 0.0) for name in PHASES}
+    training = seconds["time_train_s"]
+    return {
+        "tokens_per_s": update["train_tokens"] / training,
+        "mfu": model_flops_utilization(policy.policy.hf, update["train_tokens"], training, policy.ranks),
+        **seconds,
+        "step_s": step_s,
+        "peak_memory_gb": peak_memory_gb(),
+    }
+
+
+def load_held_out(config: Config) -> list[Query]:
+    """The validation questions: the first `validation.size` of a seeded shuffle, the same ones at every seed."""
+    if config.data.validation is None:
+        return []
+    queries = load_queries(as_files(config.data, "validation"), "validation", most=config.validation.size)
+    random.Random(0).shuffle(queries)
+    return queries[: config.validation.size]
+
+
+def initial_model(config: Config, ranks: distributed.Ranks) -> Path:
+    """Where training starts: policy.model, or the tiny model that rank 0 builds and warms up."""
+    return Path(ranks.broadcast(model_folder(config) if ranks.is_main else None))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch alike on every rank."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,0 +1,136 @@
+"""Embedded data sets as files: read as any other data set, the same questions as their packages have, never half."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rethinker.config import Config, ConfigError, DataConfig
+from rethinker.data.datasets import load_queries
+from rethinker.data.query_stream import QueryStream
+from rethinker.embedded import files
+from rethinker.embedded.digits import digits
+from rethinker.embedded.easy_vqa import easy_vqa
+from rethinker.embedded.files import as_files, model_folder
+from rethinker.samples import Query
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def use_cache(cache, monkeypatch):
+    monkeypatch.setenv("RETHINKER_CACHE", str(cache))
+
+
+def load(data: DataConfig, which: str):
+    return load_queries(as_files(data, which), which)
+
+
+@pytest.mark.parametrize(("name", "source"), [("easy_vqa", easy_vqa), ("digits", digits)])
+def test_the_files_hold_what_the_packages_hold(name, source):
+    """Ids, questions, answers, images and metadata, in their order; quickly, once the file is there."""
+    data = DataConfig(train=name, validation=name, fields={"question": "problem", "choices": "options"})
+    given = asdict(data)
+    assert load(data, "train") == source("train")
+    assert load(data, "validation") == source("test")
+    assert asdict(data) == given  # the user's words: what the run's config.yaml says
+    start = time.process_time()
+    load(data, "train")
+    assert time.process_time() - start < 4
+
+
+def test_easy_vqa():
+    """Both splits, stable ids, three categories, images that exist."""
+    train, test = easy_vqa("train"), easy_vqa("test")
+    assert (len(train), len(test)) == (38575, 9673)
+    assert train[123].id == "easy_vqa/train/123" and test[0].id == "easy_vqa/test/0"
+    assert len({q.id for q in train + test}) == len(train) + len(test)
+    for query in train[::500] + test[::500]:
+        (path,) = query.images
+        assert Path(path).stem == str(query.metadata["image_id"]) and Image.open(path).size == (64, 64)
+    answers = {}
+    for query in train:
+        answers.setdefault(query.metadata["category"], set()).add(query.answer)
+    assert answers["yes/no"] == {"yes", "no"} and answers["shape"] == {"circle", "rectangle", "triangle"}
+    assert "red" in answers["color"] and set(answers) == {"yes/no", "shape", "color"}
+
+
+def test_embedded_data_can_be_split():
+    """No image on both sides; the sides are those of the images' own names, wherever the package is installed."""
+    data = DataConfig(validation="split")
+    train, validation = load(data, "train"), load(data, "validation")
+    assert len(train) + len(validation) == 38575 and len(validation) == 816
+    assert not {q.images for q in train} & {q.images for q in validation}
+
+
+def test_embedded_data_as_a_source(tmp_path):
+    """Beside a data set with columns of its own; categories can be weighted."""
+    (tmp_path / "own.jsonl").write_text('{"problem": "2 + 2?", "answer": "4", "options": ["3", "4"]}\n')
+    sources = {"a": {"train": "digits"}, "b": {"train": str(tmp_path / "own.jsonl")}}
+    fields = {"question": "problem", "choices": "options"}
+    *of_digits, own = load(DataConfig(train="sources", sources=sources, fields=fields), "train")
+    assert [query.id for query in of_digits] == [f"a/{query.id}" for query in digits("train")]
+    assert (own.id, own.question, own.metadata) == ("b/0", "2 + 2?", {"choices": ["3", "4"]})
+    stream = QueryStream(of_digits, seed=0, category_weights={"read": 0.5, "add": 0.5})
+    assert Counter(query.metadata["category"] for query in stream.next(100)) == {"read": 50, "add": 50}
+
+
+@pytest.mark.parametrize("name", ["esay_vqa", "easy-vqa", "digit"])
+def test_a_misspelt_name(name):
+    """The nearest one is named; other words are left to `data/`."""
+    with pytest.raises(ConfigError, match=rf"data\.train={name}: .* did you mean (easy_vqa|digits)\?"):
+        as_files(DataConfig(train=name), "train")
+    with pytest.raises(ConfigError, match=rf"data\.validation={name}: .* did you mean"):
+        as_files(DataConfig(validation=name), "validation")
+    for other in ("owner/digits", "digits.jsonl", "squad", None):
+        assert as_files(DataConfig(validation=other), "validation").validation == other
+
+
+def test_without_the_package(monkeypatch):
+    """The error names the setting and the package to install."""
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"data\.train=digits needs the package scikit-learn: pip install"):
+        as_files(DataConfig(train="digits"), "train")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    """One line with the variable to set."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RETHINKER_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"RETHINKER_CACHE=.*data\.train=easy_vqa .* set RETHINKER_CACHE"):
+        as_files(DataConfig(), "train")
+
+
+def test_several_at_once(tmp_path, monkeypatch):
+    """Ranks that find no file each write it whole; another version of the package has another file."""
+    monkeypatch.setenv("RETHINKER_CACHE", str(tmp_path))
+    monkeypatch.setitem(files.DATA_SETS, "digits", (few, "sklearn", "scikit-learn"))
+    asked = (DataConfig(train="digits"), "train")
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        found = pool.starmap(load, [asked] * 3)
+    assert found == [few("train")] * 3 and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(files, "version", lambda name: "another")
+    load(*asked)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def few(split: str):
+    return [Query(f"{split}/{i}", f"{i}?", "1", ({"bytes": b"1"},) * i, {"category": "a"}) for i in range(3)]
+
+
+def test_a_model_of_ones_own_is_its_folder(tmp_path, monkeypatch):
+    """And a name on the hub is that name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = Config()
+    for name, folder in (("~/model", f"{tmp_path}/model"), ("owner/name", "owner/name")):
+        config.policy.model = name
+        assert model_folder(config) == folder
