@@ -7,17 +7,14 @@ V vocabulary, D hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
-
-import torch
 
 from rethinker.checks import lora_targets
 from rethinker.config import Config, ConfigError, one_line
 from rethinker.plan.activations import text_activations, vision_activations
 from rethinker.plan.shapes import Shape
 from rethinker.policy.attention import kernel_for
-from rethinker.policy.zero3 import zero3_settings
+from rethinker.policy.zero3 import deepspeed_config
 from rethinker.rollout.weight_sync import BUCKET_BYTES
 from rethinker_kernels import torch_rows
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_bytes
@@ -53,8 +50,7 @@ def zero3(config: Config, ranks: int, on_gpu: bool) -> tuple[Any, int]:
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    device = torch.device("cuda" if on_gpu else "cpu")
-    settings = zero3_settings(config, SimpleNamespace(device=device, world_size=ranks))
+    settings = deepspeed_config(config, ranks, on_gpu)
     try:
         zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     except ValueError as error:
