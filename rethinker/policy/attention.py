@@ -92,8 +92,7 @@ def lay_out(batch: PackedBatch, kernel: str) -> Layout:
 
 
 def _shared(batch: PackedBatch) -> Visible:
-    """Prompts and responses see themselves, causally; a prompt's responses, which stand behind one another and behind
-    it, see the prompt besides."""
+    """Prompts and responses see themselves, causally; a prompt's responses, which follow it in the row, see it too."""
     prompt, response = batch.prompt_id, batch.response_id
     change = (prompt[1:] != prompt[:-1]) | (response[1:] != response[:-1])
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.nonzero(change)[:, 0] + 1])

@@ -6,7 +6,7 @@ Every method is collective: all ranks call it with the same samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +254,9 @@ class PolicyEngine:
         normalizer = loss_normalizer(samples, config.algorithm, config.rollout.max_new_tokens)
         nll_weight = supervised_weight(samples, config.rethink.supervised_weight)
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.ranks.device)
-        for batch in self._micro_batches(plan, nll_weight):
+        for bundles in fetch(plan, self.ranks):
+            with phase("pack"):
+                batch = self._pack(bundles, config.algorithm.rollout_correction, nll_weight)
             with phase("forward"):
                 reference = self._reference_logps(batch)
                 objective = loss_inputs(self.loss, batch, config.algorithm, normalizer, reference)
@@ -267,12 +269,6 @@ class PolicyEngine:
             with torch.no_grad():
                 sums += torch.cat([stats, self._extra_sums(loss, logps, batch)])
         return sums
-
-    def _micro_batches(self, plan: Plan, nll_weight: float) -> Iterator[PackedBatch]:
-        for bundles in fetch(plan, self.ranks):
-            with phase("pack"):
-                batch = self._pack(bundles, self.config.algorithm.rollout_correction, nll_weight)
-            yield batch
 
     def _pack(self, bundles: list[Bundle], correction_cap: float | None, nll_weight: float) -> PackedBatch:
         return pack(

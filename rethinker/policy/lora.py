@@ -116,12 +116,11 @@ def save(folder: Path, model: nn.Module, state: dict[str, torch.Tensor], base: s
     """Write adapters that `peft.PeftModel.from_pretrained` loads.
 
     Args:
-        folder: is made.
+        folder: is made, with its parents.
         model: with adapters.
         state: `adapter_parameters`, whole and on the CPU.
         base: the model that they belong to; a folder is named by its whole path.
     """
-    folder.mkdir(exist_ok=True)
     config = copy.copy(model.peft_config[_NAME])
     config.base_model_name_or_path, config.inference_mode = _whole_name(base), True
     config.save_pretrained(folder)
