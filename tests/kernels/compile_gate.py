@@ -31,7 +31,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import rethinker_kernels as ops
-from rethinker_kernels import linear, linear_loss, merge_attention
+from rethinker_kernels import linear, merge_attention
 from rethinker_kernels.triton_kernels import exponentials, log_softmax, scaled, tiles
 from rethinker_kernels.triton_kernels import linear_loss as loss_kernels
 from rethinker_kernels.triton_kernels import merge_attention as merge_kernels
@@ -157,7 +157,7 @@ class Launches:
             hidden = torch.empty(ROWS, 16, dtype=dtype, requires_grad=True)
             weight = torch.empty(VOCABULARY, 16, dtype=dtype, requires_grad=True)
             for fused in (False, True)[: 1 + (dtype == torch.bfloat16)]:
-                linear.takes_exponentials = linear_loss.takes_exponentials = lambda *_, fused=fused: fused
+                linear.takes_exponentials = lambda *_, fused=fused: fused
                 kind = ", exponentials" * fused
                 self.name = f"linear log-softmax, {short}{kind}"
                 for entropy in (False, True):
@@ -167,7 +167,7 @@ class Launches:
                     self.name = f"linear grpo{' + kl' * bool(kl_coef)}, {short}{kind}"
                     more = {"kl_coef": kl_coef, "ref_logps": values, "nll_weights": values}
                     ops.linear_grpo_loss(hidden, weight, index, values, values, **more, **surrogate)[0].backward()
-            linear.takes_exponentials = linear_loss.takes_exponentials = lambda *_: False
+            linear.takes_exponentials = lambda *_: False
             for width in (64, 80, 128):
                 self.name = f"merge attention, {short}, heads of {width}"
                 out, lse = torch.empty(ROWS, 4, width, dtype=dtype), torch.empty(4, ROWS)

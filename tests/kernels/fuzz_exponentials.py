@@ -15,7 +15,6 @@ from rethinker_kernels import (
     devices,
     linear,
     linear_grpo_loss,
-    linear_loss,
     linear_policy_loss,
     linear_selective_log_softmax,
     reference,
@@ -31,8 +30,7 @@ def products(monkeypatch):
     """How many products each test made; several chunks each."""
     if DEVICE.type == "cpu":
         one = lambda hidden, weight, bias, temperatures, temperature: bias is None and temperatures is None  # noqa: E731
-        for module in (linear, linear_loss):
-            monkeypatch.setattr(module, "takes_exponentials", one)
+        monkeypatch.setattr(linear, "takes_exponentials", one)
     elif torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU: others have fp32 logits")
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: (16, 24))
