@@ -31,7 +31,7 @@ def cispo(logps, rows, clip_high):
 
 def breaks(logps, rows):
     calls.append(len(logps))
-    return cispo(logps, rows, 0.2) * (1.0 if len(calls) < 9 else float("nan"))
+    return cispo(logps, rows, 0.2) * (1.0 if len(calls) < 5 else float("nan"))
 """
 """Losses of the user's own; the second is in order when it is tried, and not in training."""
 
