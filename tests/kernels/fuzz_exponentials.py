@@ -61,7 +61,7 @@ def compare(plain, got, want) -> None:
         torch.testing.assert_close(got, want, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 33])
+@pytest.mark.parametrize("rows", [1, 33])
 @pytest.mark.parametrize(("vocabulary", "width"), [(1, 8), (31, 16), (129, 40), (500, 24)])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs(rows, vocabulary, width, temperature):
