@@ -73,6 +73,11 @@ class Form:
         return "logits" in self.signature and self.kernel is not log_softmax.combine_kernel
 
     @property
+    def copies_heads(self) -> bool:
+        """Whether it reads and writes whole heads of a usual width, in 16 bits."""
+        return self.name.startswith("merge attention, bf16") and not self.name.endswith("80")
+
+    @property
     def element_size(self) -> int:
         """Bytes of a logit."""
         return 4 if self.signature["logits"] == "*fp32" else 2
@@ -209,13 +214,16 @@ def measure(form: Form, capability: int) -> dict[str, Any]:
         estimated = capability == 90 and form.name and form.reads_rows
         sass = _output(tool("cuobjdump"), "--dump-sass", cubin.name) if estimated else ""
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
+    loads, stores = (
+        re.findall(rf"{kind}\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"]) for kind in ("ld", "st")
+    )
     return {
         "registers": found["REG"],
         "stack": found["STACK"],  # spilled registers lie there, too
         "local": found["LOCAL"],
         "shared": compiled.metadata.shared,
         "widest": max((int(count or 1) * int(bits) // 8 for count, bits in loads), default=0),
+        "stored": max((int(count or 1) * int(bits) // 8 for count, bits in stores), default=0),
         "work": work_per_logit(sass, form.element_size) if estimated else None,
     }
 
@@ -266,6 +274,8 @@ def faults(form: Form, capability: int, found: dict[str, Any]) -> list[str]:
         wrong.append(f"shared memory {found['shared']} of {SHARED_MEMORY[capability]}")
     if form.name and form.reads_rows and found["widest"] < 16:
         wrong.append(f"loads of {found['widest']} bytes")
+    if form.copies_heads and min(found["widest"], found["stored"]) < 16:
+        wrong.append(f"loads of {found['widest']} and stores of {found['stored']} bytes")
     return wrong
 
 
