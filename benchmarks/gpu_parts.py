@@ -61,7 +61,7 @@ PARTS = (
             PYTEST + " {workers} -m gpu {gpu_tests} -k 'not fuzz_on and not sanitizer' --junitxml {out}/gpu_tests.xml",
         ),
         (
-            "TRITON_INTERPRET=1 " + PYTEST + " tests/kernels/fuzz_triton.py -k 'near and uniform and 7-129 or test_k3' "
+            "TRITON_INTERPRET=1 " + PYTEST + " tests/kernels/fuzz_triton.py -k 'near and uniform and 7-129 or of_k3' "
             "--junitxml {out}/fuzz.xml",
             PYTEST + " -m gpu {gpu_tests} --junitxml {out}/gpu_tests.xml",
         ),

@@ -49,7 +49,7 @@ TILES: tuple[dict[str, int], ...] = (
 @contextmanager
 def chunk_rows(logits: int, gradient: int) -> Iterator[None]:
     """The head's ops make the logits of so many rows at a time, and multiply the gradient of so many."""
-    with mock.patch.object(linear, "chunks_of", lambda hidden, weight: (min(logits, gradient), gradient)):
+    with mock.patch.object(linear.Head, "chunks", (min(logits, gradient), gradient)):
         yield
 
 
@@ -100,7 +100,7 @@ def sweep_chunks(
     """`linear_grpo_loss`, forward and backward, by the rows of a chunk; None: the op's own choice."""
     inputs = head_inputs(rows, *head, device)
     step = loss_step(grpo_of(ours))(inputs)
-    own = linear.chunks_of(inputs["hidden"], inputs["weight"])
+    own = linear.Head(inputs["hidden"], inputs["weight"], None, inputs["index"], None, 1.0).chunks
     results = [{"logits_rows": None, "gradient_rows": None, "own_choice": own, **measure(step, REPEATS)}]
     if takes_exponentials(inputs["hidden"], inputs["weight"], None, None, 1.0):
         logits = logits[:1]  # there are none

@@ -6,6 +6,7 @@ Legend: R rows (response tokens), C rows of a chunk, D hidden size, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_rows
 from rethinker_kernels.devices import processors, row_kernels, takes_exponentials
 from rethinker_kernels.log_softmax import split_temperature
 from rethinker_kernels.torch_rows import slices
+
+if TYPE_CHECKING:
+    from rethinker_kernels.triton_kernels.exponentials import Exponentials
 
 
 def linear_selective_log_softmax(
@@ -51,9 +55,60 @@ def linear_selective_log_softmax(
     """
     check_linear(hidden, weight, bias)
     check_index(index, hidden.shape[:1], hidden.device)
-    temperatures, temperature = split_temperature(check_temperature(temperature, index))
-    logps, entropies, _ = log_softmax_op(hidden, weight, bias, index, temperatures, temperature, return_entropy)
+    head = Head(hidden, weight, bias, index, *split_temperature(check_temperature(temperature, index)))
+    logps, entropies, _ = log_softmax_op(*head, return_entropy)
     return (logps, entropies) if return_entropy else logps
+
+
+class Head(NamedTuple):
+    """What makes log-probs of chosen tokens, as torch ops take it; arguments of `linear_selective_log_softmax`."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    index: Tensor
+    temperatures: Tensor | None
+    """[R], or None where all rows have the same `temperature`."""
+    temperature: float
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """`chunk_rows` of these tensors on their device."""
+        hidden = self.hidden
+        return chunk_rows(hidden.shape[0], *self.weight.shape[::-1], hidden.element_size(), processors(hidden.device))
+
+    @property
+    def takes_exponentials(self) -> bool:
+        """`devices.takes_exponentials` of these tensors."""
+        return takes_exponentials(self.hidden, self.weight, self.bias, self.temperatures, self.temperature)
+
+    def exponentials(self, rows: slice, out: Tensor | None) -> Exponentials:
+        """The product of these rows as exponentials, into `out` [C, V] if they are wanted."""
+        from rethinker_kernels.triton_kernels.exponentials import Exponentials
+
+        return Exponentials(self.hidden[rows], self.weight, self.index[rows], self.temperature, out)
+
+    def chosen(self, rows: slice) -> tuple[Tensor, Tensor | None, float]:
+        """Tokens and temperatures of these rows, as the row kernels take them."""
+        return self.index[rows], at(self.temperatures, rows), self.temperature
+
+    def logits(self, rows: slice, out: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """(part of the rows, its logits [B, V] in fp32 or fp64, its rows of `out`) for all `rows`.
+
+        The logits may be overwritten, and are by the next part. Where `out` [C, V] is as wide, they are in its place.
+        """
+        hidden, weight, bias = self.hidden, self.weight, self.bias
+        size, _ = self.chunks
+        in_place = out is not None and out.dtype == wide(hidden)
+        shape = (0 if in_place else min(size, rows.stop - rows.start), weight.shape[0])
+        buffer = hidden.new_empty(shape, dtype=wide(hidden))
+        for part in slices(rows.start, rows.stop, size):
+            into = None if out is None else out[part.start - rows.start : part.stop - rows.start]
+            logits = into if in_place else buffer[: part.stop - part.start]
+            if bias is not None:
+                logits.copy_(bias)
+            product(hidden[part], weight.t(), out=logits, add=bias is not None)
+            yield part, logits, into
 
 
 class Gradients:
@@ -62,9 +117,9 @@ class Gradients:
     Those of weight and bias are sums over all rows: fp32 until `narrowed`.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> None:
-        self.inputs, self.needs = (hidden, weight, bias), needs
-        self.hidden = hidden.new_empty(hidden.shape if needs[0] else 0)
+    def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
+        self.head, self.needs = head, needs
+        self.hidden = head.hidden.new_empty(head.hidden.shape if needs[0] else 0)
         self.weight = self.bias = None
 
     def accumulate(self, fill: Callable[[slice, Tensor], Tensor | None]) -> None:
@@ -72,15 +127,39 @@ class Gradients:
 
         It may leave a factor per row out of them, and return it: fp32 [C].
         """
-        hidden, weight, _ = self.inputs
-        _, size = chunks_of(hidden, weight)
+        hidden, weight = self.head[:2]
+        _, size = self.head.chunks
         buffer = hidden.new_empty(min(size, hidden.shape[0]), weight.shape[0])
         for rows in slices(0, hidden.shape[0], size):
             grad_logits = buffer[: rows.stop - rows.start]
             self._add(rows, grad_logits, fill(rows, grad_logits))
 
+    def accumulate_log_softmax(
+        self, saved: Tensor, entropies: Tensor, grad_logps: Tensor | None, grad_entropies: Tensor | None
+    ) -> None:
+        """Take in those of log-probs and entropies, whose own gradients [R] may be None.
+
+        Args: `saved` and `entropies` are `log_softmax_op`'s.
+        """
+        head, kernels = self.head, row_kernels(self.head.hidden)
+        if grad_entropies is None:
+            entropies = None
+
+        def fill_exponentials(rows: slice, out: Tensor) -> Tensor:
+            e = head.exponentials(rows, out)
+            e.repeat(saved[:, rows])
+            return e.close(grad_logps[rows])
+
+        def fill(rows: slice, out: Tensor) -> None:
+            for here, logits, into in head.logits(rows, out):
+                upstream = at(entropies, here), at(grad_logps, here), at(grad_entropies, here)
+                kernels.gradient_rows(logits, *head.chosen(here), saved[:, here].contiguous(), *upstream, out=into)
+
+        log_probs_alone = grad_logps is not None and grad_entropies is None
+        self.accumulate(fill_exponentials if log_probs_alone and head.takes_exponentials else fill)
+
     def _add(self, rows: slice, grad_logits: Tensor, factors: Tensor | None) -> None:
-        hidden, weight, bias = self.inputs
+        hidden, weight, bias = self.head[:3]
         if self.needs[0] and factors is None:
             torch.mm(grad_logits, weight, out=self.hidden[rows])
         elif self.needs[0]:
@@ -102,7 +181,7 @@ class Gradients:
     def wide(self) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden's in its own type, weight's and bias's in fp32 (or fp64)."""
         sums = []
-        for x, need, total in zip(self.inputs[1:], self.needs[1:], (self.weight, self.bias), strict=True):
+        for x, need, total in zip(self.head[1:3], self.needs[1:], (self.weight, self.bias), strict=True):
             if not need:
                 total = self.hidden.new_empty(0)
             sums.append(x.new_zeros(x.shape, dtype=wide(x)) if total is None else total)
@@ -111,31 +190,6 @@ class Gradients:
     def narrowed(self) -> tuple[Tensor, Tensor, Tensor]:
         """All in the type of the inputs."""
         return tuple(gradient.to(self.hidden.dtype) for gradient in self.wide())
-
-
-def chunks_of(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
-    """`chunk_rows` of these tensors on their device."""
-    return chunk_rows(hidden.shape[0], *weight.shape[::-1], hidden.element_size(), processors(hidden.device))
-
-
-def logits_of(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice, out: Tensor | None = None
-) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """(part of the rows, its logits [B, V] in fp32 or fp64, its rows of `out`) for all `rows`.
-
-    The logits may be overwritten, and are by the next part. Where `out` [C, V] is as wide, they are in its place.
-    """
-    size, _ = chunks_of(hidden, weight)
-    in_place = out is not None and out.dtype == wide(hidden)
-    shape = (0 if in_place else min(size, rows.stop - rows.start), weight.shape[0])
-    buffer = hidden.new_empty(shape, dtype=wide(hidden))
-    for part in slices(rows.start, rows.stop, size):
-        into = None if out is None else out[part.start - rows.start : part.stop - rows.start]
-        logits = into if in_place else buffer[: part.stop - part.start]
-        if bias is not None:
-            logits.copy_(bias)
-        product(hidden[part], weight.t(), out=logits, add=bias is not None)
-        yield part, logits, into
 
 
 def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
@@ -175,24 +229,21 @@ def log_softmax_op(
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [R], entropies [R] ([0] if not asked for) and what the backward pass needs [2, R]."""
-    kernels = row_kernels(hidden)
-    rows = hidden.shape[0]
+    head, kernels, rows = Head(hidden, weight, bias, index, temperatures, temperature), row_kernels(hidden), len(hidden)
     logps = hidden.new_empty(rows, dtype=wide(hidden))
     entropies = logps.new_empty(rows if return_entropy else 0)
     saved = logps.new_empty(2, rows)
-    if takes_exponentials(hidden, weight, bias, temperatures, temperature):
-        from rethinker_kernels.triton_kernels.exponentials import Exponentials
 
-        for here in slices(0, rows, chunks_of(hidden, weight)[1]):
-            e = Exponentials(hidden[here], weight, index[here], temperature, None)
-            logps[here], entropy, saved[:, here] = e.measure(None, return_entropy)
-            if return_entropy:
-                entropies[here] = entropy
-        return logps, entropies, saved
-    for here, logits, _ in logits_of(hidden, weight, bias, slice(0, rows)):
-        logps[here], entropy, saved[:, here] = kernels.forward_rows(
-            logits, index[here], at(temperatures, here), temperature, return_entropy
-        )
+    def measured() -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
+        if head.takes_exponentials:
+            for here in slices(0, rows, head.chunks[1]):
+                yield here, head.exponentials(here, None).measure(None, return_entropy)
+        else:
+            for here, logits, _ in head.logits(slice(0, rows)):
+                yield here, kernels.forward_rows(logits, *head.chosen(here), return_entropy)
+
+    for here, (logp, entropy, kept) in measured():
+        logps[here], saved[:, here] = logp, kept
         if return_entropy:
             entropies[here] = entropy
     return logps, entropies, saved
@@ -221,64 +272,16 @@ def log_softmax_backward_op(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    given = (hidden, weight, bias, index, temperatures, temperature)
-    gradients = Gradients(hidden, weight, bias, (needs_hidden, needs_weight, needs_bias))
-    add_gradients(gradients, *given, saved, entropies, grad_logps, grad_entropies)
+    head = Head(hidden, weight, bias, index, temperatures, temperature)
+    gradients = Gradients(head, (needs_hidden, needs_weight, needs_bias))
+    gradients.accumulate_log_softmax(saved, entropies, grad_logps, grad_entropies)
     return gradients.narrowed()
-
-
-def add_gradients(
-    gradients: Gradients,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    saved: Tensor,
-    entropies: Tensor,
-    grad_logps: Tensor | None,
-    grad_entropies: Tensor | None,
-) -> None:
-    """Take in those of the log-probs and entropies, whose own gradients [R] may be None."""
-    kernels = row_kernels(hidden)
-
-    def fill_exponentials(rows: slice, out: Tensor) -> Tensor:
-        from rethinker_kernels.triton_kernels.exponentials import Exponentials
-
-        e = Exponentials(hidden[rows], weight, index[rows], temperature, out)
-        e.repeat(saved[:, rows])
-        return e.close(grad_logps[rows])
-
-    def fill(rows: slice, out: Tensor) -> None:
-        for here, logits, into in logits_of(hidden, weight, bias, rows, out):
-            kernels.gradient_rows(
-                logits,
-                index[here],
-                at(temperatures, here),
-                temperature,
-                saved[:, here].contiguous(),
-                entropies[here] if grad_entropies is not None else None,
-                at(grad_logps, here),
-                at(grad_entropies, here),
-                out=into,
-            )
-
-    log_probs_alone = grad_logps is not None and grad_entropies is None
-    fused = log_probs_alone and takes_exponentials(hidden, weight, bias, temperatures, temperature)
-    gradients.accumulate(fill_exponentials if fused else fill)
 
 
 @log_softmax_backward_op.register_fake
 def _(hidden, weight, bias, *rest):
-    return fake_gradients((hidden, weight, bias), rest[-3:], (hidden.dtype,) * 3)
-
-
-def fake_gradients(inputs, needs, dtypes):
-    return tuple(
-        x.new_empty(x.shape, dtype=dtype) if need else inputs[0].new_empty(0)
-        for x, need, dtype in zip(inputs, needs, dtypes, strict=True)
-    )
+    needed = zip((hidden, weight, bias), rest[-3:], strict=True)
+    return tuple(torch.empty_like(x) if need else hidden.new_empty(0) for x, need in needed)
 
 
 def _setup_log_softmax(ctx, inputs, output) -> None:

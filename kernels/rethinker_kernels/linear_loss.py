@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from rethinker_kernels import linear, reference
 from rethinker_kernels.arguments import check_index, check_linear, check_temperature, check_vector, wide
-from rethinker_kernels.devices import row_kernels, takes_exponentials, takes_triton
-from rethinker_kernels.linear import Gradients, at, logits_of
+from rethinker_kernels.devices import row_kernels, takes_triton
+from rethinker_kernels.linear import Gradients, Head, at
 from rethinker_kernels.log_softmax import split_temperature
 from rethinker_kernels.losses import Loss, Objective, split_options
 from rethinker_kernels.scaled import scaled
@@ -89,16 +89,16 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, index, temperature, objective, nll_weights, needs):
-        head = (hidden, weight, bias, index, *split_temperature(check_temperature(temperature, index)))
+        head = Head(hidden, weight, bias, index, *split_temperature(check_temperature(temperature, index)))
         nll_weights = None if nll_weights is None else nll_weights.detach().to(wide(hidden)).contiguous()
         if any(needs) and not objective.whole_sequences:
-            logps, entropies, gradients = one_pass(*head, objective, nll_weights, needs)
+            logps, entropies, gradients = one_pass(head, objective, nll_weights, needs)
         else:
             logps, entropies, saved = linear.log_softmax_op(*head, True)
-            gradients = Gradients(hidden, weight, bias, needs)
+            gradients = Gradients(head, needs)
             if any(needs):
                 slopes = _slopes(objective, nll_weights, slice(None), logps)
-                linear.add_gradients(gradients, *head, saved, entropies, slopes, None)
+                gradients.accumulate_log_softmax(saved, entropies, slopes, None)
         loss = objective.total(logps)
         if nll_weights is not None:
             loss = loss - torch.where(nll_weights != 0, nll_weights * logps, 0.0).sum()
@@ -125,45 +125,34 @@ def _slopes(objective: Objective, nll_weights: Tensor | None, rows: slice, logps
 
 
 def one_pass(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    objective: Objective,
-    nll_weights: Tensor | None,
-    needs: tuple[bool, bool, bool],
+    head: Head, objective: Objective, nll_weights: Tensor | None, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Log-probs [R], entropies [R] and gradients, each row's logits computed once."""
+    hidden, kernels = head.hidden, row_kernels(head.hidden)
     logps = hidden.new_empty(hidden.shape[0], dtype=wide(hidden))
     entropies = torch.empty_like(logps)
-    kernels = row_kernels(hidden)
 
     def fill_exponentials(rows: slice, out: Tensor) -> Tensor:
-        from rethinker_kernels.triton_kernels.exponentials import Exponentials
-
-        e = Exponentials(hidden[rows], weight, index[rows], temperature, out)
+        e = head.exponentials(rows, out)
         logps[rows], entropies[rows], _ = e.measure(objective.rows.old_logps[rows], True)
         return e.close(_slopes(objective, nll_weights, rows, logps[rows]))
 
     def fill_grpo(rows: slice, out: Tensor) -> None:
         from rethinker_kernels.triton_kernels.linear_loss import grpo_rows
 
-        for here, logits, into in logits_of(hidden, weight, bias, rows, out):
-            chosen = (index[here], at(temperatures, here), temperature)
-            known = (objective.rows.at(here), objective.factors[here], at(nll_weights, here))
-            logps[here], entropies[here] = grpo_rows(logits, *chosen, *known, objective.surrogate, out=into)
+        for here, logits, into in head.logits(rows, out):
+            known = (objective.rows.at(here), objective.factors[here], at(nll_weights, here), objective.surrogate)
+            logps[here], entropies[here] = grpo_rows(logits, *head.chosen(here), *known, out=into)
 
     def fill(rows: slice, out: Tensor) -> None:
-        for here, logits, into in logits_of(hidden, weight, bias, rows, out):
-            chosen = (index[here], at(temperatures, here), temperature)
+        for here, logits, into in head.logits(rows, out):
+            chosen = head.chosen(here)
             logps[here], entropies[here], saved = kernels.forward_rows(logits, *chosen, True)
             slopes = _slopes(objective, nll_weights, here, logps[here])
             kernels.gradient_rows(logits, *chosen, saved, None, slopes, None, out=into)
 
-    gradients = Gradients(hidden, weight, bias, needs)
-    if takes_exponentials(hidden, weight, bias, temperatures, temperature):
+    gradients = Gradients(head, needs)
+    if head.takes_exponentials:
         gradients.accumulate(fill_exponentials)
     else:
         gradients.accumulate(fill_grpo if objective.is_grpo and takes_triton(hidden) else fill)

@@ -256,11 +256,8 @@ class Objective:
 
         def per_row(values: Tensor, rows_win: bool) -> Tensor:
             values = values.detach().to(dtype)
-            return (
-                values
-                if values.shape[0] != sequences or (rows_win and values.shape == like.shape)
-                else values[sequence]
-            )
+            given_per_row = values.shape[0] != sequences or (rows_win and values.shape == like.shape)
+            return values if given_per_row else values[sequence]
 
         active = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
         factors = torch.ones_like(like, dtype=dtype) if weights is None else per_row(weights, rows_win=True)

@@ -23,14 +23,17 @@ from rethinker_kernels import linear_selective_log_softmax, policy_loss
 from tests.integration.zero3_steps import gradients_at_step, scenario
 
 LOSSES = """
+calls = []
+
 def cispo(logps, rows, clip_high):
     ratio = (logps.detach() - rows.old_logps).exp()
     return -ratio.clamp(max=1 + clip_high) * rows.advantages * logps
 
 def breaks(logps, rows):
-    return cispo(logps, rows, 0.2) * (1.0 if len(logps) <= 9 else float("nan"))
+    calls.append(len(logps))
+    return cispo(logps, rows, 0.2) * (1.0 if len(calls) < 5 else float("nan"))
 """
-"""Losses of the user's own; the second is in order when it is tried on 9 tokens, and not in training."""
+"""Losses of the user's own; the second is in order when it is tried, and not in training."""
 
 BUDGET = 100  # tokens: several micro-batches a step
 

@@ -31,7 +31,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import rethinker_kernels as ops
-from rethinker_kernels import linear, linear_loss, merge_attention
+from rethinker_kernels import linear, merge_attention
 from rethinker_kernels.triton_kernels import exponentials, log_softmax, scaled, tiles
 from rethinker_kernels.triton_kernels import linear_loss as loss_kernels
 from rethinker_kernels.triton_kernels import merge_attention as merge_kernels
@@ -71,6 +71,11 @@ class Form:
     def reads_rows(self) -> bool:
         """Whether it goes over rows of logits."""
         return "logits" in self.signature and self.kernel is not log_softmax.combine_kernel
+
+    @property
+    def copies_heads(self) -> bool:
+        """Whether it reads and writes whole heads of a usual width, in 16 bits."""
+        return self.name.startswith("merge attention, bf16") and not self.name.endswith("80")
 
     @property
     def element_size(self) -> int:
@@ -157,7 +162,7 @@ class Launches:
             hidden = torch.empty(ROWS, 16, dtype=dtype, requires_grad=True)
             weight = torch.empty(VOCABULARY, 16, dtype=dtype, requires_grad=True)
             for fused in (False, True)[: 1 + (dtype == torch.bfloat16)]:
-                linear.takes_exponentials = linear_loss.takes_exponentials = lambda *_, fused=fused: fused
+                linear.takes_exponentials = lambda *_, fused=fused: fused
                 kind = ", exponentials" * fused
                 self.name = f"linear log-softmax, {short}{kind}"
                 for entropy in (False, True):
@@ -167,7 +172,7 @@ class Launches:
                     self.name = f"linear grpo{' + kl' * bool(kl_coef)}, {short}{kind}"
                     more = {"kl_coef": kl_coef, "ref_logps": values, "nll_weights": values}
                     ops.linear_grpo_loss(hidden, weight, index, values, values, **more, **surrogate)[0].backward()
-            linear.takes_exponentials = linear_loss.takes_exponentials = lambda *_: False
+            linear.takes_exponentials = lambda *_: False
             for width in (64, 80, 128):
                 self.name = f"merge attention, {short}, heads of {width}"
                 out, lse = torch.empty(ROWS, 4, width, dtype=dtype), torch.empty(4, ROWS)
@@ -209,13 +214,16 @@ def measure(form: Form, capability: int) -> dict[str, Any]:
         estimated = capability == 90 and form.name and form.reads_rows
         sass = _output(tool("cuobjdump"), "--dump-sass", cubin.name) if estimated else ""
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
+    loads, stores = (
+        re.findall(rf"{kind}\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"]) for kind in ("ld", "st")
+    )
     return {
         "registers": found["REG"],
         "stack": found["STACK"],  # spilled registers lie there, too
         "local": found["LOCAL"],
         "shared": compiled.metadata.shared,
         "widest": max((int(count or 1) * int(bits) // 8 for count, bits in loads), default=0),
+        "stored": max((int(count or 1) * int(bits) // 8 for count, bits in stores), default=0),
         "work": work_per_logit(sass, form.element_size) if estimated else None,
     }
 
@@ -266,6 +274,8 @@ def faults(form: Form, capability: int, found: dict[str, Any]) -> list[str]:
         wrong.append(f"shared memory {found['shared']} of {SHARED_MEMORY[capability]}")
     if form.name and form.reads_rows and found["widest"] < 16:
         wrong.append(f"loads of {found['widest']} bytes")
+    if form.copies_heads and min(found["widest"], found["stored"]) < 16:
+        wrong.append(f"loads of {found['widest']} and stores of {found['stored']} bytes")
     return wrong
 
 

@@ -15,7 +15,6 @@ from rethinker_kernels import (
     devices,
     linear,
     linear_grpo_loss,
-    linear_loss,
     linear_policy_loss,
     linear_selective_log_softmax,
     reference,
@@ -31,8 +30,7 @@ def products(monkeypatch):
     """How many products each test made; several chunks each."""
     if DEVICE.type == "cpu":
         one = lambda hidden, weight, bias, temperatures, temperature: bias is None and temperatures is None  # noqa: E731
-        for module in (linear, linear_loss):
-            monkeypatch.setattr(module, "takes_exponentials", one)
+        monkeypatch.setattr(linear, "takes_exponentials", one)
     elif torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU: others have fp32 logits")
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: (16, 24))
@@ -63,7 +61,7 @@ def compare(plain, got, want) -> None:
         torch.testing.assert_close(got, want, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 33])
+@pytest.mark.parametrize("rows", [1, 33])
 @pytest.mark.parametrize(("vocabulary", "width"), [(1, 8), (31, 16), (129, 40), (500, 24)])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs(rows, vocabulary, width, temperature):

@@ -29,7 +29,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIXTEEN_BITS = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter rounds to bf16 wrongly
 INF = math.inf
 VOCABULARIES = [1, 2, 127, 128, 129, 1000, 4099]
-ROWS = [0, 1, 7, 19]
+ROWS = [0, 1, 7]
 
 
 def test_these_are_the_triton_kernels():
@@ -89,7 +89,7 @@ def both(op, exact, inputs: list[torch.Tensor], upstream: list[torch.Tensor]):
 @pytest.mark.parametrize("kind", ["random", "near uniform", "huge", "banned", "float min"])
 def test_log_softmax(kind, rows, vocabulary):
     """Log-prob, entropy and the gradient of both, with one temperature per row."""
-    if rows * vocabulary > 10**5 and kind != "near uniform" and DEVICE.type == "cpu":
+    if rows * vocabulary > 10**4 and kind != "near uniform" and DEVICE.type == "cpu":
         rows = 3  # the interpreter takes seconds
     x = logits_of(kind, rows, vocabulary)
     index = indices(rows, vocabulary, x)
@@ -318,7 +318,7 @@ def as_good_as(plain, got, want) -> None:
         assert (g - w).norm() <= 1.1 * (p - w).norm() + eps / 2 * w.norm()
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [0, 1, 19])
 @pytest.mark.parametrize("vocabulary", [1, 129, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, SIXTEEN_BITS])
 @pytest.mark.parametrize("bias", [True, False])
