@@ -1,4 +1,4 @@
-"""Which implementation of the row kernels an op takes: Triton on a GPU or in its interpreter, else PyTorch."""
+"""What a tensor's device decides: Triton or PyTorch, the kind of product, how to copy and where to launch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
-
-from rethinker_kernels import torch_rows
 
 
 def takes_triton(tensor: Tensor) -> bool:
@@ -19,15 +16,6 @@ def takes_triton(tensor: Tensor) -> bool:
     if tensor.dtype == torch.float64:
         return False
     return tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-
-
-def row_kernels(tensor: Tensor) -> ModuleType:
-    """The module whose `forward_rows` and `gradient_rows` fit this tensor."""
-    if not takes_triton(tensor):
-        return torch_rows
-    from rethinker_kernels.triton_kernels import log_softmax
-
-    return log_softmax
 
 
 def takes_exponentials(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rethinker_kernels.arguments import check_index, check_linear, check_temperature, wide
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_rows
-from rethinker_kernels.devices import processors, row_kernels, takes_exponentials
-from rethinker_kernels.log_softmax import split_temperature
+from rethinker_kernels.devices import processors, takes_exponentials
+from rethinker_kernels.log_softmax import row_kernels, split_temperature
 from rethinker_kernels.torch_rows import slices
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from rethinker_kernels import linear, reference
 from rethinker_kernels.arguments import check_index, check_linear, check_temperature, check_vector, wide
-from rethinker_kernels.devices import row_kernels, takes_triton
+from rethinker_kernels.devices import takes_triton
 from rethinker_kernels.linear import Gradients, Head, at
-from rethinker_kernels.log_softmax import split_temperature
+from rethinker_kernels.log_softmax import row_kernels, split_temperature
 from rethinker_kernels.losses import Loss, Objective, split_options
 from rethinker_kernels.scaled import scaled
 

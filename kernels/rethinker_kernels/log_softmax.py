@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from rethinker_kernels import torch_rows
 from rethinker_kernels.arguments import check_index, check_logits, check_temperature, wide
-from rethinker_kernels.devices import row_kernels
+from rethinker_kernels.devices import takes_triton
 
 
 def selective_log_softmax(
@@ -105,3 +108,12 @@ def _gradient(ctx, grad_logps, grad_entropies, _):
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
+
+
+def row_kernels(tensor: Tensor) -> ModuleType:
+    """The module whose `forward_rows` and `gradient_rows` fit this tensor."""
+    if not takes_triton(tensor):
+        return torch_rows
+    from rethinker_kernels.triton_kernels import log_softmax
+
+    return log_softmax
