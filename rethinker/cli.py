@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"rethinker {__version__}")
         return 0
+    # torch reads it when it is imported; on machines with one node it warns of its NUMA binding.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         if command not in COMMANDS:
             raise ConfigError(f"unknown command {command!r}; commands are {', '.join(COMMANDS)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,7 +51,6 @@ def main(arguments: Sequence[str]) -> int:
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit {options.limit} must be at least 1")
 
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported: NUMA binding is no news
     from rethinker.curation.measure import check_folder
     from rethinker.data.datasets import load_queries
     from rethinker.embedded.files import as_files

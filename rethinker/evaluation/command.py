@@ -42,7 +42,6 @@ def main(arguments: Sequence[str]) -> int:
     from rethinker.evaluation.benchmark_rows import benchmark_queries
 
     loaded = [benchmark_queries(benchmark, options.data) for benchmark in benchmarks]
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported: NUMA binding is no news
     from rethinker.evaluation.evaluate import run_benchmarks
 
     run_benchmarks(config, options.mode, options.limit, list(zip(benchmarks, loaded, folders, strict=True)))

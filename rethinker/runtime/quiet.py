@@ -14,7 +14,6 @@ def hush() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no accelerator
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # NUMA binding, on machines with one node
     # Of torch's collectives under DeepSpeed and vLLM: theirs to follow, not the user's.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed.*")
     from transformers.utils import logging
