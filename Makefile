@@ -1,6 +1,7 @@
 # make train   install what training needs into .venv, then train the embedded default on this machine;
 #              make train ARGS="--train.max_steps 20" overrides its settings
-# make test    install the test tools too, then check style and run the whole test suite
+# make test    install the test tools too, then check style and run the whole test suite, in 15 minutes on 2 cores
+# make quick   for the edit loop: check style and run the fast tests, in 90 seconds
 # make test-oldest   the tests that depend most on versions, with the oldest ones that work, in .venv-oldest
 # make soak    the long tests: twenty kills, 300 steps, 10,000 fuzzed inputs
 # make gpu     check and measure everything on the GPU at hand; make gpu ARGS="--minutes 20" (--list says what)
@@ -20,10 +21,11 @@ PINS := # further versions to hold
 # Bytecode of what is never imported is not worth its time.
 PIP := $(BIN)/python -m pip install -q --no-compile
 
-.PHONY: help train test test-oldest oldest soak gpu lint install clean
+.PHONY: help train test quick test-oldest oldest soak gpu lint install clean
 help:
 	@echo 'make train    install into $(VENV), then train a tiny vision-language model on this machine'
-	@echo 'make test     install into $(VENV), then check style and run all tests'
+	@echo 'make test     install into $(VENV), then check style and run all tests, in 15 minutes on 2 cores'
+	@echo 'make quick    for the edit loop: check style and run the fast tests, in 90 seconds'
 	@echo 'make test-oldest   run the tests that depend most on versions, with the oldest ones, in a venv of their own'
 	@echo 'make soak     run the long tests'
 	@echo 'make gpu      check and measure everything on the GPU at hand, in 8 minutes'
@@ -34,9 +36,13 @@ help:
 train: $(VENV)/.train-$(EXTRA)
 	$(BIN)/rethinker train easy_vqa_cpu $(ARGS)
 
-# Two files at a time; a file's tests share what is slow to start.
+# Two files at a time, in the order of tests/conftest.py; a file's tests share what is slow to start.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+quick: lint
+	$(PYTEST) -q -m 'not slow and not soak' --durations 5
 
 test-oldest:
 	$(MAKE) oldest EXTRA=cpu VENV=.venv-oldest TORCH=torch==2.11.0 PINS='transformers==5.17.* triton==3.6.* numpy<2.4' \
