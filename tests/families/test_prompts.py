@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,12 @@ def picture(size: tuple[int, int], seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
 
 
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize("pixels", [(1024, 8192), (4096, 4096), (256 * 28 * 28, 1280 * 28 * 28)])
 def test_token_ids_and_pixels_are_the_processors(folder, pixels):
     """For images of many shapes, alone and in twos, and for texts: what the family's processor makes of the message."""
@@ -32,7 +40,7 @@ def test_token_ids_and_pixels_are_the_processors(folder, pixels):
     cases = [("what?\n", 0), *(("what? ", 1) for _ in SIZES), ("<image> and\n<image>: same?", 2)]
     for number, (question, count) in enumerate(cases):
         images = tuple(picture(SIZES[(number + i) % len(SIZES)], 10 * number + i) for i in range(count))
-        query = Query(f"{number}", question, "", images)
+        query = Query(f"{number}", question, "", tuple({"bytes": png(image)} for image in images))
         content = [{"type": "image"}] * (count == 1)
         for i, text in enumerate(question.split("<image>")):
             content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)

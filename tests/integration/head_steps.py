@@ -1,11 +1,7 @@
-"""Run under torchrun by test_loss_head.py: the same optimizer step with the fused loss head and with its two lines.
-
-Usage: torchrun --nproc-per-node N -m tests.integration.head_steps SCRATCH_FOLDER OUTPUT.pt MODEL_FOLDER ...
-"""
+"""Run on every rank by test_loss_head.py: the same optimizer step with the fused loss head and with its two lines."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -107,7 +103,3 @@ def main(scratch: str, output: str, *models: str) -> None:
     if ranks.is_main:
         torch.save(results, output)
     distributed.stop()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

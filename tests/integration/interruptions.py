@@ -18,7 +18,7 @@ from rethinker.checkpoint.state_file import read_state
 from rethinker.embedded.easy_vqa import easy_vqa
 from rethinker.embedded.tiny import create_tiny
 from rethinker.runtime.completions import read_completions
-from tests.integration.forked import Forked
+from tests.forked import Forked, training
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 12, 2
@@ -62,7 +62,7 @@ def start(
     arguments += ["--reward.function", f"{folder / 'reward.py'}:parity", *OPTIONS, *options]
     log = folder / f"{name}.log"
     if torchrun is None:
-        return Forked(arguments, log, ranks)
+        return Forked(training(arguments), log, ranks)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *torchrun]
     with log.open("a") as output:
         command = [sys.executable, *launcher, "-m", "rethinker", "train", *arguments]

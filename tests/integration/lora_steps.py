@@ -1,13 +1,9 @@
-"""Run under torchrun by test_lora.py: ZeRO-3 steps with adapters, stopped, resumed, and against a reference policy.
-
-Usage: torchrun --nproc-per-node N -m tests.integration.lora_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt
-"""
+"""Run on every rank by test_lora.py: ZeRO-3 steps with adapters, stopped, resumed, and against a reference policy."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -141,7 +137,3 @@ def main(model: str, scratch: str, output: str) -> None:
     if ranks.is_main:
         torch.save(results, output)
     distributed.stop()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from rethinker.policy.model import load_model
+from tests import forked
+from tests.integration import lora_steps
 from tests.integration.interruptions import assert_equal_runs, disturb, finish, prepare, rows
 from tests.policy.conftest import tiny_folder  # noqa: F401  (fixture)
-
-ROOT = Path(__file__).parents[2]
-
 
 TWO = pytest.param(2, marks=pytest.mark.soak)
 
@@ -33,13 +28,8 @@ def runs(scratch, tiny_folder):  # noqa: F811
     @functools.cache
     def run(ranks: int) -> dict:
         output = scratch / f"{ranks}.pt"
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *(torchrun if ranks > 1 else []), "-m", "tests.integration.lora_steps"]
-        command += [str(tiny_folder), str(scratch), str(output)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        arguments = [str(tiny_folder), str(scratch), str(output)]
+        forked.run(functools.partial(lora_steps.main, *arguments), scratch / f"{ranks}.log", ranks)
         return torch.load(output, weights_only=False)
 
     return run

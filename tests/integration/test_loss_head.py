@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 
+from tests import forked
+from tests.integration import head_steps
 from tests.integration.test_zero3 import relative_error
 from tests.policy.conftest import tiny_folder, untied_folder  # noqa: F401  (fixtures)
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def both(tiny_folder, untied_folder, tmp_path_factory):  # noqa: F811
     """What head_steps.py saw of the tied head and of the other."""
     scratch = tmp_path_factory.mktemp("head")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.integration.head_steps", str(scratch), str(scratch / "out.pt")]
-    command += [str(tiny_folder), str(untied_folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [str(scratch), str(scratch / "out.pt"), str(tiny_folder), str(untied_folder)]
+    forked.run(partial(head_steps.main, *arguments), scratch / "log", ranks=2)
     return torch.load(scratch / "out.pt", weights_only=False)
 
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from rethinker.embedded.tiny import create_tiny
+from tests import forked
 from tests.data.virl39k import write_fixture
 from tests.families import tiny_models
 from tests.test_recipes import SCALES
-
-ROOT = Path(__file__).parents[2]
 
 # A random model never answers right; this reward makes its groups differ.
 REWARD = "def parity(response, answer, query):\n    return float(len(response) % 2)\n"
@@ -45,9 +41,7 @@ def test_dry_run(scratch, name, stage):
     options = ["--run.dir", str(scratch), "--run.name", run, "--policy.model", str(scratch / family)]
     options += ["--data.train", str(scratch / "39Krelease.parquet"), "--data.image_root", str(scratch / "images.zip")]
     options += ["--reward.function", f"{scratch / 'reward.py'}:parity", *SMALL]
-    command = [sys.executable, "-m", "rethinker", "train", name + stage, *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    forked.run(forked.training([name + stage, *options]), scratch / f"{run}.log")
     rows = [json.loads(line) for line in (scratch / run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2] and all(row["skipped"] == 0 for row in rows)
     assert rows[0]["grad_norm"] > 0 and 0 <= rows[0]["mismatch_kl"] < 1e-2

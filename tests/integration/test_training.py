@@ -6,14 +6,17 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import rethinker
 from rethinker.embedded.tiny import create_tiny
 from rethinker.policy.model import load_model, load_processor
 from rethinker.runtime.completions import read_completions
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 G, N = 4, 32
@@ -40,25 +43,29 @@ def scratch(tmp_path_factory):
     return folder
 
 
-def train(scratch: Path, name: str, *options: str, ranks: int = 1) -> list[dict]:
-    """Run the recipe small; returns the rows of metrics.jsonl."""
+def train(scratch: Path, name: str, *options: str, ranks: int = 1, fork: bool = True) -> list[dict]:
+    """Run the recipe small; returns the rows of metrics.jsonl. Not forked, it is a command with its own imports."""
     arguments = ["easy_vqa_cpu", "--run.dir", str(scratch), "--run.name", name]
     arguments += ["--policy.model", str(scratch / "model")]
     arguments += ["--reward.function", f"{scratch / 'reward.py'}:parity", "--rollout.group_size", str(G)]
     arguments += ["--train.batch_pairs", str(N), "--train.episode_queries", "16", "--train.max_steps", "4"]
     arguments += ["--rollout.max_new_tokens", "24", "--rollout.kv_cache_gb", "0.1", "--train.learning_rate", "1e-3"]
     arguments += ["--validation.size", "16", "--validation.every", "1", *options]
-    launch = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launch, "-m", "rethinker", "train", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    (scratch / f"{name}.log").write_text(done.stdout)
+    log = scratch / f"{name}.log"
+    if fork:
+        forked.run(forked.training(arguments), log, ranks)
+    else:
+        command = [sys.executable, "-m", "rethinker", "train", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+        log.write_text(done.stdout)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [json.loads(line) for line in (scratch / name / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def ssr(scratch):
-    return train(scratch, "ssr", "--algorithm.name", "ssr", "--rollout.check_sync", "true")
+    """The run that the others are compared with, as a user starts it."""
+    return train(scratch, "ssr", "--algorithm.name", "ssr", "--rollout.check_sync", "true", fork=False)
 
 
 def recorded(scratch: Path, name: str, *options: str, ranks: int = 1) -> list[dict]:
@@ -106,18 +113,14 @@ def test_completions_are_kept_exactly(ssr, scratch):
 
 
 def test_two_ranks_equal_one_on_the_same_rollouts(ssr, scratch):
-    """Law 3 in the loop: on the same rollouts one and two ranks have the same losses and gradient norms, to 1e-4."""
-    one = recorded(scratch, "one")
-    two = recorded(scratch, "two", ranks=2)
-    small = recorded(scratch, "small", "--train.micro_batch_tokens", "300")
-    assert one[0]["loss"] == pytest.approx(ssr[0]["loss"], rel=1e-4)
-    for other in (two, small):
-        for a, b in zip(one, other, strict=True):
-            for key in ("reward_mean", "effective_query_ratio", "trained_pairs", "replay_fraction"):
-                assert a[key] == b[key]
-            for key in ("loss", "grad_norm", "entropy"):
-                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
-    assert len({row["loss"] for row in one}) == 4
+    """Law 3 in the loop: two ranks with small micro-batches have the losses and gradient norms of one, to 1e-4."""
+    two = recorded(scratch, "two", "--train.micro_batch_tokens", "300", ranks=2)
+    for a, b in zip(ssr, two, strict=True):
+        for key in ("reward_mean", "effective_query_ratio", "trained_pairs", "replay_fraction"):
+            assert a[key] == b[key]
+        for key in ("loss", "grad_norm", "entropy"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+    assert len({row["loss"] for row in ssr}) == 4
 
 
 def test_replay_lives_for_one_episode(ssr):
@@ -184,10 +187,16 @@ def test_options_of_the_objective_train(ssr, scratch):
     assert moved and not any("visual" in name for name in moved)
 
 
-def test_forced_rethinking_trains_on_two_ranks(scratch):
-    """Law 6 in the loop: with rethought responses in the batch the policy's log-probs are still the rollout's, nothing
-    is skipped (a forced token's NaN would), and the supervised term is part of the loss wherever a response is held."""
-    options = ["--rethink.fraction", "0.8", "--rollout.max_new_tokens", "96", "--data.validation", "null"]
+def test_forced_rethinking_trains_on_two_ranks_from_a_checkpoint(ssr, scratch):
+    """A saved checkpoint is a model folder: vLLM and ZeRO-3 on two ranks start from it as from any other.
+
+    Law 6 in the loop: with rethought responses in the batch the policy's log-probs are still the rollout's, nothing
+    is skipped (a forced token's NaN would), and the supervised term is part of the loss wherever a response is held.
+    """
+    last = scratch / "ssr" / "checkpoints" / "last"
+    assert load_processor(last).tokenizer.eos_token_id is not None
+    options = ["--policy.model", str(last), "--rethink.fraction", "0.8"]
+    options += ["--rollout.max_new_tokens", "96", "--data.validation", "null"]
     rows = train(scratch, "rethink", *options, "--algorithm.name", "grpo", "--train.max_steps", "2", ranks=2)
     assert all(row["skipped"] == 0 and 0 <= row["mismatch_kl"] < 1e-10 for row in rows)
     assert sum(row["rethink_kept"] for row in rows) > 0 and sum(row["supervised_loss"] for row in rows) > 0
@@ -209,21 +218,13 @@ def test_forced_rethinking_trains_on_two_ranks(scratch):
 def test_forced_tokens_may_be_trained(scratch):
     """As the released code does: with mask_trigger_tokens off every token has a log-prob, the trainer's own."""
     options = ["--rethink.fraction", "1", "--rethink.mask_trigger_tokens", "false", "--rollout.max_new_tokens", "96"]
-    options += ["--data.validation", "null", "--train.max_steps", "2", "--algorithm.name", "grpo"]
+    options += ["--data.validation", "null", "--train.max_steps", "1", "--algorithm.name", "grpo"]
+    options += ["--train.episode_queries", "8"]
     rows = train(scratch, "unmasked", *options)
     assert all(row["skipped"] == 0 and row["mismatch_kl"] < 1e-10 for row in rows)
     groups = read_completions(scratch / "unmasked" / "completions", 0)
     kept = [c for g in groups for c in g.completions if c.rethought is not None]
     assert kept and all(math.isfinite(x) for c in kept for x in c.logprobs)
-
-
-def test_checkpoint_continues_in_vllm_on_two_ranks(ssr, scratch):
-    """A saved checkpoint is a model folder: vLLM and ZeRO-3 on two ranks start from it as from any other."""
-    last = scratch / "ssr" / "checkpoints" / "last"
-    assert load_processor(last).tokenizer.eos_token_id is not None
-    rows = train(scratch, "again", "--policy.model", str(last), "--train.max_steps", "2", ranks=2)
-    assert all(row["mismatch_kl"] < 1e-10 for row in rows)
-    assert rows[0]["reward_mean"] > 0
 
 
 def test_hf_rollouts_train_too(scratch):
@@ -241,19 +242,15 @@ def test_summary_says_what_was_learned(ssr, scratch):
 
 def test_one_run_after_another_in_one_process(scratch):
     """`rethinker.train` may be called again: the second run of the same settings is the first one."""
-    code = """
-import sys, rethinker
-folder, losses = sys.argv[1], []
-for name in ("called_once", "called_twice"):
-    run = rethinker.train("easy_vqa_cpu", {
-        "run.dir": folder, "run.name": name, "policy.model": f"{folder}/model", "rollout.backend": "hf",
-        "reward.function": f"{folder}/reward.py:parity", "train.max_steps": 1, "train.episode_queries": 4,
-        "train.batch_pairs": 8, "rollout.group_size": 2, "rollout.max_new_tokens": 8, "data.validation": None,
-    })
-    losses.append((run.metrics[0]["loss"], run.metrics[0]["grad_norm"]))
-assert losses[0] == losses[1] and losses[0][1] > 0, losses
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(scratch)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run(partial(_train_twice, str(scratch)), scratch / "twice.log")
+
+
+def _train_twice(folder: str) -> None:
+    losses = []
+    for name in ("called_once", "called_twice"):
+        settings = {"run.dir": folder, "run.name": name, "policy.model": f"{folder}/model", "rollout.backend": "hf"}
+        settings |= {"reward.function": f"{folder}/reward.py:parity", "train.max_steps": 1, "train.episode_queries": 4}
+        settings |= {"train.batch_pairs": 8, "rollout.group_size": 2, "rollout.max_new_tokens": 8}
+        run = rethinker.train("easy_vqa_cpu", settings | {"data.validation": None})
+        losses.append((run.metrics[0]["loss"], run.metrics[0]["grad_norm"]))
+    assert losses[0] == losses[1] and losses[0][1] > 0, losses

@@ -12,6 +12,7 @@ import pytest
 
 from rethinker.embedded.tiny import create_tiny
 from rethinker.runtime.completions import read_completions
+from tests import forked
 from tests.data.virl39k import make_rows, write_fixture
 
 ROOT = Path(__file__).parents[2]
@@ -53,9 +54,7 @@ def scratch(tmp_path_factory):
 
 def train(scratch: Path, name: str, *options: str) -> list[dict]:
     """Run the recipe; returns the rows of metrics.jsonl."""
-    command = [sys.executable, "-m", "rethinker", "train", str(scratch / "recipe.yaml"), "--run.name", name, *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    forked.run(forked.training([str(scratch / "recipe.yaml"), "--run.name", name, *options]), scratch / f"{name}.log")
     return [json.loads(line) for line in (scratch / name / "metrics.jsonl").read_text().splitlines()]
 
 

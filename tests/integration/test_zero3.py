@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -13,11 +10,10 @@ import torch
 from rethinker.config import AlgorithmConfig, PolicyConfig
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.packing import pack, plan_micro_batches
+from tests import forked
+from tests.integration import zero3_steps
+from tests.integration.zero3_steps import SCENARIOS, scenario
 from tests.policy.conftest import encoder, tiny_folder  # noqa: F401  (fixtures)
-
-from .zero3_steps import SCENARIOS, scenario
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +23,8 @@ def runs(tiny_folder, tmp_path_factory):  # noqa: F811
     results = {}
     for ranks, attention, budgets in ((1, "sdpa", (10_000, 60)), (2, "flash", (10_000,))):
         output = scratch / f"{ranks}.pt"
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *(torchrun if ranks > 1 else []), "-m", "tests.integration.zero3_steps"]
-        command += [str(tiny_folder), str(scratch), str(output), attention, *map(str, budgets)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        arguments = [str(tiny_folder), str(scratch), str(output), attention, *map(str, budgets)]
+        forked.run(partial(zero3_steps.main, *arguments), scratch / f"{ranks}.log", ranks)
         results |= {(ranks, budget): found for budget, found in torch.load(output, weights_only=False).items()}
     results["scratch"] = scratch
     return results

@@ -1,12 +1,8 @@
-"""Run by test_zero3.py, also under torchrun: a ZeRO-3 step of each scenario; rank 0 saves metrics and gradients.
-
-Usage: python -m tests.integration.zero3_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt KERNEL BUDGET ...
-"""
+"""Run on every rank by test_zero3.py: a ZeRO-3 step of each scenario; rank 0 saves metrics and gradients."""
 
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -128,7 +124,3 @@ def main(model: str, scratch: str, output: str, attention: str, *budgets: str) -
     if ranks.is_main:
         torch.save(results, output)
     distributed.stop()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,15 +1,9 @@
-"""Peak memory of one training step's forward and backward at a real vocabulary, as JSON; test_memory.py runs each way.
-
-`python -m tests.kernels.peak_memory WAY MODEL_FOLDER FILE` with WAY `naive` (logits, log_softmax, autograd) or `fused`
-(the policy as it trains); the loss and all gradients go to FILE.
-"""
+"""Peak memory of one training step's forward and backward at a real vocabulary; test_memory.py runs each way."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -23,10 +17,16 @@ from rethinker.samples import Query
 from rethinker_kernels import policy_loss
 from tests.policy.helpers import samples_for
 
-VOCABULARY, RESPONSES, LENGTH = 151_936, 64, 64  # R = 4,096 rows of the head
+VOCABULARY, LENGTH = 151_936, 64
 
 
-def main(way: str, folder: str, file: str) -> None:
+def main(way: str, responses: int, folder: str, file: str) -> None:
+    """
+    Args:
+        way: `naive` (logits, log_softmax, autograd) or `fused` (the policy as it trains).
+        responses: R / LENGTH; R are the rows of the head.
+        file: where the bytes beyond the weights, the loss and all gradients go.
+    """
     torch.manual_seed(0)
     model = load_model(folder, torch.float32)
     model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
@@ -34,10 +34,10 @@ def main(way: str, folder: str, file: str) -> None:
     encoder = PromptEncoder(load_processor(folder), DataConfig())
     config = AlgorithmConfig()
     queries = [Query(str(i), f"is {i} more than two?", "yes") for i in range(8)]
-    samples = samples_for(queries, encoder, [LENGTH] * (RESPONSES // 8), vocabulary=VOCABULARY)
+    samples = samples_for(queries, encoder, [LENGTH] * (responses // 8), vocabulary=VOCABULARY)
     ((bundles,),) = plan_micro_batches(samples, budget=10_000, world_size=1)
     batch = pack(bundles, encoder.encode, encoder.pixels, policy.positions)
-    objective = loss_inputs(load_loss(config), batch, config, float(RESPONSES * LENGTH))
+    objective = loss_inputs(load_loss(config), batch, config, float(responses * LENGTH))
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if way == "naive":
         head = policy.hf.lm_head
@@ -52,9 +52,6 @@ def main(way: str, folder: str, file: str) -> None:
     loss.backward()
     # Not getrusage: its peak counts the process that this one was started from.
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-    torch.save((loss.detach(), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}), file)
-    print(json.dumps({"rows": len(batch.target_ids), "gigabytes": (peak - before) / 1e9}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    assert len(batch.target_ids) == responses * LENGTH
+    gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    torch.save((peak - before, loss.detach(), gradients), file)
