@@ -39,7 +39,7 @@ class _Work:
 
     number: int
     version: int  # of the policy that samples
-    asked: list[Query]  # on all ranks
+    queries: list[Query]  # of all ranks
     prompts: list[Prompt]  # of this rank's share: every world_size-th
     before: dict[str, Any]  # where the data stood
     thread: threading.Thread | None = None
@@ -90,7 +90,7 @@ class Episodes:
         if stopped:
             self.load_state_dict(work.before)
             raise StopRequested
-        return share(work.groups, work.asked, first_number=work.number * len(work.asked), ranks=self.ranks)
+        return share(work.groups, work.queries, first_number=work.number * len(work.queries), ranks=self.ranks)
 
     def begin(self, number: int, version: int, times: dict[str, float]) -> None:
         """Start on episode `number` in a thread; the next `take` returns it. Until `wait` the engine is busy."""
@@ -103,7 +103,7 @@ class Episodes:
                     self._produce(work, {}, any_stopped=bool, watched=False)
             except StopRequested:
                 work.groups = None
-            except BaseException as error:  # told by `take`, where the loop can end for it
+            except BaseException as error:  # raised by `take`, where the loop can end for it
                 work.error = error
             finally:
                 work.prompts = []  # and their images
@@ -114,7 +114,7 @@ class Episodes:
         work.thread.start()
 
     def wait(self, times: dict[str, float]) -> None:
-        """Until what was begun has ended, as a weight sync needs it; whether well or not, `take` says."""
+        """Wait until the episode that was begun has ended, as a weight sync needs it; `take` raises its error."""
         if self._begun:
             with phase("rollout", times):
                 self._begun.thread.join()
@@ -148,9 +148,9 @@ class Episodes:
     def _prepare(self, number: int, version: int, times: dict[str, float]) -> _Work:
         before = self._position()
         with phase("rollout", times):
-            asked = [self.encoder.fitting(self.stream) for _ in range(self.config.train.episode_queries)]
-            prompts = [self.encoder.encode(query) for query in asked[self.ranks.rank :: self.ranks.world_size]]
-        return _Work(number, version, asked, prompts, before)
+            queries = [self.encoder.fitting(self.stream) for _ in range(self.config.train.episode_queries)]
+            prompts = [self.encoder.encode(query) for query in queries[self.ranks.rank :: self.ranks.world_size]]
+        return _Work(number, version, queries, prompts, before)
 
     def _produce(
         self, work: _Work, times: dict[str, float], any_stopped: Callable[[bool], bool], watched: bool = True
@@ -161,7 +161,7 @@ class Episodes:
             any_stopped: whether any rank did, from whether this one did.
             watched: whether the phases are the loop's own.
         """
-        config, mine = self.config, work.asked[self.ranks.rank :: self.ranks.world_size]
+        config, mine = self.config, work.queries[self.ranks.rank :: self.ranks.world_size]
         with phase("rollout", times, watched):
             with suppress(StopRequested), signals.interruptible(work.abandoned):
                 work.groups = roll_out(mine, work.prompts, work.version, self.rollout, config, self._seed(work))

@@ -10,6 +10,7 @@ from rethinker_kernels.devices import takes_triton
 from rethinker_kernels.torch_rows import CHUNK_BYTES, slices
 
 
+@torch.library.custom_op("rethinker::scaled", mutates_args=())
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * factor in `dtype`, without a copy in a wider type.
 
@@ -25,3 +26,8 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     for part in slices(0, gradient.numel(), CHUNK_BYTES // 4):
         out.view(-1)[part] = gradient.reshape(-1)[part] * factor.to(wide(gradient))
     return out
+
+
+@scaled.register_fake
+def _(gradient, factor, dtype):
+    return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
