@@ -46,9 +46,9 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
     from rethinker.policy.model import load_processor
     from rethinker.rewards.checker import AnswerChecker
     from rethinker.rollout.backends import make_engine
+    from rethinker.run import seed_everything
     from rethinker.runtime import distributed
     from rethinker.runtime.profiling import phase
-    from rethinker.train import seed_everything
 
     ranks = distributed.start(config.rollout.timeout_s)
     seed_everything(config.seed)

@@ -56,7 +56,7 @@ def chunk_rows(logits: int, gradient: int) -> Iterator[None]:
 @contextmanager
 def row_tiles(**changes: int) -> Iterator[None]:
     """The row kernels run with these tiles, however many rows there are; without changes with their own."""
-    from rethinker_kernels.triton_kernels import linear as linear_rows
+    from rethinker_kernels.triton_kernels import linear_loss as linear_rows
     from rethinker_kernels.triton_kernels import log_softmax, tiles
 
     def changed(device: torch.device) -> tiles.Tiles:

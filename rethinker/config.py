@@ -210,7 +210,7 @@ class RolloutConfig:
 
 @dataclass
 class RethinkConfig:
-    """Forced Rethinking (METHOD): after a first answer a trigger lets the model go on. The second stage's settings."""
+    """Forced Rethinking: after a first answer a trigger lets the model go on. The second stage's settings."""
 
     fraction: ranges.Share = 0.0
     """Share of the eligible responses that are forced to rethink; 0 is off."""
@@ -257,7 +257,7 @@ class RewardConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """The learning rule (METHOD: GRPO, filter, SSR)."""
+    """The learning rule: GRPO, or VL-Rethinker's SSR."""
 
     name: Literal["grpo", "filter", "ssr"] = "ssr"
     """`grpo` keeps all samples, `filter` drops those without advantage, `ssr` refills the batch from replay."""

@@ -235,7 +235,8 @@ def note_rethinking(groups: list[Group], config: Config) -> None:
 def score_again(groups: list[Group], policy: PolicyEngine, rethinker: Rethinker | None, config: Config) -> float | None:
     """Give responses the log-probs of the policy's own forward, where the settings need them (collective).
 
-    Rethought responses that were sampled otherwise than the policy is trained get them as behaviour log-probs; with
+    Rethought responses that were sampled at another temperature, or whose triggers are trained, get them as behaviour
+    log-probs; with
     `algorithm.rollout_correction` all responses get them beside those of the rollout engine.
 
     Args:

@@ -69,7 +69,7 @@ class Run:
         self.total_steps = schedule_length(config, questions)
         self.ranks = ranks = distributed.start(config.rollout.timeout_s)
         stack.callback(distributed.stop)
-        config.run.name = ranks.broadcast(config.run.name)  # its default holds the time: ranks may read it differently
+        config.run.name = ranks.broadcast(config.run.name)  # its default holds the time, and ranks' clocks differ
         seed_everything(config.seed)
 
         self.directory = stack.enter_context(RunDirectory(config, enabled=ranks.is_main))

@@ -177,7 +177,7 @@ class Sample:
     """One query-response pair with its advantage: the unit of replay and of training.
 
     `policy_version` counts weight syncs: the version whose log-probs `completion.logprobs` are.
-    `weight` multiplies the sample's surrogate (1, or an importance weight of prioritised replay).
+    `weight` multiplies the sample's loss (1, or an importance weight of prioritised replay).
     (`group`, `index`) name the response on every rank; only `owner` holds its tokens until the sample is trained.
     """
 

@@ -51,6 +51,31 @@ def arrows(root: Path) -> dict[str, set[str]]:
     return {short(module): {short(file) for file in map(file_of, found) if file} for module, found in names.items()}
 
 
+OURS = {"rethinker": ROOT, "rethinker_kernels": ROOT / "kernels", "tests": ROOT, "benchmarks": ROOT}
+
+
+def source_of(module: str) -> Path | None:
+    """The file or folder of one of our modules."""
+    place = OURS[module.split(".")[0]].joinpath(*module.split("."))
+    files = (place.with_suffix(".py"), place / "__init__.py", place)
+    return next((file for file in files if file.exists()), None)
+
+
+def defined(file: Path) -> set[str]:
+    """What can be imported from a file: the names bound anywhere in it, nested ones too."""
+    if file.is_dir():
+        return set()
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
 def faults(root: Path) -> list[str]:
     """What is wrong with the imports below a root: unnamed rooms, names without a room, arrows up, a circle."""
     rooms = listed_rooms((root / "docs" / "architecture.md").read_text())
@@ -87,6 +112,17 @@ def faults(root: Path) -> list[str]:
 def test_no_arrow_up_no_circle_no_room_without_a_name():
     """Every import of rethinker/ and kernels/ stays in its room or goes down; no two files import each other."""
     assert faults(ROOT) == []
+
+
+def test_tests_and_benchmarks_import_what_there_is():
+    """Every name that they import from us, lazily too, exists: a move breaks them here, and not on a GPU only."""
+    for path in sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS:
+                file, names = source_of(node.module), {alias.name for alias in node.names}
+                assert file, f"{path}: there is no {node.module}"
+                missing = {name for name in names - defined(file) if not source_of(f"{node.module}.{name}")}
+                assert not missing, f"{path}: {node.module} has no {', '.join(missing)}"
 
 
 def test_the_kernels_stand_alone():

@@ -11,7 +11,8 @@ from rethinker.reference import settings_reference
 from rethinker.settings import settings
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "kernels/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 SECTIONS = {setting.key.split(".")[0] for setting in settings() if "." in setting.key}
 
 
@@ -34,6 +35,18 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_it_names_exists(page):
+    """Every `make TARGET` and every file of the tests is there, and torchrun starts the launcher that there is."""
+    text, makefile = page.read_text(), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.M):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), f"make {target}: no such target"
+    files = [str(file) for file in (ROOT / "tests").rglob("test_*.py")]
+    for named in re.findall(r"`([\w/]*test_\w+\.py)", text):
+        assert any(file.endswith(f"/{named}") for file in files), f"there is no {named}"
+    assert "-m rethinker.train" not in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_settings_exist(page):
     """Every `section.name` and --section.name that a page speaks of is a setting, or an entry of a mapping."""
     text = page.read_text()
@@ -41,7 +54,7 @@ def test_settings_exist(page):
     names += [name for name in re.findall(r"`([a-z]+\.[a-z_.]*[a-z_])`", text) if name.split(".")[0] in SECTIONS]
     known = {setting.key for setting in settings()}
     mappings = tuple(f"{setting.key}." for setting in settings() if setting.is_mapping)
-    others = {"section.name", "train.py", "run.py"}  # the form of a setting; files
+    others = {"section.name", "train.py", "run.py", "validation.jsonl"}  # the form of a setting; files
     unknown = {name for name in names if name not in known | others and not name.startswith(mappings)}
     assert not unknown
 

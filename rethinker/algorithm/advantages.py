@@ -13,7 +13,7 @@ from rethinker_kernels.devices import to_device
 
 
 def assign_advantages(groups: list[Group], scale: str, device: torch.device | str = "cpu") -> float:
-    """Fill `group.advantages` from `group.rewards` (METHOD: GRPO).
+    """Fill `group.advantages` from `group.rewards` (GRPO).
 
     Computed in fp64 on the rewards as they are, so that an advantage differs from 0 only where the group is
     `effective`: its largest and smallest reward differ. A group of one, or of equal rewards, gets exact zeros.

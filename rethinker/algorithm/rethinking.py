@@ -1,4 +1,4 @@
-"""Forced Rethinking: a trigger after the first answer lets the model go on, y = y1 + trigger + y2 (METHOD).
+"""Forced Rethinking: a trigger after the first answer lets the model go on, y = y1 + trigger + y2.
 
 Everything is done on token ids: y1 loses its end token, the trigger's ids follow, and the model goes on from there.
 Nothing is decoded and encoded again, so positions, log-probs and masks line up to the token.

@@ -34,7 +34,7 @@ class Batch:
         """What the step trains on, by its advantages, and the state of the buffer it drew from.
 
         `advantage_histogram` counts the trained samples with |A| in [0, 0], (0, 0.5], (0.5, 1], (1, 1.5], (1.5, 2] and
-        above (METHOD's figure of where the gradient comes from).
+        above (VL-Rethinker's figure of where the gradient comes from).
         """
         sizes = np.abs([sample.advantage for sample in self.samples])
 
@@ -60,7 +60,7 @@ class Batch:
 def select_batch(
     groups: list[Group], *, name: Literal["grpo", "filter", "ssr"], pairs: int, replay: ReplayBuffer
 ) -> Batch:
-    """Choose the samples of one step (METHOD: Vanishing advantages, Selective Sample Replay).
+    """Choose the samples of one step (VL-Rethinker: Vanishing advantages, Selective Sample Replay).
 
     Args:
         groups: the step's groups over all ranks, with rewards and advantages.

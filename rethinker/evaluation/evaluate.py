@@ -1,6 +1,6 @@
 """A model's greedy answers to benchmarks, judged; also with rethinking forced on all of them, or on the wrong ones.
 
-Rethinking at test time (METHOD: evaluation): `forced` puts a trigger after every first answer and lets the model go on,
+Rethinking at test time: `forced` puts a trigger after every first answer and lets the model go on,
 `oracle` only after wrong ones, which takes knowing the answers: an upper bound.
 """
 

@@ -1,4 +1,4 @@
-"""The rethinking analysis: what rethinking adds per benchmark, from the results of `rethinker eval` (METHOD)."""
+"""The rethinking analysis: what rethinking adds per benchmark, from the results of `rethinker eval`."""
 
 from __future__ import annotations
 
