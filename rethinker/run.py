@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rethinker.algorithm.objective import load_loss
 from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.algorithm.selection import Batch
 from rethinker.checkpoint.checkpoint import Checkpoints
@@ -43,6 +45,8 @@ from rethinker.runtime.signals import StopRequested
 from rethinker.runtime.watchdog import Watchdog
 from rethinker.samples import Accuracy, Group, Query, RunResult
 
+log = logging.getLogger(__name__)
+
 
 class Run:
     """Opens all parts of a run on entry, on every rank, and closes them on exit."""
@@ -63,6 +67,7 @@ class Run:
 
     def _open(self, stack: ExitStack) -> None:
         config = self.config
+        load_loss(config.algorithm)  # the policy loads it for itself; a mistake in it is reported before anything slow
         stream, questions = open_stream(as_files(config.data, "train"), config.seed)
         held_out = load_held_out(config)
         check_images([*stream.queries, *held_out], config.data)
@@ -76,8 +81,8 @@ class Run:
         self.folder = self.directory.folder
         self.checkpoints = Checkpoints(self.folder / "checkpoints", ranks, config.checkpoint)
         stack.callback(self.checkpoints.close)
-        log = stack.enter_context(RankLog(self.folder / "logs", ranks.rank))
-        self._watchdog = stack.enter_context(Watchdog(config.run.stall_s, log, ranks.rank))
+        rank_log = stack.enter_context(RankLog(self.folder / "logs", ranks.rank))
+        self._watchdog = stack.enter_context(Watchdog(config.run.stall_s, rank_log, ranks.rank))
         checkpoint = self.checkpoints.find(config.resume) if config.resume else None
         saved = saved_state(checkpoint, config)
         self.metrics: list[dict[str, Any]] = self.directory.open_logs(saved.get("log", {}))
@@ -171,6 +176,8 @@ class Run:
         if self.progress.mismatch is None:  # the policy has not moved since the sync: both differ by rounding alone
             self.progress.mismatch = update["old_kl"]
             check_mismatch(self.progress.mismatch, self.config)
+        if update["skipped"]:
+            log.warning("step %d is not applied: a loss, gradient or log-prob is not finite", self.policy.steps)
         self._update = update
         self._row = describe(self.policy.steps, self.progress, fresh, update) | batch.metrics(self.replay)
         self._row |= {"left_out_queries": self.encoder.dropped.total(), "failed_checkpoints": self.checkpoints.failed}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+IMPORT = "import_module"  # called with a name: an import, too
 
 
 def listed_rooms(page: str) -> list[str]:
@@ -28,6 +29,8 @@ def imports(root: Path) -> dict[str, set[str]]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Import):
                     found[module] |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == IMPORT:
+                    found[module] |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
                 elif isinstance(node, ast.ImportFrom):
                     package = module.split(".")[: -node.level] if node.level else []
                     base = ".".join([*package, *([node.module] if node.module else [])])
@@ -140,6 +143,11 @@ def test_the_kernels_stand_alone():
             "low.py",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import rethinker.high.deep.work",
             "low imports high/deep/work: up, from low to high/deep",
+        ),
+        (
+            "low.py",
+            "import importlib\nimportlib.import_module('rethinker.high.a')",
+            "low imports high/a: up, from low to high",
         ),
         ("high/a.py", "from .b import y", "these import each other in a circle: high/a, high/b"),
         ("high/b.py", "import rethinker.high.deep.work", "high/b imports high/deep/work: up, from high to high/deep"),

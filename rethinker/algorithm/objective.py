@@ -64,7 +64,7 @@ def load_loss(config: AlgorithmConfig) -> PolicyLoss:
         return PolicyLoss(loss, _tried(loss, config))
     except ConfigError as error:
         raise ConfigError(f"{named}: {error}") from error
-    except Exception as error:  # the user's code raises anything
+    except (Exception, SystemExit) as error:  # the user's code raises anything
         raise ConfigError(f"{named}: it fails on a batch of 9 tokens ({one_line(error)})") from error
 
 
@@ -85,6 +85,11 @@ def _tried(loss: Callable[[Tensor, losses.Rows], Tensor], config: AlgorithmConfi
     parts = [slice(0, 9)] if objective.whole_sequences else [slice(0, 5), slice(5, 6), slice(6, 9)]
     try:
         slope = torch.cat([objective.slopes(logps[part], part) for part in parts])
+        if not torch.allclose(slope, objective.slopes(logps, slice(0, 9)), rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise ConfigError(
+                "a token's gradient depends on which other tokens it comes with, and these are any part of a batch; "
+                "take means over a response with rows.sequence_mean, and draw no random numbers"
+            )
     except NeedsSequences:
         objective = Objective(loss, logps, **inputs, whole_sequences=True)
         slope = objective.slopes(logps)

@@ -82,7 +82,7 @@ class AnswerChecker:
             for key, (score, failure) in self._run(checks).items():
                 scores.update(dict.fromkeys(requests[key], score))
                 if failure:
-                    self._count(failure, len(requests[key]), checks[key][2])
+                    self._count(failure, len(requests[key]), *checks[key])
                 elif self._boxed:
                     self._verdicts[key] = score
             while len(self._verdicts) > REMEMBERED:
@@ -131,13 +131,14 @@ class AnswerChecker:
         with ThreadPoolExecutor(min(len(checks), len(self._workers)), "answer check") as pool:
             return dict(zip(checks, pool.map(run, checks.values()), strict=True))
 
-    def _count(self, failure: str, requests: int, query: Query) -> None:
+    def _count(self, failure: str, requests: int, response: str, answer: str, query: Query) -> None:
         """Count a failed check; every kind of failure is named once in the log, with what it was about."""
         reason, _, detail = failure.partition(": ")
         self.failures[reason] += requests
         if failure not in self._named and len(self._named) < 100:
             self._named.add(failure)
-            log.warning("a check scored 0 (%s%s): query %r", reason, f", {detail}" if detail else "", query.id)
+            reason += f", {detail}" if detail else ""
+            log.warning("a check scored 0 (%s): query %r, %.200r for %.200r", reason, query.id, response, answer)
 
 
 def _stop(workers: list[Worker]) -> None:

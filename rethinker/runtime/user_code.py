@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,11 @@ def user_function(setting: str, spec: str, shipped: Mapping[str, Callable[..., A
     path, name = user_file(setting, spec, shipped)
     module_spec = importlib.util.spec_from_file_location(f"user_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickle look a class's module up
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        del sys.modules[module_spec.name]
         raise ConfigError(f"{setting}={spec}: {path} fails to import ({one_line(error)})") from error
     function = getattr(module, name, None)
     if not callable(function):

@@ -63,6 +63,21 @@ def test_a_loss_of_the_users_own(named):
         torch.testing.assert_close(gradient, -ratio.clamp(max=1 + clip_high) * advantages / 9)
 
 
+def test_a_file_may_hold_what_looks_up_its_module(named):
+    """A dataclass with postponed annotations asks for the module of its class."""
+    source = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Bound:
+    high: float
+
+def f(logps, rows): return -logps * rows.advantages * Bound(1.0).high
+"""
+    assert load_loss(named(source))
+
+
 def test_a_loss_of_whole_responses_is_recognised(named):
     """Whether log-probs must come first is seen from the call of sequence_mean; a default fills what is no setting."""
     source = """
@@ -103,6 +118,12 @@ RAISES = "def f(logps, rows): raise KeyError('no such thing')"
         ("def f(logps, rows): return 1.0", "must return a number per token, .* not float"),
         ("def f(logps, rows): return -logps.detach() * rows.advantages", "no gradient; compute it from logps"),
         ("def f(logps, rows): return -rows.advantages + 0 * logps", "gradient is 0 for every token"),
+        (
+            "def f(logps, rows): return -(logps - logps.mean()) * rows.advantages",
+            "gradient depends on which other tokens",
+        ),
+        ("import torch\ndef f(logps, rows): return -logps * torch.rand(len(logps))", "draw no random numbers"),
+        ("def f(logps, rows): raise SystemExit(0)", "it fails on a batch of 9 tokens .SystemExit: 0"),
         (RAISES, "it fails on a batch of 9 tokens .KeyError: 'no such thing'"),
         ("def f(logps): return logps", r"it must take \(logps, rows\)"),
         ("def f(logps, rows, clip_hihg): return logps", "its parameter 'clip_hihg' is no setting of algorithm"),

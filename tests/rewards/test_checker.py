@@ -244,7 +244,9 @@ def test_a_raising_reward_is_named_once(checker, caplog):
     """The log says once what the custom reward raised and for which query; the counter has all of them."""
     with caplog.at_level(logging.WARNING):
         checker.score(ask({f"r{i}": "raise colour" for i in range(10)}))
-    assert [r.getMessage() for r in caplog.records] == ["a check scored 0 (error, KeyError: 'colour'): query 'q7'"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "a check scored 0 (error, KeyError: 'colour'): query 'q7', 'raise colour' for '4'"
+    ]
     assert checker.failures == {"error": 10}
 
 
@@ -399,6 +401,19 @@ def test_verdicts_of_the_worker_are_remembered(boxed_checker):
     boxed_checker._workers[0].kill()
     assert boxed_checker.score([("b", "\\boxed{\\sqrt{8}}", query)]) == {"b": 1.0}
     assert boxed_checker._workers[0]._process is None
+
+
+def test_a_verdict_is_of_its_own_answer(boxed_checker):
+    """Law 7: a response is right or wrong by its own query's answer and options, in one call and later."""
+    two, three = (Query(id="q", question="Which root?", answer=f"2\\sqrt{{{n}}}") for n in (2, 3))
+    response = "\\boxed{\\sqrt{8}}"
+    for _ in range(2):
+        assert boxed_checker.score([("a", response, two), ("b", response, three)]) == {"a": 1.0, "b": 0.0}
+    options = [
+        Query("q", "Which?", "A", metadata={"choices": choices}) for choices in (["red", "blue"], ["blue", "red"])
+    ]
+    found = boxed_checker.score([(str(i), "\\boxed{red}", query) for i, query in enumerate(options)])
+    assert found == {"0": 1.0, "1": 0.0}
 
 
 @pytest.mark.parametrize(
