@@ -40,7 +40,7 @@ rollout/test_faults.py kernels/test_csrc.py rollout/test_weight_sync.py test_whe
 families/test_rollout.py embedded/test_tiny.py integration/test_virl39k.py kernels/test_memory.py fuzz/test_fuzz.py
 runtime/test_watchdog.py families/test_packing.py kernels/test_sum_tree.py plan/test_plan.py kernels/test_compile.py
 benchmarks/test_kernels.py benchmarks/test_replay_benchmark.py kernels/test_sum_tree_agreement.py
-rollout/test_hf_engine.py runtime/test_ownership.py
+rollout/test_hf_engine.py runtime/test_ownership.py embedded/test_files.py plan/test_families.py
 """.split()
 """Files that take about 5 seconds or more, the longest first, so that no long one begins when the others end. They
 start vLLM, ranks, compilers or Triton's interpreter; `make quick` leaves them out, and shows which others belong here.
