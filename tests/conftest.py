@@ -40,9 +40,11 @@ rollout/test_faults.py kernels/test_csrc.py rollout/test_weight_sync.py test_whe
 families/test_rollout.py embedded/test_tiny.py integration/test_virl39k.py kernels/test_memory.py fuzz/test_fuzz.py
 runtime/test_watchdog.py families/test_packing.py kernels/test_sum_tree.py plan/test_plan.py kernels/test_compile.py
 benchmarks/test_kernels.py benchmarks/test_replay_benchmark.py kernels/test_sum_tree_agreement.py
-rollout/test_hf_engine.py runtime/test_ownership.py
+rollout/test_hf_engine.py runtime/test_ownership.py embedded/test_files.py plan/test_families.py
+test_cli.py curation/test_curate.py policy/test_packing.py policy/test_lora.py data/test_streaming.py
+families/test_prompts.py policy/test_foreign_models.py report/test_figures.py
 """.split()
-"""Files that take about 5 seconds or more, the longest first, so that no long one begins when the others end. They
+"""Files that take about 3 seconds or more, the longest first, so that no long one begins when the others end. They
 start vLLM, ranks, compilers or Triton's interpreter; `make quick` leaves them out, and shows which others belong here.
 """
 assert all((ROOT / "tests" / name).is_file() for name in SLOW)
