@@ -59,6 +59,14 @@ def load_loss(config: AlgorithmConfig) -> PolicyLoss:
                 f"{named}: its parameter {option.name!r} is no setting of algorithm and has no default; there are "
                 f"{', '.join(sorted(settings))}"
             )
+    defaults = vars(AlgorithmConfig())
+    for name in ("kl_coef", "dual_clip", "importance"):
+        if name not in given and settings[name] != defaults[name]:
+            default = "null" if defaults[name] is None else defaults[name]
+            raise ConfigError(
+                f"{named}: it has no parameter {name}, so algorithm.{name}={settings[name]} would change nothing; give "
+                f"it one, or set algorithm.{name}={default}"
+            )
     loss = partial(function, **given)
     try:
         return PolicyLoss(loss, _tried(loss, config))

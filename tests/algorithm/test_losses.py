@@ -139,6 +139,14 @@ def test_a_wrong_loss_is_one_clear_line(named, source, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_setting_that_would_change_nothing(named):
+    """A reference model is not loaded for a loss that does not take the KL's weight."""
+    config = named("def f(logps, rows): return -logps * rows.advantages")
+    config.kl_coef = 0.1
+    with pytest.raises(ConfigError, match=r"no parameter kl_coef.* set algorithm\.kl_coef=0\.0"):
+        load_loss(config)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from rethinker_kernels import (
     selective_log_softmax,
 )
 from rethinker_kernels.devices import takes_triton
+from rethinker_kernels.losses import Surrogate, grpo
 from rethinker_kernels.triton_kernels.linear_loss import grpo_rows
 from rethinker_kernels.triton_kernels.tiles import tiles
 
@@ -422,6 +424,27 @@ def test_any_loss(dtype, monkeypatch):
         torch.testing.assert_close(got, want, atol=3e-5, rtol=1e-4)
     else:
         as_good_as(both(plain, plain, leaves, one)[0], got, want)
+
+
+@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.3, "dual_clip": 1.5, "clip_low": 0.1}])
+def test_the_row_kernel_is_the_open_path(options, monkeypatch):
+    """GRPO by its kernel, and as a function that no kernel knows: the same in value, statistics and gradients."""
+    monkeypatch.setattr(linear, "chunk_rows", lambda *_: (16, 24))
+    inputs = on_device(tokens())
+    rows = len(inputs.pop("logps"))
+    index = torch.randint(261, (rows,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    head = [torch.randn(*shape, device=DEVICE) / 2 for shape in ((rows, 8), (261, 8))]
+
+    def unknown(logps, rows, **settings):
+        return grpo(logps, rows, **settings)
+
+    def run(loss):
+        leaves = [values.clone().requires_grad_() for values in head]
+        more = {"normalizer": 5.0, "surrogate": Surrogate(**options)}
+        value, *rest = linear_policy_loss(*leaves, index, partial(loss, **options), **inputs, **more)
+        return [value, *rest, *torch.autograd.grad(value, leaves)]
+
+    torch.testing.assert_close(run(grpo), run(unknown), atol=3e-5, rtol=1e-4)
 
 
 # Registration

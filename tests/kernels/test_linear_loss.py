@@ -81,9 +81,9 @@ def test_any_loss_is_its_composition(loss, aggregation, dtype, monkeypatch):
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_fast_path_is_the_open_path(importance, aggregation, dtype, seed, monkeypatch):
+def test_grpo_by_name_is_grpo_as_any_function(importance, aggregation, dtype, seed, monkeypatch):
     """GRPO with random options, named and as a function that the op does not know: the same loss, log-probs, gradients
-    and statistics (clip fractions, KL, entropy) to the type's precision."""
+    and statistics (clip fractions, KL, entropy) to the type's precision. fuzz_triton.py has the same for its kernel."""
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: (3, 4))
     g = torch.Generator().manual_seed(seed)
     low, high, dual = (0.05 + 0.5 * torch.rand(3, generator=g)).tolist()
