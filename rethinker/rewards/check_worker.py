@@ -46,9 +46,13 @@ class Worker:
             RuntimeError: the worker is closed.
         """
         with self._busy:
-            if self._closed:
-                raise RuntimeError("the answer checker is closed")
-            return self._check(response, answer, query)
+            try:
+                if not self._closed:
+                    return self._check(response, answer, query)
+            except ConfigError:
+                if not self._closed:  # else its process was ended while it started
+                    raise
+            raise RuntimeError("the answer checker is closed")
 
     def close(self) -> None:
         """End the process for good; a check under way fails."""
