@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 import rethinker
+from rethinker.algorithm.replay import ReplayBuffer
+from rethinker.algorithm.selection import Batch
+from rethinker.checkpoint.resume import Progress
 from rethinker.checks import schedule_length
 from rethinker.config import Config, ConfigError, RolloutConfig, TrainConfig
 from rethinker.episode import judge, note_rethinking
 from rethinker.policy.schedule import learning_rate
+from rethinker.run import Run
 from rethinker.samples import Completion, Group, Query, Rethought
 from rethinker.settings import resolve_config
 
@@ -42,6 +48,21 @@ def test_a_forced_phrase_is_no_rethinking_of_its_own():
         completion.rethought = Rethought(1, 2, "self_verification", 1, 2)
     note_rethinking([one], Config())
     assert one.rethinks == [False, True, True, False]
+
+
+def test_a_skipped_step_is_in_the_log(caplog):
+    """Law 12: a step that is not applied is named in the log, by its number; an ordinary one is not."""
+    run = Run(Config())
+    run.policy, run.progress = SimpleNamespace(steps=3), Progress(mismatch=0.0)
+    run.replay = ReplayBuffer(Config().replay, 0)
+    run.encoder, run.checkpoints = SimpleNamespace(dropped=Counter()), SimpleNamespace(failed=0)
+    one = group("x", "a")
+    one.rewards, one.rethinks = [1.0], [False]
+    for skipped in (0.0, 1.0):
+        run.trained([one], Batch([], 0, 0, 0.0), {"skipped": skipped})
+    assert [r.getMessage() for r in caplog.records] == [
+        "step 3 is not applied: a loss, gradient or log-prob is not finite"
+    ]
 
 
 def test_schedule_length():

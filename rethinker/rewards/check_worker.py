@@ -114,6 +114,8 @@ class Worker:
                 env={"OMP_NUM_THREADS": "1", **os.environ},
                 start_new_session=True,  # so that it and its children can be killed as one, and Ctrl-C is not theirs
             )
+        if self._closed:  # meanwhile: `close` did not know this process yet
+            self._end()
         self._link = Connection(ours.detach())
         try:
             said = self._link.recv() if self._link.poll(START_S) else "no sign of life"

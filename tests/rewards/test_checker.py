@@ -12,10 +12,12 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from rethinker.config import ConfigError, RewardConfig
+from rethinker.rewards import check_worker
 from rethinker.rewards.checker import AnswerChecker
 from rethinker.rewards.functions import load_reward
 from rethinker.samples import Query
@@ -285,21 +287,38 @@ def test_close_leaves_no_process_behind(config):
         checker.score([])
 
 
-def test_close_ends_checks_under_way(config):
+@pytest.mark.parametrize("moment", ["while a process is made", "while processes start", "while they check"])
+def test_close_ends_checks_under_way(moment, config, monkeypatch):
     """A call that runs in another thread while the checker is closed ends at once, and starts no further process."""
-    checker, ends = AnswerChecker(config), []
+    checker, ends, made = AnswerChecker(replace(config, timeout_s=60.0)), [], threading.Event()
+    workers, popen = checker._workers, check_worker.subprocess.Popen
+
+    def slow(*arguments, **options):  # the process is there, and its worker does not know it yet
+        process = popen(*arguments, **options)
+        made.set()
+        while not workers[0]._closed:
+            time.sleep(0.01)
+        return process
+
+    if moment == "while a process is made":
+        monkeypatch.setattr(check_worker.subprocess, "Popen", slow)
+    if moment == "while they check":
+        checker.score(ask({"a": "4", "b": "5"}))
 
     def score() -> None:
         try:
-            checker.score(ask({f"r{i}": "sleep 0.5" for i in range(100)}))
+            checker.score(ask({f"r{i}": "sleep 20" for i in range(100)}))
         except RuntimeError as error:
             ends.append(str(error))
 
     thread = threading.Thread(target=score)
     thread.start()
-    time.sleep(0.5)
+    while not (made.is_set() or ("made" not in moment and all(worker._link for worker in workers))):
+        time.sleep(0.01)
+    start = time.monotonic()
     checker.close()
     thread.join(10)
+    assert time.monotonic() - start < 10  # the first check alone would take 20 seconds
     assert ends == ["the answer checker is closed"]
     assert all(worker._process is None for worker in checker._workers)
 
