@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def arrows(root: Path) -> dict[str, set[str]]:
 OURS = {"rethinker": ROOT, "rethinker_kernels": ROOT / "kernels", "tests": ROOT, "benchmarks": ROOT}
 
 
+@cache
 def source_of(module: str) -> Path | None:
     """The file or folder of one of our modules."""
     place = OURS[module.split(".")[0]].joinpath(*module.split("."))
@@ -64,6 +66,7 @@ def source_of(module: str) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
+@cache
 def defined(file: Path) -> set[str]:
     """What can be imported from a file: the names bound anywhere in it, nested ones too."""
     if file.is_dir():
