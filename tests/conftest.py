@@ -42,7 +42,7 @@ runtime/test_watchdog.py families/test_packing.py kernels/test_sum_tree.py plan/
 benchmarks/test_kernels.py benchmarks/test_replay_benchmark.py kernels/test_sum_tree_agreement.py
 rollout/test_hf_engine.py runtime/test_ownership.py embedded/test_files.py plan/test_families.py
 test_cli.py curation/test_curate.py policy/test_packing.py policy/test_lora.py data/test_streaming.py test_recipes.py
-families/test_prompts.py policy/test_foreign_models.py report/test_figures.py
+families/test_prompts.py policy/test_foreign_models.py report/test_figures.py data/test_prompts.py test_export.py
 """.split()
 """Files that take about 3 seconds or more, the longest first, so that no long one begins when the others end. They
 start vLLM, ranks, compilers or Triton's interpreter; `make quick` leaves them out, and shows which others belong here.
