@@ -7,18 +7,19 @@ in a folder beside them.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError, one_line
 from rethinker.report.learning import learning_curve
 from rethinker.report.runs import RunRecord, read_run
-from rethinker.report.summary import Table, categories, changed_settings, summary
+from rethinker.report.summary import categories, changed_settings, summary
 
 CHECKPOINTS = ("best", "last")
 ADAPTER = "adapter"  # of a checkpoint of a run with policy.lora: the adapters alone, in peft's format
@@ -47,13 +48,9 @@ def export(run: str | Path, output: str | Path | None = None, checkpoint: str | 
     shutil.rmtree(partial, ignore_errors=True)
     try:
         shutil.copytree(source, partial, ignore=_of_training)
-        if (record.folder / "config.yaml").is_file():
-            shutil.copy2(record.folder / "config.yaml", partial / "rethinker.yaml")
-        try:
-            learning_curve([record.folder], partial / "learning.png")
-        except ConfigError:  # without matplotlib the card goes without
-            (partial / "learning.png").unlink(missing_ok=True)
-        (partial / "README.md").write_text(model_card(record, source.resolve().name, partial), encoding="utf-8")
+        shutil.copy2(record.folder / "config.yaml", partial / "rethinker.yaml")
+        learning_curve([record.folder], partial / "learning.png")
+        (partial / "README.md").write_text(model_card(record, source.resolve().name), encoding="utf-8")
         if target.exists():
             target.rmdir()
         partial.rename(target)
@@ -84,14 +81,9 @@ def find_model(run: Path, checkpoint: str | None) -> Path:
     raise ConfigError(f"{run} has no checkpoint {' or '.join(names)}; it has {', '.join(there) or 'none yet'}")
 
 
-def model_card(run: RunRecord, checkpoint: str, folder: Path) -> str:
-    """The card, in the hub's Markdown: what was trained, from what, on what, how it went, how to load it.
-
-    Args:
-        run: the run.
-        checkpoint: which of its checkpoints the folder holds.
-        folder: where the card will lie; a learning.png there is shown.
-    """
+def model_card(run: RunRecord, checkpoint: str) -> str:
+    """The card of a checkpoint, in the hub's Markdown, beside learning.png: what was trained, how it went, and how to
+    load it."""
     from huggingface_hub import ModelCardData
 
     def on_the_hub(setting: str) -> str | None:
@@ -118,11 +110,10 @@ def model_card(run: RunRecord, checkpoint: str, folder: Path) -> str:
             "model's layers. The weights here are merged; the folder `adapter` has the adapters alone, for "
             "`peft.PeftModel.from_pretrained` over the model where training started."
         )
-    if (folder / "learning.png").is_file():
-        parts.append("![Sampled reward and held-out accuracy over the run](learning.png)")
-    for table in (summary([run]), categories([run]), changed_settings([run])):
-        if table:
-            parts.append(f"## {table.caption}\n\n{_markdown(table)}")
+    parts.append("![Sampled reward and held-out accuracy over the run](learning.png)")
+    tables = {"Summary": summary([run]), "Held-out accuracy by category": categories([run])}
+    tables["Settings that differ from their defaults"] = changed_settings([run])
+    parts += [f"## {title}\n\n{_markdown(table)}" for title, table in tables.items() if table is not None]
     parts.append(
         "## Use\n\n```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
         'model = AutoModelForImageTextToText.from_pretrained("FOLDER")\n'
@@ -165,8 +156,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="with --push: nobody else sees it")
     options = parser.parse_args(list(arguments))
-    if options.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.push):
-        raise ConfigError(f"--push {options.push} must be OWNER/NAME")
     folder = export(options.run, options.output, options.checkpoint)
     print(folder)
     if options.push:
@@ -174,12 +163,13 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _markdown(table: Table) -> str:
-    rows = [table.header, ["---"] * len(table.header), *table.rows]
+def _markdown(table: pd.DataFrame) -> str:
+    header = [table.columns.name, *table.columns]
+    rows = [header, ["---"] * len(header), *table.itertuples()]
     return "\n".join("| " + " | ".join(map(_text, row)) + " |" for row in rows)
 
 
 def _text(value: Any) -> str:
     """A cell of a Markdown table that shows what it holds and does nothing else."""
-    text = " ".join(str(value).replace(os.linesep, " ").split())
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text) if text.strip("-") else text
+    text = " ".join(str(value).split())
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text)

@@ -1,4 +1,4 @@
-"""What curation leaves behind: pass rates, their histogram, the subset as a data set, a recipe that trains on it."""
+"""What curation leaves behind: pass rates, the subset as a data set, a recipe that trains on it, and its origin."""
 
 from __future__ import annotations
 
@@ -135,22 +135,10 @@ def count(rates: Sequence[PassRate], chosen: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def histogram(folder: Path, rates: Sequence[PassRate], chosen: Sequence[int], title: str) -> list[str]:
-    """Draw pass_rates.svg: how many questions, and how many chosen ones, by right answers. Returns it as text, too."""
-    from rethinker.report.drawing import COLORS, GRID, label_of, legend, new_figure, save_figure
-
+def histogram(rates: Sequence[PassRate], chosen: Sequence[int]) -> str:
+    """How many questions, and how many chosen ones, by right answers."""
     asked = [rate for rate in rates if rate.samples]
-    places = range(max((rate.samples for rate in asked), default=1) + 1)
+    samples = max((rate.samples for rate in asked), default=0)
     everything, picked = Counter(rate.right for rate in asked), Counter(rates[i].right for i in chosen)
-    figure = new_figure(6.4, 3.4)
-    axes = figure.subplots()
-    axes.bar(places, [everything[k] for k in places], width=0.8, color=GRID, edgecolor="#999999", label="all questions")
-    axes.bar(places, [picked[k] for k in places], width=0.8, color=COLORS[0], label="the subset")
-    axes.set_xlabel(f"right answers of {places[-1]}")
-    axes.set_ylabel("questions")
-    axes.set_title(label_of(title), fontsize=9)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    legend(axes)
-    save_figure(figure, folder / "pass_rates.svg")
-    lines = [f"{k:3d} of {places[-1]:<3d} {everything[k]:9,d} {picked[k]:7,d}" for k in places]
-    return ["right      questions  chosen", *lines]
+    lines = [f"{k:3d} of {samples:<3d} {everything[k]:9,d} {picked[k]:7,d}" for k in range(samples + 1)]
+    return "\n".join(["right      questions  chosen", *lines])

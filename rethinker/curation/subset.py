@@ -17,9 +17,9 @@ class PassRate:
 
     query_id: str
     category: str
-    right: int
+    right: int = 0
     """Responses with a reward of at least 1."""
-    samples: int
+    samples: int = 0
     """0 for a question that was left out."""
     tokens: float = 0.0
     """Mean length of its responses."""

@@ -8,15 +8,13 @@ from __future__ import annotations
 import os
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
-from rethinker.doctor import how_to_install
 from rethinker.evaluation.benchmark import load_benchmark, shipped_benchmarks
-from rethinker.evaluation.settings import SETTINGS, Mode, eval_config
+from rethinker.evaluation.settings import SETTINGS, Mode, check_packages, eval_config
 from rethinker.families.model_folder import check_model_folder
 
 _DESCRIPTION = """Answer a benchmark greedily, check the answers as the training reward does, and write result.json and
@@ -64,7 +62,7 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
         "       %(prog)s --compare RESULT_FOLDER RESULT_FOLDER ...",
         epilog="--compare RESULT_FOLDER ...: compare results on the same questions with the first one: paired "
         f"differences\nwith a 95% interval and McNemar's exact test\n\nbenchmarks:\n{known}\n\n"
-        f"settings that an evaluation takes:\n{settings}\n\n"
+        f"settings that change an evaluation:\n{settings}\n\n"
         "On several GPUs: torchrun --nproc-per-node N -m rethinker eval ...",
     )
     add = parser.add_argument
@@ -79,10 +77,9 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     add("--data", metavar="PATH", help=places)
     outputs = "the results [evaluations/CHECKPOINT/BENCHMARK[-MODE]]; of several benchmarks each has a folder below it"
     add("--output", metavar="FOLDER", help=outputs)
+    if arguments and arguments[0].startswith("-") and not {"-h", "--help"}.intersection(arguments):
+        parser.error("name the checkpoint first: behind a setting it would be that setting's value")
     options, overrides = parser.parse_known_args(list(arguments))
-    before = list(arguments)[: list(arguments).index(options.checkpoint)]
-    if any(option.startswith("--") and "." in option and "=" not in option for option in before):
-        parser.error(f"name the checkpoint first: behind a setting, {options.checkpoint!r} is that setting's value")
     options.benchmark = list(dict.fromkeys(options.benchmark))
     if not options.benchmark:
         parser.error(f"name a benchmark: --benchmark {' | '.join(shipped_benchmarks())}")
@@ -98,16 +95,14 @@ def find_checkpoint(name: str) -> str:
         ConfigError: no model there, saying what was probably meant.
     """
     folder = Path(os.path.expanduser(name))
-    looks_local = folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
-    if not looks_local and not folder.parent.is_dir():
+    if name.count("/") == 1 and not name.startswith((".", "~")) and not folder.parent.is_dir():
         return name
     if not folder.is_dir():
-        known = next(parent for parent in folder.absolute().parents if parent.is_dir())
-        names = sorted(path.name for path in known.iterdir() if not path.name.startswith("."))
-        raise ConfigError(f"checkpoint {name} does not exist; in {known} are {', '.join(names[:8]) or 'no files'}")
+        raise ConfigError(
+            f"checkpoint {name} does not exist; give a run's checkpoints/best, a model folder, or OWNER/NAME"
+        )
     if not (folder / "config.json").is_file():
-        places = ("checkpoints/best", "best", "checkpoints/last", "last")
-        inside = [folder / place for place in places if (folder / place).is_dir()]
+        inside = [folder / place for place in ("checkpoints/best", "checkpoints/last") if (folder / place).is_dir()]
         hint = f"did you mean {inside[0]}?" if inside else "give a model folder in Hugging Face format"
         raise ConfigError(f"checkpoint {name} has no config.json; {hint}")
     check_model_folder(folder, f"checkpoint {name}")
@@ -127,18 +122,15 @@ def _output_folders(options: Namespace, checkpoint: str, names: list[str]) -> li
         folders = [parent]
     for folder in folders:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            held = "already holds files; remove them or" if folder.is_dir() else "is a file;"
-            raise ConfigError(f"--output {folder} {held} choose another folder")
+            raise ConfigError(f"--output {folder} is a file, or holds files already; choose another folder")
     return folders
 
 
 def _compare(folders: list[str]) -> int:
+    check_packages("--compare", "scipy", "pyarrow", "pandas")
     from rethinker.evaluation.compare import compare_results, describe_comparison
 
     if options := [argument for argument in folders if argument.startswith("--")]:
         raise ConfigError(f"--compare takes result folders and nothing else, not {options[0]}")
-    for package in ("scipy", "pyarrow"):
-        if find_spec(package) is None:
-            raise ConfigError(f"--compare needs the package {package}: {how_to_install(package)}")
     print(describe_comparison(compare_results(folders)))
     return 0

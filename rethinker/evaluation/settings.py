@@ -33,22 +33,16 @@ def eval_config(checkpoint: str, overrides: Sequence[str]) -> Config:
     """The settings of an evaluation: settings.yaml beside this file, the run's own, the command line.
 
     Raises:
-        ConfigError: a setting that is unknown, wrong, or of no use here; a package that is missing.
+        ConfigError: a setting that is unknown or wrong; a package that is missing.
     """
-    base = Path(__file__).with_suffix(".yaml")
-    resolve_config(base, overrides)  # names the unknown ones
-    for option in overrides:
-        key = option.removeprefix("--").partition("=")[0]
-        if option.startswith("--") and not key.startswith(SETTINGS):
-            raise ConfigError(f"{key} has no effect on an evaluation; settings that do: {', '.join(SETTINGS)}")
     inherited = [f"--{key}={value}" for key, value in run_settings(checkpoint).items()]
-    config = resolve_config(base, [*inherited, *overrides])
+    config = resolve_config(Path(__file__).with_suffix(".yaml"), [*inherited, *overrides])
     config.policy.model = checkpoint
-    check_engine(config, "rethinker eval", "scipy")
+    check_engine(config, "rethinker eval")
     return config
 
 
-def check_engine(config: Config, command: str, *packages: str) -> None:
+def check_engine(config: Config, command: str) -> None:
     """Report what keeps a command from asking a model anything: a recording as the engine, or missing packages.
 
     Raises:
@@ -56,10 +50,14 @@ def check_engine(config: Config, command: str, *packages: str) -> None:
     """
     if config.rollout.backend == "recorded":
         raise ConfigError("rollout.backend=recorded has no new answers; use vllm or hf")
-    needed = dict.fromkeys(("transformers", "pyarrow", "PIL", *packages), command)
+    check_packages(command, "transformers", "pyarrow", "PIL", "pandas", "scipy")
     if config.rollout.backend == "vllm":
-        needed["vllm"] = "rollout.backend=vllm, other than hf,"
-    for package, what in needed.items():
+        check_packages("rollout.backend=vllm, other than hf,", "vllm")
+
+
+def check_packages(what: str, *packages: str) -> None:
+    """Report a missing package and how to install it, as a ConfigError."""
+    for package in packages:
         if find_spec(package) is None:
             raise ConfigError(f"{what} needs the package {package}: {how_to_install(package)}")
 
