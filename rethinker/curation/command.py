@@ -100,7 +100,7 @@ def _curate(config: Config, queries: list[Query], samples: int, size: int | None
             )
         output.write_subset(folder, [queries[i] for i in chosen], [rates[i] for i in chosen], config)
         output.write_recipe(folder, config, name)
-        output.write_provenance(folder, config, measured, {"size_asked": size, **counts})
+        output.write_provenance(folder, {**measured, "size_asked": size, **counts})
         short = f" (only so many of the {size:,d} asked for qualify)" if size and len(chosen) < size else ""
         print(f"{len(chosen):,d} questions{short}: {counts['subset_by_category']}")
         print(f"train on them: rethinker train {folder / output.RECIPE}")

@@ -82,22 +82,16 @@ def load_benchmark(name: str) -> Benchmark:
         near = nearest(name, shipped)
         hint = f"did you mean {near}? " if near else ""
         raise ConfigError(f"--benchmark {name}: {hint}known are {', '.join(shipped)}, or give a .yaml file")
-    content, parser = _given(read_yaml_file(path, f"--benchmark {name}: {path}")), _parser()
-    if not isinstance(content.get("fields", {}), dict):  # jsonargparse would take a text for the name of a file
-        raise ConfigError(f"--benchmark {name}: {path}: fields must map nouns to columns")
+    content, parser = read_yaml_file(path, f"--benchmark {name}: {path}"), _parser()
     try:
+        if not isinstance(content.get("fields", {}), dict):  # a text would be read as the name of a file
+            raise TypeError("fields must map nouns to columns")
         benchmark = Benchmark(**parser.instantiate(parser.parse_object({"name": path.stem, **content})))
-    except ArgumentError as error:
+    except (ArgumentError, AttributeError, TypeError) as error:
         raise ConfigError(f"--benchmark {name}: {path} does not describe a benchmark ({one_line(error)})") from error
     if fault := _fault(benchmark):
         raise ConfigError(f"--benchmark {name}: {path}: {fault}")
     return benchmark
-
-
-def _given(content: Any) -> dict[str, Any]:
-    """A YAML mapping without what is null, and so not given; {} for anything else."""
-    found = content.items() if isinstance(content, dict) else ()
-    return {str(k): _given(v) if isinstance(v, dict) else v for k, v in found if v is not None}
 
 
 @functools.cache

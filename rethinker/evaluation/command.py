@@ -6,7 +6,7 @@ Everything that can be said without a model (arguments, settings, data, folders)
 from __future__ import annotations
 
 import os
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -14,7 +14,7 @@ from typing import get_args
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
 from rethinker.evaluation.benchmark import load_benchmark, shipped_benchmarks
-from rethinker.evaluation.settings import SETTINGS, Mode, check_packages, eval_config
+from rethinker.evaluation.settings import RECORDED, Mode, check_packages, eval_config
 from rethinker.families.model_folder import check_model_folder
 
 _DESCRIPTION = """Answer a benchmark greedily, check the answers as the training reward does, and write result.json and
@@ -52,23 +52,20 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     Raises:
         ConfigError: an unknown option, one without its value, no checkpoint, no benchmark.
     """
-    known = "\n".join(f"  {name:18} {load_benchmark(name).title}" for name in shipped_benchmarks())
-    settings = "\n".join(f"  --{name}" for name in SETTINGS)
+    known = ", ".join(shipped_benchmarks())
     parser = Parser(
         prog="rethinker eval",
-        formatter_class=RawDescriptionHelpFormatter,
         description=_DESCRIPTION,
         usage="%(prog)s CHECKPOINT --benchmark NAME [options] [--section.name value ...]\n"
         "       %(prog)s --compare RESULT_FOLDER RESULT_FOLDER ...",
-        epilog="--compare RESULT_FOLDER ...: compare results on the same questions with the first one: paired "
-        f"differences\nwith a 95% interval and McNemar's exact test\n\nbenchmarks:\n{known}\n\n"
-        f"settings that change an evaluation:\n{settings}\n\n"
-        "On several GPUs: torchrun --nproc-per-node N -m rethinker eval ...",
+        epilog=f"Settings that change answers: {', '.join(f'--{name}' for name in RECORDED)}. --compare shows paired "
+        "differences to the first result on the same questions, with a 95%% interval and McNemar's exact test. On "
+        "several GPUs: torchrun --nproc-per-node N -m rethinker eval ...",
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT")
     names = {"type": lambda text: [name for name in text.split(",") if name], "action": "extend", "metavar": "NAME"}
-    add("--benchmark", required=True, **names, help="one or several of those below, or a .yaml file; also A,B")
+    add("--benchmark", required=True, **names, help=f"one or several of {known}, or a .yaml file; also A,B")
     modes = "normal; forced: a rethinking trigger follows every first answer and the model goes on; oracle: only after "
     modes += "wrong answers, an upper bound"
     add("--mode", default="normal", metavar="MODE", choices=get_args(Mode), help=modes)
@@ -82,7 +79,7 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     options, overrides = parser.parse_known_args(list(arguments))
     options.benchmark = list(dict.fromkeys(options.benchmark))
     if not options.benchmark:
-        parser.error(f"name a benchmark: --benchmark {' | '.join(shipped_benchmarks())}")
+        parser.error(f"name a benchmark: {known}")
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit {options.limit}: give a number of questions, at least 1")
     return options, overrides

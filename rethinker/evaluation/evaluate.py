@@ -19,16 +19,10 @@ import torch
 from rethinker.algorithm.rethinking import Trigger, continue_after_trigger, make_triggers
 from rethinker.config import Config
 from rethinker.data.prompts import PromptEncoder
+from rethinker.evaluation import results
 from rethinker.evaluation.answering import AnsweringModel, fit_model, judge, open_model, ranks_of_torchrun, sample
 from rethinker.evaluation.benchmark import Benchmark
-from rethinker.evaluation.results import (
-    accepted_answers,
-    answered,
-    describe_result,
-    summarize,
-    unanswered,
-    write_result,
-)
+from rethinker.evaluation.results import accepted_answers, answered, unanswered
 from rethinker.evaluation.settings import Mode, recorded
 from rethinker.policy.model import load_processor
 from rethinker.runtime.display import progress
@@ -40,16 +34,11 @@ from rethinker.version import versions
 CHUNK = 256
 
 Task = tuple[Benchmark, tuple[list[Query], Counter[str]], Path]
+"""A benchmark, its questions and the number of rows that it does not cover by reason, and the folder of its result."""
 
 
 def run_benchmarks(config: Config, mode: Mode, limit: int | None, tasks: list[Task]) -> None:
-    """Evaluate `config.policy.model` on benchmarks, one after the other; rank 0 writes and shows each result.
-
-    Args:
-        config: from `settings.eval_config`.
-        mode: see `evaluate`.
-        limit: of the questions of each benchmark.
-        tasks: benchmark, its questions and uncovered rows, and the folder of its result.
+    """Evaluate `config.policy.model` on `limit` questions of each benchmark; rank 0 writes and shows each result.
 
     Raises:
         ConfigError: a model that cannot be read or is too short for `rollout.max_new_tokens`, and whatever the engine
@@ -78,7 +67,7 @@ def run_benchmarks(config: Config, mode: Mode, limit: int | None, tasks: list[Ta
                 "title": benchmark.title,
                 "model": folder,
                 "mode": mode,
-                **summarize(rows),
+                **results.summarize(rows),
                 "failed_checks": dict(failures),
                 "uncovered": dict(uncovered),
                 "questions_in_benchmark": len(queries),
@@ -88,8 +77,8 @@ def run_benchmarks(config: Config, mode: Mode, limit: int | None, tasks: list[Ta
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                 "seconds": round(time.perf_counter() - start, 1),
             }
-            write_result(output, result, rows)
-            print(describe_result(result, output), flush=True)
+            results.write_result(output, result, rows)
+            print(results.describe_result(result, output), flush=True)
 
 
 def evaluate(
@@ -105,7 +94,6 @@ def evaluate(
 
     Args:
         queries: the same on every rank; their images are decoded when their turn comes.
-        mode: `normal`, `forced` or `oracle`.
         max_new_tokens: longest first answer, and longest second pass. The engine must take twice that and the trigger.
         triggers: for the second pass; a query's is the same in every evaluation.
 

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from rethinker.config import ConfigError
+from rethinker.evaluation.settings import flat_settings
 from rethinker.settings import read_yaml_file
 
 
@@ -104,12 +105,3 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def flat_settings(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; a setting that is itself a mapping keeps its entries, also dotted."""
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        nested = isinstance(value, dict) and value
-        flat |= flat_settings(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat

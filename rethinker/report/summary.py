@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from rethinker.config import Config
-from rethinker.report.runs import RunRecord, flat_settings
+from rethinker.evaluation.settings import flat_settings
+from rethinker.report.runs import RunRecord
 
 
 def summary(runs: Sequence[RunRecord]) -> pd.DataFrame:

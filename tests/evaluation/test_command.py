@@ -56,7 +56,7 @@ def test_a_foreign_checkpoint_through_vllm_and_hf(checkpoint, rethinker, tmp_pat
     [
         (["x", "--benchmark", "mathvist"], "--benchmark mathvist: did you mean mathvista? known are digits"),
         (["x"], "the following arguments are required: --benchmark"),
-        (["x", "--benchmark", ","], "name a benchmark: --benchmark digits | easy_vqa"),
+        (["x", "--benchmark", ","], "name a benchmark: digits, easy_vqa"),
         (["--benchmark", "digits"], "name the checkpoint first"),
         (["--data.prompt", "{question}", "--benchmark", "digits", "x"], "name the checkpoint first"),
         (
