@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from rethinker.command_line import Parser
-from rethinker.config import ConfigError, one_line
+from rethinker.config import ConfigError
 from rethinker.report.learning import learning_curve
 from rethinker.report.runs import RunRecord, read_run
 from rethinker.report.summary import categories, changed_settings, summary
@@ -27,9 +27,9 @@ CARD = """---
 
 # {name}
 
-A vision-language model trained by reinforcement learning with Rethinker
-([VL-Rethinker](https://arxiv.org/abs/2504.08837)'s method: GRPO, selective sample replay, forced rethinking). This is the
-run's checkpoint `{checkpoint}`.{lora}
+A vision-language model trained by reinforcement learning with Rethinker, by the method of
+[VL-Rethinker](https://arxiv.org/abs/2504.08837): GRPO, selective sample replay, forced rethinking. This is the run's
+checkpoint `{checkpoint}`.{lora}
 
 ![Sampled reward and held-out accuracy over the run](learning.png)
 
@@ -37,22 +37,12 @@ run's checkpoint `{checkpoint}`.{lora}
 
 ## Use
 
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("FOLDER")
-processor = AutoProcessor.from_pretrained("FOLDER")
-```
-
-```bash
-vllm serve FOLDER
-```
-
-`rethinker.yaml` holds all settings of the run: `rethinker train rethinker.yaml` repeats it.
+`vllm serve` and transformers (`AutoModelForImageTextToText`, `AutoProcessor`) load this folder. `rethinker.yaml` holds
+all settings of the run: `rethinker train rethinker.yaml` repeats it.
 """
-LORA = """ It was trained with LoRA (rank {rank}, alpha {alpha}) in the language model's
-layers. The weights here are merged; the folder `adapter` has the adapters alone, for `peft.PeftModel.from_pretrained` over
-the model where training started."""
+LORA = """ It was trained with LoRA (rank {rank}, alpha {alpha}) in the language model's layers. The
+weights here are merged; the folder `adapter` has the adapters alone, for `peft.PeftModel.from_pretrained` over the
+model where training started."""
 
 
 def export(run: str | Path, output: str | Path | None = None, checkpoint: str | None = None) -> Path:
@@ -126,43 +116,19 @@ def model_card(run: RunRecord, checkpoint: str) -> str:
     return CARD.format(checkpoint=checkpoint, lora=lora, **texts)
 
 
-def push(folder: Path, name: str, private: bool) -> str:
-    """Upload an exported folder to the hub; returns its address.
-
-    Raises:
-        ConfigError: no token, no network, or the hub's own words.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Model and card")
-    except Exception as error:  # the client raises its own errors, requests' and the operating system's
-        raise ConfigError(
-            f"--push {name}: {one_line(error)}; `hf auth login` sets the token. The folder is {folder}"
-        ) from error
-    return f"https://huggingface.co/{name}"
-
-
 def main(arguments: Sequence[str]) -> int:
-    """The command: prints the folder, and the address if it was pushed."""
+    """The command: prints the folder."""
     parser = Parser(
         prog="rethinker export",
         description="Write a run's model as a folder that vllm serve and transformers load: safetensors, processor, "
-        "and a model card with the run's figures.",
+        "and a model card with the run's figures. `hf upload OWNER/NAME FOLDER` puts it on the Hugging Face hub.",
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a run, runs/<run.name>")
     add("--output", metavar="FOLDER", help="where to [exports/<run.name>]")
     add("--checkpoint", metavar="NAME", help="best, last or step_000040 [best, or else last]")
-    add("--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub")
-    add("--private", action="store_true", help="with --push: nobody else sees it")
     options = parser.parse_args(list(arguments))
-    folder = export(options.run, options.output, options.checkpoint)
-    print(folder)
-    if options.push:
-        print(push(folder, options.push, options.private))
+    print(export(options.run, options.output, options.checkpoint))
     return 0
 
 
