@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from rethinker.checks import check_model
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
 from rethinker.evaluation.benchmark import load_benchmark, shipped_benchmarks
 from rethinker.evaluation.settings import RECORDED, Mode, check_packages, eval_config
-from rethinker.families.model_folder import check_model_folder
 
 _DESCRIPTION = """Answer a benchmark greedily, check the answers as the training reward does, and write result.json and
 responses.parquet. CHECKPOINT is a run's checkpoints/best, or any supported folder or Hugging Face name. A run's
@@ -89,21 +89,13 @@ def find_checkpoint(name: str) -> str:
     """A model folder, checked to hold a model, or a Hugging Face name as it is.
 
     Raises:
-        ConfigError: no model there, saying what was probably meant.
+        ConfigError: no model there, or a run, whose best checkpoint was probably meant.
     """
     folder = Path(os.path.expanduser(name))
-    if name.count("/") == 1 and not name.startswith((".", "~")) and not folder.parent.is_dir():
-        return name
-    if not folder.is_dir():
-        raise ConfigError(
-            f"checkpoint {name} does not exist; give a run's checkpoints/best, a model folder, or OWNER/NAME"
-        )
-    if not (folder / "config.json").is_file():
-        inside = [folder / place for place in ("checkpoints/best", "checkpoints/last") if (folder / place).is_dir()]
-        hint = f"did you mean {inside[0]}?" if inside else "give a model folder in Hugging Face format"
-        raise ConfigError(f"checkpoint {name} has no config.json; {hint}")
-    check_model_folder(folder, f"checkpoint {name}")
-    return str(folder)
+    if (folder / "checkpoints").is_dir():
+        raise ConfigError(f"checkpoint {name} is a run's folder; did you mean {folder / 'checkpoints' / 'best'}?")
+    check_model(name, "checkpoint ")
+    return str(folder) if folder.is_dir() else name
 
 
 def _output_folders(options: Namespace, checkpoint: str, names: list[str]) -> list[Path]:

@@ -61,7 +61,7 @@ def test_a_foreign_checkpoint_through_vllm_and_hf(checkpoint, rethinker, tmp_pat
         (["--data.prompt", "{question}", "--benchmark", "digits", "x"], "name the checkpoint first"),
         (
             ["runs/none/checkpoints/best", "--benchmark", "digits"],
-            "checkpoint runs/none/checkpoints/best does not exist",
+            "checkpoint runs/none/checkpoints/best is not a folder",
         ),
         (["Qwen/x", "y", "--benchmark", "digits"], "unexpected argument 'y'"),
         (
@@ -121,9 +121,9 @@ def test_the_checkpoint_is_found_or_named(tmp_path, monkeypatch):
     """A run's folder leads to its best checkpoint; a Hugging Face name passes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/a/checkpoints/best").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"no config.json; did you mean runs/a/checkpoints/best\?"):
+    with pytest.raises(ConfigError, match=r"runs/a is a run's folder; did you mean runs/a/checkpoints/best\?"):
         find_checkpoint("runs/a")
-    with pytest.raises(ConfigError, match=r"does not exist; give a run's checkpoints/best"):
+    with pytest.raises(ConfigError, match=r"checkpoint runs/a/checkpoints/bset is not a folder"):
         find_checkpoint("runs/a/checkpoints/bset")
     assert find_checkpoint("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
 

@@ -183,7 +183,7 @@ def test_a_real_run_is_shown(browser, trained):
     """Every figure of a real run is drawn, its questions have their images, and the console is silent."""
     browser.open(trained[0] / "runs" / "real" / "report.html")
     assert len(browser.visible("figure img")) == len(FIGURES)
-    assert len(browser.visible("details.group")) == 12
+    assert len(browser.visible("details.group")) == 24
     images = "return [...document.querySelectorAll('.group img')].map(image => image.naturalWidth)"
     assert browser.run(images) == [64] * 24
     assert browser.messages() == []
