@@ -19,7 +19,7 @@ from rethinker.config import ConfigError, one_line
 from rethinker.report.completions import sample_completions
 from rethinker.report.drawing import save_figure
 from rethinker.report.figures import FIGURES
-from rethinker.report.rethinking import accuracy_table, compare, read_evaluations, rethinking_analysis
+from rethinker.report.rethinking import compare, read_evaluations, rethinking_analysis
 from rethinker.report.runs import RunRecord, read_runs
 from rethinker.report.summary import categories, changed_settings, summary
 
@@ -58,7 +58,9 @@ def write_report(
             image = _image(rethinking_analysis(comparison), folder / "rethinking.svg")
             title, meaning = "Rethinking analysis", f"Relative improvement over {baseline} as it is."
             texts = {"name": "rethinking", "title": title, "meaning": meaning, "alt": f"{title}, as bars."}
-            figures.append({**texts, "image": image, "table": _html(accuracy_table(comparison))})
+            figures.append(
+                {**texts, "image": image, "table": _html(comparison.map("{:.3f}".format, "ignore").fillna(""))}
+            )
         tables = {"Held-out accuracy by category": categories(runs)}
         tables["Settings that differ from their defaults"] = changed_settings(runs)
         page = _render(

@@ -14,7 +14,7 @@ from rethinker.config import ConfigError
 from rethinker.report.drawing import COLORS, draw_bars, in_our_look, label_of, legend, new_figure
 
 MODES = {"normal": "as it is", "forced": "rethinking forced", "oracle": "forced where wrong (upper bound)"}
-RATIO = "rethinks by itself, %"
+RATIO = "rethinks by itself"
 
 
 def read_evaluations(folders: Sequence[str | Path]) -> pd.DataFrame:
@@ -74,22 +74,7 @@ def compare(results: pd.DataFrame) -> tuple[str, pd.DataFrame]:
             "0, and beside it another model's or mode's on the same benchmark"
         )
     shown = trained.model.iloc[0] if len(trained) else baseline
-    return baseline, table.assign(**{RATIO: 100 * by_itself.rethink_ratio[by_itself.model == shown]})
-
-
-def accuracy_table(table: pd.DataFrame) -> pd.DataFrame:
-    """What `compare` found as text, with the improvement in per cent in parentheses."""
-    gains = improvements(table)
-    cells = pd.DataFrame({"baseline": table.baseline.map("{:.3f}".format)})
-    for name in gains:
-        pairs = zip(table[name], gains[name], strict=True)
-        cells[name] = ["not evaluated" if pd.isna(gain) else f"{value:.3f} ({gain:+.1f})" for value, gain in pairs]
-    return cells.rename_axis(columns="Accuracy (improvement in %)")
-
-
-def improvements(table: pd.DataFrame) -> pd.DataFrame:
-    """Relative improvement over the baseline, in per cent; NaN where it was not evaluated."""
-    return 100 * (table.drop(columns=["baseline", RATIO]).div(table.baseline, axis=0) - 1)
+    return baseline, table.assign(**{RATIO: by_itself.rethink_ratio[by_itself.model == shown]})
 
 
 @in_our_look
@@ -97,12 +82,13 @@ def rethinking_analysis(table: pd.DataFrame) -> Figure:
     """Bars of relative improvement per benchmark; as a line, how often the trained model rethinks of its own accord."""
     figure = new_figure(3.8)
     axes = figure.subplots()
-    draw_bars(axes, improvements(table), "%+.0f")
+    improvement = 100 * (table.drop(columns=["baseline", RATIO]).div(table.baseline, axis=0) - 1)
+    draw_bars(axes, improvement, "%+.0f")
     axes.axhline(0, color="#555555", linewidth=0.8)
     axes.tick_params(axis="x", rotation=25 if len(table) > 3 else 0)
     axes.set_ylabel("relative improvement, %")
     right = axes.twinx()
-    right.plot(range(len(table)), table[RATIO], label=label_of(RATIO), color=COLORS[6], marker="o", linewidth=1.4)
+    right.plot(range(len(table)), 100 * table[RATIO], label=label_of(RATIO), color=COLORS[6], marker="o", linewidth=1.4)
     right.set_ylim(0, 105)
     right.set_ylabel("responses that rethink unforced, %")
     right.grid(visible=False)
@@ -112,5 +98,5 @@ def rethinking_analysis(table: pd.DataFrame) -> Figure:
 
 def _short(model: str) -> str:
     """The short name of a model: a checkpoint of a run by the run's name."""
-    parts = Path(model).parts
-    return parts[-3] if len(parts) > 2 and parts[-2] == "checkpoints" else Path(model).name
+    path = Path(model)
+    return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
