@@ -56,7 +56,10 @@ def write_report(
             figures.append({**vars(figure), "table": None, "image": image, "alt": f"{figure.title}. {ends}"})
         if comparison is not None:
             image = _image(rethinking_analysis(comparison), folder / "rethinking.svg")
-            title, meaning = "Rethinking analysis", f"Relative improvement over {baseline} as it is."
+            title, meaning = (
+                "Rethinking analysis",
+                f"Relative improvement over {baseline} as it is, and the accuracies.",
+            )
             texts = {"name": "rethinking", "title": title, "meaning": meaning, "alt": f"{title}, as bars."}
             figures.append(
                 {**texts, "image": image, "table": _html(comparison.map("{:.3f}".format, "ignore").fillna(""))}

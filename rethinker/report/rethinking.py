@@ -74,7 +74,8 @@ def compare(results: pd.DataFrame) -> tuple[str, pd.DataFrame]:
             "0, and beside it another model's or mode's on the same benchmark"
         )
     shown = trained.model.iloc[0] if len(trained) else baseline
-    return baseline, table.assign(**{RATIO: by_itself.rethink_ratio[by_itself.model == shown]})
+    table[RATIO] = by_itself.rethink_ratio[by_itself.model == shown]
+    return baseline, table.rename_axis(index=None, columns="Benchmark")
 
 
 @in_our_look
