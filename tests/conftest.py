@@ -69,6 +69,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def handlers_stay():
+    """A test that leaves a signal's handler behind fails itself: the processes that a later test forks and ends would
+    handle SIGTERM instead of ending.
+    """
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before, "the test left a signal's handler behind"
+
+
 @pytest.fixture
 def rethinker(tmp_path):
     """Runs the `rethinker` command in a process of its own, in an empty folder."""
