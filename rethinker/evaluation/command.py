@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
         usage="%(prog)s CHECKPOINT --benchmark NAME [options] [--section.name value ...]\n"
         "       %(prog)s --compare RESULT_FOLDER RESULT_FOLDER ...",
         epilog=f"Settings that change answers: {', '.join(f'--{name}' for name in RECORDED)}. --compare shows paired "
-        "differences to the first result on the same questions, with a 95%% interval and McNemar's exact test. On "
+        "differences to the first result on the same questions, with a 95% interval and McNemar's exact test. On "
         "several GPUs: torchrun --nproc-per-node N -m rethinker eval ...",
     )
     add = parser.add_argument
