@@ -3,7 +3,7 @@
 // Integer additions commute, so atomics leave the same tree in any order. What must be ordered (of duplicate writes the
 // last holds, of duplicate draws the first counts) is settled inside one block. That is made for batches of hundreds to
 // thousands, as replay has them; larger ones take tile after tile.
-#include "sum_tree_cuda.h"
+#include "sum_tree.h"
 
 namespace sum_tree {
 namespace {
@@ -14,6 +14,28 @@ constexpr int kTable = 2 * kThreads;
 constexpr unsigned kEmpty = 0xFFFFFFFF;  // no slot: those lie below 2^31
 constexpr int kSampleWarps = 4;
 constexpr int64_t kLowest = INT64_MIN;
+constexpr unsigned kWarp = 0xFFFFFFFF;
+
+// child_of by a warp: a scan by shuffles and a ballot. Loads go to L2, where this kernel's own atomics are.
+__device__ __forceinline__ int warp_child_of(const int64_t* block, int64_t& rest, int lane) {
+  const int64_t weight = __ldcg(reinterpret_cast<const long long*>(block) + lane);
+  int64_t running = weight;
+  SUM_TREE_UNROLL
+  for (int distance = 1; distance < kFanOut; distance *= 2) {
+    const int64_t other = __shfl_up_sync(kWarp, running, distance);
+    if (lane >= distance) running += other;
+  }
+  const int child = __popc(__ballot_sync(kWarp, lane < kFanOut - 1 && running <= rest));
+  rest -= __shfl_sync(kWarp, running - weight, child);
+  return child;
+}
+
+__device__ __forceinline__ int64_t warp_slot_of(const int64_t* nodes, const Layout& layout, int64_t rest, int lane) {
+  int64_t node = 0;
+  for (int level = layout.levels - 2; level >= 0; --level)
+    node = node * kFanOut + warp_child_of(nodes + layout.begin[level] + node * kFanOut, rest, lane);
+  return node;
+}
 
 struct Table {
   unsigned slot[kTable];
@@ -232,9 +254,14 @@ const char* launched() {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-}  // namespace
+unsigned blocks_of(int64_t n, int64_t size) { return static_cast<unsigned>((n + size - 1) / size); }
 
-const char* launch_update(
+}  // namespace
+}  // namespace sum_tree
+
+using namespace sum_tree;
+
+const char* sum_tree_update(
     int64_t* nodes, int64_t capacity, double alpha, const int64_t* indices, const double* priorities, int64_t n,
     int64_t* refused, void* stream) {
   if (n == 0) return nullptr;
@@ -243,22 +270,17 @@ const char* launch_update(
   return launched();
 }
 
-const char* launch_sample(const int64_t* nodes, int64_t capacity, const int64_t* key, int64_t n, int64_t* slots,
-                          void* stream) {
-  if (n == 0) return nullptr;
-  const unsigned blocks = static_cast<unsigned>((n + kSampleWarps - 1) / kSampleWarps);
-  sample<<<blocks, 32 * kSampleWarps, 0, static_cast<cudaStream_t>(stream)>>>(
+const char* sum_tree_sample(
+    const int64_t* nodes, int64_t capacity, const int64_t* key, int64_t n, int64_t* slots, void* stream) {
+  sample<<<blocks_of(n, kSampleWarps), 32 * kSampleWarps, 0, static_cast<cudaStream_t>(stream)>>>(
       nodes, layout_of(capacity), key, n, slots);
   return launched();
 }
 
-const char* launch_sample_distinct(int64_t* nodes, int64_t capacity, const int64_t* key, int64_t n, int64_t* slots,
-                                   int64_t* taken, int64_t* ended, void* stream) {
-  if (n == 0) return nullptr;
-  const unsigned blocks = static_cast<unsigned>((n + kWarps - 1) / kWarps);
-  sample_distinct<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+const char* sum_tree_sample_distinct(
+    int64_t* nodes, int64_t capacity, const int64_t* key, int64_t n, int64_t* slots, int64_t* taken, int64_t* ended,
+    void* stream) {
+  sample_distinct<<<blocks_of(n, kWarps), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       nodes, layout_of(capacity), key, n, slots, taken, ended);
   return launched();
 }
-
-}  // namespace sum_tree

@@ -14,18 +14,12 @@ import pytest
 import torch
 
 import rethinker_kernels
-from rethinker_kernels import (
-    linear,
-    linear_grpo_loss,
-    linear_policy_loss,
-    losses,
-    reference,
-    selective_log_softmax,
-)
-from rethinker_kernels.devices import takes_triton
+from benchmarks import reference
+from rethinker_kernels import linear, linear_grpo_loss, linear_policy_loss, losses, selective_log_softmax
+from rethinker_kernels.devices import processors, takes_triton
 from rethinker_kernels.losses import Surrogate, grpo
 from rethinker_kernels.triton_kernels.linear_loss import grpo_rows
-from rethinker_kernels.triton_kernels.tiles import tiles
+from rethinker_kernels.triton_kernels.tiles import FEW
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIXTEEN_BITS = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter rounds to bf16 wrongly
@@ -173,8 +167,9 @@ def test_strides():
 
 @pytest.mark.parametrize("kind", ["many rows", "few rows"])
 def test_every_tile(kind):
-    """So many rows that each takes the narrower tile, and so few of a vocabulary so large that each is split."""
-    rows, vocabulary = (tiles(DEVICE).few + 3, 1000) if kind == "many rows" else (2, 20_011)
+    """So many rows that each takes the narrower tile, and few of a vocabulary of many tiles."""
+    few = 8 * processors(DEVICE) or FEW
+    rows, vocabulary = (few + 3, 1000) if kind == "many rows" else (2, 20_011)
     x = logits_of("random", rows, vocabulary)
     index = indices(rows, vocabulary, x)
     upstream = [torch.randn(rows, device=DEVICE), torch.randn(rows, device=DEVICE)]
@@ -415,8 +410,7 @@ def test_any_loss(dtype, monkeypatch):
         return -(logps.detach() - rows.old_logps).exp().clamp(max=1.3) * rows.advantages * logps
 
     def plain(h, w):
-        log_softmax = reference.linear_selective_log_softmax
-        return reference.composed_loss(log_softmax, h, w, index, cispo, *given, **more)[0]
+        return reference.linear_policy_loss(h, w, index, cispo, *given, **more)[0]
 
     one = [torch.ones((), device=DEVICE)]
     got, want = both(lambda h, w: linear_policy_loss(h, w, index, cispo, *given, **more)[0], plain, leaves, one)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rethinker_kernels import SumTree, native, sum_tree_torch
+from rethinker_kernels import SumTree, native
 from tests.kernels.sum_trees import generator, parents_are_exact
 
 pytestmark = pytest.mark.gpu
@@ -17,7 +17,7 @@ def toolkit():
         native.find_nvcc()
     except native.BuildError as error:
         pytest.skip(str(error))
-    assert native.load("cuda"), "nvcc failed; its message is on stderr"
+    native.load("cuda")
 
 
 def trees(capacity: int, alpha: float = 1.0) -> tuple[SumTree, SumTree]:
@@ -34,7 +34,7 @@ def filled(capacity: int) -> SumTree:
 def test_bit_for_bit_the_cpu(capacity, alpha):
     """Updates with duplicates and zeros and draws of both kinds, in more than one tile: the same nodes and slots."""
     cpu, cuda = trees(capacity, alpha)
-    assert cuda._ops is not sum_tree_torch
+    assert cuda.device.type == "cuda"
     source = generator(capacity)
     for step in range(100):
         n = int(torch.randint(2_000, (1,), generator=source))
@@ -141,14 +141,3 @@ def test_cuda_graph():
         reference.update(indices.cpu(), priorities.cpu())
         want = [reference.sample(512, generator=torch.tensor([1, offset]), replacement=r) for r in (True, False)]
         assert all(torch.equal(a.cpu(), b) for a, b in zip(captured, want, strict=True))
-
-
-def test_pytorch_on_cuda_tensors(monkeypatch):
-    """Without nvcc the PyTorch ops run on CUDA tensors, with the same results."""
-    compiled, key = filled(5_000), torch.tensor([1, 2], device="cuda")
-    monkeypatch.setenv("RETHINKER_NATIVE", "0")
-    plain = filled(5_000)
-    assert plain._ops is sum_tree_torch and torch.equal(plain._nodes, compiled._nodes)
-    for replacement in (True, False):
-        draws = [tree.sample(700, generator=key, replacement=replacement) for tree in (plain, compiled)]
-        assert torch.equal(*draws)

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from rethinker_kernels import linear, linear_grpo_loss, linear_loss
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, WORKSPACE, chunk_bytes, chunk_rows
+from rethinker_kernels.linear_loss import scaled
 from rethinker_kernels.losses import Objective, grpo
-from rethinker_kernels.scaled import scaled
 from rethinker_kernels.triton_kernels import linear_loss as row_kernel
 
 ROWS = 16_384
