@@ -138,9 +138,6 @@ def run_cuda(sizes: tuple[int, ...], repeats: int) -> dict[str, Any]:
         calls = {
             "rethinker update": lambda tree=tree, indices=indices, new=new: tree.update(indices, new),
             "rethinker sample": lambda tree=tree, key=key: tree.sample(BATCH, generator=key),
-            "rethinker sample without replacement": lambda tree=tree, key=key: tree.sample(
-                BATCH, generator=key, replacement=False
-            ),
         } | peer
         results[str(size)] = {"compiled": tree.device.type == "cuda"}
         for name, call in calls.items():

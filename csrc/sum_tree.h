@@ -185,16 +185,13 @@ SUM_TREE_FN int64_t slot_of(const int64_t* nodes, const Layout& layout, int64_t 
 
 }  // namespace sum_tree
 
-// The ops, of which each library has its own. All memory is the caller's, on the library's device. `key` holds a seed and
-// an offset, `taken` [n] is work space, `ended` [1] belongs to a tree and is 0 between calls. On CUDA each op queues one
-// kernel on `stream` and waits for nothing. Returns an error's text, or null.
+// The ops, of which each library has its own. All memory is the caller's, on the library's device. `key` [2] holds a seed
+// and an offset. On CUDA each op queues one kernel on `stream` and waits for nothing. Returns an error's text, or null.
 extern "C" {
 const char* sum_tree_update(
     int64_t* nodes, int64_t capacity, double alpha, const int64_t* indices, const double* priorities, int64_t n,
     int64_t* refused, void* stream);
 const char* sum_tree_sample(
-    const int64_t* nodes, int64_t capacity, const int64_t* key, int64_t n, int64_t* slots, void* stream);
-const char* sum_tree_sample_distinct(
-    int64_t* nodes, int64_t capacity, const int64_t* key, int64_t n, int64_t* slots, int64_t* taken, int64_t* ended,
+    const int64_t* nodes, int64_t capacity, const int64_t* key, uint32_t round, int64_t n, int64_t* slots,
     void* stream);
 }

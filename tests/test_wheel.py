@@ -137,8 +137,8 @@ def test_a_base_installation_says_what_is_missing(base):
 
 
 def test_the_sum_tree_compiles_from_the_wheel(base, tmp_path):
-    """The C++ sources are in the wheel; a tree is compiled from them, or says that there is no compiler. The ops need the
-    base dependencies only and do not import the trainer."""
+    """The C++ sources are in the wheel; a tree is compiled from them, or says that there is no compiler. The ops need
+    the base dependencies only and do not import the trainer."""
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         pytest.skip("needs a C++ compiler")
     code = (

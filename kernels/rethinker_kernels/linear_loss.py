@@ -177,5 +177,5 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return scaled(gradient, factor, dtype)
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     for part in slices(0, gradient.numel(), CPU_LOGITS_BYTES // 4):
-        out.view(-1)[part] = gradient.reshape(-1)[part] * factor.to(wide(gradient))
+        torch.mul(gradient.reshape(-1)[part], factor.to(wide(gradient)), out=out.view(-1)[part])
     return out

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from ctypes import CDLL, c_char_p, c_double, c_int64, c_void_p
+from ctypes import CDLL, c_char_p, c_double, c_int64, c_uint32, c_void_p
 from pathlib import Path
 
 import torch
@@ -31,8 +31,7 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC", "-fmad=false"]
 
 FUNCTIONS = {
     "sum_tree_update": [c_void_p, c_int64, c_double, c_void_p, c_void_p, c_int64, c_void_p, c_void_p],
-    "sum_tree_sample": [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p],
-    "sum_tree_sample_distinct": [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p],
+    "sum_tree_sample": [c_void_p, c_int64, c_void_p, c_uint32, c_int64, c_void_p, c_void_p],
 }
 """Parameters of the functions that csrc/sum_tree.h declares."""
 

@@ -37,11 +37,11 @@ class SumTree:
     for w = 0.01 at 2^20. A priority above 0 weighs at least one unit, so that one far below is drawn too often beside
     others; a priority of 0 has weight 0 for every alpha, and weight 0 is never drawn.
 
-    On CUDA, update and sample are one launch each and wait for nothing; they can be captured in a CUDA graph if their
-    tensors are on the device (priorities in fp64) and the random numbers come from a (seed, offset) tensor. What the
-    host does not know is not raised at once: an update that contains a bad index or priority changes nothing and is
-    raised by the next `check` or `state_dict`; a draw from nothing returns -1. A tree belongs to one thread and stream
-    at a time: a draw without replacement takes slots out while it runs.
+    On CUDA, update and sample (with replacement) are one launch each and wait for nothing; they can be captured in a
+    CUDA graph if their tensors are on the device (priorities in fp64) and the random numbers come from a (seed, offset)
+    tensor. What the host does not know is not raised at once: an update that contains a bad index or priority changes
+    nothing and is raised by the next `check` or `state_dict`; a draw from nothing returns -1. A tree belongs to one
+    thread and stream at a time: a draw without replacement takes slots out while it runs.
 
     Args:
         capacity: number of slots, 1 to 2^31.
@@ -77,7 +77,6 @@ class SumTree:
         self._nodes = torch.zeros(sum(sizes), dtype=torch.int64, device=device)  # leaves first, root last
         self._levels = self._nodes.split(sizes)
         self._refused = torch.zeros(3, dtype=torch.int64, device=device)  # kind, index, bits of the priority
-        self._ended = torch.zeros(1, dtype=torch.int64, device=device)  # blocks of a draw on a GPU; 0 between calls
         self._on_host = device.type == "cpu"
 
     @property
@@ -88,7 +87,7 @@ class SumTree:
     @property
     def nbytes(self) -> int:
         """Memory of the tree, in bytes: 8.26 per slot, when there are many."""
-        return self._nodes.nbytes + self._refused.nbytes + self._ended.nbytes
+        return self._nodes.nbytes + self._refused.nbytes
 
     @property
     def total(self) -> Tensor:
@@ -160,14 +159,10 @@ class SumTree:
         """
         if not 0 <= n <= 1 << 31:
             raise ValueError(f"n={n}: must be between 0 and 2^31")
-        slots = torch.empty(n, dtype=torch.int64, device=self.device)
         if n == 0:
-            return slots
+            return torch.empty(0, dtype=torch.int64, device=self.device)
         key = self._key(generator)
-        if replacement:
-            self._run("sample", key, n, slots)
-        else:
-            self._run("sample_distinct", key, n, slots, torch.empty_like(slots), self._ended)
+        slots = self._draw(key, n) if replacement else self._draw_distinct(key, n)
         if self._on_host and slots[-1].item() < 0:
             if self._nodes[-1].item() == 0:
                 raise ValueError("sample: every weight in the tree is 0; there is nothing to draw")
@@ -212,6 +207,40 @@ class SumTree:
             return to_device(key, self.device)
         check("generator", generator, (2,), like=self._nodes, dtypes=(torch.int64,))
         return generator.contiguous()
+
+    def _draw(self, key: Tensor, n: int, round: int = 0) -> Tensor:
+        """[n] independent draws; those of another round have other random numbers."""
+        slots = torch.empty(n, dtype=torch.int64, device=self.device)
+        self._run("sample", key, round, n, slots)
+        return slots
+
+    def _draw_distinct(self, key: Tensor, n: int) -> Tensor:
+        """[n] successive draws, and -1 where no weight is left.
+
+        Independent draws, of which only each slot's first counts, are just that: given the slots found so far, the next
+        new one comes in proportion to the weights of the others. A round makes as many draws as are missing. The next
+        one makes them from a tree without the slots found before, so that it finds one at least; in the end they
+        come back.
+        """
+        slots = torch.full((n,), -1, dtype=torch.int64, device=self.device)
+        weights, found, round = torch.empty_like(slots), 0, 0
+        try:
+            while found < n and self._nodes[-1] > 0:
+                new = list(dict.fromkeys(self._draw(key, n - found, round).tolist()))
+                part = slice(found, found + len(new))
+                slots[part] = to_device(torch.tensor(new), self.device)
+                weights[part] = self._levels[0][slots[part]]
+                self._add(slots[part], -weights[part])
+                found, round = part.stop, round + 1
+        finally:
+            self._add(slots[:found], weights[:found])
+        return slots
+
+    def _add(self, slots: Tensor, changes: Tensor) -> None:
+        """Add to slots, each of them once, and to all their ancestors."""
+        for level in self._levels:
+            level.index_add_(0, slots, changes)
+            slots = slots // FAN_OUT
 
     def _run(self, op: str, *arguments: Tensor | float) -> None:
         """Run a function of the library on the tree, as csrc/sum_tree.h declares it; tensors become addresses."""

@@ -21,7 +21,7 @@ class TorchTree(SumTree):
     """A tree whose ops are these; `_run` is where others have their compiled ones."""
 
     def _run(self, op: str, *arguments: Tensor | float) -> None:
-        {"update": self._update, "sample": self._sample, "sample_distinct": self._sample_distinct}[op](*arguments)
+        {"update": self._update, "sample": self._sample}[op](*arguments)
 
     def _update(self, alpha: float, indices: Tensor, priorities: Tensor, n: int, refused: Tensor) -> None:
         inside = (indices >= 0) & (indices < self.capacity)
@@ -39,30 +39,11 @@ class TorchTree(SumTree):
         slots = run[last]
         self._add(slots, weights[order[last]] - self._nodes[slots])
 
-    def _sample(self, key: Tensor, n: int, slots: Tensor) -> None:
+    def _sample(self, key: Tensor, round: int, n: int, slots: Tensor) -> None:
         if self._nodes[-1] == 0:
             slots.fill_(-1)
-        else:
-            slots.copy_(self._draw(key, n, 0))
-
-    def _sample_distinct(self, key: Tensor, n: int, slots: Tensor, taken: Tensor, ended: Tensor) -> None:
-        found, step = 0, 0
-        while found < n and self._nodes[-1] != 0:
-            drawn = self._draw(key, n - found, step)
-            order = drawn.argsort(stable=True)
-            run = drawn[order]
-            first = torch.ones_like(run, dtype=torch.bool)
-            first[1:] = run[1:] != run[:-1]
-            new = drawn[order[first].sort().values]  # in the order of their first draws
-            weights = self._nodes[new]
-            slots[found : found + len(new)], taken[found : found + len(new)] = new, weights
-            self._add(new, -weights)
-            found, step = found + len(new), step + 1
-        slots[found:] = -1
-        self._add(slots[:found], taken[:found])
-
-    def _draw(self, key: Tensor, n: int, step: int) -> Tensor:
-        rest = multiply_high(*random_64(key, torch.arange(n), step), self._nodes[-1])
+            return
+        rest = multiply_high(*random_64(key, torch.arange(n), round), self._nodes[-1])
         node = torch.zeros_like(rest)
         for level in reversed(self._levels[:-1]):
             running = level.view(-1, FAN_OUT)[node].cumsum(-1)  # [n, 32]
@@ -71,13 +52,7 @@ class TorchTree(SumTree):
             before = running.gather(1, (child - 1).clamp(min=0)[:, None]).squeeze(1)
             rest = rest - torch.where(child > 0, before, 0)
             node = node * FAN_OUT + child
-        return node
-
-    def _add(self, slots: Tensor, changes: Tensor) -> None:
-        """Add to slots and all their ancestors."""
-        for level in self._levels:
-            level.index_add_(0, slots, changes)
-            slots = slots // FAN_OUT
+        slots.copy_(node)
 
 
 def fixed_point(priorities: Tensor, alpha: float, fraction: int) -> tuple[Tensor, Tensor]:
