@@ -133,7 +133,7 @@ class Logits:
 class Gradients:
     """Gradients of hidden, weight and bias, a chunk of rows at a time; one that is not needed is [0].
 
-    Those of weight and bias are sums over all rows: fp32 until `narrowed`.
+    Those of weight and bias are sums over all rows, in fp32 (or fp64).
     """
 
     def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
@@ -152,9 +152,9 @@ class Gradients:
         _, size = self.head.chunks
         buffer = hidden.new_empty(min(size, hidden.shape[0]), weight.shape[0])
         for rows in slices(0, hidden.shape[0], size):
-            grad_logits, factors = buffer[: rows.stop - rows.start], None
-            for here, part in self.head.parts(rows, grad_logits, exponentials):
-                factors = close(here, part)
+            grad_logits = buffer[: rows.stop - rows.start]
+            # In an expression, so that no name keeps a part's logits beside those of the next chunk.
+            *_, factors = (close(*part) for part in self.head.parts(rows, grad_logits, exponentials))
             self._add(rows, grad_logits, factors)
 
     def accumulate_log_softmax(
@@ -200,10 +200,6 @@ class Gradients:
                 total = self.hidden.new_empty(0)
             sums.append(x.new_zeros(x.shape, dtype=wide(x)) if total is None else total)
         return self.hidden, *sums
-
-    def narrowed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All in the type of the inputs."""
-        return tuple(gradient.to(self.hidden.dtype) for gradient in self.wide())
 
 
 def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
@@ -276,7 +272,7 @@ def log_softmax_backward_op(
     head = Head(hidden, weight, bias, index, temperatures, temperature)
     gradients = Gradients(head, (needs_hidden, needs_weight, needs_bias))
     gradients.accumulate_log_softmax(saved, entropies, grad_logps, grad_entropies)
-    return gradients.narrowed()
+    return tuple(gradient.to(hidden.dtype) for gradient in gradients.wide())
 
 
 @log_softmax_backward_op.register_fake
