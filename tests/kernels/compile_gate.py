@@ -137,7 +137,7 @@ class Launches:
 
         def on_gpu(made, *given):
             plain(made, *given)
-            made.interpreted, made.programs = False, PROCESSORS
+            made.lanes = 1024
 
         exponentials.Exponentials.__init__ = on_gpu
         # What kernels leave unwritten makes assertions fail; only their launches count here.
