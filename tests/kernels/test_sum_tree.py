@@ -151,7 +151,7 @@ def test_without_replacement_is_successive_drawing():
     tree, source = filled(weights), generator()
     pairs = list(itertools.permutations(range(3), 2))
     seen = torch.zeros(len(pairs), dtype=torch.int64)
-    for _ in range(20_000):
+    for _ in range(5_000):
         seen[pairs.index(tuple(tree.sample(2, generator=source, replacement=False).tolist()))] += 1
     expected = torch.tensor([weights[i] / 7 * weights[j] / (7 - weights[i]) for i, j in pairs])
     assert g_test(seen, expected) > ALARM
@@ -171,7 +171,7 @@ def test_without_replacement_after_many_rounds():
     tree, source = filled(weights), generator()
     orders = list(itertools.permutations(range(4)))
     seen = torch.zeros(len(orders), dtype=torch.int64)
-    for _ in range(20_000):
+    for _ in range(5_000):
         seen[orders.index(tuple(tree.sample(4, generator=source, replacement=False).tolist()))] += 1
     expected = [math.prod(weights[o[k]] / sum(weights[j] for j in o[k:]) for k in range(4)) for o in orders]
     frequent = torch.tensor(expected) > 5e-3  # the rest is pooled: a G-test needs a few expected counts each
