@@ -166,7 +166,7 @@ def process(cache: Path) -> subprocess.Popen[str]:
 
 
 def test_processes_that_start_together_find_a_whole_library(tmp_path, monkeypatch, capsys):
-    """Two processes with an empty cache draw the same, and leave one file; whoever compiles says so; a third finds it."""
+    """Two processes with an empty cache draw the same, and leave one file; who compiles says so; a third finds it."""
     require_compiler()
     children = [process(tmp_path) for _ in range(2)]
     (out, *others), (first, *more) = zip(*(child.communicate(timeout=120) for child in children), strict=True)
