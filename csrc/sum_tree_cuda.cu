@@ -1,8 +1,8 @@
 // The sum tree on a GPU: one launch per op, no host synchronisation, results that do not depend on thread order.
 //
 // Integer additions commute, so atomics leave the same tree in any order. What must be ordered (of duplicate writes the
-// last holds, of duplicate draws the first counts) is settled inside one block. That is made for batches of hundreds to
-// thousands, as replay has them; larger ones take tile after tile.
+// last holds) is settled inside one block. That is made for batches of hundreds to thousands, as replay has them; larger
+// ones take tile after tile.
 #include "sum_tree.h"
 
 namespace sum_tree {
@@ -57,9 +57,8 @@ __device__ int place_of(Table& table, unsigned slot) {
   }
 }
 
-__device__ int64_t add(int64_t* node, int64_t change) {
-  return static_cast<int64_t>(
-      atomicAdd(reinterpret_cast<unsigned long long*>(node), static_cast<unsigned long long>(change)));
+__device__ void add(int64_t* node, int64_t change) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(node), static_cast<unsigned long long>(change));
 }
 
 __device__ int64_t exchange(int64_t* node, int64_t weight) {

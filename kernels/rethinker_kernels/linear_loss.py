@@ -14,14 +14,7 @@ from torch.autograd.function import once_differentiable
 from rethinker_kernels.arguments import check, check_linear, check_temperature, wide
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, slices
 from rethinker_kernels.devices import takes_triton
-from rethinker_kernels.linear import (
-    Gradients,
-    Head,
-    Logits,
-    at,
-    linear_selective_log_softmax,
-    log_softmax_op,
-)
+from rethinker_kernels.linear import Gradients, Head, Logits, at, linear_selective_log_softmax, log_softmax_op
 from rethinker_kernels.losses import Loss, Objective, split_options
 
 if TYPE_CHECKING:
