@@ -89,9 +89,10 @@ class Run:
         model = checkpoint or initial_model(config, ranks)
         self.encoder = PromptEncoder(load_processor(model), config.data)
         self.held_out, _ = select_fitting(held_out, self.encoder)
-        reference = initial_model(config, ranks) if config.algorithm.kl_coef > 0 else None
+        started_elsewhere = checkpoint and (config.algorithm.kl_coef > 0 or config.policy.lora.rank)
+        initial = initial_model(config, ranks) if started_elsewhere else None
         budget_file = self.folder / "micro_batch_tokens.json"
-        self.policy = PolicyEngine(config, model, self.encoder, ranks, self.total_steps, reference, budget_file)
+        self.policy = PolicyEngine(config, model, self.encoder, ranks, self.total_steps, initial, budget_file)
         self.model = stack.enter_context(open_model(config, str(model), ranks, self.encoder))
         self.rollout, self.checker = self.model.rollout, self.model.checker
         self.episodes = Episodes(config, stream, self.encoder, self.rollout, self.checker, ranks)

@@ -44,7 +44,7 @@ class HFEngine(RolloutEngine):
         self, prompts: list[Prompt], *, n: int, max_new_tokens: int | list[int], temperature: float, seed: int
     ) -> list[list[Completion]]:
         """Sample n completions of every prompt; see RolloutEngine."""
-        self.wake()
+        self._model.to(self._device)  # it may be asleep
         completions: list[list[Completion]] = []
         batch, longest = max(1, BATCH // n), limits(max_new_tokens, len(prompts))
         what = f"the rollout of {len(prompts)} prompts"
@@ -123,31 +123,20 @@ class HFEngine(RolloutEngine):
     @torch.no_grad()
     def sync(self, weights: WeightStream, version: int) -> None:
         """Copy the policy's weights; see RolloutEngine."""
-        self.wake()
+        self._model.to(self._device)
         own = dict(self._model.named_parameters())
-        seen = set()
+        if strange := own.keys() ^ {name for name, *_ in weights.metadata()}:
+            raise RuntimeError(f"weight sync: only one of policy and hf engine has the parameter {min(strange)}")
         with Deadline("the weight sync", self.config.rollout.timeout_s) as deadline:
             for name, tensor in weights:
                 deadline.check(f"at {name}")
-                if name not in own:
-                    raise RuntimeError(f"weight sync: the policy's {name} is unknown to the hf engine's model")
                 own[name].copy_(tensor)
-                seen.add(name)
                 if self.config.rollout.check_sync and not torch.equal(own[name], tensor.to(own[name])):
                     raise RuntimeError(f"rollout.check_sync: the hf engine's {name} differs from the policy's")
-        if missing := sorted(own.keys() - seen):
-            raise RuntimeError(
-                f"weight sync: the policy sent no value for {len(missing)} of the hf engine's parameters, the first "
-                f"{missing[0]}"
-            )
 
     def sleep(self) -> None:
         """Move the weights to the host."""
         self._model.to("cpu")
-
-    def wake(self) -> None:
-        """Move the weights back to this rank's device."""
-        self._model.to(self._device)
 
     def close(self) -> None:
         """Drop the model."""

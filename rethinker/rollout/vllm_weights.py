@@ -1,12 +1,14 @@
 """The worker's half of a weight sync: loads checkpoint tensors into vLLM's live model, and compares them.
 
+It runs in the trainer's process (vllm_engine.py) or in a server's (server/worker.py).
+
 Loading is vLLM's own layerwise reload, by names of a Hugging Face checkpoint, so every model that vLLM loads from a
 checkpoint also syncs. Nothing of vLLM is patched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,37 +18,35 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from rethinker.rollout.weight_sync import Checksum, checksum
+from rethinker.rollout.engine import Checksum, checksum
 
 
-def prepare_update(model: nn.Module, vllm_config: Any, names: list[str]) -> None:
-    """End an update that was broken off, and compare a checkpoint's names with the model's parameters.
+def load(model: nn.Module, vllm_config: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Replace the model's weights by a checkpoint's, layer by layer: its own loader fuses and shards them.
+
+    Args:
+        weights: each lives until its layer is whole.
 
     Raises:
-        RuntimeError: a parameter, or a part of a fused one, would get no value; the weights have not been touched.
+        RuntimeError: one of the model's parameters got no value.
     """
-    if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
-        finish_update(model, vllm_config)
-    if missing := _without_value(model, set(names)):
-        raise RuntimeError(
-            f"weight sync: the policy has no value for {len(missing)} of vLLM's parameters, the first {missing[0]}"
-        )
-
-
-def start_update(model: nn.Module, vllm_config: Any) -> None:
-    """Put the model into loading state."""
+    end_broken_update(model, vllm_config)
     with set_current_vllm_config(vllm_config):
         initialize_layerwise_reload(model)
+        loaded = model.load_weights(weights)
+    _finish(model, vllm_config)
+    if missing := sorted(dict(model.named_parameters()).keys() - loaded):
+        raise RuntimeError(f"weight sync: {len(missing)} of vLLM's parameters got no value, the first {missing[0]}")
 
 
-def load(model: nn.Module, vllm_config: Any, weights: list[tuple[str, torch.Tensor]]) -> None:
-    """Hand some tensors to the model's own checkpoint loader, which fuses and shards."""
-    with set_current_vllm_config(vllm_config):
-        model.load_weights(weights)
+def end_broken_update(model: nn.Module, vllm_config: Any) -> None:
+    """Leave the loading state that an update which was broken off has left the model in."""
+    if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
+        _finish(model, vllm_config)
 
 
-def finish_update(model: nn.Module, vllm_config: Any) -> None:
-    """Put the new weights in place. On CPU a tied head keeps an old packed copy, which is packed again."""
+def _finish(model: nn.Module, vllm_config: Any) -> None:
+    """Put the new weights in place. On a CPU a tied head keeps an old packed copy, which is packed again."""
     with set_current_vllm_config(vllm_config):
         finalize_layerwise_reload(model, vllm_config.model_config)
         _repack_tied_heads(model)
@@ -64,20 +64,6 @@ def first_difference(model: nn.Module, vllm_config: Any, sent: dict[str, Checksu
             if checksum(live[:rows], vllm_config.model_config.dtype) != (digest, rows):
                 return name
     return None
-
-
-def _without_value(model: nn.Module, names: set[str]) -> list[str]:
-    """The model's parameters, or parts of fused ones, that no checkpoint name in `names` fills."""
-    mapped = set(model.hf_to_vllm_mapper.apply_list(list(names)))
-    fused_parts = _fused_parts(model)
-    missing = []
-    for name, _ in model.named_parameters():
-        if name in mapped:
-            continue
-        parent, layer, leaf = name.rsplit(".", 2)
-        parts = [f"{parent}.{part}.{leaf}" for part in fused_parts.get(layer, [layer])]
-        missing += [part for part in parts if part not in mapped]
-    return missing
 
 
 def _fused_parts(model: nn.Module) -> dict[str, list[str]]:

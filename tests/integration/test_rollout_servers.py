@@ -1,4 +1,4 @@
-"""Training over two vLLM servers that `rethinker serve` started: whole runs, on one rank and two, and a lost server."""
+"""Training over two servers of `rethinker serve`: whole runs, on one rank and two, and a lost server."""
 
 from __future__ import annotations
 
@@ -31,29 +31,35 @@ def servers_of(folder) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The folder of model and data, and the settings that `rethinker serve` says to train with."""
+    """The folder of model and data, and the settings that train over the two servers."""
     folder = tmp_path_factory.mktemp("pair")
     prepare(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "rethinker", "serve", "easy_vqa_cpu", "--replicas", "2", "--port", str(port)]
-    command += ["--run.dir", str(folder), "--policy.model", str(folder / "model")]
-    command += ["--rollout.max_new_tokens", "16", "--rollout.kv_cache_gb", "0.1"]
-    log = folder / "serve.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+    command = [sys.executable, "-m", "rethinker", "serve", "easy_vqa_cpu", "--policy.model", str(folder / "model")]
+    command += ["--rollout.max_new_tokens", "16", "--rollout.kv_cache_gb", "0.1", "--port"]
+    logs, processes, addresses = [folder / "serve_0.log", folder / "serve_1.log"], [], []
     try:
-        while "ready; train with:" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.5)
-        line = re.search(r"train with: (.*)", log.read_text()).group(1)
-        yield folder, line.replace("'", "").split()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        for log in logs:
+            with socket.socket() as probe, log.open("w") as output:
+                probe.bind(("127.0.0.1", 0))
+                port = str(probe.getsockname()[1])
+                options = {"stdout": output, "stderr": output, "start_new_session": True, "cwd": ROOT}
+                probe.close()
+                processes.append(
+                    subprocess.Popen([*command, port], env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+                )
+        for log, process in zip(logs, processes, strict=True):
+            while "Application startup complete" not in log.read_text():
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.5)
+            addresses += re.search(r"--rollout.servers '\[(.*)\]'", log.read_text()).groups()
+        yield folder, ["--rollout.backend", "server", "--rollout.servers", f"[{','.join(addresses)}]"]
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
         assert servers_of(folder) == []
     finally:
-        process.kill()
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -132,7 +132,6 @@ def test_saved_adapters_come_back(adapted, tiny_folder, tmp_path):
     train(adapters)
     state = {name: p.detach() for name, p in lora.adapter_parameters(adapters)}
     lora.save(tmp_path / "adapter", model, state, tiny_folder)
-    assert lora.base_of(tmp_path / "adapter", "elsewhere") == str(tiny_folder.resolve())
     again = lora.add_adapters(load_model(tiny_folder, torch.float32), LoraConfig(rank=4), seed=1)
     lora.load(again, tmp_path / "adapter")
     assert all(torch.equal(p, state[name]) for name, p in lora.adapter_parameters(again))

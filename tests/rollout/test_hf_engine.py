@@ -82,19 +82,12 @@ def test_deadline(hf, policy, prompts):
 
 @tied_only
 def test_sync_refuses_other_models(hf, policy):
-    """A tensor without a place and a parameter without a tensor are errors that name it."""
-
-    class Renamed:
-        def __init__(self, old, new):
-            self.pairs = [(name.replace(old, new), tensor.clone()) for name, tensor in policy if new or old not in name]
-
-        def __iter__(self):
-            return iter(self.pairs)
-
-    with pytest.raises(RuntimeError, match=r"layers\.7\.mlp\.up_proj\.weight is unknown"):
-        hf.sync(Renamed("layers.1.mlp.up", "layers.7.mlp.up"), 1)
-    with pytest.raises(RuntimeError, match=r"no value for 1 .*language_model\.norm\.weight"):
-        hf.sync(Renamed("language_model.norm", ""), 1)
+    """A tensor without a place and a parameter without a tensor are errors that name it, before a weight is copied."""
+    entries = policy.metadata()
+    for listed, named in ((entries[1:], entries[0][0]), ([*entries, ("a.b", *entries[0][1:])], "a.b")):
+        policy.metadata = lambda listed=listed: listed
+        with pytest.raises(RuntimeError, match=rf"only one of policy and hf engine has the parameter {named}"):
+            hf.sync(policy, 1)
 
 
 @tied_only

@@ -18,11 +18,10 @@ import torch
 
 from rethinker.config import Config, ConfigError
 from rethinker.rollout.deadline import Deadline
-from rethinker.rollout.engine import RolloutEngine, WeightStream
+from rethinker.rollout.engine import Checksum, RolloutEngine, WeightStream, copies
 from rethinker.rollout.server.replicas import ReplicaLost, Replicas, ServerError
 from rethinker.rollout.server.sync import Checkpoint, FileTransfer, NCCLTransfer
 from rethinker.rollout.vllm_settings import VLLMRequests, model_shape
-from rethinker.rollout.weight_sync import Checksum, watched
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
 
@@ -46,15 +45,11 @@ class ServerEngine(RolloutEngine):
         self._prefix = ranks.broadcast(f"{config.run.name or 'run'}-{os.urandom(4).hex()}")
         self._label = ""
         self._asked = 0
-        try:
-            by_nccl = self._connect() == "nccl"
-            if ranks.is_main:
-                folder = config.rollout.weight_folder
-                self._transfer = NCCLTransfer(self._replicas) if by_nccl else FileTransfer(self._replicas, folder)
-            self.sync(Checkpoint(model_dir if ranks.is_main else None), 0)
-        except BaseException:
-            self.close()
-            raise
+        by_nccl = self._connect() == "nccl"
+        if ranks.is_main:
+            folder = config.rollout.weight_folder
+            self._transfer = NCCLTransfer(self._replicas) if by_nccl else FileTransfer(self._replicas, folder)
+        self.sync(Checkpoint(model_dir if ranks.is_main else None), 0)
 
     def _connect(self) -> str:
         """Check that every server would sample from this run's policy and reads the same pixels; how it takes weights.
@@ -147,13 +142,10 @@ class ServerEngine(RolloutEngine):
         error: Exception | None = None
         with Deadline(f"the weight sync to version {version}", self.config.rollout.timeout_s) as deadline:
             self._share_losses(None)  # all ranks' rollouts have ended
-            tensors = watched(weights, deadline, sent, getattr(torch, self.config.policy.dtype))
+            tensors = copies(weights, deadline, sent, getattr(torch, self.config.policy.dtype))
             try:
                 if self._ranks.is_main:
-                    metadata = weights.metadata()
-                    names = [name for name, *_ in metadata]
-                    self._replicas.worker("rethinker_prepare_update", deadline, names=names)
-                    self._transfer.send(metadata, tensors, deadline)
+                    self._transfer.send(weights.metadata(), tensors, deadline)
                     self._put_in_use(label, sent, deadline)
             except (RuntimeError, ConfigError) as caught:  # the other ranks must know it too
                 error = caught
