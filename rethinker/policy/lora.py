@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rethinker.checks import lora_targets
-from rethinker.config import ConfigError, LoraConfig
+from rethinker.config import LoraConfig
 
 FOLDER = "adapter"  # of a checkpoint: the adapters alone, in peft's format
 _NAME = "default"  # peft's, of the only set of adapters
@@ -128,15 +128,9 @@ def save(folder: Path, model: nn.Module, state: dict[str, torch.Tensor], base: s
 
 
 def load(adapters: dict[str, Adapter], folder: Path) -> None:
-    """Take A and B from a folder of `save`, before ZeRO-3 partitions them.
-
-    Raises:
-        ConfigError: they are of other layers or of another rank.
-    """
-    saved, own = load_file(folder / "adapter_model.safetensors"), dict(adapter_parameters(adapters))
-    if {name: t.shape for name, t in saved.items()} != {name: p.shape for name, p in own.items()}:
-        raise ConfigError(f"resume: {folder} has adapters of other layers or another rank; set policy.lora as it was")
-    for name, parameter in own.items():
+    """Take A and B from a folder of `save`, before ZeRO-3 partitions them."""
+    saved = load_file(folder / "adapter_model.safetensors")
+    for name, parameter in adapter_parameters(adapters):
         parameter.data.copy_(saved[name])
 
 

@@ -162,8 +162,7 @@ def _behaviour(completion: Completion, cap: float | None) -> tuple[np.ndarray, n
     if cap is None:
         return rollout, np.ones(len(rollout))
     trainer = completion.trainer_logprobs
-    if trainer is None:
-        raise RuntimeError("algorithm.rollout_correction needs the trainer's log-probs: call PolicyEngine.score first")
+    assert trainer is not None, "PolicyEngine.score comes first"
     log_ratio = torch.tensor(trainer) - torch.tensor(rollout)
     # A non-finite log-prob must reach the loss, where it stops the step, not be capped into a plausible weight.
     ratio = torch.where(log_ratio.isfinite(), log_ratio.exp().clamp(max=cap), torch.nan)

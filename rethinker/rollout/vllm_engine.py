@@ -27,10 +27,6 @@ from rethinker.samples import Completion, Prompt
 T = TypeVar("T")
 
 
-class EngineFailure(RuntimeError):
-    """vLLM failed in a rollout or a weight sync; its engine cannot be used any more."""
-
-
 class VLLMEngine(RolloutEngine):
     """RolloutEngine over `vllm.LLM` in this process."""
 
@@ -199,12 +195,9 @@ class VLLMEngine(RolloutEngine):
 
 @contextmanager
 def _named(what: str) -> Iterator[None]:
-    """Errors of vLLM say during what they happened; those that name a setting already pass."""
+    """vLLM's errors say during what they happened."""
     try:
         yield
-    except (ConfigError, TimeoutError):
-        raise
     except Exception as error:
-        raise EngineFailure(
-            f"vLLM failed in {what}: {type(error).__name__}: {error}; the run can go on from its last checkpoint"
-        ) from error
+        error.add_note(f"This happened in {what}; the run can go on from its last checkpoint.")
+        raise

@@ -20,7 +20,7 @@ from rethinker.config import Config, ConfigError
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.engine import Checksum, RolloutEngine, WeightStream, copies
 from rethinker.rollout.server.replicas import ReplicaLost, Replicas, ServerError
-from rethinker.rollout.server.sync import Checkpoint, FileTransfer, NCCLTransfer
+from rethinker.rollout.server.sync import FileTransfer, NCCLTransfer
 from rethinker.rollout.vllm_settings import VLLMRequests, model_shape
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
@@ -32,7 +32,7 @@ class ServerEngine(RolloutEngine):
     """RolloutEngine over vLLM servers."""
 
     def __init__(self, config: Config, model_dir: str, ranks: Ranks):
-        """Connect, compare the servers' settings with the run's, and give them the weights in `model_dir`.
+        """Connect, and compare the servers' settings with the run's. `sync` must come before `generate`.
 
         Raises:
             ConfigError: a server does not answer, or serves something else.
@@ -49,7 +49,6 @@ class ServerEngine(RolloutEngine):
         if ranks.is_main:
             folder = config.rollout.weight_folder
             self._transfer = NCCLTransfer(self._replicas) if by_nccl else FileTransfer(self._replicas, folder)
-        self.sync(Checkpoint(model_dir if ranks.is_main else None), 0)
 
     def _connect(self) -> str:
         """Check that every server would sample from this run's policy and reads the same pixels; how it takes weights.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import json
 import logging
 import threading
 from collections import Counter, deque
@@ -148,15 +147,11 @@ class Replicas:
         try:
             # Every request has a connection of its own: one kept alive may be closed just as it is used again.
             async with aiohttp.request("POST", address + path, json=body, timeout=NO_LIMIT) as response:
-                text = await response.text()
+                if response.status >= 400:
+                    raise ServerError(address, path, response.status, await response.text())
+                return await response.json(content_type=None)
         except (aiohttp.ClientError, OSError) as error:
             raise Disconnected(address, f"{type(error).__name__}: {error}") from error
-        if response.status >= 400:
-            raise ServerError(address, path, response.status, text)
-        try:
-            return json.loads(text) if text else None
-        except ValueError:
-            raise ServerError(address, path, response.status, f"no JSON but {text!r}") from None
 
     async def _check_health(self, address: str) -> None:
         """Raises ReplicaLost, with a server's own words, if it is not healthy."""

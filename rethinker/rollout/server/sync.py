@@ -10,34 +10,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.server.replicas import Replicas
 
 Metadata = list[tuple[str, torch.dtype, tuple[int, ...]]]
 Tensors = Iterator[tuple[str, torch.Tensor]]
-
-
-class Checkpoint:
-    """A model folder's weights as a WeightStream: what the servers begin with. Without a folder, none."""
-
-    def __init__(self, model_dir: str | None):
-        self._tensors: dict[str, torch.Tensor] = {}
-        if model_dir is None:
-            return
-        if not Path(model_dir).is_dir():
-            model_dir = snapshot_download(model_dir, allow_patterns=["*.safetensors"])
-        for file in sorted(Path(model_dir).glob("*.safetensors")):
-            self._tensors |= load_file(file)  # mapped, not read
-
-    def metadata(self) -> Metadata:
-        """See WeightStream."""
-        return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()]
-
-    def __iter__(self) -> Tensors:
-        return iter(self._tensors.items())
 
 
 class FileTransfer:

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from rethinker.config import ConfigError
@@ -103,13 +104,16 @@ def policy(served):
 
 
 def connect(served, folder=None, **rollout):
+    """A trainer's connection, once the server has the weights in the model's folder."""
     config = rollout_config(backend="server", servers=[served.address()], **rollout)
-    return make_engine(config, folder or served.folder, rank=0, world_size=1, local_rank=0)
+    engine = make_engine(config, folder or served.folder, rank=0, world_size=1, local_rank=0)
+    engine.sync(Policy(served.folder), 0)
+    return engine
 
 
 @pytest.fixture
 def engine(served):
-    """A trainer's connection; it gives the server the weights in the model's folder."""
+    """A trainer's connection."""
     engine = connect(served)
     yield engine
     engine.close()
@@ -296,7 +300,7 @@ def test_the_run_begins_with_its_own_weights(served, asked):
     engine.sync(policy, 1)
     half = [(name, tensor.clone()) for name, tensor in policy][::2]
     with Deadline("the test", 60) as deadline, pytest.raises(RuntimeError, match="HTTP 500"):
-        engine._transfer.send([], iter([*half, ("no.such.weight", half[0][1])]), deadline)
+        engine._transfer.send([], iter([*half, ("no.such.weight", torch.ones(1))]), deadline)
     engine.close()
     engine = connect(served)
     assert Policy(served.folder).error(asked, engine.generate(asked, seed=0, **PLAIN)) < TOLERANCE
