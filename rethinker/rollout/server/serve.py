@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     from rethinker.embedded.files import model_folder
 
     gpu = torch.cuda.is_available()
-    line, variables = command(config, model_folder(config), options.host, options.port, gpu=gpu), environment(gpu=gpu)
+    line, variables = command(config, model_folder(config), options.host, options.port, gpu=gpu)
     if options.print_command:
         print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(line)]))
         return 0
@@ -45,11 +45,15 @@ def main(arguments: Sequence[str]) -> int:
     os.execve(line[0], line, os.environ | variables)
 
 
-def command(config: Config, model_dir: str, host: str, port: int, *, gpu: bool) -> list[str]:
-    """The command line of a server."""
-    from rethinker.rollout.vllm_settings import VLLMRequests, engine_arguments
+def command(config: Config, model_dir: str, host: str, port: int, *, gpu: bool) -> tuple[list[str], dict[str, str]]:
+    """The command line of a server, and its environment variables besides this process's own."""
+    from rethinker.rollout.vllm_settings import SERVED, TRANSFER, VLLMRequests, engine_arguments
+    from rethinker.runtime.torchvision_cpu import child_environment
 
-    settings = engine_arguments(config, VLLMRequests(config, model_dir), gpu=gpu)
+    requests = VLLMRequests(config, model_dir)
+    variables = {"VLLM_SERVER_DEV_MODE": "1"}  # the routes by which weights come
+    variables[SERVED] = json.dumps(requests.shared_settings() | {TRANSFER: "nccl" if gpu else "file"})
+    settings = engine_arguments(config, requests, gpu=gpu)
     settings |= {
         "host": host,
         "port": port,
@@ -60,6 +64,7 @@ def command(config: Config, model_dir: str, host: str, port: int, *, gpu: bool) 
     if gpu:
         settings["weight_transfer_config"] = {"backend": "nccl"}
     else:
+        variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | child_environment()
         # A prompt in two parts takes back a draw of the request's own generator, which CPU generators cannot.
         settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, settings["max_model_len"])}
         if config.rollout.tensor_parallel_size == 1:
@@ -71,15 +76,7 @@ def command(config: Config, model_dir: str, host: str, port: int, *, gpu: bool) 
             line.append(f"--{option}" if value else f"--no-{option}")
         else:
             line += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return line
-
-
-def environment(*, gpu: bool) -> dict[str, str]:
-    """Environment variables of a server besides this process's own."""
-    from rethinker.runtime.torchvision_cpu import child_environment
-
-    variables = {"VLLM_SERVER_DEV_MODE": "1"}  # the routes by which weights come
-    return variables if gpu else variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | child_environment()
+    return line, variables
 
 
 def _parser() -> Parser:

@@ -7,6 +7,7 @@ on CPU: the trainer writes them into a folder that both sides see, and sends pat
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from rethinker.rollout import vllm_weights
-from rethinker.rollout.vllm_settings import model_shape
+from rethinker.rollout.vllm_settings import SERVED
 
 
 class ServerWorker:
@@ -22,21 +23,12 @@ class ServerWorker:
 
     # The worker's:
     model_runner: Any
-    model_config: Any
     vllm_config: Any
     weight_transfer_engine: Any
 
     def rethinker_settings(self) -> dict[str, Any]:
-        """What decides the samples, by the names of the run's settings; the trainer compares it with its own."""
-        images, transfer = self.model_config.multimodal_config, self.vllm_config.weight_transfer_config
-        return {
-            "policy.dtype": str(self.model_config.dtype).removeprefix("torch."),
-            "data.min_pixels, data.max_pixels": images.mm_processor_kwargs,
-            "data.max_images": images.get_limit_per_prompt("image"),
-            "data.max_prompt_tokens + rollout.max_new_tokens": self.model_config.max_model_len,
-            "vLLM's logprobs_mode": self.model_config.logprobs_mode,
-            "vLLM's weight transfer": "file" if transfer is None else transfer.backend,
-        } | model_shape(self.model_config.hf_config)
+        """What `rethinker serve` started this server with; the trainer compares it with its own settings."""
+        return json.loads(os.environ[SERVED])
 
     def rethinker_end_broken_update(self) -> None:
         """Make ready for an update by NCCL after one that was broken off: its trainer was killed."""

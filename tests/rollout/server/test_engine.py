@@ -56,10 +56,10 @@ class Served:
     def address(self) -> str:
         if self.process is None or self.process.poll() is not None:
             port = free_port()
-            line = serve.command(rollout_config(), self.folder, "127.0.0.1", port, gpu=False)
+            line, variables = serve.command(rollout_config(), self.folder, "127.0.0.1", port, gpu=False)
             with self.log.open("w") as log:
                 self.process = subprocess.Popen(
-                    line, env=os.environ | serve.environment(gpu=False), stdout=log, stderr=log, start_new_session=True
+                    line, env=os.environ | variables, stdout=log, stderr=log, start_new_session=True
                 )
             self._address = f"http://127.0.0.1:{port}"
             end = time.monotonic() + 300
