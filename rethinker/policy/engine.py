@@ -153,30 +153,26 @@ class PolicyEngine:
             k3 of the policy from the behaviour policy, nats per sampled token, over the samples of all ranks.
         """
         mine = [sample for sample in samples if sample.owner == self.ranks.rank]
-        plan = plan_micro_batches(mine, budget=self.micro_batch_tokens, world_size=1)
-        with explained(lambda: self._smaller_next_time(plan)):
-            self._score(plan[0])
+        (plan,) = plan_micro_batches(mine, budget=self.micro_batch_tokens, world_size=1)
+        # ZeRO-3 gathers weights by collectives: the ranks run equally many forwards, some of them on nothing.
+        plan += [[]] * (max(self.ranks.gather(len(plan))) - len(plan))
+        scores = []  # [R] per micro-batch, on the device: the host waits for them once
+        with explained(lambda: self._smaller_next_time([plan])):
+            for bundles in plan:
+                batch = self._pack(bundles, correction_cap=None, nll_weight=0.0)
+                scores.append(self.engine(batch, self.config.rollout.temperature)[0])
+            logps = torch.cat(scores).float().cpu().split([len(part) for part in scores])
+        for bundles, part in zip(plan, logps, strict=True):
+            start = 0  # a batch without a token has one score too many
+            for completion in (sample.completion for bundle in bundles for sample in bundle.samples):
+                completion.trainer_logprobs = part[start : start + completion.tokens].numpy().copy()
+                start += completion.tokens
         held = [np.zeros((2, 0)), *((s.completion.logprobs, s.completion.trainer_logprobs) for s in mine)]
         behaviour, own = np.concatenate(held, axis=1, dtype=np.float64)
         gap = (behaviour - own)[~np.isnan(behaviour)]  # without the forced tokens, which were not sampled
         sums = torch.tensor([(np.expm1(gap) - gap).sum(), len(gap)], dtype=torch.float64, device=self.ranks.device)
         kl, tokens = self.ranks.sum(sums).tolist()
         return kl / max(tokens, 1.0)
-
-    def _score(self, plan: list[list[Bundle]]) -> None:
-        # ZeRO-3 gathers weights by collectives: the ranks run equally many forwards, some of them on nothing.
-        plan = plan + [[]] * (max(self.ranks.gather(len(plan))) - len(plan))
-        scores = []  # [R] per micro-batch, on the device: the host waits for them once
-        for bundles in plan:
-            batch = self._pack(bundles, correction_cap=None, nll_weight=0.0)
-            logps, _ = self.engine(batch, self.config.rollout.temperature)
-            scores.append(logps)
-        held = torch.cat(scores).float().cpu().split([len(logps) for logps in scores])
-        for bundles, logps in zip(plan, held, strict=True):
-            start = 0  # a batch without a token has one score too many
-            for completion in (sample.completion for bundle in bundles for sample in bundle.samples):
-                completion.trainer_logprobs = logps[start : start + completion.tokens].numpy().copy()
-                start += completion.tokens
 
     @property
     def weights(self) -> FullWeights:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from torch.distributed.elastic.utils.distributed import get_free_port as free_port
 
-from tests.integration.interruptions import ROOT, finish, prepare, rows, start
+from tests.integration.interruptions import ROOT, finish, kill, prepare, rows, start
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1500)]
 SAME = 1e-9  # nats of mismatch_kl: rounding in fp32
@@ -79,7 +79,7 @@ def test_rollouts_one_episode_ahead(pair):
     while len(rows(folder / "ahead")) < 6:
         assert process.poll() is None, (folder / "ahead.log").read_text()[-4000:]
         time.sleep(0.1)
-    process.kill()
+    kill(process)
     process.wait()
     finish(folder, "ahead", *options, "--resume", "auto")
     steps = rows(folder / "ahead")

@@ -48,8 +48,8 @@ class ServerError(RuntimeError):
     """A server that answers, but with an error: its own words."""
 
     def __init__(self, address: str, path: str, status: int, words: str):
-        self.reason = f"answered {path} with HTTP {status}: {words[:500] or '(no text)'}"
-        super().__init__(f"the rollout server {address} {self.reason}")
+        answer = words[:500] or "(no text)"
+        super().__init__(f"the rollout server {address} answered {path} with HTTP {status}: {answer}")
         self.status = status
 
 
