@@ -1,4 +1,4 @@
-"""Attention over shared prompts: the policy's own kernels beside FlexAttention and a varlen call that repeats prompts.
+"""Attention over shared prompts: the policy's own kernel beside FlexAttention and a varlen call that repeats prompts.
 
     python -m benchmarks.attention [--out FILE]
 
@@ -21,14 +21,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Step, measure
 from benchmarks.train_step_workload import GPU_TRAFFIC, SIZES, Traffic, Workload
-from rethinker.config import PolicyConfig
 from rethinker.policy import attention as policy_attention
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.policy.segment_attention import moved
@@ -89,21 +88,16 @@ def visible_pairs(batch: PackedBatch) -> int:
 # Providers: (batch, device, scale) -> Prepared
 
 
-def of_policy(kernel: str) -> Callable[[PackedBatch, str, float], Prepared]:
-    """The kernel that `policy.attention` names, through the policy's own layout and attention function."""
+def of_policy(batch: PackedBatch, device: str, scale: float) -> Prepared:
+    """policy.attention=flash, through the policy's own layout and attention function."""
+    layout = moved(policy_attention.lay_out(batch, "flash"), torch.device(device))
+    row = torch.arange(batch.tokens, device=device)
 
-    def provider(batch: PackedBatch, device: str, scale: float) -> Prepared:
-        layout = moved(policy_attention.lay_out(batch, kernel), torch.device(device))
-        row = torch.arange(batch.tokens, device=device)
-        places = (row, row) if layout.index is None else (layout.index[0], layout.position)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        function = policy_attention.row_attention
+        return function(nn.Identity(), q, k, v, None, scaling=scale, visible=layout.visible)[0]
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            function = policy_attention.row_attention
-            return function(nn.Identity(), q, k, v, None, scaling=scale, visible=layout.visible)[0]
-
-        return Prepared(*places, attend)
-
-    return provider
+    return Prepared(row, row, attend)
 
 
 def varlen_unshared(batch: PackedBatch, device: str, scale: float) -> Prepared:
@@ -150,11 +144,11 @@ def flex(batch: PackedBatch, device: str, scale: float) -> Prepared:
     return Prepared(index, index[:T], attend)
 
 
-def providers() -> dict[str, Callable[[PackedBatch, str, float], Prepared]]:
-    """Ours by the names that `policy.attention` takes, then the peers."""
-    names = get_args(get_type_hints(PolicyConfig)["attention"])
-    mine = {f"rethinker {name}": of_policy(name) for name in names if name in ("flash", "varlen")}
-    return mine | {"varlen, prompts repeated": varlen_unshared, "flex": flex}
+PROVIDERS: dict[str, Callable[[PackedBatch, str, float], Prepared]] = {
+    "rethinker flash": of_policy,
+    "varlen, prompts repeated": varlen_unshared,
+    "flex": flex,
+}
 
 
 # Measuring
@@ -246,7 +240,7 @@ def attempt(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[st
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print and write the result; 1 if one of the policy's own kernels failed or is inexact."""
+    """Measure, print and write the result; 1 if the policy's own kernel failed or is inexact."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the result here, after every provider")
     options = parser.parse_args(arguments)
@@ -257,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases = CASES if on_gpu else {"toy": SMALL}
     result: dict[str, Any] = {"heads_kv_heads_size": heads, "errors": {}, "cases": {}}
     wrong = []
-    for name, provider in providers().items():
+    for name, provider in PROVIDERS.items():
         found = result["errors"][name] = attempt(errors, provider, device, dtype)
         pairs = zip(found.get("provider", [torch.inf]), found.get("definition", [0.0]), strict=True)
         if name.startswith("rethinker") and not all(mine <= 1.5 * plain + 1e-6 for mine, plain in pairs):
@@ -267,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
         batch = batch_of(traffic)
         shared = result["cases"][case] = {"traffic": asdict(traffic), "tokens": batch.tokens, "providers": {}}
         print(f"{case}: T = {batch.tokens:,}")
-        for name, provider in providers().items():
+        for name, provider in PROVIDERS.items():
             found = shared["providers"][name] = attempt(run, provider, batch, heads, device, 7 if on_gpu else 1)
             print(f"  {name:28} {_line(found)}", flush=True)
             if options.out:

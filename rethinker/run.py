@@ -89,9 +89,10 @@ class Run:
         model = checkpoint or initial_model(config, ranks)
         self.encoder = PromptEncoder(load_processor(model), config.data)
         self.held_out, _ = select_fitting(held_out, self.encoder)
-        reference = initial_model(config, ranks) if config.algorithm.kl_coef > 0 else None
+        started_elsewhere = checkpoint and (config.algorithm.kl_coef > 0 or config.policy.lora.rank)
+        initial = initial_model(config, ranks) if started_elsewhere else None
         budget_file = self.folder / "micro_batch_tokens.json"
-        self.policy = PolicyEngine(config, model, self.encoder, ranks, self.total_steps, reference, budget_file)
+        self.policy = PolicyEngine(config, model, self.encoder, ranks, self.total_steps, initial, budget_file)
         self.model = stack.enter_context(open_model(config, str(model), ranks, self.encoder))
         self.rollout, self.checker = self.model.rollout, self.model.checker
         self.episodes = Episodes(config, stream, self.encoder, self.rollout, self.checker, ranks)
@@ -101,6 +102,8 @@ class Run:
         self._state = RunState(config, ranks, self.progress, self.policy, self.episodes, self.replay, self.directory)
         if checkpoint:
             self._state.load(checkpoint, saved)
+        if config.rollout.backend == "server":  # they hold what they were started with, or another run's weights
+            self.rollout.sync(self.policy.weights, self.policy.version)
         self.display = Display(self.total_steps, enabled=ranks.is_main, done=self.policy.steps)
         self._profiler = StepProfiler(config.profile.steps, self.folder)
         stack.callback(self._profiler.close)

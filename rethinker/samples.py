@@ -204,14 +204,11 @@ class Bundle:
 
     query: Query
     samples: tuple[Sample, ...]
-    shared: bool = True
-    """Whether the prompt is computed once, and not once for every response."""
 
     @property
     def tokens(self) -> int:
         """Tokens this piece adds to a micro-batch."""
-        copies = 1 if self.shared else len(self.samples)
-        return copies * self.samples[0].prompt_tokens + sum(sample.input_tokens for sample in self.samples)
+        return self.samples[0].prompt_tokens + sum(sample.input_tokens for sample in self.samples)
 
 
 @dataclass

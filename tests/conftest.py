@@ -34,7 +34,7 @@ integration/test_resume.py kernels/test_triton.py integration/test_training.py k
 plan/test_measured.py integration/test_faults.py rollout/test_two_ranks.py rollout/server/test_engine.py
 integration/test_compiled_layers.py benchmarks/test_end_to_end.py rollout/server/test_serve.py
 benchmarks/test_gpu_suite.py integration/test_out_of_memory.py integration/test_lora.py benchmarks/test_train_step.py
-policy/test_fused_layers.py rollout/test_vllm_engine.py evaluation/test_command.py integration/test_zero3.py
+rollout/test_vllm_engine.py evaluation/test_command.py integration/test_zero3.py
 embedded/test_warmup.py runtime/test_torchvision_cpu.py report/test_browser.py rewards/test_checker.py
 integration/test_loss_head.py kernels/test_csrc_cuda_on_host.py report/test_page.py kernels/test_merge_attention.py
 rollout/test_faults.py kernels/test_csrc.py rollout/test_weight_sync.py test_wheel.py kernels/test_precision.py

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 # data lies may change, too; its content is compared.
 MAY_CHANGE = """
     resume run. checkpoint. profile. data.train data.validation data.image_root policy.attention policy.compile
-    policy.fused_layers policy.gradient_checkpointing rollout.gpu_memory_utilization rollout.kv_cache_gb
+    policy.gradient_checkpointing rollout.gpu_memory_utilization rollout.kv_cache_gb
     rollout.tensor_parallel_size rollout.sleep rollout.servers rollout.weight_folder rollout.check_sync
     rollout.timeout_s rollout.max_mismatch_kl reward.workers reward.timeout_s reward.memory_gb train.max_steps
     train.epochs data.max_bad_rows train.max_generated_tokens train.micro_batch_tokens train.deepspeed validation.every

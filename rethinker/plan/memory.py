@@ -15,7 +15,6 @@ from rethinker.plan.activations import text_activations, vision_activations
 from rethinker.plan.shapes import Shape
 from rethinker.policy.attention import kernel_for
 from rethinker.policy.zero3 import deepspeed_config
-from rethinker.rollout.weight_sync import BUCKET_BYTES
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_bytes
 
 GIB = 2**30
@@ -198,11 +197,11 @@ def _chunk_bytes(shape: Shape, rows: int, b: int, on_gpu: bool) -> float:
 
 
 def sync_peak(config: Config, shape: Shape) -> list[Term]:
-    """What a weight sync adds: one gathered group, and the bucket of full tensors on its way to vLLM."""
+    """What a weight sync adds: one gathered group, and copies of its tensors on their way to vLLM."""
     b = weight_bytes(config)
     terms = [
         Term("gathered group", b * shape.largest_group, "a decoder layer or the embedding"),
-        Term("bucket of tensors", BUCKET_BYTES + b * shape.head_parameters, "full tensors, copied"),
+        Term("copied tensors", b * shape.head_parameters, "the largest is the embedding"),
     ]
     if config.policy.lora.rank:
         merged = max(wide * high for wide, high in lora_linears(config, shape))

@@ -25,7 +25,7 @@ VISION = "rethinker_flash_vision"
 
 
 def kernel_for(config: PolicyConfig, on_gpu: bool) -> str:
-    """The kernel that policy.attention chooses: "sdpa", "flash" or "varlen".
+    """The kernel that policy.attention chooses: "sdpa" or "flash".
 
     Raises:
         ConfigError: flash attention of a type that its kernels do not take.
@@ -33,10 +33,10 @@ def kernel_for(config: PolicyConfig, on_gpu: bool) -> str:
     narrow = config.dtype != "float32"
     if config.attention == "auto":
         return "flash" if on_gpu and narrow else "sdpa"
-    if config.attention != "sdpa" and on_gpu and not narrow:
+    if config.attention == "flash" and on_gpu and not narrow:
         raise ConfigError(
-            f"policy.attention={config.attention} needs policy.dtype=bfloat16 on CUDA, not {config.dtype}; set that, "
-            "or policy.attention to sdpa"
+            f"policy.attention=flash needs policy.dtype=bfloat16 on CUDA, not {config.dtype}; set that, or "
+            "policy.attention to sdpa"
         )
     return config.attention
 
@@ -46,29 +46,26 @@ class Layout:
     """The packed row arranged for the attention kernel.
 
     `index[b, l]` is the row position whose token is at (b, l); padding repeats position 0 and attends to itself only.
-    `position[t]` is where row token t went, in the flattened [B * L]; if it went to several places, one of them.
+    `position[t]` is where row token t went, in the flattened [B * L].
     Without an index the row stays as it is: nothing is copied.
     """
 
     tokens: int  # B * L
     index: torch.Tensor | None = None  # [B, L] int64
     position: torch.Tensor | None = None  # [T] int64
-    padding: torch.Tensor | None = None  # [B, L] bool
     mask: torch.Tensor | None = None  # [B, 1, L, L] bool, for SDPA
-    visible: Visible | None = None  # for the other kernels, instead of a mask
+    visible: Visible | None = None  # for flash attention, instead of a mask
 
 
 def lay_out(batch: PackedBatch, kernel: str) -> Layout:
     """Arrange a packed batch for `kernel`, once for all layers: "flash" keeps the row as it is, "sdpa" gives each
-    prompt a row of its own, "varlen" gives each response a sequence of its own with a copy of its prompt.
+    prompt a row of its own.
 
     SDPA computes every masked pair too, so one row of T tokens would cost T^2; a row per prompt costs sum(L^2).
     Where prompts differ so much that padding would more than double the row, SDPA keeps the single row as well.
     """
     if kernel == "flash":
         return Layout(batch.tokens, visible=_shared(batch))
-    if kernel == "varlen":
-        return _unshared(batch)
     T = batch.tokens
     lengths = torch.bincount(batch.prompt_id)
     longest = int(lengths.max())
@@ -88,7 +85,7 @@ def lay_out(batch: PackedBatch, kernel: str) -> Layout:
     causal = torch.ones(width, width, dtype=torch.bool).tril()
     same_prompt = prompt[:, :, None] == prompt[:, None, :]
     shared = (response[:, None, :] == 0) | (response[:, :, None] == response[:, None, :])
-    return Layout(rows * width, index, position, ~valid, (causal & same_prompt & shared)[:, None])
+    return Layout(rows * width, index, position, (causal & same_prompt & shared)[:, None])
 
 
 def _shared(batch: PackedBatch) -> Visible:
@@ -108,23 +105,6 @@ def _shared(batch: PackedBatch) -> Visible:
     (at_keys,) = torch.nonzero((response == 0) & (answered[prompt] > 0), as_tuple=True)
     (at_queries,) = torch.nonzero(response, as_tuple=True)
     return Visible(own, causal=True, shared=SharedKeys(Segments.of(queries, keys), at_keys, at_queries))
-
-
-def _unshared(batch: PackedBatch) -> Layout:
-    """`[prompt][r1] [prompt][r2] ...`: ordinary causal sequences."""
-    parts: list[torch.Tensor] = []
-    for number in range(int(batch.prompt_id.max()) + 1):
-        (own,) = torch.nonzero(batch.prompt_id == number, as_tuple=True)
-        prompt, response = own[batch.response_id[own] == 0], batch.response_id[own]
-        # A response of one token is predicted by its prompt and is no input.
-        parts += [torch.cat([prompt, own[response == r]]) for r in response.unique().tolist() if r] or [prompt]
-    lengths = torch.tensor([len(part) for part in parts])
-    index = torch.cat(parts)
-    last = torch.full((batch.tokens,), len(index))
-    position = last.scatter_reduce(0, index, torch.arange(len(index)), "amin")  # of several places the first
-    visible = Visible(Segments.of(lengths, lengths), causal=True)
-    index = index[None]
-    return Layout(index.numel(), index, position, torch.zeros_like(index).bool(), visible=visible)
 
 
 def row_attention(

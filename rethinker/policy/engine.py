@@ -49,19 +49,19 @@ class PolicyEngine:
         encoder: PromptEncoder,
         ranks: Ranks,
         total_steps: int,
-        reference_dir: str | Path | None = None,
+        initial_dir: str | Path | None = None,
         budget_file: Path | None = None,
     ) -> None:
         """
         Args:
             config: the run's settings.
-            model_dir: Hugging Face folder or name of the policy to start from. A checkpoint of a run with policy.lora
-                names in its adapters the model that they belong to, and that model is loaded.
+            model_dir: Hugging Face folder or name of the policy to start from.
             encoder: turns queries into prompts and pixels.
             ranks: this process's place.
             total_steps: length of the learning-rate schedule.
-            reference_dir: the model that algorithm.kl_coef keeps the policy close to; by default the model that is
-                loaded, which with policy.lora needs no second copy.
+            initial_dir: where training started, if not at model_dir: the model that algorithm.kl_coef keeps the policy
+                close to. A checkpoint's adapters (policy.lora) are put beside its weights again, because merged weights
+                cannot be taken apart exactly.
             budget_file: where a rank that runs out of memory notes the smaller micro-batch budget for the next start;
                 a note that is there is followed.
         """
@@ -79,19 +79,19 @@ class PolicyEngine:
         dtype = getattr(torch, config.policy.dtype)
         # Announced before a model is loaded, so that transformers partitions each weight as it reads it.
         announced = HfDeepSpeedConfig(settings)
-        resumed = lora.resumed(config, model_dir)
-        self.base_dir = lora.base_of(resumed, config.policy.model) if resumed else model_dir
+        initial_dir, saved = Path(initial_dir or model_dir), Path(model_dir, lora.FOLDER)
+        resumed = config.policy.lora.rank and initial_dir != Path(model_dir) and saved.is_dir()
+        self.base_dir = initial_dir if resumed else model_dir
         model = load_model(self.base_dir, dtype)
         self.adapters = lora.add_adapters(model, config.policy.lora, config.seed) if config.policy.lora.rank else {}
         if resumed:
-            lora.load(self.adapters, resumed)
+            lora.load(self.adapters, saved)
         self.policy = Policy(model, config.policy)
-        reference_dir = reference_dir or self.base_dir
         self.reference = None
-        if config.algorithm.kl_coef > 0 and not (self.adapters and lora.is_same_model(reference_dir, self.base_dir)):
+        if config.algorithm.kl_coef > 0 and not (self.adapters and initial_dir == Path(self.base_dir)):
             frozen = without_optimizer(settings)
             announced = HfDeepSpeedConfig(frozen)
-            reference = Policy(load_model(reference_dir, dtype), config.policy).requires_grad_(False)
+            reference = Policy(load_model(initial_dir, dtype), config.policy).requires_grad_(False)
             self.reference, *_ = deepspeed.initialize(model=reference, config=frozen)
         del announced  # or the rollout's own copy of the model would be partitioned too
         trained = [p for p in self.policy.parameters() if p.requires_grad]
@@ -127,7 +127,7 @@ class PolicyEngine:
         if not samples:
             self.steps += 1
             return _metrics(dict.fromkeys(_SUMS, 0.0), grad_norm=0.0, rate=0.0)
-        plan = self._plan(samples, self.ranks.world_size)
+        plan = plan_micro_batches(samples, budget=self.micro_batch_tokens, world_size=self.ranks.world_size)
         with explained(lambda: self._smaller_next_time(plan)):
             sums = self._accumulate(samples, plan)
         rate = learning_rate(self.steps, self.total_steps, self.config)
@@ -153,34 +153,26 @@ class PolicyEngine:
             k3 of the policy from the behaviour policy, nats per sampled token, over the samples of all ranks.
         """
         mine = [sample for sample in samples if sample.owner == self.ranks.rank]
-        plan = self._plan(mine, world_size=1)
-        with explained(lambda: self._smaller_next_time(plan)):
-            self._score(plan[0])
+        (plan,) = plan_micro_batches(mine, budget=self.micro_batch_tokens, world_size=1)
+        # ZeRO-3 gathers weights by collectives: the ranks run equally many forwards, some of them on nothing.
+        plan += [[]] * (max(self.ranks.gather(len(plan))) - len(plan))
+        scores = []  # [R] per micro-batch, on the device: the host waits for them once
+        with explained(lambda: self._smaller_next_time([plan])):
+            for bundles in plan:
+                batch = self._pack(bundles, correction_cap=None, nll_weight=0.0)
+                scores.append(self.engine(batch, self.config.rollout.temperature)[0])
+            logps = torch.cat(scores).float().cpu().split([len(part) for part in scores])
+        for bundles, part in zip(plan, logps, strict=True):
+            start = 0  # a batch without a token has one score too many
+            for completion in (sample.completion for bundle in bundles for sample in bundle.samples):
+                completion.trainer_logprobs = part[start : start + completion.tokens].numpy().copy()
+                start += completion.tokens
         held = [np.zeros((2, 0)), *((s.completion.logprobs, s.completion.trainer_logprobs) for s in mine)]
         behaviour, own = np.concatenate(held, axis=1, dtype=np.float64)
         gap = (behaviour - own)[~np.isnan(behaviour)]  # without the forced tokens, which were not sampled
         sums = torch.tensor([(np.expm1(gap) - gap).sum(), len(gap)], dtype=torch.float64, device=self.ranks.device)
         kl, tokens = self.ranks.sum(sums).tolist()
         return kl / max(tokens, 1.0)
-
-    def _plan(self, samples: list[Sample], world_size: int) -> Plan:
-        shared = self.policy.kernel != "varlen"
-        return plan_micro_batches(samples, budget=self.micro_batch_tokens, world_size=world_size, shared=shared)
-
-    def _score(self, plan: list[list[Bundle]]) -> None:
-        # ZeRO-3 gathers weights by collectives: the ranks run equally many forwards, some of them on nothing.
-        plan = plan + [[]] * (max(self.ranks.gather(len(plan))) - len(plan))
-        scores = []  # [R] per micro-batch, on the device: the host waits for them once
-        for bundles in plan:
-            batch = self._pack(bundles, correction_cap=None, nll_weight=0.0)
-            logps, _ = self.engine(batch, self.config.rollout.temperature)
-            scores.append(logps)
-        held = torch.cat(scores).float().cpu().split([len(logps) for logps in scores])
-        for bundles, logps in zip(plan, held, strict=True):
-            start = 0  # a batch without a token has one score too many
-            for completion in (sample.completion for bundle in bundles for sample in bundle.samples):
-                completion.trainer_logprobs = logps[start : start + completion.tokens].numpy().copy()
-                start += completion.tokens
 
     @property
     def weights(self) -> FullWeights:

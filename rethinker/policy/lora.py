@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rethinker.checks import lora_targets
-from rethinker.config import Config, ConfigError, LoraConfig
+from rethinker.config import LoraConfig
 
 FOLDER = "adapter"  # of a checkpoint: the adapters alone, in peft's format
 _NAME = "default"  # peft's, of the only set of adapters
@@ -119,67 +118,20 @@ def save(folder: Path, model: nn.Module, state: dict[str, torch.Tensor], base: s
         folder: is made, with its parents.
         model: with adapters.
         state: `adapter_parameters`, whole and on the CPU.
-        base: the model that they belong to; a folder is named by its whole path.
+        base: the model that they belong to.
     """
     config = copy.copy(model.peft_config[_NAME])
-    config.base_model_name_or_path, config.inference_mode = _whole_name(base), True
+    config.base_model_name_or_path = str(Path(base).resolve() if Path(base).is_dir() else base)
+    config.inference_mode = True
     config.save_pretrained(folder)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def load(adapters: dict[str, Adapter], folder: Path) -> None:
-    """Take A and B from a folder of `save`, before ZeRO-3 partitions them.
-
-    Raises:
-        ConfigError: they are of other layers or of another rank.
-    """
-    saved, own = load_file(folder / "adapter_model.safetensors"), dict(adapter_parameters(adapters))
-    if {name: t.shape for name, t in saved.items()} != {name: p.shape for name, p in own.items()}:
-        raise ConfigError(f"resume: {folder} has adapters of other layers or another rank; set policy.lora as it was")
-    for name, parameter in own.items():
+    """Take A and B from a folder of `save`, before ZeRO-3 partitions them."""
+    saved = load_file(folder / "adapter_model.safetensors")
+    for name, parameter in adapter_parameters(adapters):
         parameter.data.copy_(saved[name])
-
-
-def resumed(config: Config, model_dir: str | Path) -> Path | None:
-    """The adapters of the checkpoint that a run resumes from; None for a run that starts.
-
-    A run that starts from another run's checkpoint starts from the merged weights of that checkpoint.
-    """
-    folder = Path(model_dir) / FOLDER
-    resumes = config.policy.lora.rank and config.resume and not is_same_model(model_dir, config.policy.model)
-    return folder if resumes and folder.is_dir() else None
-
-
-def base_of(folder: Path, model: str) -> str:
-    """The model that the adapters in a folder belong to. Merged weights cannot be taken apart again exactly.
-
-    Args:
-        folder: of `save`.
-        model: policy.model, for a folder that has been moved.
-
-    Raises:
-        ConfigError: it is a folder, and neither where it was nor at policy.model.
-    """
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    if not Path(base).is_absolute() or Path(base).is_dir():
-        return base
-    if Path(model).expanduser().is_dir():
-        return _whole_name(model)
-    raise ConfigError(
-        f"resume: {folder} has adapters of the model {base}, which is gone; restore it there (training continues from "
-        "its weights, not from the merged ones)"
-    )
-
-
-def is_same_model(one: str | Path, other: str | Path) -> bool:
-    """Whether two folders or hub names are one."""
-    return _whole_name(one) == _whole_name(other)
-
-
-def _whole_name(model: str | Path) -> str:
-    """A folder's whole path; a hub name as it is."""
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else str(model)
 
 
 def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:

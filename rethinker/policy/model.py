@@ -18,7 +18,6 @@ from rethinker.families import family_of
 from rethinker.policy.attention import ROW, VISION, kernel_for, lay_out
 from rethinker.policy.compiled_layers import apart, compile_layers
 from rethinker.policy.cpu_linear import use_onednn
-from rethinker.policy.fused_layers import use_liger
 from rethinker.policy.segment_attention import moved
 from rethinker.samples import PackedBatch, Prompt
 from rethinker_kernels import linear_policy_loss, linear_selective_log_softmax
@@ -73,8 +72,7 @@ class Policy(nn.Module):
         """
         Args:
             model: from `load_model`.
-            config: `attention`, `freeze_vision`, `lora`, `gradient_checkpointing`, `fused_layers` and `compile` are
-                read here.
+            config: `attention`, `freeze_vision`, `lora`, `gradient_checkpointing` and `compile` are read here.
         """
         super().__init__()
         self.kernel = kernel_for(config, torch.cuda.is_available())
@@ -83,8 +81,6 @@ class Policy(nn.Module):
         self.family = family_of(model.config.model_type)
         model.lm_head = LossHead.around(model.lm_head)
         use_onednn(model)
-        if config.fused_layers:
-            use_liger(model)
         if config.compile:
             compile_layers(model)
         text, vision = ("sdpa", "sdpa") if self.kernel == "sdpa" else (ROW, VISION)
@@ -139,12 +135,7 @@ class Policy(nn.Module):
         else:
             embeds, positions = embeds[layout.index], positions[:, layout.index]
             sources = layout.position[sources]
-            if deep:  # at every copy of an image
-                number = torch.full_like(batch.input_ids[0], -1)
-                number[spots] = torch.arange(len(spots), device=device)
-                copies = number[layout.index].masked_fill(layout.padding, -1).flatten()
-                (spots,) = torch.nonzero(copies >= 0, as_tuple=True)
-                deep = [part[copies[spots]] for part in deep]
+            spots = layout.position[spots] if deep else None
         if deep:
             inputs |= {"visual_pos_masks": spots, "deepstack_visual_embeds": deep}
         hidden = self.hf.model.language_model(

@@ -16,8 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from rethinker.config import ConfigError
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -49,9 +47,6 @@ def load(model: nn.Module, zero: Any, folder: Path, adam_steps: int, rank: int) 
         model, zero, rank: as for `snapshot`; the model's weights have been loaded.
         folder: with a file from every rank of the run that wrote them.
         adam_steps: `applied_steps` of that run.
-
-    Raises:
-        ConfigError: it belongs to a model with other parameters.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("optimizer_*"))]
@@ -59,12 +54,6 @@ def load(model: nn.Module, zero: Any, folder: Path, adam_steps: int, rank: int) 
             for flat in zero.fp32_partitioned_groups_flat:
                 moments = {name: torch.zeros_like(flat) for name in MOMENTS}
                 zero.optimizer.state[flat] = {"step": torch.tensor(float(adam_steps)), **moments}
-        saved = set(files[0].keys())
-        if other := saved ^ {f"{kind}.{name}" for kind, name, _, _ in _pieces(model, zero)}:
-            raise ConfigError(
-                f"resume: {folder} is of a model with other parameters ({min(other)}); set that policy.model, and "
-                "policy.freeze_vision and policy.lora as they were"
-            )
         for kind, name, numel, piece in _pieces(model, zero):
             parts = [file.get_slice(f"{kind}.{name}") for file in files]
             piece.copy_(repartitioned(parts, numel, piece.numel(), rank))

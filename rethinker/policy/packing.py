@@ -22,9 +22,7 @@ ImageInputs = dict[str, torch.Tensor]
 PromptPositions = Callable[[Prompt, ImageInputs], torch.Tensor]
 
 
-def plan_micro_batches(
-    samples: list[Sample], *, budget: int, world_size: int, shared: bool = True
-) -> list[list[list[Bundle]]]:
+def plan_micro_batches(samples: list[Sample], *, budget: int, world_size: int) -> list[list[list[Bundle]]]:
     """Divide a global batch into micro-batches: `[rank][micro-batch][bundle]`, the same number on every rank.
 
     Samples of one query share a bundle wherever they came from (fresh or replayed), unless they exceed `budget` tokens
@@ -35,12 +33,11 @@ def plan_micro_batches(
         samples: the whole batch over all ranks; `prompt_tokens` must be set.
         budget: most tokens in a micro-batch (train.micro_batch_tokens); a single longer sample still gets its own.
         world_size: ranks to share among. A rank may get empty micro-batches; it runs them as padding.
-        shared: whether the attention kernel computes a prompt once for all its responses (varlen repeats it).
     """
     by_query: dict[str, list[Sample]] = {}
     for sample in samples:
         by_query.setdefault(sample.query.id, []).append(sample)
-    bundles = [bundle for group in by_query.values() for bundle in _split(group, budget, shared)]
+    bundles = [bundle for group in by_query.values() for bundle in _split(group, budget)]
     bundles.sort(key=lambda bundle: -bundle.tokens)  # stable: ties keep the order of the batch
     rounds = max(1, -(-sum(b.tokens for b in bundles) // (budget * world_size)))
     while True:
@@ -55,19 +52,17 @@ def plan_micro_batches(
         rounds += 1
 
 
-def _split(group: list[Sample], budget: int, shared: bool) -> list[Bundle]:
+def _split(group: list[Sample], budget: int) -> list[Bundle]:
     """Cut one query's samples into bundles of at most `budget` tokens (at least one sample each)."""
     parts: list[list[Sample]] = [[]]
-    prompt = group[0].prompt_tokens
-    used = 0
+    prompt = used = group[0].prompt_tokens
     for sample in group:
-        own = sample.input_tokens + (0 if shared and parts[-1] else prompt)
-        if parts[-1] and used + own > budget:
+        if parts[-1] and used + sample.input_tokens > budget:
             parts.append([])
-            used, own = 0, sample.input_tokens + prompt
+            used = prompt
         parts[-1].append(sample)
-        used += own
-    return [Bundle(part[0].query, tuple(part), shared) for part in parts]
+        used += sample.input_tokens
+    return [Bundle(part[0].query, tuple(part)) for part in parts]
 
 
 def pack(
@@ -167,8 +162,7 @@ def _behaviour(completion: Completion, cap: float | None) -> tuple[np.ndarray, n
     if cap is None:
         return rollout, np.ones(len(rollout))
     trainer = completion.trainer_logprobs
-    if trainer is None:
-        raise RuntimeError("algorithm.rollout_correction needs the trainer's log-probs: call PolicyEngine.score first")
+    assert trainer is not None, "PolicyEngine.score comes first"
     log_ratio = torch.tensor(trainer) - torch.tensor(rollout)
     # A non-finite log-prob must reach the loss, where it stops the step, not be capped into a plausible weight.
     ratio = torch.where(log_ratio.isfinite(), log_ratio.exp().clamp(max=cap), torch.nan)

@@ -8,12 +8,9 @@ Legend: T tokens of the row, H query heads, K key heads (H or a divisor of it), 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass, replace
-from functools import cache
-from importlib.util import find_spec
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -88,10 +85,10 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, visible, scale):
-        kernels, shared = kernels_of(q.device), visible.shared
-        out, lse = kernels.forward(q, k, v, visible.own, visible.causal, scale)
+        shared = visible.shared
+        out, lse = _forward(q, k, v, visible.own, visible.causal, scale)
         if shared is not None:
-            part = kernels.forward(q, k[shared.keys], v[shared.keys], shared.segments, False, scale)
+            part = _forward(q, k[shared.keys], v[shared.keys], shared.segments, False, scale)
             merge_attention(out, lse, *part, shared.queries)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.visible, ctx.scale = visible, scale
@@ -101,117 +98,47 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
         visible, scale, shared = ctx.visible, ctx.scale, ctx.visible.shared
-        kernels = kernels_of(q.device)
-        dq, dk, dv = kernels.backward(grad, q, k, v, out, lse, visible.own, visible.causal, scale)
+        dq, dk, dv = _backward(grad, q, k, v, out, lse, visible.own, visible.causal, scale)
         if shared is not None:
             at = shared.keys
-            part = kernels.backward(grad, q, k[at], v[at], out, lse, shared.segments, False, scale)
+            part = _backward(grad, q, k[at], v[at], out, lse, shared.segments, False, scale)
             dq += part[0]
             dk.index_add_(0, at, part[1])
             dv.index_add_(0, at, part[2])
         return dq, dk, dv, None, None
 
 
-class Kernels(NamedTuple):
-    """One implementation. A query without keys has the output 0, an undefined log-sum-exp, and no gradient."""
+def _forward(q, k, v, segments, causal, scale):
+    """Output [T, H, E] and log-sum-exp [H, T] (fp32, or fp64 of fp64) over one set of keys, by torch's own kernels.
 
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    """(q, k, v, segments, causal, scale) -> output [T, H, E], log-sum-exp [H, T] (fp32, or fp64 of fp64)"""
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """(gradient, q, k, v, output, log-sum-exp, segments, causal, scale) -> gradients of q, k, v"""
-
-
-@cache
-def kernels_of(device: torch.device) -> Kernels:
-    """On CUDA flash-attn 3 or 4 where it is installed and made for the GPU, else torch's own; torch's own on a CPU.
-
-    flash-attn 3 (module flash_attn_interface) serves compute capability 9, flash-attn 4 (flash_attn.cute) 9 and above.
+    A query without keys has the output 0, an undefined log-sum-exp, and no gradient.
     """
-    if device.type != "cuda":
-        return CPU
-    major = torch.cuda.get_device_capability(device)[0]
-    if major == 9 and _installed("flash_attn_interface"):
-        return FLASH_3
-    if major >= 9 and _installed("flash_attn.cute"):
-        return FLASH_4
-    return TORCH
+    if q.device.type != "cuda":
+        return _cpu_forward(q, k, v, segments, causal, scale)
+    return torch.ops.aten._flash_attention_forward(
+        *_contiguous_heads(q, k, v), *_bounds(segments), 0.0, causal, False, scale=scale
+    )[:2]
 
 
-def _installed(module: str) -> bool:
-    parent, _, child = module.rpartition(".")
-    return find_spec(parent or child) is not None and find_spec(module) is not None
+def _backward(grad, q, k, v, out, lse, segments, causal, scale):
+    """Gradients of q, k and v."""
+    if q.device.type != "cuda":
+        return _cpu_backward(grad, q, k, v, out, lse, segments, causal, scale)
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout: not read without it
+    tensors = _contiguous_heads(grad, q, k, v, out)
+    return torch.ops.aten._flash_attention_backward(
+        *tensors, lse, *_bounds(segments), 0.0, causal, seed, seed, scale=scale
+    )
+
+
+def _bounds(segments: Segments) -> tuple[Tensor, Tensor, int, int]:
+    # With one query a segment the kernel would fold heads into queries and return log-sum-exps in another order.
+    return segments.queries, segments.keys, max(2, segments.longest_queries), segments.longest_keys
 
 
 def _contiguous_heads(*tensors: Tensor) -> list[Tensor]:
     """The kernels take any strides but the last; an expanded gradient has 0 there."""
     return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
-
-
-def _torch_forward(q, k, v, segments, causal, scale):
-    q, k, v = _contiguous_heads(q, k, v)
-    # With one query a segment the kernel would fold heads into queries and return log-sum-exps in another order.
-    longest = max(2, segments.longest_queries), segments.longest_keys
-    bounds = segments.queries, segments.keys
-    return torch.ops.aten._flash_attention_forward(q, k, v, *bounds, *longest, 0.0, causal, False, scale=scale)[:2]
-
-
-def _torch_backward(grad, q, k, v, out, lse, segments, causal, scale):
-    tensors = _contiguous_heads(grad, q, k, v, out)
-    longest = max(2, segments.longest_queries), segments.longest_keys
-    bounds = segments.queries, segments.keys
-    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout: not read without it
-    return torch.ops.aten._flash_attention_backward(
-        *tensors, lse, *bounds, *longest, 0.0, causal, seed, seed, scale=scale
-    )
-
-
-TORCH = Kernels(_torch_forward, _torch_backward)
-
-
-def _options(segments, causal, scale):
-    """As flash-attn 3 and 4 name them."""
-    return {
-        "cu_seqlens_q": segments.queries,
-        "cu_seqlens_k": segments.keys,
-        "max_seqlen_q": segments.longest_queries,
-        "max_seqlen_k": segments.longest_keys,
-        "softmax_scale": scale,
-        "causal": causal,
-    }
-
-
-def _flash_3_forward(q, k, v, segments, causal, scale):
-    from flash_attn_interface import _flash_attn_forward
-
-    return _flash_attn_forward(q, k, v, **_options(segments, causal, scale))[:2]
-
-
-def _flash_3_backward(grad, q, k, v, out, lse, segments, causal, scale):
-    from flash_attn_interface import _flash_attn_backward
-
-    gradients = [torch.empty_like(x) for x in (q, k, v)]
-    bounds = segments.queries, segments.keys, None, None
-    longest = segments.longest_queries, segments.longest_keys
-    _flash_attn_backward(grad, q, k, v, out, lse, *bounds, *longest, *gradients, scale, causal)
-    return tuple(gradients)
-
-
-FLASH_3 = Kernels(_flash_3_forward, _flash_3_backward)
-
-
-def _flash_4_forward(q, k, v, segments, causal, scale):
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    return _flash_attn_fwd(q, k, v, return_lse=True, **_options(segments, causal, scale))[:2]
-
-
-def _flash_4_backward(grad, q, k, v, out, lse, segments, causal, scale):
-    from flash_attn.cute.interface import _flash_attn_bwd
-
-    return _flash_attn_bwd(q, k, v, out, grad, lse, **_options(segments, causal, scale))[:3]
-
-
-FLASH_4 = Kernels(_flash_4_forward, _flash_4_backward)
 
 
 def _pieces(segments: Segments):
@@ -245,6 +172,3 @@ def _cpu_backward(grad, q, k, v, out, lse, segments, causal, scale):
         )
         dq[queries], dk[keys], dv[keys] = (part[0].transpose(0, 1) for part in parts)
     return tuple(gradients)
-
-
-CPU = Kernels(_cpu_forward, _cpu_backward)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import sys
 
 import torch
 
@@ -34,5 +33,4 @@ def peak_memory_gb() -> float:
     """Most memory this rank has held so far, GiB: of the GPU, or of the process where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB

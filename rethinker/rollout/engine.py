@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 
+from rethinker.rollout.deadline import Deadline
 from rethinker.samples import Completion, Prompt
+
+Checksum = tuple[str, int]
+"""SHA-256 of a tensor's bytes as one type, and its length along the first dimension."""
 
 
 class WeightStream(Protocol):
@@ -71,3 +76,24 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release the engine."""
+
+
+def checksum(tensor: torch.Tensor, dtype: torch.dtype) -> Checksum:
+    """Checksum of a tensor as `dtype`, in row-major order, whatever its device."""
+    flat = tensor.detach().to(dtype).cpu().contiguous().view(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest(), len(tensor)
+
+
+def copies(
+    weights: WeightStream, deadline: Deadline, checksums: dict[str, Checksum] | None, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Copies of the stream's tensors, which may be kept, while the deadline is watched.
+
+    Args:
+        checksums: if given, gets every tensor's checksum as `dtype`.
+    """
+    for name, tensor in weights:
+        deadline.check(f"at {name}")
+        if checksums is not None:
+            checksums[name] = checksum(tensor, dtype)
+        yield name, tensor.detach().clone()

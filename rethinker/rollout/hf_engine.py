@@ -10,7 +10,7 @@ from rethinker.config import Config
 from rethinker.families import family_of, limit_pixels
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.engine import RolloutEngine, WeightStream
-from rethinker.rollout.sampling import image_tokens_differ, limits, preserved_random_state, seeded, stop_token_ids
+from rethinker.rollout.sampling import limits, preserved_random_state, seeded, stop_token_ids
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
 
@@ -44,7 +44,7 @@ class HFEngine(RolloutEngine):
         self, prompts: list[Prompt], *, n: int, max_new_tokens: int | list[int], temperature: float, seed: int
     ) -> list[list[Completion]]:
         """Sample n completions of every prompt; see RolloutEngine."""
-        self.wake()
+        self._model.to(self._device)  # it may be asleep
         completions: list[list[Completion]] = []
         batch, longest = max(1, BATCH // n), limits(max_new_tokens, len(prompts))
         what = f"the rollout of {len(prompts)} prompts"
@@ -105,49 +105,27 @@ class HFEngine(RolloutEngine):
         if any(prompt.images for prompt in prompts):
             if self._family.MROPE:
                 inputs["mm_token_type_ids"] = (ids == self._model.config.image_token_id).int()
-            parts = [self._image_inputs(prompt) for prompt in prompts if prompt.images]
-            inputs |= {name: torch.cat([part[name] for part in parts]) for name in self._family.IMAGE_INPUTS}
+            images = [image for prompt in prompts for image in prompt.images]
+            features = self._processor.image_processor(images, return_tensors="pt")
+            inputs |= {name: features[name] for name in self._family.IMAGE_INPUTS}
             inputs["pixel_values"] = inputs["pixel_values"].to(self._dtype)
         return {name: tensor.to(self._device) for name, tensor in inputs.items()}
-
-    def _image_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        """The family's IMAGE_INPUTS of a prompt's images, which must make as many image tokens as the prompt has."""
-        image_id = self._model.config.image_token_id
-        shown = [self._family.image_ids(self._processor, image.height, image.width) for image in prompt.images]
-        theirs, ours = sum(ids.count(image_id) for ids in shown), prompt.token_ids.count(image_id)
-        if theirs != ours:
-            raise image_tokens_differ(prompt, ours, theirs, self.config.data)
-        features = self._processor.image_processor(prompt.images, return_tensors="pt")
-        return {name: features[name] for name in self._family.IMAGE_INPUTS}
 
     @torch.no_grad()
     def sync(self, weights: WeightStream, version: int) -> None:
         """Copy the policy's weights; see RolloutEngine."""
-        self.wake()
+        self._model.to(self._device)
         own = dict(self._model.named_parameters())
-        seen = set()
+        if strange := own.keys() ^ {name for name, *_ in weights.metadata()}:
+            raise RuntimeError(f"weight sync: only one of policy and hf engine has the parameter {min(strange)}")
         with Deadline("the weight sync", self.config.rollout.timeout_s) as deadline:
             for name, tensor in weights:
                 deadline.check(f"at {name}")
-                if name not in own:
-                    raise RuntimeError(f"weight sync: the policy's {name} is unknown to the hf engine's model")
                 own[name].copy_(tensor)
-                seen.add(name)
-                if self.config.rollout.check_sync and not torch.equal(own[name], tensor.to(own[name])):
-                    raise RuntimeError(f"rollout.check_sync: the hf engine's {name} differs from the policy's")
-        if missing := sorted(own.keys() - seen):
-            raise RuntimeError(
-                f"weight sync: the policy sent no value for {len(missing)} of the hf engine's parameters, the first "
-                f"{missing[0]}"
-            )
 
     def sleep(self) -> None:
         """Move the weights to the host."""
         self._model.to("cpu")
-
-    def wake(self) -> None:
-        """Move the weights back to this rank's device."""
-        self._model.to(self._device)
 
     def close(self) -> None:
         """Drop the model."""

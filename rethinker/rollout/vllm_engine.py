@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -19,18 +18,13 @@ import torch
 
 from rethinker.config import Config, ConfigError
 from rethinker.rollout.deadline import Deadline
-from rethinker.rollout.engine import RolloutEngine, WeightStream
+from rethinker.rollout.engine import Checksum, RolloutEngine, WeightStream, copies
 from rethinker.rollout.sampling import preserved_random_state, seeded
 from rethinker.rollout.vllm_settings import Request, VLLMRequests, engine_arguments
-from rethinker.rollout.weight_sync import Checksum, send_in_buckets, watched
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
 
 T = TypeVar("T")
-
-
-class EngineFailure(RuntimeError):
-    """vLLM failed in a rollout or a weight sync; its engine cannot be used any more."""
 
 
 class VLLMEngine(RolloutEngine):
@@ -112,12 +106,9 @@ class VLLMEngine(RolloutEngine):
         names = [name for name, *_ in weights.metadata()]
         sent: dict[str, Checksum] | None = {} if self.config.rollout.check_sync else None
         with Deadline("the weight sync", self.config.rollout.timeout_s) as deadline:
-            tensors = watched(weights, deadline, sent, getattr(torch, self.config.policy.dtype))
-            self._in_model(vllm_weights.prepare_update, names)
+            tensors = copies(weights, deadline, sent, getattr(torch, self.config.policy.dtype))
             with _named(f"the weight sync to version {version}"):
-                self._in_model(vllm_weights.start_update)
-                load = partial(self._in_model, vllm_weights.load)
-                send_in_buckets(names, tensors, load, lambda: self._in_model(vllm_weights.finish_update))
+                self._in_model(vllm_weights.load, names, tensors)
                 # Forget what the old weights computed: keys and values, and image embeddings.
                 if not self._engine.reset_prefix_cache():
                     raise RuntimeError("vLLM could not clear its prefix cache; requests are still running")
@@ -138,13 +129,6 @@ class VLLMEngine(RolloutEngine):
             self._engine.sleep(level=1)
             self._asleep = True
 
-    def wake(self) -> None:
-        """Take the GPU memory back, whatever of it `sync` has left asleep."""
-        if self._asleep:
-            torch.cuda.empty_cache()
-            self._engine.wake_up()
-            self._asleep = False
-
     def close(self) -> None:
         """Shut the engine down."""
         self._engine.engine_core.shutdown()
@@ -154,7 +138,10 @@ class VLLMEngine(RolloutEngine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self.wake()
+        if self._asleep:  # or in part, after `sync`
+            torch.cuda.empty_cache()
+            self._engine.wake_up()
+            self._asleep = False
         finished: dict[str, list[Completion]] = {}
         ids = [f"rollout-{self._asked + i}" for i in range(len(requests))]
         self._asked += len(requests)
@@ -209,12 +196,9 @@ class VLLMEngine(RolloutEngine):
 
 @contextmanager
 def _named(what: str) -> Iterator[None]:
-    """Errors of vLLM say during what they happened; those that name a setting already pass."""
+    """vLLM's errors say during what they happened."""
     try:
         yield
-    except (ConfigError, TimeoutError):
-        raise
     except Exception as error:
-        raise EngineFailure(
-            f"vLLM failed in {what}: {type(error).__name__}: {error}; the run can go on from its last checkpoint"
-        ) from error
+        error.add_note(f"This happened in {what}; the run can go on from its last checkpoint.")
+        raise

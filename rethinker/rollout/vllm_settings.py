@@ -18,6 +18,10 @@ _SHAPES = """
     intermediate_size num_hidden_layers num_attention_heads num_key_value_heads depth num_heads patch_size
     spatial_merge_size out_hidden_size
 """.split()
+SERVED = "RETHINKER_SERVED"  # environment variable of a server: its VLLMRequests.shared_settings and TRANSFER, as JSON
+TRANSFER = "how weights arrive"  # "nccl" or "file"
+# Of these a server may have more than a run needs.
+MAX_IMAGES, MAX_LENGTH = "data.max_images", "data.max_prompt_tokens + rollout.max_new_tokens"
 Request = tuple[Prompt, dict[str, Any]]
 """A prompt and the arguments of vLLM's SamplingParams."""
 
@@ -50,14 +54,6 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
         "disable_log_stats": True,
         **device,
     }
-
-
-def model_shape(model_config: Any) -> dict[str, Any]:
-    """The numbers of a transformers model config that shape its weights, of its text and its vision part."""
-    parts = {"": model_config, "text_": model_config.get_text_config()}
-    parts["vision_"] = getattr(model_config, "vision_config", None)
-    values = {prefix + name: getattr(part, name, None) for prefix, part in parts.items() for name in _SHAPES}
-    return {f"policy.model's {name}": value for name, value in values.items() if value is not None}
 
 
 class VLLMRequests:
@@ -133,3 +129,16 @@ class VLLMRequests:
         """One answer as the trainer knows it."""
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         return Completion(token_ids, logprobs, text, finish_reason)
+
+    def shared_settings(self) -> dict[str, Any]:
+        """What a server must have been started with to sample for this run, by the names of settings; JSON."""
+        config, model = self.config, self.model_config
+        parts = {"": model, "text_": model.get_text_config(), "vision_": getattr(model, "vision_config", None)}
+        shape = {prefix + name: getattr(part, name, None) for prefix, part in parts.items() for name in _SHAPES}
+        return {
+            "policy.dtype": config.policy.dtype,
+            "data.min_pixels, data.max_pixels": self.image_settings,
+            MAX_IMAGES: config.data.max_images,
+            MAX_LENGTH: self.max_length,
+            **{f"policy.model's {name}": value for name, value in shape.items() if value is not None},
+        }

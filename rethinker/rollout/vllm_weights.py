@@ -1,12 +1,14 @@
 """The worker's half of a weight sync: loads checkpoint tensors into vLLM's live model, and compares them.
 
+It runs in the trainer's process (vllm_engine.py) or in a server's (server/worker.py).
+
 Loading is vLLM's own layerwise reload, by names of a Hugging Face checkpoint, so every model that vLLM loads from a
 checkpoint also syncs. Nothing of vLLM is patched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from rethinker.rollout.weight_sync import Checksum, checksum
+from rethinker.rollout.engine import Checksum, checksum
 
 
 def prepare_update(model: nn.Module, vllm_config: Any, names: list[str]) -> None:
@@ -26,27 +28,46 @@ def prepare_update(model: nn.Module, vllm_config: Any, names: list[str]) -> None
         RuntimeError: a parameter, or a part of a fused one, would get no value; the weights have not been touched.
     """
     if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
-        finish_update(model, vllm_config)
-    if missing := _without_value(model, set(names)):
+        _finish(model, vllm_config)
+    mapped, fused_parts, missing = set(model.hf_to_vllm_mapper.apply_list(names)), _fused_parts(model), []
+    for name in dict(model.named_parameters()).keys() - mapped:
+        parent, layer, leaf = name.rsplit(".", 2)
+        parts = {f"{parent}.{part}.{leaf}" for part in fused_parts.get(layer, [layer])}
+        missing += parts - mapped
+    if missing:
         raise RuntimeError(
-            f"weight sync: the policy has no value for {len(missing)} of vLLM's parameters, the first {missing[0]}"
+            f"weight sync: the policy has no value for {len(missing)} of vLLM's parameters, the first {min(missing)}"
         )
 
 
-def start_update(model: nn.Module, vllm_config: Any) -> None:
-    """Put the model into loading state."""
+def load(model: nn.Module, vllm_config: Any, names: list[str], weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Replace the model's weights by a checkpoint's, layer by layer: its own loader fuses and shards them.
+
+    Args:
+        names: of all tensors of the checkpoint.
+        weights: these tensors; each lives until its layer is whole.
+
+    Raises:
+        RuntimeError: a parameter or a part of one would get no value, or a tensor of `names` did not come.
+    """
+    prepare_update(model, vllm_config, names)
+    lost = set(names)
+
+    def arriving() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            lost.discard(name)
+            yield name, tensor
+
     with set_current_vllm_config(vllm_config):
         initialize_layerwise_reload(model)
+        model.load_weights(arriving())
+    _finish(model, vllm_config)
+    if lost:  # vLLM fills what a fused layer lacks with whatever is in memory
+        raise RuntimeError(f"weight sync: {len(lost)} announced tensors did not come, the first {min(lost)}")
 
 
-def load(model: nn.Module, vllm_config: Any, weights: list[tuple[str, torch.Tensor]]) -> None:
-    """Hand some tensors to the model's own checkpoint loader, which fuses and shards."""
-    with set_current_vllm_config(vllm_config):
-        model.load_weights(weights)
-
-
-def finish_update(model: nn.Module, vllm_config: Any) -> None:
-    """Put the new weights in place. On CPU a tied head keeps an old packed copy, which is packed again."""
+def _finish(model: nn.Module, vllm_config: Any) -> None:
+    """Put the new weights in place. On a CPU a tied head keeps an old packed copy, which is packed again."""
     with set_current_vllm_config(vllm_config):
         finalize_layerwise_reload(model, vllm_config.model_config)
         _repack_tied_heads(model)
@@ -64,20 +85,6 @@ def first_difference(model: nn.Module, vllm_config: Any, sent: dict[str, Checksu
             if checksum(live[:rows], vllm_config.model_config.dtype) != (digest, rows):
                 return name
     return None
-
-
-def _without_value(model: nn.Module, names: set[str]) -> list[str]:
-    """The model's parameters, or parts of fused ones, that no checkpoint name in `names` fills."""
-    mapped = set(model.hf_to_vllm_mapper.apply_list(list(names)))
-    fused_parts = _fused_parts(model)
-    missing = []
-    for name, _ in model.named_parameters():
-        if name in mapped:
-            continue
-        parent, layer, leaf = name.rsplit(".", 2)
-        parts = [f"{parent}.{part}.{leaf}" for part in fused_parts.get(layer, [layer])]
-        missing += [part for part in parts if part not in mapped]
-    return missing
 
 
 def _fused_parts(model: nn.Module) -> dict[str, list[str]]:

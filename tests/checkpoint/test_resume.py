@@ -41,7 +41,7 @@ def test_settings_are_compared_by_name(tmp_path):
     (tmp_path / "trainer").mkdir()
     write_state(tmp_path / "trainer" / "run", {"settings": flat(config)})
     free = {"run.trackers": [], "checkpoint.keep": 7, "train.max_steps": 999, "train.micro_batch_tokens": 77}
-    free |= {f"policy.{how}": True for how in ("gradient_checkpointing", "compile")} | {"policy.attention": "varlen"}
+    free |= {f"policy.{how}": True for how in ("gradient_checkpointing", "compile")} | {"policy.attention": "flash"}
     assert saved_state(tmp_path, resolve_config("easy_vqa_cpu", {"run.name": "y", "resume": "auto"} | free))
     assert saved_state(None, config) == {}
     other = resolve_config("easy_vqa_cpu", {"run.name": "x", "seed": 5, "train.betas": [0.5, 0.6]} | free)

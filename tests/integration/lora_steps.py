@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -69,7 +68,7 @@ def stopped_and_resumed(config: Config, scratch: Path, encoder: PromptEncoder, s
     results["mismatch"] = mismatch(engine, folder, config, encoder, samples)
     results["rest"] = [engine.train_step(samples) for _ in range(STEPS)], state_of(engine)
     ranks.gather(None)  # rank 0 has written
-    again = PolicyEngine(dataclasses.replace(config, resume="auto"), folder, encoder, ranks, total_steps=10)
+    again = PolicyEngine(config, folder, encoder, ranks, total_steps=10, initial_dir=model)
     again.load_state_dict(counters)
     again.load_optimizer(folder / "trainer", counters["adam_steps"])
     results["resumed"] = [again.train_step(samples) for _ in range(STEPS)], state_of(again)
@@ -94,25 +93,21 @@ def mismatch(engine: PolicyEngine, folder: Path, config: Config, encoder: Prompt
 
 
 def refusals(config: Config, scratch: Path, encoder: PromptEncoder, counters: dict, ranks) -> list[str]:
-    """What a resumed run says when its base has been trained since, when it is gone, and when it has been moved."""
-    folder, moved = scratch / f"checkpoint_{ranks.world_size}", scratch / "base"
+    """What a resumed run says when its base has been moved, when it has been trained since, and when it is gone."""
+    folder, base = scratch / f"checkpoint_{ranks.world_size}", scratch / "base"
     said = []
-    resumed = dataclasses.replace(config, resume="auto")
-    file = folder / "adapter" / "adapter_config.json"
-    text = file.read_text()
-    shutil.copytree(config.policy.model, moved)
-    shutil.copy2(folder / "model.safetensors", moved)  # merged weights in the base's place
-    file.write_text(text.replace(str(Path(config.policy.model).resolve()), str(moved.resolve())))
-    lost = dataclasses.replace(resumed, policy=dataclasses.replace(config.policy, model=str(moved)))
-    for given in (resumed, lost, resumed):
-        if given is lost:
-            shutil.rmtree(moved)
+    shutil.copytree(config.policy.model, base)
+    for change in (
+        lambda: None,
+        lambda: shutil.copy2(folder / "model.safetensors", base),  # merged weights in the base's place
+        lambda: shutil.rmtree(base),
+    ):
+        change()
         try:
-            PolicyEngine(given, folder, encoder, ranks, total_steps=10).load_state_dict(counters)
+            PolicyEngine(config, folder, encoder, ranks, 10, initial_dir=base).load_state_dict(counters)
             said.append("")
         except ConfigError as error:
             said.append(str(error))
-    file.write_text(text)
     return said
 
 
@@ -127,11 +122,10 @@ def main(model: str, scratch: str, output: str) -> None:
     results = stopped_and_resumed(config, Path(scratch), encoder, samples, ranks)
     if ranks.world_size == 1:
         checkpoint, copy = Path(scratch) / "checkpoint_1", shutil.copytree(model, Path(scratch) / "copy")
-        # As a new run that is waited for by a scheduler would: with resume=auto, and nothing to resume yet.
-        new = dataclasses.replace(settings(str(checkpoint)), resume="auto")
-        results["new run"] = state_of(PolicyEngine(new, checkpoint, encoder, ranks, total_steps=10))
+        new = settings(str(checkpoint))
+        results["new run"] = state_of(PolicyEngine(new, checkpoint, encoder, ranks, 10, initial_dir=checkpoint))
         for name, reference in (("own reference", None), ("second model", copy)):
-            engine = PolicyEngine(settings(model, kl_coef=0.1), model, encoder, ranks, 10, reference_dir=reference)
+            engine = PolicyEngine(settings(model, kl_coef=0.1), model, encoder, ranks, 10, initial_dir=reference)
             results[name] = [engine.train_step(samples) for _ in range(2)], state_of(engine), engine.reference is None
         results["refusals"] = refusals(config, Path(scratch), encoder, engine.state_dict(), ranks)
     if ranks.is_main:

@@ -1,19 +1,19 @@
-"""Training over two vLLM servers that `rethinker serve` started: whole runs, on one rank and two, and a lost server."""
+"""Training over two servers of `rethinker serve`: whole runs, on one rank and two, and a lost server."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import psutil
 import pytest
+from torch.distributed.elastic.utils.distributed import get_free_port as free_port
 
-from tests.integration.interruptions import ROOT, finish, prepare, rows, start
+from tests.integration.interruptions import ROOT, finish, kill, prepare, rows, start
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1500)]
 SAME = 1e-9  # nats of mismatch_kl: rounding in fp32
@@ -31,29 +31,31 @@ def servers_of(folder) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The folder of model and data, and the settings that `rethinker serve` says to train with."""
+    """The folder of model and data, and the settings that train over the two servers."""
     folder = tmp_path_factory.mktemp("pair")
     prepare(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "rethinker", "serve", "easy_vqa_cpu", "--replicas", "2", "--port", str(port)]
-    command += ["--run.dir", str(folder), "--policy.model", str(folder / "model")]
-    command += ["--rollout.max_new_tokens", "16", "--rollout.kv_cache_gb", "0.1"]
-    log = folder / "serve.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+    command = [sys.executable, "-m", "rethinker", "serve", "easy_vqa_cpu", "--policy.model", str(folder / "model")]
+    command += ["--rollout.max_new_tokens", "16", "--rollout.kv_cache_gb", "0.1", "--port"]
+    logs, processes = [folder / "serve_0.log", folder / "serve_1.log"], []
     try:
-        while "ready; train with:" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.5)
-        line = re.search(r"train with: (.*)", log.read_text()).group(1)
-        yield folder, line.replace("'", "").split()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        for log in logs:
+            options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
+            with log.open("w") as output:
+                line = [*command, str(free_port())]
+                processes.append(subprocess.Popen(line, stdout=output, stderr=output, **options))
+        for log, process in zip(logs, processes, strict=True):
+            while "Application startup complete" not in log.read_text():
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.5)
+        addresses = [re.search(r"--rollout.servers '\[(.*)\]'", log.read_text())[1] for log in logs]
+        yield folder, ["--rollout.backend", "server", "--rollout.servers", f"[{','.join(addresses)}]"]
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
         assert servers_of(folder) == []
     finally:
-        process.kill()
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -77,7 +79,7 @@ def test_rollouts_one_episode_ahead(pair):
     while len(rows(folder / "ahead")) < 6:
         assert process.poll() is None, (folder / "ahead.log").read_text()[-4000:]
         time.sleep(0.1)
-    process.kill()
+    kill(process)
     process.wait()
     finish(folder, "ahead", *options, "--resume", "auto")
     steps = rows(folder / "ahead")
@@ -106,4 +108,3 @@ def test_a_run_outlives_one_of_its_servers(pair):
     steps = rows(folder / "outlives")
     assert len(steps) == 8
     assert max(row["mismatch_kl"] for row in steps) < SAME
-    assert address in (folder / "serve.log").read_text()

@@ -8,32 +8,20 @@ import torch
 
 from rethinker.config import DataConfig, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
-from rethinker.embedded.tiny import create_tiny
 from rethinker.policy.model import Policy, load_model, load_processor
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.samples import PackedBatch, Query, Sample
-from tests.families.tiny_models import create
 from tests.policy.helpers import picture, samples_for
 
 
-def create_family(family: str, folder: Path) -> Path:
-    """A tiny random model of any family, the default one too."""
-    return create_tiny(folder, seed=0) if family == "qwen2_5_vl" else create(family, folder)
-
-
-def make(folder: Path, device: str = "cpu", layers: int | None = None, **settings) -> Policy:
-    """A policy whose biases and scales are not those of an initialisation; equal ones for equal folders.
-
-    With `layers` only the first decoder layers, which are all alike.
-    """
-    model = load_model(folder, torch.float32)
-    del model.model.language_model.layers[layers or len(model.model.language_model.layers) :]
-    policy = Policy(model, PolicyConfig(dtype="float32", **settings)).eval()
+def make(folder: Path, **settings) -> Policy:
+    """A policy whose biases and scales are not those of an initialisation; equal ones for equal folders."""
+    policy = Policy(load_model(folder, torch.float32), PolicyConfig(dtype="float32", **settings)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.hf.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return policy.to(device)
+    return policy
 
 
 def encoder_for(folder: Path) -> PromptEncoder:

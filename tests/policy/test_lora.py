@@ -127,18 +127,14 @@ def test_every_rank_draws_the_same(tiny_folder):
 
 
 def test_saved_adapters_come_back(adapted, tiny_folder, tmp_path):
-    """A and B read back bit for bit; those of another rank are refused."""
+    """A and B read back bit for bit."""
     model, adapters = adapted
     train(adapters)
     state = {name: p.detach() for name, p in lora.adapter_parameters(adapters)}
     lora.save(tmp_path / "adapter", model, state, tiny_folder)
-    assert lora.base_of(tmp_path / "adapter", "elsewhere") == str(tiny_folder.resolve())
     again = lora.add_adapters(load_model(tiny_folder, torch.float32), LoraConfig(rank=4), seed=1)
     lora.load(again, tmp_path / "adapter")
     assert all(torch.equal(p, state[name]) for name, p in lora.adapter_parameters(again))
-    other = lora.add_adapters(load_model(tiny_folder, torch.float32), LoraConfig(rank=5), seed=1)
-    with pytest.raises(ConfigError, match=r"adapters of other layers or another rank; set policy\.lora as it was"):
-        lora.load(other, tmp_path / "adapter")
 
 
 def test_a_layer_that_is_not_there_is_refused_before_anything_starts(tiny_folder, tmp_path):

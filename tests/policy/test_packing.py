@@ -45,14 +45,14 @@ def compare(samples, encoder, policy, model):
 @pytest.mark.parametrize(
     ("folder", "kernel"),
     [
-        *(("tiny_folder", kernel) for kernel in ("sdpa", "flash", "varlen")),
+        ("tiny_folder", "sdpa"),
+        ("tiny_folder", "flash"),
         ("untied_folder", "sdpa"),
-        *(pytest.param("untied_folder", kernel, marks=pytest.mark.soak) for kernel in ("flash", "varlen")),
+        pytest.param("untied_folder", "flash", marks=pytest.mark.soak),
     ],
 )
 def test_packed_forward_equals_per_sample_forward(folder, kernel, encoder, tmp_path, request):
-    """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none, whether
-    prompts are shared or repeated."""
+    """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none."""
     path = request.getfixturevalue(folder)
     policy = Policy(load_model(path, torch.float32), PolicyConfig(dtype="float32", attention=kernel))
     model = load_model(path, torch.float32)
@@ -90,7 +90,7 @@ def test_a_batch_on_a_device_keeps_its_layout_on_the_host(encoder, policy, tmp_p
     kept = {name for name, value in vars(moved).items() if isinstance(value, torch.Tensor) and not value.is_meta}
     kept |= {name for name, value in moved.image_inputs.items() if not value.is_meta}
     assert kept == {"prompt_id", "response_id", "image_grid_thw"}
-    for kernel in ("sdpa", "flash", "varlen"):
+    for kernel in ("sdpa", "flash"):
         attention.lay_out(moved, kernel)
 
 
@@ -123,22 +123,6 @@ def test_single_row_layout_equals_row_per_prompt(encoder, policy, tmp_path, monk
     assert (single - expected).abs().max() <= 1e-5
 
 
-def test_unshared_sequences_are_prompt_and_response(encoder, policy, tmp_path):
-    """policy.attention=varlen: one sequence per response, its prompt before it; one of a single token, which is no
-    input, adds none; every row token is found where it stands."""
-    samples = samples_for(queries_of_every_kind(tmp_path)[:2], encoder, [5, 1, 3])
-    (batch,), (bundles,) = packed(samples, encoder, policy)
-    layout = attention.lay_out(batch, "varlen")
-    prompts = [bundle.samples[0].prompt_tokens for bundle in bundles]
-    assert layout.visible.own.queries.diff().tolist() == [n for p in prompts for n in (p + 4, p + 2)]
-    assert layout.visible.own.longest_queries == max(prompts) + 4 and layout.visible.shared is None
-    assert torch.equal(layout.index[0, layout.position], torch.arange(batch.tokens))
-    alone = samples_for(queries_of_every_kind(tmp_path)[:1], encoder, [1, 1])
-    (batch,), (bundle,) = packed(alone, encoder, policy)
-    bounds = attention.lay_out(batch, "varlen").visible.own.queries
-    assert bounds.tolist() == [0, bundle[0].samples[0].prompt_tokens]
-
-
 def test_replayed_samples_see_their_groups_prompt(encoder, model, tiny_folder, tmp_path):
     """policy.attention=flash: replayed samples, also drawn twice, and groups of one, of text and of nothing but an
     empty response give the per-sample forward's log-probs and gradients."""
@@ -150,12 +134,11 @@ def test_replayed_samples_see_their_groups_prompt(encoder, model, tiny_folder, t
     assert logp_error <= 1e-5 and gradient_error <= 1e-5
 
 
-@pytest.mark.parametrize("kernel", ["flash", "varlen"])
-def test_flash_kernels_take_16_bits_on_a_gpu(kernel, monkeypatch):
+def test_flash_attention_takes_16_bits_on_a_gpu():
     """On CUDA fp32 is refused, naming policy.dtype, and auto takes SDPA for it; 16 bits take flash attention."""
-    with pytest.raises(ConfigError, match=f"policy.attention={kernel} needs policy.dtype=bfloat16"):
-        attention.kernel_for(PolicyConfig(dtype="float32", attention=kernel), on_gpu=True)
-    assert attention.kernel_for(PolicyConfig(dtype="float32", attention=kernel), on_gpu=False) == kernel
+    with pytest.raises(ConfigError, match="policy.attention=flash needs policy.dtype=bfloat16"):
+        attention.kernel_for(PolicyConfig(dtype="float32", attention="flash"), on_gpu=True)
+    assert attention.kernel_for(PolicyConfig(dtype="float32", attention="flash"), on_gpu=False) == "flash"
     chosen = {
         (dtype, on_gpu): attention.kernel_for(PolicyConfig(dtype=dtype), on_gpu)
         for dtype in ("float32", "bfloat16")
@@ -165,26 +148,26 @@ def test_flash_kernels_take_16_bits_on_a_gpu(kernel, monkeypatch):
     assert chosen["bfloat16", True] == "flash"
 
 
-def test_flex_attention_is_refused():
-    """What replaces it is named."""
-    with pytest.raises(ConfigError, match="policy.attention='flex' must be one of .*flash"):
-        load_config("easy_vqa_cpu", {"policy.attention": "flex"})
+def test_removed_settings_are_refused():
+    """What replaces them is named."""
+    with pytest.raises(ConfigError, match="policy.attention='varlen' must be one of .*flash"):
+        load_config("easy_vqa_cpu", {"policy.attention": "varlen"})
+    with pytest.raises(ConfigError, match="'policy.fused_layers' is gone: .*policy.compile=true"):
+        load_config("easy_vqa_cpu", {"policy.fused_layers": True})
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["flash", "varlen"])
-def test_the_gpus_kernels_equal_the_default(kernel, tiny_folder, encoder, tmp_path):
-    """Flash attention in bf16, of shared prompts and of repeated ones, is as far from fp32 as SDPA in bf16 is, or
-    nearer."""
+def test_the_gpus_kernel_equals_the_default(tiny_folder, encoder, tmp_path):
+    """Flash attention in bf16 is as far from fp32 as SDPA in bf16 is, or nearer."""
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 1, 9])
     logps = {}
-    for name, dtype in ((kernel, "bfloat16"), ("sdpa", "bfloat16"), ("exact", "float32")):
+    for name, dtype in (("flash", "bfloat16"), ("sdpa", "bfloat16"), ("exact", "float32")):
         config = PolicyConfig(dtype=dtype, attention="sdpa" if name == "exact" else name)
         policy = Policy(load_model(tiny_folder, getattr(torch, dtype)), config).cuda()
         (batch,), _ = packed(samples, encoder, policy)
         with torch.no_grad():
             logps[name] = policy(batch.to(torch.device("cuda")))[0]
-    error, usual = ((logps[name] - logps["exact"]).abs().mean() for name in (kernel, "sdpa"))
+    error, usual = ((logps[name] - logps["exact"]).abs().mean() for name in ("flash", "sdpa"))
     assert error <= 1.5 * usual
 
 
@@ -274,8 +257,8 @@ def test_plan_is_balanced_bounded_and_complete(encoder, tmp_path):
     """Every sample is in one micro-batch, within the budget, the same number on every rank, loads within 10%."""
     queries = [dataclasses.replace(q, id=f"{q.id}/{n}") for n in range(20) for q in queries_of_every_kind(tmp_path)]
     samples = samples_for(queries, encoder, [5, 12, 30])
-    for world, shared in ((1, True), (2, True), (3, True), (2, False)):
-        plan = plan_micro_batches(samples, budget=600, world_size=world, shared=shared)
+    for world in (1, 2, 3):
+        plan = plan_micro_batches(samples, budget=600, world_size=world)
         assert len({len(rank) for rank in plan}) == 1
         flat = [s for rank in plan for micro in rank for bundle in micro for s in bundle.samples]
         assert sorted(map(id, flat)) == sorted(map(id, samples))
@@ -293,10 +276,6 @@ def test_groups_beyond_the_budget_are_split(encoder, tmp_path):
     plan = plan_micro_batches(samples, budget=prompt + 100, world_size=1)
     bundles = [b for micro in plan[0] for b in micro]
     assert len(bundles) == 4 and all(len(b.samples) == 2 and b.tokens == prompt + 78 for b in bundles)
-    (repeated,) = plan_micro_batches(samples, budget=3 * (prompt + 39), world_size=1, shared=False)
-    bundles = [b for micro in repeated for b in micro]
-    assert [len(b.samples) for b in bundles] == [3, 3, 2]
-    assert all(b.tokens == len(b.samples) * (prompt + 39) for b in bundles)
     oversized = plan_micro_batches(samples, budget=10, world_size=2)
     assert sum(len(micro) for rank in oversized for micro in rank) == 8
 

@@ -15,7 +15,6 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from rethinker.rollout import deadline, vllm_weights
 from rethinker.rollout.mismatch import MismatchError, check_mismatch
-from rethinker.rollout.vllm_engine import EngineFailure
 from tests.rollout.helpers import rollout_config, tied_only
 
 SAMPLED = {"n": 2, "max_new_tokens": 12, "temperature": 1.0, "seed": 0}
@@ -34,8 +33,12 @@ def lose(monkeypatch, lost) -> None:
     """The engine throws away the tensors whose name `lost` accepts, after they were announced and sent."""
     load = vllm_weights.load
 
-    def without(model, vllm_config, weights):
-        load(model, vllm_config, [(name, tensor) for name, tensor in weights if not lost(name)])
+    def without(model, vllm_config, names, weights):
+        whole = model.load_weights
+        with monkeypatch.context() as planted:
+            kept = lambda arriving: whole([(name, tensor) for name, tensor in arriving if not lost(name)])  # noqa: E731
+            planted.setattr(model, "load_weights", kept)
+            load(model, vllm_config, names, weights)
 
     monkeypatch.setattr(vllm_weights, "load", without)
 
@@ -106,10 +109,10 @@ def test_vllm_dies_in_a_rollout(engine, prompts, monkeypatch, abort_fails):
         planted.setattr(engine._engine, "step", dies)
         if abort_fails:
             planted.setattr(engine._engine, "abort_request", lambda ids: raise_(EngineDeadError()))
-        with pytest.raises(EngineFailure, match=r"rollout of 4 requests.*EngineDeadError") as caught:
+        with pytest.raises(EngineDeadError) as caught:
             engine.generate(prompts, **SAMPLED)
     print(f"vLLM's death in a rollout to the error: {time.perf_counter() - calls[-1]:.3f} s")
-    assert isinstance(caught.value.__cause__, EngineDeadError)
+    assert "the rollout of 4 requests" in caught.value.__notes__[0]
     engine._engine.abort_request([f"rollout-{number}" for number in range(engine._asked)])
     assert not engine._engine.has_unfinished_requests()
 
@@ -146,8 +149,7 @@ def test_vllm_dies_in_a_sync(engine, policy, monkeypatch, tmp_path):
     code, seconds = in_child(lambda: engine.sync(policy, 2), tmp_path / "stderr")
     told = (tmp_path / "stderr").read_text()
     assert code == RAISED
-    assert "EngineFailure: vLLM failed in the weight sync to version 2: EngineDeadError" in told
-    assert "The above exception was the direct cause" in told
+    assert "EngineDeadError" in told and "This happened in the weight sync to version 2; the run can go on" in told
     print(f"vLLM's death in a sync to the error: {seconds:.2f} s, the start of the sync included")
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rethinker.config import ConfigError
 from rethinker.rollout.backends import make_engine
-from rethinker.samples import Prompt
 from tests.rollout.helpers import TOLERANCE, rollout_config, tied_only
 
 
@@ -82,26 +80,9 @@ def test_deadline(hf, policy, prompts):
 
 @tied_only
 def test_sync_refuses_other_models(hf, policy):
-    """A tensor without a place and a parameter without a tensor are errors that name it."""
-
-    class Renamed:
-        def __init__(self, old, new):
-            self.pairs = [(name.replace(old, new), tensor.clone()) for name, tensor in policy if new or old not in name]
-
-        def __iter__(self):
-            return iter(self.pairs)
-
-    with pytest.raises(RuntimeError, match=r"layers\.7\.mlp\.up_proj\.weight is unknown"):
-        hf.sync(Renamed("layers.1.mlp.up", "layers.7.mlp.up"), 1)
-    with pytest.raises(RuntimeError, match=r"no value for 1 .*language_model\.norm\.weight"):
-        hf.sync(Renamed("language_model.norm", ""), 1)
-
-
-@tied_only
-def test_image_tokens_that_differ_are_refused(hf, prompts):
-    """A prompt made with other pixel limits is an error that names them."""
-    prompt = prompts[0]
-    at = prompt.token_ids.index(hf._model.config.image_token_id)
-    wrong = Prompt("w", prompt.token_ids[:at] + prompt.token_ids[at + 1 :], prompt.compact_ids, prompt.images)
-    with pytest.raises(ConfigError, match=r"'w'.* reads 15 tokens .* engine 16.* use data\.min_pixels=4096"):
-        hf.generate([wrong], n=1, max_new_tokens=2, temperature=1.0, seed=0)
+    """A tensor without a place and a parameter without a tensor are errors that name it, before a weight is copied."""
+    entries = policy.metadata()
+    for listed, named in ((entries[1:], entries[0][0]), ([*entries, ("a.b", *entries[0][1:])], "a.b")):
+        policy.metadata = lambda listed=listed: listed
+        with pytest.raises(RuntimeError, match=rf"only one of policy and hf engine has the parameter {named}"):
+            hf.sync(policy, 1)

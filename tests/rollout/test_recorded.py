@@ -51,12 +51,3 @@ def test_what_is_not_recorded_is_an_error(engine):
     ask(engine, "a")
     with pytest.raises(ConfigError, match=r"of query 'a'"):
         ask(engine, "a")
-
-
-@pytest.mark.parametrize("recording", [None, "missing", "."])
-def test_a_recording_that_is_not_there(tmp_path, recording):
-    """Unset, missing or empty: refused when the engine is made."""
-    recording = recording and str(tmp_path / recording)
-    config = rollout_config(backend="recorded", recording=recording)
-    with pytest.raises(ConfigError, match=r"rollout\.recording="):
-        make_engine(config, "unused", rank=0, world_size=1, local_rank=0)

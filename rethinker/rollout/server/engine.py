@@ -18,11 +18,10 @@ import torch
 
 from rethinker.config import Config, ConfigError
 from rethinker.rollout.deadline import Deadline
-from rethinker.rollout.engine import RolloutEngine, WeightStream
+from rethinker.rollout.engine import Checksum, RolloutEngine, WeightStream, copies
 from rethinker.rollout.server.replicas import ReplicaLost, Replicas, ServerError
-from rethinker.rollout.server.sync import Checkpoint, FileTransfer, NCCLTransfer
-from rethinker.rollout.vllm_settings import VLLMRequests, model_shape
-from rethinker.rollout.weight_sync import Checksum, watched
+from rethinker.rollout.server.sync import FileTransfer, NCCLTransfer
+from rethinker.rollout.vllm_settings import MAX_IMAGES, MAX_LENGTH, TRANSFER, VLLMRequests
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
 
@@ -33,7 +32,7 @@ class ServerEngine(RolloutEngine):
     """RolloutEngine over vLLM servers."""
 
     def __init__(self, config: Config, model_dir: str, ranks: Ranks):
-        """Connect, compare the servers' settings with the run's, and give them the weights in `model_dir`.
+        """Connect, and compare the servers' settings with the run's. `sync` must come before `generate`.
 
         Raises:
             ConfigError: a server does not answer, or serves something else.
@@ -46,43 +45,26 @@ class ServerEngine(RolloutEngine):
         self._prefix = ranks.broadcast(f"{config.run.name or 'run'}-{os.urandom(4).hex()}")
         self._label = ""
         self._asked = 0
-        try:
-            by_nccl = self._connect() == "nccl"
-            if ranks.is_main:
-                folder = config.rollout.weight_folder
-                self._transfer = NCCLTransfer(self._replicas) if by_nccl else FileTransfer(self._replicas, folder)
-            self.sync(Checkpoint(model_dir if ranks.is_main else None), 0)
-        except BaseException:
-            self.close()
-            raise
+        by_nccl = self._connect() == "nccl"
+        if ranks.is_main:
+            folder = config.rollout.weight_folder
+            self._transfer = NCCLTransfer(self._replicas) if by_nccl else FileTransfer(self._replicas, folder)
 
     def _connect(self) -> str:
-        """Check that every server would sample from this run's policy and reads the same pixels; how it takes weights.
-
-        What is compared is what `ServerWorker.rethinker_settings` answers.
-        """
+        """Check that every server would sample from this run's policy, from the same pixels; how they take weights."""
         with Deadline("the first contact with the rollout servers", self.config.rollout.timeout_s) as deadline:
             try:
                 answers = self._replicas.worker("rethinker_settings", deadline, keep_all=True)
             except (ReplicaLost, ServerError) as error:
                 raise ConfigError(f"rollout.servers: {error}; {HOW_TO_START}") from error
-        transfer = next(iter(answers.values()))["vLLM's weight transfer"]
+        transfer = next(iter(answers.values()))[TRANSFER]
         if transfer == "nccl" and not torch.cuda.is_available():
             raise ConfigError("rollout.servers take weights by nccl, which needs a GPU here too")
-        longest = "data.max_prompt_tokens + rollout.max_new_tokens"
-        ours = {
-            "policy.dtype": self.config.policy.dtype,
-            "data.min_pixels, data.max_pixels": self._requests.image_settings,
-            "data.max_images": self.config.data.max_images,
-            longest: self._requests.max_length,
-            "vLLM's logprobs_mode": "processed_logprobs",
-            "vLLM's weight transfer": transfer,
-            **model_shape(self._requests.model_config),
-        }
+        ours = self._requests.shared_settings() | {TRANSFER: transfer}
         for address, theirs in answers.items():
             for name in ours | theirs:
                 own, held = ours.get(name), theirs.get(name)
-                fits = held >= own if name in ("data.max_images", longest) else held == own
+                fits = held >= own if name in (MAX_IMAGES, MAX_LENGTH) else held == own
                 if not fits:
                     raise ConfigError(
                         f"rollout.servers: {address} was started with other settings: {name} is {held} there and "
@@ -147,13 +129,10 @@ class ServerEngine(RolloutEngine):
         error: Exception | None = None
         with Deadline(f"the weight sync to version {version}", self.config.rollout.timeout_s) as deadline:
             self._share_losses(None)  # all ranks' rollouts have ended
-            tensors = watched(weights, deadline, sent, getattr(torch, self.config.policy.dtype))
+            tensors = copies(weights, deadline, sent, getattr(torch, self.config.policy.dtype))
             try:
                 if self._ranks.is_main:
-                    metadata = weights.metadata()
-                    names = [name for name, *_ in metadata]
-                    self._replicas.worker("rethinker_prepare_update", deadline, names=names)
-                    self._transfer.send(metadata, tensors, deadline)
+                    self._transfer.send(weights.metadata(), tensors, deadline)
                     self._put_in_use(label, sent, deadline)
             except (RuntimeError, ConfigError) as caught:  # the other ranks must know it too
                 error = caught

@@ -1,6 +1,6 @@
 """Several vLLM servers that serve the same model: requests are spread over them, and one that is lost is left out.
 
-A server is lost when its connection breaks or it is silent for SILENT_S, and it then does not answer /health. Its open
+A server is lost when its connection breaks and it does not answer /health, or when it is silent for SILENT_S. Its open
 requests go to the others. It stays lost: it would have missed weights.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import json
 import logging
 import threading
 from collections import Counter, deque
@@ -26,6 +25,7 @@ SILENT_S = 60.0  # without an answer to /health for so long a server is lost; lo
 PING_S = 10.0
 IN_FLIGHT = 64  # requests of one rank at one server: with a group of 8, as much as vLLM batches
 _TRIES = 3  # of one request at a server that says it is healthy
+NO_LIMIT = aiohttp.ClientTimeout(total=None)
 
 
 class ReplicaLost(RuntimeError):
@@ -36,6 +36,10 @@ class ReplicaLost(RuntimeError):
         self.address, self.reason = address, reason
 
 
+class Disconnected(ReplicaLost):
+    """A connection that was not made or broke; its server may be well all the same."""
+
+
 class NoServerLeft(RuntimeError):
     """All servers are lost."""
 
@@ -44,8 +48,8 @@ class ServerError(RuntimeError):
     """A server that answers, but with an error: its own words."""
 
     def __init__(self, address: str, path: str, status: int, words: str):
-        self.reason = f"answered {path} with HTTP {status}: {words[:500] or '(no text)'}"
-        super().__init__(f"the rollout server {address} {self.reason}")
+        answer = words[:500] or "(no text)"
+        super().__init__(f"the rollout server {address} answered {path} with HTTP {status}: {answer}")
         self.status = status
 
 
@@ -62,17 +66,11 @@ class Replicas:
         self.lost: dict[str, str] = {}
         self._waiting_for: Counter[str] = Counter()  # open requests by address
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout servers", daemon=True)
-        self._thread.start()
-        self._session = asyncio.run_coroutine_threadsafe(_open_session(), self._loop).result()
+        threading.Thread(target=self._loop.run_forever, name="rollout servers", daemon=True).start()
 
     def close(self) -> None:
-        """Close all connections and end the thread."""
-        if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(10)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(10)
-            self._loop.close()
+        """End the thread."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
 
     def each(self, path: str, deadline: Deadline, body: Any = None, *, keep_all: bool = False) -> dict[str, Any]:
         """Send the same POST to every server; their answers by address. Lost ones are left out and dropped.
@@ -81,10 +79,18 @@ class Replicas:
             body: of the request, or a function of the address.
             keep_all: raise when one is lost, instead of going on with the others.
         """
-        answers = self._wait(
-            self._everywhere(lambda a: [self.call(a, path, body(a) if callable(body) else body)], keep_all), deadline
-        )
-        return {address: answer for address, (answer,) in answers.items()}
+
+        async def work() -> dict[str, Any]:
+            calls = {a: self.call(a, path, body(a) if callable(body) else body) for a in self.alive}
+            ends = await asyncio.gather(*calls.values(), return_exceptions=True)
+            for end in ends:
+                if isinstance(end, ReplicaLost) and not keep_all:
+                    self.drop(end)
+                elif isinstance(end, BaseException):
+                    raise end
+            return {address: end for address, end in zip(calls, ends, strict=True) if address in self.alive}
+
+        return self._wait(work(), deadline)
 
     def worker(self, method: str, deadline: Deadline, *, keep_all: bool = False, **arguments: Any) -> dict[str, Any]:
         """Call a method of server/worker.py at every server; what the first worker of each answers, by address."""
@@ -101,18 +107,20 @@ class Replicas:
         waiting, answers = deque(range(count)), {}
 
         async def slot(address: str) -> None:
-            while waiting:
+            while waiting and address in self.alive:
                 number = waiting.popleft()
                 try:
                     answers[number] = await self._persistently(ask, address, number)
-                except BaseException:
+                except ReplicaLost as loss:
                     waiting.append(number)
-                    raise
+                    self.drop(loss)
 
         async def work() -> None:
             while waiting:
-                slots = range(min(IN_FLIGHT, -(-len(waiting) // len(self.alive))))
-                await self._everywhere(lambda address, slots=slots: [slot(address) for _ in slots])
+                slots = min(IN_FLIGHT, -(-len(waiting) // len(self.alive)))
+                async with asyncio.TaskGroup() as group:  # one error ends all
+                    for address in self.alive * slots:
+                        group.create_task(slot(address))
 
         self._wait(work(), deadline, lambda: f"{len(answers)} requests ended; ")
         return [answers[number] for number in range(count)]
@@ -121,23 +129,55 @@ class Replicas:
         """Send one POST; its answer as JSON (None if empty).
 
         Raises:
-            ReplicaLost: no connection, or it broke.
+            Disconnected: no connection, or it broke.
+            ReplicaLost: the server has become silent.
             ServerError: an HTTP error.
         """
+        request = asyncio.ensure_future(self._post(address, path, body))
         self._waiting_for[address] += 1
         try:
-            async with self._session.post(address + path, json=body) as response:
-                text = await response.text()
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
-            raise ReplicaLost(address, f"{type(error).__name__}: {error}") from error
+            while not (await asyncio.wait([request], timeout=PING_S))[0]:
+                await self._check_health(address)
+            return request.result()
         finally:
+            request.cancel()
             self._waiting_for[address] -= 1
-        if response.status >= 400:
-            raise ServerError(address, path, response.status, text)
+
+    async def _post(self, address: str, path: str, body: Any) -> Any:
         try:
-            return json.loads(text) if text else None
-        except ValueError:
-            raise ServerError(address, path, response.status, f"no JSON but {text!r}") from None
+            # Every request has a connection of its own: one kept alive may be closed just as it is used again.
+            async with aiohttp.request("POST", address + path, json=body, timeout=NO_LIMIT) as response:
+                if response.status >= 400:
+                    raise ServerError(address, path, response.status, await response.text())
+                return await response.json(content_type=None)
+        except (aiohttp.ClientError, OSError) as error:
+            raise Disconnected(address, f"{type(error).__name__}: {error}") from error
+
+    async def _check_health(self, address: str) -> None:
+        """Raises ReplicaLost, with a server's own words, if it is not healthy."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=SILENT_S)
+            async with aiohttp.request("GET", f"{address}/health", timeout=timeout) as response:
+                if response.status != 200:
+                    raise ReplicaLost(address, f"/health: HTTP {response.status}")
+        except TimeoutError as error:
+            raise ReplicaLost(address, f"silent for {SILENT_S:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ReplicaLost(address, f"{type(error).__name__}: {error}") from error
+
+    async def _persistently(self, ask: Callable[[str, int], Awaitable[T]], address: str, number: int) -> T:
+        """Ask again after an error that is not the request's fault, as long as the server is healthy."""
+        for _ in range(_TRIES - 1):
+            try:
+                return await ask(address, number)
+            except Disconnected:
+                pass
+            except ServerError as error:
+                if error.status < 500:
+                    raise
+                await asyncio.sleep(1)  # until the server knows that its engine is dead
+            await self._check_health(address)
+        return await ask(address, number)
 
     def drop(self, loss: ReplicaLost) -> None:
         """Go on without a server.
@@ -168,67 +208,8 @@ class Replicas:
                 silent = ", ".join(f"{address} ({count})" for address, count in self._waiting_for.items() if count)
                 deadline.check(f"{progress()}no answer yet from {silent or 'the servers'}")
             return future.result()
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
         except BaseException:
             future.cancel()  # closes its connections, at which vLLM aborts the requests
             raise
-
-    async def _everywhere(
-        self, works: Callable[[str], list[Coroutine[Any, Any, Any]]], keep_all: bool = False
-    ) -> dict[str, list[Any]]:
-        """The results of `works(address)` at every server that is not lost meanwhile."""
-        addresses = list(self.alive)
-        ends = await asyncio.gather(*(self._at(a, works(a)) for a in addresses), return_exceptions=True)
-        for end in ends:
-            if isinstance(end, ReplicaLost) and not keep_all:
-                self.drop(end)
-            elif isinstance(end, BaseException):
-                raise end
-        return {address: end for address, end in zip(addresses, ends, strict=True) if address in self.alive}
-
-    async def _at(self, address: str, works: list[Coroutine[Any, Any, Any]]) -> list[Any]:
-        """The results of works at a server, unless it is lost. Of several errors a loss counts, else the first."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                watch = group.create_task(self._lost_if_silent(address))
-                results = await asyncio.gather(*map(group.create_task, works))
-                watch.cancel()
-                return results
-        except BaseExceptionGroup as errors:
-            raise min(errors.exceptions, key=lambda error: not isinstance(error, ReplicaLost)) from None
-
-    async def _lost_if_silent(self, address: str) -> None:
-        while True:
-            await asyncio.sleep(PING_S)
-            if reason := await self._illness(address):
-                raise ReplicaLost(address, reason)
-
-    async def _illness(self, address: str) -> str | None:
-        """Why a server is not healthy, in its own words; None if it is."""
-        try:
-            async with asyncio.timeout(SILENT_S), self._session.get(f"{address}/health") as response:
-                return None if response.status == 200 else f"/health: HTTP {response.status}"
-        except TimeoutError:
-            return f"silent for {SILENT_S:g} s"
-        except (aiohttp.ClientError, OSError) as error:
-            return f"{type(error).__name__}: {error}"
-
-    async def _persistently(self, ask: Callable[[str, int], Awaitable[T]], address: str, number: int) -> T:
-        """Ask again after an error that is not the request's fault, as long as the server is healthy."""
-        for attempt in range(1, _TRIES + 1):
-            try:
-                return await ask(address, number)
-            except (ReplicaLost, ServerError) as error:
-                if isinstance(error, ServerError):
-                    if error.status < 500:
-                        raise
-                    await asyncio.sleep(1)  # until the server knows that its engine is dead
-                if illness := await self._illness(address):
-                    raise ReplicaLost(address, f"{error.reason}; {illness}") from error
-                if attempt == _TRIES:
-                    raise
-
-
-async def _open_session() -> aiohttp.ClientSession:
-    # A new connection for every request: one kept alive may be closed by the server just as it is used again.
-    connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))

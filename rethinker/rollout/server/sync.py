@@ -3,84 +3,48 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import safetensors.torch
 import torch
+from safetensors.torch import save_file
 
-from rethinker.config import ConfigError
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.server.replicas import Replicas
-from rethinker.rollout.weight_sync import send_in_buckets
 
 Metadata = list[tuple[str, torch.dtype, tuple[int, ...]]]
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
-class Checkpoint:
-    """A model folder's weights as a WeightStream: what the servers begin with. Without a folder, none."""
-
-    def __init__(self, model_dir: str | None):
-        self._tensors: dict[str, torch.Tensor] = {}
-        if model_dir is None:
-            return
-        folder = Path(model_dir)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(model_dir, allow_patterns=["*.safetensors"]))
-        for file in sorted(folder.glob("*.safetensors")):
-            self._tensors |= safetensors.torch.load_file(file)  # mapped, not read
-        if not self._tensors:
-            raise ConfigError(f"policy.model={model_dir} holds no .safetensors file")
-
-    def metadata(self) -> Metadata:
-        """See WeightStream."""
-        return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()]
-
-    def __iter__(self) -> Tensors:
-        return iter(self._tensors.items())
-
-
 class FileTransfer:
-    """Sends weights as safetensors files through a folder that the servers see, one bucket at a time."""
+    """Sends weights as a safetensors file through a folder that the servers see."""
 
     def __init__(self, replicas: Replicas, folder: str | None):
         self._replicas = replicas
-        self._folder = Path(tempfile.mkdtemp(prefix="rethinker-weights-", dir=folder))
+        self._folder = tempfile.TemporaryDirectory(prefix="rethinker-weights-", dir=folder)
 
     def send(self, metadata: Metadata, tensors: Tensors, deadline: Deadline) -> None:
-        """Make one whole update; the servers have prepared for it. A server that is lost meanwhile is left out.
+        """Make one whole update. A server that is lost meanwhile is left out.
 
         Raises:
             ServerError: a server answered with an error, in its own words.
             NoServerLeft: all were lost.
-            RuntimeError: a tensor that the metadata announced did not come.
         """
-
-        def load(bucket: list[tuple[str, torch.Tensor]]) -> None:
-            content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in bucket})
-            file = self._folder / "bucket.safetensors"
-            file.write_bytes(content)
-            try:
-                digest = hashlib.sha256(content).hexdigest()
-                self._replicas.worker("rethinker_load", deadline, path=str(file), sha256=digest)
-            finally:
-                file.unlink()
-
-        def finish() -> None:
-            self._replicas.worker("rethinker_finish_update", deadline)
-
-        send_in_buckets([name for name, *_ in metadata], tensors, load, finish)
+        path = Path(self._folder.name) / "weights.safetensors"
+        try:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors}, path)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self._replicas.worker("rethinker_load", deadline, path=str(path), sha256=digest)
+        finally:
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Remove the folder."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.cleanup()
 
 
 class NCCLTransfer:
@@ -103,6 +67,8 @@ class NCCLTransfer:
             ServerError: a server answered with an error, in its own words.
         """
         self._deadline = deadline
+        names = [name for name, *_ in metadata]
+        self._replicas.worker("rethinker_prepare_update", deadline, names=names)
         source = _source(metadata, tensors)
         if list(self._sizes) != self._replicas.alive:
             self._connect(source)

@@ -1,21 +1,21 @@
 """What a vLLM server that serves a run has besides vLLM: its settings for the trainer to compare, and weights by file.
 
 `rethinker serve` adds it by `--worker-extension-cls`. Weights by file are for servers that NCCL cannot reach, above all
-on CPU: the trainer writes buckets of tensors as safetensors files into a folder that both sides see, and sends their
-paths and checksums by HTTP.
+on CPU: the trainer writes them into a folder that both sides see, and sends path and checksum by HTTP.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+from safetensors.torch import load_file
 
 from rethinker.rollout import vllm_weights
-from rethinker.rollout.vllm_settings import model_shape
+from rethinker.rollout.vllm_settings import SERVED
 
 
 class ServerWorker:
@@ -23,55 +23,41 @@ class ServerWorker:
 
     # The worker's:
     model_runner: Any
-    model_config: Any
     vllm_config: Any
     weight_transfer_engine: Any
 
     def rethinker_settings(self) -> dict[str, Any]:
-        """What decides the samples, by the names of the run's settings; the trainer compares it with its own."""
-        images, transfer = self.model_config.multimodal_config, self.vllm_config.weight_transfer_config
-        return {
-            "policy.dtype": str(self.model_config.dtype).removeprefix("torch."),
-            "data.min_pixels, data.max_pixels": images.mm_processor_kwargs,
-            "data.max_images": images.get_limit_per_prompt("image"),
-            "data.max_prompt_tokens + rollout.max_new_tokens": self.model_config.max_model_len,
-            "vLLM's logprobs_mode": self.model_config.logprobs_mode,
-            "vLLM's weight transfer": "file" if transfer is None else transfer.backend,
-        } | model_shape(self.model_config.hf_config)
+        """What `rethinker serve` started this server with; the trainer compares it with its own settings."""
+        return json.loads(os.environ[SERVED])
 
     def rethinker_prepare_update(self, names: list[str]) -> None:
-        """Make ready for a weight update, also after one that broke off: its trainer was killed, or a file was damaged.
+        """Make ready for an update by NCCL, also after one that was broken off: its trainer was killed.
 
         Raises:
             RuntimeError: `names` lack one of the model's parameters.
         """
         self._in_model(vllm_weights.prepare_update, names)
         self._weight_update_active = False
-        if self.vllm_config.weight_transfer_config is None:
-            self._in_model(vllm_weights.start_update)
-        else:
-            self.weight_transfer_engine.reset_weight_update_target()
+        self.weight_transfer_engine.reset_weight_update_target()
 
     def rethinker_load(self, path: str, sha256: str) -> None:
-        """Load one bucket: a safetensors file that this process can read, and the SHA-256 of its bytes.
+        """Take over the weights of a safetensors file that this process can read.
 
         Raises:
             RuntimeError: the file is not here, or is not what the trainer wrote.
         """
         try:
-            content = Path(path).read_bytes()
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise RuntimeError(
                 f"cannot read {path} ({error.strerror}): rollout.weight_folder must be one that the trainer and this "
                 "server both see"
             ) from error
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise RuntimeError(f"{path} ({len(content)} bytes) is not what the trainer wrote")
-        self._in_model(vllm_weights.load, list(safetensors.torch.load(content).items()))
-
-    def rethinker_finish_update(self) -> None:
-        """Put the new weights in place."""
-        self._in_model(vllm_weights.finish_update)
+        if digest != sha256:
+            raise RuntimeError(f"{path} ({os.path.getsize(path)} bytes) is not what the trainer wrote")
+        tensors = load_file(path)
+        self._in_model(vllm_weights.load, list(tensors), tensors.items())
 
     def rethinker_first_difference(self, sent: dict[str, list]) -> dict[str, Any]:
         """First tensor whose checksum differs from the policy's; `sent` maps a name to [sha256, rows]."""

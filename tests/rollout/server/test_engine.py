@@ -12,15 +12,19 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
-from rethinker.config import Config, ConfigError
+from rethinker.config import ConfigError
 from rethinker.embedded.tiny import create_tiny
-from rethinker.rollout import weight_sync
 from rethinker.rollout.backends import make_engine
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.server import replicas, serve
@@ -45,33 +49,46 @@ def free_port() -> int:
 class Served:
     """A model folder and the server that serves it; started when it is needed, and again after a test has killed it."""
 
-    def __init__(self, folder, logs):
-        self.folder = str(folder)
-        self.logs = logs
-        self.server = None
+    def __init__(self, folder, log):
+        self.folder, self.log = str(folder), log
+        self.process = None
 
     def address(self) -> str:
-        if self.server is None or self.server.process.poll() is not None:
-            config, port = rollout_config(), free_port()
-            line = serve.command(config, self.folder, "127.0.0.1", port, gpu=False)
-            self.server = serve.start(line, serve.environment(config, 0, 1, 0), "127.0.0.1", port, self.logs)
-            serve.wait([self.server], 300)
-        return self.server.address
+        if self.process is None or self.process.poll() is not None:
+            port = free_port()
+            line, variables = serve.command(rollout_config(), self.folder, "127.0.0.1", port, gpu=False)
+            with self.log.open("w") as log:
+                self.process = subprocess.Popen(
+                    line, env=os.environ | variables, stdout=log, stderr=log, start_new_session=True
+                )
+            self._address = f"http://127.0.0.1:{port}"
+            end = time.monotonic() + 300
+            while not self._is_up():
+                assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()[-4000:]
+                time.sleep(0.25)
+        return self._address
+
+    def _is_up(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"{self._address}/health", timeout=5).status == 200
+        except OSError:
+            return False
 
     def signal(self, number: int) -> None:
-        os.killpg(self.server.process.pid, number)
+        os.killpg(self.process.pid, number)
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """One matrix for embedding and head, as in Qwen2.5-VL-3B: CPU kernels hold a copy that a sync must renew, too."""
     folder = tmp_path_factory.mktemp("served")
-    served = Served(create_tiny(folder / "model", seed=0, tie_word_embeddings=True), folder)
+    served = Served(create_tiny(folder / "model", seed=0, tie_word_embeddings=True), folder / "log")
     yield served
-    if served.server is not None:
-        serve.end([served.server])
-        with pytest.raises(ProcessLookupError):  # no process is left behind
-            served.signal(0)
+    if served.process is not None:
+        served.process.terminate()
+        served.process.wait(60)
+        with suppress(ProcessLookupError):
+            served.signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +104,16 @@ def policy(served):
 
 
 def connect(served, folder=None, **rollout):
+    """A trainer's connection, once the server has the weights in the model's folder."""
     config = rollout_config(backend="server", servers=[served.address()], **rollout)
-    return make_engine(config, folder or served.folder, rank=0, world_size=1, local_rank=0)
+    engine = make_engine(config, folder or served.folder, rank=0, world_size=1, local_rank=0)
+    engine.sync(Policy(served.folder), 0)
+    return engine
 
 
 @pytest.fixture
 def engine(served):
-    """A trainer's connection; it gives the server the weights in the model's folder."""
+    """A trainer's connection."""
     engine = connect(served)
     yield engine
     engine.close()
@@ -204,34 +224,39 @@ def test_weights_of_another_trainer_are_refused(engine, served, asked):
 
 def test_the_sync_tells_what_did_not_arrive(engine, policy, asked, monkeypatch):
     """A damaged file, a damaged tensor, a tensor without value: each time an error; the next whole sync is right."""
+    name = "model.language_model.layers.2.self_attn.v_proj.bias"
+    save, worker = server_sync.save_file, engine._replicas.worker
+
+    def cut(method, *arguments, path=None, **others):
+        if method == "rethinker_load":
+            os.truncate(path, os.path.getsize(path) - 1)
+            others["path"] = path
+        return worker(method, *arguments, **others)
+
+    def damaged(tensors, path):
+        tensors[name].view(-1)[-1] += 1e-6
+        save(tensors, path)
+
     with monkeypatch.context() as planted:
-        planted.setattr(server_sync.hashlib, "sha256", lambda content: server_sync.hashlib.md5(content))
+        planted.setattr(engine._replicas, "worker", cut)
         with pytest.raises(
             RuntimeError, match=r"http://127\S+ answered /collective_rpc .* is not what the trainer wrote"
         ):
             engine.sync(policy, 1)
-    name = "model.language_model.layers.2.self_attn.v_proj.bias"
-    save = server_sync.safetensors.torch.save
-
-    def damaged(bucket):
-        bucket[name].view(-1)[-1] += 1e-6
-        return save(bucket)
-
     with monkeypatch.context() as planted:
         planted.setattr(engine.config.rollout, "check_sync", True)
-        planted.setattr(server_sync.safetensors.torch, "save", damaged)
+        planted.setattr(server_sync, "save_file", damaged)
         with pytest.raises(RuntimeError, match=rf"rollout\.check_sync: .*{name} of http://127"):
             engine.sync(policy, 2)
-        planted.setattr(server_sync.safetensors.torch, "save", save)
-        planted.setattr(weight_sync, "BUCKET_BYTES", 1)  # where a bucket ends has no effect
+        planted.setattr(server_sync, "save_file", save)
         engine.sync(policy, 3)
     assert policy.error(asked, engine.generate(asked, seed=0, **PLAIN)) < TOLERANCE
-    part = "layers.1.mlp.up_proj"
-    listed = [entry for entry in policy.metadata() if part not in entry[0]]
-    policy.metadata = lambda: listed
+    part = "layers.1.mlp.up_proj.weight"  # half a fused layer
+    kept = lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith(part)}  # noqa: E731
+    monkeypatch.setattr(server_sync, "save_file", lambda tensors, path: save(kept(tensors), path))
     with pytest.raises(RuntimeError, match=rf"no value for 1 of vLLM's parameters, the first .*{part}"):
         engine.sync(policy, 4)
-    assert not list(engine._transfer._folder.iterdir())
+    assert not list(Path(engine._transfer._folder.name).iterdir())
 
 
 @pytest.mark.parametrize(
@@ -267,12 +292,13 @@ def test_a_server_of_another_model_is_refused(served, tmp_path):
 
 
 def test_the_run_begins_with_its_own_weights(served, asked):
-    """A server holds what a killed trainer left, even half an update; a run, new or resumed, brings its own weights."""
+    """A server holds what another trainer left, even half an update; a run, new or resumed, brings its own weights."""
     engine, policy = connect(served), Policy(served.folder)
     policy.perturb(seed=7)
     engine.sync(policy, 1)
-    with Deadline("the test", 60) as deadline:
-        engine._replicas.worker("rethinker_prepare_update", deadline, names=[name for name, *_ in policy.metadata()])
+    broken = {name: tensor.clone() for name, tensor in policy} | {"model.language_model.norm.weight": torch.ones(1)}
+    with Deadline("the test", 60) as deadline, pytest.raises(RuntimeError, match="HTTP 500"):
+        engine._transfer.send([], iter(broken.items()), deadline)
     engine.close()
     engine = connect(served)
     assert Policy(served.folder).error(asked, engine.generate(asked, seed=0, **PLAIN)) < TOLERANCE
@@ -381,7 +407,7 @@ def test_a_connection_that_breaks_once_loses_no_server(engine, relay, asked, mon
     async def fragile(address, path, body=None, **options):
         if not broken:
             broken.append(address)
-            raise replicas.ReplicaLost(address, "reset")
+            raise replicas.Disconnected(address, "reset")
         return await call(address, path, body, **options)
 
     monkeypatch.setattr(engine._replicas, "call", fragile)
@@ -483,17 +509,6 @@ def test_settings_of_servers_are_checked(rollout, message):
     assert good.rollout.servers == ["http://a:1", "http://b:2"]
 
 
-def test_replicas_on_gpus_get_their_own(monkeypatch):
-    """Each server sees tensor_parallel_size of the visible GPUs, and takes weights by NCCL; too few are refused."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
-    config = Config()
-    config.rollout.tensor_parallel_size = 2
-    seen = [serve.environment(config, i, 2, 4)["CUDA_VISIBLE_DEVICES"] for i in range(2)]
-    assert seen == ["2,3", "5,7"]
-    with pytest.raises(ConfigError, match="need 6 GPUs, and 4 are visible"):
-        serve.environment(config, 0, 3, 4)
-
-
 def test_a_killed_server_ends_the_rollout_by_name(engine, served, asked):
     """SIGKILL to the only server in the middle of a rollout: an error that names it, within the deadline."""
     address = served.address()
@@ -504,7 +519,7 @@ def test_a_killed_server_ends_the_rollout_by_name(engine, served, asked):
         engine.generate(asked * 64, **LONG)
     took = time.monotonic() - start
     timer.join()
-    served.server.process.wait(10)
+    served.process.wait(10)
     print(f"a killed server: named {took - 0.5:.2f} s after the SIGKILL; rollout.timeout_s=120")
     assert took < 10
     with pytest.raises(NoServerLeft):
