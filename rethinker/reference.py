@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 import sys
 
 from rethinker.config import Config
-from rethinker.ranges import in_words
-from rethinker.settings import settings
+from rethinker.settings import Setting, settings
 
 
 def settings_reference() -> str:
@@ -28,11 +28,19 @@ def settings_reference() -> str:
             about = inspect.getdoc(functools.reduce(getattr, parent.split("."), Config())) if parent else ""
             lines += ["", f"## {parent or 'The run as a whole'}", "", *([" ".join(about.split()), ""] if about else [])]
             lines += ["| setting | type | default | |", "|---|---|---|---|"]
-        kind = in_words(setting.type) + (f"; {setting.range.words}" if setting.range else "")
         default = f"`{json.dumps(setting.default, ensure_ascii=False)}`"
-        cells = (f"`{setting.key}`", kind, default, setting.doc)
+        cells = (f"`{setting.key}`", _type(setting), default, setting.doc)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _type(setting: Setting) -> str:
+    """`int | None, at least 1`: the type as config.py has it, and its bounds."""
+    words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    schema = setting.schema.get("anyOf", [setting.schema])[0]
+    bounds = [f"{word} {schema[name]}" for name, word in words.items() if name in schema]
+    name = re.sub(r"Optional.(.*).$", r"\1 | None", inspect.formatannotation(setting.type).replace("typing.", ""))
+    return ", ".join([f"`{name}`", *bounds])
 
 
 if __name__ == "__main__":

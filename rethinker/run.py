@@ -38,11 +38,10 @@ from rethinker.rollout.mismatch import check_mismatch
 from rethinker.runtime import distributed, signals
 from rethinker.runtime.display import Display
 from rethinker.runtime.host_memory import return_free_memory
-from rethinker.runtime.logs import RankLog
+from rethinker.runtime.logs import rank_log
 from rethinker.runtime.ownership import collect
 from rethinker.runtime.profiling import PHASES, StepProfiler, phase
 from rethinker.runtime.signals import StopRequested
-from rethinker.runtime.watchdog import Watchdog
 from rethinker.samples import Accuracy, Group, Query, RunResult
 
 log = logging.getLogger(__name__)
@@ -81,8 +80,7 @@ class Run:
         self.folder = self.directory.folder
         self.checkpoints = Checkpoints(self.folder / "checkpoints", ranks, config.checkpoint)
         stack.callback(self.checkpoints.close)
-        rank_log = stack.enter_context(RankLog(self.folder / "logs", ranks.rank))
-        self._watchdog = stack.enter_context(Watchdog(config.run.stall_s, rank_log, ranks.rank))
+        stack.enter_context(rank_log(self.folder / "logs", ranks.rank, config.run.stall_s))
         checkpoint = self.checkpoints.find(config.resume) if config.resume else None
         saved = saved_state(checkpoint, config)
         self.metrics: list[dict[str, Any]] = self.directory.open_logs(saved.get("log", {}))
@@ -111,7 +109,6 @@ class Run:
         else:
             self.progress.before = self.progress.after = self.progress.best = self._validate(step=0)
         self._saved_step = self.policy.steps if checkpoint else None
-        self._watchdog.step = self.policy.steps + 1
         self._clock = time.perf_counter()
 
     # Where the run stands
@@ -147,10 +144,8 @@ class Run:
         progress.mismatch = score_again(groups, self.policy, self.episodes.rethinker, config)
         if config.run.save_completions:
             self.directory.write_completions(progress.episode, collect(groups, self.ranks))
-        steps_left, per_step = (
-            self.total_steps - self.policy.steps,
-            config.train.batch_pairs // config.rollout.group_size,
-        )
+        per_step = config.train.batch_pairs // config.rollout.group_size
+        steps_left = self.total_steps - self.policy.steps
         progress.groups = groups[: steps_left * per_step]
         another = len(progress.groups) // per_step < steps_left and self._may_sample()
         if config.rollout.max_staleness and another:
@@ -217,7 +212,6 @@ class Run:
         if stops or (every and self.policy.steps % every == 0):
             with phase("checkpoint", self.times):
                 self._save()
-        self._watchdog.step = self.policy.steps + 1
         if stops:
             raise StopRequested
 

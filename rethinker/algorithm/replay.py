@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rethinker.config import ConfigError, ReplayConfig
-from rethinker.samples import Completion, Sample
+from rethinker.samples import Sample
 from rethinker_kernels import SumTree
 
 _SAME = ("capacity", "alpha", "unit")  # settings that a resumed buffer must share
@@ -58,12 +58,6 @@ class ReplayBuffer:
     def __len__(self) -> int:
         """Samples in the buffer, over all ranks."""
         return self._size
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of this rank's share, in bytes: the tree, and the tokens and log-probs that it holds."""
-        completions = (s.completion for entry in self._entries.values() for s in entry.samples)
-        return self._tree.nbytes + sum(c.nbytes for c in completions if isinstance(c, Completion))
 
     def add(self, samples: list[Sample]) -> None:
         """Keep these samples, in order; those with zero advantage carry no gradient and are left out.

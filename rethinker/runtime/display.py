@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.progress import track
-
 from rethinker.samples import Accuracy, RunResult
 
 T = TypeVar("T")
@@ -33,11 +31,7 @@ class Display:
     """Shows the steps of a run on stdout; silent on all ranks but the first."""
 
     def __init__(self, total_steps: int, enabled: bool = True, done: int = 0) -> None:
-        """Args:
-        total_steps: optimizer steps of the whole run.
-        enabled: False shows nothing.
-        done: steps that a resumed run has behind it.
-        """
+        """`done` of the `total_steps` lie behind a resumed run; with enabled=False nothing is shown."""
         self.total_steps, self.enabled, self._done_before = total_steps, enabled, done
         self._start = time.perf_counter()
         self._first_step: float | None = None  # when steps began: the estimate leaves the start-up out
@@ -80,11 +74,6 @@ class Display:
             points = f"{100 * (after.overall - before.overall):+.1f} points"
             change = f"{before.overall:.3f} -> {after.overall:.3f}  ({points}"
             lines.append(f"greedy accuracy  {change} on {after.questions} held-out questions)")
-            if len(after.by_category) > 1:
-                lines += [
-                    f"  {name:<14} {before.by_category.get(name, float('nan')):.3f} -> {value:.3f}"
-                    for name, value in after.by_category.items()
-                ]
         lines += [f"checkpoint       {run.best_checkpoint}", f"run              {run.folder}"]
         lines += [f"report           {report}"] if report else []
         self._print("\n".join(lines))
@@ -95,23 +84,10 @@ class Display:
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Pass items on while showing how far they have come: a bar on a terminal, elsewhere a line at each fifth.
+    """Pass items on while a bar shows how far they have come; in a log file it is written twice a minute."""
+    from tqdm import tqdm
 
-    Args:
-        items: what to go through.
-        label: what is being done.
-        total: how many there are, if `items` has no length.
-    """
-    total = len(items) if total is None else total  # type: ignore[arg-type]
-    if sys.stdout.isatty():
-        yield from track(items, label, total)
-        return
-    start, fifths = time.perf_counter(), 0
-    for done, item in enumerate(items, start=1):
-        yield item
-        if done * 5 // total > fifths:
-            fifths = done * 5 // total
-            print(f"{label}: {done}/{total}  {_duration(time.perf_counter() - start)}", flush=True)
+    yield from tqdm(items, label, total, file=sys.stdout, mininterval=0.2 if sys.stdout.isatty() else 30)
 
 
 def _duration(seconds: float) -> str:

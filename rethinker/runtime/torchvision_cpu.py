@@ -41,22 +41,14 @@ def make_importable() -> None:
 
 
 def child_environment() -> dict[str, str]:
-    """Environment variables under which every Python started from here (vLLM's own processes) makes torchvision
-    importable for itself.
-
-    Returns:
-        `{"PYTHONPATH": ...}`: the present one with the folder of our `sitecustomize` in front.
-    """
+    """The PYTHONPATH with our `sitecustomize` in front, under which every Python started from here (vLLM's own
+    processes) makes torchvision importable for itself."""
     folders = [str(SITE_FOLDER), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(folders))}
 
 
 def declare_operators(package: Path) -> None:
-    """Declare the schemas that torchvision's import needs, if neither its own library nor anybody else has done so.
-
-    Args:
-        package: torchvision's folder.
-    """
+    """Declare what torchvision's import needs, if neither its own library, in its folder `package`, nor anybody did."""
     global _library
     import torch
 
