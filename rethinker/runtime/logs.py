@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -52,7 +53,7 @@ def rank_log(folder: Path, rank: int, stall_s: float) -> Iterator[Path]:
     finally:
         profiling.on_progress.remove(put_off)
         faulthandler.cancel_dump_traceback_later()
-        faulthandler.enable() if was_enabled else faulthandler.disable()
+        faulthandler.enable(file=sys.__stderr__) if was_enabled else faulthandler.disable()
         logging.captureWarnings(False)
         for logger in map(logging.getLogger, (None, *_CLOSED_LOGGERS)):
             logger.removeHandler(file)
