@@ -25,7 +25,7 @@ def is_plain_name(name: str) -> bool:
 
 def _plain_name(name: str) -> str:
     if not is_plain_name(name):
-        raise ValueError("it must be a plain folder name of at most 200 bytes, without / and not starting with a dot")
+        raise ValueError("must be a plain folder name of at most 200 bytes, without / and not starting with a dot")
     return name
 
 
@@ -33,14 +33,14 @@ def _path(name: str) -> str:
     """A name that a file can have; ~nobody is no folder."""
     usual = is_text(name) and len(name.encode()) <= 4000 and all(len(p.encode()) <= 255 for p in name.split("/"))
     if not usual or (name.startswith("~") and os.path.expanduser(name) == name):
-        raise ValueError("it must be a path or name that can exist: printable, no part longer than 255 bytes")
+        raise ValueError("must be a path or name that can exist: printable, no part longer than 255 bytes")
     return name
 
 
 def _steps(spec: str) -> str:
     first, _, end = spec.partition(":")
     if not (first.isdecimal() and end.isdecimal() and 0 < int(first) < int(end)):
-        raise ValueError("it must be first:end with 0 < first < end, as 3:5 for steps 3 and 4")
+        raise ValueError("must be first:end with 0 < first < end, as 3:5 for steps 3 and 4")
     return spec
 
 

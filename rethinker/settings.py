@@ -146,21 +146,17 @@ def _get(config: Config, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
 
 
-def to_yaml(config: Config, docs: bool = True) -> str:
+def to_yaml(config: Config) -> str:
     """The settings as YAML that `rethinker train` reads back to the same settings, docs as comments."""
-    texts = {setting.key: setting.doc for setting in settings()} if docs else {}
-
-    def lines(section: Any, prefix: str, indent: str) -> Iterator[str]:
-        for name, value in vars(section).items():
-            if dataclasses.is_dataclass(value):
-                yield f"{indent}{name}:"
-                yield from lines(value, f"{prefix}{name}.", indent + "  ")
-            else:
-                if text := texts.get(prefix + name):
-                    yield f"{indent}# {text}"
-                yield f"{indent}{name}: {_dump(value)}"
-
-    return "\n".join(lines(config, "", "")) + "\n"
+    lines, above = [], []
+    for setting in settings():
+        *sections, name = setting.key.split(".")
+        if sections != above:
+            lines.append(f"{'  ' * (len(sections) - 1)}{sections[-1]}:")
+            above = sections
+        indent = "  " * len(sections)
+        lines += [f"{indent}# {setting.doc}", f"{indent}{name}: {_dump(_get(config, setting.key))}"]
+    return "\n".join(lines) + "\n"
 
 
 def _dump(value: Any) -> str:
@@ -297,5 +293,5 @@ def _convert(values: Mapping[str, Any]) -> Config:
         return _settings_type().validate_python(copy.deepcopy(tree))
     except ValidationError as error:
         first = error.errors()[0]
-        problem = first["msg"].removeprefix("Value error, ").replace("Input should", "it must")
-        raise ConfigError(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {problem}") from None
+        problem = re.sub(r"^\w+ should", "must", first["msg"].removeprefix("Value error, "))
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))}={first['input']!r} {problem}") from None

@@ -146,7 +146,7 @@ def loss_normalizer(samples: list[Sample], config: AlgorithmConfig, max_new_toke
     """What a step's summed loss is divided by, from all samples of the step over all ranks.
 
     With `algorithm.aggregation` token: the trainable tokens; sequence: the samples; constant: the samples times
-    `max_new_tokens`. Samples of weight 0 count nowhere. At least 1, so that a step without a trainable token has loss 0.
+    `max_new_tokens`. Samples of weight 0 count nowhere. At least 1: a step without a trainable token has loss 0.
     """
     counted = [sample for sample in samples if sample.weight != 0]
     if config.aggregation == "token":

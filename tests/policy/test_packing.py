@@ -167,7 +167,7 @@ def test_flash_kernels_take_16_bits_on_a_gpu(kernel, monkeypatch):
 
 def test_flex_attention_is_refused():
     """What replaces it is named."""
-    with pytest.raises(ConfigError, match="policy.attention='flex' must be one of .*flash"):
+    with pytest.raises(ConfigError, match="policy.attention='flex' must be .*'flash'"):
         load_config("easy_vqa_cpu", {"policy.attention": "flex"})
 
 
