@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import os
 import re
+import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +27,7 @@ RENAMED: dict[str, str] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One leaf of the settings: its dotted key, type, default, documentation, and JSON schema with the range."""
+    """One leaf of the settings: its dotted key, type, default, documentation, and JSON schema, with its range."""
 
     key: str
     type: Any
@@ -41,6 +43,15 @@ class Setting:
     def is_text(self) -> bool:
         """Whether a text is its value as it stands, and not YAML to be read."""
         return self.type in (str, str | None) or typing.get_origin(self.type) is typing.Literal
+
+    @property
+    def type_in_words(self) -> str:
+        """The type as config.py has it, and its bounds: `int | None, at least 1`."""
+        words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+        schema = self.schema.get("anyOf", [self.schema])[0]
+        name = inspect.formatannotation(self.type).replace("typing.", "")
+        bounds = [f"{word} {schema[bound]}" for bound, word in words.items() if bound in schema]
+        return ", ".join([re.sub(r"Optional.(.*).$", r"\1 | None", name), *bounds])
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any] | None = None) -> Config:
@@ -147,16 +158,22 @@ def _get(config: Config, key: str) -> Any:
 
 
 def to_yaml(config: Config) -> str:
-    """The settings as YAML that `rethinker train` reads back to the same settings, docs as comments."""
+    """The settings as YAML that `rethinker train` reads back to the same settings; comments say meaning and type."""
     lines, above = [], []
     for setting in settings():
         *sections, name = setting.key.split(".")
-        if sections != above:
-            lines.append(f"{'  ' * (len(sections) - 1)}{sections[-1]}:")
-            above = sections
         indent = "  " * len(sections)
-        lines += [f"{indent}# {setting.doc}", f"{indent}{name}: {_dump(_get(config, setting.key))}"]
+        if sections != above:
+            above, outer = sections, indent[2:]
+            lines += ["", *_comment(inspect.getdoc(_get(config, ".".join(sections))), outer), f"{outer}{sections[-1]}:"]
+        lines += _comment(f"{setting.doc} ({setting.type_in_words})", indent)
+        lines.append(f"{indent}{name}: {_dump(_get(config, setting.key))}")
     return "\n".join(lines) + "\n"
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    marks = {"initial_indent": f"{indent}# ", "subsequent_indent": f"{indent}# "}
+    return textwrap.wrap(" ".join(text.split()), 110, **marks, break_long_words=False, break_on_hyphens=False)
 
 
 def _dump(value: Any) -> str:
