@@ -40,8 +40,9 @@ def rank_log(folder: Path, rank: int, stall_s: float) -> Iterator[Path]:
     follow(*_CLOSED_LOGGERS)
     logging.captureWarnings(True)
     was_enabled = faulthandler.is_enabled()
-    faulthandler.enable(file=file.stream)
-    put_off = partial(faulthandler.dump_traceback_later, stall_s, repeat=True, file=file.stream)
+    stacks = path.open("a")  # of its own: a library that configures logging closes the handler's, which opens it again
+    faulthandler.enable(file=stacks)
+    put_off = partial(faulthandler.dump_traceback_later, stall_s, repeat=True, file=stacks)
     profiling.on_progress.append(put_off)
     put_off()
     try:
@@ -59,6 +60,7 @@ def rank_log(folder: Path, rank: int, stall_s: float) -> Iterator[Path]:
             logger.removeHandler(file)
         root.removeHandler(screen)
         file.close()
+        stacks.close()
 
 
 def follow(*names: str) -> None:
