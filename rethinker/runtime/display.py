@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,9 +41,9 @@ class Display:
         """Show one optimizer step; a metric that is missing or null is left out."""
         now, done = time.perf_counter(), metrics["step"]
         self._first_step = self._first_step or now - (metrics.get("step_s") or 0.0)
-        left = _duration((now - self._first_step) / (done - self._done_before) * (self.total_steps - done))
+        seconds = (now - self._first_step) / (done - self._done_before) * (self.total_steps - done)
         shown = [f"{label} {metrics[name]:{form}}" for label, name, form in _COLUMNS if metrics.get(name) is not None]
-        self._print("  ".join([f"step {done}/{self.total_steps}", *shown, f"left {left}"]))
+        self._print("  ".join([f"step {done}/{self.total_steps}", *shown, f"left {timedelta(seconds=round(seconds))}"]))
 
     def validated(self, step: int, accuracy: Accuracy | None) -> None:
         """Show a validation; None, of a run without held-out questions, shows nothing."""
@@ -64,7 +65,7 @@ class Display:
     def summary(self, run: RunResult, report: Path | None = None) -> None:
         """Say what was learned, how long it took and where the run lies."""
         rewards, before, after = [row["reward_mean"] for row in run.metrics], run.accuracy_before, run.accuracy_after
-        lines = ["", f"{len(rewards)} steps in {_duration(time.perf_counter() - self._start)}"]
+        lines = ["", f"{len(rewards)} steps in {timedelta(seconds=round(time.perf_counter() - self._start))}"]
         if rewards:
             few = max(1, len(rewards) // 10)  # single steps are noisy
             first, last = sum(rewards[:few]) / few, sum(rewards[-few:]) / few
@@ -88,11 +89,3 @@ def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterat
     from tqdm import tqdm
 
     yield from tqdm(items, label, total, file=sys.stdout, mininterval=0.2 if sys.stdout.isatty() else 30)
-
-
-def _duration(seconds: float) -> str:
-    """`48 s`, `6 min 05 s`, `3 h 20 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{rest} s"
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

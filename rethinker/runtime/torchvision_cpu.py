@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
@@ -55,19 +56,12 @@ def declare_operators(package: Path) -> None:
     def declared(name: str) -> bool:
         return hasattr(torch.ops.torchvision, name)
 
-    if declared("nms") or any(_loads(path) for path in package.glob("_C*.so")):
+    for library in () if declared("nms") else package.glob("_C*.so"):
+        with suppress(OSError):  # it needs CUDA's
+            torch.ops.load_library(str(library))
+    if declared("nms"):
         return
     _library = torch.library.Library("torchvision", "FRAGMENT")
     for name, schema in _SCHEMAS.items():
         if not declared(name):
             _library.define(schema)
-
-
-def _loads(library: Path) -> bool:
-    import torch
-
-    try:
-        torch.ops.load_library(str(library))
-    except OSError:
-        return False
-    return True
