@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """A test draws the same random numbers wherever it runs; `numpy.random.default_rng()` and its kin it seeds itself."""
+    """A test draws the same random numbers wherever it runs, but for generators that it makes itself."""
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
