@@ -121,7 +121,7 @@ PARTS = (
         (TRAIN + "hf --print_config",),
         seconds=35,
         limit=180,
-        needs=("deepspeed", "datasets", "easy_vqa", "jsonargparse"),
+        needs=("deepspeed", "datasets", "easy_vqa", "pydantic"),
         checks=True,
     ),
     Part(
@@ -149,7 +149,7 @@ PARTS = (
         (END_TO_END + " --help",),
         seconds=120,
         limit=300,
-        needs=("trl", "deepspeed", "datasets", "jsonargparse"),
+        needs=("trl", "deepspeed", "datasets", "pydantic"),
     ),
     Part(
         "vllm",
@@ -158,7 +158,7 @@ PARTS = (
         (TRAIN + "vllm --print_config",),
         seconds=90,
         limit=240,
-        needs=("vllm", "deepspeed", "datasets", "easy_vqa", "jsonargparse"),
+        needs=("vllm", "deepspeed", "datasets", "easy_vqa", "pydantic"),
         checks=True,
     ),
     Part(

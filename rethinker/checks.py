@@ -11,13 +11,10 @@ import shutil
 from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import cpp_compiler, how_to_install
 from rethinker.families.model_folder import check_model_folder, decoder_matrices
-from rethinker.ranges import is_text
-from rethinker.runtime.profiling import parse_steps
 from rethinker.runtime.user_code import user_file
 
 MIN_FREE_BYTES = 200 * 2**20  # the tiny model, its checkpoints, completions and logs
@@ -61,7 +58,6 @@ def check_geometry(config: Config) -> None:
             "rollout.backend=recorded set it to 0 (recorded responses keep what rethinking made of them)"
         )
     _check_backend(config)
-    parse_steps(config.profile.steps)
 
 
 def schedule_length(config: Config, queries: int | None) -> int:
@@ -96,9 +92,6 @@ def _check_backend(config: Config) -> None:
     for name, backend in {"recording": "recorded", "servers": "server", "weight_folder": "server"}.items():
         if (value := getattr(rollout, name)) and rollout.backend != backend:
             raise ConfigError(f"rollout.{name}={value} needs rollout.backend={backend}")
-    for server in rollout.servers:
-        if not _is_address(server):
-            raise ConfigError(f"rollout.servers: {server!r} must be an address as http://127.0.0.1:8100, with no path")
     if len({server.rstrip("/") for server in rollout.servers}) < len(rollout.servers):
         raise ConfigError(f"rollout.servers={rollout.servers} names a server twice")
     if not rollout.max_staleness:
@@ -121,16 +114,6 @@ def _check_backend(config: Config) -> None:
             f"rollout.temperature ({rollout.temperature}) and rethink.mask_trigger_tokens=true, or "
             "rollout.max_staleness=0"
         )
-
-
-def _is_address(text: str) -> bool:
-    try:
-        url = urlsplit(text)
-        port = url.port  # fails on what is no number
-    except ValueError:
-        return False
-    plain = url.path in ("", "/") and not (url.query or url.fragment or url.username)
-    return is_text(text) and url.scheme in ("http", "https") and bool(url.hostname) and port != 0 and plain
 
 
 def lora_targets(linears: Collection[str], targets: list[str]) -> list[str]:
@@ -186,9 +169,7 @@ def _check_packages(config: Config) -> None:
         (config.rollout.backend == "vllm", "rollout.backend=vllm", "vllm"),
         (policy.lora.rank, f"policy.lora.rank={policy.lora.rank}", "peft"),
         *((True, f"run.trackers={tracker}", tracker) for tracker in config.run.trackers),
-        (config.run.save_completions, "run.save_completions=true", "pyarrow"),
-        (config.data.train == "easy_vqa", "data.train=easy_vqa", "easy_vqa"),
-        (config.data.validation == "easy_vqa", "data.validation=easy_vqa", "easy_vqa"),
+        ("easy_vqa" in (config.data.train, config.data.validation), "data.train=easy_vqa", "easy_vqa"),
     ]
     for wanted, setting, package in needs:
         if wanted and find_spec(package) is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rethinker import ranges
 
@@ -98,13 +98,13 @@ class DataConfig:
     """Queries with longer prompts are left out, whole, and counted."""
     min_pixels: ranges.Count = 256 * 28 * 28
     """Smaller images are enlarged to this many pixels (InternVL: rounded down to whole tiles)."""
-    max_pixels: int = 1280 * 28 * 28
+    max_pixels: ranges.Count = 1280 * 28 * 28
     """Larger images are reduced to this many pixels (InternVL: rounded down to whole tiles)."""
     max_images: ranges.Natural = 8
     """Queries with more images are left out and counted."""
     max_image_pixels: ranges.ImagePixels = 89_000_000
     """An image with more pixels (width x height in its header) is not decoded: a few bytes can claim gigabytes."""
-    category_weights: ranges.Weights = field(default_factory=dict)
+    category_weights: dict[str, ranges.NotNegative] = field(default_factory=dict)
     """Share of each `metadata["category"]` in the order of training; by default as the data has them."""
 
 
@@ -170,7 +170,7 @@ class RolloutConfig:
     backend: Literal["vllm", "server", "hf", "recorded"] = "vllm"
     """`vllm` in the trainer's own processes; `server`: the vLLM servers of `rethinker serve`; `hf` (transformers'
     generate); or `recorded`: read them from another run's completions."""
-    servers: list[str] = field(default_factory=list)
+    servers: list[ranges.Address] = field(default_factory=list)
     """Addresses of the `server` backend's servers, as `[http://127.0.0.1:8100]`; prompts are spread over them, and one
     that is lost is left out and reported."""
     weight_folder: ranges.PathOrName | None = None
@@ -325,7 +325,7 @@ class TrainConfig:
     """Share of the steps over which the learning rate rises."""
     min_lr_ratio: ranges.Share = 0.0
     """Where the schedule ends, as a share of the peak."""
-    betas: ranges.Betas = (0.9, 0.95)
+    betas: tuple[ranges.Beta, ranges.Beta] = (0.9, 0.95)
     """AdamW's betas."""
     weight_decay: ranges.NotNegative = 0.0
     """AdamW's decoupled weight decay."""
@@ -361,13 +361,15 @@ class CheckpointConfig:
 class ProfileConfig:
     """Looking inside a step."""
 
-    steps: str | None = None
+    steps: ranges.Steps | None = None
     """`3:5` writes a torch profiler trace of steps 3 and 4."""
 
 
 @dataclass
 class Config:
     """All settings of a run."""
+
+    __pydantic_config__: ClassVar = {"use_attribute_docstrings": True}
 
     seed: ranges.Seed = 0
     """Seed of data order, sampling and replay."""

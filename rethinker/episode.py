@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,21 +63,22 @@ class Episodes:
     ) -> None:
         self.config, self.stream, self.encoder = config, stream, encoder
         self.rollout, self.checker, self.ranks = rollout, checker, ranks
-        self.rethinker = make_rethinker(config, encoder)
+        self.rethinker = None
+        if config.rethink.fraction:
+            triggers = make_triggers(encoder.tokenizer, config.rethink.triggers)
+            lengths = {"max_new_tokens": config.rollout.max_new_tokens, "temperature": config.rollout.temperature}
+            self.rethinker = Rethinker(config.rethink, triggers, encoder.decode, **lengths)
         self._begun: _Work | None = None
 
     def take(self, number: int, version: int, times: dict[str, float]) -> list[Group]:
         """The groups of episode `number`, rewarded: this rank's whole, those of others in outline (collective).
 
-        Args:
-            number: of the episode, from 0; the next one after a `begin`.
-            version: of the policy that the rollout engine has now; those begun ahead carry that of their time.
-            times: `time_rollout_s`, `time_reward_s` and `time_rethink_s` grow by the seconds spent here: for an episode
-                begun ahead only by what was waited for, as rollout.
+        They carry the `version` of the policy that sampled them: of an episode begun ahead, that of its `begin`, and
+        then only the wait for it is added to `times`, as rollout.
 
         Raises:
-            StopRequested: on every rank, if one broke its rollout off because the run is to stop. The data stands where
-                it stood before.
+            StopRequested: on every rank, if one broke its rollout off because the run is to stop; the data then stands
+                where it stood before.
         """
         if self._begun:
             self.wait(times)
@@ -100,7 +102,7 @@ class Episodes:
             try:
                 # Collectives are the main thread's, so each rank sees alone that the run is to stop.
                 with signals.interruptible(work.abandoned):
-                    self._produce(work, {}, any_stopped=bool, watched=False)
+                    self._produce(work, {}, any_stopped=bool)
             except StopRequested:
                 work.groups = None
             except BaseException as error:  # raised by `take`, where the loop can end for it
@@ -152,32 +154,24 @@ class Episodes:
             prompts = [self.encoder.encode(query) for query in queries[self.ranks.rank :: self.ranks.world_size]]
         return _Work(number, version, queries, prompts, before)
 
-    def _produce(
-        self, work: _Work, times: dict[str, float], any_stopped: Callable[[bool], bool], watched: bool = True
-    ) -> bool:
+    def _produce(self, work: _Work, times: dict[str, float], any_stopped: Callable[[bool], bool]) -> bool:
         """Queries to rewarded groups; False if a rank broke its rollout off because the run is to stop.
 
-        Args:
-            any_stopped: whether any rank did, from whether this one did.
-            watched: whether the phases are the loop's own.
+        `any_stopped` says whether any rank did, from whether this one did.
         """
         config, mine = self.config, work.queries[self.ranks.rank :: self.ranks.world_size]
-        with phase("rollout", times, watched):
+        with phase("rollout", times):
             with suppress(StopRequested), signals.interruptible(work.abandoned):
                 work.groups = roll_out(mine, work.prompts, work.version, self.rollout, config, self._seed(work))
             if any_stopped(work.groups is None):
                 return False
-        with phase("reward", times, watched):
+        with phase("reward", times):
             judge(work.groups, self.checker, config)
         if self.rethinker:
-            with phase("rethink", times, watched):
-                self.rethinker.force(
-                    work.groups,
-                    work.prompts,
-                    self.rollout.generate,
-                    lambda trials: judge(trials, self.checker, config),
-                    self._seed(work, stream=1),
-                )
+            with phase("rethink", times):
+                rejudge = partial(judge, checker=self.checker, config=config)
+                seed = self._seed(work, stream=1)
+                self.rethinker.force(work.groups, work.prompts, self.rollout.generate, rejudge, seed)
         note_rethinking(work.groups, config)
         return True
 
@@ -212,19 +206,6 @@ def judge(groups: list[Group], checker: AnswerChecker, config: Config) -> None:
             group.rewards = list(map(released_reward, group.rewards, group.completions))
 
 
-def make_rethinker(config: Config, encoder: PromptEncoder) -> Rethinker | None:
-    """Forced rethinking as `rethink` says; None where it is off."""
-    if config.rethink.fraction == 0:
-        return None
-    return Rethinker(
-        config.rethink,
-        make_triggers(encoder.tokenizer, config.rethink.triggers),
-        encoder.decode,
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
-    )
-
-
 def note_rethinking(groups: list[Group], config: Config) -> None:
     """Set `group.rethinks`: which responses rethink of their own accord."""
     for group in groups:
@@ -236,26 +217,22 @@ def score_again(groups: list[Group], policy: PolicyEngine, rethinker: Rethinker 
     """Give responses the log-probs of the policy's own forward, where the settings need them (collective).
 
     Rethought responses that were sampled at another temperature, or whose triggers are trained, get them as behaviour
-    log-probs; with
-    `algorithm.rollout_correction` all responses get them beside those of the rollout engine.
+    log-probs; with `algorithm.rollout_correction` all responses get them beside those of the rollout engine.
 
-    Args:
-        groups: the episode's, with advantages.
-
-    Returns:
-        mismatch_kl, where it is known before the first step: with `algorithm.rollout_correction`.
+    Returns mismatch_kl where it is known before the first step: with `algorithm.rollout_correction`.
 
     Raises:
         MismatchError: it exceeds `rollout.max_mismatch_kl`.
     """
+    samples = [sample for group in groups for sample in group.samples()]
     if rethinker and rethinker.needs_scores:
-        rethought = [sample for group in groups for sample in group.samples() if sample.completion.supervised]
+        rethought = [sample for sample in samples if sample.completion.supervised]
         policy.score(rethought)
         for sample in rethought:
             if isinstance(sample.completion, Completion):
                 sample.completion.logprobs = sample.completion.trainer_logprobs
     if config.algorithm.rollout_correction is None:
         return None
-    mismatch = policy.score([sample for group in groups for sample in group.samples()])
+    mismatch = policy.score(samples)
     check_mismatch(mismatch, config)
     return mismatch

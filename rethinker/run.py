@@ -38,11 +38,10 @@ from rethinker.rollout.mismatch import check_mismatch
 from rethinker.runtime import distributed, signals
 from rethinker.runtime.display import Display
 from rethinker.runtime.host_memory import return_free_memory
-from rethinker.runtime.logs import RankLog
+from rethinker.runtime.logs import rank_log
 from rethinker.runtime.ownership import collect
 from rethinker.runtime.profiling import PHASES, StepProfiler, phase
 from rethinker.runtime.signals import StopRequested
-from rethinker.runtime.watchdog import Watchdog
 from rethinker.samples import Accuracy, Group, Query, RunResult
 
 log = logging.getLogger(__name__)
@@ -81,8 +80,7 @@ class Run:
         self.folder = self.directory.folder
         self.checkpoints = Checkpoints(self.folder / "checkpoints", ranks, config.checkpoint)
         stack.callback(self.checkpoints.close)
-        rank_log = stack.enter_context(RankLog(self.folder / "logs", ranks.rank))
-        self._watchdog = stack.enter_context(Watchdog(config.run.stall_s, rank_log, ranks.rank))
+        stack.enter_context(rank_log(self.folder / "logs", ranks.rank, config.run.stall_s))
         checkpoint = self.checkpoints.find(config.resume) if config.resume else None
         saved = saved_state(checkpoint, config)
         self.metrics: list[dict[str, Any]] = self.directory.open_logs(saved.get("log", {}))
@@ -114,7 +112,6 @@ class Run:
         else:
             self.progress.before = self.progress.after = self.progress.best = self._validate(step=0)
         self._saved_step = self.policy.steps if checkpoint else None
-        self._watchdog.step = self.policy.steps + 1
         self._clock = time.perf_counter()
 
     # Where the run stands
@@ -150,10 +147,8 @@ class Run:
         progress.mismatch = score_again(groups, self.policy, self.episodes.rethinker, config)
         if config.run.save_completions:
             self.directory.write_completions(progress.episode, collect(groups, self.ranks))
-        steps_left, per_step = (
-            self.total_steps - self.policy.steps,
-            config.train.batch_pairs // config.rollout.group_size,
-        )
+        per_step = config.train.batch_pairs // config.rollout.group_size
+        steps_left = self.total_steps - self.policy.steps
         progress.groups = groups[: steps_left * per_step]
         another = len(progress.groups) // per_step < steps_left and self._may_sample()
         if config.rollout.max_staleness and another:
@@ -171,7 +166,7 @@ class Run:
             yield
 
     def trained(self, fresh: list[Group], batch: Batch, update: dict[str, float]) -> None:
-        """Note what the step trained on and did.
+        """Note what the step trained on and did; rewards, lengths and rethinking are those of the fresh rollouts.
 
         Raises:
             MismatchError: the rollout engine did not sample from the policy.
@@ -181,9 +176,26 @@ class Run:
             check_mismatch(self.progress.mismatch, self.config)
         if update["skipped"]:
             log.warning("step %d is not applied: a loss, gradient or log-prob is not finite", self.policy.steps)
-        self._update = update
-        self._row = describe(self.policy.steps, self.progress, fresh, update) | batch.metrics(self.replay)
-        self._row |= {"left_out_queries": self.encoder.dropped.total(), "failed_checkpoints": self.checkpoints.failed}
+        responses = [c for group in fresh for c in group.completions]
+        self._row = {
+            "step": self.policy.steps,
+            "episode": self.progress.episode,
+            "reward_mean": float(np.mean([reward for group in fresh for reward in group.rewards])),
+            "response_length_mean": float(np.mean([c.tokens for c in responses])),
+            "rethink_ratio": float(np.mean([cue for group in fresh for cue in group.rethinks])),
+            **{
+                f"rethink_{what}": sum(getattr(group.rethinking, what) for group in fresh) / len(responses)
+                for what in ("forced", "kept", "fixed", "broken")
+            },
+            "val_accuracy": None,
+            "mismatch_kl": self.progress.mismatch,
+            "failed_checks": self.progress.failed_checks,
+            "generated_tokens": self.progress.generated,
+            **update,
+            **batch.metrics(self.replay),
+            "left_out_queries": self.encoder.dropped.total(),
+            "failed_checkpoints": self.checkpoints.failed,
+        }
 
     def sync(self) -> AbstractContextManager[None]:
         """Around the weight sync: its phase, once an episode that was begun ahead has left the engine."""
@@ -209,8 +221,15 @@ class Run:
         Raises:
             StopRequested: on every rank, once the run is saved, if one of them was asked to stop.
         """
-        now = time.perf_counter()
-        row = self._row | measure(self._update, self.policy, self.times, now - self._clock)
+        now, row, policy = time.perf_counter(), self._row, self.policy
+        row |= {f"time_{name}_s": self.times.get(f"time_{name}_s", 0.0) for name in PHASES}
+        training, tokens = row["time_train_s"], row["train_tokens"]
+        row |= {
+            "tokens_per_s": tokens / training,
+            "mfu": model_flops_utilization(policy.policy.hf, tokens, training, policy.ranks),
+            "step_s": now - self._clock,
+            "peak_memory_gb": peak_memory_gb(),
+        }
         self._clock, self.times = now, {}
         self.metrics.append(row)
         self.directory.log(row)
@@ -220,7 +239,6 @@ class Run:
         if stops or (every and self.policy.steps % every == 0):
             with phase("checkpoint", self.times):
                 self._save()
-        self._watchdog.step = self.policy.steps + 1
         if stops:
             raise StopRequested
 
@@ -256,43 +274,6 @@ class Run:
         self.display.validated(step, accuracy)
         self.directory.log_validation(step, accuracy)
         return accuracy
-
-
-def describe(step: int, progress: Progress, fresh: list[Group], update: dict[str, float]) -> dict[str, Any]:
-    """The step's metrics that do not depend on the clock; rewards and lengths are those of the fresh rollouts.
-
-    `rethink_*` are shares of the step's responses.
-    """
-    responses = sum(len(group.completions) for group in fresh)
-    return {
-        "step": step,
-        "episode": progress.episode,
-        "reward_mean": float(np.mean([reward for group in fresh for reward in group.rewards])),
-        "response_length_mean": float(np.mean([c.tokens for group in fresh for c in group.completions])),
-        "rethink_ratio": float(np.mean([cue for group in fresh for cue in group.rethinks])),
-        **{
-            f"rethink_{what}": sum(getattr(group.rethinking, what) for group in fresh) / responses
-            for what in ("forced", "kept", "fixed", "broken")
-        },
-        "val_accuracy": None,
-        "mismatch_kl": progress.mismatch,
-        "failed_checks": progress.failed_checks,
-        "generated_tokens": progress.generated,
-        **update,
-    }
-
-
-def measure(update: dict[str, float], policy: PolicyEngine, times: dict[str, float], step_s: float) -> dict[str, Any]:
-    """The step's speed: seconds since the last step by phase, tokens/s and MFU of training, memory."""
-    seconds = {f"time_{name}_s": times.get(f"time_{name}_s", 0.0) for name in PHASES}
-    training = seconds["time_train_s"]
-    return {
-        "tokens_per_s": update["train_tokens"] / training,
-        "mfu": model_flops_utilization(policy.policy.hf, update["train_tokens"], training, policy.ranks),
-        **seconds,
-        "step_s": step_s,
-        "peak_memory_gb": peak_memory_gb(),
-    }
 
 
 def load_held_out(config: Config) -> list[Query]:

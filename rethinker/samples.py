@@ -100,23 +100,13 @@ class Completion:
         """Field by field; a NaN equals a NaN."""
         import numpy as np
 
-        def same(a: Any, b: Any) -> bool:
-            return type(a) is type(b) and (
-                np.array_equal(a, b, equal_nan=True) if isinstance(a, np.ndarray) else bool(a == b)
-            )
-
-        return isinstance(other, Completion) and all(same(a, vars(other)[name]) for name, a in vars(self).items())
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True) if isinstance(other, Completion) else ()
+        return bool(pairs) and all(np.array_equal(a, b, equal_nan=isinstance(a, np.ndarray)) for a, b in pairs)
 
     @property
     def tokens(self) -> int:
         """L."""
         return len(self.token_ids)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of its numbers, in bytes."""
-        scored = 0 if self.trainer_logprobs is None else self.trainer_logprobs.nbytes
-        return self.token_ids.nbytes + self.logprobs.nbytes + scored
 
     @property
     def trainable_tokens(self) -> int:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import inspect
 import os
 import re
+import textwrap
 import typing
-from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import strftime
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from rethinker.checks import check_geometry, check_resources
-from rethinker.config import Config, ConfigError, nearest
-from rethinker.ranges import Range, in_words, range_of
-
-# Far beyond any recipe.
-LONGEST_YAML = 2**20
-DEEPEST_RECIPE = 32
+from rethinker.config import Config, ConfigError, nearest, one_line
 
 RENAMED: dict[str, str] = {
     "policy.fused_layers": "delete it; policy.compile=true fuses the same operations",
@@ -31,17 +29,31 @@ RENAMED: dict[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One leaf of the settings: its dotted key, type, range, default and documentation."""
+    """One leaf of the settings: its dotted key, type, default, documentation, and JSON schema, with its range."""
 
     key: str
     type: Any
-    range: Range | None
     default: Any
     doc: str
+    schema: dict[str, Any]
 
     @property
     def is_mapping(self) -> bool:
         return self.type is dict or typing.get_origin(self.type) is dict
+
+    @property
+    def is_text(self) -> bool:
+        """Whether a text is its value as it stands, and not YAML to be read."""
+        return self.type in (str, str | None) or typing.get_origin(self.type) is typing.Literal
+
+    @property
+    def type_in_words(self) -> str:
+        """The type as config.py has it, and its bounds: `int | None, at least 1`."""
+        words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+        schema = self.schema.get("anyOf", [self.schema])[0]
+        name = inspect.formatannotation(self.type).replace("typing.", "")
+        bounds = [f"{word} {schema[bound]}" for bound, word in words.items() if bound in schema]
+        return ", ".join([re.sub(r"Optional.(.*).$", r"\1 | None", name), *bounds])
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any] | None = None) -> Config:
@@ -118,19 +130,23 @@ def _with_base(path: Path) -> Iterator[dict[str, Any]]:
 @functools.cache
 def settings() -> list[Setting]:
     """Every setting in order of declaration, with the docstring below its field."""
-    return list(_settings(Config, ""))
+    schema = _settings_type().json_schema()
+    return list(_settings(Config, schema["$defs"] | {"Config": schema}, ""))
 
 
-def _settings(section: type, prefix: str) -> Iterator[Setting]:
-    from docstring_parser import parse_from_object
-
-    docs = {param.arg_name: " ".join((param.description or "").split()) for param in parse_from_object(section).params}
-    plain, ranged = typing.get_type_hints(section), typing.get_type_hints(section, include_extras=True)
+def _settings(section: type, schemas: dict[str, Any], prefix: str) -> Iterator[Setting]:
+    properties, hints = schemas[section.__name__]["properties"], typing.get_type_hints(section)
     for name, default in vars(section()).items():
         if dataclasses.is_dataclass(default):
-            yield from _settings(plain[name], f"{prefix}{name}.")
+            yield from _settings(hints[name], schemas, f"{prefix}{name}.")
         else:
-            yield Setting(prefix + name, plain[name], range_of(ranged[name]), default, docs.get(name, ""))
+            doc = " ".join(properties[name].get("description", "").split())
+            yield Setting(prefix + name, hints[name], default, doc, properties[name])
+
+
+@functools.cache
+def _settings_type() -> TypeAdapter[Config]:
+    return TypeAdapter(Config)
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -143,21 +159,23 @@ def _get(config: Config, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
 
 
-def to_yaml(config: Config, docs: bool = True) -> str:
-    """The settings as YAML that `rethinker train` reads back to the same settings, docs as comments."""
-    texts = {setting.key: setting.doc for setting in settings()} if docs else {}
+def to_yaml(config: Config) -> str:
+    """The settings as YAML that `rethinker train` reads back to the same settings; comments say meaning and type."""
+    lines, above = [], []
+    for setting in settings():
+        *sections, name = setting.key.split(".")
+        indent = "  " * len(sections)
+        if sections != above:
+            above, outer = sections, indent[2:]
+            lines += ["", *_comment(inspect.getdoc(_get(config, ".".join(sections))), outer), f"{outer}{sections[-1]}:"]
+        lines += _comment(f"{setting.doc} ({setting.type_in_words})", indent)
+        lines.append(f"{indent}{name}: {_dump(_get(config, setting.key))}")
+    return "\n".join(lines) + "\n"
 
-    def lines(section: Any, prefix: str, indent: str) -> Iterator[str]:
-        for name, value in vars(section).items():
-            if dataclasses.is_dataclass(value):
-                yield f"{indent}{name}:"
-                yield from lines(value, f"{prefix}{name}.", indent + "  ")
-            else:
-                if text := texts.get(prefix + name):
-                    yield f"{indent}# {text}"
-                yield f"{indent}{name}: {_dump(value)}"
 
-    return "\n".join(lines(config, "", "")) + "\n"
+def _comment(text: str, indent: str) -> list[str]:
+    marks = {"initial_indent": f"{indent}# ", "subsequent_indent": f"{indent}# "}
+    return textwrap.wrap(" ".join(text.split()), 110, **marks, break_long_words=False, break_on_hyphens=False)
 
 
 def _dump(value: Any) -> str:
@@ -180,23 +198,13 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML: 1e-6 is a number, as in YAML 1.2; a key given twice is a mistake; nothing refers or runs.
-
-    Aliases are not read, since nine lines of them spell a billion values, and neither is depth that no setting has.
-    """
-
-    depth = 0
+    """Plain YAML: 1e-6 is a number, as in YAML 1.2; a key given twice is a mistake; nothing refers or runs."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        mark = self.peek_event().start_mark
-        if self.check_event(yaml.AliasEvent):
+        if self.check_event(yaml.AliasEvent):  # nine lines of them spell a billion values
+            mark = self.peek_event().start_mark
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not read; write the value", problem_mark=mark)
-        self.depth += 1
-        if self.depth > DEEPEST_RECIPE:
-            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST_RECIPE} levels", problem_mark=mark)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -218,19 +226,16 @@ def read_yaml(text: str, what: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # besides its own errors, whatever Python says of `!!timestamp never` or `!!int x`
-        raise ConfigError(f"{what} is not readable YAML: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"{what} is not readable YAML: {one_line(error)}") from None
 
 
 def read_yaml_file(path: Path, what: str) -> Any:
-    """As `read_yaml`, from a file of at most LONGEST_YAML bytes."""
+    """As `read_yaml`, from a file."""
     try:
-        with path.open("rb") as file:
-            content = file.read(LONGEST_YAML + 1)
-        if len(content) > LONGEST_YAML:
-            raise ConfigError(f"{what} is longer than {LONGEST_YAML} bytes, so it is something else")
-        return read_yaml(content.decode("utf-8"), what)
+        text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{what} is not readable YAML: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"{what} is not readable YAML: {one_line(error)}") from None
+    return read_yaml(text, what)
 
 
 def _read_arguments(arguments: Sequence[str]) -> dict[str, str]:
@@ -242,7 +247,6 @@ def _read_arguments(arguments: Sequence[str]) -> dict[str, str]:
         key, equals, value = option.removeprefix("--").partition("=")
         if not option.startswith("--") or not key:
             raise ConfigError(f"unexpected argument {option!r}; settings are given as --section.name value")
-        _find(key)
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key} needs a value")
@@ -255,21 +259,26 @@ def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str = "") -
     """Put nested or dotted settings into `values` ({setting's key: value}); a mapping-valued setting is merged."""
     for name, value in given.items():
         key = f"{prefix}{name}"
+        if key in RENAMED and not value:  # switched off, as the config.yaml of an older run has it
+            continue
         setting = _find(key)
         if setting is None:
             if not isinstance(value, Mapping):
                 example = next(setting.key for setting in settings() if setting.key.startswith(f"{key}."))
                 raise ConfigError(f"{key}={value!r} is a section; give the settings below it, as {example}")
             _merge(values, value, f"{key}.")
-        elif not setting.is_mapping:
-            values[key] = value
-        else:
-            value = read_yaml(value, f"{key}={value!r}") if isinstance(value, str) else value
-            for entry in reversed(key.removeprefix(setting.key).split(".")[1:]):
-                value = {entry: value}
+            continue
+        if isinstance(value, str) and not setting.is_text:
+            value = read_yaml(value, f"{key}={value!r}")
+        elif value == "null" and type(None) in typing.get_args(setting.type):
+            value = None
+        for entry in reversed(key.removeprefix(setting.key).split(".")[1:]):
+            value = {entry: value}
+        if setting.is_mapping and isinstance(value, Mapping):
             # A whole mapping given later replaces a recipe's, an entry joins it; both join the default.
             base = setting.default if key == setting.key else values.get(setting.key, setting.default)
-            values[setting.key] = _joined(base, value) if isinstance(value, Mapping) else value
+            value = _joined(base, value)
+        values[setting.key] = value
 
 
 def _joined(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,34 +303,14 @@ def _find(key: str) -> Setting | None:
 
 
 def _convert(values: Mapping[str, Any]) -> Config:
-    """Settings of their types and in their ranges, from {key: value}; a text is read as its setting's type."""
+    """Settings of their types and in their ranges, from {key: value}."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *sections, name = key.split(".")
         functools.reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[name] = value
-    parser = _parser()
     try:
-        config = Config(**vars(parser.instantiate(parser.parse_object(tree))))
-    except ArgumentError as error:
-        found = re.match(r'Parser key "([^"]+)"', str(error))
-        setting = found and _find(found[1])
-        if not setting:
-            raise ConfigError(" ".join(str(error).split())) from None
-        raise ConfigError(f"{setting.key}={values[setting.key]!r} must be {in_words(setting.type)}") from None
-    for setting in settings():
-        value = _get(config, setting.key)
-        if value is None and type(None) not in typing.get_args(setting.type):  # to the parser null is "not given"
-            raise ConfigError(f"{setting.key}={values.get(setting.key)!r} must be {in_words(setting.type)}")
-        if value is not None and setting.range and not setting.range.holds(value):
-            raise ConfigError(f"{setting.key}={value} must be {setting.range.words}")
-    return config
-
-
-@functools.cache
-def _parser() -> Any:
-    """The settings' types as a parser; it keeps nothing of what it has read."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Config)
-    return parser
+        return _settings_type().validate_python(copy.deepcopy(tree))
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = re.sub(r"^\w+ should", "must", first["msg"].removeprefix("Value error, "))
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))}={first['input']!r} {problem}") from None

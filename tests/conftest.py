@@ -39,7 +39,7 @@ embedded/test_warmup.py runtime/test_torchvision_cpu.py report/test_browser.py r
 integration/test_loss_head.py kernels/test_csrc_cuda_on_host.py report/test_page.py kernels/test_merge_attention.py
 rollout/test_faults.py kernels/test_csrc.py rollout/test_weight_sync.py test_wheel.py kernels/test_precision.py
 families/test_rollout.py embedded/test_tiny.py integration/test_virl39k.py kernels/test_memory.py fuzz/test_fuzz.py
-runtime/test_watchdog.py families/test_packing.py kernels/test_sum_tree.py plan/test_plan.py kernels/test_compile.py
+families/test_packing.py kernels/test_sum_tree.py plan/test_plan.py kernels/test_compile.py
 benchmarks/test_kernels.py benchmarks/test_replay_benchmark.py kernels/test_sum_tree_agreement.py
 rollout/test_hf_engine.py runtime/test_ownership.py embedded/test_files.py plan/test_families.py
 test_cli.py curation/test_curate.py policy/test_packing.py policy/test_lora.py data/test_streaming.py test_recipes.py

@@ -59,7 +59,7 @@ def test_a_skipped_step_is_in_the_log(caplog):
     one = group("x", "a")
     one.rewards, one.rethinks = [1.0], [False]
     for skipped in (0.0, 1.0):
-        run.trained([one], Batch([], 0, 0, 0.0), {"skipped": skipped})
+        run.trained([one], Batch([], 0, 0.0), {"skipped": skipped})
     assert [r.getMessage() for r in caplog.records] == [
         "step 3 is not applied: a loss, gradient or log-prob is not finite"
     ]

@@ -122,15 +122,9 @@ def loss_inputs(
 ) -> dict[str, Any]:
     """What `rethinker_kernels.linear_policy_loss` needs of a micro-batch beside hidden states, head and tokens.
 
-    The losses of a step's micro-batches, over all ranks, add up to the step's loss. A token that counts and whose
-    log-prob is not finite makes the loss NaN: the step is then to be skipped.
-
-    Args:
-        loss: `load_loss` of the same settings.
-        batch: its old_logps, advantages [S], weights ([R], or [S]), loss_mask and cu_seqlens.
-        config: the `algorithm` settings.
-        normalizer: `loss_normalizer` of the whole step.
-        ref_logps: [R], the reference policy's log-probs; needed when `algorithm.kl_coef` is not 0.
+    The losses of a step's micro-batches, over all ranks, add up to the step's loss, with the `loss_normalizer` of the
+    whole step. A token that counts and whose log-prob is not finite makes the loss NaN: the step is then to be skipped.
+    `ref_logps` [R], the reference policy's, are needed where `algorithm.kl_coef` is not 0.
     """
     return {
         "loss": loss.function,
@@ -151,13 +145,8 @@ def loss_inputs(
 def loss_normalizer(samples: list[Sample], config: AlgorithmConfig, max_new_tokens: int) -> float:
     """What a step's summed loss is divided by, from all samples of the step over all ranks.
 
-    Samples of weight 0 count nowhere. At least 1, so that a step without a trainable token has loss 0.
-
-    Args:
-        samples: the step's samples, over all ranks and micro-batches.
-        config: `aggregation` chooses: `token` the trainable response tokens, `sequence` the samples, `constant` the
-            samples times `max_new_tokens`.
-        max_new_tokens: `rollout.max_new_tokens`.
+    With `algorithm.aggregation` token: the trainable tokens; sequence: the samples; constant: the samples times
+    `max_new_tokens`. Samples of weight 0 count nowhere. At least 1: a step without a trainable token has loss 0.
     """
     counted = [sample for sample in samples if sample.weight != 0]
     if config.aggregation == "token":
@@ -166,12 +155,8 @@ def loss_normalizer(samples: list[Sample], config: AlgorithmConfig, max_new_toke
 
 
 def supervised_weight(samples: list[Sample], weight: float) -> float:
-    """Factor of every token's -log p in the supervised term: `weight` over the tokens of all rethought responses.
-
-    Args:
-        samples: the step's samples, over all ranks and micro-batches.
-        weight: `rethink.supervised_weight`.
-    """
+    """Factor of every token's -log p in the supervised term: `weight` over the tokens of all rethought responses of a
+    step, over all ranks."""
     tokens = sum(sample.completion.tokens for sample in samples if sample.completion.supervised)
     return weight / tokens if tokens else 0.0
 

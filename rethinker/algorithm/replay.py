@@ -16,10 +16,8 @@ from typing import Any
 import torch
 
 from rethinker.config import ConfigError, ReplayConfig
-from rethinker.samples import Completion, Sample
+from rethinker.samples import Sample
 from rethinker_kernels import SumTree
-
-_SAME = ("capacity", "alpha", "unit")  # settings that a resumed buffer must share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +56,6 @@ class ReplayBuffer:
     def __len__(self) -> int:
         """Samples in the buffer, over all ranks."""
         return self._size
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of this rank's share, in bytes: the tree, and the tokens and log-probs that it holds."""
-        completions = (s.completion for entry in self._entries.values() for s in entry.samples)
-        return self._tree.nbytes + sum(c.nbytes for c in completions if isinstance(c, Completion))
 
     def add(self, samples: list[Sample]) -> None:
         """Keep these samples, in order; those with zero advantage carry no gradient and are left out.
@@ -150,7 +142,6 @@ class ReplayBuffer:
         Weights follow from the samples. Each rank saves its own; the tokens of other ranks' samples are in theirs.
         """
         return {
-            **{name: getattr(self._config, name) for name in _SAME},
             "entries": [(slot, list(entry.samples), entry.added) for slot, entry in self._entries.items()],
             "free": list(self._free),
             "adds": self._adds,
@@ -158,16 +149,7 @@ class ReplayBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state.
-
-        Raises:
-            ConfigError: it was saved with another `replay.capacity`, `replay.alpha` or `replay.unit`.
-        """
-        settings = state.get("tree", {}) | state  # an older checkpoint has two of them with its tree
-        for name in _SAME:
-            own = getattr(self._config, name)
-            if settings[name] != own:
-                raise ConfigError(f"replay.{name}={own}: the checkpoint has {settings[name]}; resume with that")
+        """Continue from the saved state of a buffer with the same settings."""
         leaving = list(self._entries)
         self._entries = {slot: _Entry(list(samples), added) for slot, samples, added in state["entries"]}
         self._size = sum(len(entry.samples) for entry in self._entries.values())

@@ -69,10 +69,9 @@ def continue_after_trigger(
         prompts, first, triggers: one of each per second pass; the same prompt may come several times.
         decode: token ids to the text that is judged.
         max_new_tokens: longest y, all parts together.
-        temperature, seed: of the second pass.
 
     Returns:
-        None where y1 and the trigger leave no room for y2, in the order of the arguments.
+        In the order of the arguments; None where y1 and the trigger leave no room for y2.
     """
     bodies = [answer_tokens(y1) for y1 in first]
     rooms = [max_new_tokens - len(body) - len(t.token_ids) for body, t in zip(bodies, triggers, strict=True)]
@@ -125,12 +124,6 @@ class Rethinker:
         Sets `group.rethinking` to what happened and adds to `group.sampled_tokens`. A response is eligible if it ended
         by itself, says something, and leaves room for the trigger and an answer. At most `rethink.max_kept` per query
         are kept, in the order of the group; one that equals another response of its group, token for token, is not.
-
-        Args:
-            groups: this rank's, with the rewards of their first answers.
-            prompts: of the groups.
-            judge: fills the rewards of groups.
-            seed: of the choice and of the second pass.
         """
         rng = np.random.default_rng(seed)
         chosen = [(g, i) for g, group in enumerate(groups) for i in self._eligible(group)]

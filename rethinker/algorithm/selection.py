@@ -18,17 +18,11 @@ ADVANTAGE_BINS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, math.inf)
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one optimizer step, over all ranks: `fresh` of this step's rollouts, then `replayed` draws."""
+    """The samples of one optimizer step, over all ranks: those of its rollouts, then `replayed` draws."""
 
     samples: list[Sample]
-    fresh: int
     replayed: int
     effective_query_ratio: float
-
-    @property
-    def replay_fraction(self) -> float:
-        """Share of the samples that come from replay."""
-        return self.replayed / len(self.samples) if self.samples else 0.0
 
     def metrics(self, replay: ReplayBuffer) -> dict[str, Any]:
         """What the step trains on, by its advantages, and the state of the buffer it drew from.
@@ -37,20 +31,13 @@ class Batch:
         above (VL-Rethinker's figure of where the gradient comes from).
         """
         sizes = np.abs([sample.advantage for sample in self.samples])
-
-        def mean(values: np.ndarray) -> float:
-            return float(values.mean()) if values.size else 0.0
-
         return {
             "effective_query_ratio": self.effective_query_ratio,
             "trained_pairs": len(self.samples),
-            "replay_fraction": self.replay_fraction,
+            "replay_fraction": self.replayed / max(1, len(self.samples)),
             "replay_size": len(replay),
-            "replay_bytes": replay.nbytes,
             "replay_age_mean": replay.drawn_age_mean,
-            "advantage_abs_mean": mean(sizes),
-            "advantage_abs_mean_fresh": mean(sizes[: self.fresh]),
-            "advantage_abs_mean_replayed": mean(sizes[self.fresh :]),
+            "advantage_abs_mean": float(sizes.mean()) if self.samples else 0.0,
             "advantage_histogram": [
                 int(((sizes > low) & (sizes <= high)).sum()) for low, high in itertools.pairwise(ADVANTAGE_BINS)
             ],
@@ -80,4 +67,4 @@ def select_batch(
         replay.add(samples)
         draws = replay.draw(max(0, pairs - len(samples)))
     effective = sum(group.effective for group in groups) / max(1, len(groups))
-    return Batch(samples + draws, fresh=len(samples), replayed=len(draws), effective_query_ratio=effective)
+    return Batch(samples + draws, replayed=len(draws), effective_query_ratio=effective)

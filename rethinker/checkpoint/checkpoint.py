@@ -44,12 +44,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, ranks: Ranks, config: CheckpointConfig) -> None:
-        """Every rank calls it.
-
-        Args:
-            folder: runs/<name>/checkpoints; rank 0 has made it.
-            ranks: this process's place.
-            config: which ones to keep.
+        """Every rank calls it, with the folder runs/<name>/checkpoints that rank 0 has made.
 
         Raises:
             ConfigError: some rank does not see the folder.
@@ -66,12 +61,8 @@ class Checkpoints:
     def save(self, step: int, write_model: Write, write_state: Write) -> None:
         """Start writing step_<step>, when the one before is done. Every rank calls it.
 
-        Args:
-            step: optimizer steps done.
-            write_model: writes the model into a folder; called on rank 0 only.
-            write_state: writes this rank's state into trainer/.
-
-        Both are called in a thread, so they must hold copies of what training changes.
+        On rank 0 `write_model` writes the model into a folder, and on each `write_state` the rank's state into its
+        trainer/. Both are called in a thread, so they must hold copies of what training changes.
         """
 
         def write(folder: Path) -> None:

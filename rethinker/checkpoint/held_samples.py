@@ -81,19 +81,18 @@ class Responses:
 
 def _completions(saved: dict[str, Any]) -> dict[Key, Completion]:
     lengths = saved["lengths"].tolist()
+    token_ids, logprobs = (saved[name].split(lengths) for name in ("token_ids", "logprobs"))
     scored = [length for length, is_scored in zip(lengths, saved["scored"], strict=True) if is_scored]
-    numbers = zip(saved["token_ids"].split(lengths), saved["logprobs"].split(lengths), strict=True)
     scores = iter(saved["trainer_logprobs"].split(scored))
-    held: dict[Key, Completion] = {}
-    for i, ((group, index), (token_ids, logprobs)) in enumerate(zip(saved["keys"].tolist(), numbers, strict=True)):
-        rethought = saved["rethought"][i]
-        held[group, index] = Completion(
+    return {
+        (group, index): Completion(
             # Copies: one response that is kept would keep them all. An older release wrote int64 and fp64.
-            np.array(token_ids, np.int32),
-            np.array(logprobs, np.float32),
+            np.array(token_ids[i], np.int32),
+            np.array(logprobs[i], np.float32),
             saved["texts"][i],
             saved["finish_reasons"][i],
-            rethought and Rethought(**rethought),
+            saved["rethought"][i] and Rethought(**saved["rethought"][i]),
             np.array(next(scores), np.float32) if saved["scored"][i] else None,
         )
-    return held
+        for i, (group, index) in enumerate(saved["keys"].tolist())
+    }

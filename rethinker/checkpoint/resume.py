@@ -7,14 +7,17 @@ random streams (trainer/rank_*) and its part of the optimizer.
 from __future__ import annotations
 
 import logging
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from rethinker.checkpoint.held_samples import Responses, held_responses
-from rethinker.checkpoint.random_state import random_state, set_random_state
 from rethinker.checkpoint.state_file import frozen, read_state, write_state
 from rethinker.config import Config, ConfigError
 from rethinker.runtime.distributed import Ranks
@@ -107,11 +110,8 @@ class RunState:
         return write
 
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint that was found whole; the model and the logs were taken up before.
-
-        Args:
-            checkpoint: its folder.
-            state: its `saved_state`.
+        """Continue from a checkpoint that was found whole, and its `saved_state`; the model and the logs were taken up
+        before.
 
         Raises:
             ConfigError: it belongs to other data or another kind of run.
@@ -181,3 +181,24 @@ def _warn_of_other_versions(saved: dict[str, str]) -> None:
     if names:
         changes = ", ".join(f"{name} {own.get(name)} (was {saved.get(name)})" for name in names)
         log.warning("resumed with other versions, so not bit for bit: %s", changes)
+
+
+def random_state() -> dict[str, Any]:
+    """The random generators of this process, as plain values and tensors."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Continue every stream where `random_state` was taken; tuples may have become lists."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

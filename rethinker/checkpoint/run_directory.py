@@ -18,13 +18,11 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rethinker.checks import check_new
 from rethinker.config import Config, ConfigError
-from rethinker.doctor import how_to_install
 from rethinker.runtime.completions import file_name, write_completions
 from rethinker.runtime.files import whole_file
 from rethinker.runtime.trackers import Trackers
@@ -35,17 +33,13 @@ LOGS = ("metrics.jsonl", "validation.jsonl")
 
 
 class RunDirectory:
-    """Opens the folder on entry and closes it on exit; a new run that fails before its first step leaves no folder."""
+    """Opens the folder on entry and closes it on exit; a mistake found before the first step removes a new one."""
 
     def __init__(self, config: Config, enabled: bool = True) -> None:
-        """Only look; nothing is written before `with`.
-
-        Args:
-            config: where to write (`run`), what to record, and whether to continue (`resume`) what is there.
-            enabled: False on all ranks but the first: then nothing is ever written.
+        """Only look; nothing is written before `with`, and with enabled=False (on all ranks but the first) never.
 
         Raises:
-            ConfigError: another run has this name, or a tracker is not installed.
+            ConfigError: another run has this name.
         """
         self.folder = Path(config.run.dir).expanduser() / config.run.name
         self.enabled = enabled
@@ -55,13 +49,9 @@ class RunDirectory:
         self._trackers: Trackers | None = None
         if enabled:
             check_new(config)
-            for tracker in config.run.trackers:
-                if find_spec(tracker) is None:
-                    raise ConfigError(f"run.trackers={tracker} is not installed: {how_to_install(tracker)}")
 
     def __enter__(self) -> RunDirectory:
         if self.enabled:
-            self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
             self._continues = (self.folder / "config.yaml").is_file()
             for name in ("completions", "checkpoints"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -76,12 +66,8 @@ class RunDirectory:
             self._trackers.close()
         for file in self._logs.values():
             file.close()
-        kept = any(any((self.folder / name).iterdir()) for name in ("completions", "checkpoints"))
-        if kind is not None and not self._rows and not self._continues and (kind is ConfigError or not kept):
+        if kind is ConfigError and not self._rows and not self._continues:
             shutil.rmtree(self.folder, ignore_errors=True)
-            for parent in self._made[1:]:
-                if not any(parent.iterdir()):
-                    parent.rmdir()
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one optimizer step's metrics (`metrics["step"]` counts from 1); a non-finite number becomes null."""
@@ -122,13 +108,8 @@ class RunDirectory:
     def open_logs(self, state: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Start the logs, or go back to a position of them: what came later is dropped, to be written again.
 
-        Writes config.yaml and connects to the trackers.
-
-        Args:
-            state: from `state_dict`; empty starts from the beginning.
-
-        Returns:
-            The steps' metrics up to there.
+        Writes config.yaml, connects to the trackers, and returns the steps' metrics up to there. An empty state is the
+        beginning.
 
         Raises:
             ConfigError: a log is shorter than it was.

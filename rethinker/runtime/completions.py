@@ -76,41 +76,43 @@ def read_completions(folder: str | Path, episode: int) -> list[Group]:
 def _schema() -> Any:
     import pyarrow as pa
 
-    spans = dict.fromkeys(("trigger_start", "trigger_end"), pa.int64()) | {"name": pa.string()}
-    spans |= dict.fromkeys(("masked_start", "masked_end"), pa.int64())
-    return pa.schema(
-        {
-            "episode": pa.int64(),
-            "group": pa.int64(),  # place of the query in the episode
-            "index": pa.int64(),  # place of the completion in its group
-            "query_id": pa.string(),
-            "question": pa.string(),
-            "images": pa.list_(pa.struct({"path": pa.string(), "bytes": pa.binary()})),
-            "answer": pa.string(),
-            "metadata": pa.string(),  # JSON
-            "response": pa.string(),
-            "reward": pa.float64(),
-            "advantage": pa.float64(),
-            "finish_reason": pa.string(),
-            "policy_version": pa.int64(),
-            "prompt_tokens": pa.int64(),
-            "token_ids": pa.list_(pa.int64()),
-            "logprobs": pa.list_(pa.float64()),  # of fp32 numbers
-            "trainer_logprobs": pa.list_(pa.float64()),
-            "rethought": pa.struct(spans),
-        }
-    )
+    number, real, text = pa.int64(), pa.float64(), pa.string()
+    span = {"trigger_start": number, "trigger_end": number, "name": text, "masked_start": number, "masked_end": number}
+    columns = {
+        "episode": number,
+        "group": number,  # place of the query in the episode
+        "index": number,  # place of the completion in its group
+        "query_id": text,
+        "question": text,
+        "images": pa.list_(pa.struct({"path": text, "bytes": pa.binary()})),
+        "answer": text,
+        "metadata": text,  # JSON
+        "response": text,
+        "reward": real,
+        "advantage": real,
+        "finish_reason": text,
+        "policy_version": number,
+        "prompt_tokens": number,
+        "token_ids": pa.list_(number),
+        "logprobs": pa.list_(real),  # of fp32 numbers
+        "trainer_logprobs": pa.list_(real),
+        "rethought": pa.struct(span),
+    }
+    return pa.schema(columns)
 
 
 def _to_row(episode: int, number: int, index: int, group: Group, completion: Completion) -> dict[str, Any]:
     query, scores = group.query, completion.trainer_logprobs
+    images = [image if isinstance(image, Mapping) else {"path": os.fspath(image)} for image in query.images]
+    if index:
+        images = [{**image, "bytes": None} for image in images]
     return {
         "episode": episode,
         "group": number,
         "index": index,
         "query_id": query.id,
         "question": query.question,
-        "images": [_image_to_row(image, with_bytes=index == 0) for image in query.images],
+        "images": images,
         "answer": query.answer,
         "metadata": json.dumps(query.metadata, default=str),
         "response": completion.text,
@@ -125,9 +127,3 @@ def _to_row(episode: int, number: int, index: int, group: Group, completion: Com
         "trainer_logprobs": None if scores is None else scores.astype(np.float64),
         "rethought": completion.rethought and dataclasses.asdict(completion.rethought),
     }
-
-
-def _image_to_row(image: Any, with_bytes: bool) -> dict[str, Any]:
-    if isinstance(image, Mapping):
-        return {"path": image.get("path"), "bytes": image.get("bytes") if with_bytes else None}
-    return {"path": os.fspath(image), "bytes": None}

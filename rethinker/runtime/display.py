@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
-
-from rich.progress import track
 
 from rethinker.samples import Accuracy, RunResult
 
@@ -33,11 +32,7 @@ class Display:
     """Shows the steps of a run on stdout; silent on all ranks but the first."""
 
     def __init__(self, total_steps: int, enabled: bool = True, done: int = 0) -> None:
-        """Args:
-        total_steps: optimizer steps of the whole run.
-        enabled: False shows nothing.
-        done: steps that a resumed run has behind it.
-        """
+        """`done` of the `total_steps` lie behind a resumed run; with enabled=False nothing is shown."""
         self.total_steps, self.enabled, self._done_before = total_steps, enabled, done
         self._start = time.perf_counter()
         self._first_step: float | None = None  # when steps began: the estimate leaves the start-up out
@@ -46,9 +41,9 @@ class Display:
         """Show one optimizer step; a metric that is missing or null is left out."""
         now, done = time.perf_counter(), metrics["step"]
         self._first_step = self._first_step or now - (metrics.get("step_s") or 0.0)
-        left = _duration((now - self._first_step) / (done - self._done_before) * (self.total_steps - done))
+        seconds = (now - self._first_step) / (done - self._done_before) * (self.total_steps - done)
         shown = [f"{label} {metrics[name]:{form}}" for label, name, form in _COLUMNS if metrics.get(name) is not None]
-        self._print("  ".join([f"step {done}/{self.total_steps}", *shown, f"left {left}"]))
+        self._print("  ".join([f"step {done}/{self.total_steps}", *shown, f"left {timedelta(seconds=round(seconds))}"]))
 
     def validated(self, step: int, accuracy: Accuracy | None) -> None:
         """Show a validation; None, of a run without held-out questions, shows nothing."""
@@ -70,7 +65,7 @@ class Display:
     def summary(self, run: RunResult, report: Path | None = None) -> None:
         """Say what was learned, how long it took and where the run lies."""
         rewards, before, after = [row["reward_mean"] for row in run.metrics], run.accuracy_before, run.accuracy_after
-        lines = ["", f"{len(rewards)} steps in {_duration(time.perf_counter() - self._start)}"]
+        lines = ["", f"{len(rewards)} steps in {timedelta(seconds=round(time.perf_counter() - self._start))}"]
         if rewards:
             few = max(1, len(rewards) // 10)  # single steps are noisy
             first, last = sum(rewards[:few]) / few, sum(rewards[-few:]) / few
@@ -80,11 +75,6 @@ class Display:
             points = f"{100 * (after.overall - before.overall):+.1f} points"
             change = f"{before.overall:.3f} -> {after.overall:.3f}  ({points}"
             lines.append(f"greedy accuracy  {change} on {after.questions} held-out questions)")
-            if len(after.by_category) > 1:
-                lines += [
-                    f"  {name:<14} {before.by_category.get(name, float('nan')):.3f} -> {value:.3f}"
-                    for name, value in after.by_category.items()
-                ]
         lines += [f"checkpoint       {run.best_checkpoint}", f"run              {run.folder}"]
         lines += [f"report           {report}"] if report else []
         self._print("\n".join(lines))
@@ -95,28 +85,7 @@ class Display:
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Pass items on while showing how far they have come: a bar on a terminal, elsewhere a line at each fifth.
+    """Pass items on while a bar shows how far they have come; in a log file it is written twice a minute."""
+    from tqdm import tqdm
 
-    Args:
-        items: what to go through.
-        label: what is being done.
-        total: how many there are, if `items` has no length.
-    """
-    total = len(items) if total is None else total  # type: ignore[arg-type]
-    if sys.stdout.isatty():
-        yield from track(items, label, total)
-        return
-    start, fifths = time.perf_counter(), 0
-    for done, item in enumerate(items, start=1):
-        yield item
-        if done * 5 // total > fifths:
-            fifths = done * 5 // total
-            print(f"{label}: {done}/{total}  {_duration(time.perf_counter() - start)}", flush=True)
-
-
-def _duration(seconds: float) -> str:
-    """`48 s`, `6 min 05 s`, `3 h 20 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{rest} s"
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    yield from tqdm(items, label, total, file=sys.stdout, mininterval=0.2 if sys.stdout.isatty() else 30)

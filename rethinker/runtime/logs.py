@@ -1,74 +1,66 @@
-"""One log file per rank, `logs/rank_00000.log`: messages, warnings, the error that ended the run, stacks of a crash.
+"""One log file per rank, `logs/rank_00000.log`: messages, warnings, the error that ended the run, and stacks.
 
-The file rotates. Python's writers follow it by themselves; those that only know a file descriptor (faulthandler, which
-writes while the interpreter may be dead) get one that is pointed at the new file at each rotation.
+faulthandler writes the stacks of all threads there when the process crashes in C code, and whenever no phase
+(profiling.py) has begun or ended for `run.stall_s`: from a C thread of its own, so also while C code that hangs keeps
+the interpreter. Nothing is ended here: see rollout/deadline.py.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import logging
-import os
 import sys
-import threading
-from logging.handlers import RotatingFileHandler
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-# A rank writes some kB per hour, and about 50 kB with every dump of its stacks: a file holds weeks, or 200 dumps, and
-# a library that floods the log cannot fill the disk: 60 MB per rank at most.
-MAX_BYTES = 10_000_000
-OLDER_FILES = 5
+from rethinker.runtime import profiling
 
 # Loggers of libraries that keep their messages to themselves.
 _CLOSED_LOGGERS = ("DeepSpeed", "transformers", "vllm")
 
 
-class RankLog:
-    """`with RankLog(...) as log:` sends this process's messages to its file; on rank 0 warnings also to stderr."""
+class _RankFile(logging.FileHandler):
+    """The log that `rank_log` has opened, for `follow` to find."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        """Args:
-        folder: the run's `logs`; it is made.
-        rank: names the file.
-        """
-        self.path = folder / f"rank_{rank:05d}.log"
-        self._rank = rank
 
-    def __enter__(self) -> RankLog:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = _RankFile(self.path, self._rank)
-        self.descriptor = self._file.descriptor
-        self._handlers: list[logging.Handler] = [self._file]
-        if self._rank == 0:
-            self._handlers.append(screen := logging.StreamHandler())
-            screen.setLevel(logging.WARNING)
-        root = logging.getLogger()
-        for handler in self._handlers:
-            root.addHandler(handler)
-        follow(*_CLOSED_LOGGERS)
-        logging.captureWarnings(True)
-        self._had_faulthandler = faulthandler.is_enabled()
-        faulthandler.enable(file=self.descriptor)
-        self._hook, threading.excepthook = threading.excepthook, self._thread_ended
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self._file.note(logging.CRITICAL, f"ended by {kind.__name__}: {error}", error)
-        threading.excepthook = self._hook
-        faulthandler.enable(file=sys.__stderr__) if self._had_faulthandler else faulthandler.disable()
+@contextmanager
+def rank_log(folder: Path, rank: int, stall_s: float) -> Iterator[Path]:
+    """Within, this process's messages and stacks go to its file in `folder`; on rank 0 warnings also to stderr."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, root = folder / f"rank_{rank:05d}.log", logging.getLogger()
+    file, screen = _RankFile(path, encoding="utf-8"), logging.StreamHandler()
+    form = f"%(asctime)s.%(msecs)03d rank {rank} %(levelname)s %(name)s: %(message)s"
+    file.setFormatter(logging.Formatter(form, datefmt="%Y-%m-%dT%H:%M:%S"))
+    screen.setLevel(logging.WARNING)
+    root.addHandler(file)
+    if rank == 0:
+        root.addHandler(screen)
+    follow(*_CLOSED_LOGGERS)
+    logging.captureWarnings(True)
+    was_enabled = faulthandler.is_enabled()
+    stacks = path.open("a")  # of its own: a library that configures logging closes the handler's, which opens it again
+    faulthandler.enable(file=stacks)
+    put_off = partial(faulthandler.dump_traceback_later, stall_s, repeat=True, file=stacks)
+    profiling.on_progress.append(put_off)
+    put_off()
+    try:
+        yield path
+    except BaseException as error:
+        root.removeHandler(screen)  # the screen gets it from Python itself
+        logging.getLogger("rethinker").critical("ended by %s: %s", type(error).__name__, error, exc_info=error)
+        raise
+    finally:
+        profiling.on_progress.remove(put_off)
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.enable(file=sys.__stderr__) if was_enabled else faulthandler.disable()
         logging.captureWarnings(False)
-        for name in (None, *_CLOSED_LOGGERS):
-            for handler in self._handlers:
-                logging.getLogger(name).removeHandler(handler)
-        self._file.close()
-        os.close(self.descriptor)
-
-    def _thread_ended(self, happened: threading.ExceptHookArgs) -> None:
-        if happened.exc_value is not None:
-            name = happened.thread.name if happened.thread else "?"
-            self._file.note(logging.ERROR, f"thread {name} ended by an error", happened.exc_value)
-        self._hook(happened)
+        for logger in map(logging.getLogger, (None, *_CLOSED_LOGGERS)):
+            logger.removeHandler(file)
+        root.removeHandler(screen)
+        file.close()
+        stacks.close()
 
 
 def follow(*names: str) -> None:
@@ -77,23 +69,3 @@ def follow(*names: str) -> None:
         if isinstance(handler, _RankFile):
             for name in names:
                 logging.getLogger(name).addHandler(handler)  # a second time does nothing
-
-
-class _RankFile(RotatingFileHandler):
-    """The rotating file, and a descriptor that stays valid over rotations."""
-
-    def __init__(self, path: Path, rank: int) -> None:
-        super().__init__(path, maxBytes=MAX_BYTES, backupCount=OLDER_FILES, encoding="utf-8")
-        form = f"%(asctime)s.%(msecs)03d rank {rank} %(levelname)s %(name)s: %(message)s"
-        self.setFormatter(logging.Formatter(form, datefmt="%Y-%m-%dT%H:%M:%S"))
-        self.descriptor = os.dup(self.stream.fileno())  # appends too, so the writers do not overwrite each other
-
-    def doRollover(self) -> None:
-        """Start a new file; whoever holds the descriptor writes there from now on, without a moment in between."""
-        super().doRollover()
-        os.dup2(self.stream.fileno(), self.descriptor, inheritable=False)
-
-    def note(self, level: int, message: str, error: BaseException) -> None:
-        """Write a message with an error's traceback to this file only: the screen gets it from Python itself."""
-        trace = (type(error), error, error.__traceback__)
-        self.handle(logging.LogRecord("rethinker", level, __file__, 0, message, (), trace))

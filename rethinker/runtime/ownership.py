@@ -16,10 +16,7 @@ from rethinker.samples import Bundle, Completion, Group, Query, RemoteCompletion
 def share(mine: list[Group], queries: Sequence[Query], first_number: int, ranks: Ranks) -> list[Group]:
     """The episode's groups in the order of its queries, on every rank: its own whole, those of others in outline.
 
-    Args:
-        mine: this rank's groups, with rewards: of queries[rank::world_size].
-        queries: the episode's, the same on every rank; they are not sent.
-        first_number: `Group.number` of the first.
+    `mine` are this rank's, with rewards: of queries[rank::world_size]. The queries, the same everywhere, are not sent.
     """
 
     def outline(group: Group) -> Group:

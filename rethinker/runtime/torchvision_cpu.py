@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
@@ -41,41 +42,26 @@ def make_importable() -> None:
 
 
 def child_environment() -> dict[str, str]:
-    """Environment variables under which every Python started from here (vLLM's own processes) makes torchvision
-    importable for itself.
-
-    Returns:
-        `{"PYTHONPATH": ...}`: the present one with the folder of our `sitecustomize` in front.
-    """
+    """The PYTHONPATH with our `sitecustomize` in front, under which every Python started from here (vLLM's own
+    processes) makes torchvision importable for itself."""
     folders = [str(SITE_FOLDER), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(folders))}
 
 
 def declare_operators(package: Path) -> None:
-    """Declare the schemas that torchvision's import needs, if neither its own library nor anybody else has done so.
-
-    Args:
-        package: torchvision's folder.
-    """
+    """Declare what torchvision's import needs, if neither its own library, in its folder `package`, nor anybody did."""
     global _library
     import torch
 
     def declared(name: str) -> bool:
         return hasattr(torch.ops.torchvision, name)
 
-    if declared("nms") or any(_loads(path) for path in package.glob("_C*.so")):
+    for library in () if declared("nms") else package.glob("_C*.so"):
+        with suppress(OSError):  # it needs CUDA's
+            torch.ops.load_library(str(library))
+    if declared("nms"):
         return
     _library = torch.library.Library("torchvision", "FRAGMENT")
     for name, schema in _SCHEMAS.items():
         if not declared(name):
             _library.define(schema)
-
-
-def _loads(library: Path) -> bool:
-    import torch
-
-    try:
-        torch.ops.load_library(str(library))
-    except OSError:
-        return False
-    return True

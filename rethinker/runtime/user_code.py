@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 import os
@@ -11,16 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rethinker.config import ConfigError, one_line
+from rethinker.config import ConfigError, nearest, one_line
 
 
 def user_file(setting: str, spec: str, shipped: Iterable[str]) -> tuple[Path, str]:
-    """The file and the function's name in `path/to/file.py:function`.
-
-    Args:
-        setting: the setting's name, for errors.
-        spec: its value.
-        shipped: the names that it could have been instead.
+    """The file and the function's name in `path/to/file.py:function`, which a setting has in place of a shipped name.
 
     Raises:
         ConfigError: it is no such text, or there is no such file.
@@ -28,8 +22,7 @@ def user_file(setting: str, spec: str, shipped: Iterable[str]) -> tuple[Path, st
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py"):
         names = sorted(shipped)
-        near = difflib.get_close_matches(spec, names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near}?" if (near := nearest(spec, names)) else ""
         raise ConfigError(f"{setting}={spec}: give {', '.join(names)}, or path/to/file.py:function{hint}")
     path = Path(os.path.expanduser(file))
     if not os.path.isfile(path):
@@ -57,7 +50,7 @@ def user_function(setting: str, spec: str, shipped: Mapping[str, Callable[..., A
     function = getattr(module, name, None)
     if not callable(function):
         names = [n for n, value in vars(module).items() if inspect.isfunction(value)]
-        near = difflib.get_close_matches(name, names, n=1) or names[:1]
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = nearest(name, names) or next(iter(names), None)
+        hint = f"; did you mean {near}?" if near else ""
         raise ConfigError(f"{setting}={spec}: {path} has no function {name!r}{hint}")
     return function

@@ -30,7 +30,7 @@ def test_grpo_keeps_every_sample_in_order(replay):
     groups = step(DIFFER, EQUAL)
     batch = select_batch(groups, name="grpo", pairs=8, replay=replay)
     assert [s.completion for s in batch.samples] == [c for g in groups for c in g.completions]
-    assert (batch.fresh, batch.replayed, batch.effective_query_ratio, len(replay)) == (8, 0, 0.5, 0)
+    assert (batch.replayed, batch.effective_query_ratio, len(replay)) == (0, 0.5, 0)
 
 
 def test_filter_shrinks_the_batch(replay):
@@ -38,7 +38,7 @@ def test_filter_shrinks_the_batch(replay):
     for effective in range(5):
         groups = step(*[DIFFER] * effective, *[EQUAL] * (4 - effective))
         batch = select_batch(groups, name="filter", pairs=16, replay=replay)
-        assert (len(batch.samples), batch.fresh, batch.replayed) == (4 * effective, 4 * effective, 0)
+        assert (len(batch.samples), batch.replayed) == (4 * effective, 0)
         assert batch.effective_query_ratio == effective / 4
         assert all(s.advantage != 0 for s in batch.samples)
     assert len(replay) == 0
@@ -57,29 +57,29 @@ def test_ssr_refills_to_exactly_n(replay):
         stored = len(replay)
         batch = select_batch(groups, name="ssr", pairs=16, replay=replay)
         assert len(batch.samples) == 16
-        assert (batch.fresh, batch.replayed) == (4 * effective, 16 - 4 * effective)
-        assert batch.replay_fraction == 1 - effective / 4
+        assert batch.replayed == 16 - 4 * effective
+        assert batch.metrics(replay)["replay_fraction"] == 1 - effective / 4
         assert len(replay) == stored + 4 * effective
         assert all(s.advantage != 0 for s in batch.samples)
-        assert {s.query.id.split(".")[0] for s in batch.samples[: batch.fresh]} <= {str(number)}
+        assert {s.query.id.split(".")[0] for s in batch.samples[: 4 * effective]} <= {str(number)}
 
 
 def test_ssr_draws_after_the_effective_samples_entered(replay):
     """In the very first step the only samples to draw are the step's own."""
     batch = select_batch(step(DIFFER, EQUAL, EQUAL), name="ssr", pairs=12, replay=replay)
-    assert (batch.fresh, batch.replayed) == (4, 8) and {s.query.id for s in batch.samples} == {"0"}
+    assert batch.replayed == 8 and {s.query.id for s in batch.samples} == {"0"}
 
 
 def test_ssr_with_nothing_to_draw_trains_the_smaller_batch(replay):
     """No effective sample and an empty buffer: an empty batch, at once."""
     batch = select_batch(step(EQUAL, EQUAL), name="ssr", pairs=8, replay=replay)
-    assert (batch.samples, batch.fresh, batch.replayed, batch.replay_fraction) == ([], 0, 0, 0.0)
+    assert (batch.samples, batch.replayed) == ([], 0)
 
 
 def test_ssr_never_draws_a_negative_number(replay):
     """More effective samples than N: all are trained and none is drawn."""
     batch = select_batch(step(DIFFER, DIFFER), name="ssr", pairs=6, replay=replay)
-    assert (batch.fresh, batch.replayed) == (8, 0)
+    assert (len(batch.samples), batch.replayed) == (8, 0)
 
 
 def test_replayed_samples_keep_their_stored_values(replay):
@@ -95,21 +95,20 @@ def test_replayed_samples_keep_their_stored_values(replay):
 
 
 def test_metrics_of_a_batch(replay):
-    """The histogram counts every trained sample once, zeros in the first bin; means are by origin."""
+    """The histogram counts every trained sample once, zeros in the first bin."""
     select_batch(step([1.0, 0.0, 0.0, 0.0]), name="ssr", pairs=4, replay=replay)
     batch = select_batch(step(DIFFER, EQUAL), name="ssr", pairs=8, replay=replay)
     seen = batch.metrics(replay)
     assert seen["trained_pairs"] == 8 == sum(seen["advantage_histogram"]) and seen["advantage_histogram"][0] == 0
     assert (seen["replay_fraction"], seen["replay_size"], seen["effective_query_ratio"]) == (0.5, 8, 0.5)
-    fresh, replayed = (seen[f"advantage_abs_mean_{kind}"] for kind in ("fresh", "replayed"))
-    assert fresh == pytest.approx(3**0.5 / 2, rel=1e-5) and seen["advantage_abs_mean"] == pytest.approx(
-        (fresh + replayed) / 2
-    )
-    assert 0 <= seen["replay_age_mean"] <= 1 and seen["replay_bytes"] > 0
+    sizes = [abs(sample.advantage) for sample in batch.samples]
+    assert sum(sizes[:4]) / 4 == pytest.approx(3**0.5 / 2, rel=1e-5)
+    assert seen["advantage_abs_mean"] == pytest.approx(sum(sizes) / 8)
+    assert 0 <= seen["replay_age_mean"] <= 1
     all_of_them = select_batch(step(DIFFER, EQUAL), name="grpo", pairs=8, replay=replay).metrics(replay)
     assert all_of_them["advantage_histogram"] == [4, 0, 4, 0, 0, 0]
     none = select_batch([], name="filter", pairs=8, replay=replay).metrics(replay)
-    assert none["advantage_abs_mean"] == none["advantage_abs_mean_replayed"] == 0 == sum(none["advantage_histogram"])
+    assert none["advantage_abs_mean"] == 0 == sum(none["advantage_histogram"])
 
 
 def test_no_groups(replay):

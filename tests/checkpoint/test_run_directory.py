@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from rethinker.checkpoint import run_directory
 from rethinker.checkpoint.run_directory import RunDirectory
 from rethinker.config import Config, ConfigError, RunConfig
 from rethinker.runtime import completions
@@ -132,18 +131,11 @@ def test_a_run_never_writes_into_another(config):
 
 
 def test_a_run_that_never_started_leaves_nothing(config, tmp_path):
-    """An error before the first step removes the folder, and the parents it made; later errors remove nothing."""
+    """A mistake that is found before the first step removes the folder; other errors remove nothing."""
     with pytest.raises(ConfigError), RunDirectory(config) as run:
         run.write_completions(0, groups())
         raise ConfigError("data.train=...")
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(RuntimeError), RunDirectory(config):
-        raise RuntimeError("no engine")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "a" / "runs").mkdir(parents=True)
-    with pytest.raises(ConfigError), RunDirectory(config):
-        raise ConfigError("data.train=...")
-    assert (tmp_path / "a" / "runs").is_dir() and not run.folder.exists()  # the user's folder stays
+    assert list((tmp_path / "a" / "runs").iterdir()) == []
     with pytest.raises(RuntimeError), RunDirectory(config) as run:
         run.write_completions(0, groups())
         raise RuntimeError("the first step failed")
@@ -251,7 +243,6 @@ def test_a_failing_tracker_does_not_end_the_run(config, monkeypatch, caplog):
 
     module = SimpleNamespace(init=lambda **options: SimpleNamespace(log=lost, finish=lambda: calls.append("closed")))
     monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.setattr(run_directory, "find_spec", lambda name: object())
     config.run.trackers = ["wandb"]
     with RunDirectory(config) as run:
         run.open_logs({})
@@ -284,18 +275,8 @@ def test_optional_trackers_get_the_same_numbers(config, monkeypatch, tracker):
     )
     module = SimpleNamespace(init=lambda **options: calls.append(options["config"]["seed"]) or run)
     monkeypatch.setitem(sys.modules, tracker, module)
-    monkeypatch.setattr(run_directory, "find_spec", lambda name: object())
     config.run.trackers = [tracker]
     with RunDirectory(config) as directory:
         directory.open_logs({})
         directory.log({"step": 1, "loss": 0.5, "kl": None})
     assert calls == [0, (1, {"loss": 0.5}), "finished"]
-
-
-def test_a_missing_tracker_names_its_extra(config, monkeypatch, tmp_path):
-    """A tracker that is not installed is refused before anything is written."""
-    monkeypatch.setattr(run_directory, "find_spec", lambda name: None)
-    config.run.trackers = ["wandb"]
-    with pytest.raises(ConfigError, match=r"run.trackers=wandb.*\[wandb\]"):
-        RunDirectory(config)
-    assert list(tmp_path.iterdir()) == []

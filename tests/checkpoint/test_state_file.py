@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rethinker.checkpoint.random_state import random_state, set_random_state
+from rethinker.checkpoint.resume import random_state, set_random_state
 from rethinker.checkpoint.state_file import read_state, write_state
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec="utf-8"))

@@ -299,7 +299,7 @@ def test_empty_and_damaged_files(tmp_path):
     [
         ({}, r"data\.streaming=true .*set train\.max_steps"),
         ({"train.max_steps": 3, "policy.model": "tiny"}, r"policy\.model=tiny .*give a model folder"),
-        ({"data.shuffle_buffer": 0}, r"data\.shuffle_buffer=0 must be at least 1"),
+        ({"data.shuffle_buffer": 0}, r"data\.shuffle_buffer=0 must be greater than or equal to 1"),
     ],
 )
 def test_settings_that_need_all_questions(overrides, message):

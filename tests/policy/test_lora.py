@@ -154,8 +154,8 @@ def test_a_layer_that_is_not_there_is_refused_before_anything_starts(tiny_folder
 def test_settings_that_cannot_work():
     """A negative rank, no alpha, and layers without a rank are refused; 0 and null are off."""
     for options, words in (
-        ({"policy.lora.rank": -1}, r"policy\.lora\.rank=-1 must be at least 0"),
-        ({"policy.lora.rank": 8, "policy.lora.alpha": 0.0}, r"policy\.lora\.alpha=0\.0 must be positive"),
+        ({"policy.lora.rank": -1}, r"policy\.lora\.rank=-1 must be greater than or equal to 0"),
+        ({"policy.lora.rank": 8, "policy.lora.alpha": 0.0}, r"policy\.lora\.alpha=0\.0 must be greater than 0"),
         ({"policy.lora.target_modules": ["q_proj"]}, r"target_modules=\['q_proj'\] needs policy\.lora\.rank"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
-from rethinker.runtime.display import Display, _duration, progress
+from rethinker.runtime.display import Display, progress
 from rethinker.samples import RunResult
 
 
@@ -70,10 +67,9 @@ def test_the_summary_says_what_was_learned(capsys):
     before, after = accuracy(0.5, color=0.2, shape=0.8), accuracy(0.5625, color=0.3, shape=0.8)
     Display(20).summary(finished([0.3, 0.5, *[0.9] * 16, 0.6, 0.8], before, after))
     shown = capsys.readouterr().out
-    assert "20 steps in 0 s" in shown
+    assert "20 steps in 0:00:00" in shown
     assert "sampled reward   0.400 -> 0.700  (mean of the first and last 2 steps)" in shown
     assert "greedy accuracy  0.500 -> 0.562  (+6.2 points on 512 held-out questions)" in shown
-    assert "color" in shown and "0.200 -> 0.300" in shown
     assert "runs/x/checkpoints/best" in shown and shown.rstrip().endswith("runs/x")
 
 
@@ -86,23 +82,10 @@ def test_the_summary_of_a_run_without_steps_or_validation(capsys):
     assert "greedy" not in shown
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress_passes_everything_on(terminal, capsys, monkeypatch):
-    """Progress yields the items unchanged and shows the way: a bar on a terminal, a few lines elsewhere."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+def test_progress_passes_everything_on(capsys):
+    """Progress yields the items unchanged and shows how far it is."""
     assert list(progress(range(50), "warm-up")) == list(range(50))
     assert list(progress(iter([7]), "one", total=1)) == [7]
     assert list(progress([], "none")) == []
     shown = capsys.readouterr().out
-    assert "warm-up" in shown and ("100%" if terminal else "50/50") in shown
-    if not terminal:
-        assert [line.split("  ")[0] for line in shown.splitlines()] == [
-            *(f"warm-up: {n}/50" for n in (10, 20, 30, 40, 50)),
-            "one: 1/1",
-        ]
-
-
-def test_durations():
-    """Durations are shown in the unit that fits."""
-    shown = ["0 s", "59 s", "1 min 00 s", "6 min 05 s", "2 h 05 min"]
-    assert [_duration(s) for s in (0.4, 59.4, 59.6, 365, 7500)] == shown
+    assert "warm-up: 100%" in shown and "one: 100%" in shown

@@ -77,7 +77,6 @@ def main(folder: str) -> None:
         "collectives_at_home": collectives[0] - in_steps,
         "groups": groups,
         "collected": whole,
-        "replay_bytes": replay.nbytes,
     }
     (Path(folder) / str(ranks.rank)).write_bytes(pickle.dumps(seen))
     distributed.stop()
