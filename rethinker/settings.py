@@ -23,7 +23,9 @@ from rethinker.ranges import Range, in_words, range_of
 LONGEST_YAML = 2**20
 DEEPEST_RECIPE = 32
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "data.shuffle_buffer": "data.streaming shuffles all rows, whose places alone are held; leave it out"
+}
 """Of a setting that was renamed or removed: what to write instead."""
 
 

@@ -24,9 +24,9 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from rethinker.config import ConfigError, DataConfig, WarmupConfig
-from rethinker.data.image_cache import cache_folder
 from rethinker.data.images import image_key
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.query_stream import QueryStream
@@ -45,17 +45,14 @@ Shown = Mapping[Hashable, tuple[str, str]]
 # whatever the seed and the machine, and clearly less than always, so that samples are sometimes right.
 NOT_OVERLOOKED = 0.65
 
-# Written last: a folder without it is not a finished model.
-_RECORD = "warmup.json"
-
 
 def warmed_up_tiny(
     warmup: WarmupConfig,
     data: DataConfig,
     queries: list[Query],
+    cache: Path,
     *,
     size: TinySize = DEFAULT_SIZE,
-    cache: Path | None = None,
 ) -> Path:
     """The tiny model after its warm-up, from the cache or made now.
 
@@ -66,8 +63,8 @@ def warmed_up_tiny(
         warmup: steps, batch size, learning rate, share of the images, seed.
         data: the prompt and the category weights that reinforcement learning will use too.
         queries: the training questions.
+        cache: where finished models live.
         size: the model's sizes.
-        cache: where finished models live; by default the `cache_folder`.
 
     Returns:
         A folder in Hugging Face format.
@@ -75,15 +72,14 @@ def warmed_up_tiny(
     Raises:
         ConfigError: no question that fits the prompt's limits, or a cache that cannot be written.
     """
-    cache = cache or cache_folder()
     given = {name: value for name, value in asdict(data).items() if not name.startswith("validation")}
     settings = {"warmup": asdict(warmup), "size": asdict(size), "data": given}
     folder = cache / f"tiny-{_digest(settings, queries)}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not (folder / _RECORD).is_file():
-                _build(folder, warmup, data, size, queries, settings)
+            if not folder.is_dir():
+                _build(folder, warmup, data, size, queries)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"RETHINKER_CACHE={cache}: the warmed-up model cannot be written there ({error}); "
@@ -92,13 +88,10 @@ def warmed_up_tiny(
     return folder
 
 
-def _build(
-    folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize, queries: list[Query], settings: dict
-) -> None:
+def _build(folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize, queries: list[Query]) -> None:
     """Make the model in a folder beside its place and move it there whole."""
     partial = folder.with_name(f".{folder.name}.partial")
-    for leftover in (partial, folder):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         shown = describe_images(queries)
         texts = [text for q in queries for text in (q.question, response_text(q, _description(q, shown)))]
@@ -114,7 +107,6 @@ def _build(
             model.eval()
             model.save_pretrained(partial)
             processor.save_pretrained(partial)
-        (partial / _RECORD).write_text(json.dumps(settings, indent=2))
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -192,15 +184,14 @@ def _learn_to_answer(model, encoder: PromptEncoder, lessons: list[Query], shown:
         prompts = [encoder.encode(query).token_ids for query in batch]
         texts = [response_text(_as_taught(query, rng), _description(query, shown)) for query in batch]
         responses = [[*ids, end] for ids in encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-        input_ids = torch.full((len(batch), max(lengths)), encoder.tokenizer.pad_token_id)  # [B, L]
-        taught = torch.zeros(len(batch), max(lengths), dtype=torch.bool)  # [B, L]: tokens of the responses
-        for row, (prompt, response, length) in enumerate(zip(prompts, responses, lengths, strict=True)):
-            input_ids[row, :length] = torch.tensor(prompt + response)
-            taught[row, len(prompt) : length] = True
+        rows = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses, strict=True)]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=encoder.tokenizer.pad_token_id)  # [B, L]
+        # [B, L]: tokens of the responses.
+        is_response = [torch.arange(len(row)) >= len(prompt) for row, prompt in zip(rows, prompts, strict=True)]
+        taught = pad_sequence(is_response, batch_first=True)
         hidden = model.model(
             input_ids=input_ids,
-            attention_mask=(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long(),
+            attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             mm_token_type_ids=(input_ids == model.config.image_token_id).long(),
             use_cache=False,
             **joined([encoder.pixels(query) for query in batch]),

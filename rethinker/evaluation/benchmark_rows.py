@@ -69,7 +69,9 @@ def benchmark_queries(benchmark: Benchmark, data: str | None = None) -> tuple[li
     for file in files:
         table = open_table(str(file), "", "--data")
         _check_columns(benchmark, table.columns, file)
-        for number, row in enumerate(table.rows):
+        for number, row in enumerate(table.rows()):
+            if isinstance(row, ConfigError):
+                raise row
             name = str(row.get(benchmark.fields.id, f"{file.stem}/{number}"))
             try:
                 query = _query(benchmark, name, row, folder)
