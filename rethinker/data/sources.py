@@ -1,8 +1,7 @@
 """Rows of a data set, wherever it lies: a .parquet or .jsonl file, a folder, or a Hugging Face data set name.
 
-Rows are read by their place, a few at a time. A .parquet file is held in memory; with `data.streaming` it is copied to
-the disk once, uncompressed, by `datasets`, and mapped from there, as folders and names always are. A .jsonl file stays
-where it is.
+Rows are read by their place, a few at a time. With `data.streaming` the library `datasets` copies a .parquet file once,
+uncompressed, to its cache and maps it from there, as it does folders and names.
 """
 
 from __future__ import annotations
@@ -10,9 +9,11 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import lru_cache
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ class Table:
     columns: list[str]
     size: int
     folder: Path | None
-    read: Callable[[int, int], list[dict[str, Any]]]
-    """The rows from one place up to another; raises what the library raises on damaged ones."""
+    read: Callable[[int, int], list[Row]]
+    """The rows from one place up to another; raises what the library raises on damaged data."""
 
     def rows(self) -> Iterator[Row]:
         """All rows in their order."""
@@ -42,14 +43,11 @@ class Table:
             yield from self.between(start, min(start + CHUNK, self.size))
 
     def between(self, start: int, stop: int) -> list[Row]:
-        """The rows of these places; one that cannot be read costs no other."""
+        """The rows of these places; raises ConfigError if the data is damaged."""
         try:
             return self.read(start, stop)
-        except ConfigError as error:
-            alone: Row = error
-        except Exception as error:  # one value that is not what its column says, such as a text that is no UTF-8
-            alone = ConfigError(f"{self.where}: row {start} cannot be read ({one_line(error)})")
-        return [alone] if stop == start + 1 else [row for i in range(start, stop) for row in self.between(i, i + 1)]
+        except Exception as error:
+            raise ConfigError(f"{self.where}: damaged data ({one_line(error)})") from error
 
 
 def open_table(name: str, split: str, setting: str, streaming: bool = False) -> Table:
@@ -85,17 +83,47 @@ def open_table(name: str, split: str, setting: str, streaming: bool = False) -> 
 
 
 def _parquet(path: Path, where: str, streaming: bool) -> Table:
-    if streaming:
-        return _arrow(_library().Dataset.from_parquet(str(path)).with_format("arrow"), where, path.parent)
-    from pyarrow import parquet
+    """A file row group by row group, or the library's copy of it. Arrow would keep the memory that this took."""
+    from pyarrow import default_memory_pool, parquet
 
-    with parquet.ParquetFile(path) as file:
-        return _arrow(file.read(), where, path.parent)
+    if streaming:
+        copy = _library().Dataset.from_parquet(str(path)).with_format("arrow")
+        default_memory_pool().release_unused()
+        return _arrow(copy, where, path.parent)
+    file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+    firsts = [0, *accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))]
+    group = lru_cache(1)(lambda i: file.read_row_group(i, use_threads=False))
+
+    def read(start: int, stop: int) -> list[Row]:
+        i = bisect_right(firsts, start) - 1
+        rows = _listed(group(i)[start - firsts[i] :][: stop - start], where, start)
+        if stop == firsts[-1]:
+            group.cache_clear()
+            default_memory_pool().release_unused()
+        return rows if start + len(rows) == stop else rows + read(start + len(rows), stop)
+
+    return Table(where, file.schema_arrow.names, firsts[-1], path.parent, read)
 
 
 def _arrow(table: Any, where: str, folder: Path | None) -> Table:
-    """A table of Arrow's, or a data set of the library's that gives such ones: images stay encoded in both."""
-    return Table(where, table.column_names, len(table), folder, lambda start, stop: table[start:stop].to_pylist())
+    """A data set of the library's that gives tables of Arrow's, in which images stay encoded."""
+    return Table(
+        where,
+        table.column_names,
+        len(table),
+        folder,
+        lambda start, stop: _listed(table[start:stop], where, start),
+    )
+
+
+def _listed(table: Any, where: str, first: int) -> list[Row]:
+    """Rows of Arrow's as Python's; one value that is not what its column says costs its row alone."""
+    try:
+        return table.to_pylist()
+    except Exception as error:  # such as a text that is no UTF-8
+        if len(table) == 1:
+            return [ConfigError(f"{where}: row {first} cannot be read ({one_line(error)})")]
+        return [row for i in range(len(table)) for row in _listed(table[i : i + 1], where, first + i)]
 
 
 def _jsonl(path: Path, where: str, streaming: bool) -> Table:
@@ -109,8 +137,8 @@ def _jsonl(path: Path, where: str, streaming: bool) -> Table:
             if line.strip():
                 places.append((number, start, end))
 
-    def read(start: int, stop: int) -> list[dict[str, Any]]:
-        return [_json_row(content[first:end], f"{where}: ", number) for number, first, end in places[start:stop]]
+    def read(start: int, stop: int) -> list[Row]:
+        return [_json_row(content[first:end], where, number) for number, first, end in places[start:stop]]
 
     table = Table(where, [], len(places), path.parent, read)
     rows = list(islice(table.rows(), PEEKED if streaming else None))
@@ -120,15 +148,15 @@ def _jsonl(path: Path, where: str, streaming: bool) -> Table:
     return Table(where, columns, len(places), path.parent, read)
 
 
-def _json_row(line: bytes, where: str, number: int) -> dict[str, Any]:
+def _json_row(line: bytes, where: str, number: int) -> Row:
     try:
         row = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}line {number} is not JSON ({error.msg})") from error
+        return ConfigError(f"{where}: line {number} is not JSON ({error.msg})")
     except (ValueError, RecursionError) as error:  # no UTF-8, a number of 5,000 digits, a thousand brackets
-        raise ConfigError(f"{where}not a readable .jsonl file (line {number}: {one_line(error)})") from error
+        return ConfigError(f"{where}: not a readable .jsonl file (line {number}: {one_line(error)})")
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}line {number} is not a JSON object with a column per key")
+        return ConfigError(f"{where}: line {number} is not a JSON object with a column per key")
     return row
 
 

@@ -116,7 +116,7 @@ def test_a_damaged_file_is_one_line(tmp_path):
     content = bytearray((tmp_path / "rows.parquet").read_bytes())
     content[100:2000] = bytes(1900)
     (tmp_path / "rows.parquet").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"data\.train=.*rows\.parquet: not a readable \.parquet file"):
+    with pytest.raises(ConfigError, match=r"data\.train=.*rows\.parquet: damaged data"):
         load_queries(DataConfig(train=str(tmp_path / "rows.parquet")), "train")
 
 
