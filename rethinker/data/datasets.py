@@ -191,7 +191,7 @@ class Reader:
     def nothing(self) -> ConfigError:
         """The error of a data set of which no query is left."""
         if not self._left_out:
-            return self._first_bad or ConfigError(f"{self.where}: the data set is empty")
+            return ConfigError(str(self._first_bad or f"{self.where}: the data set is empty"))
         settings = [f"data.validation_share={self.config.validation_share:g}"] * (self.config.validation == SPLIT)
         settings += [f"data.pass_rate={self._rate}"] * (self._rate is not None)
         return ConfigError(

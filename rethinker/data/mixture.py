@@ -51,7 +51,7 @@ def of_source(name: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise type(error)(f"data.sources.{name}: {error}") from error
+        raise ConfigError(f"data.sources.{name}: {error}") from error
 
 
 def _source(name: str, entry: Any, config: DataConfig) -> DataConfig:

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -96,7 +94,7 @@ def _build(folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize,
         shown = describe_images(queries)
         texts = [text for q in queries for text in (q.question, response_text(q, _description(q, shown)))]
         create_tiny(partial, warmup.seed, texts=texts, size=size)
-        with _all_cores(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(warmup.seed)
             processor, model = load_processor(partial), load_model(partial, torch.float32)
             encoder = PromptEncoder(processor, data)
@@ -213,18 +211,6 @@ def _update(optimizer: torch.optim.AdamW, loss: torch.Tensor, warmup: WarmupConf
     loss.backward()
     torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.step()
-
-
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    """Use the machine's cores, up to 8: torchrun leaves each rank one thread, but only this rank works now."""
-    threads = torch.get_num_threads()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(threads, min(8, usable)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _digest(settings: dict, queries: list[Query]) -> str:
