@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rethinker.config import Config, ConfigError, DataConfig, nearest
 from rethinker.data.datasets import SPLIT, load_queries
-from rethinker.data.mixture import source_configs
+from rethinker.data.mixture import OF_A_SOURCE, source_configs
 from rethinker.data.subsets import Side
 from rethinker.embedded.digits import digits
 from rethinker.embedded.easy_vqa import easy_vqa
@@ -46,11 +46,9 @@ def as_files(data: DataConfig, which: Side) -> DataConfig:
         file = _file(data.validation, "test", "data.validation")
         return replace(data, validation=file, fields={}) if file else data
     sources = {name: as_files(own, "train") for name, own in source_configs(data).items()}
-    if any(own.train != data.sources[name]["train"] for name, own in sources.items()):
+    if sources:
         entries = {
-            name: data.sources[name]
-            | {"train": own.train, "fields": own.fields}
-            | ({} if own.image_root is None else {"image_root": own.image_root})
+            name: data.sources[name] | {field: v for field in OF_A_SOURCE if (v := getattr(own, field)) is not None}
             for name, own in sources.items()
         }
         return replace(data, sources=entries, fields={})
