@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -44,18 +43,21 @@ class Unread(Sequence[Query | None]):
     """
 
     def __init__(self, readers: dict[str, Reader]) -> None:
-        ends = list(accumulate(reader.table.size for reader in readers.values()))
-        self._parts = list(zip(readers.items(), [0, *ends], strict=False))
-        self._ends = ends
+        self._readers = readers
+        ends = accumulate(reader.table.size for reader in readers.values())
+        self.members = {
+            name: range(end - reader.table.size, end) for (name, reader), end in zip(readers.items(), ends, strict=True)
+        }
+        """The places of each data set."""
         self.places: dict[str, int] = {}
         """Of the queries read so far, by id."""
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return sum(map(len, self.members.values()))
 
     def __getitem__(self, place: int) -> Query | None:
-        (name, reader), first = self._parts[bisect_right(self._ends, place)]
-        query = reader.at(place - first)
+        name, own = next((name, own) for name, own in self.members.items() if place in own)
+        query = self._readers[name].at(place - own.start)
         if query is None:
             return None
         query = replace(query, id=f"{name}/{query.id}") if name else query
@@ -75,14 +77,12 @@ class StreamedQueries(QueryStream):
         for name, own in (source_configs(config) or {"": config}).items():
             with of_source(name) if name else nullcontext():
                 readers[name] = _reader(own)
+        rows = Unread(readers)
+        super().__init__(rows, seed=seed, category_weights=source_weights(config), members=rows.members)
         columns = {name: sorted(reader.table.columns) for name, reader in readers.items()}
-        unread, first, members = Unread(readers), 0, {}
-        for name, reader in readers.items():
-            members[name], first = range(first, first + reader.table.size), first + reader.table.size
-        super().__init__(unread, seed=seed, category_weights=source_weights(config), members=members)
-        places = range(0, first, max(1, first // COMPARED))
-        some = fingerprint(query for query in map(unread.__getitem__, places) if query)
-        self._fingerprint = hashlib.sha256(json.dumps([columns, some]).encode()).hexdigest()
+        some = map(rows.__getitem__, range(0, len(rows), max(1, len(rows) // COMPARED)))
+        content = json.dumps([columns, fingerprint(query for query in some if query)])
+        self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """Of the columns and some of the rows."""

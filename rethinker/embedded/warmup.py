@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +24,6 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from rethinker.config import ConfigError, DataConfig, WarmupConfig
 from rethinker.data.images import image_key
@@ -94,7 +95,7 @@ def _build(folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize,
         shown = describe_images(queries)
         texts = [text for q in queries for text in (q.question, response_text(q, _description(q, shown)))]
         create_tiny(partial, warmup.seed, texts=texts, size=size)
-        with torch.random.fork_rng(devices=[]):
+        with _all_cores(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(warmup.seed)
             processor, model = load_processor(partial), load_model(partial, torch.float32)
             encoder = PromptEncoder(processor, data)
@@ -182,14 +183,15 @@ def _learn_to_answer(model, encoder: PromptEncoder, lessons: list[Query], shown:
         prompts = [encoder.encode(query).token_ids for query in batch]
         texts = [response_text(_as_taught(query, rng), _description(query, shown)) for query in batch]
         responses = [[*ids, end] for ids in encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        rows = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses, strict=True)]
-        input_ids = pad_sequence(rows, batch_first=True, padding_value=encoder.tokenizer.pad_token_id)  # [B, L]
-        # [B, L]: tokens of the responses.
-        is_response = [torch.arange(len(row)) >= len(prompt) for row, prompt in zip(rows, prompts, strict=True)]
-        taught = pad_sequence(is_response, batch_first=True)
+        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+        input_ids = torch.full((len(batch), max(lengths)), encoder.tokenizer.pad_token_id)  # [B, L]
+        taught = torch.zeros(len(batch), max(lengths), dtype=torch.bool)  # [B, L]: tokens of the responses
+        for row, (prompt, response, length) in enumerate(zip(prompts, responses, lengths, strict=True)):
+            input_ids[row, :length] = torch.tensor(prompt + response)
+            taught[row, len(prompt) : length] = True
         hidden = model.model(
             input_ids=input_ids,
-            attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            attention_mask=(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long(),
             mm_token_type_ids=(input_ids == model.config.image_token_id).long(),
             use_cache=False,
             **joined([encoder.pixels(query) for query in batch]),
@@ -211,6 +213,17 @@ def _update(optimizer: torch.optim.AdamW, loss: torch.Tensor, warmup: WarmupConf
     loss.backward()
     torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.step()
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Use the machine's cores, up to 8: torchrun leaves each rank one thread, but only this rank works now."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, min(8, len(os.sched_getaffinity(0)))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _digest(settings: dict, queries: list[Query]) -> str:

@@ -125,8 +125,7 @@ def test_bad_rows_are_passed_over_and_counted(tmp_path, caplog):
     (said,) = [record.message for record in caplog.records]
     assert said.startswith("left out ") and said.endswith("; further rows are only counted")
     assert Counter(ids(drawn)) == {query.id: 2 for query in load_queries(replace(data, streaming=False), "train")}
-    ((_, reader), _) = stream.queries._parts[0]
-    assert Counter(reader.bad.values()) == {"no answer": 1, "damaged row": 1}
+    assert Counter(stream.queries._readers[""].bad.values()) == {"no answer": 1, "damaged row": 1}
     data.max_bad_rows = 0.0025
     with pytest.raises(ConfigError, match=r"of 2 unusable rows of 400; data\.max_bad_rows=0\.0025 allows 1"):
         StreamedQueries(data, 0).next(400)

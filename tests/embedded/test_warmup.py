@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
@@ -131,6 +132,7 @@ def test_the_warmup_never_opens_a_test_image(tmp_path, monkeypatch):
 def test_the_loss_falls(tmp_path, monkeypatch):
     """Thirty steps per stage bring both losses well below their start."""
     losses = []
+    monkeypatch.setattr(module, "_all_cores", contextlib.nullcontext)  # other tests may hold the other cores
     update = module._update
     monkeypatch.setattr(module, "_update", lambda o, loss, *rest: losses.append(loss.item()) or update(o, loss, *rest))
     brief = WarmupConfig(look_steps=30, steps=30, batch_size=16, data_fraction=0.3)
@@ -204,13 +206,13 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
         warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path / "file")
 
 
-def test_the_callers_generator_is_left_alone(tmp_path):
-    """The warm-up does not move torch's generator."""
+def test_the_callers_generator_and_threads_are_left_alone(tmp_path):
+    """The warm-up neither moves torch's generator nor keeps the thread count it borrowed."""
     torch.manual_seed(7)
-    state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     brief = WarmupConfig(look_steps=1, steps=1, batch_size=2, data_fraction=0.16)
     warmed_up_tiny(brief, DATA, QUERIES, tmp_path, size=SMALL)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
 
 
 def test_other_data_without_descriptions_also_warms_up(tmp_path):
