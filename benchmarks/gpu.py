@@ -229,7 +229,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{part.name:14} about {part.seconds:3} s, at most {part.limit} s: {part.about}")
         return 0
     begin = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part's processes are ended too
     found = machine()
     dry = options.dry_run or not found["gpu"]
     if dry:
@@ -282,4 +281,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part's processes are ended too
     sys.exit(main())

@@ -26,10 +26,10 @@ from torch import Tensor
 
 import rethinker_kernels as ours
 from benchmarks import kernel_peers as peers
+from benchmarks import reference
 from benchmarks.ceilings import HEADS, ROWS, SMALL, copy_bytes_per_s, head_products
 from benchmarks.machine import describe
 from benchmarks.timing import Step, kernels_of, measure
-from rethinker_kernels import reference
 
 RESULTS = Path(__file__).parent / "results"
 

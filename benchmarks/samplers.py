@@ -9,12 +9,11 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from rethinker_kernels import SumTree, sum_tree_torch
+from rethinker_kernels import SumTree
 
 BATCH = 512
 
@@ -26,8 +25,9 @@ class Unavailable(Exception):
     """A peer cannot be measured here; the message says why."""
 
 
-def tree_methods(tree: SumTree, weights: Tensor) -> Method:
+def sum_tree(weights: Tensor) -> Method:
     """Ours: the public class."""
+    tree = SumTree(len(weights))
     generator = torch.Generator(tree.device).manual_seed(0)
     tree.update(torch.arange(len(weights)), weights)
     return {
@@ -35,18 +35,6 @@ def tree_methods(tree: SumTree, weights: Tensor) -> Method:
         "sample": lambda: tree.sample(BATCH, generator=generator),
         "sample without replacement": lambda: tree.sample(BATCH, generator=generator, replacement=False),
     }
-
-
-def compiled(weights: Tensor) -> Method:
-    tree = SumTree(len(weights))
-    if tree._ops is sum_tree_torch:
-        raise Unavailable("the C++ sum tree was not compiled; see stderr")
-    return tree_methods(tree, weights)
-
-
-def in_pytorch(weights: Tensor) -> Method:
-    with mock.patch.dict("os.environ", RETHINKER_NATIVE="0"):
-        return tree_methods(SumTree(len(weights)), weights)
 
 
 def multinomial(weights: Tensor) -> Method:
@@ -120,11 +108,10 @@ def sumtree_package(weights: Tensor) -> Method:
 
 
 METHODS: dict[str, Callable[[Tensor], Method]] = {
-    "rethinker C++": compiled,
-    "rethinker PyTorch": in_pytorch,
+    "rethinker C++": sum_tree,
     "torch.multinomial": multinomial,
     "cumsum + searchsorted": searchsorted,
     "torchrl SumSegmentTree": torchrl_tree,
     "sumtree": sumtree_package,
 }
-OURS = ("rethinker C++", "rethinker PyTorch")
+OURS = ("rethinker C++",)

@@ -59,8 +59,8 @@ def row_tiles(**changes: int) -> Iterator[None]:
     from rethinker_kernels.triton_kernels import linear_loss as linear_rows
     from rethinker_kernels.triton_kernels import log_softmax, tiles
 
-    def changed(device: torch.device) -> tiles.Tiles:
-        return replace(tiles.tiles(device), few=0, **changes) if changes else tiles.tiles(device)
+    def changed(device: torch.device, rows: int) -> tiles.Tiles:
+        return replace(tiles.GPU, **changes) if changes else tiles.tiles(device, rows)
 
     with mock.patch.object(linear_rows, "tiles", changed), mock.patch.object(log_softmax, "tiles", changed):
         yield

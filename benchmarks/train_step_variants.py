@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import reference
 from benchmarks.train_step_workload import Counts, Workload
 from rethinker.algorithm.objective import load_loss, loss_inputs, loss_normalizer
 from rethinker.config import AlgorithmConfig, PolicyConfig
 from rethinker.policy.packing import Bundle, joined, pack, plan_micro_batches
 from rethinker.samples import PackedBatch, Sample
-from rethinker_kernels import reference
 
 ALGORITHM = AlgorithmConfig()
 TEMPERATURE = 1.0

@@ -1,8 +1,8 @@
 // The sum tree's arithmetic, one text for g++ and nvcc: layout, fixed point, random numbers, descent.
 //
 // Everything that decides a draw is integer arithmetic, and priorities become weights by additions, products and
-// divisions that IEEE 754 rounds in one way only (compile without contraction into fused multiply-adds). CPU, CUDA and
-// sum_tree_torch.py therefore agree bit for bit.
+// divisions that IEEE 754 rounds in one way only (compile without contraction into fused multiply-adds). CPU and CUDA
+// therefore agree bit for bit.
 #pragma once
 
 #include <cmath>
@@ -183,29 +183,15 @@ SUM_TREE_FN int64_t slot_of(const int64_t* nodes, const Layout& layout, int64_t 
   return node;
 }
 
-#ifdef __CUDACC__
-constexpr unsigned kWarp = 0xFFFFFFFF;
-
-// child_of by a warp: a scan by shuffles and a ballot. Loads go to L2, where this kernel's own atomics are.
-__device__ __forceinline__ int warp_child_of(const int64_t* block, int64_t& rest, int lane) {
-  const int64_t weight = __ldcg(reinterpret_cast<const long long*>(block) + lane);
-  int64_t running = weight;
-  SUM_TREE_UNROLL
-  for (int distance = 1; distance < kFanOut; distance *= 2) {
-    const int64_t other = __shfl_up_sync(kWarp, running, distance);
-    if (lane >= distance) running += other;
-  }
-  const int child = __popc(__ballot_sync(kWarp, lane < kFanOut - 1 && running <= rest));
-  rest -= __shfl_sync(kWarp, running - weight, child);
-  return child;
-}
-
-__device__ __forceinline__ int64_t warp_slot_of(const int64_t* nodes, const Layout& layout, int64_t rest, int lane) {
-  int64_t node = 0;
-  for (int level = layout.levels - 2; level >= 0; --level)
-    node = node * kFanOut + warp_child_of(nodes + layout.begin[level] + node * kFanOut, rest, lane);
-  return node;
-}
-#endif
-
 }  // namespace sum_tree
+
+// The ops, of which each library has its own. All memory is the caller's, on the library's device. `key` [2] holds a seed
+// and an offset. On CUDA each op queues one kernel on `stream` and waits for nothing. Returns an error's text, or null.
+extern "C" {
+const char* sum_tree_update(
+    int64_t* nodes, int64_t capacity, double alpha, const int64_t* indices, const double* priorities, int64_t n,
+    int64_t* refused, void* stream);
+const char* sum_tree_sample(
+    const int64_t* nodes, int64_t capacity, const int64_t* key, uint32_t round, int64_t n, int64_t* slots,
+    void* stream);
+}

@@ -1,19 +1,39 @@
 // The sum tree on a GPU: one launch per op, no host synchronisation, results that do not depend on thread order.
 //
 // Integer additions commute, so atomics leave the same tree in any order. What must be ordered (of duplicate writes the
-// last holds, of duplicate draws the first counts) is settled inside one block. That is made for batches of hundreds to
-// thousands, as replay has them; larger ones take tile after tile.
-#include "sum_tree_cuda.h"
+// last holds) is settled inside one block. That is made for batches of hundreds to thousands, as replay has them; larger
+// ones take tile after tile.
+#include "sum_tree.h"
 
 namespace sum_tree {
 namespace {
 
 constexpr int kThreads = 512;  // of the block that orders; a tile has one element per thread
-constexpr int kWarps = kThreads / 32;
 constexpr int kTable = 2 * kThreads;
 constexpr unsigned kEmpty = 0xFFFFFFFF;  // no slot: those lie below 2^31
 constexpr int kSampleWarps = 4;
-constexpr int64_t kLowest = INT64_MIN;
+constexpr unsigned kWarp = 0xFFFFFFFF;
+
+// child_of by a warp: a scan by shuffles and a ballot. Loads go to L2, where this kernel's own atomics are.
+__device__ __forceinline__ int warp_child_of(const int64_t* block, int64_t& rest, int lane) {
+  const int64_t weight = __ldcg(reinterpret_cast<const long long*>(block) + lane);
+  int64_t running = weight;
+  SUM_TREE_UNROLL
+  for (int distance = 1; distance < kFanOut; distance *= 2) {
+    const int64_t other = __shfl_up_sync(kWarp, running, distance);
+    if (lane >= distance) running += other;
+  }
+  const int child = __popc(__ballot_sync(kWarp, lane < kFanOut - 1 && running <= rest));
+  rest -= __shfl_sync(kWarp, running - weight, child);
+  return child;
+}
+
+__device__ __forceinline__ int64_t warp_slot_of(const int64_t* nodes, const Layout& layout, int64_t rest, int lane) {
+  int64_t node = 0;
+  for (int level = layout.levels - 2; level >= 0; --level)
+    node = node * kFanOut + warp_child_of(nodes + layout.begin[level] + node * kFanOut, rest, lane);
+  return node;
+}
 
 struct Table {
   unsigned slot[kTable];
@@ -37,18 +57,13 @@ __device__ int place_of(Table& table, unsigned slot) {
   }
 }
 
-__device__ int64_t add(int64_t* node, int64_t change) {
-  return static_cast<int64_t>(
-      atomicAdd(reinterpret_cast<unsigned long long*>(node), static_cast<unsigned long long>(change)));
+__device__ void add(int64_t* node, int64_t change) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(node), static_cast<unsigned long long>(change));
 }
 
 __device__ int64_t exchange(int64_t* node, int64_t weight) {
   return static_cast<int64_t>(
       atomicExch(reinterpret_cast<unsigned long long*>(node), static_cast<unsigned long long>(weight)));
-}
-
-__device__ void lower(int64_t* node, int64_t weight) {
-  atomicMin(reinterpret_cast<long long*>(node), static_cast<long long>(weight));
 }
 
 // From L2, where atomics and the stores of other multiprocessors are.
@@ -120,111 +135,18 @@ __global__ void __launch_bounds__(kThreads) update(
 
 // One warp per draw.
 __global__ void __launch_bounds__(32 * kSampleWarps) sample(
-    const int64_t* nodes, const __grid_constant__ Layout layout, const int64_t* key, int64_t n, int64_t* slots) {
+    const int64_t* nodes, const __grid_constant__ Layout layout, const int64_t* key, uint32_t round, int64_t n,
+    int64_t* slots) {
   const int64_t draw = int64_t{blockIdx.x} * kSampleWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (draw >= n) return;
   const uint64_t total = load(nodes + layout.size - 1);
   int64_t slot = kNothing;
   if (total) {
-    const uint64_t random = random_64(key[0], key[1], static_cast<uint32_t>(draw), 0);
+    const uint64_t random = random_64(key[0], key[1], static_cast<uint32_t>(draw), round);
     slot = warp_slot_of(nodes, layout, static_cast<int64_t>(multiply_high(random, total)), lane);
   }
   if (lane == 0) slots[draw] = slot;
-}
-
-// Whether this block is the last one of its launch to come here; it then sees what the others wrote before.
-__device__ bool comes_last(int64_t* ended) {
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = add(ended, 1) == gridDim.x - 1;
-    if (last) *ended = 0;  // for the next launch
-    __threadfence();
-  }
-  __syncthreads();
-  return last;
-}
-
-// The number of this thread among those of the block that are `wanted`, counted from `total`, which grows by them all.
-__device__ int64_t numbered(bool wanted, int64_t& total) {
-  __shared__ int counts[kWarps];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const unsigned mask = __ballot_sync(kWarp, wanted);
-  __syncthreads();  // the last call's counts have been read
-  if (lane == 0) counts[warp] = __popc(mask);
-  __syncthreads();
-  int64_t number = total + __popc(mask & ((1u << lane) - 1));
-  for (int w = 0; w < kWarps; ++w) {
-    number += w < warp ? counts[w] : 0;
-    total += counts[w];
-  }
-  return number;
-}
-
-// The rounds of sample_distinct in sum_tree_cpu.cpp. The first one makes all draws, over the whole grid, and as a rule
-// finds nearly all slots; the block that ends last does the rest. Of equal draws the first counts: they leave their
-// numbers in the slot's leaf, as negative weights below all others, and the lowest stays.
-__global__ void __launch_bounds__(kThreads) sample_distinct(
-    int64_t* nodes, const __grid_constant__ Layout layout, const int64_t* key, int64_t n, int64_t* slots,
-    int64_t* taken, int64_t* ended) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint64_t seed = key[0], offset = key[1];
-  uint64_t total = load(nodes + layout.size - 1);
-  const auto draw = [&](int64_t first, int64_t i, uint32_t round) {
-    const uint64_t random = random_64(seed, offset, static_cast<uint32_t>(i - first), round);
-    const int64_t slot = warp_slot_of(nodes, layout, static_cast<int64_t>(multiply_high(random, total)), lane);
-    if (lane == 0) slots[i] = slot;
-  };
-  const int64_t own = int64_t{blockIdx.x} * kWarps + warp;
-  if (own < n && total) draw(0, own, 0);
-  if (!comes_last(ended)) return;
-  int64_t found = 0, removed = 0;  // slots[0, found) are kept; the tree's parents are without slots[0, removed)
-  for (uint32_t round = 0; found < n; ++round) {
-    if (round > 0) {
-      for (int64_t start = removed; start < found; start += kThreads) {
-        const int64_t i = start + threadIdx.x;
-        const bool present = i < found;
-        const int64_t slot = present ? slots[i] : 0;
-        if (present) nodes[slot] = 0;
-        add_to_parents(nodes, layout, slot, present ? -taken[i] : 0, present);
-      }
-      removed = found;
-      __syncthreads();
-      total = load(nodes + layout.size - 1);
-    }
-    if (total == 0) break;
-    if (round > 0) {
-      for (int64_t i = found + warp; i < n; i += kWarps) draw(found, i, round);
-      __syncthreads();
-    }
-    for (int64_t i = found + threadIdx.x; i < n; i += kThreads) taken[i] = load(nodes + load(slots + i));
-    __syncthreads();
-    for (int64_t i = found + threadIdx.x; i < n; i += kThreads) lower(nodes + load(slots + i), kLowest + i);
-    __syncthreads();
-    const int64_t before = found;
-    for (int64_t start = before; start < n; start += kThreads) {
-      const int64_t i = start + threadIdx.x;
-      const bool present = i < n;
-      const int64_t slot = present ? load(slots + i) : 0, weight = present ? taken[i] : 0;
-      const bool first = present && load(nodes + slot) == kLowest + i;
-      const int64_t position = numbered(first, found);
-      if (first) {  // at or before i, in a tile that has been read
-        slots[position] = slot;
-        taken[position] = weight;
-      }
-    }
-    __syncthreads();
-  }
-  for (int64_t start = 0; start < found; start += kThreads) {
-    const int64_t i = start + threadIdx.x;
-    const bool present = i < found, absent = i < removed;
-    const int64_t slot = present ? slots[i] : 0;
-    if (present) nodes[slot] = taken[i];
-    add_to_parents(nodes, layout, slot, absent ? taken[i] : 0, absent);
-  }
-  for (int64_t i = found + threadIdx.x; i < n; i += kThreads) slots[i] = kNothing;
 }
 
 const char* launched() {
@@ -233,8 +155,11 @@ const char* launched() {
 }
 
 }  // namespace
+}  // namespace sum_tree
 
-const char* launch_update(
+using namespace sum_tree;
+
+const char* sum_tree_update(
     int64_t* nodes, int64_t capacity, double alpha, const int64_t* indices, const double* priorities, int64_t n,
     int64_t* refused, void* stream) {
   if (n == 0) return nullptr;
@@ -243,22 +168,11 @@ const char* launch_update(
   return launched();
 }
 
-const char* launch_sample(const int64_t* nodes, int64_t capacity, const int64_t* key, int64_t n, int64_t* slots,
-                          void* stream) {
-  if (n == 0) return nullptr;
+const char* sum_tree_sample(
+    const int64_t* nodes, int64_t capacity, const int64_t* key, uint32_t round, int64_t n, int64_t* slots,
+    void* stream) {
   const unsigned blocks = static_cast<unsigned>((n + kSampleWarps - 1) / kSampleWarps);
   sample<<<blocks, 32 * kSampleWarps, 0, static_cast<cudaStream_t>(stream)>>>(
-      nodes, layout_of(capacity), key, n, slots);
+      nodes, layout_of(capacity), key, round, n, slots);
   return launched();
 }
-
-const char* launch_sample_distinct(int64_t* nodes, int64_t capacity, const int64_t* key, int64_t n, int64_t* slots,
-                                   int64_t* taken, int64_t* ended, void* stream) {
-  if (n == 0) return nullptr;
-  const unsigned blocks = static_cast<unsigned>((n + kWarps - 1) / kWarps);
-  sample_distinct<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      nodes, layout_of(capacity), key, n, slots, taken, ended);
-  return launched();
-}
-
-}  // namespace sum_tree

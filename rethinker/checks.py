@@ -208,7 +208,7 @@ def _check_packages(config: Config) -> None:
             )
 
 
-def check_model(model: str) -> int:
+def check_model(model: str, setting: str = "policy.model=") -> int:
     """Fail on a folder that cannot be a model. Returns the size of its weights in bytes (0 when not known yet)."""
     folder = Path(os.path.expanduser(model))
     # A name on the model hub is `name` or `owner/name`.
@@ -216,8 +216,8 @@ def check_model(model: str) -> int:
     if model == "tiny" or not looks_local:
         return 0
     if not folder.is_dir():
-        raise ConfigError(f"policy.model={model} is not a folder; give `tiny`, a model folder, or a Hugging Face name")
-    return check_model_folder(folder, f"policy.model={model}")
+        raise ConfigError(f"{setting}{model} is not a folder; give `tiny`, a model folder, or a Hugging Face name")
+    return check_model_folder(folder, f"{setting}{model}")
 
 
 def _check_run_folder(config: Config, needed: int) -> None:

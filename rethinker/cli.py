@@ -23,7 +23,7 @@ USAGE = """usage: rethinker COMMAND ...
   rethinker eval --help                               list the benchmarks and all options
   rethinker curate RECIPE --output FOLDER             measure pass rates; write the questions worth training on
   rethinker report RUN... [--output FILE.html]        one page about a run, or several side by side
-  rethinker export RUN [--push OWNER/NAME]            its model as a folder to share, with a model card
+  rethinker export RUN [--output FOLDER]              its model as a folder to share, with a model card
   rethinker plan RECIPE --gpus N --gpu-memory GIB     memory, batches and time of a run, before anything starts
   rethinker serve RECIPE [--replicas N]               vLLM servers for runs with rollout.backend=server
   rethinker doctor                                    what is installed, what is missing, how to add it

@@ -183,9 +183,11 @@ def _compilers() -> Iterator[Finding]:
     if find_spec("torch") is not None:
         from rethinker_kernels import native
 
-        compiled = native.load("cpu")
-        fix = "unset RETHINKER_NATIVE, install a C++ compiler (apt-get install g++), and see the reason on stderr"
-        yield Finding("sum tree", "compiled" if compiled else "in PyTorch: the same draws, more slowly", compiled, fix)
+        try:
+            native.load("cpu")
+            yield Finding("sum tree", "compiled", True, "")
+        except native.BuildError as error:
+            yield Finding("sum tree", str(error), False, "apt-get install g++, or set CXX", blocks=True)
     nvcc = shutil.which("nvcc")
     if nvcc or _gpus():
         fix = "install the CUDA toolkit (its nvcc) to build the CUDA sum tree"

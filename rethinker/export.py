@@ -7,21 +7,42 @@ in a folder beside them.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from rethinker.command_line import Parser
-from rethinker.config import ConfigError, one_line
+from rethinker.config import ConfigError
 from rethinker.report.learning import learning_curve
 from rethinker.report.runs import RunRecord, read_run
-from rethinker.report.summary import Table, categories, changed_settings, summary
+from rethinker.report.summary import categories, changed_settings, summary
 
-CHECKPOINTS = ("best", "last")
-ADAPTER = "adapter"  # of a checkpoint of a run with policy.lora: the adapters alone, in peft's format
+CARD = """---
+{header}
+---
+
+# {name}
+
+A vision-language model trained by reinforcement learning with Rethinker, by the method of
+[VL-Rethinker](https://arxiv.org/abs/2504.08837): GRPO, selective sample replay, forced rethinking. This is the run's
+checkpoint `{checkpoint}`.{lora}
+
+![Sampled reward and held-out accuracy over the run](learning.png)
+
+{tables}
+
+## Use
+
+`vllm serve` and transformers (`AutoModelForImageTextToText`, `AutoProcessor`) load this folder. `rethinker.yaml` holds
+all settings of the run: `rethinker train rethinker.yaml` repeats it.
+"""
+LORA = """ It was trained with LoRA (rank {rank}, alpha {alpha}) in the language model's layers. The
+weights here are merged; the folder `adapter` has the adapters alone, for `peft.PeftModel.from_pretrained` over the
+model where training started."""
 
 
 def export(run: str | Path, output: str | Path | None = None, checkpoint: str | None = None) -> Path:
@@ -31,9 +52,6 @@ def export(run: str | Path, output: str | Path | None = None, checkpoint: str | 
         run: the run's folder.
         output: where to; by default exports/<run.name>. It is new or empty.
         checkpoint: best, last or step_*; by default best, or last where no validation was above the first.
-
-    Returns:
-        The folder.
 
     Raises:
         ConfigError: no such run or checkpoint, or a folder that is not empty.
@@ -46,14 +64,10 @@ def export(run: str | Path, output: str | Path | None = None, checkpoint: str | 
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.copytree(source, partial, ignore=_of_training)
-        if (record.folder / "config.yaml").is_file():
-            shutil.copy2(record.folder / "config.yaml", partial / "rethinker.yaml")
-        try:
-            learning_curve([record.folder], partial / "learning.png")
-        except ConfigError:  # without matplotlib the card goes without
-            (partial / "learning.png").unlink(missing_ok=True)
-        (partial / "README.md").write_text(model_card(record, source.resolve().name, partial), encoding="utf-8")
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns("trainer", "COMPLETE", ".*"))
+        shutil.copy2(record.folder / "config.yaml", partial / "rethinker.yaml")
+        learning_curve([record.folder], partial / "learning.png")
+        (partial / "README.md").write_text(model_card(record, source.resolve().name), encoding="utf-8")
         if target.exists():
             target.rmdir()
         partial.rename(target)
@@ -63,35 +77,22 @@ def export(run: str | Path, output: str | Path | None = None, checkpoint: str | 
     return target
 
 
-def _of_training(folder: str, names: list[str]) -> set[str]:
-    """What in a checkpoint only training needs: all folders but the adapters, the mark that it is whole."""
-    folders = {name for name in names if (Path(folder) / name).is_dir() and name != ADAPTER}
-    return folders | {name for name in names if name == "COMPLETE" or name.startswith(".")}
-
-
 def find_model(run: Path, checkpoint: str | None) -> Path:
     """The folder of a run's checkpoint.
 
     Raises:
         ConfigError: naming those that are there.
     """
-    folder = run / "checkpoints"
-    names = (checkpoint,) if checkpoint else CHECKPOINTS
+    there = {path.parent.name: path.parent for path in sorted((run / "checkpoints").glob("[a-z]*/config.json"))}
+    names = [checkpoint] if checkpoint else ["best", "last"]
     for name in names:
-        if re.fullmatch(r"best|last|step_\d+", name) and (folder / name / "config.json").is_file():
-            return folder / name
-    there = sorted(path.parent.name for path in folder.glob("[a-z]*/config.json"))
+        if name in there:
+            return there[name]
     raise ConfigError(f"{run} has no checkpoint {' or '.join(names)}; it has {', '.join(there) or 'none yet'}")
 
 
-def model_card(run: RunRecord, checkpoint: str, folder: Path) -> str:
-    """The card, in the hub's Markdown: what was trained, from what, on what, how it went, how to load it.
-
-    Args:
-        run: the run.
-        checkpoint: which of its checkpoints the folder holds.
-        folder: where the card will lie; a learning.png there is shown.
-    """
+def model_card(run: RunRecord, checkpoint: str) -> str:
+    """The card of a checkpoint, in the hub's Markdown, beside learning.png."""
     from huggingface_hub import ModelCardData
 
     def on_the_hub(setting: str) -> str | None:
@@ -106,80 +107,37 @@ def model_card(run: RunRecord, checkpoint: str, folder: Path) -> str:
         base_model=on_the_hub("policy.model"),
         datasets=on_the_hub("data.train"),
     )
-    parts = [f"---\n{header.to_yaml()}\n---", f"# {_text(run.name)}"]
-    parts.append(
-        "A vision-language model trained by reinforcement learning with Rethinker "
-        "([VL-Rethinker](https://arxiv.org/abs/2504.08837)'s method: GRPO, selective sample replay, forced "
-        f"rethinking). This is the run's checkpoint `{checkpoint}`."
-    )
-    if rank := run.settings.get("policy.lora.rank"):
-        parts.append(
-            f"It was trained with LoRA (rank {rank}, alpha {run.settings['policy.lora.alpha']}) in the language "
-            "model's layers. The weights here are merged; the folder `adapter` has the adapters alone, for "
-            "`peft.PeftModel.from_pretrained` over the model where training started."
-        )
-    if (folder / "learning.png").is_file():
-        parts.append("![Sampled reward and held-out accuracy over the run](learning.png)")
-    for table in (summary([run]), categories([run]), changed_settings([run])):
-        if table:
-            parts.append(f"## {table.caption}\n\n{_markdown(table)}")
-    parts.append(
-        "## Use\n\n```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
-        'model = AutoModelForImageTextToText.from_pretrained("FOLDER")\n'
-        'processor = AutoProcessor.from_pretrained("FOLDER")\n```\n\n```bash\nvllm serve FOLDER\n```\n\n'
-        "`rethinker.yaml` holds all settings of the run: `rethinker train rethinker.yaml` repeats it."
-    )
-    return "\n\n".join(parts) + "\n"
-
-
-def push(folder: Path, name: str, private: bool) -> str:
-    """Upload an exported folder to the hub; returns its address.
-
-    Raises:
-        ConfigError: no token, no network, or the hub's own words.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Model and card")
-    except Exception as error:  # the client raises its own errors, requests' and the operating system's
-        raise ConfigError(
-            f"--push {name}: {one_line(error)}; `hf auth login` sets the token. The folder is {folder}"
-        ) from error
-    return f"https://huggingface.co/{name}"
+    tables = {"Summary": summary([run]), "Held-out accuracy by category": categories([run])}
+    tables["Settings that differ from their defaults"] = changed_settings([run])
+    shown = [f"## {title}\n\n{_markdown(table)}" for title, table in tables.items() if table is not None]
+    rank, alpha = (run.settings.get(f"policy.lora.{name}") for name in ("rank", "alpha"))
+    lora = LORA.format(rank=rank, alpha=alpha) if rank else ""
+    texts = {"header": header.to_yaml(), "name": _text(run.name), "tables": "\n\n".join(shown)}
+    return CARD.format(checkpoint=checkpoint, lora=lora, **texts)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command: prints the folder, and the address if it was pushed."""
+    """The command: prints the folder."""
     parser = Parser(
         prog="rethinker export",
         description="Write a run's model as a folder that vllm serve and transformers load: safetensors, processor, "
-        "and a model card with the run's figures.",
+        "and a model card with the run's figures. `hf upload OWNER/NAME FOLDER` puts it on the Hugging Face hub.",
     )
-
-    parser.add_argument("run", metavar="RUN", help="folder of a run, runs/<run.name>")
-    parser.add_argument("--output", metavar="FOLDER", help="where to [exports/<run.name>]")
-    parser.add_argument("--checkpoint", metavar="NAME", help="best, last or step_000040 [best, or else last]")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub")
-    parser.add_argument("--private", action="store_true", help="with --push: nobody else sees it")
+    add = parser.add_argument
+    add("run", metavar="RUN", help="folder of a run, runs/<run.name>")
+    add("--output", metavar="FOLDER", help="where to [exports/<run.name>]")
+    add("--checkpoint", metavar="NAME", help="best, last or step_000040 [best, or else last]")
     options = parser.parse_args(list(arguments))
-    if options.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.push):
-        raise ConfigError(f"--push {options.push} must be OWNER/NAME")
-    folder = export(options.run, options.output, options.checkpoint)
-    print(folder)
-    if options.push:
-        print(push(folder, options.push, options.private))
+    print(export(options.run, options.output, options.checkpoint))
     return 0
 
 
-def _markdown(table: Table) -> str:
-    rows = [table.header, ["---"] * len(table.header), *table.rows]
+def _markdown(table: pd.DataFrame) -> str:
+    header = [table.columns.name, *table.columns]
+    rows = [header, ["---"] * len(header), *table.itertuples()]
     return "\n".join("| " + " | ".join(map(_text, row)) + " |" for row in rows)
 
 
 def _text(value: Any) -> str:
     """A cell of a Markdown table that shows what it holds and does nothing else."""
-    text = " ".join(str(value).replace(os.linesep, " ").split())
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text) if text.strip("-") else text
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(value).split()))

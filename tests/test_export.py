@@ -10,7 +10,7 @@ import yaml
 
 from rethinker.config import ConfigError
 from rethinker.embedded.tiny import create_tiny
-from rethinker.export import export, main, model_card
+from rethinker.export import export, model_card
 from rethinker.policy.model import load_model, load_processor
 from rethinker.report.runs import read_run
 from tests.report.examples import write_run
@@ -64,9 +64,9 @@ def test_the_card_says_what_was_trained(run):
     header = yaml.safe_load(card.split("---")[1])
     assert header["library_name"] == "transformers" and header["pipeline_tag"] == "image-text-to-text"
     record = read_run(run)
-    _, values = record.series("val_accuracy")
-    assert f"{values[0]:.3f} to {values[-1]:.3f}" in card
-    assert f"| Steps | {record.last_step}" in card and "vllm serve" in card and "(learning.png)" in card
+    values = record.series("val_accuracy")
+    assert f"{values.iloc[0]:.3f} to {values.iloc[-1]:.3f}" in card
+    assert f"| Steps | {values.index.max()}" in card and "vllm serve" in card and "(learning.png)" in card
 
 
 def test_a_lora_run_has_its_adapters(run):
@@ -90,7 +90,7 @@ def test_a_card_runs_nothing(run):
     record = read_run(run)
     evil = "<script>alert(1)</script>|[x](javascript:1)"
     record.settings["policy.model"] = evil
-    card = model_card(record, "best_000004", run)
+    card = model_card(record, "best_000004")
     assert "<script>" not in card and "[x]" not in card and r"\<script\>" in card and r"\[x\](" in card
 
 
@@ -108,29 +108,3 @@ def test_nothing_is_overwritten_or_left(run, monkeypatch):
     with pytest.raises(ConfigError, match="--output new cannot be written: .*No space left"):
         export(run, "new")
     assert not Path("new").exists() and not Path(".new.partial").exists()
-
-
-def test_pushing(run, monkeypatch, capsys):
-    """The folder is uploaded as it is; what the hub says is one line, and the folder stays."""
-    calls = []
-
-    class Hub:
-        def create_repo(self, name, private, exist_ok):
-            calls.append((name, private))
-
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            calls.append(sorted(path.name for path in Path(folder_path).iterdir()))
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    assert main([str(run), "--output", "a", "--push", "me/mine", "--private"]) == 0
-    assert calls[0] == ("me/mine", True) and "README.md" in calls[1]
-    assert capsys.readouterr().out.splitlines() == ["a", "https://huggingface.co/me/mine"]
-
-    def fail(self, *_, **__):
-        raise RuntimeError("401\nInvalid token")
-
-    monkeypatch.setattr(Hub, "create_repo", fail)
-    with pytest.raises(ConfigError, match=r"--push me/mine: RuntimeError: 401 Invalid token; .*hf auth login"):
-        main([str(run), "--output", "b", "--push", "me/mine"])
-    with pytest.raises(ConfigError, match="must be OWNER/NAME"):
-        main([str(run), "--push", "mine"])

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rethinker_kernels.arguments import check_offsets, check_vector, wide
+from rethinker_kernels.arguments import check, check_choice, check_offsets, wide
 from rethinker_kernels.losses import segment_sum, sequence_of_row
 
 
@@ -42,9 +42,8 @@ def group_advantages(
     Raises:
         ValueError: a shape, type, device or option that does not fit, naming it.
     """
-    check_vector("rewards", rewards, rewards.shape[:1], rewards.device)
-    if scale not in ("std", "none", "batch"):
-        raise ValueError(f"scale={scale!r}: must be one of std, none, batch")
+    check("rewards", rewards, (rewards.numel(),))
+    check_choice("scale", scale, "std", "none", "batch")
     if not eps >= 0:
         raise ValueError(f"eps={eps}: must be at least 0")
     check_offsets("group_offsets", group_offsets, rewards)

@@ -5,6 +5,8 @@ Each raises ValueError naming the argument, what it must be and what it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,28 @@ def wide(tensor: Tensor) -> torch.dtype:
 
 
 def describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{_short(tensor.dtype)} {list(tensor.shape)}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check(
+    name: str, values: Tensor, *shapes: Sequence[int], like: Tensor | None = None, dtypes: Sequence[torch.dtype] = ()
+) -> None:
+    """`values` must be of one of the shapes, floating or of one of the types, and on the device of `like`."""
+    if values.shape not in shapes or not (values.dtype in dtypes if dtypes else values.is_floating_point()):
+        kinds, sizes = map(_short, dtypes), (str(list(shape)) for shape in shapes)
+        wanted = f"{' or '.join(kinds) or 'floating'} {' or '.join(sizes)}"
+        raise ValueError(f"{name}: must be {wanted}, not {describe(values)}")
+    if like is not None and values.device != like.device:
+        raise ValueError(f"{name}: is on {values.device}, the rest on {like.device}")
+
+
+def check_choice(name: str, value: str, *options: str) -> None:
+    if value not in options:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(options)}")
 
 
 def check_logits(logits: Tensor) -> None:
@@ -23,62 +46,29 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits: must be floating [..., V] with V > 0, not {describe(logits)}")
 
 
-def check_index(index: Tensor, shape: torch.Size, device: torch.device) -> None:
-    if index.shape != shape or index.dtype != torch.int64:
-        raise ValueError(f"index: must be int64 {list(shape)}, not {describe(index)}")
-    if index.device != device:
-        raise ValueError(f"index: is on {index.device}, the rest on {device}")
-
-
-def check_vector(name: str, values: Tensor, shape: torch.Size, device: torch.device) -> None:
-    if values.dim() != 1 or values.shape != shape or not values.is_floating_point():
-        raise ValueError(f"{name}: must be floating {list(shape) or '[R]'}, not {describe(values)}")
-    if values.device != device:
-        raise ValueError(f"{name}: is on {values.device}, the rest on {device}")
-
-
-def check_temperature(temperature: float | Tensor, index: Tensor) -> float | Tensor:
+def check_temperature(temperature: float | Tensor, index: Tensor) -> tuple[Tensor | None, float]:
+    """The temperature as the kernels take it: (one per row or None, the one number for all)."""
     if not isinstance(temperature, Tensor):
         if not temperature >= 0:
             raise ValueError(f"temperature={temperature}: must be at least 0")
-        return float(temperature)
+        return None, float(temperature)
     if temperature.dim() == 0:
         temperature = temperature.expand(index.shape)
-    if temperature.shape != index.shape or not temperature.is_floating_point():
-        raise ValueError(f"temperature: must be floating {list(index.shape)}, not {describe(temperature)}")
-    if temperature.device != index.device:
-        raise ValueError(f"temperature: is on {temperature.device}, the rest on {index.device}")
-    return temperature
+    check("temperature", temperature, index.shape, like=index)
+    return temperature.detach(), 1.0
 
 
-def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> None:
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden: must be floating [R, D], not {describe(hidden)}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0 or weight.dtype != hidden.dtype:
-        raise ValueError(
-            f"weight: must be [V, {hidden.shape[1]}] of the type of hidden, {describe(hidden)}, not {describe(weight)}"
-        )
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != hidden.dtype):
-        raise ValueError(f"bias: must be of the weight's type, [{weight.shape[0]}], not {describe(bias)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name}: is on {tensor.device}, hidden on {hidden.device}")
+    like = {"like": hidden, "dtypes": (hidden.dtype,)}
+    check("weight", weight, (max(len(weight), 1), hidden.shape[1]), **like)
+    if bias is not None:
+        check("bias", bias, (len(weight),), **like)
+    check("index", index, hidden.shape[:1], like=hidden, dtypes=(torch.int64,))
 
 
 def check_offsets(name: str, offsets: Tensor, rows: Tensor) -> None:
-    if offsets.dim() != 1 or offsets.numel() < 1 or offsets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: must be [S + 1] int32 or int64, not {describe(offsets)}")
-    if offsets.device != rows.device:
-        raise ValueError(f"{name}: is on {offsets.device}, the rest on {rows.device}")
+    check(name, offsets, (max(offsets.numel(), 1),), like=rows, dtypes=(torch.int32, torch.int64))
     if offsets.numel() == 1 and rows.shape[0]:
         raise ValueError(f"{name}: names no sequence for {rows.shape[0]} rows")
-
-
-def check_per_row(name: str, values: Tensor, rows: Tensor, cu_seqlens: Tensor | None) -> None:
-    sequences = None if cu_seqlens is None else cu_seqlens.numel() - 1
-    fits = values.dim() == 1 and values.shape[0] in (rows.shape[0], sequences)
-    if not fits or not values.is_floating_point():
-        expected = f"[{rows.shape[0]}] (rows)" + (f" or [{sequences}] (sequences)" if sequences is not None else "")
-        raise ValueError(f"{name}: must be floating {expected}, not {describe(values)}")
-    if values.device != rows.device:
-        raise ValueError(f"{name}: is on {values.device}, the rest on {rows.device}")

@@ -9,7 +9,7 @@ import math
 from functools import cache
 
 CPU_LOGITS_BYTES = 64 * 2**20
-"""Size of the logits that exist at a time on a CPU."""
+"""Size of the logits that exist at a time on a CPU, and of the fp32 copies (about two) that are worked on at a time."""
 
 LOGITS_BYTES = 320 * 2**20
 """The same on a GPU, though at least LOGITS_ROWS rows: 512 fp32 rows of a vocabulary of 152,064."""
@@ -78,6 +78,11 @@ def chunk_rows(rows: int, width: int, vocabulary: int, element_size: int, proces
     needed = math.ceil(rows / tile) * tile
     best = min(range(tile, min(most, needed) + 1, tile), key=total, default=tile)
     return (best, best) if in_place else (logits, best)
+
+
+def slices(start: int, stop: int, size: int) -> list[slice]:
+    """[start, stop) in pieces of `size`, the last of what is left."""
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def chunk_bytes(rows: int, width: int, vocabulary: int, element_size: int, processors: int) -> int:

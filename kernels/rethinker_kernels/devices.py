@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ def takes_exponentials(
     On a Hopper GPU, for bf16 rows that its copy engine can read (16-byte strides), without a bias, at one temperature.
     Everything else has fp32 logits: those also subtract before they divide by the temperature, which counts below 0.1.
     """
-    if not hidden.is_cuda or hidden.dtype != torch.bfloat16 or _architecture(hidden.device.index or 0) != 9:
+    if not hidden.is_cuda or hidden.dtype != torch.bfloat16 or torch.cuda.get_device_capability(hidden.device)[0] != 9:
         return False
     aligned = all(t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight))
     return aligned and bias is None and temperatures is None and 0.1 <= temperature < math.inf
@@ -46,14 +45,4 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
 
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 0 for a CPU."""
-    return _processors(device.index or 0) if device.type == "cuda" else 0
-
-
-@cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-@cache
-def _architecture(index: int) -> int:
-    return torch.cuda.get_device_capability(index)[0]
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from rethinker_kernels.arguments import check_index, check_linear, check_temperature, wide
-from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_rows
+from rethinker_kernels.arguments import check_linear, check_temperature, wide
+from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_rows, slices
 from rethinker_kernels.devices import processors, takes_exponentials
-from rethinker_kernels.log_softmax import row_kernels, split_temperature
-from rethinker_kernels.torch_rows import slices
+from rethinker_kernels.log_softmax import row_kernels
 
 if TYPE_CHECKING:
     from rethinker_kernels.triton_kernels.exponentials import Exponentials
@@ -53,9 +52,8 @@ def linear_selective_log_softmax(
     Raises:
         ValueError: a shape, type or device that does not fit, or a temperature below 0.
     """
-    check_linear(hidden, weight, bias)
-    check_index(index, hidden.shape[:1], hidden.device)
-    head = Head(hidden, weight, bias, index, *split_temperature(check_temperature(temperature, index)))
+    check_linear(hidden, weight, bias, index)
+    head = Head(hidden, weight, bias, index, *check_temperature(temperature, index))
     logps, entropies, _ = log_softmax_op(*head, return_entropy)
     return (logps, entropies) if return_entropy else logps
 
@@ -77,28 +75,23 @@ class Head(NamedTuple):
         hidden = self.hidden
         return chunk_rows(hidden.shape[0], *self.weight.shape[::-1], hidden.element_size(), processors(hidden.device))
 
-    @property
-    def takes_exponentials(self) -> bool:
-        """`devices.takes_exponentials` of these tensors."""
-        return takes_exponentials(self.hidden, self.weight, self.bias, self.temperatures, self.temperature)
+    def parts(
+        self, rows: slice, out: Tensor | None, exponentials: bool = True
+    ) -> Iterator[tuple[slice, Logits | Exponentials]]:
+        """(part of the rows, its logits or exponentials) for all `rows`; a part may overwrite the one before.
 
-    def exponentials(self, rows: slice, out: Tensor | None) -> Exponentials:
-        """The product of these rows as exponentials, into `out` [C, V] if they are wanted."""
-        from rethinker_kernels.triton_kernels.exponentials import Exponentials
-
-        return Exponentials(self.hidden[rows], self.weight, self.index[rows], self.temperature, out)
-
-    def chosen(self, rows: slice) -> tuple[Tensor, Tensor | None, float]:
-        """Tokens and temperatures of these rows, as the row kernels take them."""
-        return self.index[rows], at(self.temperatures, rows), self.temperature
-
-    def logits(self, rows: slice, out: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """(part of the rows, its logits [B, V] in fp32 or fp64, its rows of `out`) for all `rows`.
-
-        The logits may be overwritten, and are by the next part. Where `out` [C, V] is as wide, they are in its place.
+        Args:
+            out: [C, V] for the gradient of these rows' logits, if it is wanted: a chunk of exponentials is one part.
+            exponentials: whether they will do, where the device has them: not for the gradient of entropies.
         """
         hidden, weight, bias = self.hidden, self.weight, self.bias
-        size, _ = self.chunks
+        size, chunk = self.chunks
+        if exponentials and takes_exponentials(hidden, weight, bias, self.temperatures, self.temperature):
+            from rethinker_kernels.triton_kernels.exponentials import Exponentials
+
+            for part in slices(rows.start, rows.stop, chunk):
+                yield part, Exponentials(hidden[part], weight, self.index[part], self.temperature, out)
+            return
         in_place = out is not None and out.dtype == wide(hidden)
         shape = (0 if in_place else min(size, rows.stop - rows.start), weight.shape[0])
         buffer = hidden.new_empty(shape, dtype=wide(hidden))
@@ -108,13 +101,39 @@ class Head(NamedTuple):
             if bias is not None:
                 logits.copy_(bias)
             product(hidden[part], weight.t(), out=logits, add=bias is not None)
-            yield part, logits, into
+            yield part, Logits(self, part, logits, into)
+
+
+class Logits:
+    """Some rows' logits in fp32 (or fp64), and what the row kernels make of them; used as `Exponentials` are."""
+
+    def __init__(self, head: Head, rows: slice, logits: Tensor, out: Tensor | None) -> None:
+        self.logits, self.out = logits, out  # [B, V]; `out` may be the logits themselves
+        self.chosen = head.index[rows], at(head.temperatures, rows), head.temperature
+
+    def measure(self, _: Tensor, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs [B], entropies [B] ([0] if not asked for) and what a backward pass needs [2, B]."""
+        found = row_kernels(self.logits).forward_rows(self.logits, *self.chosen, return_entropy)
+        self.saved = found[2]
+        return found
+
+    def repeat(self, saved: Tensor) -> None:
+        """Go on from what `measure` returned of the same rows."""
+        self.saved = saved.contiguous()
+
+    def close(
+        self, grad_logps: Tensor | None, entropies: Tensor | None = None, grad_entropies: Tensor | None = None
+    ) -> None:
+        """Make `out` the gradient of the logits, from those of log-probs and entropies [B]."""
+        row_kernels(self.logits).gradient_rows(
+            self.logits, *self.chosen, self.saved, entropies, grad_logps, grad_entropies, out=self.out
+        )
 
 
 class Gradients:
     """Gradients of hidden, weight and bias, a chunk of rows at a time; one that is not needed is [0].
 
-    Those of weight and bias are sums over all rows: fp32 until `narrowed`.
+    Those of weight and bias are sums over all rows, in fp32 (or fp64).
     """
 
     def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
@@ -122,8 +141,10 @@ class Gradients:
         self.hidden = head.hidden.new_empty(head.hidden.shape if needs[0] else 0)
         self.weight = self.bias = None
 
-    def accumulate(self, fill: Callable[[slice, Tensor], Tensor | None]) -> None:
-        """Take in all rows: `fill(rows, out)` writes the gradient of the logits of `rows` into `out` [C, V].
+    def accumulate(
+        self, close: Callable[[slice, Logits | Exponentials], Tensor | None], exponentials: bool = True
+    ) -> None:
+        """Take in all rows: `close(rows, part)` makes a part of the product the gradient of its logits.
 
         It may leave a factor per row out of them, and return it: fp32 [C].
         """
@@ -132,7 +153,9 @@ class Gradients:
         buffer = hidden.new_empty(min(size, hidden.shape[0]), weight.shape[0])
         for rows in slices(0, hidden.shape[0], size):
             grad_logits = buffer[: rows.stop - rows.start]
-            self._add(rows, grad_logits, fill(rows, grad_logits))
+            # In an expression, so that no name keeps a part's logits beside those of the next chunk.
+            *_, factors = (close(*part) for part in self.head.parts(rows, grad_logits, exponentials))
+            self._add(rows, grad_logits, factors)
 
     def accumulate_log_softmax(
         self, saved: Tensor, entropies: Tensor, grad_logps: Tensor | None, grad_entropies: Tensor | None
@@ -141,22 +164,13 @@ class Gradients:
 
         Args: `saved` and `entropies` are `log_softmax_op`'s.
         """
-        head, kernels = self.head, row_kernels(self.head.hidden)
-        if grad_entropies is None:
-            entropies = None
 
-        def fill_exponentials(rows: slice, out: Tensor) -> Tensor:
-            e = head.exponentials(rows, out)
-            e.repeat(saved[:, rows])
-            return e.close(grad_logps[rows])
+        def close(rows: slice, part: Logits | Exponentials) -> Tensor | None:
+            part.repeat(saved[:, rows])
+            of_entropies = () if grad_entropies is None else (entropies[rows], grad_entropies[rows])
+            return part.close(at(grad_logps, rows), *of_entropies)
 
-        def fill(rows: slice, out: Tensor) -> None:
-            for here, logits, into in head.logits(rows, out):
-                upstream = at(entropies, here), at(grad_logps, here), at(grad_entropies, here)
-                kernels.gradient_rows(logits, *head.chosen(here), saved[:, here].contiguous(), *upstream, out=into)
-
-        log_probs_alone = grad_logps is not None and grad_entropies is None
-        self.accumulate(fill_exponentials if log_probs_alone and head.takes_exponentials else fill)
+        self.accumulate(close, exponentials=grad_logps is not None and grad_entropies is None)
 
     def _add(self, rows: slice, grad_logits: Tensor, factors: Tensor | None) -> None:
         hidden, weight, bias = self.head[:3]
@@ -187,10 +201,6 @@ class Gradients:
             sums.append(x.new_zeros(x.shape, dtype=wide(x)) if total is None else total)
         return self.hidden, *sums
 
-    def narrowed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All in the type of the inputs."""
-        return tuple(gradient.to(self.hidden.dtype) for gradient in self.wide())
-
 
 def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
     """out = a @ b, or out += a @ b; an fp32 `out` of 16-bit a and b is never rounded to 16 bits on the way."""
@@ -204,11 +214,7 @@ def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
             torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
         else:
             torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
-    elif out.shape[0] > out.shape[1]:  # a CPU has no such product; the longer factor is widened piece by piece
-        b = b.to(out.dtype)
-        for piece in slices(0, out.shape[0], max(CPU_LOGITS_BYTES // (4 * a.shape[1]), 1)):
-            product(a[piece].to(out.dtype), b, out=out[piece], add=add)
-    else:
+    else:  # a CPU has no such product; `a`, a chunk, is widened whole, and the other piece by piece
         a = a.to(out.dtype)
         for piece in slices(0, out.shape[1], max(CPU_LOGITS_BYTES // (4 * b.shape[0]), 1)):
             product(a, b[:, piece].to(out.dtype), out=out[:, piece], add=add)
@@ -229,21 +235,12 @@ def log_softmax_op(
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [R], entropies [R] ([0] if not asked for) and what the backward pass needs [2, R]."""
-    head, kernels, rows = Head(hidden, weight, bias, index, temperatures, temperature), row_kernels(hidden), len(hidden)
+    head, rows = Head(hidden, weight, bias, index, temperatures, temperature), len(hidden)
     logps = hidden.new_empty(rows, dtype=wide(hidden))
     entropies = logps.new_empty(rows if return_entropy else 0)
     saved = logps.new_empty(2, rows)
-
-    def measured() -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
-        if head.takes_exponentials:
-            for here in slices(0, rows, head.chunks[1]):
-                yield here, head.exponentials(here, None).measure(None, return_entropy)
-        else:
-            for here, logits, _ in head.logits(slice(0, rows)):
-                yield here, kernels.forward_rows(logits, *head.chosen(here), return_entropy)
-
-    for here, (logp, entropy, kept) in measured():
-        logps[here], saved[:, here] = logp, kept
+    for here, part in head.parts(slice(0, rows), None):
+        logps[here], entropy, saved[:, here] = part.measure(None, return_entropy)
         if return_entropy:
             entropies[here] = entropy
     return logps, entropies, saved
@@ -275,7 +272,7 @@ def log_softmax_backward_op(
     head = Head(hidden, weight, bias, index, temperatures, temperature)
     gradients = Gradients(head, (needs_hidden, needs_weight, needs_bias))
     gradients.accumulate_log_softmax(saved, entropies, grad_logps, grad_entropies)
-    return gradients.narrowed()
+    return tuple(gradient.to(hidden.dtype) for gradient in gradients.wide())
 
 
 @log_softmax_backward_op.register_fake

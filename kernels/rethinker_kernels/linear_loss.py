@@ -5,17 +5,20 @@ Legend: R rows (response tokens), C rows of a chunk, D hidden size, V vocabulary
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rethinker_kernels import linear, reference
-from rethinker_kernels.arguments import check_index, check_linear, check_temperature, check_vector, wide
+from rethinker_kernels.arguments import check, check_linear, check_temperature, wide
+from rethinker_kernels.chunks import CPU_LOGITS_BYTES, slices
 from rethinker_kernels.devices import takes_triton
-from rethinker_kernels.linear import Gradients, Head, at
-from rethinker_kernels.log_softmax import row_kernels, split_temperature
+from rethinker_kernels.linear import Gradients, Head, Logits, at, linear_selective_log_softmax, log_softmax_op
 from rethinker_kernels.losses import Loss, Objective, split_options
-from rethinker_kernels.scaled import scaled
+
+if TYPE_CHECKING:
+    from rethinker_kernels.triton_kernels.exponentials import Exponentials
 
 
 def linear_policy_loss(
@@ -55,21 +58,21 @@ def linear_policy_loss(
     Raises:
         ValueError: as the two functions.
     """
-    check_linear(hidden, weight, bias)
-    check_index(index, hidden.shape[:1], hidden.device)
-    check_temperature(temperature, index)
+    check_linear(hidden, weight, bias, index)
+    temperatures = check_temperature(temperature, index)
     # The log-probs do not exist yet; a column of the hidden states has their shape and device.
     rows = hidden.detach()[:, :1].reshape(-1)
-    if nll_weights is not None:
-        check_vector("nll_weights", nll_weights, rows.shape, rows.device)
-    if torch.compiler.is_compiling():
-        given |= {"bias": bias, "temperature": temperature, "nll_weights": nll_weights}
-        log_softmax = linear.linear_selective_log_softmax
-        return reference.composed_loss(log_softmax, hidden, weight, index, loss, old_logps, advantages, **given)
     objective = Objective(loss, rows, old_logps, advantages, **given)
+    if nll_weights is not None:
+        check("nll_weights", nll_weights, rows.shape, like=rows)
+        nll_weights = nll_weights.detach().to(wide(hidden)).contiguous()
+    if torch.compiler.is_compiling():
+        head = {"bias": bias, "temperature": temperature, "return_entropy": True}
+        return _outcome(objective, nll_weights, *linear_selective_log_softmax(hidden, weight, index, **head))
+    head = Head(hidden, weight, bias, index, *temperatures)
     learns = torch.is_grad_enabled()
     needs = tuple(learns and x is not None and x.requires_grad for x in (hidden, weight, bias))
-    return _LinearPolicyLoss.apply(hidden, weight, bias, index, temperature, objective, nll_weights, needs)
+    return _LinearPolicyLoss.apply(hidden, weight, bias, head, objective, nll_weights, needs)
 
 
 def linear_grpo_loss(
@@ -88,21 +91,16 @@ class _LinearPolicyLoss(torch.autograd.Function):
     """(loss, logps, stats); the gradients of hidden, weight and bias are kept as `Gradients.wide` has them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, index, temperature, objective, nll_weights, needs):
-        head = Head(hidden, weight, bias, index, *split_temperature(check_temperature(temperature, index)))
-        nll_weights = None if nll_weights is None else nll_weights.detach().to(wide(hidden)).contiguous()
+    def forward(ctx, hidden, weight, bias, head, objective, nll_weights, needs):
         if any(needs) and not objective.whole_sequences:
             logps, entropies, gradients = one_pass(head, objective, nll_weights, needs)
         else:
-            logps, entropies, saved = linear.log_softmax_op(*head, True)
+            logps, entropies, saved = log_softmax_op(*head, True)
             gradients = Gradients(head, needs)
             if any(needs):
                 slopes = _slopes(objective, nll_weights, slice(None), logps)
                 gradients.accumulate_log_softmax(saved, entropies, slopes, None)
-        loss = objective.total(logps)
-        if nll_weights is not None:
-            loss = loss - torch.where(nll_weights != 0, nll_weights * logps, 0.0).sum()
-        stats = torch.cat([objective.statistics(logps), reference.entropy_sum(entropies, objective.rows.mask)])
+        loss, logps, stats = _outcome(objective, nll_weights, logps, entropies)
         ctx.set_materialize_grads(False)  # or zeros would be made for the outputs without one
         ctx.mark_non_differentiable(logps, stats)
         ctx.save_for_backward(*gradients.wide())
@@ -113,9 +111,32 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * 7
         given = zip(ctx.saved_tensors, ctx.needs, strict=True)
-        return *(scaled(g, grad_loss, ctx.dtype) if need else None for g, need in given), *(None,) * 5
+        return *(scaled(g, grad_loss, ctx.dtype) if need else None for g, need in given), *(None,) * 4
+
+
+def one_pass(
+    head: Head, objective: Objective, nll_weights: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Log-probs [R], entropies [R] and gradients, each row's logits computed once."""
+    logps = head.hidden.new_empty(len(head.hidden), dtype=wide(head.hidden))
+    entropies = torch.empty_like(logps)
+    has_kernel = objective.is_grpo and takes_triton(head.hidden)
+
+    def close(rows: slice, part: Logits | Exponentials) -> Tensor | None:
+        if has_kernel and isinstance(part, Logits):
+            from rethinker_kernels.triton_kernels.linear_loss import grpo_rows
+
+            known = objective.rows.at(rows), objective.factors[rows], at(nll_weights, rows), objective.surrogate
+            logps[rows], entropies[rows] = grpo_rows(part.logits, *part.chosen, *known, out=part.out)
+            return None
+        logps[rows], entropies[rows], _ = part.measure(objective.rows.old_logps[rows], True)
+        return part.close(_slopes(objective, nll_weights, rows, logps[rows]))
+
+    gradients = Gradients(head, needs)
+    gradients.accumulate(close)
+    return logps, entropies, gradients
 
 
 def _slopes(objective: Objective, nll_weights: Tensor | None, rows: slice, logps: Tensor) -> Tensor:
@@ -124,36 +145,30 @@ def _slopes(objective: Objective, nll_weights: Tensor | None, rows: slice, logps
     return slopes if nll_weights is None else slopes - nll_weights[rows]
 
 
-def one_pass(
-    head: Head, objective: Objective, nll_weights: Tensor | None, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Gradients]:
-    """Log-probs [R], entropies [R] and gradients, each row's logits computed once."""
-    hidden, kernels = head.hidden, row_kernels(head.hidden)
-    logps = hidden.new_empty(hidden.shape[0], dtype=wide(hidden))
-    entropies = torch.empty_like(logps)
+def _outcome(
+    objective: Objective, nll_weights: Tensor | None, logps: Tensor, entropies: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `linear_policy_loss` returns, from the log-probs and entropies of all rows."""
+    loss = objective.total(logps)
+    if nll_weights is not None:
+        loss = loss - (nll_weights * torch.where(nll_weights != 0, logps, 0.0)).sum()
+    counted = objective.rows.mask & entropies.isfinite()
+    entropy_sum = torch.where(counted, entropies, 0.0).detach().sum(dtype=torch.float64)
+    return loss, logps.detach(), torch.cat([objective.statistics(logps), entropy_sum[None]])
 
-    def fill_exponentials(rows: slice, out: Tensor) -> Tensor:
-        e = head.exponentials(rows, out)
-        logps[rows], entropies[rows], _ = e.measure(objective.rows.old_logps[rows], True)
-        return e.close(_slopes(objective, nll_weights, rows, logps[rows]))
 
-    def fill_grpo(rows: slice, out: Tensor) -> None:
-        from rethinker_kernels.triton_kernels.linear_loss import grpo_rows
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in `dtype`, multiplied before it is rounded, without a copy in a wider type.
 
-        for here, logits, into in head.logits(rows, out):
-            known = (objective.rows.at(here), objective.factors[here], at(nll_weights, here), objective.surrogate)
-            logps[here], entropies[here] = grpo_rows(logits, *head.chosen(here), *known, out=into)
+    Args:
+        gradient: any shape, of `dtype` or wider.
+        factor: one number, on the same device.
+    """
+    if takes_triton(gradient):
+        from rethinker_kernels.triton_kernels.linear_loss import scaled
 
-    def fill(rows: slice, out: Tensor) -> None:
-        for here, logits, into in head.logits(rows, out):
-            chosen = head.chosen(here)
-            logps[here], entropies[here], saved = kernels.forward_rows(logits, *chosen, True)
-            slopes = _slopes(objective, nll_weights, here, logps[here])
-            kernels.gradient_rows(logits, *chosen, saved, None, slopes, None, out=into)
-
-    gradients = Gradients(head, needs)
-    if head.takes_exponentials:
-        gradients.accumulate(fill_exponentials)
-    else:
-        gradients.accumulate(fill_grpo if objective.is_grpo and takes_triton(hidden) else fill)
-    return logps, entropies, gradients
+        return scaled(gradient, factor, dtype)
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    for part in slices(0, gradient.numel(), CPU_LOGITS_BYTES // 4):
+        torch.mul(gradient.reshape(-1)[part], factor.to(wide(gradient)), out=out.view(-1)[part])
+    return out

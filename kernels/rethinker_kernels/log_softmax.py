@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rethinker_kernels import torch_rows
-from rethinker_kernels.arguments import check_index, check_logits, check_temperature, wide
+from rethinker_kernels.arguments import check, check_logits, check_temperature, wide
 from rethinker_kernels.devices import takes_triton
 
 
@@ -37,16 +37,10 @@ def selective_log_softmax(
         ValueError: a shape, type or device that does not fit, or a temperature below 0.
     """
     check_logits(logits)
-    check_index(index, logits.shape[:-1], logits.device)
-    temperatures, temperature = split_temperature(check_temperature(temperature, index))
-    logps, entropies, _ = _forward(logits, index, temperatures, temperature, return_entropy)
+    check("index", index, logits.shape[:-1], like=logits, dtypes=(torch.int64,))
+    logps, entropies, _ = _forward(logits, index, *check_temperature(temperature, index), return_entropy)
     logps = logps.view(index.shape)
     return (logps, entropies.view(index.shape)) if return_entropy else logps
-
-
-def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
-    """(one per row or None, the one number for all)."""
-    return (temperature.detach(), 1.0) if isinstance(temperature, Tensor) else (None, temperature)
 
 
 @torch.library.custom_op("rethinker::selective_log_softmax", mutates_args=())
@@ -75,17 +69,8 @@ def _backward(
     grad_entropies: Tensor | None,
 ) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    row_kernels(logits).gradient_rows(
-        logits,
-        index,
-        temperatures,
-        temperature,
-        saved,
-        entropies,
-        grad_logps,
-        grad_entropies,
-        out=out.view(-1, logits.shape[-1]),
-    )
+    of_rows = logits, index, temperatures, temperature, saved, entropies, grad_logps, grad_entropies
+    row_kernels(logits).gradient_rows(*of_rows, out=out.view(-1, logits.shape[-1]))
     return out
 
 

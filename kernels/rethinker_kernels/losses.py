@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rethinker_kernels.arguments import check_offsets, check_per_row, check_vector, describe, wide
+from rethinker_kernels.arguments import check, check_choice, check_offsets, describe, wide
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-this: exp(20) is already far outside any clip range, and fp32 sums of it stay finite."""
@@ -101,9 +101,8 @@ class Surrogate:
     importance: Literal["token", "sequence"] = "token"
 
     def __post_init__(self) -> None:
-        for name, options in (("kl_estimator", ("k1", "k2", "k3")), ("importance", ("token", "sequence"))):
-            if getattr(self, name) not in options:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(options)}")
+        check_choice("kl_estimator", self.kl_estimator, "k1", "k2", "k3")
+        check_choice("importance", self.importance, "token", "sequence")
         for name in ("clip_low", "clip_high"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
@@ -147,7 +146,7 @@ def grpo(
         bounded = torch.where(dual, dual_clip, bounded)
     loss = -bounded * rows.advantages
     if kl_coef != 0:
-        loss = loss + kl_coef * kl_estimate(clamp_log_ratio(rows.ref_logps - logps), kl_estimator)
+        loss = loss + kl_coef * kl_estimate(logps, rows.ref_logps, kl_estimator)
     return loss
 
 
@@ -173,8 +172,9 @@ def clamp_log_ratio(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO) + (log_ratio - log_ratio)
 
 
-def kl_estimate(d: Tensor, estimator: str) -> Tensor:
-    """[C] KL(policy || reference) with d = ref_logps - logps."""
+def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
+    """[C] KL(policy || reference)."""
+    d = clamp_log_ratio(ref_logps - logps)
     if estimator == "k1":
         return -d
     return d.square() / 2 if estimator == "k2" else exp_minus_linear(d)
@@ -213,54 +213,44 @@ class Objective:
         surrogate: Surrogate | None = None,
         whole_sequences: bool = False,
     ) -> None:
-        """
-        Args:
-            like: [R], of the rows' number, type and device.
-            The rest is explained in `policy_loss`.
-        """
+        """`like` is [R], of the rows' number, type and device; the rest is explained in `policy_loss`."""
         self.loss, self.aggregation = loss, aggregation
         self.is_grpo = getattr(loss, "func", loss) is grpo
         given = getattr(loss, "keywords", {}) if self.is_grpo else {}
         self.surrogate = Surrogate(**given) if self.is_grpo else surrogate or Surrogate()
         self.whole_sequences = self.surrogate.importance == "sequence" if self.is_grpo else whole_sequences
-        check_vector("logps", like, like.shape[:1], like.device)
-        check_vector("old_logps", old_logps, like.shape, like.device)
-        if aggregation not in ("token", "sequence", "constant"):
-            raise ValueError(f"aggregation={aggregation!r}: must be one of token, sequence, constant")
+        check("logps", like, (like.numel(),))
+        check("old_logps", old_logps, like.shape, like=like)
+        check_choice("aggregation", aggregation, "token", "sequence", "constant")
         if isinstance(normalizer, Tensor):
-            if normalizer.numel() != 1:
-                raise ValueError(f"normalizer: must be one number, not {describe(normalizer)}")
-            if normalizer.device != like.device:
-                raise ValueError(f"normalizer: is on {normalizer.device}, the rest on {like.device}")
+            if normalizer.numel() != 1 or normalizer.device != like.device:
+                where = f"{describe(normalizer)} on {normalizer.device}"
+                raise ValueError(f"normalizer: must be one number on {like.device}, not {where}")
         elif not normalizer > 0:
             raise ValueError(f"normalizer={normalizer}: must be positive")
         if ref_logps is not None:
-            check_vector("ref_logps", ref_logps, like.shape, like.device)
+            check("ref_logps", ref_logps, like.shape, like=like)
         elif self.surrogate.kl_coef != 0:
             raise ValueError("ref_logps is needed with a kl_coef that is not 0")
+        sequence = sequences = None
+        per_sequence = []
         if cu_seqlens is not None:
             check_offsets("cu_seqlens", cu_seqlens, like)
+            sequence, sequences = sequence_of_row(cu_seqlens, like), cu_seqlens.numel() - 1
+            per_sequence = [(sequences,)]
         elif self.whole_sequences or aggregation == "sequence":
             raise ValueError("cu_seqlens is needed with a loss or an aggregation per sequence")
-        check_per_row("advantages", advantages, like, cu_seqlens)
-        if weights is not None:
-            check_per_row("weights", weights, like, cu_seqlens)
         if mask is not None:
-            if mask.shape != like.shape or mask.dtype != torch.bool:
-                raise ValueError(f"mask: must be bool {list(like.shape)}, not {describe(mask)}")
-            if mask.device != like.device:
-                raise ValueError(f"mask: is on {mask.device}, the rest on {like.device}")
+            check("mask", mask, like.shape, like=like, dtypes=(torch.bool,))
         dtype = wide(like)
-        sequences = None if cu_seqlens is None else cu_seqlens.numel() - 1
-        sequence = None if cu_seqlens is None else sequence_of_row(cu_seqlens, like)
 
-        def per_row(values: Tensor, rows_win: bool) -> Tensor:
-            values = values.detach().to(dtype)
-            given_per_row = values.shape[0] != sequences or (rows_win and values.shape == like.shape)
-            return values if given_per_row else values[sequence]
+        def per_row(name: str, values: Tensor, rows_first: bool) -> Tensor:
+            check(name, values, like.shape, *per_sequence, like=like)
+            is_per_row = values.shape not in per_sequence or (rows_first and values.shape == like.shape)
+            return values.detach().to(dtype)[... if is_per_row else sequence]
 
         active = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
-        factors = torch.ones_like(like, dtype=dtype) if weights is None else per_row(weights, rows_win=True)
+        factors = torch.ones_like(like, dtype=dtype) if weights is None else per_row("weights", weights, True)
         active = active & (factors != 0)
         factors = torch.where(active, factors, 0.0)
         tokens = None
@@ -273,7 +263,7 @@ class Objective:
 
         self.rows = Rows(
             old_logps=counted(old_logps),
-            advantages=counted(per_row(advantages, rows_win=False)),
+            advantages=counted(per_row("advantages", advantages, False)),
             ref_logps=None if ref_logps is None else counted(ref_logps),
             mask=active,
             weights=factors,
@@ -319,23 +309,15 @@ class Objective:
 
     def statistics(self, logps: Tensor) -> Tensor:
         """[len(GRPO_STATS)] fp64."""
-        with torch.no_grad():
-            return self._statistics(logps)
-
-    def _statistics(self, logps: Tensor) -> Tensor:
         rows, options = self.rows, self.surrogate
-        logps = torch.where(rows.mask, logps.to(rows.weights.dtype), 0.0)
-        difference = logps - rows.old_logps
-        if options.importance == "sequence":
-            difference = rows.sequence_mean(difference)
-        ratio = clamp_log_ratio(difference).exp()
+        logps = torch.where(rows.mask, logps.detach().to(rows.weights.dtype), 0.0)
+        ratio = importance_ratio(logps, rows, options.importance)
         low, high, dual = clips(ratio, rows.advantages, options)
-        finite = rows.mask & difference.isfinite()
+        old_kl = exp_minus_linear(clamp_log_ratio(logps - rows.old_logps))
         kl = torch.zeros_like(logps)
         if rows.ref_logps is not None:
-            kl = kl_estimate(clamp_log_ratio(rows.ref_logps - logps), options.kl_estimator)
-            finite = finite & rows.ref_logps.isfinite()
-        old_kl = exp_minus_linear(clamp_log_ratio(logps - rows.old_logps))
+            kl = kl_estimate(logps, rows.ref_logps, options.kl_estimator)
+        finite = rows.mask & ratio.isfinite() & kl.isfinite()
         values = {
             "tokens": rows.mask,
             "nonfinite": rows.mask & ~finite,

@@ -1,18 +1,14 @@
-"""Compiles csrc at its first use, keeps the result in the user's cache, and registers its ops with PyTorch.
+"""Compiles a source of csrc at its first use, keeps the library in the user's cache, and opens it.
 
-The CPU library needs a C++ compiler, the CUDA library a CUDA build of PyTorch and nvcc too. Both use PyTorch's stable
-ABI and nothing newer than torch 2.11. Where one cannot be built, a line on stderr says why and the PyTorch
-implementation takes over, with the same results. Environment:
+The libraries are C functions on plain memory: they need a C++ compiler, or nvcc, and nothing of PyTorch. Environment:
 
-    RETHINKER_NATIVE=0  never compile
-    CXX                 the C++ compiler, instead of g++, clang++ or c++, whichever is found first
-    CUDA_HOME           where to look for bin/nvcc when it is not on the PATH
-    XDG_CACHE_HOME      the cache is its folder rethinker_kernels (default ~/.cache)
+    CXX             the C++ compiler, instead of g++, clang++ or c++, whichever is found first
+    CUDA_HOME       where to look for bin/nvcc when it is not on the PATH
+    XDG_CACHE_HOME  the cache is its folder rethinker_kernels (default ~/.cache)
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -22,108 +18,69 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from ctypes import CDLL, c_char_p, c_double, c_int64, c_uint32, c_void_p
 from pathlib import Path
 
 import torch
 
 SOURCES = Path(__file__).parent / "csrc"
 
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
-"""Only what torch 2.11 has is used, so that a library depends on no newer one."""
+# No fused multiply-add: weights are the same on every device, bit for bit.
+CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC", "-fmad=false"]
 
-NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false"]  # no fused multiply-add: weights are the CPU's, bit for bit
+FUNCTIONS = {
+    "sum_tree_update": [c_void_p, c_int64, c_double, c_void_p, c_void_p, c_int64, c_void_p, c_void_p],
+    "sum_tree_sample": [c_void_p, c_int64, c_void_p, c_uint32, c_int64, c_void_p, c_void_p],
+}
+"""Parameters of the functions that csrc/sum_tree.h declares."""
 
-_CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", STABLE_ABI]
 
-BUILD_SECONDS = 300  # a compiler that takes longer hangs
-
-
-class BuildError(Exception):
+class BuildError(RuntimeError):
     """The library cannot be built here; the message says why in one line."""
 
 
-def load(device_type: str) -> bool:
-    """Whether the compiled ops run on tensors of this device type; builds and registers them when first asked.
-
-    Args:
-        device_type: "cpu" or "cuda"; others have no compiled ops.
-    """
-    if os.environ.get("RETHINKER_NATIVE") == "0" or device_type not in ("cpu", "cuda"):
-        return False
-    return _load(device_type)
-
-
 @functools.cache
-def _load(device_type: str) -> bool:
-    if device_type == "cuda" and not _load("cpu"):  # which has the ops' schemas
-        return False
-    try:
-        torch.ops.load_library(str(build(device_type)))
-    except (BuildError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        print(f"rethinker_kernels: the {device_type} sum tree runs in PyTorch, more slowly: {reason}", file=sys.stderr)
-        return False
-    if device_type == "cpu":
-        for name in ("sum_tree_update_", "sum_tree_sample_", "sum_tree_sample_distinct_"):
-            # What torch.compile needs to know: nothing is returned, the schema says what is written.
-            torch.library.register_fake(f"rethinker::{name}", lambda *arguments: None)
-    return True
+def load(device_type: str) -> CDLL:
+    """The library for memory of this device type; any number of processes may ask at once.
 
-
-def build(device_type: str, folder: Path | None = None) -> Path:
-    """The compiled library, from the cache or made now; any number of processes may ask at once.
-
-    The file's name holds a hash of all that goes into it, so it never is out of date. One process builds while the
-    others wait for its lock; where a file system has no locks, the rename at the end still keeps every file whole.
-
-    Args:
-        device_type: "cpu" or "cuda".
-        folder: where to keep it, instead of the user's cache.
+    The file's name holds a hash of all that goes into it, so it never is out of date.
 
     Raises:
-        BuildError: there is no compiler, or it failed.
-        OSError: the folder cannot be written.
+        BuildError: there is no compiler, it failed, or the cache cannot be written.
     """
-    compiler = _compiler()
-    recipe = [torch.__version__, platform.machine(), *compiler, *_CXX_FLAGS, _version(*compiler)]
-    if device_type == "cuda":
-        nvcc = find_nvcc()
-        recipe += [nvcc, *NVCC_FLAGS, *_architectures(), _version(nvcc)]
-    inputs = hashlib.sha256()
-    for part in recipe:
-        inputs.update(part.encode() + b"\0")
-    for source in sorted(SOURCES.iterdir()):
-        inputs.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    folder = folder or _cache()
-    library = folder / f"sum_tree_{device_type}_{inputs.hexdigest()[:20]}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(library.with_suffix(".lock")):
+    source = SOURCES / f"sum_tree_{device_type}.{'cu' if device_type == 'cuda' else 'cpp'}"
+    compiler = nvcc_for_these_gpus() if device_type == "cuda" else [*cxx(), *CXX_FLAGS]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rethinker_kernels"
+    try:
+        inputs = platform.machine(), *compiler, (SOURCES / "sum_tree.h").read_text(), source.read_text()
+        made_of = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:20]
+        library = folder / f"sum_tree_{device_type}_{made_of}.so"
         if not library.exists():
             print(f"rethinker_kernels: compiling the {device_type} sum tree, once", file=sys.stderr)
+            folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as workplace:
-                made = _compile(device_type, compiler, Path(workplace))
-                os.replace(made, library)
-    return library
+                made = Path(workplace) / library.name
+                subprocess.run([*compiler, "-shared", source, "-o", made], check=True, capture_output=True, text=True)
+                os.replace(made, library)  # whole, or not there
+        return opened(library)
+    except (OSError, subprocess.CalledProcessError) as error:
+        lines = (getattr(error, "stderr", "") or str(error)).splitlines()
+        reason = next((line.strip() for line in lines if "error" in line), lines[0])
+        raise BuildError(f"the {device_type} sum tree does not compile: {reason}") from error
 
 
-def find_nvcc() -> str:
-    """The CUDA compiler.
-
-    Raises:
-        BuildError: there is none.
-    """
-    homes = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    found = shutil.which("nvcc") or next((str(home / "nvcc") for home in homes if (home / "nvcc").exists()), None)
-    if not found:
-        raise BuildError("nvcc was not found; put it on the PATH or set CUDA_HOME")
+def opened(library: Path) -> CDLL:
+    """The library in this file, with the types of its functions."""
+    found = CDLL(str(library))
+    for name, parameters in FUNCTIONS.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = parameters, c_char_p
     return found
 
 
-def _compiler() -> list[str]:
-    """The C++ compiler and the arguments that CXX gives it."""
+def cxx() -> list[str]:
+    """The C++ compiler, and the arguments that CXX gives it; BuildError where there is none."""
     wanted = shlex.split(os.environ.get("CXX", ""))
     for command in [wanted] if wanted else [["g++"], ["clang++"], ["c++"]]:
         if found := shutil.which(command[0]):
@@ -131,58 +88,18 @@ def _compiler() -> list[str]:
     raise BuildError(f"no C++ compiler ({' '.join(wanted) or 'g++, clang++ or c++'}) was found; install one or set CXX")
 
 
-def _architectures() -> list[str]:
-    """Machine code for the GPUs of this machine."""
+def nvcc_for_these_gpus() -> list[str]:
+    """`find_nvcc`, making code for this machine's GPUs; BuildError where there are none."""
     found = sorted({torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())})
-    if not torch.version.cuda or not found:
-        raise BuildError("there is no CUDA device, or PyTorch is not a CUDA build")
-    return [f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}" for major, minor in found]
+    if not found:
+        raise BuildError("there is no CUDA device")
+    targets = [f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}" for major, minor in found]
+    return [find_nvcc(), *NVCC_FLAGS, *targets]
 
 
-def _compile(device_type: str, compiler: list[str], workplace: Path) -> Path:
-    """Compile and link in an empty folder."""
-    package, made = Path(torch.__file__).parent, workplace / "made.so"
-    headers, libraries = f"-I{package / 'include'}", [f"-L{package / 'lib'}", "-ltorch_cpu"]
-    compile_cpp = [*compiler, *_CXX_FLAGS, headers]
-    if device_type == "cpu":
-        _run(*compile_cpp, "-shared", str(SOURCES / "sum_tree_cpu.cpp"), "-o", str(made), *libraries)
-        return made
-    nvcc, objects = [find_nvcc(), *NVCC_FLAGS, *_architectures()], [str(workplace / f"{i}.o") for i in range(2)]
-    _run(*compile_cpp, "-DUSE_CUDA", "-c", str(SOURCES / "sum_tree_cuda.cpp"), "-o", objects[0])
-    _run(*nvcc, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", str(SOURCES / "sum_tree_cuda.cu"), "-o", objects[1])
-    # nvcc links the CUDA runtime in: PyTorch's wheel may bring another release of it.
-    _run(*nvcc, "-shared", *objects, "-o", str(made), *libraries, "-ltorch_cuda")
-    return made
-
-
-def _run(*command: str) -> None:
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise BuildError(f"{command[0]} took more than {BUILD_SECONDS} s") from None
-    except subprocess.CalledProcessError as error:
-        lines = (error.stderr or error.stdout).splitlines()
-        reason = next((line for line in lines if "error" in line), lines[0] if lines else f"status {error.returncode}")
-        raise BuildError(f"{command[0]} failed: {reason.strip()}") from None
-
-
-def _version(*compiler: str) -> str:
-    """What a compiler says it is."""
-    try:
-        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(f"{compiler[0]} --version: {error}") from None
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rethinker_kernels"
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        with contextlib.suppress(ImportError, OSError):  # a system, or a file system, without locks
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def find_nvcc() -> str:
+    """The CUDA compiler; BuildError where there is none."""
+    places = os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '')}/bin", "/usr/local/cuda/bin"
+    if found := shutil.which("nvcc", path=os.pathsep.join(places)):
+        return found
+    raise BuildError("nvcc was not found; put it on the PATH or set CUDA_HOME")

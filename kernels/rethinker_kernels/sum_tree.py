@@ -1,23 +1,27 @@
 """SumTree: draw indices in proportion to priority^alpha, exactly, with integer sums that never drift.
 
 Weights are fixed-point integers. Integer sums are exact and do not depend on their order, so every parent equals the
-sum of its children bit for bit after any number of updates, on every rank and device. The compiled ops of csrc and
-their PyTorch equivalents in sum_tree_torch.py are bit-identical.
+sum of its children bit for bit after any number of updates, on every rank and device.
 """
 
 from __future__ import annotations
 
 import struct
-from types import SimpleNamespace
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rethinker_kernels import native, sum_tree_torch
-from rethinker_kernels.arguments import describe
-from rethinker_kernels.devices import to_device
-from rethinker_kernels.sum_tree_torch import BAD_INDEX, FAN_OUT, fraction_bits, levels_of
+from rethinker_kernels import native
+from rethinker_kernels.arguments import check
+from rethinker_kernels.devices import on_device_of, to_device
+
+# As in csrc/sum_tree.h.
+FAN_OUT = 32
+SUM_BITS = 62
+WEIGHT_BITS = 27
+BAD_INDEX = 1
 
 
 class SumTree:
@@ -33,22 +37,24 @@ class SumTree:
     for w = 0.01 at 2^20. A priority above 0 weighs at least one unit, so that one far below is drawn too often beside
     others; a priority of 0 has weight 0 for every alpha, and weight 0 is never drawn.
 
-    On CUDA, update and sample are one launch each and wait for nothing; they can be captured in a CUDA graph if their
-    tensors are on the device (priorities in fp64) and the random numbers come from a (seed, offset) tensor. What the
-    host does not know is not raised at once: an update that contains a bad index or priority changes nothing and is
-    raised by the next `check` or `state_dict`; a draw from nothing returns -1. A tree belongs to one thread and stream
-    at a time: a draw without replacement takes slots out while it runs.
+    On CUDA, update and sample (with replacement) are one launch each and wait for nothing; they can be captured in a
+    CUDA graph if their tensors are on the device (priorities in fp64) and the random numbers come from a (seed, offset)
+    tensor. What the host does not know is not raised at once: an update that contains a bad index or priority changes
+    nothing and is raised by the next `check` or `state_dict`; a draw from nothing returns -1. A tree belongs to one
+    thread and stream at a time: a draw without replacement takes slots out while it runs.
 
     Args:
         capacity: number of slots, 1 to 2^31.
-        device: where the tree lives.
+        device: where the tree lives. Where its library cannot be built (a GPU without nvcc) that is the host, with a
+            line on stderr: the draws are the same.
         alpha: exponent >= 0 on priorities; 0 draws uniformly among the priorities above 0.
 
     Raises:
         ValueError: an argument out of range.
+        BuildError: there is no C++ compiler.
     """
 
-    WEIGHT_BITS = sum_tree_torch.WEIGHT_BITS
+    WEIGHT_BITS = WEIGHT_BITS
     """A weight priority^alpha lies below 2^27 (1.3e8); the bits that remain hold its fraction."""
 
     def __init__(self, capacity: int, device: torch.device | str = "cpu", alpha: float = 1.0) -> None:
@@ -56,16 +62,22 @@ class SumTree:
             raise ValueError(f"capacity={capacity}: must be between 1 and 2^31")
         if not 0 <= alpha < float("inf"):
             raise ValueError(f"alpha={alpha}: must be finite and at least 0")
+        device = torch.device(device)
+        try:
+            self._library = native.load(device.type)
+        except native.BuildError as error:
+            if device.type == "cpu":
+                raise
+            print(f"rethinker_kernels: the sum tree lives on the host, not on {device}: {error}", file=sys.stderr)
+            device, self._library = torch.device("cpu"), native.load("cpu")
         self.capacity = capacity
         self.alpha = float(alpha)
-        self.fraction_bits = fraction_bits(capacity)
+        self.fraction_bits = SUM_BITS - WEIGHT_BITS - (capacity - 1).bit_length()
         sizes = levels_of(capacity)
         self._nodes = torch.zeros(sum(sizes), dtype=torch.int64, device=device)  # leaves first, root last
         self._levels = self._nodes.split(sizes)
         self._refused = torch.zeros(3, dtype=torch.int64, device=device)  # kind, index, bits of the priority
-        self._ended = torch.zeros(1, dtype=torch.int64, device=device)  # blocks of a draw on a GPU; 0 between calls
-        self._on_host = self._nodes.device.type == "cpu"
-        self._ops = _compiled() if native.load(self._nodes.device.type) else sum_tree_torch
+        self._on_host = device.type == "cpu"
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +87,7 @@ class SumTree:
     @property
     def nbytes(self) -> int:
         """Memory of the tree, in bytes: 8.26 per slot, when there are many."""
-        return self._nodes.nbytes + self._refused.nbytes + self._ended.nbytes
+        return self._nodes.nbytes + self._refused.nbytes
 
     @property
     def total(self) -> Tensor:
@@ -93,19 +105,18 @@ class SumTree:
             ValueError: a wrong shape or type, an index out of range, or a priority out of range, naming the slot.
                 Nothing is changed then. On CUDA the two latter are raised by `check`.
         """
-        if indices.dim() != 1 or indices.dtype != torch.int64:
-            raise ValueError(f"indices: must be int64 [n], not {describe(indices)}")
-        if priorities.shape != indices.shape or not priorities.is_floating_point():
-            raise ValueError(f"priorities: must be floating {list(indices.shape)}, not {describe(priorities)}")
+        check("indices", indices, (indices.numel(),), dtypes=(torch.int64,))
+        check("priorities", priorities, indices.shape)
         indices = to_device(indices, self.device).contiguous()
         priorities = to_device(priorities.detach().double(), self.device).contiguous()
-        self._ops.update_(self._nodes, self.capacity, self.alpha, indices, priorities, self._refused)
+        self._run("update", self.alpha, indices, priorities, len(indices), self._refused)
         if self._on_host:
             self.check()
 
     def accepts(self, priorities: Tensor) -> Tensor:
-        """Which of these priorities [n] `update` takes: bool [n]. Where they are on the host, so is all the work."""
-        return sum_tree_torch.fixed_point(priorities.double(), self.alpha, self.fraction_bits)[1]
+        """Whether `update` surely takes these priorities [n]: bool [n]. Where they are on the host, so is the work."""
+        most = 2.0**WEIGHT_BITS * (1 - 1e-12)  # the device's power may differ from this one in its last bits
+        return (priorities >= 0) & priorities.isfinite() & (priorities.double() ** self.alpha < most)
 
     def check(self) -> None:
         """Raise what updates on a GPU could not raise at once: the first one that was refused. Waits for the device.
@@ -121,7 +132,7 @@ class SumTree:
             raise ValueError(f"indices: {index} is outside [0, {self.capacity})")
         (priority,) = struct.unpack("d", struct.pack("q", bits))
         raise ValueError(
-            f"priorities: {priority} at index {index} must be finite, at least 0, and below 2^{self.WEIGHT_BITS} when "
+            f"priorities: {priority} at index {index} must be finite, at least 0, and below 2^{WEIGHT_BITS} when "
             f"raised to alpha={self.alpha}"
         )
 
@@ -146,16 +157,12 @@ class SumTree:
         Raises:
             ValueError: every weight is 0, or (without replacement) fewer than n are above 0; not raised on a GPU.
         """
-        if n < 0:
-            raise ValueError(f"n={n}: must be at least 0")
-        slots = torch.empty(n, dtype=torch.int64, device=self.device)
+        if not 0 <= n <= 1 << 31:
+            raise ValueError(f"n={n}: must be between 0 and 2^31")
         if n == 0:
-            return slots
+            return torch.empty(0, dtype=torch.int64, device=self.device)
         key = self._key(generator)
-        if replacement:
-            self._ops.sample_(self._nodes, self.capacity, key, slots)
-        else:
-            self._ops.sample_distinct_(self._nodes, self.capacity, key, slots, torch.empty_like(slots), self._ended)
+        slots = self._draw(key, n) if replacement else self._draw_distinct(key, n)
         if self._on_host and slots[-1].item() < 0:
             if self._nodes[-1].item() == 0:
                 raise ValueError("sample: every weight in the tree is 0; there is nothing to draw")
@@ -184,14 +191,9 @@ class SumTree:
         Raises:
             ValueError: the state is of a tree with another capacity or alpha, or of a release with other units.
         """
-        for name, own in (("capacity", self.capacity), ("alpha", self.alpha)):
-            if state[name] != own:
-                raise ValueError(f"{name}: the saved tree has {state[name]}, this one {own}")
-        if state.get("fraction_bits") != self.fraction_bits:
-            raise ValueError(
-                f"leaves: another release of rethinker_kernels saved this tree, with weights in other units than "
-                f"2^-{self.fraction_bits}; fill the tree with `update`"
-            )
+        for name in ("capacity", "alpha", "fraction_bits"):
+            if state.get(name) != getattr(self, name):
+                raise ValueError(f"{name}: the saved tree has {state.get(name)}, this one {getattr(self, name)}")
         self._levels[0][: self.capacity] = state["leaves"].to(self.device)
         for children, parents in zip(self._levels, self._levels[1:], strict=False):
             sums = children.view(-1, FAN_OUT).sum(-1)
@@ -203,17 +205,58 @@ class SumTree:
             source = self.device if generator is None else generator.device
             key = torch.empty(2, dtype=torch.int64, device=source).random_(generator=generator)
             return to_device(key, self.device)
-        if generator.dtype != torch.int64 or generator.shape != (2,):
-            raise ValueError(f"generator: must be int64 [2] (seed, offset), not {describe(generator)}")
-        if generator.device != self.device:
-            raise ValueError(f"generator: is on {generator.device}, the tree on {self.device}")
+        check("generator", generator, (2,), like=self._nodes, dtypes=(torch.int64,))
         return generator.contiguous()
 
+    def _draw(self, key: Tensor, n: int, round: int = 0) -> Tensor:
+        """[n] independent draws; those of another round have other random numbers."""
+        slots = torch.empty(n, dtype=torch.int64, device=self.device)
+        self._run("sample", key, round, n, slots)
+        return slots
 
-def _compiled() -> SimpleNamespace:
-    ops = torch.ops.rethinker
-    return SimpleNamespace(
-        update_=ops.sum_tree_update_.default,
-        sample_=ops.sum_tree_sample_.default,
-        sample_distinct_=ops.sum_tree_sample_distinct_.default,
-    )
+    def _draw_distinct(self, key: Tensor, n: int) -> Tensor:
+        """[n] successive draws, and -1 where no weight is left.
+
+        Independent draws, of which only each slot's first counts, are just that: given the slots found so far, the next
+        new one comes in proportion to the weights of the others. A round makes as many draws as are missing. The next
+        one makes them from a tree without the slots found before, so that it finds one at least; in the end they
+        come back.
+        """
+        slots = torch.full((n,), -1, dtype=torch.int64, device=self.device)
+        weights, found, round = torch.empty_like(slots), 0, 0
+        try:
+            while found < n and self._nodes[-1] > 0:
+                new = list(dict.fromkeys(self._draw(key, n - found, round).tolist()))
+                part = slice(found, found + len(new))
+                slots[part] = to_device(torch.tensor(new), self.device)
+                weights[part] = self._levels[0][slots[part]]
+                self._add(slots[part], -weights[part])
+                found, round = part.stop, round + 1
+        finally:
+            self._add(slots[:found], weights[:found])
+        return slots
+
+    def _add(self, slots: Tensor, changes: Tensor) -> None:
+        """Add to slots, each of them once, and to all their ancestors."""
+        for level in self._levels:
+            level.index_add_(0, slots, changes)
+            slots = slots // FAN_OUT
+
+    def _run(self, op: str, *arguments: Tensor | float) -> None:
+        """Run a function of the library on the tree, as csrc/sum_tree.h declares it; tensors become addresses."""
+        given = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+        with on_device_of(self._nodes):
+            stream = None if self._on_host else torch.cuda.current_stream(self.device).cuda_stream
+            error = getattr(self._library, f"sum_tree_{op}")(self._nodes.data_ptr(), self.capacity, *given, stream)
+        if error:
+            raise RuntimeError(f"sum tree: {error.decode()}")
+
+
+def levels_of(capacity: int) -> list[int]:
+    """Nodes of each level, leaves first: all but the root (1) padded to a multiple of 32."""
+    levels, nodes = [], capacity
+    while nodes > 1 or not levels:
+        blocks = -(-nodes // FAN_OUT)
+        levels.append(blocks * FAN_OUT)
+        nodes = blocks
+    return [*levels, 1]

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from rethinker_kernels.arguments import wide
-
-CHUNK_BYTES = 64 * 2**20
-"""Size of the fp32 (or fp64) copy of logits that is worked on at a time; about two of them exist at once."""
+from rethinker_kernels.chunks import CPU_LOGITS_BYTES, slices
 
 _NO_MASS = -1e4
 """exp of it is 0; a finite exponent in place of -inf keeps 0 * -inf out of the entropy."""
@@ -33,7 +31,7 @@ def forward_rows(
     logps = logits.new_empty(logits.shape[0], dtype=wide(logits))
     entropies = torch.empty_like(logps[: logps.shape[0] if return_entropy else 0])
     saved = logits.new_empty(2, logits.shape[0], dtype=wide(logits))
-    for rows in chunks(logits.shape[0], logits.shape[1] * logps.element_size()):
+    for rows in _pieces(logits.shape[0], logits.shape[1] * logps.element_size()):
         x = logits[rows].to(logps.dtype, copy=True)  # [C, V]
         top = x.amax(-1)
         x -= torch.where(top == -math.inf, torch.finfo(x.dtype).min, top)[:, None]
@@ -76,7 +74,7 @@ def gradient_rows(
         for g in (grad_logps, grad_entropies)
     )
     into = out.view(-1, vocabulary)
-    for rows in chunks(flat.shape[0], vocabulary * saved.element_size()):
+    for rows in _pieces(flat.shape[0], vocabulary * saved.element_size()):
         x = flat[rows].to(saved.dtype, copy=True)  # [C, V]
         x.sub_(saved[0, rows, None]).mul_(_finite(inverse[rows])[:, None]).sub_(saved[1, rows, None])
         x.clamp_(min=_NO_MASS)  # log p
@@ -93,14 +91,9 @@ def gradient_rows(
     return out
 
 
-def slices(start: int, stop: int, size: int) -> list[slice]:
-    """[start, stop) in pieces of `size`, the last of what is left."""
-    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
-
-
-def chunks(rows: int, row_bytes: int) -> list[slice]:
-    """Rows of which at most CHUNK_BYTES are worked on at a time."""
-    return slices(0, rows, max(CHUNK_BYTES // row_bytes, 1))
+def _pieces(rows: int, row_bytes: int) -> list[slice]:
+    """Rows of which at most CPU_LOGITS_BYTES are worked on at a time."""
+    return slices(0, rows, max(CPU_LOGITS_BYTES // row_bytes, 1))
 
 
 def _inverse(logits: Tensor, temperatures: Tensor | None, temperature: float) -> Tensor:

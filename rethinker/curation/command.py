@@ -18,7 +18,7 @@ from rethinker.settings import resolve_config
 _DESCRIPTION = """Ask the recipe's model every question of its training data several times, and write the questions
 that it answers sometimes (0 < pass rate < 1), an equal share of each category: the others teach it nothing. A
 measurement that was stopped goes on when the command is given again; with another --size it only chooses again. The
-output holds pass_rates.parquet, pass_rates.svg, subset.parquet, provenance.json, and recipe.yaml, which trains on it.
+output holds pass_rates.parquet, subset.parquet, provenance.json, and recipe.yaml, which trains on it.
 On several GPUs: torchrun --nproc-per-node N -m rethinker curate RECIPE ..."""
 
 
@@ -35,12 +35,11 @@ def main(arguments: Sequence[str]) -> int:
     add("recipe", metavar="RECIPE", help="a shipped recipe or a .yaml file: model, data, prompt, reward")
     add("--output", required=True, type=Path, metavar="FOLDER", help="where the results go")
     add("--samples", type=int, metavar="G", help="responses per question [rollout.group_size]")
-    add("--size", metavar="N", help=f"questions to choose: a number, {sizes} [all that qualify]")
+    add("--size", type=parse_size, metavar="N", help=f"questions to choose: a number, {sizes} [all that qualify]")
     add("--limit", type=int, metavar="N", help="ask a random sample of N questions, the same every time")
     options, overrides = parser.parse_recipe(arguments)
-    size = None if options.size is None else parse_size(options.size)
     config = resolve_config(options.recipe, overrides)
-    check_engine(config, "rethinker curate", "matplotlib")
+    check_engine(config, "rethinker curate")
     check_model(config.policy.model)
     config.rollout.sleep = False  # no training runs beside the engine
     if not any(option.startswith("--rollout.gpu_memory_utilization") for option in overrides):
@@ -51,17 +50,14 @@ def main(arguments: Sequence[str]) -> int:
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit {options.limit} must be at least 1")
 
-    from rethinker.curation.measure import check_folder
     from rethinker.data.datasets import load_queries
     from rethinker.embedded.files import as_files
     from rethinker.evaluation.answering import sample
 
-    folder = options.output.expanduser()
-    check_folder(folder)
     # All questions: with data.validation=split the subset is split again, and by hash alike.
     everything = as_files(dataclasses.replace(config.data, validation=None), "train")
     queries = sample(load_queries(everything, "train"), options.limit)
-    _curate(config, queries, samples, size, folder)
+    _curate(config, queries, samples, options.size, options.output.expanduser())
     return 0
 
 
@@ -95,8 +91,7 @@ def _curate(config: Config, queries: list[Query], samples: int, size: int | None
         chosen = choose(rates, size)
         counts = output.count(rates, chosen)
         output.write_rates(folder, rates, chosen)
-        title = f"{Path(name).name}: {counts['sometimes_right']:,d} of {counts['questions']:,d} sometimes right"
-        print("\n".join(output.histogram(folder, rates, chosen, title)))
+        print(output.histogram(rates, chosen))
         if not chosen:
             raise ConfigError(
                 f"policy.model={config.policy.model} answers no question sometimes, so there is nothing to train on "
@@ -105,7 +100,7 @@ def _curate(config: Config, queries: list[Query], samples: int, size: int | None
             )
         output.write_subset(folder, [queries[i] for i in chosen], [rates[i] for i in chosen], config)
         output.write_recipe(folder, config, name)
-        output.write_provenance(folder, config, measured, {"size_asked": size, **counts})
+        output.write_provenance(folder, {**measured, "size_asked": size, **counts})
         short = f" (only so many of the {size:,d} asked for qualify)" if size and len(chosen) < size else ""
         print(f"{len(chosen):,d} questions{short}: {counts['subset_by_category']}")
         print(f"train on them: rethinker train {folder / output.RECIPE}")

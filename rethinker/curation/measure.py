@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,19 +36,17 @@ _STREAM = 0x6375
 
 def identity(config: Config, model: str, queries: Sequence[Query], samples: int) -> dict[str, Any]:
     """What the pass rates depend on; a measurement goes on only if all of it is the same."""
-    folder = Path(os.path.expanduser(model))
+    folder = Path(model)
     if folder.is_dir():
         digest = hashlib.sha256()
         for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
-            digest.update(path.name.encode())
             with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
         version = f"sha256 {digest.hexdigest()}"
     else:
         from transformers import AutoConfig
 
-        found = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        version = f"commit {getattr(found, '_commit_hash', None)}"
+        version = f"commit {AutoConfig.from_pretrained(model, trust_remote_code=False)._commit_hash}"
     return {
         **{"model": model, "model_version": version, "data": config.data.train, "data_sha256": fingerprint(queries)},
         **{"samples": samples, "seed": config.seed},
@@ -57,28 +54,22 @@ def identity(config: Config, model: str, queries: Sequence[Query], samples: int)
     }
 
 
-def check_folder(folder: Path) -> None:
-    """Report an output folder that holds anything but a measurement."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output {folder} is a file; choose another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise ConfigError(f"--output {folder} holds other files; choose another folder")
-
-
 def begin(folder: Path, measured: dict[str, Any]) -> None:
     """Note what is measured here, or compare it with what was.
 
     Raises:
-        ConfigError: naming each difference.
+        ConfigError: naming each difference, or the folder of something else.
     """
     path = folder / MANIFEST
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
+            if any(folder.iterdir()):
+                raise ConfigError(f"--output {folder} holds other files; choose another folder")
             with whole_file(path) as partial:
                 partial.write_text(json.dumps(measured, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(f"--output {folder}: cannot be used ({error}); choose another folder") from error
     # The same content may lie in another place now.
     differing = [k for k in measured if before.get(k) != measured[k] and k not in ("model", "data")]
@@ -120,13 +111,12 @@ def measure(
         number = first + ranks.rank
         if not ranks.any(number in missing):
             continue
-        part = queries[number * CHUNK : (number + 1) * CHUNK]
-        rates = _ask(part, samples, number, model, config)
-        if not part:
+        rates = _ask(queries[number * CHUNK : (number + 1) * CHUNK], samples, number, model, config)
+        if not rates:
             continue
         path = chunk_file(folder, number)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             with whole_file(path) as partial:
                 partial.write_text("".join(json.dumps(vars(rate)) + "\n" for rate in rates), encoding="utf-8")
         except OSError as error:
@@ -134,9 +124,7 @@ def measure(
 
 
 def _ask(queries: Sequence[Query], samples: int, number: int, model: AnsweringModel, config: Config) -> list[PassRate]:
-    rates = [
-        PassRate(q.id, str(q.metadata.get("category", "all")), 0, 0, 0.0, model.encoder.misfit(q)) for q in queries
-    ]
+    rates = [PassRate(q.id, str(q.metadata.get("category", "all")), left_out=model.encoder.misfit(q)) for q in queries]
     fit = [i for i, rate in enumerate(rates) if rate.left_out is None]
     groups = model.answer(
         [queries[i] for i in fit],

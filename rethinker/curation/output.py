@@ -1,9 +1,8 @@
-"""What curation leaves behind: pass rates, their histogram, the subset as a data set, a recipe that trains on it."""
+"""What curation leaves behind: pass rates, the subset as a data set, a recipe that trains on it, and its origin."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -23,10 +22,10 @@ from rethinker.data.mixture import SOURCES
 from rethinker.embedded.files import as_files
 from rethinker.runtime.files import whole_file
 from rethinker.samples import Query
-from rethinker.settings import flat, to_yaml
+from rethinker.settings import to_yaml
 from rethinker.version import versions
 
-SUBSET, RECIPE, RATES, PROVENANCE = "subset.parquet", "recipe.yaml", "pass_rates.parquet", "provenance.json"
+SUBSET, RECIPE = "subset.parquet", "recipe.yaml"
 
 # Rows of the subset written at once: of images that are embedded, only so many are in memory.
 _ROWS = 64
@@ -99,22 +98,14 @@ def write_rates(folder: Path, rates: Sequence[PassRate], chosen: Sequence[int]) 
     """Every question's pass rate (-1: left out) and whether it was chosen, as parquet."""
     picked = set(chosen)
     rows = [{**vars(rate), "pass_rate": rate.rate, "chosen": i in picked} for i, rate in enumerate(rates)]
-    parquet.write_table(pa.Table.from_pylist(rows), folder / RATES)
+    parquet.write_table(pa.Table.from_pylist(rows), folder / "pass_rates.parquet")
 
 
-def write_provenance(folder: Path, config: Config, measured: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
-    """Where the subset comes from: model, data, settings, versions, counts, date and command."""
-    sections = ("data.", "rollout.", "reward.", "policy.dtype")
-    content = {
-        **measured,
-        **counts,
-        "subset_sha256": hashlib.sha256((folder / SUBSET).read_bytes()).hexdigest(),
-        "settings": {key: value for key, value in flat(config).items() if key.startswith(sections)},
-        "versions": versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["rethinker", *sys.argv[1:]],
-    }
-    (folder / PROVENANCE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_provenance(folder: Path, known: Mapping[str, Any]) -> None:
+    """Where the subset comes from: what is known of it, versions, date and command."""
+    now = {"versions": versions(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    content = json.dumps({**known, **now, "command": ["rethinker", *sys.argv[1:]]}, indent=2, ensure_ascii=False)
+    (folder / "provenance.json").write_text(content + "\n", encoding="utf-8")
 
 
 def count(rates: Sequence[PassRate], chosen: Sequence[int]) -> dict[str, Any]:
@@ -131,22 +122,10 @@ def count(rates: Sequence[PassRate], chosen: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def histogram(folder: Path, rates: Sequence[PassRate], chosen: Sequence[int], title: str) -> list[str]:
-    """Draw pass_rates.svg: how many questions, and how many chosen ones, by right answers. Returns it as text, too."""
-    from rethinker.report.drawing import COLORS, GRID, label_of, legend, new_figure, save_figure
-
+def histogram(rates: Sequence[PassRate], chosen: Sequence[int]) -> str:
+    """How many questions, and how many chosen ones, by right answers."""
     asked = [rate for rate in rates if rate.samples]
-    places = range(max((rate.samples for rate in asked), default=1) + 1)
+    samples = max((rate.samples for rate in asked), default=0)
     everything, picked = Counter(rate.right for rate in asked), Counter(rates[i].right for i in chosen)
-    figure = new_figure(6.4, 3.4)
-    axes = figure.subplots()
-    axes.bar(places, [everything[k] for k in places], width=0.8, color=GRID, edgecolor="#999999", label="all questions")
-    axes.bar(places, [picked[k] for k in places], width=0.8, color=COLORS[0], label="the subset")
-    axes.set_xlabel(f"right answers of {places[-1]}")
-    axes.set_ylabel("questions")
-    axes.set_title(label_of(title), fontsize=9)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    legend(axes)
-    save_figure(figure, folder / "pass_rates.svg")
-    lines = [f"{k:3d} of {places[-1]:<3d} {everything[k]:9,d} {picked[k]:7,d}" for k in places]
-    return ["right      questions  chosen", *lines]
+    lines = [f"{k:3d} of {samples:<3d} {everything[k]:9,d} {picked[k]:7,d}" for k in range(samples + 1)]
+    return "\n".join(["right      questions  chosen", *lines])

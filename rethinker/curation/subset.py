@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from rethinker.config import ConfigError
 
 PRESETS = {"16k": 16_000, "20k": 20_000}  # the paper's sizes for 7B, and for 32B and 72B
 
@@ -17,9 +16,9 @@ class PassRate:
 
     query_id: str
     category: str
-    right: int
+    right: int = 0
     """Responses with a reward of at least 1."""
-    samples: int
+    samples: int = 0
     """0 for a question that was left out."""
     tokens: float = 0.0
     """Mean length of its responses."""
@@ -38,16 +37,12 @@ class PassRate:
 
 
 def parse_size(text: str) -> int:
-    """`16k`, `20k` or a number of questions.
-
-    Raises:
-        ConfigError: anything else.
-    """
+    """`16k`, `20k` or a number of questions; anything else is an ArgumentTypeError."""
     if text.lower() in PRESETS:
         return PRESETS[text.lower()]
     if text.isascii() and text.isdigit() and int(text) >= 1:
         return int(text)
-    raise ConfigError(f"--size {text}: give {', '.join(PRESETS)}, or a number of questions, at least 1")
+    raise ArgumentTypeError(f"{text!r}: give {', '.join(PRESETS)}, or a number of questions, at least 1")
 
 
 def choose(rates: Sequence[PassRate], size: int | None = None) -> list[int]:

@@ -41,14 +41,9 @@ class AnsweringModel:
         seed: int = 0,
         accepted: Callable[[Query], list[str]] | None = None,
     ) -> list[Group]:
-        """A group of n completions to every query, with their rewards; greedy ones by default.
+        """A group of n completions to every query (each fits), with their rewards; greedy ones by default.
 
-        Every rank calls this equally often, since an engine may span ranks.
-
-        Args:
-            queries: this rank's; all of them fit.
-            n, max_new_tokens, temperature, seed: as in RolloutEngine.generate.
-            accepted: see `judge`.
+        Every rank calls this equally often, since an engine may span ranks. See RolloutEngine.generate, and `judge`.
         """
         prompts = [self.encoder.encode(query) for query in queries]
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -61,12 +56,9 @@ class AnsweringModel:
 def judge(
     groups: Sequence[Group], checker: AnswerChecker, accepted: Callable[[Query], list[str]] | None = None
 ) -> None:
-    """Give every completion the reward of its own text; requests carry ids, so order does not matter.
+    """Set each group's rewards: every completion gets that of its own text, since requests carry ids.
 
-    Args:
-        groups: their `rewards` are set.
-        checker: of the answers.
-        accepted: the answers to a query of which any counts; by default it has one, `query.answer`.
+    `accepted` gives the answers to a query of which any counts; by default it has one, `query.answer`.
     """
     requests: dict[str, tuple[str, Query]] = {}
     for g, group in enumerate(groups):
@@ -97,14 +89,8 @@ def validate(queries: list[Query], model: AnsweringModel, ranks: Ranks, max_new_
 
 @contextmanager
 def open_model(config: Config, folder: str, ranks: Ranks, encoder: PromptEncoder) -> Iterator[AnsweringModel]:
-    """The engine and the checker of a model, until the end of the context (on every rank).
-
-    Args:
-        config: `rollout` and `reward`; see `fit_model`.
-        folder: of the model in Hugging Face format, or its name.
-        ranks: all of them.
-        encoder: of its prompts.
-    """
+    """The engine and the checker of a model (a folder, or its name on the hub), until the end of the context; on every
+    rank. `fit_model` gives the settings."""
     with ExitStack() as stack:
         checker = stack.enter_context(AnswerChecker(config.reward))
         rollout = make_engine(config, folder, **vars(ranks))

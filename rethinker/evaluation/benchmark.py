@@ -82,22 +82,16 @@ def load_benchmark(name: str) -> Benchmark:
         near = nearest(name, shipped)
         hint = f"did you mean {near}? " if near else ""
         raise ConfigError(f"--benchmark {name}: {hint}known are {', '.join(shipped)}, or give a .yaml file")
-    content, parser = _given(read_yaml_file(path, f"--benchmark {name}: {path}")), _parser()
-    if not isinstance(content.get("fields", {}), dict):  # jsonargparse would take a text for the name of a file
-        raise ConfigError(f"--benchmark {name}: {path}: fields must map nouns to columns")
+    content, parser = read_yaml_file(path, f"--benchmark {name}: {path}"), _parser()
     try:
+        if not isinstance(content.get("fields", {}), dict):  # a text would be read as the name of a file
+            raise TypeError("fields must map nouns to columns")
         benchmark = Benchmark(**parser.instantiate(parser.parse_object({"name": path.stem, **content})))
-    except ArgumentError as error:
+    except (ArgumentError, AttributeError, TypeError) as error:
         raise ConfigError(f"--benchmark {name}: {path} does not describe a benchmark ({one_line(error)})") from error
     if fault := _fault(benchmark):
         raise ConfigError(f"--benchmark {name}: {path}: {fault}")
     return benchmark
-
-
-def _given(content: Any) -> dict[str, Any]:
-    """A YAML mapping without what is null, and so not given; {} for anything else."""
-    found = content.items() if isinstance(content, dict) else ()
-    return {str(k): _given(v) if isinstance(v, dict) else v for k, v in found if v is not None}
 
 
 @functools.cache
@@ -138,37 +132,31 @@ def data_files(benchmark: Benchmark, data: str | None) -> tuple[Path, list[Path]
     Raises:
         ConfigError: they are nowhere; the message says what to fetch and where to put it.
     """
-    home, name = os.environ.get("RETHINKER_DATA"), benchmark.folder or benchmark.name
-    kept = Path(home).expanduser() / name if home else None
+    kept = Path(os.environ.get("RETHINKER_DATA", "")).expanduser() / (benchmark.folder or benchmark.name)
     include = " ".join(f"--include {shlex.quote(pattern)}" for pattern in benchmark.files)
-    place = shlex.quote(str(data or kept or name))
     fetch = (
         f"where there is a network run `hf download {benchmark.data} --repo-type dataset {include} --local-dir "
-        f"{place}`, then give --data {place} or set RETHINKER_DATA to the folder that holds it"
+        f"{shlex.quote(str(data or kept))}`, then name that folder with --data, or its parent in RETHINKER_DATA"
     )
     if data is not None:
-        folder, where = Path(data).expanduser(), f"--data {data}"
+        folder = Path(data).expanduser()
         if folder.is_file():
             return folder.parent, [folder]
-        if not folder.is_dir():
-            raise ConfigError(f"--data {data}: there is no such folder or file; {fetch}")
-    elif kept is not None and kept.is_dir():
-        folder, where = kept, f"RETHINKER_DATA={home}: {kept}"
+    elif "RETHINKER_DATA" in os.environ and kept.is_dir():
+        folder = kept
     else:
-        where = f"the Hugging Face cache of {benchmark.data}"
         try:
             from huggingface_hub import snapshot_download
 
             options = {"allow_patterns": benchmark.files, "local_files_only": not hub_answers(benchmark.data)}
             folder = Path(snapshot_download(benchmark.data, repo_type="dataset", **options))
         except Exception as error:  # its client raises anything from ValueError to OSError
-            kept = kept or f"$RETHINKER_DATA/{name} (RETHINKER_DATA is not set)"
             raise ConfigError(
-                f"benchmark {benchmark.name}: its data is neither in {kept} nor in {where}, and the hub does not give "
-                f"it ({one_line(error, 120)}); {fetch}"
+                f"benchmark {benchmark.name}: its data is neither in $RETHINKER_DATA ({kept}) nor in the Hugging Face "
+                f"cache, and the hub does not give it ({one_line(error, 120)}); {fetch}"
             ) from error
     files = [file for pattern in benchmark.files for file in sorted(folder.glob(pattern))]
     if not files:
-        names = ", ".join(benchmark.files)
-        raise ConfigError(f"{where} holds no {names}, which benchmark {benchmark.name} reads; {fetch}")
+        wanted = ", ".join(benchmark.files)
+        raise ConfigError(f"{folder} holds no {wanted}, which benchmark {benchmark.name} reads; {fetch}")
     return folder, files

@@ -10,16 +10,14 @@ import ast
 import dataclasses
 import json
 import mimetypes
-import os
 import re
 from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rethinker.config import ConfigError, DataConfig
-from rethinker.data.datasets import IMAGE_MARK, load_queries
-from rethinker.data.sources import open_table
+from rethinker.data.datasets import IMAGE_MARK, Reader, load_queries
+from rethinker.data.sources import Row, Table, open_table
 from rethinker.embedded.files import DATA_SETS, as_files
 from rethinker.evaluation.benchmark import Benchmark, data_files, load_benchmark
 from rethinker.samples import Query
@@ -50,116 +48,104 @@ def benchmark_queries(benchmark: Benchmark, data: str | None = None) -> tuple[li
         ConfigError: data that is not there, saying what to fetch and where to put it; a column that is missing; a row
             without an answer; an image that is not there.
     """
-    queries: dict[str, Query] = {}
     left_out: Counter[str] = Counter()
-    for name in benchmark.parts:
-        own, uncovered = benchmark_queries(load_benchmark(name), data)
-        left_out += uncovered
-        for query in own:
-            metadata = {**query.metadata, "category": name}
-            queries[f"{name}/{query.id}"] = dataclasses.replace(query, id=f"{name}/{query.id}", metadata=metadata)
     if benchmark.parts:
-        return list(queries.values()), left_out
+        queries = []
+        for name in benchmark.parts:
+            own, uncovered = benchmark_queries(load_benchmark(name), data)
+            left_out += uncovered
+            for query in own:
+                metadata = {**query.metadata, "category": name}
+                queries.append(dataclasses.replace(query, id=f"{name}/{query.id}", metadata=metadata))
+        return queries, left_out
     if benchmark.data in DATA_SETS:
         if data is not None:
             raise ConfigError(f"--data {data}: {benchmark.name} comes with the package {benchmark.data}; leave it out")
         own = as_files(DataConfig(validation=benchmark.data), "validation")
         return load_queries(own, "validation"), left_out
     folder, files = data_files(benchmark, data)
-    for file in files:
-        table = open_table(str(file), "", "--data")
-        _check_columns(benchmark, table.columns, file)
-        for number, row in enumerate(table.rows()):
-            if isinstance(row, ConfigError):
-                raise row
-            name = str(row.get(benchmark.fields.id, f"{file.stem}/{number}"))
-            try:
-                query = _query(benchmark, name, row, folder)
-            except NotCoveredError as reason:
-                left_out[str(reason)] += 1
-                continue
-            if name in queries:
-                raise ConfigError(f"benchmark {benchmark.name}: the id {name!r} occurs twice in {folder}")
-            queries[name] = query
+
+    def rows() -> Iterator[Row]:
+        for file in files:
+            for number, row in enumerate(open_table(str(file), "", "--data").rows()):
+                try:
+                    yield row if isinstance(row, ConfigError) else _row(benchmark, f"{file.stem}/{number}", row)
+                except NotCoveredError as reason:
+                    left_out[str(reason)] += 1
+                except KeyError as column:
+                    raise ConfigError(
+                        f"benchmark {benchmark.name}: {file} has no column {column}, but {', '.join(row)}; is it the "
+                        f"data set {benchmark.data}?"
+                    ) from None
+
+    where = f"benchmark {benchmark.name}, whose image paths start from {folder}"
+    covered = list(rows())
+    columns = ["id", "question", "answer", "images"]
+    table = Table(where, columns, len(covered), folder, lambda start, stop: covered[start:stop])
+    queries = list(Reader(DataConfig(max_bad_rows=0.0), table, "validation").queries())
     if not queries:
         raise ConfigError(f"benchmark {benchmark.name}: no question in {folder} (left out: {dict(left_out)})")
-    return list(queries.values()), left_out
+    return queries, left_out
 
 
-def _check_columns(benchmark: Benchmark, columns: list[str], file: Path) -> None:
+def _row(benchmark: Benchmark, place: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row as `data/` reads it; without a column of ids its place is its id. A KeyError names a missing column."""
     fields = benchmark.fields
-    nouns = (*fields.images, fields.id, fields.answer, fields.choices, fields.category)
-    wanted = [name.split(".")[0] for name in nouns if name]
-    wanted += [name for name in _COLUMN.findall(benchmark.prompt) if name != "choices"]
-    for column in wanted:
-        if column not in columns:
-            raise ConfigError(
-                f"benchmark {benchmark.name}: {file} has no column {column!r}, but {', '.join(columns)}; "
-                f"is it the data set {benchmark.data}?"
-            )
-
-
-def _query(benchmark: Benchmark, name: str, row: Mapping[str, Any], folder: Path) -> Query:
-    where, fields = f"benchmark {benchmark.name}, question {name}", benchmark.fields
-    choices = _list_of(row.get(fields.choices))
-    answer, alternatives = _answer(benchmark, row, choices, where)
-    images = [image for column in fields.images for image in image_references(row[column], folder, where)]
-    metadata: dict[str, Any] = {"category": _category(benchmark, row)}
-    if choices:
-        metadata["choices"] = choices
-    if alternatives:
-        metadata["answers"] = alternatives
+    name = str(row[fields.id]) if fields.id else place
+    choices = _list_of(row[fields.choices]) if fields.choices else []
+    answers = _answers(benchmark, row, choices)
+    if not answers[0].strip():
+        raise ConfigError(
+            f"benchmark {benchmark.name}: question {name} has no answer in column {fields.answer!r}; is it a split "
+            "without answers?"
+        )
     # The images' places are marked in the whole text: choices may be images too.
+    images = [image for column in fields.images for image in images_of(row[column])]
     question, shown = mark_images(_fill(benchmark.prompt, row, choices), images)
-    return Query(name, question, answer, shown, metadata)
+    query = {"id": name, "question": question, "answer": answers[0], "images": shown}
+    query["category"] = _category(benchmark, row)
+    return query | ({"choices": choices} if choices else {}) | ({"answers": answers} if len(answers) > 1 else {})
 
 
 def _fill(prompt: str, row: Mapping[str, Any], choices: list[str]) -> str:
     """The prompt with its columns in place; values are not searched for further braces."""
+    lettered = "\n".join(f"({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(choices))
 
     def value(match: re.Match[str]) -> str:
-        if match[1] == "choices":
-            return "\n".join(f"({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(choices))
-        return str(row[match[1]] or "").strip()
+        return lettered if match[1] == "choices" else str(row[match[1]] or "").strip()
 
     return "\n".join(filled for line in prompt.split("\n") if (filled := _COLUMN.sub(value, line)).strip())
 
 
 def _category(benchmark: Benchmark, row: Mapping[str, Any]) -> str:
-    value: Any = row
-    for key in benchmark.fields.category.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
+    column, *entries = benchmark.fields.category.split(".")
+    value = row[column] if column else None
+    for entry in entries:
+        value = value.get(entry) if isinstance(value, Mapping) else None
     found = re.fullmatch(benchmark.category_pattern, str(value)) if benchmark.category_pattern else None
     return found[1] if found else "all" if value in (None, "") else str(value)
 
 
-def _answer(
-    benchmark: Benchmark, row: Mapping[str, Any], choices: list[str], where: str
-) -> tuple[str, list[str] | None]:
-    """The answer as the checker takes it, and all accepted ones where there are several."""
-    column = benchmark.fields.answer
-    value = _only_field(row[column], row.get("metric_info")) if benchmark.answer_kind == "exact_field" else row[column]
-    if value is None or not str(value).strip():
-        raise ConfigError(f"{where}: no answer in column {column!r}; is it a split without answers?")
-    answer = str(value)
+def _answers(benchmark: Benchmark, row: Mapping[str, Any], choices: list[str]) -> list[str]:
+    """The accepted answers, as the checker takes them; [""] for none."""
+    value = row[benchmark.fields.answer]
+    if benchmark.answer_kind == "exact_field":
+        value = _only_field(value, row["metric_info"])
+    answer = "" if value is None else str(value)
     if benchmark.answer_kind == "option" and answer in choices:
-        return chr(ord("A") + choices.index(answer)), None
-    if benchmark.answer_kind == "alternatives" and not choices and len(several := _list_of(answer)) > 1:
-        return several[0], several
-    return answer, None
+        return [chr(ord("A") + choices.index(answer))]
+    return (not choices and benchmark.answer_kind == "alternatives" and _list_of(answer)) or [answer]
 
 
 def _only_field(answer: Any, metrics: Any) -> Any:
     """MEGA-Bench: the value of the one field, if equality judges it."""
-    metrics = _literal(metrics)
-    functions = metrics.get("field_score_function") if isinstance(metrics, Mapping) else None
-    if not isinstance(functions, Mapping) or len(functions) != 1:
+    functions = _literal(metrics).get("field_score_function", {})
+    if len(functions) != 1:
         raise NotCoveredError("not one answer field")
     ((name, function),) = functions.items()
     if function not in EXACT_METRICS:
         raise NotCoveredError(f"metric {function}")
-    answer = _literal(answer)
-    value = answer.get(name) if isinstance(answer, Mapping) else answer
+    value = _literal(answer)[name]
     if isinstance(value, (list, Mapping)):
         raise NotCoveredError("an answer that is no single value")
     return value
@@ -167,13 +153,14 @@ def _only_field(answer: Any, metrics: Any) -> Any:
 
 def _list_of(value: Any) -> list[str]:
     """A list, or one written as text (as MMMU does); [] for nothing and for any other text."""
-    value = _literal(value) if isinstance(value, str) and value.strip().startswith("[") else value
+    value = _literal(value)
     return [str(item) for item in value] if isinstance(value, (list, tuple)) else []
 
 
 def _literal(text: Any) -> Any:
-    """What a text spells in JSON or Python, or the value itself."""
-    for read in (json.loads, ast.literal_eval) if isinstance(text, str) else ():
+    """The list or mapping that a text spells in JSON or Python, or the value itself."""
+    spelled = isinstance(text, str) and text.lstrip().startswith(("[", "{"))
+    for read in (json.loads, ast.literal_eval) if spelled else ():
         try:
             return read(text)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -181,36 +168,23 @@ def _literal(text: Any) -> Any:
     return text
 
 
-def image_references(value: Any, folder: Path, where: str) -> list[Any]:
-    """What a column holds: `[None]` for an image that is absent, else a reference for each image.
+def images_of(value: Any) -> list[Any]:
+    """What a column holds: `[None]` for an image that is absent, else the bytes or the path of each image.
 
     Args:
-        value: bytes, `{"bytes", "path"}`, a path from `folder`, a list of these (also spelled as text), or nothing.
-        folder: where relative paths start.
-        where: benchmark and question, for messages.
+        value: bytes, `{"bytes", "path"}`, a path, a list of these (also spelled as text), or nothing.
 
     Raises:
         NotCoveredError: for a video.
-        ConfigError: a path that does not exist.
     """
-    if isinstance(value, str) and value.strip().startswith("["):
-        value = _literal(value)
-        if isinstance(value, str):
-            raise ConfigError(f"{where}: no list of images: {value[:80]!r}")
+    value = _literal(value)
     if isinstance(value, (list, tuple)):
-        return [reference for item in value for reference in image_references(item, folder, where)]
+        return [image for item in value for image in images_of(item)]
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
-    if not value:
-        return [None]
-    if isinstance(value, (bytes, bytearray)):
-        return [{"bytes": bytes(value)}]
-    if (mimetypes.guess_type(str(value))[0] or "").startswith("video"):
+    if isinstance(value, str) and (mimetypes.guess_type(value)[0] or "").startswith("video"):
         raise NotCoveredError("a video")
-    path = folder / str(value)
-    if not os.path.isfile(path):  # nor a pipe or a device
-        raise ConfigError(f"{where}: no image file {path}; unpack the data set's images in {folder}")
-    return [str(path)]
+    return [value or None]
 
 
 def mark_images(text: str, images: list[Any]) -> tuple[str, tuple[Any, ...]]:

@@ -6,18 +6,16 @@ Everything that can be said without a model (arguments, settings, data, folders)
 from __future__ import annotations
 
 import os
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
+from rethinker.checks import check_model
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
-from rethinker.doctor import how_to_install
 from rethinker.evaluation.benchmark import load_benchmark, shipped_benchmarks
-from rethinker.evaluation.settings import SETTINGS, Mode, eval_config
-from rethinker.families.model_folder import check_model_folder
+from rethinker.evaluation.settings import RECORDED, Mode, check_packages, eval_config
 
 _DESCRIPTION = """Answer a benchmark greedily, check the answers as the training reward does, and write result.json and
 responses.parquet. CHECKPOINT is a run's checkpoints/best, or any supported folder or Hugging Face name. A run's
@@ -54,23 +52,20 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     Raises:
         ConfigError: an unknown option, one without its value, no checkpoint, no benchmark.
     """
-    known = "\n".join(f"  {name:18} {load_benchmark(name).title}" for name in shipped_benchmarks())
-    settings = "\n".join(f"  --{name}" for name in SETTINGS)
+    known = ", ".join(shipped_benchmarks())
     parser = Parser(
         prog="rethinker eval",
-        formatter_class=RawDescriptionHelpFormatter,
         description=_DESCRIPTION,
         usage="%(prog)s CHECKPOINT --benchmark NAME [options] [--section.name value ...]\n"
         "       %(prog)s --compare RESULT_FOLDER RESULT_FOLDER ...",
-        epilog="--compare RESULT_FOLDER ...: compare results on the same questions with the first one: paired "
-        f"differences\nwith a 95% interval and McNemar's exact test\n\nbenchmarks:\n{known}\n\n"
-        f"settings that an evaluation takes:\n{settings}\n\n"
-        "On several GPUs: torchrun --nproc-per-node N -m rethinker eval ...",
+        epilog=f"Settings that change answers: {', '.join(f'--{name}' for name in RECORDED)}. --compare shows paired "
+        "differences to the first result on the same questions, with a 95% interval and McNemar's exact test. On "
+        "several GPUs: torchrun --nproc-per-node N -m rethinker eval ...",
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT")
     names = {"type": lambda text: [name for name in text.split(",") if name], "action": "extend", "metavar": "NAME"}
-    add("--benchmark", required=True, **names, help="one or several of those below, or a .yaml file; also A,B")
+    add("--benchmark", required=True, **names, help=f"one or several of {known}, or a .yaml file; also A,B")
     modes = "normal; forced: a rethinking trigger follows every first answer and the model goes on; oracle: only after "
     modes += "wrong answers, an upper bound"
     add("--mode", default="normal", metavar="MODE", choices=get_args(Mode), help=modes)
@@ -79,13 +74,12 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     add("--data", metavar="PATH", help=places)
     outputs = "the results [evaluations/CHECKPOINT/BENCHMARK[-MODE]]; of several benchmarks each has a folder below it"
     add("--output", metavar="FOLDER", help=outputs)
+    if arguments and arguments[0].startswith("-") and not {"-h", "--help"}.intersection(arguments):
+        parser.error("name the checkpoint first: behind a setting it would be that setting's value")
     options, overrides = parser.parse_known_args(list(arguments))
-    before = list(arguments)[: list(arguments).index(options.checkpoint)]
-    if any(option.startswith("--") and "." in option and "=" not in option for option in before):
-        parser.error(f"name the checkpoint first: behind a setting, {options.checkpoint!r} is that setting's value")
     options.benchmark = list(dict.fromkeys(options.benchmark))
     if not options.benchmark:
-        parser.error(f"name a benchmark: --benchmark {' | '.join(shipped_benchmarks())}")
+        parser.error(f"name a benchmark: {known}")
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit {options.limit}: give a number of questions, at least 1")
     return options, overrides
@@ -95,23 +89,13 @@ def find_checkpoint(name: str) -> str:
     """A model folder, checked to hold a model, or a Hugging Face name as it is.
 
     Raises:
-        ConfigError: no model there, saying what was probably meant.
+        ConfigError: no model there, or a run, whose best checkpoint was probably meant.
     """
     folder = Path(os.path.expanduser(name))
-    looks_local = folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
-    if not looks_local and not folder.parent.is_dir():
-        return name
-    if not folder.is_dir():
-        known = next(parent for parent in folder.absolute().parents if parent.is_dir())
-        names = sorted(path.name for path in known.iterdir() if not path.name.startswith("."))
-        raise ConfigError(f"checkpoint {name} does not exist; in {known} are {', '.join(names[:8]) or 'no files'}")
-    if not (folder / "config.json").is_file():
-        places = ("checkpoints/best", "best", "checkpoints/last", "last")
-        inside = [folder / place for place in places if (folder / place).is_dir()]
-        hint = f"did you mean {inside[0]}?" if inside else "give a model folder in Hugging Face format"
-        raise ConfigError(f"checkpoint {name} has no config.json; {hint}")
-    check_model_folder(folder, f"checkpoint {name}")
-    return str(folder)
+    if (folder / "checkpoints").is_dir():
+        raise ConfigError(f"checkpoint {name} is a run's folder; did you mean {folder / 'checkpoints' / 'best'}?")
+    check_model(name, "checkpoint ")
+    return str(folder) if folder.is_dir() else name
 
 
 def _output_folders(options: Namespace, checkpoint: str, names: list[str]) -> list[Path]:
@@ -127,18 +111,15 @@ def _output_folders(options: Namespace, checkpoint: str, names: list[str]) -> li
         folders = [parent]
     for folder in folders:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            held = "already holds files; remove them or" if folder.is_dir() else "is a file;"
-            raise ConfigError(f"--output {folder} {held} choose another folder")
+            raise ConfigError(f"--output {folder} is a file, or holds files already; choose another folder")
     return folders
 
 
 def _compare(folders: list[str]) -> int:
+    check_packages("--compare", "scipy", "pyarrow", "pandas")
     from rethinker.evaluation.compare import compare_results, describe_comparison
 
     if options := [argument for argument in folders if argument.startswith("--")]:
         raise ConfigError(f"--compare takes result folders and nothing else, not {options[0]}")
-    for package in ("scipy", "pyarrow"):
-        if find_spec(package) is None:
-            raise ConfigError(f"--compare needs the package {package}: {how_to_install(package)}")
     print(describe_comparison(compare_results(folders)))
     return 0

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from scipy.stats import binomtest
 
 from rethinker.config import ConfigError
-from rethinker.evaluation.results import aligned, read_result, wilson_interval
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One result, and how it differs from the first: None for the first itself."""
-
-    folder: str
-    result: dict[str, Any]
-    difference: float | None = None
-    """Accuracy minus the first result's."""
-    interval: tuple[float, float] | None = None
-    """95%, of the difference."""
-    p_value: float | None = None
-    """McNemar's exact test, two-sided."""
-    only_first: int = 0
-    """Questions that the first result alone has right."""
-    only_this: int = 0
+from rethinker.evaluation.results import read_result, wilson_interval
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -64,63 +47,57 @@ def paired_difference(both: int, only_first: int, only_second: int, neither: int
     return difference, difference - add(p2 - low2, high1 - p1), difference + add(high2 - p2, p1 - low1)
 
 
-def compare_results(folders: Sequence[str | Path]) -> list[Comparison]:
+def compare_results(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
     """Compare results with the first of them, question by question.
+
+    Returns:
+        What each result.json holds, with its `folder`; all but the first also have `difference` (of accuracies),
+        `difference_interval` (95%), `p_value`, and the questions that one alone has right: `only_first`, `only_this`.
 
     Raises:
         ConfigError: fewer than two folders, a folder without a result, or results on different questions.
     """
     if len(folders) < 2:
         raise ConfigError(f"--compare needs at least two result folders, and got {len(folders)}")
-    loaded = [(str(folder), *read_result(folder)) for folder in folders]
-    name, baseline, rows = loaded[0]
-    first = _verdicts(rows)
-    comparisons = [Comparison(name, baseline)]
-    for other, result, other_rows in loaded[1:]:
-        if result["benchmark"] != baseline["benchmark"]:
+    (base, first), *others = [read_result(folder) for folder in folders]
+    compared = [{"folder": str(folders[0]), **base}]
+    for folder, (result, this) in zip(folders[1:], others, strict=True):
+        if result["benchmark"] != base["benchmark"]:
             raise ConfigError(
-                f"--compare: {name} is on {baseline['benchmark']} and {other} on {result['benchmark']}; compare "
+                f"--compare: {folders[0]} is on {base['benchmark']} and {folder} on {result['benchmark']}; compare "
                 "results of one benchmark"
             )
-        verdicts = _verdicts(other_rows)
-        if differing := first.keys() ^ verdicts.keys():
+        if len(differing := first.index.symmetric_difference(this.index)):
             raise ConfigError(
-                f"--compare: {name} ({len(first)} questions) and {other} ({len(verdicts)}) are on different questions: "
-                f"one of both lacks {min(key[0] for key in differing)!r}, or has it with another text or answer; "
-                "evaluate both with the same --benchmark and --limit"
+                f"--compare: {folders[0]} ({len(first)} questions) and {folder} ({len(this)}) are on different "
+                f"questions: one of both lacks {min(differing)[0]!r}, or has it with another text or answer; evaluate "
+                "both with the same --benchmark and --limit"
             )
-        pairs = [(first[key], verdicts[key]) for key in first]
-        both, only_first = pairs.count((True, True)), pairs.count((True, False))
-        only_this, neither = pairs.count((False, True)), pairs.count((False, False))
+        this = this.reindex(first.index)
+        only_first, only_this = int((first & ~this).sum()), int((this & ~first).sum())
+        both, neither = int((first & this).sum()), int((~first & ~this).sum())
         difference, *interval = paired_difference(both, only_first, only_this, neither)
-        p_value = mcnemar(only_first, only_this)
-        comparisons.append(Comparison(other, result, difference, tuple(interval), p_value, only_first, only_this))
-    return comparisons
+        found = {"difference": difference, "difference_interval": interval, "p_value": mcnemar(only_first, only_this)}
+        compared.append({"folder": str(folder), **result, **found, "only_first": only_first, "only_this": only_this})
+    return compared
 
 
-def _verdicts(rows: list[dict[str, Any]]) -> dict[tuple[str, str, tuple[str, ...]], bool]:
-    """Whether each question, by its id, text and accepted answers, was answered right."""
-    return {(row["query_id"], row["question"], tuple(row["answers"])): row["reward"] >= 1.0 for row in rows}
-
-
-def describe_comparison(comparisons: Sequence[Comparison]) -> str:
+def describe_comparison(compared: Sequence[dict[str, Any]]) -> str:
     """The table that the user reads."""
-    baseline, between = comparisons[0].result, "{:.3f} to {:.3f}"
-    paired = ("difference", "95% interval", "p", "only first", "only this")
-    table = [("", "mode", "accuracy", "95% interval", *paired)]
-    for entry in comparisons:
-        result, cells = entry.result, ("", "", "", "", "")
-        if entry.difference is not None:
-            interval = "{:+.3f} to {:+.3f}".format(*entry.interval)
-            counts = (str(entry.only_first), str(entry.only_this))
-            cells = (f"{entry.difference:+.3f}", interval, f"{entry.p_value:.2g}", *counts)
-        own = (entry.folder, result["mode"], f"{result['accuracy']:.3f}", between.format(*result["interval"]))
-        table.append((*own, *cells))
-    lines = [f"{baseline['title']}, the same {baseline['questions']} questions; differences are to the first result"]
-    lines += aligned(table)
+    base = compared[0]
+    table = {}
+    for entry in compared:
+        cells = [entry["mode"], f"{entry['accuracy']:.3f}", "{:.3f} to {:.3f}".format(*entry["interval"])]
+        if entry is not base:
+            cells += [f"{entry['difference']:+.3f}", "{:+.3f} to {:+.3f}".format(*entry["difference_interval"])]
+            cells += [f"{entry['p_value']:.2g}", str(entry["only_first"]), str(entry["only_this"])]
+        table[entry["folder"]] = cells + [""] * (8 - len(cells))
+    paired = ["difference", "95% interval", "p", "only first", "only this"]
+    lines = [f"{base['title']}, the same {base['questions']} questions; differences are to the first result"]
+    lines.append(pd.DataFrame(table, index=["mode", "accuracy", "95% interval", *paired]).T.to_string())
     lines.append("p: exact McNemar test on the questions that only one of both has right")
-    for setting in baseline["settings"]:
-        values = {entry.folder: repr(entry.result["settings"].get(setting)) for entry in comparisons}
+    for setting in base["settings"]:
+        values = {entry["folder"]: repr(entry["settings"].get(setting)) for entry in compared}
         if len(set(values.values())) > 1:
             lines.append(f"note: {setting} differs ({', '.join(map(': '.join, values.items()))})")
     return "\n".join(lines)

@@ -6,43 +6,39 @@ Rethinking at test time: `forced` puts a trigger after every first answer and le
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rethinker.algorithm.rethinking import Trigger, continue_after_trigger, make_triggers
 from rethinker.config import Config
 from rethinker.data.prompts import PromptEncoder
+from rethinker.evaluation import results
 from rethinker.evaluation.answering import AnsweringModel, fit_model, judge, open_model, ranks_of_torchrun, sample
 from rethinker.evaluation.benchmark import Benchmark
-from rethinker.evaluation.results import Answer, accepted_answers, describe_result, summarize, write_result
+from rethinker.evaluation.results import accepted_answers, answered, unanswered
 from rethinker.evaluation.settings import Mode, recorded
 from rethinker.policy.model import load_processor
 from rethinker.runtime.display import progress
 from rethinker.runtime.distributed import Ranks
-from rethinker.samples import Group, Query
+from rethinker.samples import Completion, Group, Query
 from rethinker.version import versions
 
 # Questions of one rank per call of the engine: bounds the decoded images in memory and what a deadline covers.
 CHUNK = 256
 
 Task = tuple[Benchmark, tuple[list[Query], Counter[str]], Path]
+"""A benchmark, its questions and the number of rows that it does not cover by reason, and the folder of its result."""
 
 
 def run_benchmarks(config: Config, mode: Mode, limit: int | None, tasks: list[Task]) -> None:
-    """Evaluate `config.policy.model` on benchmarks, one after the other; rank 0 writes and shows each result.
-
-    Args:
-        config: from `settings.eval_config`.
-        mode: see `evaluate`.
-        limit: of the questions of each benchmark.
-        tasks: benchmark, its questions and uncovered rows, and the folder of its result.
+    """Evaluate `config.policy.model` on `limit` questions of each benchmark; rank 0 writes and shows each result.
 
     Raises:
         ConfigError: a model that cannot be read or is too short for `rollout.max_new_tokens`, and whatever the engine
@@ -62,29 +58,27 @@ def run_benchmarks(config: Config, mode: Mode, limit: int | None, tasks: list[Ta
             if ranks.is_main:
                 print(f"{benchmark.title}: {len(asked)} questions", flush=True)
             longest = config.rollout.max_new_tokens
-            answers = evaluate(asked, model, ranks, mode=mode, max_new_tokens=longest, triggers=triggers)
+            rows = evaluate(asked, model, ranks, mode=mode, max_new_tokens=longest, triggers=triggers)
             failures = sum((Counter(share) for share in ranks.gather(dict(model.checker.failures - before))), Counter())
-            if answers is None:
+            if rows is None:
                 continue
             result = {
                 "benchmark": benchmark.name,
                 "title": benchmark.title,
                 "model": folder,
                 "mode": mode,
-                "second_pass": None,
-                **summarize(asked, answers),
+                **results.summarize(rows),
                 "failed_checks": dict(failures),
                 "uncovered": dict(uncovered),
                 "questions_in_benchmark": len(queries),
                 "questions_published": benchmark.questions,
-                "questions_limit": limit if len(asked) < len(queries) else None,
                 "settings": recorded(config),
                 "versions": versions(),
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                 "seconds": round(time.perf_counter() - start, 1),
             }
-            write_result(output, result, asked, answers)
-            print(describe_result(result, output), flush=True)
+            results.write_result(output, result, rows)
+            print(results.describe_result(result, output), flush=True)
 
 
 def evaluate(
@@ -95,50 +89,47 @@ def evaluate(
     mode: Mode,
     max_new_tokens: int,
     triggers: Sequence[Trigger] = (),
-) -> list[Answer] | None:
-    """Answer every query greedily, the ranks sharing the work; on rank 0 the answers in order, None on others.
+) -> list[dict[str, Any]] | None:
+    """Answer every query greedily, the ranks sharing the work; on rank 0 a `results.ROW` each in order, None on others.
 
     Args:
         queries: the same on every rank; their images are decoded when their turn comes.
-        mode: `normal`, `forced` or `oracle`.
         max_new_tokens: longest first answer, and longest second pass. The engine must take twice that and the trigger.
         triggers: for the second pass; a query's is the same in every evaluation.
 
     Raises:
         ConfigError: an image that cannot be read, and whatever the engine reports.
     """
-    numbers = range(len(queries))[ranks.rank :: ranks.world_size]
+    own = list(queries[ranks.rank :: ranks.world_size])
     chunks = -(-len(queries) // (ranks.world_size * CHUNK))  # the same on every rank: an engine may span ranks
-    own: list[tuple[int, Answer]] = []
+    rows: list[dict[str, Any]] = []
     starts: Iterable[int] = range(0, chunks * CHUNK, CHUNK)
     for start in progress(starts, "answered", chunks) if ranks.is_main and chunks > 1 else starts:
-        part = numbers[start : start + CHUNK]
-        own += zip(part, _answer([queries[i] for i in part], model, mode, max_new_tokens, triggers), strict=True)
-    shares = ranks.gather_to_main(own)
-    if shares is None:
-        return None
-    by_number = dict(pair for share in shares for pair in share)
-    return [by_number[i] for i in range(len(queries))]
+        rows += _answer(own[start : start + CHUNK], model, mode, max_new_tokens, triggers)
+    shares = ranks.gather_to_main(rows)
+    return shares and [shares[i % ranks.world_size][i // ranks.world_size] for i in range(len(queries))]
 
 
 def _answer(
     queries: list[Query], model: AnsweringModel, mode: Mode, max_new_tokens: int, triggers: Sequence[Trigger]
-) -> list[Answer]:
+) -> list[dict[str, Any]]:
     """Answers to some queries. Calls the engine a fixed number of times: other ranks may take part in it."""
-    answers = [Answer(None, left_out=model.encoder.misfit(query)) for query in queries]
-    fit = [i for i, answer in enumerate(answers) if answer.left_out is None]
+    rows = [unanswered(query, model.encoder.misfit(query)) for query in queries]
+    fit = [i for i, row in enumerate(rows) if row["left_out"] is None]
     asked = [queries[i] for i in fit]
     groups = model.answer(asked, max_new_tokens=max_new_tokens, accepted=accepted_answers)
+    first: dict[int, Completion] = {}
     for i, group in zip(fit, groups, strict=True):
-        answers[i] = Answer(group.completions[0], group.rewards[0])
+        first[i] = group.completions[0]
+        rows[i] = answered(rows[i], first[i], group.rewards[0])
     if mode == "normal":
-        return answers
+        return rows
 
-    again = [i for i in fit if mode == "forced" or not answers[i].right]
+    again = [i for i in fit if mode == "forced" or rows[i]["reward"] < 1.0]
     second = continue_after_trigger(
         model.rollout.generate,
         [model.encoder.encode(queries[i]) for i in again],
-        [answers[i].completion for i in again],
+        [first[i] for i in again],
         [triggers[zlib.crc32(queries[i].id.encode()) % len(triggers)] for i in again],
         model.encoder.decode,
         max_new_tokens=2 * max_new_tokens + max(len(trigger.token_ids) for trigger in triggers),
@@ -148,9 +139,6 @@ def _answer(
     longer = {i: Group(queries[i], [y], 0) for i, y in zip(again, second, strict=True) if y is not None}
     judge(list(longer.values()), model.checker, accepted_answers)
     for i in again:
-        before = answers[i]
-        if i in longer:
-            answers[i] = Answer(longer[i].completions[0], longer[i].rewards[0], before.completion, before.reward)
-        else:
-            answers[i] = dataclasses.replace(before, no_room=True)
-    return answers
+        group = longer.get(i)
+        rows[i] = answered(rows[i], group.completions[0], group.rewards[0]) if group else rows[i] | {"no_room": True}
+    return rows

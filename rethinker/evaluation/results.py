@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as parquet
 from scipy.stats import binomtest
@@ -20,35 +19,51 @@ from rethinker.samples import Completion, Query
 
 RESULT, RESPONSES = "result.json", "responses.parquet"
 
+# What a question got, and the columns of responses.parquet.
+ROW = pa.schema(
+    {
+        "query_id": pa.string(),
+        "category": pa.string(),
+        "question": pa.string(),
+        "answers": pa.list_(pa.string()),  # any of them counts
+        "response": pa.string(),  # that counts; null for a question that was left out
+        "reward": pa.float64(),
+        "finish_reason": pa.string(),
+        "token_ids": pa.list_(pa.int64()),
+        "trigger": pa.string(),  # of the second pass; so are its place and the first response
+        "trigger_start": pa.int64(),
+        "trigger_end": pa.int64(),
+        "first_response": pa.string(),
+        "first_reward": pa.float64(),
+        "rethinks": pa.bool_(),  # of its own accord, in its first answer
+        "no_room": pa.bool_(),  # it should have rethought, but the first answer left no room
+        "left_out": pa.string(),  # the setting whose limit the question exceeds
+    }
+)
 
-@dataclass(frozen=True)
-class Answer:
-    """What a question got: the response that counts and, where it was made to rethink, the one from before."""
 
-    completion: Completion | None
-    """None for a question that does not fit (see `left_out`)."""
-    reward: float = 0.0
-    first: Completion | None = None
-    first_reward: float | None = None
-    left_out: str | None = None
-    """The setting whose limit the question exceeds; it counts as wrong."""
-    no_room: bool = False
-    """It should have rethought, but the first answer left no room."""
+def unanswered(query: Query, left_out: str | None) -> dict[str, Any]:
+    """The row of a question that has no answer (yet): it counts as wrong."""
+    asked = {"query_id": query.id, "question": query.question, "answers": accepted_answers(query)}
+    asked |= {"category": query.metadata.get("category", "all"), "left_out": left_out}
+    return dict.fromkeys(ROW.names) | asked | {"reward": 0.0, "rethinks": False, "no_room": False}
 
-    @property
-    def right(self) -> bool:
-        return self.reward >= 1.0
 
-    @property
-    def was_right(self) -> bool:
-        """Whether the first answer was right; the answer itself if there was no second pass."""
-        return (self.reward if self.first_reward is None else self.first_reward) >= 1.0
+def answered(row: dict[str, Any], completion: Completion, reward: float) -> dict[str, Any]:
+    """The row of a question with its answer, or with its second one; the first then stands beside it."""
+    again = completion.rethought
+    first = {"first_response": row["response"], "first_reward": row["reward"]} if again else {}
+    spans = (
+        {"trigger": again.name, "trigger_start": again.trigger_start, "trigger_end": again.trigger_end} if again else {}
+    )
+    cue = row["rethinks"] if again else rethinks(completion.text)
+    said = {"response": completion.text, "finish_reason": completion.finish_reason, "reward": reward, "rethinks": cue}
+    return row | first | spans | said | {"token_ids": completion.token_ids.astype("int64")}
 
-    @property
-    def rethinks(self) -> bool:
-        """Whether the first answer rethinks of its own accord."""
-        first = self.first or self.completion
-        return first is not None and rethinks(first.text)
+
+def accepted_answers(query: Query) -> list[str]:
+    """The answers of which any counts: one, unless the benchmark has several."""
+    return query.metadata.get("answers") or [query.answer]
 
 
 def wilson_interval(right: int, n: int) -> tuple[float, float]:
@@ -59,41 +74,41 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
     return tuple(map(float, binomtest(right, n).proportion_ci(0.95, "wilson"))) if n else (0.0, 1.0)
 
 
-def summarize(queries: Sequence[Query], answers: Sequence[Answer]) -> dict[str, Any]:
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy over all questions, and what else `result.json` says about the answers.
 
     A question counts as right at a reward of at least 1, as in validation; one that was left out counts as wrong.
     """
-    by_category: dict[str, list[bool]] = {}
-    for query, answer in zip(queries, answers, strict=True):
-        by_category.setdefault(query.metadata.get("category", "all"), []).append(answer.right)
-    given = [answer.completion for answer in answers if answer.completion is not None]
+    table = pd.DataFrame(rows)
+    given, right = table.response.notna(), table.reward >= 1.0
     summary: dict[str, Any] = {
-        **_accuracy([answer.right for answer in answers]),
-        "by_category": {category: _accuracy(right) for category, right in sorted(by_category.items())},
-        "left_out": dict(Counter(answer.left_out for answer in answers if answer.left_out)),
-        "unfinished": sum(completion.finish_reason != "stop" for completion in given),
-        "response_length_mean": sum(completion.tokens for completion in given) / max(1, len(given)),
-        "rethink_ratio": sum(answer.rethinks for answer in answers) / max(1, len(answers)),
+        **_accuracy(right),
+        "by_category": {category: _accuracy(own) for category, own in right.groupby(table.category)},
+        "left_out": table.left_out.value_counts().to_dict(),
+        "unfinished": int((given & (table.finish_reason != "stop")).sum()),
+        "response_length_mean": float(table.token_ids[given].map(len).sum() / max(1, given.sum())),
+        "rethink_ratio": float(table.rethinks.mean()),
+        "second_pass": None,
     }
-    again = [answer for answer in answers if answer.first is not None]
-    if again or any(answer.no_room for answer in answers):
+    again = table.first_reward.notna()
+    if again.any() or table.no_room.any():
+        was_right = table.first_reward.astype(float).fillna(table.reward) >= 1.0
         summary["second_pass"] = {
-            "answers": len(again),
-            "no_room": sum(answer.no_room for answer in answers),
-            "first_accuracy": sum(answer.was_right for answer in answers) / len(answers),
-            "wrong_to_right": sum(answer.right and not answer.was_right for answer in again),
-            "right_to_wrong": sum(answer.was_right and not answer.right for answer in again),
+            "answers": int(again.sum()),
+            "no_room": int(table.no_room.sum()),
+            "first_accuracy": float(was_right.mean()),
+            "wrong_to_right": int((right & ~was_right).sum()),
+            "right_to_wrong": int((was_right & ~right).sum()),
         }
     return summary
 
 
-def _accuracy(right: list[bool]) -> dict[str, Any]:
-    count, n = sum(right), len(right)
-    return {"questions": n, "right": count, "accuracy": count / max(1, n), "interval": list(wilson_interval(count, n))}
+def _accuracy(right: pd.Series) -> dict[str, Any]:
+    n, count = len(right), int(right.sum())
+    return {"questions": n, "right": count, "accuracy": count / n, "interval": list(wilson_interval(count, n))}
 
 
-def write_result(folder: Path, result: dict[str, Any], queries: Sequence[Query], answers: Sequence[Answer]) -> None:
+def write_result(folder: Path, result: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Write the responses, then `result.json`: a folder that has it is complete.
 
     Raises:
@@ -101,15 +116,15 @@ def write_result(folder: Path, result: dict[str, Any], queries: Sequence[Query],
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        parquet.write_table(_responses(queries, answers), folder / RESPONSES, compression="zstd")
+        parquet.write_table(pa.Table.from_pylist(list(rows), ROW), folder / RESPONSES, compression="zstd")
         with whole_file(folder / RESULT) as path:
             path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output {folder}: cannot be written ({error})") from error
 
 
-def read_result(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """`result.json`, and per question its `query_id`, `question`, `answers` and `reward`.
+def read_result(folder: str | Path) -> tuple[dict[str, Any], pd.Series]:
+    """`result.json`, and whether each question, by its id, text and accepted answers, was answered right.
 
     Raises:
         ConfigError: the folder holds no complete result.
@@ -119,71 +134,31 @@ def read_result(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]
         inside = sorted(p.parent for p in path.glob(f"*/{RESULT}"))
         hint = f"; did you mean {inside[0]}?" if inside else ""
         raise ConfigError(f"{folder} holds no {RESULT}: give the folder that `rethinker eval` wrote{hint}")
-    columns = ["query_id", "question", "answers", "reward"]
     try:
         result = json.loads((path / RESULT).read_text(encoding="utf-8"))
-        rows = parquet.read_table(path / RESPONSES, columns=columns).to_pylist()
+        rows = parquet.read_table(path / RESPONSES, columns=["query_id", "question", "answers", "reward"]).to_pylist()
     except (ValueError, OSError, pa.ArrowException) as error:
         raise ConfigError(f"{folder}: damaged result ({one_line(error)})") from error
-    return result, rows
-
-
-def _responses(queries: Sequence[Query], answers: Sequence[Answer]) -> Any:
-    """The table of `responses.parquet`."""
-    text, number, place = pa.string(), pa.float64(), pa.int64()
-    completions = [answer.completion for answer in answers]
-    spans = [completion and completion.rethought for completion in completions]
-
-    def column(kind: Any, items: Sequence[Any], name: str) -> Any:
-        """An attribute of every item; null where there is no item."""
-        return pa.array([item and getattr(item, name) for item in items], kind)
-
-    return pa.table(
-        {
-            "query_id": column(text, queries, "id"),
-            "category": pa.array([query.metadata.get("category", "all") for query in queries], text),
-            "question": column(text, queries, "question"),
-            "answers": pa.array(map(accepted_answers, queries), pa.list_(text)),  # any of them counts
-            "response": column(text, completions, "text"),  # null for a question that was left out
-            "reward": column(number, answers, "reward"),
-            "finish_reason": column(text, completions, "finish_reason"),
-            "token_ids": column(pa.list_(place), completions, "token_ids"),
-            "trigger": column(text, spans, "name"),  # of the second pass
-            "trigger_start": column(place, spans, "trigger_start"),
-            "trigger_end": column(place, spans, "trigger_end"),
-            "first_response": column(text, [answer.first for answer in answers], "text"),
-            "first_reward": column(number, answers, "first_reward"),
-            "rethinks": column(pa.bool_(), answers, "rethinks"),  # of its own accord, in its first answer
-            "left_out": column(text, answers, "left_out"),
-        }
-    )
-
-
-def accepted_answers(query: Query) -> list[str]:
-    """The answers of which any counts: one, unless the benchmark has several."""
-    return query.metadata.get("answers") or [query.answer]
+    verdicts = {(row["query_id"], row["question"], tuple(row["answers"])): row["reward"] >= 1.0 for row in rows}
+    return result, pd.Series(verdicts.values(), index=pd.Index(verdicts, tupleize_cols=False))
 
 
 def describe_result(result: dict[str, Any], folder: Path) -> str:
     """What the user reads: the accuracy and its parts as a table, and what qualifies them."""
-    lines = [f"{result['title']}, mode {result['mode']}, {result['model']}"]
     parts = result["by_category"] if len(result["by_category"]) > 1 else {}
-    table = [("", "questions", "right", "accuracy", "95% interval")]
-    for name, entry in {"all": result, **{f"  {name}": entry for name, entry in parts.items()}}.items():
-        share, interval = f"{entry['accuracy']:.3f}", "{:.3f} to {:.3f}".format(*entry["interval"])
-        table.append((name, str(entry["questions"]), str(entry["right"]), share, interval))
-    lines += aligned(table)
+    table = pd.DataFrame({"all": result} | {f"  {name}": entry for name, entry in parts.items()}).T
+    table["accuracy"] = table.accuracy.map("{:.3f}".format)
+    table["95% interval"] = ["{:.3f} to {:.3f}".format(*interval) for interval in table.interval]
+    lines = [f"{result['title']}, mode {result['mode']}, {result['model']}"]
+    lines.append(table[["questions", "right", "accuracy", "95% interval"]].to_string())
     if second := result["second_pass"]:
         lines.append(
             f"second pass on {second['answers']} answers: accuracy {second['first_accuracy']:.3f} -> "
-            f"{result['accuracy']:.3f} ({second['wrong_to_right']} became right, {second['right_to_wrong']} wrong)"
+            f"{result['accuracy']:.3f} ({second['wrong_to_right']} became right, {second['right_to_wrong']} wrong; "
+            f"{second['no_room']} had no room for it)"
         )
-        if second["no_room"]:
-            lines.append(f"no room for a second pass: {second['no_room']} (their first answer counts)")
-    covered = result["questions_in_benchmark"]
-    if result["questions_limit"]:
-        lines.append(f"a random sample of {covered} questions (--limit)")
-    elif result["questions_published"] not in (None, covered + sum(result["uncovered"].values())):
+    covered = result["questions_in_benchmark"] + sum(result["uncovered"].values())
+    if result["questions_published"] not in (None, covered):
         lines.append(f"note: the published benchmark has {result['questions_published']} questions")
     for key, text in (
         ("uncovered", "not covered by this benchmark's rules"),
@@ -197,12 +172,3 @@ def describe_result(result: dict[str, Any], folder: Path) -> str:
         limit = result["settings"]["rollout.max_new_tokens"]
         lines.append(f"unfinished: {result['unfinished']} answers reached rollout.max_new_tokens={limit}")
     return "\n".join([*lines, f"responses and {RESULT} in {folder}"])
-
-
-def aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
-        for row in table
-    ]

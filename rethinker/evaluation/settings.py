@@ -17,38 +17,28 @@ from rethinker.settings import flat, read_yaml_file, resolve_config
 Mode = Literal["normal", "forced", "oracle"]
 """Plain greedy answers; a second pass after every first answer; only after wrong ones (an upper bound)."""
 
-# What a checkpoint inherits from the run's config.yaml: how the model was asked.
-INHERITED = ("data.prompt", "data.system", "data.min_pixels", "data.max_pixels", "policy.dtype", "rollout.backend")
-INHERITED += ("rollout.max_new_tokens", "rollout.kv_cache_gb")
-# What a result records, since its answers depend on it.
-RECORDED = ("data.prompt", "data.system", "data.min_pixels", "data.max_pixels", "data.max_images", "policy.dtype")
-RECORDED += ("rollout.backend", "rollout.max_new_tokens", "reward.function")
-# All that an evaluation takes; the others are about training.
-SETTINGS = (*RECORDED, "rollout.gpu_memory_utilization", "rollout.kv_cache_gb", "rollout.tensor_parallel_size")
-SETTINGS += ("rollout.timeout_s", "data.max_prompt_tokens", "data.max_image_pixels", "rethink.triggers")
-SETTINGS += ("reward.workers", "reward.timeout_s", "reward.memory_gb")
+# How a model is asked.
+ASKED = ("data.prompt", "data.system", "data.min_pixels", "data.max_pixels", "policy.dtype", "rollout.backend")
+ASKED += ("rollout.max_new_tokens",)
+# What a checkpoint inherits from the run's config.yaml, and what a result records, since its answers depend on it.
+INHERITED = (*ASKED, "rollout.kv_cache_gb")
+RECORDED = (*ASKED, "data.max_images", "reward.function")
 
 
 def eval_config(checkpoint: str, overrides: Sequence[str]) -> Config:
     """The settings of an evaluation: settings.yaml beside this file, the run's own, the command line.
 
     Raises:
-        ConfigError: a setting that is unknown, wrong, or of no use here; a package that is missing.
+        ConfigError: a setting that is unknown or wrong; a package that is missing.
     """
-    base = Path(__file__).with_suffix(".yaml")
-    resolve_config(base, overrides)  # names the unknown ones
-    for option in overrides:
-        key = option.removeprefix("--").partition("=")[0]
-        if option.startswith("--") and not key.startswith(SETTINGS):
-            raise ConfigError(f"{key} has no effect on an evaluation; settings that do: {', '.join(SETTINGS)}")
     inherited = [f"--{key}={value}" for key, value in run_settings(checkpoint).items()]
-    config = resolve_config(base, [*inherited, *overrides])
+    config = resolve_config(Path(__file__).with_suffix(".yaml"), [*inherited, *overrides])
     config.policy.model = checkpoint
-    check_engine(config, "rethinker eval", "scipy")
+    check_engine(config, "rethinker eval")
     return config
 
 
-def check_engine(config: Config, command: str, *packages: str) -> None:
+def check_engine(config: Config, command: str) -> None:
     """Report what keeps a command from asking a model anything: a recording as the engine, or missing packages.
 
     Raises:
@@ -56,10 +46,14 @@ def check_engine(config: Config, command: str, *packages: str) -> None:
     """
     if config.rollout.backend == "recorded":
         raise ConfigError("rollout.backend=recorded has no new answers; use vllm or hf")
-    needed = dict.fromkeys(("transformers", "pyarrow", "PIL", *packages), command)
+    check_packages(command, "transformers", "pyarrow", "PIL", "pandas", "scipy")
     if config.rollout.backend == "vllm":
-        needed["vllm"] = "rollout.backend=vllm, other than hf,"
-    for package, what in needed.items():
+        check_packages("rollout.backend=vllm, other than hf,", "vllm")
+
+
+def check_packages(what: str, *packages: str) -> None:
+    """Report a missing package and how to install it, as a ConfigError."""
+    for package in packages:
         if find_spec(package) is None:
             raise ConfigError(f"{what} needs the package {package}: {how_to_install(package)}")
 
@@ -69,14 +63,17 @@ def run_settings(checkpoint: str) -> dict[str, Any]:
     folder = Path(checkpoint).absolute().parent
     path = folder.parent / "config.yaml"
     content = read_yaml_file(path, str(path)) if folder.name == "checkpoints" and path.is_file() else {}
-    found: dict[str, Any] = {}
-    for key in INHERITED:
-        section, name = key.split(".")
-        part = content.get(section) if isinstance(content, dict) else None
-        value = part.get(name) if isinstance(part, dict) else None
-        if value is not None and value not in ("recorded", "server"):
-            found[key] = value
-    return found
+    given = flat_settings(content) if isinstance(content, dict) else {}
+    return {key: given[key] for key in INHERITED if given.get(key) not in (None, "recorded", "server")}
+
+
+def flat_settings(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; a setting that is itself a mapping keeps its entries, also dotted."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        nested = isinstance(value, dict) and value
+        flat |= flat_settings(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
 def recorded(config: Config, *further: str) -> dict[str, Any]:

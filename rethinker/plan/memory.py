@@ -16,7 +16,6 @@ from rethinker.plan.shapes import Shape
 from rethinker.policy.attention import kernel_for
 from rethinker.policy.zero3 import deepspeed_config
 from rethinker.rollout.weight_sync import BUCKET_BYTES
-from rethinker_kernels import torch_rows
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_bytes
 
 GIB = 2**30
@@ -195,7 +194,7 @@ def _chunk_bytes(shape: Shape, rows: int, b: int, on_gpu: bool) -> float:
     if on_gpu:
         return size
     widened = CPU_LOGITS_BYTES if b < 4 else 0  # products of 16-bit factors are made of fp32 copies of a part
-    return size + max(widened, 2 * min(size, torch_rows.CHUNK_BYTES))
+    return size + max(widened, 2 * min(size, CPU_LOGITS_BYTES))
 
 
 def sync_peak(config: Config, shape: Shape) -> list[Term]:

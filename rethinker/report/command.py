@@ -1,10 +1,12 @@
-"""`rethinker report`: the options, and the page they ask for."""
+"""`rethinker report`: the options, and the page or picture they ask for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rethinker.command_line import Parser
+from rethinker.evaluation.settings import check_packages
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -14,21 +16,26 @@ def main(arguments: Sequence[str]) -> int:
         description="Write one HTML page about a run, or about several side by side: its figures, its settings, and "
         "a browser of its completions. The page needs no network; the figures also lie beside it as SVG.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, runs/<run.name>; it may be running")
-    parser.add_argument(
-        "--output", metavar="FILE.html", help="the page [report.html in the run's folder; for several runs, here]"
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="folder of a run, runs/<run.name>; it may be running")
+    output = (
+        "the page [report.html in the run's folder; for several runs, here]; FILE.svg, .png or .pdf is the learning "
     )
-    parser.add_argument(
-        "--eval",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FOLDER",
-        help="results of `rethinker eval`, for the rethinking analysis: of the model trained without forced "
-        "rethinking, in its modes normal, forced and oracle, and of the one trained with it",
-    )
+    output += "curve alone, of several seeds as mean and range"
+    add("--output", type=Path, metavar="FILE.html", help=output)
+    evaluations = "results of `rethinker eval`, for the rethinking analysis: of the model trained without forced "
+    evaluations += "rethinking, in its modes normal, forced and oracle, and of the one trained with it"
+    add("--eval", nargs="+", action="extend", default=[], metavar="FOLDER", help=evaluations)
     options = parser.parse_args(arguments)
-    from rethinker.report.page import write_report
+    if options.output and options.output.suffix not in (".html", ".svg", ".png", ".pdf"):
+        parser.error(f"--output {options.output}: end its name in .html for the page, or in .svg, .png or .pdf")
+    check_packages("rethinker report", "matplotlib", "pandas", "pyarrow")
+    if options.output and options.output.suffix != ".html":
+        from rethinker.report.learning import learning_curve
 
-    print(write_report(options.runs, options.output, options.eval))
+        print(learning_curve(options.runs, options.output))
+    else:
+        from rethinker.report.page import write_report
+
+        print(write_report(options.runs, options.output, options.eval))
     return 0

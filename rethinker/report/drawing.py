@@ -1,31 +1,34 @@
-"""How every figure looks: an empty canvas, lines over steps, smoothing, and the same bytes for the same numbers."""
+"""How every figure looks: canvas, lines over steps, groups of bars, legend, and the same bytes for the same numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
-from rethinker.config import ConfigError
-from rethinker.report.runs import RunRecord
-
-TEXT, GRID = "#222222", "#e4e4e4"
-# Okabe and Ito's, less their yellow: distinct with any colour vision, dark enough on white. Marks and dashes differ
-# too.
+# Okabe and Ito's, less their yellow: distinct with any colour vision, dark enough on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#56b4e9", "#8c6d00", "#444444")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MOST_POINTS = 400
 """Longer lines are drawn through the means of equal stretches of steps: a page stays small however long the run."""
+WIDTH = 5.2  # inches: on a phone's 390 px the labels are still 8 px high
+
+LOOK = {
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.axisbelow": True},
+    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e4e4e4", "axes.labelsize": 9, "font.size": 8.5},
+    **{"axes.titlesize": 9, "axes.titlelocation": "left", "text.color": "#222222", "axes.labelcolor": "#222222"},
+    # Text stays text in SVG: readable by machines and half the size of glyph outlines. No formulas in names.
+    **{"svg.fonttype": "none", "svg.hashsalt": "rethinker", "text.parse_math": False},
+}
+in_our_look = matplotlib.rc_context(LOOK)
+"""Decorates a function that draws."""
 
 
-def new_figure(width: float, height: float) -> Any:
+def new_figure(height: float, width: float = WIDTH) -> Figure:
     """An empty figure, in inches: no window, no global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ConfigError("figures need matplotlib: install the extra `cpu` or `gpu`") from error
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
@@ -36,43 +39,42 @@ def style_of(number: int) -> dict[str, Any]:
 
 
 def label_of(text: str) -> str:
-    """A user's text as matplotlib shall show it: no formula between dollar signs, and no hidden legend entry."""
-    return text.replace("$", r"\$") if not text.startswith("_") else " " + text.replace("$", r"\$")
+    """A user's text as a label: matplotlib hides those that begin with an underscore."""
+    return f" {text}" if text.startswith("_") else text
 
 
-def draw_runs(axes: Any, runs: Sequence[RunRecord | None], metric: str, suffix: str = "", **style: Any) -> bool:
-    """One line per run over its steps: the moving average, and for a single run its single steps behind it.
+def draw_line(
+    axes: Any, values: pd.DataFrame, label: str, *, points: bool = False, single_steps: bool = False, **style: Any
+) -> None:
+    """A metric over steps: the moving average, and for several runs its range.
 
     Args:
         axes: where to draw.
-        runs: a run without the metric is left out, and so is None.
-        metric: a key of metrics.jsonl.
-        suffix: joins the run's label.
-        style: overrides the run's own.
-
-    Returns:
-        Whether there was anything to draw.
+        values: [steps, runs]; several runs are drawn as their mean.
+        label: for the legend.
+        points: draw what was measured now and then, as it is.
+        single_steps: draw them behind their average.
+        style: of the line.
     """
-    drawn = False
-    for number, run in enumerate(runs):
-        steps, values = thinned(*run.series(metric)) if run else (np.array([]),) * 2
-        if not steps.size:
-            continue
-        window = smoothing_window(steps.size)
-        look = {"linewidth": 1.8, "marker": "o" if steps.size == 1 else None} | style_of(number) | style
-        if len(runs) == 1 and window > 1:
-            axes.plot(steps, values, color=look["color"], alpha=0.28, linewidth=0.9)
-        axes.plot(steps, moving_average(values, window), label=label_of(run.label + suffix), **look)
-        drawn = True
-    return drawn
+    values = thinned(values)
+    window = 1 if points else smoothing_window(len(values))
+    averages = values.rolling(window, center=True, min_periods=1).mean()  # fewer steps at both ends
+    if values.shape[1] > 1:
+        low, high = averages.min(axis=1), averages.max(axis=1)
+        axes.fill_between(values.index, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    elif single_steps and window > 1:
+        axes.plot(values, color=style["color"], alpha=0.28, linewidth=0.9)
+    marker = "o" if points or len(values) == 1 else None  # one point is no line
+    axes.plot(averages.mean(axis=1), label=label_of(label), linewidth=1.8, marker=marker, markersize=4, **style)
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thinned(values: pd.DataFrame) -> pd.DataFrame:
     """At most MOST_POINTS points: the means of equal stretches of steps."""
-    if steps.size <= MOST_POINTS:
-        return steps, values
-    stretches = np.array_split(np.arange(steps.size), MOST_POINTS)
-    return np.array([steps[s].mean() for s in stretches]), np.array([values[s].mean() for s in stretches])
+    if len(values) <= MOST_POINTS:
+        return values
+    stretch = np.arange(len(values)) * MOST_POINTS // len(values)
+    return values.groupby(stretch).mean().set_axis(values.index.to_series().groupby(stretch).mean())
 
 
 def smoothing_window(points: int) -> int:
@@ -80,41 +82,27 @@ def smoothing_window(points: int) -> int:
     return max(1, round(points / 10) // 2 * 2 + 1)
 
 
-def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` values, over fewer at the ends."""
-    reach = window // 2
-    return np.array([values[max(0, i - reach) : i + reach + 1].mean() for i in range(values.size)])
+def draw_bars(axes: Any, heights: pd.DataFrame, form: str) -> None:
+    """A group of bars for every row, a bar for every column, each with its height written over it; none for NaN."""
+    width = 0.8 / len(heights.columns)
+    for number, (label, values) in enumerate(heights.items()):
+        places = np.arange(len(values)) + (number - (len(heights.columns) - 1) / 2) * width
+        bars = axes.bar(places, values, width * 0.92, color=COLORS[number % len(COLORS)], label=label_of(label))
+        axes.bar_label(bars, fmt=form, fontsize=7.5, padding=1)
+    axes.set_xticks(range(len(heights)), heights.index)
+    axes.margins(y=0.13)
 
 
-def whole_steps(axes: Any) -> None:
-    """The x axis counts optimizer steps: whole numbers."""
-    axes.set_xlabel("optimizer step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+def legend(figure: Figure, columns: int = 4) -> None:
+    """One legend above all panels."""
+    handles = [axes.get_legend_handles_labels() for axes in figure.axes]
+    by_label = {label: handle for found, labels in handles for handle, label in zip(found, labels, strict=True)}
+    options = {"ncols": columns, "frameon": False, "handlelength": 1.4}
+    figure.legend(by_label.values(), by_label.keys(), loc="outside upper left", **options)
 
 
-def legend(axes: Any, **options: Any) -> None:
-    """A legend where anything is labelled."""
-    if axes.get_legend_handles_labels()[0]:
-        look = {"edgecolor": "none", "framealpha": 0.9, "fontsize": 8.5, "labelcolor": TEXT, "loc": "best"}
-        axes.legend(**look | options)
-
-
-def save_figure(figure: Any, output: Path) -> Path:
-    """Write the figure in the project's look; the same metrics give the same bytes."""
-    import matplotlib
-
-    for axes in figure.axes:
-        second = axes.yaxis.get_label_position() == "right"  # an axis at the right of another panel's
-        axes.spines["top" if second else ["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#888888")
-        axes.tick_params(which="both", colors=TEXT, labelsize=8.5)
-        axes.xaxis.label.set(color=TEXT, fontsize=9)
-        axes.yaxis.label.set(color=TEXT, fontsize=9)
-        axes.set_axisbelow(True)
-        if not second:
-            axes.grid(axis="y", color=GRID, linewidth=0.8)
-    # Text stays text in SVG: readable by machines and half the size of glyph outlines.
-    undated = {"Date": None} if output.suffix == ".svg" else None
-    with matplotlib.rc_context({"svg.hashsalt": "rethinker", "svg.fonttype": "none"}):
-        figure.savefig(output, dpi=160, metadata=undated)
+@in_our_look
+def save_figure(figure: Figure, output: Path) -> Path:
+    """Write the figure; the same metrics give the same bytes."""
+    figure.savefig(output, dpi=160, metadata={"Date": None} if output.suffix == ".svg" else None)
     return output

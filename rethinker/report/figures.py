@@ -1,201 +1,108 @@
-"""The figures of the page in their order, from the metrics of one run or of several side by side.
-
-A `draw` takes the runs and returns a matplotlib figure, or None where no run has what it shows.
-"""
+"""The figures of the page in their order, from the metrics of one run or of several side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
-from rethinker.report.drawing import COLORS, MARKERS, draw_runs, label_of, legend, new_figure, style_of, whole_steps
+from rethinker.report.drawing import COLORS, draw_bars, draw_line, in_our_look, legend, new_figure, style_of
 from rethinker.report.runs import RunRecord
 from rethinker.runtime.profiling import PHASES
 
 Runs = Sequence[RunRecord]
-WIDTH = 5.2  # inches: on a phone's 390 px the labels are still 8 px high
 ADVANTAGES = ("0", "0 to 0.5", "0.5 to 1", "1 to 1.5", "1.5 to 2", "above 2")
 """The bins of `advantage_histogram` in words (algorithm/selection.py: ADVANTAGE_BINS)."""
+SHARES = ("effective_query_ratio", "replay_fraction")  # drawn from 0 to 1
 
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """One figure of the page."""
+    """One figure of the page: lines of metrics over steps, or what `draw` makes of the runs."""
 
     name: str  # of its file, <name>.svg
     title: str
     meaning: str  # what the reader sees in it
-    missing: str  # why it is not there, where `draw` returns None
-    metric: str  # whose first and last value describe it to those who cannot see it
-    draw: Callable[[Runs], Any]
+    panels: dict[str, str]  # {metric: title of its panel}; the first one describes the figure in words
+    draw: Callable[[Runs], Figure | None] | None = None
+
+    @in_our_look
+    def drawn(self, runs: Runs) -> Figure | None:
+        """The figure; None where no run has what it shows."""
+        return self.draw(runs) if self.draw else curves(runs, self.panels)
 
 
-def curves(runs: Sequence[RunRecord | None], panels: dict[str, str], share: bool = False) -> Any | None:
-    """Metrics over steps, a line per run, in panels below one another.
-
-    Args:
-        runs: None keeps the colour of its place free.
-        panels: {metric: label of its axis}; without the first metric there is no figure.
-        share: whether the first one lies between 0 and 1.
-    """
-    figure = new_figure(WIDTH, (3.2, 4.4, 5.0)[len(panels) - 1])
-    axes = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
-    drawn = [draw_runs(panel, runs, metric) for panel, metric in zip(axes, panels, strict=True)]
-    if not drawn[0]:
+def curves(runs: Runs, panels: dict[str, str]) -> Figure | None:
+    """Metrics over steps: a panel per metric, a line per run. What is 0 at every step has no line."""
+    lines = {metric: [run.series(metric) for run in runs] for metric in panels}
+    shown = [metric for metric in panels if any(values.any() for values in lines[metric])]
+    if not shown:
         return None
-    for panel, label in zip(axes, panels.values(), strict=True):
-        panel.set_ylabel(label)
-    if share:
-        axes[0].set_ylim(-0.03, 1.03)
-    whole_steps(axes[-1])
-    legend(axes[0])
+    columns = 1 if len(shown) < 4 else 2
+    rows = -(-len(shown) // columns)
+    figure = new_figure(1.2 + 1.7 * rows)
+    panes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
+    for axes, metric in zip(panes, shown, strict=False):
+        for number, (run, values) in enumerate(zip(runs, lines[metric], strict=True)):
+            if values.any():
+                look = {"points": metric == "val_accuracy", "single_steps": len(runs) == 1, **style_of(number)}
+                draw_line(axes, values.to_frame(), run.label, **look)
+        axes.set_title(panels[metric])
+        if metric in SHARES:
+            axes.set_ylim(-0.03, 1.03)
+    for axes in panes[len(shown) :]:
+        axes.remove()
+    for axes in panes[len(shown) - columns : len(shown)]:
+        axes.tick_params(labelbottom=True)
+    figure.supxlabel("optimizer step", fontsize=9)
+    if len(runs) > 1:
+        legend(figure)
     return figure
 
 
-def validation_curves(runs: Runs) -> Any | None:
-    """Greedy accuracy on held-out questions, each run's last value written beside its last point."""
-    figure = new_figure(WIDTH, 3.2)
-    axes = figure.subplots()
-    ends = []
-    for number, run in enumerate(runs):
-        steps, values = run.series("val_accuracy")
-        if steps.size:
-            marker = {"marker": MARKERS[number % len(MARKERS)], "markersize": 4.5, "linewidth": 1.6}
-            axes.plot(steps, values, label=label_of(run.label), **style_of(number) | marker)
-            ends.append((values[-1], steps[-1], style_of(number)["color"]))
-    if not ends:
-        return None
-    low, high = axes.get_ylim()
-    height = -np.inf
-    for value, step, color in sorted(ends):  # moved apart so that none covers another
-        height = max(value, height + (high - low) * 0.055)
-        at = {"textcoords": "offset points", "xytext": (7, 0), "ha": "left", "va": "center"}
-        axes.annotate(f"{value:.3f}", (step, height), color=color, fontsize=8.5, fontweight="bold", **at)
-    axes.margins(x=0.1, y=0.1)
-    axes.set_ylabel("greedy accuracy (0 to 1)")
-    whole_steps(axes)
-    legend(axes)
-    return figure
-
-
-def response_lengths(runs: Runs) -> Any | None:
-    """Mean length of the sampled responses; below it, where that ever reaches 1%, how many rethink unforced."""
-    panels = {"response_length_mean": "tokens per response"}
-    if any(run.series("rethink_ratio")[1].max(initial=0) >= 0.01 for run in runs):
-        panels["rethink_ratio"] = "share that rethinks"
-    figure = curves(runs, panels)
-    if figure and len(panels) > 1:
-        figure.axes[1].set_ylim(bottom=0)
-    return figure
-
-
-def advantages(runs: Runs) -> Any | None:
+def advantages(runs: Runs) -> Figure | None:
     """Per cent of the trained samples by the size of their advantage, over the whole run."""
-    found = []
-    for number, run in enumerate(runs):
-        counts = [row.get("advantage_histogram") or () for row in run.steps]
-        counts = np.sum([row for row in counts if len(row) == len(ADVANTAGES)], axis=0, dtype=float)  # [bins]
-        if counts.sum():
-            found.append((number, run, 100 * counts / counts.sum()))
-    if not found:
+    shares = {}
+    for run in runs:
+        rows = [row.get("advantage_histogram") or () for row in run.steps]
+        rows = [row for row in rows if len(row) == len(ADVANTAGES)]
+        counts = np.sum(rows, axis=0) if rows else np.zeros(len(ADVANTAGES))  # [bins]
+        shares[run.label] = 100 * counts / counts.sum() if counts.any() else np.nan
+    heights = pd.DataFrame(shares, index=ADVANTAGES)
+    if heights.isna().all(axis=None):
         return None
-    figure = new_figure(WIDTH, 3.2)
+    figure = new_figure(3.2)
     axes = figure.subplots()
-    width = 0.8 / len(found)
-    places = np.arange(len(ADVANTAGES))
-    for place, (number, run, shares) in enumerate(found):
-        at = places + (place - (len(found) - 1) / 2) * width
-        bars = axes.bar(at, shares, width * 0.92, color=style_of(number)["color"], label=label_of(run.label))
-        if len(found) <= 3:
-            axes.bar_label(bars, [f"{share:.0f}" for share in shares], fontsize=7.5, padding=1)
-    axes.set_xticks(places, ADVANTAGES)
+    draw_bars(axes, heights, "%.0f")
     axes.set_xlabel("size of the advantage, |A|")
     axes.set_ylabel("trained pairs, %")
-    axes.margins(y=0.12)
-    legend(axes)
+    legend(figure)
     return figure
 
 
-def replay(runs: Runs) -> Any | None:
-    """Selective Sample Replay, of the runs that replay: share of the batch, samples in the buffer, age of the draws."""
-    panels = {"replay_fraction": "share of the batch", "replay_size": "samples in the buffer"}
-    panels["replay_age_mean"] = "age of draws\n(steps)"
-    return curves([run if run.has("replay_size") else None for run in runs], panels, share=True)
-
-
-def policy_health(runs: Runs) -> Any | None:
-    """Entropy, clipped tokens, KL to the behaviour policy, mismatch with the rollout engine, gradient norm, loss."""
-    panels = {
-        "entropy": "entropy (nats)",
-        "clip_fraction_high": "clipped tokens",
-        "old_kl": "KL to behaviour policy",
-        "mismatch_kl": "KL trainer to rollout",
-        "grad_norm": "gradient norm",
-        "loss": "loss",
-    }
-    if any(run.has("kl") for run in runs):
-        panels["kl"] = "KL to reference"
-    figure = new_figure(WIDTH, 1.9 * ((len(panels) + 1) // 2))
-    grid = figure.subplots((len(panels) + 1) // 2, 2, sharex=True).ravel()
-    drawn = []
-    for axes, (metric, title) in zip(grid, panels.items(), strict=False):
-        axes.set_title(title, loc="left", fontsize=9)
-        if metric == "clip_fraction_high":
-            drawn.append(draw_runs(axes, runs, metric, " above", linestyle="-"))
-            drawn.append(draw_runs(axes, runs, "clip_fraction_low", " below", linestyle=":"))
-        else:
-            drawn.append(draw_runs(axes, runs, metric))
-        if metric == "mismatch_kl":
-            axes.yaxis.get_major_formatter().set_powerlimits((-2, 4))
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
-    for axes in grid[-2:]:
-        whole_steps(axes)
-    for axes in grid[: 2 if len(runs) == 1 else 1]:
-        legend(axes, fontsize=8)
-    return figure if any(drawn) else None
-
-
-def phase_times(runs: Runs) -> Any | None:
-    """Seconds per optimizer step by phase: over the steps of one run, or the mean of each of several."""
-    shares = [_phases(run) for run in runs]
-    names = [name for name in (*PHASES, "other") if any((phases[name] > 0).any() for phases in shares)]
-    if not names:
+def phase_times(runs: Runs) -> Figure | None:
+    """Mean seconds per optimizer step, stacked by phase, a bar per run; `other` is the rest of step_s."""
+    names = {f"time_{phase}_s": phase for phase in PHASES} | {"step_s": "step"}
+    means = {run.label: run.metrics.reindex(columns=list(names)).mean() for run in runs}
+    seconds = pd.DataFrame(means).fillna(0).T.rename(columns=names)  # [runs, phases]
+    seconds["other"] = (seconds.pop("step") - seconds.sum(axis=1)).clip(lower=0)
+    if not seconds.any(axis=None):
         return None
-    colors = dict(zip(PHASES, COLORS, strict=False)) | {"other": "#bbbbbb"}
-    alone = len(runs) == 1
-    figure = new_figure(WIDTH, 3.2 if alone else 1.3 + 0.4 * len(runs))
+    figure = new_figure(1.4 + 0.4 * len(runs))
     axes = figure.subplots()
-    if alone:
-        stretches = np.array_split(np.arange(len(runs[0].steps)), min(40, len(runs[0].steps)))
-        places = np.array([np.mean([runs[0].steps[i]["step"] for i in s]) for s in stretches])
-        heights = {name: np.array([shares[0][name][s].mean() for s in stretches]) for name in names}
-        widths, draw, start = np.array([len(s) for s in stretches]) * 0.9, axes.bar, "bottom"
-        axes.set_ylabel("seconds per step")
-        whole_steps(axes)
-    else:
-        places, widths, draw, start = np.arange(len(runs)), 0.7, axes.barh, "left"
-        heights = {name: np.array([phases[name].mean() for phases in shares]) for name in names}
-        axes.set_yticks(places, [label_of(run.label) for run in runs])
-        axes.invert_yaxis()
-        axes.set_xlabel("seconds per step, mean over the run")
-    base = np.zeros(len(places))
-    for name in names:
-        draw(places, heights[name], widths, color=colors[name], label=name, **{start: base})
-        base = base + heights[name]
-    figure.legend(loc="outside upper left", ncols=4, fontsize=8.5, frameon=False, handlelength=1.2)
+    colors = dict(zip(PHASES, COLORS, strict=False)) | {"other": "#bbbbbb"}
+    start = np.zeros(len(runs))
+    for phase, values in seconds.loc[:, seconds.any()].items():
+        axes.barh(range(len(runs)), values, 0.7, left=start, color=colors[phase], label=phase)
+        start += values
+    axes.set_yticks(range(len(runs)), seconds.index)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds per step, mean over the run")
+    legend(figure)
     return figure
-
-
-def _phases(run: RunRecord) -> dict[str, np.ndarray]:
-    """Seconds of each step by phase, [steps] each; `other` is the rest of step_s."""
-    phases = {name: np.array([float(row.get(f"time_{name}_s") or 0) for row in run.steps]) for name in PHASES}
-    whole = np.array([float(row.get("step_s") or 0) for row in run.steps])
-    return phases | {"other": np.maximum(0, whole - sum(phases.values()))}
 
 
 FIGURES = (
@@ -203,69 +110,67 @@ FIGURES = (
         "validation",
         "Held-out accuracy",
         "Greedy answers to held-out questions, judged by the training reward. Step 0 is before training.",
-        "No run has validated yet, or data.validation is null.",
-        "val_accuracy",
-        validation_curves,
+        {"val_accuracy": "greedy accuracy (0 to 1)"},
     ),
     ReportFigure(
         "reward",
         "Sampled reward",
         "Mean reward of each step's fresh responses, as a moving average.",
-        "No run has logged a reward.",
-        "reward_mean",
-        partial(curves, panels={"reward_mean": "sampled reward"}),
+        {"reward_mean": "sampled reward"},
     ),
     ReportFigure(
         "effective_queries",
         "Effective queries",
         "Share of queries whose responses are neither all right nor all wrong. Only these carry an advantage; as the "
         "share falls, plain GRPO trains on less and less.",
-        "No run has logged effective_query_ratio.",
-        "effective_query_ratio",
-        partial(curves, panels={"effective_query_ratio": "effective queries (0 to 1)"}, share=True),
+        {"effective_query_ratio": "effective queries (0 to 1)"},
     ),
     ReportFigure(
         "advantages",
         "Training advantages",
         "Trained pairs by the size of their advantage, over the whole run. Pairs at 0 teach nothing. "
         "Filtering drops them, and replay draws large advantages more often.",
-        "No run has logged advantage_histogram.",
-        "",
+        {},
         advantages,
     ),
     ReportFigure(
         "replay",
         "Selective Sample Replay",
         "Share of the batch that comes from replay, samples in the buffer, and the mean age of the drawn samples in "
-        "optimizer steps.",
-        "None of these runs replays samples; algorithm.name: ssr does.",
-        "replay_fraction",
-        replay,
+        "optimizer steps. Runs with algorithm.name: ssr replay.",
+        {
+            "replay_fraction": "share of the batch",
+            "replay_size": "samples in the buffer",
+            "replay_age_mean": "age of draws (steps)",
+        },
     ),
     ReportFigure(
         "response_length",
         "Response length",
-        "Mean tokens per sampled response. Below it, where that ever reaches 1%: the share that rethinks unforced.",
-        "No run has logged response_length_mean.",
-        "response_length_mean",
-        response_lengths,
+        "Mean tokens per sampled response, and the share of responses that rethink unforced.",
+        {"response_length_mean": "tokens per response", "rethink_ratio": "share that rethinks"},
     ),
     ReportFigure(
         "policy",
         "Entropy, clipping and KL",
         "Clipped tokens are those whose ratio left the clip range, above or below. The KL from trainer to rollout "
         "engine is taken right after a weight sync: it should stay at rounding error.",
-        "No run has logged these metrics.",
-        "entropy",
-        policy_health,
+        {
+            "entropy": "entropy (nats)",
+            "clip_fraction_high": "clipped tokens, above",
+            "clip_fraction_low": "clipped tokens, below",
+            "old_kl": "KL to behaviour policy",
+            "mismatch_kl": "KL trainer to rollout",
+            "grad_norm": "gradient norm",
+            "loss": "loss",
+            "kl": "KL to reference",
+        },
     ),
     ReportFigure(
         "time",
         "Time per step",
-        "Seconds per optimizer step by phase. Rethink is the second pass of forced rethinking; other is validation "
-        "and choosing the batch.",
-        "No run has logged its times.",
-        "step_s",
+        "Rethink is the second pass of forced rethinking; other is validation and choosing the batch.",
+        {"step_s": "seconds per step"},
         phase_times,
     ),
 )

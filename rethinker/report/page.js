@@ -1,26 +1,9 @@
-// The browser of completions: which responses are shown, and how many questions at a time. Without it all are shown.
+// The browser of completions: which questions and responses are shown. Without it all are.
 "use strict";
-window.addEventListener("beforeprint", () => {
-  for (const fold of document.querySelectorAll("details.fold")) fold.open = true;
-});
 (() => {
   const form = document.getElementById("filters");
   if (!form) return;
-  const PAGE = 12;
-  const count = document.getElementById("count");
-  const more = document.getElementById("more");
-  const groups = [...document.querySelectorAll("details.group")].map((element) => ({
-    element,
-    question: element.querySelector(".question").textContent.toLowerCase(),
-    responses: [...element.querySelectorAll("li.response")].map((item) => ({
-      item,
-      text: item.querySelector(".text").textContent.toLowerCase(),
-    })),
-  }));
-  let limit = PAGE;
-
-  const fits = (item, verdict) =>
-    verdict === "all" || (verdict === "rethought" ? item.dataset.rethought === "yes" : item.dataset.verdict === verdict);
+  const textOf = (element, selector) => element.querySelector(selector).textContent.toLowerCase();
 
   function show() {
     const wanted = Object.fromEntries(new FormData(form));
@@ -28,31 +11,29 @@ window.addEventListener("beforeprint", () => {
     const narrowed = wanted.verdict !== "all" || text !== "";
     let questions = 0;
     let responses = 0;
-    for (const { element, question, responses: all } of groups) {
-      const here = (!wanted.run || element.dataset.run === wanted.run) &&
-        (!wanted.category || element.dataset.category === wanted.category);
-      const inQuestion = question.includes(text);
+    for (const group of document.querySelectorAll("details.group")) {
+      const here = (!wanted.run || group.dataset.run === wanted.run) &&
+        (!wanted.category || group.dataset.category === wanted.category);
+      const asked = textOf(group, ".question").includes(text);
       let kept = 0;
-      for (const response of all) {
-        const keep = here && fits(response.item, wanted.verdict) && (inQuestion || response.text.includes(text));
-        response.item.hidden = !keep;
+      for (const item of group.querySelectorAll("li.response")) {
+        const fits = wanted.verdict === "all" || item.dataset.verdict === wanted.verdict ||
+          (wanted.verdict === "rethought" && item.dataset.rethought === "yes");
+        const keep = here && fits && (asked || textOf(item, ".text").includes(text));
+        item.hidden = !keep;
         kept += keep;
       }
-      const found = kept > 0 || (here && all.length === 0 && !narrowed);
-      element.hidden = !found || questions >= limit;
-      if (found && narrowed) element.open = true;
-      questions += found;
+      group.hidden = kept === 0;
+      if (kept && narrowed) group.open = true;
+      questions += kept > 0;
       responses += kept;
     }
-    const shown = Math.min(questions, limit);
     const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
-    count.textContent = `${counted(responses, "response")} of ${counted(questions, "question")}` + (shown < questions ? `, ${shown} shown` : "");
-    more.hidden = shown >= questions;
+    document.getElementById("count").textContent = `${counted(responses, "response")} of ${counted(questions, "question")}`;
   }
 
-  form.addEventListener("input", () => { limit = PAGE; show(); });
+  form.addEventListener("input", show);
   form.addEventListener("submit", (event) => event.preventDefault());
-  more.querySelector("button").addEventListener("click", () => { limit += PAGE; show(); });
   form.reset(); // a reloaded page keeps no filter that its responses do not show
   form.hidden = false;
   show();

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 import sys
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
 from rethinker.config import ConfigError, one_line
-from rethinker.report import completions
 from rethinker.report.completions import sample_completions
 from rethinker.report.drawing import save_figure
 from rethinker.report.figures import FIGURES
@@ -43,31 +45,33 @@ def write_report(
     """
     runs = read_runs(run_folders)
     output = Path(output) if output else (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
-    if output.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--output {output}: the report is a page; end its name in .html")
-    comparison = compare(read_evaluations(evaluations))
-    drawn = [(figure, figure.draw(runs)) for figure in FIGURES]
-    analysis = rethinking_analysis(comparison) if comparison else None
+    baseline, comparison = compare(read_evaluations(evaluations)) if evaluations else ("", None)
+    folder = output.with_name(f"{output.stem}_figures")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = output.with_name(f"{output.stem}_figures")
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         figures = []
-        for figure, drawing in drawn:
-            ends = [_ends(run, figure.metric) for run in runs]
-            svg = _svg(drawing, folder / f"{figure.name}.svg", f"{figure.title}. {' '.join(filter(None, ends))}")
-            text = figure.meaning if drawing else figure.missing
-            figures.append({"name": figure.name, "title": figure.title, "text": text, "svg": svg})
-        analysis_svg = _svg(analysis, folder / "rethinking.svg", "Relative improvement by benchmark, as bars.")
-        table = comparison.table() if analysis else None
+        for figure in FIGURES:
+            ends = " ".join(_ends(run, next(iter(figure.panels), "")) for run in runs)
+            image = _image(figure.drawn(runs), folder / f"{figure.name}.svg")
+            figures.append({**vars(figure), "table": None, "image": image, "alt": f"{figure.title}. {ends}"})
+        if comparison is not None:
+            image = _image(rethinking_analysis(comparison), folder / "rethinking.svg")
+            title, meaning = (
+                "Rethinking analysis",
+                f"Relative improvement over {baseline} as it is, and the accuracies.",
+            )
+            texts = {"name": "rethinking", "title": title, "meaning": meaning, "alt": f"{title}, as bars."}
+            figures.append(
+                {**texts, "image": image, "table": _html(comparison.map("{:.3f}".format, "ignore").fillna(""))}
+            )
+        tables = {"Held-out accuracy by category": categories(runs)}
+        tables["Settings that differ from their defaults"] = changed_settings(runs)
         page = _render(
             runs=runs,
             figures=figures,
-            analysis={"svg": analysis_svg, "comparison": comparison, "table": table, "given": bool(evaluations)},
-            summary=summary(runs),
-            tables=[table for table in (categories(runs), changed_settings(runs)) if table],
-            browser=sample_completions(runs),
-            limits=completions,
+            summary=_html(summary(runs)),
+            tables={title: _html(table) for title, table in tables.items() if table is not None},
+            **sample_completions(runs),
         )
         output.write_text(page, encoding="utf-8", errors="replace")  # half a surrogate pair, cut by a model
     except OSError as error:
@@ -86,36 +90,31 @@ def report_or_warning(run_folder: str | Path) -> Path | None:
 
 def _render(**values: Any) -> str:
     """The template with everything that users and models wrote escaped, and the page's one script allowed by hash."""
-    try:
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-    except ModuleNotFoundError as error:
-        raise ConfigError("the report needs jinja2: install the extra `cpu` or `gpu`") from error
-    files = resources.files("rethinker.report")
-    parts = {kind: (files / f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")}
+    parts = {kind: Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")}
     digest = base64.b64encode(hashlib.sha256(parts["js"].encode()).digest()).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["svg"] = Markup  # our own drawings: matplotlib has escaped the texts in them
     assets = {"css": Markup(parts["css"]), "js": Markup(parts["js"]), "script_hash": f"sha256-{digest}"}
     return environment.from_string(parts["html"]).render(**values, **assets)
 
 
-def _svg(figure: Any | None, file: Path, label: str) -> str | None:
-    """Write the figure's file, and return it as markup for the page, sized by the page; an old file does not stay."""
+def _html(table: pd.DataFrame) -> Markup:
+    """A table whose cells are text, escaped."""
+    with pd.option_context("display.max_colwidth", None):
+        return Markup(table.map(escape).rename(index=escape, columns=escape).to_html(escape=False, border=0))
+
+
+def _image(figure: Figure | None, file: Path) -> str | None:
+    """Write the figure's file, and return it as an image's address for the page; an old file does not stay."""
     if figure is None:
         file.unlink(missing_ok=True)
         return None
-    svg = save_figure(figure, file).read_text("utf-8")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{file.stem}-", svg)  # ids of its own
-    box = re.search(r'viewBox="[^"]*"', svg)[0]
-    opening = f'<svg role="img" aria-label="{escape(label)}" {box} xmlns:xlink="http://www.w3.org/1999/xlink">'
-    return opening + svg[svg.index(">") + 1 :]
+    return "data:image/svg+xml;base64," + base64.b64encode(save_figure(figure, file).read_bytes()).decode()
 
 
 def _ends(run: RunRecord, metric: str) -> str:
     """First and last value of a metric, in words."""
-    steps, values = run.series(metric)
-    if not len(steps):
+    values = run.series(metric)
+    if values.empty:
         return ""
-    return f"{run.label}: {values[0]:.3g} at step {steps[0]}, {values[-1]:.3g} at step {steps[-1]}."
+    (first, start), (last, end) = values.iloc[[0, -1]].items()
+    return f"{run.label}: {start:.3g} at step {first}, {end:.3g} at step {last}."

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from rethinker.config import ConfigError
+from rethinker.evaluation.settings import flat_settings
 from rethinker.settings import read_yaml_file
 
 
@@ -35,32 +36,21 @@ class RunRecord:
         return self.folder.resolve().name
 
     @property
-    def algorithm(self) -> str | None:
-        """grpo, filter or ssr."""
-        return self.settings.get("algorithm.name")
-
-    @property
-    def last_step(self) -> int:
-        """The last optimizer step that was logged."""
-        return max(row["step"] for row in self.steps)
-
-    @property
     def finished(self) -> bool:
         """Whether the run has come to its end: then it draws its learning curve."""
         return (self.folder / "learning.png").is_file()
 
-    def series(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps at which the run has the metric, and its values: [steps], [steps]. Others than numbers are left out.
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """All that is a number, by step [steps, metrics]; NaN elsewhere. An accuracy may stand in a step's row, in a
+        validation's, or in both."""
+        rows = [{k: v for k, v in row.items() if _is_number(v)} for row in self.steps + self.validations]
+        table = pd.DataFrame(rows, columns=None if rows else ["step"], dtype=float).groupby("step").last()
+        return table.set_index(table.index.astype(int))
 
-        An accuracy may stand in a step's row, in a validation's, or in both.
-        """
-        values = {row["step"]: row[metric] for row in self.steps + self.validations if _is_number(row.get(metric))}
-        steps = sorted(values)
-        return np.array(steps), np.array([values[step] for step in steps], dtype=float)
-
-    def has(self, metric: str) -> bool:
-        """Whether the metric is anywhere above zero."""
-        return bool((self.series(metric)[1] > 0).any())
+    def series(self, metric: str) -> pd.Series:
+        """The metric by step, where the run has it."""
+        return self.metrics[metric].dropna() if metric in self.metrics else pd.Series(dtype=float)
 
 
 def read_run(folder: str | Path) -> RunRecord:
@@ -75,31 +65,25 @@ def read_run(folder: str | Path) -> RunRecord:
         below = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
         wanted = f"one of its runs: {', '.join(below[:8])}" if below else "the folder of a run, as runs/<run.name>"
         raise ConfigError(f"{folder} has no metrics.jsonl; name {wanted}")
-    steps = _read_lines(file)
-    if not any(_is_number(row.get("reward_mean")) for row in steps):
+    steps, validations, config = _read_lines(file), _read_lines(folder / "validation.jsonl"), folder / "config.yaml"
+    settings = read_yaml_file(config, str(config)) if config.is_file() else {}
+    settings = flat_settings(settings if isinstance(settings, dict) else {})
+    run = RunRecord(folder, settings, steps, validations)
+    if run.series("reward_mean").empty:
         raise ConfigError(f"{file} has no step with a reward_mean yet, so there is nothing to draw")
-    validations = folder / "validation.jsonl"
-    run = RunRecord(folder, _read_settings(folder / "config.yaml"), steps, _read_lines(validations))
     return replace(run, label=run.name)
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
-    """Read several runs, each once, each with a label of its own.
-
-    A run's label is its `algorithm.name`; runs that share it also give their seed, or else their names.
+    """Read several runs, each once, each with a label of its own: its `algorithm.name`, or else its name or folder.
 
     Raises:
         ConfigError: as `read_run`.
     """
     runs = [read_run(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()]
-    runs = [replace(run, label=run.algorithm or run.name) for run in runs]
-    for more in (lambda run: f"seed {run.settings.get('seed', '?')}", lambda run: run.name, lambda run: run.folder):
-        often = Counter(run.label for run in runs)
-        longer = [f"{run.algorithm or 'run'}, {more(run)}" for run in runs]
-        runs = [
-            run if often[run.label] == 1 else replace(run, label=label) for run, label in zip(runs, longer, strict=True)
-        ]
-    return runs
+    choices = ([str(run.settings.get("algorithm.name", run.name)) for run in runs], [run.name for run in runs])
+    labels = next((names for names in choices if len(set(names)) == len(runs)), [str(run.folder) for run in runs])
+    return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
@@ -121,19 +105,3 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    content = read_yaml_file(file, str(file))
-    return flat_settings(content if isinstance(content, dict) else {})
-
-
-def flat_settings(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; a setting that is itself a mapping keeps its entries, also dotted."""
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        nested = isinstance(value, dict) and value
-        flat |= flat_settings(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat

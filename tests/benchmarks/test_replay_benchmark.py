@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from benchmarks import replay, samplers
-from rethinker_kernels import SumTree, sum_tree_torch
 from tests.kernels.sum_trees import require_compiler
 
 
@@ -48,25 +47,13 @@ def test_the_report_has_every_operation_and_names_missing_peers(monkeypatch, tmp
     assert relative["rethinker C++"] == 1 and set(relative) == set(results)
 
 
-@pytest.mark.parametrize("name", ["rethinker C++", "rethinker PyTorch", "torch.multinomial", "cumsum + searchsorted"])
+@pytest.mark.parametrize("name", ["rethinker C++", "torch.multinomial", "cumsum + searchsorted"])
 def test_methods_draw_what_was_updated(name):
     """Each method draws 512 slots, and after an update only those that kept a weight."""
     require_compiler()
     method = samplers.METHODS[name](torch.ones(1000, dtype=torch.float64))
     method["update"](torch.arange(999), torch.zeros(999, dtype=torch.float64))
     assert method["sample"]().tolist() == [999] * samplers.BATCH
-
-
-def test_the_two_implementations_are_not_mixed_up(monkeypatch):
-    """The PyTorch method runs in PyTorch, and the environment is left as it was; the compiled one never does."""
-    trees = []
-    monkeypatch.setattr(samplers, "tree_methods", lambda tree, weights: trees.append(tree))
-    samplers.in_pytorch(torch.ones(5))
-    assert trees[0]._ops is sum_tree_torch
-    monkeypatch.setenv("RETHINKER_NATIVE", "0")
-    with pytest.raises(samplers.Unavailable, match="not compiled"):
-        samplers.compiled(torch.ones(5))
-    assert len(trees) == 1 and isinstance(trees[0], SumTree)
 
 
 def test_every_method_gets_the_same_inputs():

@@ -94,18 +94,16 @@ def test_the_subset_trains_as_it_is(curate, capsys):
     assert [q.id for q in queries] == [row["qid"] for row in rows] and {len(q.images) for q in queries} == {0, 1, 2}
     printed = capsys.readouterr().out
     assert "48 questions" in printed and f"rethinker train {folder}/recipe.yaml" in printed and " 1 of 4 " in printed
-    figure = (folder / "pass_rates.svg").read_text()
-    assert "sometimes right" in figure and "the subset" in figure
 
 
 def test_provenance(curate, scratch):
-    """It names the model by its weights, the data by its content, the settings, versions, counts, date and command."""
+    """It names the model by its weights, the data by its content, versions, counts, date and command."""
     written = json.loads((curate("--size", "20k") / "provenance.json").read_text())
     assert written["model"] == str(scratch / "model") and len(written["model_version"]) == len("sha256 ") + 64
-    assert len(written["data_sha256"]) == len(written["subset_sha256"]) == 64 and written["samples"] == SAMPLES
+    assert len(written["data_sha256"]) == 64 and written["samples"] == SAMPLES
     assert written["questions"] == 200 and written["size_asked"] == 20_000
     assert written["subset"] == written["sometimes_right"] == 200 - written["always_wrong"] - written["always_right"]
-    assert written["settings"]["rollout.temperature"] == 1.0 and "torch" in written["versions"]
+    assert written["rollout.temperature"] == 1.0 and "torch" in written["versions"]
     assert written["date"].startswith("20") and written["command"][0] == "rethinker"
 
 
@@ -150,7 +148,7 @@ def test_a_half_written_chunk_is_asked_again(curate):
         (("--rollout.temperature", "0.5"), r"rollout\.temperature=0\.5 \(was 1\.0\)"),
         (("--limit", "100"), r"data_sha256="),
         (("--samples", "1"), r"--samples 1 must be at least 2"),
-        (("--size", "many"), r"--size many"),
+        (("--size", "many"), r"--size: 'many': give 16k"),
         (("--rollout.backend", "recorded", "--rollout.recording", "x"), r"no new answers"),
         (("--policy.model", "./none"), r"policy\.model=\./none is not a folder"),
         (("--polcy.model", "x"), r"unknown setting 'polcy\.model'"),

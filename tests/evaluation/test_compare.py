@@ -10,7 +10,15 @@ import pytest
 
 from rethinker.config import ConfigError
 from rethinker.evaluation.compare import compare_results, describe_comparison, mcnemar, paired_difference
-from rethinker.evaluation.results import Answer, describe_result, read_result, summarize, wilson_interval, write_result
+from rethinker.evaluation.results import (
+    answered,
+    describe_result,
+    read_result,
+    summarize,
+    unanswered,
+    wilson_interval,
+    write_result,
+)
 from rethinker.samples import Completion, Query
 
 
@@ -21,14 +29,15 @@ def queries(n: int = 10) -> list[Query]:
 def write(folder: Path, rights: list[bool], asked: list[Query] | None = None, **fields) -> str:
     """A result whose answers are right or not, as given."""
     asked = asked or queries(len(rights))
-    answers = [Answer(Completion([5, 6], [-1.0, -1.0], "so", "stop"), float(right)) for right in rights]
+    said = Completion([5, 6], [-1.0, -1.0], "so", "stop")
+    rows = [answered(unanswered(q, None), said, float(right)) for q, right in zip(asked, rights, strict=True)]
     result = {
-        **{"benchmark": "mine", "title": "Mine", "model": str(folder), "mode": "normal", "second_pass": None},
-        **summarize(asked, answers),
+        **{"benchmark": "mine", "title": "Mine", "model": str(folder), "mode": "normal"},
+        **summarize(rows),
         **{"failed_checks": {}, "uncovered": {}, "questions_in_benchmark": len(asked), "questions_published": 12},
-        **{"questions_limit": None, "settings": {"data.prompt": "{question}", "rollout.max_new_tokens": 2}},
+        **{"settings": {"data.prompt": "{question}", "rollout.max_new_tokens": 2}},
     }
-    write_result(folder, result | fields, asked, answers)
+    write_result(folder, result | fields, rows)
     return str(folder)
 
 
@@ -37,10 +46,10 @@ def test_what_is_written_is_read_back(tmp_path):
     import pyarrow.parquet as parquet
 
     folder = write(tmp_path / "a", [True] * 7 + [False] * 3)
-    result, rows = read_result(folder)
+    result, verdicts = read_result(folder)
     assert result["accuracy"] == 0.7 and result["interval"] == list(wilson_interval(7, 10))
     assert result["by_category"]["even"]["right"] == 4 and result["by_category"]["odd"]["questions"] == 5
-    assert rows[3] == {"query_id": "q3", "question": "What is 3?", "answers": ["3"], "reward": 1.0}
+    assert verdicts.index[3] == ("q3", "What is 3?", ("3",)) and list(verdicts) == [True] * 7 + [False] * 3
     row = parquet.read_table(tmp_path / "a/responses.parquet").to_pylist()[0]
     assert row["response"] == "so" and row["token_ids"] == [5, 6] and row["category"] == "even"
     text = describe_result(result, tmp_path / "a")
@@ -55,10 +64,10 @@ def test_comparison(tmp_path):
     b = write(tmp_path / "b", [i in (0, 1, 2, 5, 6, 7, 8) for i in order], [queries()[i] for i in order])
     c = write(tmp_path / "c", [True] * 5 + [False] * 5, settings={"data.prompt": "other"})
     base, second, third = compare_results([a, b, c])
-    assert base.difference is None
-    assert (second.only_first, second.only_this) == (2, 4)
-    assert (second.difference, *second.interval) == paired_difference(3, 2, 4, 1) and second.difference == 0.7 - 0.5
-    assert second.p_value == mcnemar(2, 4) and third.p_value == 1.0 and third.difference == 0.0
+    assert "difference" not in base
+    assert (second["only_first"], second["only_this"]) == (2, 4) and second["difference"] == 0.7 - 0.5
+    assert (second["difference"], *second["difference_interval"]) == paired_difference(3, 2, 4, 1)
+    assert second["p_value"] == mcnemar(2, 4) and third["p_value"] == 1.0 and third["difference"] == 0.0
     text = describe_comparison([base, second, third])
     assert "+0.200" in text and "0.69" in text
     assert "note: data.prompt differs" in text and "rollout.max_new_tokens differs" in text

@@ -67,40 +67,44 @@ def ask(encoder, checker, mode: str, queries: list[Query] | None = None, engine:
     return queries, evaluate(queries, AnsweringModel(engine, encoder, checker), Ranks(0, 1, 0), **settings), engine
 
 
+def rights(rows) -> list[bool]:
+    return [row["reward"] >= 1.0 for row in rows]
+
+
 def test_normal(encoder, checker):
     """One greedy pass: every response is judged by its own text, and rethinks only of its own accord."""
-    queries, answers, engine = ask(encoder, checker, "normal")
-    assert [answer.right for answer in answers] == [True, False, True, False]
-    assert [answer.rethinks for answer in answers] == [False, False, False, True]
-    assert len(engine.calls) == 1 and summarize(queries, answers)["accuracy"] == 0.5
-    assert "second_pass" not in summarize(queries, answers)
+    _, rows, engine = ask(encoder, checker, "normal")
+    assert rights(rows) == [True, False, True, False]
+    assert [row["rethinks"] for row in rows] == [False, False, False, True]
+    assert len(engine.calls) == 1 and summarize(rows)["accuracy"] == 0.5
+    assert summarize(rows)["second_pass"] is None
 
 
 def test_forced(encoder, checker):
     """Every first answer is followed by a trigger; what counts is the last box of the whole response."""
-    queries, answers, engine = ask(encoder, checker, "forced")
+    _, rows, engine = ask(encoder, checker, "forced")
     assert engine.calls[1] == list(SCRIPT)
-    assert [answer.right for answer in answers] == [True, True, False, False]
-    for query, answer in zip(queries, answers, strict=True):
-        _, first, rest = SCRIPT[query.id]
-        spans = answer.completion.rethought
-        phrase = Config().rethink.triggers[spans.name]
-        assert answer.completion.text == first + phrase + rest and answer.first.text == first
-        ids = answer.completion.token_ids
-        assert ids[: spans.trigger_start].tolist() == answer.first.token_ids[:-1].tolist()
-        assert encoder.decode(ids[spans.trigger_start : spans.trigger_end]) == phrase
-    second = summarize(queries, answers)["second_pass"]
+    assert rights(rows) == [True, True, False, False]
+    for row in rows:
+        _, first, rest = SCRIPT[row["query_id"]]
+        phrase = Config().rethink.triggers[row["trigger"]]
+        assert row["response"] == first + phrase + rest and row["first_response"] == first
+        ids, start, end = row["token_ids"], row["trigger_start"], row["trigger_end"]
+        assert (
+            ids[:start].tolist() == encoder.tokenizer(first)["input_ids"] and encoder.decode(ids[start:end]) == phrase
+        )
+    second = summarize(rows)["second_pass"]
     assert second == {"answers": 4, "no_room": 0, "first_accuracy": 0.5, "wrong_to_right": 1, "right_to_wrong": 1}
-    assert summarize(queries, answers)["rethink_ratio"] == 0.25  # the forced ones do not count
+    assert summarize(rows)["rethink_ratio"] == 0.25  # the forced ones do not count
 
 
 def test_oracle(encoder, checker):
     """Only wrong answers are continued, so accuracy cannot fall: an upper bound."""
-    queries, answers, engine = ask(encoder, checker, "oracle")
+    _, rows, engine = ask(encoder, checker, "oracle")
     assert engine.calls[1] == ["fixed", "lost"]
-    assert [answer.right for answer in answers] == [True, True, True, False]
-    assert answers[0].first is None and answers[1].first.text == "\\boxed{0}"
-    assert summarize(queries, answers)["second_pass"]["right_to_wrong"] == 0
+    assert rights(rows) == [True, True, True, False]
+    assert rows[0]["first_response"] is None and rows[1]["first_response"] == "\\boxed{0}"
+    assert summarize(rows)["second_pass"]["right_to_wrong"] == 0
 
 
 def test_an_answer_that_leaves_no_room_counts_as_it_is(encoder, checker):
@@ -111,16 +115,16 @@ def test_an_answer_that_leaves_no_room_counts_as_it_is(encoder, checker):
     script = dict(SCRIPT, kept=("1", long, "never"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"{__name__}.SCRIPT", script)
-        queries, answers, _ = ask(encoder, checker, "forced", engine=engine, max_new_tokens=tokens // 3)
-    assert answers[0].no_room and answers[0].right and answers[0].first is None
-    assert summarize(queries, answers)["second_pass"]["no_room"] == 1
+        _, rows, _ = ask(encoder, checker, "forced", engine=engine, max_new_tokens=tokens // 3)
+    assert rows[0]["no_room"] and rights(rows)[0] and rows[0]["first_response"] is None
+    assert summarize(rows)["second_pass"]["no_room"] == 1
 
 
 def test_questions_that_do_not_fit_count_as_wrong(encoder, checker):
     """A benchmark's accuracy is over all its questions: those left out are wrong, and named by the limit."""
     queries = [Query("kept", "Say kept.", "1"), Query("lost", "long " * 3000, "4")]
-    _, answers, engine = ask(encoder, checker, "forced", queries)
-    summary = summarize(queries, answers)
+    _, rows, engine = ask(encoder, checker, "forced", queries)
+    summary = summarize(rows)
     assert summary["questions"] == 2 and summary["accuracy"] == 0.5 and engine.calls[0] == ["kept"]
     assert summary["left_out"] == {"data.max_prompt_tokens": 1}
 
@@ -128,19 +132,18 @@ def test_questions_that_do_not_fit_count_as_wrong(encoder, checker):
 def test_any_of_several_answers_counts(encoder, checker):
     """A question with several accepted answers is right if one of them is given; rewards stay with their request."""
     queries = [Query("kept", "?", "7", metadata={"answers": ["7", "1"]}), Query("fixed", "?", "2")]
-    _, answers, _ = ask(encoder, checker, "normal", queries)
-    assert [answer.right for answer in answers] == [True, False]
+    _, rows, _ = ask(encoder, checker, "normal", queries)
+    assert rights(rows) == [True, False]
 
 
 def test_a_query_keeps_its_trigger_and_its_place(encoder, checker, monkeypatch):
     """Neither chunks nor the other questions change a question's trigger or mix up answers."""
-    queries, answers, _ = ask(encoder, checker, "forced")
+    queries, rows, _ = ask(encoder, checker, "forced")
     monkeypatch.setattr(module, "CHUNK", 3)
-    again, chunked, engine = ask(encoder, checker, "forced", queries[::-1])
+    _, chunked, engine = ask(encoder, checker, "forced", queries[::-1])
     assert [len(call) for call in engine.calls] == [3, 3, 1, 1]
-    for query, answer in zip(again, chunked, strict=True):
-        before = answers[queries.index(query)]
-        assert answer.completion == before.completion and answer.reward == before.reward
+    for row, before in zip(chunked[::-1], rows, strict=True):
+        assert (row.pop("token_ids") == before.pop("token_ids")).all() and row == before
 
 
 def test_ranks_share_the_questions(encoder, checker, monkeypatch):
@@ -151,15 +154,15 @@ def test_ranks_share_the_questions(encoder, checker, monkeypatch):
 
     class Rank(Ranks):
         def gather_to_main(self, value):
-            shares.append(value)
+            shares.insert(0, value)  # rank 0 comes last here
             return shares if self.rank == 0 else None
 
     triggers = make_triggers(encoder.tokenizer, Config().rethink.triggers)
     for rank in (1, 0):
         engine = Scripted(encoder.tokenizer)
         options = {"mode": "oracle", "max_new_tokens": 64, "triggers": triggers}
-        answers = evaluate(queries, AnsweringModel(engine, encoder, checker), Rank(rank, 2, 0), **options)
+        rows = evaluate(queries, AnsweringModel(engine, encoder, checker), Rank(rank, 2, 0), **options)
         calls.append(len(engine.calls))
-        assert (answers is None) == (rank == 1)
-    assert [answer.completion.text.count("fixed") for answer in answers] == [0, 0, 0]
-    assert [answer.right for answer in answers] == [True, True, True] and calls[0] == calls[1]
+        assert (rows is None) == (rank == 1)
+    assert [row["query_id"] for row in rows] == ["kept", "fixed", "broken"]
+    assert rights(rows) == [True, True, True] and calls[0] == calls[1]

@@ -1,12 +1,10 @@
-"""Run by test_compiled_layers.py, also under torchrun: steps with policy.compile and without it; rank 0 saves both.
+"""Run on every rank by test_compiled_layers.py: steps with policy.compile and without it; rank 0 saves both.
 
-Usage: python -m tests.integration.compiled_steps MODEL_FOLDER SCRATCH_FOLDER OUTPUT.pt "BACKEND [OPTION ...]" ...
-Options: checkpointing, kl, lora.
+A run is "BACKEND [OPTION ...]", the options checkpointing, kl and lora.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -79,7 +77,3 @@ def main(model: str, scratch: str, output: str, *runs: str) -> None:
     if ranks.is_main:
         torch.save(results, output)
     distributed.stop()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,7 +1,4 @@
-"""Run under torchrun by test_out_of_memory.py: memory runs out at chosen places, last of all on one rank of several.
-
-Usage: torchrun --nproc-per-node N -m tests.integration.memory_faults MODEL_FOLDER SCRATCH_FOLDER
-"""
+"""Run on every rank by test_out_of_memory.py: memory runs out at chosen places, last of all on one rank of several."""
 
 from __future__ import annotations
 
@@ -77,7 +74,3 @@ def main(model: str, scratch: str) -> None:
         engine.policy.hf.model.language_model.layers[2].register_forward_pre_hook(fail)
     engine.train_step(samples)
     distributed.stop()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +11,8 @@ import torch
 from rethinker.config import ConfigError
 from rethinker.policy.compiled_layers import compile_layers
 from rethinker.settings import load_config
-from tests.conftest import ROOT
+from tests import forked
+from tests.integration import compiled_steps
 from tests.integration.compiled_steps import COMPILED_BY
 from tests.integration.test_zero3 import relative_error
 from tests.policy.conftest import tiny_folder  # noqa: F401  (a fixture)
@@ -23,11 +22,8 @@ from tests.policy.switches import batch_for, errors, make, outcome
 def launch(model: Path, scratch: Path, *runs: str, ranks: int = 1) -> dict:
     """What compiled_steps.py saw, by run."""
     output = scratch / "steps.pt"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *torchrun, "-m", "tests.integration.compiled_steps"]
-    command += [str(model), str(scratch), str(output), *runs]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [str(model), str(scratch), str(output), *runs]
+    forked.run(partial(compiled_steps.main, *arguments), scratch / "steps.log", ranks, seconds=580)
     return torch.load(output, weights_only=False)
 
 

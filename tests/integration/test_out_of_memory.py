@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import time
+from functools import partial
 
 import pytest
 
 from rethinker.config import ConfigError
 from rethinker.policy.out_of_memory import note_budget, noted_budget, smaller_budget
 from rethinker.samples import Bundle, Completion, Query, Sample
-from tests.conftest import ROOT
+from tests import forked
 from tests.policy.conftest import tiny_folder  # noqa: F401  (fixture)
 
+from . import memory_faults
 from .memory_faults import BUDGET, FULL
 
 
@@ -24,13 +23,13 @@ from .memory_faults import BUDGET, FULL
 def run(tiny_folder, tmp_path_factory):  # noqa: F811
     """What memory_faults.py saw on two ranks, and how it ended."""
     scratch = tmp_path_factory.mktemp("memory")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "tests.integration.memory_faults", str(tiny_folder), str(scratch)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    log = scratch / "ranks.log"
+    ranks = forked.Forked(partial(memory_faults.main, str(tiny_folder), str(scratch)), log, ranks=2)
+    code = ranks.wait(200)
     stopped = time.time()
-    assert (scratch / "results.json").is_file(), done.stderr[-3000:]
-    return done, stopped, scratch / "micro_batch_tokens.json", json.loads((scratch / "results.json").read_text())
+    assert (scratch / "results.json").is_file(), log.read_text()[-3000:]
+    results = json.loads((scratch / "results.json").read_text())
+    return code, log.read_text(), stopped, scratch / "micro_batch_tokens.json", results
 
 
 @pytest.mark.parametrize("work", ["train_step", "score", "with a note"])
@@ -66,17 +65,17 @@ def test_memory_that_no_budget_saves(run):
 def test_several_ranks_end_and_leave_a_note(run):
     """Rank 1 fails while rank 0 waits for it: both end and nothing hangs; the error names the setting and its new
     value, and the note holds it."""
-    done, stopped, note, _ = run
-    assert done.returncode == 1
+    code, log, stopped, note, _ = run
+    assert code == 1
     note = note.with_name("last.json")
     budget = noted_budget(note, BUDGET)
     assert budget < BUDGET
     change = f"train.micro_batch_tokens={BUDGET} is reduced to {budget}; {note} says so"
-    assert f"OutOfMemory: rank 1 ran out of memory in step 1: {change}" in done.stderr
-    assert FULL in done.stderr  # the cause itself, too
-    fault = float(re.findall(r"fault at ([\d.]+)", done.stderr)[-1])
+    assert f"OutOfMemory: rank 1 ran out of memory in step 1: {change}" in log
+    assert FULL in log  # the cause itself, too
+    fault = float(re.findall(r"fault at ([\d.]+)", log)[-1])
     print(f"two ranks: fault to the end of both {stopped - fault:.1f} s")
-    # Rank 0 ends by a lost connection or by torchrun's SIGTERM: it does not wait for its timeout of 60 s.
+    # Rank 0 ends by a lost connection: it does not wait for its timeout of 60 s.
     assert stopped - fault < 30
 
 

@@ -30,7 +30,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 struct Index {
   unsigned x;
 };
-static Index threadIdx, blockIdx, gridDim;
+static Index threadIdx, blockIdx;
 
 namespace fibers {
 
@@ -95,7 +95,6 @@ static void atomic() {
 
 static void run(unsigned blocks, unsigned count, std::function<void()> kernel) {
   body = kernel;
-  gridDim.x = blocks;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     threads = std::vector<Fiber>(count);
     warps = std::vector<Warp>(count / 32);
@@ -126,8 +125,6 @@ static void run(unsigned blocks, unsigned count, std::function<void()> kernel) {
 }  // namespace fibers
 
 inline void __syncthreads() { fibers::wait(fibers::block, static_cast<unsigned>(fibers::threads.size())); }
-
-inline void __threadfence() {}  // blocks follow one another
 
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   const int64_t* values = fibers::exchange(predicate);

@@ -11,14 +11,8 @@ import pytest
 import torch
 
 import rethinker_kernels
-from rethinker_kernels import (
-    devices,
-    linear,
-    linear_grpo_loss,
-    linear_policy_loss,
-    linear_selective_log_softmax,
-    reference,
-)
+from benchmarks import reference
+from rethinker_kernels import devices, linear, linear_grpo_loss, linear_policy_loss, linear_selective_log_softmax
 from rethinker_kernels.triton_kernels import exponentials
 from tests.kernels.fuzz_triton import DEVICE, LENGTHS, as_good_as, both, in_fp64, on_device, poison, tokens
 
@@ -133,8 +127,7 @@ def test_any_loss():
         return linear_policy_loss(h, w, index, cispo, **inputs, normalizer=5.0)[0]
 
     def plain(h, w):
-        log_softmax = reference.linear_selective_log_softmax
-        return reference.composed_loss(log_softmax, h, w, index, cispo, **inputs, normalizer=5.0)[0]
+        return reference.linear_policy_loss(h, w, index, cispo, **inputs, normalizer=5.0)[0]
 
     one = [torch.ones((), device=DEVICE)]
     got, want = both(fused, plain, [hidden, weight], one)
@@ -144,7 +137,7 @@ def test_any_loss():
 @pytest.mark.parametrize("old", ["near", "0", "-1e4", "nan"])
 def test_any_old_log_prob_will_do(old, products):
     """Tokens so unlikely that the guessed offset overflows, and old log-probs that say nothing: exact all the same."""
-    rows = 40
+    rows = 26
     hidden, weight, index = head(rows, 300, 24, 1.0)
     hidden[::3] *= 60  # log-probs down to -200 nats
     exact = reference.linear_selective_log_softmax(hidden.double(), weight.double(), index)

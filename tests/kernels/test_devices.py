@@ -12,27 +12,21 @@ from rethinker_kernels.devices import on_device_of
 from rethinker_kernels.losses import Rows, Surrogate
 
 pytest.importorskip("triton", reason="needs triton, which this platform has no package of")
-from rethinker_kernels.triton_kernels import (
-    exponentials,
-    linear_loss,
-    log_softmax,
-    merge_attention,
-    scaled,
-)
+from rethinker_kernels.triton_kernels import exponentials, linear_loss, log_softmax, merge_attention
 
-MODULES = [exponentials, linear_loss, log_softmax, merge_attention, scaled]
+MODULES = [exponentials, linear_loss, log_softmax, merge_attention]
 R, D, V = 2, 16, 90_000
 
 
 def launch_everything() -> None:
-    """Through every launcher of the package; few rows, so that they are split."""
+    """Through every launcher of the package."""
     rows, index = torch.empty(R), torch.zeros(R, dtype=torch.int64)
     logits, out = torch.empty(R, V), torch.empty(R, V, dtype=torch.bfloat16)
     *_, saved = log_softmax.forward_rows(logits, index, None, 1.0, True)
     log_softmax.gradient_rows(logits, index, None, 1.0, saved, rows, rows, rows, out=out)
     known = Rows(rows, rows, None, rows.bool(), rows)
     linear_loss.grpo_rows(logits, index, None, 1.0, known, rows, None, Surrogate(), out=out)
-    scaled.scaled(logits, torch.empty(()), torch.bfloat16)
+    linear_loss.scaled(logits, torch.empty(()), torch.bfloat16)
     head = [torch.empty(n, D, dtype=torch.bfloat16) for n in (R, V)]
     product = exponentials.Exponentials(*head, index, 1.0, out)
     product.repeat(product.measure(rows, True)[2])

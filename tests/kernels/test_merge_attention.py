@@ -57,7 +57,9 @@ def test_the_triton_kernel_in_the_interpreter(tmp_path):
     """The tests above once more, with the Triton kernel in Triton's interpreter."""
     pytest.importorskip("triton", reason="needs triton, which this platform has no package of")
     interpreter = Interpreter(tmp_path / "output")
-    status, output = interpreter.run("tests/kernels/test_merge_attention.py", "-k", "not in_the_interpreter")
+    status, output = interpreter.run(
+        "tests/kernels/test_merge_attention.py", "-k", "not in_the_interpreter and not float64"
+    )
     interpreter.close()
     assert status == 0, output[-4000:]
 

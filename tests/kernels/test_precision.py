@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rethinker_kernels import linear_grpo_loss, linear_selective_log_softmax, reference
+from benchmarks import reference
+from rethinker_kernels import linear_grpo_loss, linear_selective_log_softmax
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

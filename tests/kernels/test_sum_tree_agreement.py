@@ -1,4 +1,4 @@
-"""The compiled sum tree ops and their PyTorch equivalents agree bit for bit, and behave as torch ops should."""
+"""The compiled sum tree ops and their PyTorch equivalents agree bit for bit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rethinker_kernels import SumTree, sum_tree_torch
+from rethinker_kernels import SumTree
+from tests.kernels.sum_tree_torch import TorchTree
 from tests.kernels.sum_trees import generator, parents_are_exact, require_compiler
 
 
@@ -19,9 +20,7 @@ def compiler():
 
 def pair(capacity: int, alpha: float) -> tuple[SumTree, SumTree]:
     """A compiled tree and a PyTorch one."""
-    compiled, plain = SumTree(capacity, alpha=alpha), SumTree(capacity, alpha=alpha)
-    plain._ops = sum_tree_torch
-    return compiled, plain
+    return SumTree(capacity, alpha=alpha), TorchTree(capacity, alpha=alpha)
 
 
 def outcome(method: Callable[..., Tensor | None], *arguments, **options) -> list | str | None:
@@ -68,61 +67,3 @@ def test_every_priority_has_the_same_weight(alpha):
         tree.update(torch.arange(len(exponents)), 2.0**exponents)
     assert torch.equal(compiled._nodes, plain._nodes)
     assert (plain._levels[0][: len(exponents)] > 0).all()
-
-
-def op_arguments() -> dict[str, tuple]:
-    tree = SumTree(100)
-    tree.update(torch.arange(100), torch.ones(100))
-    key, slots = torch.tensor([1, 2]), torch.empty(10, dtype=torch.int64)
-    update = torch.arange(5), torch.ones(5, dtype=torch.float64), tree._refused
-    return {
-        "update_": (tree._nodes, 100, 1.0, *update),
-        "sample_": (tree._nodes, 100, key, slots),
-        "sample_distinct_": (tree._nodes, 100, key, slots, torch.empty_like(slots), tree._ended),
-    }
-
-
-@pytest.mark.parametrize("name", ["update_", "sample_", "sample_distinct_"])
-def test_the_ops_obey_torch_library(name):
-    """Schema (what is written and what is not), fake implementation and tracing, as torch.compile relies on them."""
-    op = getattr(torch.ops.rethinker, f"sum_tree_{name}").default
-    torch.library.opcheck(op, op_arguments()[name], test_utils=("test_schema", "test_faketensor"))
-
-
-def test_torch_compile_takes_the_ops_whole():
-    """A traced update and draw are the eager ones, without a graph break."""
-    arguments = op_arguments()
-    ops = torch.ops.rethinker
-
-    def step(nodes, indices, priorities, refused, key, slots):
-        ops.sum_tree_update_(nodes, 100, 1.0, indices, priorities * 3, refused)
-        ops.sum_tree_sample_(nodes, 100, key, slots)
-        return slots + 1
-
-    tensors = [arguments["update_"][i] for i in (0, 3, 4, 5)] + [arguments["sample_"][i] for i in (2, 3)]
-    eager = [tensor.clone() for tensor in tensors]
-    want = step(*eager)
-    got = torch.compile(step, backend="aot_eager", fullgraph=True)(*tensors)
-    assert torch.equal(got, want)
-    assert all(torch.equal(a, b) for a, b in zip(tensors, eager, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("name", "position", "wrong", "message"),
-    [
-        ("update_", 0, torch.zeros(5, dtype=torch.int64), "nodes: must hold"),
-        ("update_", 1, 1 << 40, "capacity="),
-        ("update_", 4, torch.ones(4, dtype=torch.float64), "priorities: must hold 5"),
-        ("update_", 4, torch.ones(5), "Double"),
-        ("update_", 3, torch.arange(10)[::2], "indices: must be contiguous"),
-        ("sample_", 2, torch.zeros(3, dtype=torch.int64), "key: must hold 2"),
-        ("sample_distinct_", 4, torch.zeros(3, dtype=torch.int64), "taken: must hold 10"),
-        ("sample_distinct_", 5, torch.zeros(2, dtype=torch.int64), "ended: must hold 1"),
-    ],
-)
-def test_the_ops_refuse_what_they_would_misread(name, position, wrong, message):
-    """Called directly with a wrong size, type or stride, an op raises before it touches memory."""
-    arguments = list(op_arguments()[name])
-    arguments[position] = wrong
-    with pytest.raises(RuntimeError, match=message):
-        getattr(torch.ops.rethinker, f"sum_tree_{name}")(*arguments)

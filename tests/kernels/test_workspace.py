@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from rethinker_kernels import linear, linear_grpo_loss, linear_loss
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, WORKSPACE, chunk_bytes, chunk_rows
+from rethinker_kernels.linear_loss import scaled
 from rethinker_kernels.losses import Objective, grpo
-from rethinker_kernels.scaled import scaled
 from rethinker_kernels.triton_kernels import linear_loss as row_kernel
 
 ROWS = 16_384
@@ -55,10 +55,11 @@ def test_workspace_at_a_real_head(width, vocabulary, gigabytes, monkeypatch):
     chunk's logits and their gradient (1.6 GB at 3B); backward that fp32 gradient and hidden's, unscaled (2.3 GB at 7B,
     of which 2.2 are the fp32 gradient). All logits alone would take 5 GB in bf16."""
     monkeypatch.setattr(linear, "processors", lambda device: 132)
-    # The GPU's way on tensors without data: the row kernel and the products allocate nothing more.
+    # The GPU's way on tensors without data: the kernels and the products allocate nothing more.
     monkeypatch.setattr(linear_loss, "takes_triton", lambda hidden: True)
     monkeypatch.setattr(linear, "product", lambda a, b, out, add=False: None)
     monkeypatch.setattr(row_kernel, "grpo_rows", lambda logits, *_, out: (logits.new_empty(len(logits)),) * 2)
+    monkeypatch.setattr(row_kernel, "scaled", lambda gradient, _, dtype: torch.empty_like(gradient, dtype=dtype))
     with FakeTensorMode():
         hidden, weight = (torch.empty(n, width, dtype=torch.bfloat16) for n in (ROWS, vocabulary))
         index, per_row, one = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS), torch.ones(())

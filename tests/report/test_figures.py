@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from rethinker.algorithm.selection import ADVANTAGE_BINS
@@ -29,7 +30,7 @@ def three(tmp_path):
 def draw(name, runs):
     """The figure of this name."""
     (figure,) = [figure for figure in figures.FIGURES if figure.name == name]
-    return figure.draw(runs)
+    return figure.drawn(runs)
 
 
 def lines(axes):
@@ -47,7 +48,6 @@ def test_algorithms_are_drawn_side_by_side(three):
     (axes,) = draw("validation", three).axes
     assert list(lines(axes)) == list(ALGORITHMS)
     np.testing.assert_allclose(lines(axes)["ssr"], [[0, 3, 6], [0.5, 0.6, 0.7]])
-    assert {text.get_text() for text in axes.texts} == {"0.600", "0.650", "0.700"}
     (axes,) = draw("effective_queries", three).axes
     np.testing.assert_allclose(lines(axes)["grpo"], [[1, 2, 3, 4, 5, 6], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]])
     colors = [line.get_color() for line in axes.get_lines()]
@@ -55,15 +55,14 @@ def test_algorithms_are_drawn_side_by_side(three):
 
 
 def test_labels_tell_runs_apart(tmp_path):
-    """The algorithm where it suffices, else with the seed, else with the name; a run given twice is drawn once."""
-    one = write_run(tmp_path / "one", "ssr", seed=0)
-    two = write_run(tmp_path / "two", "ssr", seed=1)
-    again = write_run(tmp_path / "again", "ssr", seed=1)
+    """The algorithm where it suffices, else the name, else the folder; a run given twice is drawn once."""
+    one = write_run(tmp_path / "one", "ssr")
+    two = write_run(tmp_path / "two", "ssr")
+    again = write_run(tmp_path / "seeds" / "one", "ssr")
     other = write_run(tmp_path / "other", "grpo")
     assert [run.label for run in read_runs([one, other, one])] == ["ssr", "grpo"]
-    assert [run.label for run in read_runs([one, two, other])] == ["ssr, seed 0", "ssr, seed 1", "grpo"]
-    labels = [run.label for run in read_runs([one, two, again])]
-    assert labels == ["ssr, seed 0", "ssr, two", "ssr, again"]
+    assert [run.label for run in read_runs([one, two, other])] == ["one", "two", "other"]
+    assert [run.label for run in read_runs([one, again])] == [str(one), str(again)]
 
 
 def test_advantages_are_counted_over_all_steps(three):
@@ -77,19 +76,15 @@ def test_advantages_are_counted_over_all_steps(three):
         assert words.endswith(f"to {edge:g}")
 
 
-def test_times_add_up_to_the_step(tmp_path, three):
-    """Phases and the rest stack to step_s, over the steps of one run and as the mean of several; every phase that the
-    trainer logs is one of its own."""
-    (axes,) = draw("time", [three[2]]).axes
-    stacked = heights(axes)
-    assert list(stacked) == [*PHASES, "other"]
-    np.testing.assert_allclose(stacked["rethink"], [0.3] * 6)
-    np.testing.assert_allclose(stacked["checkpoint"], [0.1] * 6)
-    np.testing.assert_allclose(stacked["rollout"], [2, 0, 2, 0, 2, 0])
-    np.testing.assert_allclose(np.sum(list(stacked.values()), axis=0), [4.0] * 6)
+def test_times_add_up_to_the_step(three):
+    """Phases and the rest stack to step_s, as means over each run; every phase that the trainer logs is one of its
+    own."""
     (axes,) = draw("time", three).axes
     widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
+    assert list(widths) == [*PHASES, "other"]
     np.testing.assert_allclose(widths["rollout"], [1.0] * 3)
+    np.testing.assert_allclose(widths["rethink"], [0.3] * 3)
+    np.testing.assert_allclose(widths["checkpoint"], [0.1] * 3)
     np.testing.assert_allclose(np.sum(list(widths.values()), axis=0), [4.0] * 3)
 
 
@@ -110,11 +105,11 @@ def test_lengths_and_policy_metrics(three):
     length, rethinking = draw("response_length", three).axes
     np.testing.assert_allclose(lines(length)["filter"][1], [21, 22, 23, 24, 25, 26])
     np.testing.assert_allclose(lines(rethinking)["filter"][1], np.arange(1, 7) * 0.02)
-    panels = {axes.get_title(loc="left"): lines(axes) for axes in draw("policy", three).axes if axes.get_visible()}
+    panels = {axes.get_title(loc="left"): lines(axes) for axes in draw("policy", three).axes}
     np.testing.assert_allclose(panels["entropy (nats)"]["grpo"][1], 1 / np.arange(1, 7))
-    np.testing.assert_allclose(panels["clipped tokens"]["grpo above"][1], [0.02] * 6)
-    np.testing.assert_allclose(panels["clipped tokens"]["grpo below"][1], [0.01] * 6)
-    assert "KL to reference" not in panels and len(panels) == 6
+    np.testing.assert_allclose(panels["clipped tokens, above"]["grpo"][1], [0.02] * 6)
+    np.testing.assert_allclose(panels["clipped tokens, below"]["grpo"][1], [0.01] * 6)
+    assert "KL to reference" not in panels and len(panels) == 7
 
 
 def test_nothing_to_draw_is_no_figure(tmp_path):
@@ -123,16 +118,16 @@ def test_nothing_to_draw_is_no_figure(tmp_path):
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "reward_mean": 0.5}\n{"step": 2, "reward_mean": null}\n')
     runs = read_runs([folder])
-    assert [figure.name for figure in figures.FIGURES if figure.draw(runs)] == ["reward"]
+    assert [figure.name for figure in figures.FIGURES if figure.drawn(runs)] == ["reward"]
     np.testing.assert_allclose(lines(draw("reward", runs).axes[0])["bare"], [[1], [0.5]])
 
 
 def test_long_lines_are_thinned_to_means():
     """However long the run, a line has a bounded number of points; each is the mean of its stretch."""
-    steps, values = thinned(np.arange(10 * MOST_POINTS), np.arange(10.0 * MOST_POINTS) * 2)
-    assert steps.size == MOST_POINTS
-    np.testing.assert_allclose(steps[:2], [4.5, 14.5])
-    np.testing.assert_allclose(values, steps * 2)
+    values = thinned(pd.DataFrame({"a": np.arange(10.0 * MOST_POINTS) * 2}))
+    assert len(values) == MOST_POINTS
+    np.testing.assert_allclose(values.index[:2], [4.5, 14.5])
+    np.testing.assert_allclose(values.a, values.index * 2)
 
 
 def test_names_are_drawn_as_they_are(tmp_path):
@@ -160,47 +155,34 @@ def test_rethinking_analysis(tmp_path):
         for benchmark, accuracy, ratio in zip(("MathVista", "EMMA"), values, (0.2, 0.8), strict=True):
             folder = tmp_path / f"{len(list(tmp_path.iterdir())):02d}"
             write_evaluation(folder, model, benchmark, mode, accuracy, ratio)
-    comparison = compare(read_evaluations([tmp_path]))
-    assert (comparison.baseline, comparison.trained) == (base, [trained])
-    bars, line = rethinking_analysis(comparison).axes
+    baseline, table = compare(read_evaluations([tmp_path]))
+    assert baseline == base and list(table.baseline) == [0.5, 0.3]
+    assert list(table["trained with it: forced"]) == [0.6, 0.33]
+    bars, line = rethinking_analysis(table).axes
     drawn = heights(bars)
     np.testing.assert_allclose(drawn["rethinking forced"], [10, -10])
     np.testing.assert_allclose(drawn["forced where wrong (upper bound)"], [30, 20])
-    np.testing.assert_allclose(drawn["trained with it"], [20, 10])
-    np.testing.assert_allclose(lines(line)["rethinks by itself, %"][1], [20, 80])
+    np.testing.assert_allclose(drawn["trained with it: forced"], [20, 10])
+    np.testing.assert_allclose(lines(line)["rethinks by itself"][1], [20, 80])
     assert [tick.get_text() for tick in bars.get_xticklabels()] == ["MathVista", "EMMA"]
     save_figure(bars.figure, tmp_path / "rethinking.svg")
 
 
-def test_every_task_may_have_models_of_its_own(tmp_path):
-    """A pair of models per benchmark, trained without and with forced rethinking, is one comparison by their roles."""
-    for number, (benchmark, accuracies) in enumerate({"one": (0.5, 0.55, 0.6), "two": (0.4, 0.3, 0.2)}.items()):
-        base, trained = f"runs/{benchmark}-ssr/checkpoints/last", f"runs/{benchmark}-full/checkpoints/last"
-        rows = ((base, "normal"), (base, "forced"), (trained, "normal"))
-        for (model, mode), accuracy in zip(rows, accuracies, strict=True):
-            folder = tmp_path / f"{number}-{mode}-{model == base}"
-            write_evaluation(folder, model, benchmark, mode, accuracy, 0.1)
-    comparison = compare(read_evaluations([tmp_path]))
-    assert comparison.benchmarks == ["one", "two"] and len(comparison.trained) == 1
-    drawn = heights(rethinking_analysis(comparison).axes[0])
-    np.testing.assert_allclose(drawn["rethinking forced"], [10, -25])
-    np.testing.assert_allclose(drawn["trained with it"], [20, -50])
-
-
 def test_incomplete_evaluations(tmp_path):
-    """What was not evaluated has no bar; a baseline alone, or one that is never right, gives no figure."""
+    """What was not evaluated has no bar; a baseline alone, or one that is never right, is an error."""
     write_evaluation(tmp_path / "a", "base", "one", "normal", 0.5)
-    alone = compare(read_evaluations([tmp_path / "a"]))
-    assert rethinking_analysis(alone) is None
+    with pytest.raises(ConfigError, match="--eval: .* nothing to compare"):
+        compare(read_evaluations([tmp_path / "a"]))
     write_evaluation(tmp_path / "b", "base", "one", "forced", 0.6)
     write_evaluation(tmp_path / "c", "base", "two", "normal", 0.5)
     write_evaluation(tmp_path / "d", "base", "three", "normal", 0.0)
-    comparison = compare(read_evaluations([tmp_path]))
-    assert comparison.benchmarks == ["one", "two"]
-    drawn = heights(rethinking_analysis(comparison).axes[0])
+    _, table = compare(read_evaluations([tmp_path]))
+    assert list(table.index) == ["one", "two"] and np.isnan(table.iloc[1, 1])
+    drawn = heights(rethinking_analysis(table).axes[0])
     np.testing.assert_allclose(drawn["rethinking forced"], [20, np.nan])
     write_evaluation(tmp_path / "e" / "z", "base", "zero", "normal", 0.0)
-    assert compare(read_evaluations([tmp_path / "e"])) is None and compare([]) is None
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        compare(read_evaluations([tmp_path / "e"]))
 
 
 @pytest.mark.parametrize(

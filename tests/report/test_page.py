@@ -16,13 +16,11 @@ import pytest
 from PIL import Image
 
 from rethinker.config import ConfigError
-from rethinker.embedded.tokenizer import train_tokenizer
 from rethinker.report import completions, page
-from rethinker.report.completions import TriggerFinder
+from rethinker.report.completions import find_trigger
 from rethinker.report.figures import FIGURES
 from rethinker.report.page import report_or_warning, write_report
 from rethinker.report.runs import read_run
-from rethinker.samples import Rethought
 from tests.report.examples import TRIGGER, forced, group, picture, write_evaluation, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +61,7 @@ def test_the_summary_has_the_runs_facts(tmp_path, no_figures):
     run = write_run(tmp_path / "run", accuracies={0: 0.5, 2: 0.75, 6: 0.625}, seed=7)
     (run / "checkpoints" / "best").mkdir()
     text = Elements(write_report([run])).text
-    for fact in ("Model tiny", "Algorithm ssr", "Seed 7", "Steps 6 ", "step 2, accuracy 0.750"):
+    for fact in ("Model tiny", "Algorithm ssr", "Seed 7", "Steps 6 ", "best 0.750 at step 2"):
         assert fact in text
     assert "Held-out accuracy 0.500 to 0.625" in text
     assert "yes/no 0.500 to 0.625" in text and "color 0.250 to 0.312" in text
@@ -82,8 +80,6 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert len(ids) == len(set(ids))
     links = [a[name] for _, a in elements.found for name in ("href", "xlink:href", "src") if name in a]
     assert links and {link for link in links if not link.startswith("data:")} <= {f"#{i}" for i in ids}
-    clips = re.findall(r"url\(#([^)]*)\)", file.read_text())
-    assert clips and set(clips) <= set(ids)
     assert not elements.all("link") and "@import" not in file.read_text()
 
 
@@ -93,24 +89,22 @@ def test_every_figure_lies_beside_the_page(tmp_path):
     elements = Elements(write_report([run]))
     names = {figure.name for figure in FIGURES}
     assert {path.stem for path in (run / "report_figures").glob("*.svg")} == names
-    shown = elements.all("svg", role="img")
-    assert len(shown) == len(names) and all(len(svg["aria-label"]) > 10 for svg in shown)
-    assert "ssr: 0.1 at step 0, 0.2 at step 6." not in elements.text  # in the label, not in the text
-    assert any("0.1 at step 0, 0.2 at step 6" in svg["aria-label"] for svg in shown)
+    shown = elements.all("img")
+    assert len(shown) == len(names) and all(len(image["alt"]) > 10 for image in shown)
+    assert any("ssr: 0.1 at step 0, 0.2 at step 6." in image["alt"] for image in shown)
     (run / "validation.jsonl").unlink()
     write_report([run])
     assert not (run / "report_figures" / "validation.svg").exists()
 
 
 def test_missing_parts_are_said_in_words(tmp_path):
-    """No settings, validation, completions, evaluations or replay: a sentence each, and the page all the same."""
+    """No settings, validation, completions or replay: a sentence each, and the page all the same."""
     run = write_run(tmp_path / "run", "grpo", finished=False, steps=3)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')  # the run is being written
     elements = Elements(write_report([run]))
     assert "3 of 3 so far (running, or ended early)" in elements.text
-    missing = {attributes["id"] for attributes in elements.all("p", **{"class": "missing"}) if "id" in attributes}
-    assert missing == {"missing-validation", "missing-replay", "missing-rethinking"}
+    assert "0 at every step: Held-out accuracy; Selective Sample Replay." in elements.text
     assert "No completions are recorded" in elements.text
     (run / "config.yaml").unlink()
     assert "Sampled reward" in Elements(write_report([run])).text
@@ -199,34 +193,23 @@ def test_the_sample_covers_the_run(tmp_path):
             write_completions(folder / "completions", episode, [group(i, {"a": 1.0}) for i in range(5)])
         runs.append(read_run(folder))
     first, again = (completions.sample_completions(runs) for _ in range(2))
-    assert first == again and first.responses == 1000 and len(first.groups) == completions.MOST_GROUPS
+    assert first == again and first["recorded"] == 1000
+    assert len(first["groups"]) == completions.MOST_GROUPS
     for run in runs:
-        episodes = [shown["episode"] for shown in first.groups if shown["run"] == run.label]
+        episodes = [shown["episode"] for shown in first["groups"] if shown["run"] == run.label]
         assert len(episodes) == completions.MOST_GROUPS // 2 and episodes == sorted(episodes)
         assert (episodes[0], episodes[-1]) == (0, 99)
 
 
-def test_triggers_are_found_by_tokens(tmp_path):
-    """With the run's tokenizer the span is that of the tokens, whatever the trigger says, however often it occurs."""
-    tokenizer = train_tokenizer(["Hm, is that so? a red circle."])
-    run = write_run(tmp_path / "run")
-    tokenizer.save_pretrained(run / "checkpoints" / "last")
-    pieces = ["Hm, is that so? a ré circle.", "\n\nHm, is that so?", " Hm, is that so? no."]
-    ids = [tokenizer.encode(piece) for piece in pieces]
-    start, end = len(ids[0]), len(ids[0]) + len(ids[1])
-    spans = Rethought(start, end, "mine", start, end)
-    text = "".join(pieces)
-    start, end = TriggerFinder(read_run(run)).find(text, [token for piece in ids for token in piece], spans)
-    assert text[start:end] == pieces[1] and start == len(pieces[0])
-
-
-def test_triggers_are_found_by_their_words(tmp_path):
-    """Without a tokenizer it is the trigger's words nearest to its place; a text without them has no mark."""
-    finder = TriggerFinder(read_run(write_run(tmp_path / "run")))
+def test_triggers_are_found_by_their_words():
+    """A trigger is its words nearest to its place among the tokens; a text without them has no mark."""
     text = "Wait, let's double check" + "." * 60 + TRIGGER + "." * 10
-    start, end = finder.find(text, list(range(len(text))), Rethought(84, 110, "self_verification", 84, 110))
+    place = {"name": "self_verification", "trigger_start": 84}
+    start, end = find_trigger(text, len(text), place, {})
     assert (start, text[start:end]) == (text.rindex("Wait"), TRIGGER.strip())
-    assert finder.find("nothing of the kind", [1, 2, 3], Rethought(1, 2, "self_verification", 1, 2)) is None
+    assert find_trigger("nothing of the kind", 3, place, {}) == (19, 19)
+    own = {"rethink.triggers.self_verification": " Hm?"}
+    assert find_trigger("a Hm? b", 7, place, own) == (2, 5)
 
 
 def test_a_failed_report_is_one_warning(tmp_path, capsys, monkeypatch, no_figures):
@@ -318,7 +301,7 @@ def test_no_context_lets_markup_through(tmp_path):
     assert len(elements.all("script")) == 1 and len(elements.all("style")) >= 1
     handlers = {name for _, attributes in elements.found for name in attributes if name.startswith("on")}
     assert not handlers
-    assert not [a for tag, a in elements.found if tag == "img" and not a["src"].startswith("data:image/jpeg;base64,")]
+    assert not [a for tag, a in elements.found if tag == "img" and not a["src"].startswith("data:image/")]
     assert not [a for _, a in elements.found if "javascript:" in str(a.get("href", "")) + str(a.get("src", ""))]
     assert "{{ 7 * 7 }}" in elements.text and "49" not in elements.text.split("{{ 7 * 7 }}")[1][:20]
 

@@ -177,14 +177,12 @@ class Exponentials:
         self.hidden, self.weight, self.index, self.out = hidden, weight, index.contiguous(), out
         self.inverse = 1.0 / temperature
         self.scale = LOG2E.value / temperature
-        self.interpreted = not hidden.is_cuda
-        self.shape = INTERPRETED if self.interpreted else TILES
-        self.programs = 3 if self.interpreted else processors(hidden.device)
-        rows, vocabulary = hidden.shape[0], weight.shape[0]
-        self.row_tiles = triton.cdiv(rows, self.shape["BM"])
-        self.column_tiles = triton.cdiv(vocabulary, self.shape["BN"])
+        self.shape, self.lanes = (TILES, 1024) if hidden.is_cuda else (INTERPRETED, 32)
+        self.programs = processors(hidden.device) or 3
+        self.row_tiles = triton.cdiv(len(hidden), self.shape["BM"])
+        self.column_tiles = triton.cdiv(len(weight), self.shape["BN"])
         self.tiles = self.row_tiles * self.column_tiles
-        self.chosen, self.offsets, self.sums = hidden.new_empty(3, rows, dtype=torch.float32)
+        self.chosen, self.offsets, self.sums = hidden.new_empty(3, len(hidden), dtype=torch.float32)
         self.work = torch.empty(2, dtype=torch.int32, device=hidden.device)
 
     def measure(self, old_logps: Tensor | None, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,15 +196,14 @@ class Exponentials:
         entropies = logps.new_empty(rows if return_entropy else 0)
         saved = logps.new_empty(2, rows)
         parts = logps.new_empty(3, rows, self.column_tiles)
-        lanes = {"BLOCK": 32 if self.interpreted else 1024}
         with on_device_of(self.hidden):
             self._guess(old_logps)
             self._product(self.work, parts)
-            raise_kernel[(rows,)](parts, self.offsets, self.work, self.tiles, self.column_tiles, **lanes)
+            raise_kernel[(rows,)](parts, self.offsets, self.work, self.tiles, self.column_tiles, BLOCK=self.lanes)
             self._product(self.work[1:], parts)
             total_kernel[(rows,)](
                 parts, self.chosen, self.offsets, logps, entropies, saved, self.sums, rows, self.column_tiles,
-                self.scale, ENTROPY=return_entropy, **lanes,
+                self.scale, ENTROPY=return_entropy, BLOCK=self.lanes,
             )  # fmt: skip
         return logps, entropies, saved
 
@@ -236,7 +233,7 @@ class Exponentials:
         offset_kernel[(len(self.chosen),)](
             self.hidden, self.weight, self.index, old_logps, self.chosen, self.offsets, self.work,
             self.hidden.shape[1], self.weight.shape[0], self.hidden.stride(0), self.weight.stride(0), self.scale,
-            self.tiles, OLD=old_logps is not None, BLOCK=16 if self.interpreted else 1024,
+            self.tiles, OLD=old_logps is not None, BLOCK=self.lanes,
         )  # fmt: skip
 
     def _product(self, work: Tensor, parts: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Logits of some rows into log-probs, entropies and the gradient of GRPO's loss: one kernel, one program per row."""
+"""Two kernels of linear_policy_loss: a row of logits into GRPO's gradient, and a gradient times that of its loss."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from rethinker_kernels.triton_kernels.tiles import tiles
 MAX_LOG_RATIO = tl.constexpr(20.0)
 
 ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+
+SCALED = 2048  # numbers that a program multiplies
 
 
 @triton.jit
@@ -82,7 +84,7 @@ def grpo_rows_kernel(
     inverse, scale = inverse_and_scale(temperatures, temperature, row, PER_ROW)
     chosen = chosen_column(tl.load(index + row), vocabulary)
     x_chosen = chosen_logit(x, chosen)
-    lane_top, lane_s, lane_u = row_lanes(x, 0, vocabulary, scale, True, DEPTH, LANES)
+    lane_top, lane_s, lane_u = row_lanes(x, vocabulary, scale, True, DEPTH, LANES)
     top, s, u = join(lane_top, lane_s, lane_u, scale)
     logp, entropy = log_prob_and_entropy(x_chosen, top, s, u, inverse)
     tl.store(logps + row, logp)
@@ -103,9 +105,9 @@ def grpo_rows_kernel(
     tl.debug_barrier()
     if (chosen >= 0) & (inverse < float("inf")) & (per_logp != 0.0):
         per_logit = per_logp * inverse
-        write_gradient(x, place, 0, vocabulary, chosen, top, tl.log2(s), scale, per_logit, 0.0, 0.0, False, TILE)
+        write_gradient(x, place, vocabulary, chosen, top, tl.log2(s), scale, per_logit, 0.0, 0.0, False, TILE)
     else:
-        write_zeros(place, 0, vocabulary, TILE)
+        write_zeros(place, vocabulary, TILE)
 
 
 def grpo_rows(
@@ -134,7 +136,7 @@ def grpo_rows(
     entropies = torch.empty_like(logps)
     if count == 0:
         return logps, entropies
-    tile = tiles(logits.device).of_rows(count)
+    tile = tiles(logits.device, count)
     highest = math.inf if options.dual_clip is None else options.dual_clip
     with on_device_of(logits):
         grpo_rows_kernel[(count,)](
@@ -147,3 +149,23 @@ def grpo_rows(
             TILE=tile.gradient, num_warps=tile.warps,
         )  # fmt: skip
     return logps, entropies
+
+
+@triton.jit
+def scaled_kernel(values, factor, out, count, TILE: tl.constexpr):
+    """TILE numbers per program; there may be more than 2^31."""
+    by = tl.load(factor).to(tl.float32)
+    position = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = position < count
+    x = tl.load(values + position, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + position, (x * by).to(out.dtype.element_ty), mask=inside)
+
+
+def scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `linear_loss.scaled`."""
+    values = values.contiguous()
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    if count := values.numel():
+        with on_device_of(values):
+            scaled_kernel[(triton.cdiv(count, SCALED),)](values, factor, out, count, TILE=SCALED, num_warps=4)
+    return out

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rethinker_kernels.devices import on_device_of
-from rethinker_kernels.triton_kernels.tiles import MAX_SPLITS, tiles
+from rethinker_kernels.triton_kernels.tiles import tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -53,15 +53,15 @@ def inverse_and_scale(temperatures, temperature, row, PER_ROW: tl.constexpr):
 
 
 @triton.jit
-def row_lanes(row, start, end, scale, ENTROPY: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr):
-    """(top, s, u) of columns [start, end), per lane: one exp per entry, and one per DEPTH entries to rescale."""
+def row_lanes(row, vocabulary, scale, ENTROPY: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """(top, s, u) of the row, per lane: one exp per entry, and one per DEPTH entries to rescale."""
     offsets = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     top = tl.full([LANES], LOWEST, tl.float32)
     s = tl.zeros([LANES], tl.float32)
     u = tl.zeros([LANES], tl.float32)
-    for first in range(start, end, DEPTH * LANES):
+    for first in range(0, vocabulary, DEPTH * LANES):
         columns = first + offsets
-        x = tl.load(row + columns, mask=columns < end, other=-float("inf")).to(tl.float32)
+        x = tl.load(row + columns, mask=columns < vocabulary, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(top, tl.max(x, axis=0))
         d = (x - higher[None, :]) * scale
         shift = (top - higher) * scale
@@ -111,13 +111,13 @@ def log_prob_and_entropy(x, top, s, u, inverse):
 
 @triton.jit
 def write_gradient(
-    row, out, start, end, chosen, top, log2_s, scale, per_logp, per_entropy, entropy,
+    row, out, vocabulary, chosen, top, log2_s, scale, per_logp, per_entropy, entropy,
     ENTROPY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """per_logp * d logp / dx + per_entropy * d entropy / dx, times T, of columns [start, end). `out` may be the row."""
-    for first in range(start, end, TILE):
+    """per_logp * d logp / dx + per_entropy * d entropy / dx, times T. `out` may be the row."""
+    for first in range(0, vocabulary, TILE):
         columns = first + tl.arange(0, TILE)
-        inside = columns < end
+        inside = columns < vocabulary
         x = tl.load(row + columns, mask=inside, other=-float("inf")).to(tl.float32)
         log2_p = (x - top) * scale - log2_s
         if ENTROPY:
@@ -130,62 +130,24 @@ def write_gradient(
 
 
 @triton.jit
-def write_zeros(out, start, end, TILE: tl.constexpr):
-    for first in range(start, end, TILE):
+def write_zeros(out, vocabulary, TILE: tl.constexpr):
+    for first in range(0, vocabulary, TILE):
         columns = first + tl.arange(0, TILE)
-        tl.store(out + columns, tl.zeros([TILE], out.dtype.element_ty), mask=columns < end)
+        tl.store(out + columns, tl.zeros([TILE], out.dtype.element_ty), mask=columns < vocabulary)
 
 
-@triton.jit(do_not_specialize=["inner", "splits", "rows"])
+@triton.jit(do_not_specialize=["inner", "rows"])
 def forward_kernel(
-    logits, index, temperatures, temperature, logps, entropies, saved, partial,
-    rows, inner, outer_stride, inner_stride, vocabulary, splits, span,
-    PER_ROW: tl.constexpr, ENTROPY: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
+    logits, index, temperatures, temperature, logps, entropies, saved,
+    rows, inner, outer_stride, inner_stride, vocabulary,
+    PER_ROW: tl.constexpr, ENTROPY: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program per row, or per `span` columns of a row, whose (top, s, u) then go to `partial` [rows, splits, 3]."""
-    program = tl.program_id(0)
-    row = program // splits
-    part = program - row * splits
-    _, scale = inverse_and_scale(temperatures, temperature, row, PER_ROW)
-    x = logits + row_offset(row, inner, outer_stride, inner_stride)
-    start = part * span
-    end = tl.minimum(start + span, vocabulary)
-    lane_top, lane_s, lane_u = row_lanes(x, start, end, scale, ENTROPY, DEPTH, LANES)
-    top, s, u = join(lane_top, lane_s, lane_u, scale)
-    if SPLIT:
-        tl.store(partial + program * 3, top)
-        tl.store(partial + program * 3 + 1, s)
-        tl.store(partial + program * 3 + 2, u)
-    else:
-        inverse, _ = inverse_and_scale(temperatures, temperature, row, PER_ROW)
-        chosen = chosen_column(tl.load(index + row), vocabulary)
-        logp, entropy = log_prob_and_entropy(chosen_logit(x, chosen), top, s, u, inverse)
-        tl.store(logps + row, logp)
-        tl.store(saved + row, top)
-        tl.store(saved + rows + row, tl.log2(s))
-        if ENTROPY:
-            tl.store(entropies + row, entropy)
-
-
-@triton.jit(do_not_specialize=["inner", "splits", "rows"])
-def combine_kernel(
-    logits, index, temperatures, temperature, logps, entropies, saved, partial,
-    rows, inner, outer_stride, inner_stride, vocabulary, splits,
-    PER_ROW: tl.constexpr, ENTROPY: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """One program per row: its parts' (top, s, u) into one."""
+    """One program per row."""
     row = tl.program_id(0)
     inverse, scale = inverse_and_scale(temperatures, temperature, row, PER_ROW)
-    parts = tl.arange(0, SPLITS)
-    here = parts < splits
-    place = partial + (row * splits + parts) * 3
-    top, s, u = join(
-        tl.load(place, mask=here, other=LOWEST),
-        tl.load(place + 1, mask=here, other=0.0),
-        tl.load(place + 2, mask=here, other=0.0),
-        scale,
-    )
     x = logits + row_offset(row, inner, outer_stride, inner_stride)
+    lane_top, lane_s, lane_u = row_lanes(x, vocabulary, scale, ENTROPY, DEPTH, LANES)
+    top, s, u = join(lane_top, lane_s, lane_u, scale)
     chosen = chosen_column(tl.load(index + row), vocabulary)
     logp, entropy = log_prob_and_entropy(chosen_logit(x, chosen), top, s, u, inverse)
     tl.store(logps + row, logp)
@@ -195,17 +157,14 @@ def combine_kernel(
         tl.store(entropies + row, entropy)
 
 
-@triton.jit(do_not_specialize=["inner", "splits", "rows"])
+@triton.jit(do_not_specialize=["inner", "rows"])
 def backward_kernel(
     logits, out, index, temperatures, temperature, saved, entropies, grad_logps, grad_entropies,
-    rows, inner, outer_stride, inner_stride, out_stride, vocabulary, splits, span,
+    rows, inner, outer_stride, inner_stride, out_stride, vocabulary,
     PER_ROW: tl.constexpr, LOGPS: tl.constexpr, ENTROPY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program per `span` columns of a row. Rows without a gradient are written, and not read."""
-    program = tl.program_id(0)
-    row = program // splits
-    start = (program - row * splits) * span
-    end = tl.minimum(start + span, vocabulary)
+    """One program per row. Rows without a gradient are written, and not read."""
+    row = tl.program_id(0)
     chosen = chosen_column(tl.load(index + row), vocabulary)
     inverse, scale = inverse_and_scale(temperatures, temperature, row, PER_ROW)
     per_logp = 0.0
@@ -224,11 +183,11 @@ def backward_kernel(
         top = tl.load(saved + row)
         log2_s = tl.load(saved + rows + row)
         write_gradient(
-            x, place, start, end, chosen, top, log2_s, scale, per_logp * inverse, per_entropy * inverse, entropy,
+            x, place, vocabulary, chosen, top, log2_s, scale, per_logp * inverse, per_entropy * inverse, entropy,
             ENTROPY, TILE,
         )  # fmt: skip
     else:
-        write_zeros(place, start, end, TILE)
+        write_zeros(place, vocabulary, TILE)
 
 
 def rows_of(logits: Tensor) -> tuple[Tensor, int, int, int, int]:
@@ -251,35 +210,21 @@ def rows_of(logits: Tensor) -> tuple[Tensor, int, int, int, int]:
 def forward_rows(
     logits: Tensor, index: Tensor, temperatures: Tensor | None, temperature: float, return_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs [R], entropies [R] ([0] if not asked for) and what `gradient_rows` needs [2, R], all fp32.
-
-    Args:
-        logits: [..., V] with R rows in all.
-        index: int64, R in all, as are `temperatures`; without them `temperature` is every row's.
-    """
+    """As `torch_rows.forward_rows`; all results are fp32."""
     logits, rows, inner, outer_stride, inner_stride = rows_of(logits)
-    vocabulary = logits.shape[-1]
-    index = index.reshape(-1).contiguous()
-    temperatures = None if temperatures is None else temperatures.reshape(-1).contiguous()
     logps = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    entropies = torch.empty(rows if return_entropy else 0, dtype=torch.float32, device=logits.device)
-    saved = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
+    entropies = logps.new_empty(rows if return_entropy else 0)
+    saved = logps.new_empty(2, rows)
     if rows == 0:
         return logps, entropies, saved
-    tile = tiles(logits.device).of_rows(rows)
-    lanes = tile.lane_bytes // logits.element_size()
-    splits, span = _split(rows, vocabulary, tile.depth * lanes, tile.programs)
-    partial = torch.empty(rows * splits * 3 if splits > 1 else 0, dtype=torch.float32, device=logits.device)
-    shared = (logits, index, temperatures, temperature, logps, entropies, saved, partial)
-    layout = (rows, inner, outer_stride, inner_stride, vocabulary, splits)
-    options = {"PER_ROW": temperatures is not None, "ENTROPY": return_entropy}
+    tile = tiles(logits.device, rows)
     with on_device_of(logits):
-        forward_kernel[(rows * splits,)](
-            *shared, *layout, span, **options, SPLIT=splits > 1,
-            DEPTH=tile.depth, LANES=lanes, num_warps=tile.warps,
+        forward_kernel[(rows,)](
+            logits, _flat(index), _flat(temperatures), temperature, logps, entropies, saved,
+            rows, inner, outer_stride, inner_stride, logits.shape[-1],
+            PER_ROW=temperatures is not None, ENTROPY=return_entropy,
+            DEPTH=tile.depth, LANES=tile.lane_bytes // logits.element_size(), num_warps=tile.warps,
         )  # fmt: skip
-        if splits > 1:
-            combine_kernel[(rows,)](*shared, *layout, **options, SPLITS=MAX_SPLITS, num_warps=1)
     return logps, entropies, saved
 
 
@@ -295,33 +240,22 @@ def gradient_rows(
     *,
     out: Tensor,
 ) -> Tensor:
-    """The gradient of the logits, into `out` [R, V] of any type, which may be the logits themselves.
-
-    Args: `saved` and `entropies` are `forward_rows`'s; a gradient that is None is 0.
-    """
+    """As `torch_rows.gradient_rows`; `out` is [R, V]."""
     logits, rows, inner, outer_stride, inner_stride = rows_of(logits)
-    vocabulary = logits.shape[-1]
     if rows == 0:
         return out
     if grad_logps is None and grad_entropies is None:
         return out.zero_()
-    tile = tiles(logits.device).of_rows(rows)
-    splits, span = _split(rows, vocabulary, tile.gradient, tile.programs)
+    tile = tiles(logits.device, rows)
     with on_device_of(logits):
-        backward_kernel[(rows * splits,)](
-            logits, out, index.reshape(-1).contiguous(),
-            None if temperatures is None else temperatures.reshape(-1).contiguous(), temperature, saved, entropies,
-            None if grad_logps is None else grad_logps.reshape(-1).contiguous(),
-            None if grad_entropies is None else grad_entropies.reshape(-1).contiguous(),
-            rows, inner, outer_stride, inner_stride, out.stride(-2), vocabulary, splits, span,
+        backward_kernel[(rows,)](
+            logits, out, _flat(index), _flat(temperatures), temperature, saved, entropies, _flat(grad_logps),
+            _flat(grad_entropies), rows, inner, outer_stride, inner_stride, out.stride(-2), logits.shape[-1],
             PER_ROW=temperatures is not None, LOGPS=grad_logps is not None, ENTROPY=grad_entropies is not None,
             TILE=tile.gradient, num_warps=tile.warps,
         )  # fmt: skip
     return out
 
 
-def _split(rows: int, vocabulary: int, tile: int, programs: int) -> tuple[int, int]:
-    """Programs per row, and columns per program: whole tiles, more than one program only where rows are few."""
-    wanted = min(MAX_SPLITS, triton.cdiv(programs, rows), triton.cdiv(vocabulary, tile))
-    span = triton.cdiv(triton.cdiv(vocabulary, wanted), tile) * tile
-    return triton.cdiv(vocabulary, span), span
+def _flat(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.reshape(-1).contiguous()
