@@ -37,8 +37,8 @@ def check_geometry(config: Config) -> None:
         )
     if data.min_pixels > data.max_pixels:
         raise ConfigError(f"data.min_pixels={data.min_pixels} must not exceed data.max_pixels ({data.max_pixels})")
-    if "{question}" not in data.prompt:
-        raise ConfigError(f"data.prompt={data.prompt!r} must contain {{question}}")
+    if data.prompt.count("{question}") != 1:
+        raise ConfigError(f"data.prompt={data.prompt!r} must hold {{question}} exactly once")
     if data.streaming and config.train.max_steps is None:
         raise ConfigError(
             "data.streaming=true does not know how many questions train.epochs is about; set train.max_steps"

@@ -63,11 +63,8 @@ class DataConfig:
     shares of the questions drawn, given for all or for none (then by size). An entry may have its own train_split,
     fields, image_root, pass_rate, max_bad_rows and category_weights."""
     streaming: bool = False
-    """Read data.train while training, for a data set that does not fit in memory or on this disk. Needs
-    train.max_steps, weights in data.sources, and no data.category_weights."""
-    shuffle_buffer: ranges.Count = 10_000
-    """With data.streaming: questions held at a time, with their images where a row has their bytes, and shuffled. The
-    row groups or files of the data set come in another order in each epoch, too."""
+    """Read a row of data.train when it is drawn, for a data set that does not fit in memory: `datasets` keeps an
+    uncompressed copy in its cache on disk. Needs train.max_steps, and no data.category_weights."""
     train_split: str = "train"
     """Split of a Hugging Face data set to train on."""
     validation: ranges.PathOrName | None = "easy_vqa"

@@ -20,7 +20,6 @@ from rethinker.algorithm.rethinking import Rethinker, make_triggers, released_re
 from rethinker.config import Config
 from rethinker.data.prompts import PromptEncoder
 from rethinker.data.query_stream import QueryStream
-from rethinker.data.streaming import StreamedQueries
 from rethinker.evaluation import answering
 from rethinker.policy.engine import PolicyEngine
 from rethinker.rewards.checker import AnswerChecker
@@ -55,7 +54,7 @@ class Episodes:
     def __init__(
         self,
         config: Config,
-        stream: QueryStream | StreamedQueries,
+        stream: QueryStream,
         encoder: PromptEncoder,
         rollout: RolloutEngine,
         checker: AnswerChecker,

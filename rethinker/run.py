@@ -23,7 +23,6 @@ from rethinker.checkpoint.run_directory import RunDirectory
 from rethinker.checks import schedule_length
 from rethinker.config import Config
 from rethinker.data.datasets import load_queries
-from rethinker.data.images import check_images
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.streaming import open_stream
 from rethinker.embedded.files import as_files, model_folder
@@ -69,7 +68,6 @@ class Run:
         load_loss(config.algorithm)  # the policy loads it for itself; a mistake in it is reported before anything slow
         stream, questions = open_stream(as_files(config.data, "train"), config.seed)
         held_out = load_held_out(config)
-        check_images([*stream.queries, *held_out], config.data)
         self.total_steps = schedule_length(config, questions)
         self.ranks = ranks = distributed.start(config.rollout.timeout_s)
         stack.callback(distributed.stop)

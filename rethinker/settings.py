@@ -21,10 +21,12 @@ from pydantic import TypeAdapter, ValidationError
 from rethinker.checks import check_geometry, check_resources
 from rethinker.config import Config, ConfigError, nearest, one_line
 
-RENAMED: dict[str, str] = {
-    "policy.fused_layers": "delete it; policy.compile=true fuses the same operations",
+GONE: dict[str, tuple[Any, str]] = {
+    "data.shuffle_buffer": (10_000, "data.streaming shuffles all rows, whose places alone are held; leave it out"),
+    "policy.fused_layers": (False, "policy.compile=true fuses the same operations; leave it out"),
 }
-"""Of a setting that was renamed or removed: what to write instead."""
+"""Of a setting that was renamed or removed: its default, which older runs' config.yaml says and is read over, and
+what to write instead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +261,7 @@ def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str = "") -
     """Put nested or dotted settings into `values` ({setting's key: value}); a mapping-valued setting is merged."""
     for name, value in given.items():
         key = f"{prefix}{name}"
-        if key in RENAMED and not value:  # switched off, as the config.yaml of an older run has it
+        if key in GONE and value == GONE[key][0]:
             continue
         setting = _find(key)
         if setting is None:
@@ -294,8 +296,8 @@ def _find(key: str) -> Setting | None:
             return setting
     if any(name.startswith(f"{key}.") for name in known):
         return None
-    if key in RENAMED:
-        raise ConfigError(f"the setting {key!r} is gone: {RENAMED[key]}")
+    if key in GONE:
+        raise ConfigError(f"the setting {key!r} is gone: {GONE[key][1]}")
     leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
     close = nearest(key, known) or leaves.get(nearest(key.rpartition(".")[2], leaves))
     hint = f"did you mean {close!r}?" if close else "`rethinker train RECIPE --print_config` lists all settings"

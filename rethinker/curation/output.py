@@ -17,9 +17,7 @@ import pyarrow.parquet as parquet
 
 from rethinker.config import Config, DataConfig
 from rethinker.curation.subset import PassRate
-from rethinker.data.archives import open_member
 from rethinker.data.datasets import image_root
-from rethinker.data.image_cache import archive_of_embedded
 from rethinker.data.mixture import SOURCES
 from rethinker.embedded.files import as_files
 from rethinker.runtime.files import whole_file
@@ -48,7 +46,7 @@ def write_subset(folder: Path, queries: Sequence[Query], rates: Sequence[PassRat
     table["pass_rate"] = [rate.rate for rate in rates]
     texts = pa.table({name: _column(values) for name, values in table.items()})
     images = [image for query in queries for image in query.images]
-    embedded = any(isinstance(image, Mapping) or archive_of_embedded(image) for image in images)
+    embedded = any(isinstance(image, Mapping) for image in images)
     kind = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}) if embedded else pa.string())
     schema = texts.schema.append(pa.field(columns["images"], kind))
     with whole_file(folder / SUBSET) as path, parquet.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -79,8 +77,6 @@ def _column(values: list[Any]) -> Any:
 def _image(reference: Any, root: str | None, embedded: bool) -> Any:
     if isinstance(reference, Mapping):
         return {"bytes": reference.get("bytes"), "path": reference.get("path")}
-    if archived := archive_of_embedded(reference):
-        return {"bytes": open_member(*archived, sys.maxsize).read(), "path": None}
     path = os.path.abspath(reference).removeprefix(root + os.sep if root else "")
     return {"bytes": None, "path": path} if embedded else path
 

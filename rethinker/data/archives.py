@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import io
 import os
+import posixpath
 import re
 import tarfile
 import zipfile
 from collections.abc import Callable
-from pathlib import PurePosixPath
+from functools import partial
 from typing import BinaryIO
 
 _THROUGH = re.compile(r"\.(?:zip|tar)/", re.IGNORECASE)
@@ -53,46 +54,37 @@ def open_member(archive: str, member: str, most_bytes: int) -> BinaryIO:
         raise ValueError(f"{archive} has no file {member}")
     if size > most_bytes:
         raise ValueError(f"{size} bytes are too many")
-    return io.BytesIO(read(size))
+    return io.BytesIO(read())
 
 
-# What an archive holds: names to sizes in bytes, and what reads so many.
-Members = dict[str, tuple[int, Callable[[int], bytes]]]
+# What an archive holds: of each file its size in bytes, and what reads it.
+Members = dict[str, tuple[int, Callable[[], bytes]]]
 
 
 def _members(path: str) -> Members:
     status = os.stat(path)
-    read = _of_zip if path.lower().endswith(".zip") else _of_tar
-    return read(path, status.st_size, status.st_mtime_ns, os.getpid())  # no child shares its parent's place in the file
+    return _listed(path, status.st_size, status.st_mtime_ns, os.getpid())  # no child shares its parent's place in it
 
 
 @functools.cache
-def _of_zip(path: str, *_version: int) -> Members:
+def _listed(path: str, *_version: int) -> Members:
+    zipped = path.lower().endswith(".zip")
     try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path} is not a readable .zip ({error})") from error
-
-    def read(info: zipfile.ZipInfo, size: int) -> bytes:
-        with archive.open(info) as file:  # ZipFile locks its seeks and reads; checks the sum of what it gives
-            return file.read(size)
-
-    infos = (info for info in archive.infolist() if not info.is_dir())
-    return {name: (i.file_size, functools.partial(read, i)) for i in infos if (name := _name(i.filename))}
-
-
-@functools.cache
-def _of_tar(path: str, *_version: int) -> Members:
-    try:
-        with tarfile.open(path, "r:") as archive:
-            places = {name: (m.size, m.offset_data) for m in archive if m.isreg() and (name := _name(m.name))}
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{path} is not a readable uncompressed .tar ({error}); a .zip may be compressed") from error
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    return {name: (size, lambda n, start=start: os.pread(file, n, start)) for name, (size, start) in places.items()}
+        if zipped:
+            archive = zipfile.ZipFile(path)  # locks its seeks and reads, and checks the sum of what it gives
+            files = {i.filename: (i.file_size, partial(archive.read, i)) for i in archive.infolist() if not i.is_dir()}
+        else:
+            with tarfile.open(path, "r:") as listed:
+                places = [(m.name, m.size, m.offset_data) for m in listed if m.isreg()]
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            files = {name: (size, partial(os.pread, file, size, start)) for name, size, start in places}
+    except (zipfile.BadZipFile, tarfile.TarError, OSError) as error:
+        kind = ".zip" if zipped else "uncompressed .tar"
+        raise ValueError(f"{path} is not a readable {kind} ({error}); a .zip may be compressed") from error
+    return {name: file for member, file in files.items() if (name := _name(member))}
 
 
 def _name(member: str) -> str:
     """`./a//b.png` as `a/b.png`; "" for a name that leads out of the archive."""
-    parts = [part for part in PurePosixPath(member.replace("\\", "/")).parts if part != "."]
-    return "" if not parts or ".." in parts or parts[0].startswith("/") else "/".join(parts)
+    name = posixpath.normpath(member.replace("\\", "/"))
+    return "" if name.split("/")[0] in ("", ".", "..") else name

@@ -5,26 +5,21 @@ What is wrong with the data is said before a model is loaded: the setting, the r
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import hashlib
 import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rethinker.config import ConfigError, DataConfig
+from rethinker.config import ConfigError, DataConfig, nearest
 from rethinker.data.archives import has_member, split_archive
-from rethinker.data.faults import check_bad_rows, counts
-from rethinker.data.image_cache import EmbeddedImages, in_its_row
 from rethinker.data.mixture import of_source, source_configs
 from rethinker.data.sources import Row, Table, open_table
-from rethinker.data.subsets import Side, image_name, side_of, why_not
+from rethinker.data.subsets import Side, content_name, side_of, why_not
 from rethinker.samples import Query
 
 log = logging.getLogger(__name__)
@@ -33,9 +28,6 @@ IMAGE_MARK = "<image>"
 
 # As data.validation: a part of data.train.
 SPLIT = "split"
-
-# Metadata is printed, pickled and written as JSON, each by recursion.
-DEEPEST_METADATA = 32
 
 
 def load_queries(config: DataConfig, which: Side, most: int | None = None) -> list[Query]:
@@ -65,11 +57,9 @@ def load_queries(config: DataConfig, which: Side, most: int | None = None) -> li
         if queries:
             return queries
         name, split, setting = config.train, config.train_split, "data.train"
-    streaming = config.streaming and which == "validation" and setting == "data.train"
-    table = open_table(name, split, setting, streaming)
-    with contextlib.nullcontext() if streaming else EmbeddedImages(table.identity) as images:
-        reader = Reader(config, table, which, images.keep if images else in_its_row)
-        queries = list(islice(reader.queries(table.rows_or_errors), most if streaming else None))
+    streaming = config.streaming and setting == "data.train"
+    reader = Reader(config, open_table(name, split, setting, streaming), which)
+    queries = list(islice(reader.queries(), most if streaming else None))
     reader.report()
     if not queries:
         raise reader.nothing()
@@ -92,11 +82,22 @@ class BadRowError(ConfigError):
         self.reason = reason
 
 
-def repeated_id(name: str, columns: dict[str, str]) -> BadRowError:
-    """The error of a row whose id another one has."""
-    return BadRowError(
-        "repeated id", f"data.fields.id={columns['id']}: the id {name!r} occurs more than once; ids must be unique"
-    )
+def check_bad_rows(error: ConfigError, bad: int, rows: int, share: float) -> None:
+    """Raise the error of one of the bad rows if there are more than the limit.
+
+    The limit is a share, since what is an accident in 100,000 rows is a wrong column in 100. It is rounded down: a data
+    set of fewer than 1 / share rows may have none, and one that is wrong altogether stops after that share of its rows.
+
+    Args:
+        error: what is wrong with the row to name.
+        bad: rows that cannot be used.
+        rows: of the data set.
+        share: `data.max_bad_rows`.
+    """
+    limit = int(share * rows)
+    if bad > limit:
+        more = f" (one of {bad} unusable rows of {rows}; data.max_bad_rows={share:g} allows {limit})" if limit else ""
+        raise ConfigError(f"{error}{more}") from error
 
 
 def find_columns(config: DataConfig, present: list[str], where: str) -> dict[str, str]:
@@ -106,14 +107,13 @@ def find_columns(config: DataConfig, present: list[str], where: str) -> dict[str
     for noun, column in fields.items():
         if column in present:
             continue
-        close = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
+        close = nearest(column, present)
         optional = noun in ("images", "id") and column == defaults[noun]
         # A data set without images may be text-only, but `image` beside a wanted `images` is an oversight.
         if optional and not (noun == "images" and close):
             continue
-        known = ", ".join(map(str, present[:40])) + (", ..." if len(present) > 40 else "")
-        near = f"; the nearest is {close[0]}: set --data.fields.{noun} {close[0]}" if close else ""
-        raise ConfigError(f"data.fields.{noun}={column}: {where} has no such column, but {known}{near}")
+        near = f"; the nearest is {close}: set --data.fields.{noun} {close}" if close else ""
+        raise ConfigError(f"data.fields.{noun}={column}: {where} has no such column, but {', '.join(present)}{near}")
     return fields
 
 
@@ -124,16 +124,16 @@ class Reader:
         config: of the data set.
         table: the data set.
         which: what the queries are for.
-        keep: takes an image that a row holds as bytes, and returns a reference.
 
     Raises:
         ConfigError: a column that is not there.
     """
 
-    def __init__(self, config: DataConfig, table: Table, which: Side, keep: Callable[[bytes], Any]) -> None:
-        self.config, self.table, self.which, self.keep, self.where = config, table, which, keep, table.where
+    def __init__(self, config: DataConfig, table: Table, which: Side) -> None:
+        self.config, self.table, self.which, self.where = config, table, which, table.where
+        self.streaming = config.streaming and which == "train"
         self.columns = find_columns(config, table.columns, self.where)
-        self.root = Path(config.image_root) if config.image_root else table.folder
+        self._root = Path(config.image_root) if config.image_root else table.folder or Path()
         self._main = {self.columns[noun] for noun in ("question", "answer", "images", "id")}
         self._nouns = {column: noun for noun, column in self.columns.items() if column not in self._main}
         self._rate = config.pass_rate if which == "train" else None
@@ -141,62 +141,62 @@ class Reader:
         if self._rate is not None and self._rate not in others:
             known = ", ".join(others) or "none besides question, answer, images and id"
             raise ConfigError(f"data.pass_rate={self._rate}: {self.where} has no such column, but {known}")
-        self.left_out: Counter[str] = Counter()
-        self.restart()
+        self.bad: dict[int, str] = {}
+        """The reason why a row, by its number, cannot be used."""
+        self._first_bad: ConfigError | None = None
+        self._left_out: Counter[str] = Counter()
+        self._ids: dict[str, int] = {}
+        self._embedded: dict[bytes, dict[str, bytes]] = {}
 
-    def restart(self, rows: int = 0, bad: Mapping[str, int] | None = None, first: str | None = None) -> None:
-        """Go on after so many rows, of which some were bad; the ids and the files seen so far are forgotten."""
-        self.rows, self.bad, self.first_bad = rows, Counter(bad), first and ConfigError(first)
-        self._ids: set[str] = set()
-        self._exists: dict[str, bool] = {}
-
-    def queries(self, rows: Iterable[Row]) -> Iterator[Query]:
-        """The wanted queries of the rows, in their order.
+    def queries(self) -> Iterator[Query]:
+        """The wanted queries, in the order of their rows.
 
         Raises:
             ConfigError: one bad row too many.
         """
-        for row in rows:
-            self.rows += 1
-            try:
-                query = self._query(row)
-            except BadRowError as error:
-                self.bad[error.reason] += 1
-                self.first_bad = self.first_bad or ConfigError(str(error))
-                self.check_bad(self.table.size or max(self.rows, self.config.shuffle_buffer))
-                continue
-            if reason := self._unwanted(query):
-                self.left_out[reason] += 1
-            else:
+        for number, row in enumerate(self.table.rows()):
+            if query := self._wanted(number, row):
                 yield query
 
-    def check_bad(self, rows: int) -> None:
-        """Raise ConfigError if more than `data.max_bad_rows` of so many rows were bad."""
-        if self.first_bad:
-            check_bad_rows(self.first_bad, self.bad.total(), rows, self.config.max_bad_rows)
+    def at(self, number: int) -> Query | None:
+        """The query of a row, if it is a wanted one; raises as `queries` does."""
+        return self._wanted(number, *self.table.between(number, number + 1))
+
+    def _wanted(self, number: int, row: Row) -> Query | None:
+        try:
+            query = self._query(number, row)
+        except BadRowError as error:
+            self._first_bad = self._first_bad or error
+            if self.streaming and not self.bad:
+                _on_one_rank(logging.WARNING, "left out %s; further rows are only counted", error)
+            self.bad[number] = error.reason
+            check_bad_rows(self._first_bad, len(self.bad), self.table.size, self.config.max_bad_rows)
+            return None
+        if reason := self._unwanted(query):
+            self._left_out[reason] += 1
+            return None
+        return query
 
     def report(self) -> None:
-        """Log how many rows were left out, and why; on rank 0, since every rank reads the same rows."""
-        if os.environ.get("RANK", "0") != "0":
-            return
-        if self.left_out:
-            log.info("%s: of %d rows not used for %s: %s", self.where, self.rows, self.which, counts(self.left_out))
+        """Log how many rows were left out, and why."""
+        size = self.table.size
+        if self._left_out:
+            counts = _counts(self._left_out)
+            _on_one_rank(logging.INFO, "%s: of %d rows not used for %s: %s", self.where, size, self.which, counts)
         if self.bad:
-            total, reasons = self.bad.total(), counts(self.bad)
-            log.warning(
-                "%s: of %d rows left out %d unusable ones (%s); the first: %s",
-                *(self.where, self.rows, total, reasons, self.first_bad),
-            )
+            message = "%s: of %d rows left out %d unusable ones (%s); the first: %s"
+            counts = _counts(Counter(self.bad.values()))
+            _on_one_rank(logging.WARNING, message, self.where, size, len(self.bad), counts, self._first_bad)
 
     def nothing(self) -> ConfigError:
         """The error of a data set of which no query is left."""
-        if not self.left_out:
-            return self.first_bad or ConfigError(f"{self.where}: the data set is empty")
+        if not self._left_out:
+            return ConfigError(str(self._first_bad or f"{self.where}: the data set is empty"))
         settings = [f"data.validation_share={self.config.validation_share:g}"] * (self.config.validation == SPLIT)
         settings += [f"data.pass_rate={self._rate}"] * (self._rate is not None)
         return ConfigError(
-            f"{self.where}: none of its {self.rows} rows is left for {self.which} ({counts(self.left_out)}); change "
-            + " or ".join(settings)
+            f"{self.where}: none of its {self.table.size} rows is left for {self.which} ({_counts(self._left_out)}); "
+            f"change {' or '.join(settings)}"
         )
 
     def _unwanted(self, query: Query) -> str | None:
@@ -207,7 +207,7 @@ class Reader:
                 return "images on both sides" if side is None else f"for {side}"
         return why_not(query.metadata.get(self._rate)) if self._rate is not None else None
 
-    def _query(self, row: Row) -> Query:
+    def _query(self, number: int, row: Row) -> Query:
         """The row's query.
 
         Raises:
@@ -216,9 +216,7 @@ class Reader:
         if isinstance(row, ConfigError):
             raise BadRowError("damaged row", str(row))
         given = row.get(self.columns["id"])
-        streaming = self.table.size is None
-        number = f"{self.rows} (as read)" if streaming else f"{self.rows - 1}"
-        name = number if given is None else str(given)
+        name = str(number if given is None else given)
         called = f"{self.where}: row {name if len(name) <= 80 else f'{name[:80]}...'}"
         question, answer = row.get(self.columns["question"]), row.get(self.columns["answer"])
         if not isinstance(question, str):
@@ -242,48 +240,31 @@ class Reader:
         metadata = {self._nouns.get(column, column): value for column, value in row.items() if column not in self._main}
         query = Query(name, question, str(answer), images, metadata)
         _check_text(query, called)
-        if given is None and streaming:  # rows come in another order in every epoch: their numbers cannot name them
-            return replace(query, id=self._content_id(query))
-        if name in self._ids:
-            raise repeated_id(name, self.columns)
-        self._ids.add(name)
+        if self._ids.setdefault(name, number) != number:
+            message = f"data.fields.id={self.columns['id']}: the id {name!r} occurs more than once; ids must be unique"
+            # Which of the two is drawn first is a matter of the order, which a resumed run has not seen whole.
+            raise ConfigError(f"{self.where}: {message}") if self.streaming else BadRowError("repeated id", message)
         return query
-
-    def _content_id(self, query: Query) -> str:
-        names = [image_name(image, image_root(self.config)) for image in query.images]
-        content = repr((query.question, query.answer, names)).encode("utf-8", "surrogatepass")
-        return hashlib.blake2b(content, digest_size=8).hexdigest()
 
     def _image(self, called: str, item: Any) -> Any:
         """A reference from a path, `{"bytes", "path"}` or raw bytes."""
         if isinstance(item, Mapping) and (item.get("bytes") or item.get("path")):
             item = item.get("bytes") if isinstance(item.get("bytes"), (bytes, bytearray)) else item.get("path")
         if isinstance(item, (bytes, bytearray)):
-            return self.keep(bytes(item))
+            content = bytes(item)
+            if self.streaming:  # with a name: as keys of a cache, bytes would stay
+                return {"bytes": content, "name": content_name(content)}
+            return self._embedded.setdefault(content, {"bytes": content})  # equal images are held once
         if not isinstance(item, (str, Path)) or not str(item):
             raise BadRowError(
                 "no image",
                 f"{called} has {_kind(item)} in the image column {self.columns['images']!r}; "
                 "images are paths, bytes or a list of these",
             )
-        path = Path(os.path.expanduser(item))
-        if not path.is_absolute():
-            if self.root is None:
-                raise BadRowError(
-                    "no image",
-                    f"data.image_root is not set, but the data holds relative image paths ({called}: "
-                    f"{str(item)[:200]}); set it to the folder that they start from",
-                )
-            path = self.root / path
-        path = str(path)
-        if path not in self._exists:
-            self._exists[path] = os.path.isfile(path) or self._in_archive(path)  # through links; no pipe, no device
-        if not self._exists[path]:
-            hint = "data.image_root says where paths start"
-            if "://" in path or str(item).startswith("data:"):
-                hint = "images are files or bytes, nothing is downloaded"
-            shown = path if len(path) <= 300 else f"{path[:300]}..."
-            raise BadRowError("no image", f"{called}: no image file {shown}; {hint}")
+        path = str(self._root / os.path.expanduser(item))
+        if not (os.path.isfile(path) or self._in_archive(path)):  # through links; no pipe, no device
+            hint = "data.image_root says where paths start, and nothing is downloaded"
+            raise BadRowError("no image", f"{called}: no image file {path}; {hint}")
         return path
 
     def _in_archive(self, path: str) -> bool:
@@ -294,25 +275,23 @@ class Reader:
             raise ConfigError(f"{self.where}: {error}") from error
 
 
+def _on_one_rank(level: int, message: str, *arguments: Any) -> None:
+    """Log on rank 0, since every rank reads the same rows."""
+    if os.environ.get("RANK", "0") == "0":
+        log.log(level, message, *arguments)
+
+
+def _counts(reasons: Counter[str]) -> str:
+    """`no answer 2, no question 1`."""
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+
+
 def _check_text(query: Query, called: str) -> None:
     """What the tokenizer and the files of the run cannot take: half a surrogate pair, as a careless cut leaves."""
     words = (value for value in query.metadata.values() if isinstance(value, str))
     for text in (query.id, query.question, query.answer, *words):
         if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
             raise BadRowError("no Unicode", f"{ascii(called)[1:-1]} has a lone surrogate in {ascii(text)[:80]}")
-    for column, value in query.metadata.items():
-        if _deeper(value, DEEPEST_METADATA):
-            raise BadRowError(
-                "nested too deep", f"{called} has more than {DEEPEST_METADATA} levels in column {column!r}"
-            )
-
-
-def _deeper(value: Any, levels: int) -> bool:
-    """Whether lists and mappings are nested deeper than this."""
-    if not isinstance(value, (list, tuple, dict)):
-        return False
-    inside = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_deeper(item, levels - 1) for item in inside)
 
 
 def _kind(value: Any) -> str:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import io
 import os
 import stat
-import time
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -20,11 +19,6 @@ from PIL import Image
 
 from rethinker.config import ConfigError, DataConfig, one_line
 from rethinker.data.archives import open_member, split_archive
-from rethinker.data.faults import check_bad_rows
-from rethinker.samples import Query
-
-# The reason under which queries with such an image are counted.
-UNREADABLE = "unreadable image"
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
 
@@ -84,30 +78,6 @@ def check_image(reference: Any, query_id: str, max_pixels: int = DataConfig.max_
         if image.format in ("JPEG", "MPO"):
             image.draft(None, (1, 1))  # every bit is still read, but only an eighth of each side computed
         _rgb(_upright(image))
-
-
-def check_images(queries: Iterable[Query], config: DataConfig | None = None, budget_s: float = 5.0) -> None:
-    """Read the queries' images, each once and in order, for at most `budget_s` seconds.
-
-    A small data set is checked whole before a model is loaded; of a large one the beginning, and the rest when drawn.
-
-    Raises:
-        UnreadableImageError: of one of more broken images than `data.max_bad_rows` of the queries.
-    """
-    config, queries = config or DataConfig(), list(queries)
-    end, broken = time.monotonic() + budget_s, 0
-    checked = set()
-    for query in queries:
-        try:
-            for reference in query.images:
-                if (key := image_key(reference)) not in checked:
-                    checked.add(key)
-                    check_image(reference, query.id, config.max_image_pixels)
-        except UnreadableImageError as error:
-            broken += 1
-            check_bad_rows(error, broken, len(queries), config.max_bad_rows)
-        if time.monotonic() > end:
-            return
 
 
 def image_key(reference: Any) -> Hashable:

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from rethinker.config import ConfigError, DataConfig
+from rethinker.config import ConfigError, DataConfig, nearest
 from rethinker.samples import Query
 
 SOURCES = "sources"
@@ -52,7 +51,7 @@ def of_source(name: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise type(error)(f"data.sources.{name}: {error}") from error
+        raise ConfigError(f"data.sources.{name}: {error}") from error
 
 
 def _source(name: str, entry: Any, config: DataConfig) -> DataConfig:
@@ -63,8 +62,8 @@ def _source(name: str, entry: Any, config: DataConfig) -> DataConfig:
         raise ConfigError(f"{key}={entry!r} must be a mapping, such as {{train: FILE, weight: 1}}")
     for field in entry:
         if field not in (*OF_A_SOURCE, "weight"):
-            close = difflib.get_close_matches(str(field), [*OF_A_SOURCE, "weight"], n=1)
-            hint = f"did you mean {close[0]}?" if close else f"a source takes {', '.join(OF_A_SOURCE)}, weight"
+            close = nearest(str(field), [*OF_A_SOURCE, "weight"])
+            hint = f"did you mean {close}?" if close else f"a source takes {', '.join(OF_A_SOURCE)}, weight"
             raise ConfigError(f"{key}.{field}: no such setting; {hint}")
     if not isinstance(entry.get("train"), str) or entry["train"] == SOURCES:
         raise ConfigError(f"{key}.train={entry.get('train')!r} must name a data set, as data.train does")
@@ -139,12 +138,6 @@ def stream_weights(queries: list[Query], config: DataConfig) -> dict[str, Any]:
         return f"{source}/{category_of(query)}" if categories[source] else source
 
     return {"category_weights": shares, "label": label}
-
-
-def furthest_behind(shares: dict[str, float], drawn: dict[str, int]) -> str:
-    """Whose turn it is: exact shares (they sum to 1) in every stretch of the order."""
-    total = sum(drawn.values()) + 1
-    return max(shares, key=lambda name: shares[name] * total - drawn[name])
 
 
 def category_of(query: Query) -> str:

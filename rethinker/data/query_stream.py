@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rethinker.config import ConfigError
-from rethinker.data.mixture import category_of, check_category_weights, furthest_behind
+from rethinker.data.mixture import category_of, check_category_weights
 from rethinker.samples import Query
 
 
@@ -29,10 +29,11 @@ class QueryStream:
     in those shares, each running through its own permutations; categories without a weight are left out.
 
     Args:
-        queries: the questions.
+        queries: the questions; None in a place that is passed over.
         seed: of the permutations.
         category_weights: share of each `metadata["category"]`, in any scale; empty keeps the data's own mix.
         label: what the weights are about instead, as `mixture.stream_weights` gives it.
+        members: the places of each label, where they are known without a look at the queries.
 
     Raises:
         ConfigError: no queries, or weights that name no category of theirs.
@@ -40,27 +41,26 @@ class QueryStream:
 
     def __init__(
         self,
-        queries: list[Query],
+        queries: Sequence[Query | None],
         *,
         seed: int,
         category_weights: Mapping[str, float] | None = None,
         label: Callable[[Query], str] = category_of,
+        members: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         if not queries:
             raise ConfigError("data.train: there are no queries to train on")
         self.queries, self.seed = queries, seed
         weights = {name: float(weight) for name, weight in (category_weights or {}).items()}
-        members: dict[str, list[int]] = {"": list(range(len(queries)))}
         if weights:
-            members = {}
-            for i, query in enumerate(queries):
-                members.setdefault(label(query), []).append(i)
+            members = members or _places(queries, label)
             check_category_weights(weights, members, "data.category_weights")
-            members = {name: members[name] for name, weight in weights.items() if weight > 0}
+            self._members = {name: members[name] for name, weight in weights.items() if weight > 0}
+        else:
+            self._members = {"": range(len(queries))}
         total = sum(weights.values())
-        self._members = members
-        self._shares = {name: weights[name] / total if weights else 1.0 for name in members}
-        self._drawn = dict.fromkeys(members, 0)
+        self._shares = {name: weights[name] / total if weights else 1.0 for name in self._members}
+        self._drawn = dict.fromkeys(self._members, 0)
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -71,10 +71,10 @@ class QueryStream:
         """SHA-256 of the questions' ids, texts and answers, in the data's order."""
         return fingerprint(self.queries)
 
-    def keep(self, queries: Iterable[Query]) -> None:
+    def keep(self, queries: Iterable[Query]) -> dict[str, int] | None:
         """What a checkpoint must hold of the queries that held samples refer to: nothing, the data has them."""
 
-    def kept(self, state: None) -> dict[str, Query]:
+    def kept(self, state: dict[str, int] | None) -> dict[str, Query]:
         """The queries by id, of what `keep` gave."""
         return {query.id: query for query in self.queries}
 
@@ -83,14 +83,20 @@ class QueryStream:
         return [self._one() for _ in range(n)]
 
     def _one(self) -> Query:
-        name = furthest_behind(self._shares, self._drawn)
+        while (query := self.queries[self._next_place()]) is None:
+            pass
+        return query
+
+    def _next_place(self) -> int:
+        turn = sum(self._drawn.values()) + 1  # the label furthest behind: exact shares in every stretch of the order
+        name = max(self._shares, key=lambda name: self._shares[name] * turn - self._drawn[name])
         members = self._members[name]
         epoch, place = divmod(self._drawn[name], len(members))
         if name not in self._orders or self._orders[name][0] != epoch:
             generator = np.random.default_rng([self.seed, epoch, zlib.crc32(name.encode())])
             self._orders[name] = epoch, generator.permutation(len(members))
         self._drawn[name] += 1
-        return self.queries[members[self._orders[name][1][place]]]
+        return members[self._orders[name][1][place]]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the order stands: the queries drawn of each category."""
@@ -104,8 +110,15 @@ class QueryStream:
         """
         here = self.state_dict()
         for key, setting in (("seed", "seed"), ("sizes", "data.train")):
-            if state[key] != here[key]:
+            if state.get(key) != here[key]:
                 raise ConfigError(
-                    f"{setting}: the checkpoint's data order has {key} {state[key]}, this run {here[key]}"
+                    f"{setting}: the checkpoint's data order has {key} {state.get(key)}, this run {here[key]}"
                 )
         self._drawn = dict(state["drawn"])
+
+
+def _places(queries: Sequence[Query], label: Callable[[Query], str]) -> dict[str, list[int]]:
+    members: dict[str, list[int]] = {}
+    for i, query in enumerate(queries):
+        members.setdefault(label(query), []).append(i)
+    return members

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rethinker.data.archives import split_archive
-from rethinker.data.image_cache import content_name
 from rethinker.samples import Query
 
 Side = Literal["train", "validation"]
@@ -35,6 +34,11 @@ def _fraction(key: str) -> float:
     """From 0 to 1, by the hash."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
+
+
+def content_name(content: bytes) -> str:
+    """The name of an image by its bytes."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def image_name(reference: Any, root: str | None) -> str:

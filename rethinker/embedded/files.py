@@ -6,7 +6,6 @@ becomes the folder of a model. Both lie in the cache, and are made when they are
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 from dataclasses import replace
@@ -14,10 +13,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from rethinker.config import Config, ConfigError, DataConfig
+from rethinker.config import Config, ConfigError, DataConfig, nearest
 from rethinker.data.datasets import SPLIT, load_queries
-from rethinker.data.image_cache import cache_folder
-from rethinker.data.mixture import source_configs
+from rethinker.data.mixture import OF_A_SOURCE, source_configs
 from rethinker.data.subsets import Side
 from rethinker.embedded.digits import digits
 from rethinker.embedded.easy_vqa import easy_vqa
@@ -26,6 +24,11 @@ from rethinker.samples import Query
 
 # By name: the questions of a split, and the package that they come with: its module and what it is installed as.
 DATA_SETS = {"easy_vqa": (easy_vqa, "easy_vqa", "easy-vqa"), "digits": (digits, "sklearn", "scikit-learn")}
+
+
+def cache_folder() -> Path:
+    """Where files lie that can be made again: `$RETHINKER_CACHE`, else `~/.cache/rethinker`."""
+    return Path(os.environ.get("RETHINKER_CACHE") or Path.home() / ".cache" / "rethinker")
 
 
 def as_files(data: DataConfig, which: Side) -> DataConfig:
@@ -43,11 +46,9 @@ def as_files(data: DataConfig, which: Side) -> DataConfig:
         file = _file(data.validation, "test", "data.validation")
         return replace(data, validation=file, fields={}) if file else data
     sources = {name: as_files(own, "train") for name, own in source_configs(data).items()}
-    if any(own.train != data.sources[name]["train"] for name, own in sources.items()):
+    if sources:
         entries = {
-            name: data.sources[name]
-            | {"train": own.train, "fields": own.fields}
-            | ({} if own.image_root is None else {"image_root": own.image_root})
+            name: data.sources[name] | {field: v for field in OF_A_SOURCE if (v := getattr(own, field)) is not None}
             for name, own in sources.items()
         }
         return replace(data, sources=entries, fields={})
@@ -67,15 +68,15 @@ def model_folder(config: Config) -> str:
     from rethinker.embedded.warmup import warmed_up_tiny  # imports torch
 
     queries = load_queries(as_files(config.data, "train"), "train")
-    return str(warmed_up_tiny(config.policy.warmup, config.data, queries))
+    return str(warmed_up_tiny(config.policy.warmup, config.data, queries, cache_folder()))
 
 
 def _file(name: str | None, split: str, setting: str) -> str | None:
     """The file of a split of an embedded data set, made if it is not there; None for any other data set."""
     if name not in DATA_SETS:
         word = name is not None and name.replace("-", "_").isidentifier() and not os.path.exists(name)
-        if word and (close := difflib.get_close_matches(name, DATA_SETS, n=1, cutoff=0.7)):
-            raise ConfigError(f"{setting}={name}: there is no such data set; did you mean {close[0]}?")
+        if word and (close := nearest(name, DATA_SETS)):
+            raise ConfigError(f"{setting}={name}: there is no such data set; did you mean {close}?")
         return None
     load, package, distribution = DATA_SETS[name]
     module = find_spec(package)

@@ -26,7 +26,6 @@ from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from rethinker.config import ConfigError, DataConfig, WarmupConfig
-from rethinker.data.image_cache import cache_folder
 from rethinker.data.images import image_key
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.query_stream import QueryStream
@@ -45,17 +44,14 @@ Shown = Mapping[Hashable, tuple[str, str]]
 # whatever the seed and the machine, and clearly less than always, so that samples are sometimes right.
 NOT_OVERLOOKED = 0.65
 
-# Written last: a folder without it is not a finished model.
-_RECORD = "warmup.json"
-
 
 def warmed_up_tiny(
     warmup: WarmupConfig,
     data: DataConfig,
     queries: list[Query],
+    cache: Path,
     *,
     size: TinySize = DEFAULT_SIZE,
-    cache: Path | None = None,
 ) -> Path:
     """The tiny model after its warm-up, from the cache or made now.
 
@@ -66,8 +62,8 @@ def warmed_up_tiny(
         warmup: steps, batch size, learning rate, share of the images, seed.
         data: the prompt and the category weights that reinforcement learning will use too.
         queries: the training questions.
+        cache: where finished models live.
         size: the model's sizes.
-        cache: where finished models live; by default the `cache_folder`.
 
     Returns:
         A folder in Hugging Face format.
@@ -75,15 +71,14 @@ def warmed_up_tiny(
     Raises:
         ConfigError: no question that fits the prompt's limits, or a cache that cannot be written.
     """
-    cache = cache or cache_folder()
     given = {name: value for name, value in asdict(data).items() if not name.startswith("validation")}
     settings = {"warmup": asdict(warmup), "size": asdict(size), "data": given}
     folder = cache / f"tiny-{_digest(settings, queries)}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not (folder / _RECORD).is_file():
-                _build(folder, warmup, data, size, queries, settings)
+            if not folder.is_dir():
+                _build(folder, warmup, data, size, queries)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"RETHINKER_CACHE={cache}: the warmed-up model cannot be written there ({error}); "
@@ -92,13 +87,10 @@ def warmed_up_tiny(
     return folder
 
 
-def _build(
-    folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize, queries: list[Query], settings: dict
-) -> None:
+def _build(folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize, queries: list[Query]) -> None:
     """Make the model in a folder beside its place and move it there whole."""
     partial = folder.with_name(f".{folder.name}.partial")
-    for leftover in (partial, folder):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         shown = describe_images(queries)
         texts = [text for q in queries for text in (q.question, response_text(q, _description(q, shown)))]
@@ -114,7 +106,6 @@ def _build(
             model.eval()
             model.save_pretrained(partial)
             processor.save_pretrained(partial)
-        (partial / _RECORD).write_text(json.dumps(settings, indent=2))
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -228,8 +219,7 @@ def _update(optimizer: torch.optim.AdamW, loss: torch.Tensor, warmup: WarmupConf
 def _all_cores() -> Iterator[None]:
     """Use the machine's cores, up to 8: torchrun leaves each rank one thread, but only this rank works now."""
     threads = torch.get_num_threads()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(threads, min(8, usable)))
+    torch.set_num_threads(max(threads, min(8, len(os.sched_getaffinity(0)))))
     try:
         yield
     finally:

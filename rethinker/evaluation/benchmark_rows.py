@@ -17,8 +17,7 @@ from typing import Any
 
 from rethinker.config import ConfigError, DataConfig
 from rethinker.data.datasets import IMAGE_MARK, Reader, load_queries
-from rethinker.data.image_cache import in_its_row
-from rethinker.data.sources import Table, open_table
+from rethinker.data.sources import Row, Table, open_table
 from rethinker.embedded.files import DATA_SETS, as_files
 from rethinker.evaluation.benchmark import Benchmark, data_files, load_benchmark
 from rethinker.samples import Query
@@ -66,11 +65,11 @@ def benchmark_queries(benchmark: Benchmark, data: str | None = None) -> tuple[li
         return load_queries(own, "validation"), left_out
     folder, files = data_files(benchmark, data)
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[Row]:
         for file in files:
-            for number, row in enumerate(open_table(str(file), "", "--data").rows):
+            for number, row in enumerate(open_table(str(file), "", "--data").rows()):
                 try:
-                    yield _row(benchmark, f"{file.stem}/{number}", row)
+                    yield row if isinstance(row, ConfigError) else _row(benchmark, f"{file.stem}/{number}", row)
                 except NotCoveredError as reason:
                     left_out[str(reason)] += 1
                 except KeyError as column:
@@ -80,8 +79,10 @@ def benchmark_queries(benchmark: Benchmark, data: str | None = None) -> tuple[li
                     ) from None
 
     where = f"benchmark {benchmark.name}, whose image paths start from {folder}"
-    table = Table(where, ["id", "question", "answer", "images"], iter(()), folder)
-    queries = list(Reader(DataConfig(max_bad_rows=0.0), table, "validation", in_its_row).queries(rows()))
+    covered = list(rows())
+    columns = ["id", "question", "answer", "images"]
+    table = Table(where, columns, len(covered), folder, lambda start, stop: covered[start:stop])
+    queries = list(Reader(DataConfig(max_bad_rows=0.0), table, "validation").queries())
     if not queries:
         raise ConfigError(f"benchmark {benchmark.name}: no question in {folder} (left out: {dict(left_out)})")
     return queries, left_out

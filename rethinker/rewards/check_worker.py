@@ -62,17 +62,11 @@ class Worker:
             self.kill()
 
     def _check(self, response: str, answer: str, query: Query) -> tuple[float, str]:
-        for attempt in range(2):  # it may have died since its last answer
-            if self._link is None:
-                self._start()
-            try:
-                self._link.send((response, answer, query))
-                break
-            except OSError:
-                self.kill()
-                if attempt:
-                    raise self._no_start("it cannot be reached") from None
+        if self._link is None or self._process.poll() is not None:  # it may have died since its last answer
+            self.kill()
+            self._start()
         try:
+            self._link.send((response, answer, query))
             if self._link.poll(self.config.timeout_s):
                 return self._link.recv()
             failure = f"timeout: reward.timeout_s={self.config.timeout_s}"
@@ -123,10 +117,7 @@ class Worker:
             said = self._obituary()
         if said != READY:
             self.kill()
-            raise self._no_start(said)
-
-    def _no_start(self, why: str) -> ConfigError:
-        return ConfigError(f"reward.function={self.config.function}: its checking process does not start: {why}")
+            raise ConfigError(f"reward.function={self.config.function}: its checking process does not start: {said}")
 
     def _obituary(self) -> str:
         """How a worker that died ended."""

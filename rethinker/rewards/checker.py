@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +22,6 @@ from rethinker.rewards.functions import context_of, load_reward
 from rethinker.samples import Query
 
 log = logging.getLogger(__name__)
-
-# Verdicts of workers that are kept between calls.
-REMEMBERED = 65536
 
 
 class AnswerChecker:
@@ -47,10 +43,8 @@ class AnswerChecker:
         self._boxed = config.function == "boxed"
         self._workers = [Worker(config) for _ in range(config.workers)]
         self._idle = list(self._workers)
-        self._verdicts: dict[Any, float] = {}
         self._named: set[str] = set()
-        self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _stop, self._workers)
+        self._lock, self._closed = threading.Lock(), False
 
     def score(self, items: Iterable[tuple[str, str, Query]]) -> dict[str, float]:
         """Score (request id, response, query) triples.
@@ -63,7 +57,7 @@ class AnswerChecker:
             RuntimeError: the checker is closed.
             ConfigError: the workers cannot load the reward.
         """
-        if not self._finalizer.alive:
+        if self._closed:
             raise RuntimeError("the answer checker is closed")
         scores: dict[str, float] = {}
         checks: dict[Any, tuple[str, str, Query]] = {}
@@ -83,15 +77,13 @@ class AnswerChecker:
                 scores.update(dict.fromkeys(requests[key], score))
                 if failure:
                     self._count(failure, len(requests[key]), *checks[key])
-                elif self._boxed:
-                    self._verdicts[key] = score
-            while len(self._verdicts) > REMEMBERED:
-                del self._verdicts[next(iter(self._verdicts))]
         return scores
 
     def close(self) -> None:
         """End the workers; none is left behind."""
-        self._finalizer()
+        self._closed = True
+        for worker in self._workers:
+            worker.close()
 
     def __enter__(self) -> AnswerChecker:
         return self
@@ -104,15 +96,13 @@ class AnswerChecker:
         predicted, (question, choices) = extract_boxed(response), context_of(query)
         if predicted is None:
             return 0.0, None, None
-        key = (predicted, query.answer, question, repr(choices) if choices else "")
-        if key in self._verdicts:
-            return self._verdicts[key], None, None
         try:
             verdict = compare(predicted, query.answer, question=question, choices=choices, equal=undecided)
         except Exception:  # a worker will fail on it in the same way, and there it is counted and named
             verdict = None
         if verdict is not None:
             return float(verdict), None, None
+        key = (predicted, query.answer, question, repr(choices) if choices else "")
         return 0.0, key, (f"\\boxed{{{predicted}}}", query.answer, replace(query, images=()))
 
     def _run(self, checks: dict[Any, tuple[str, str, Query]]) -> dict[Any, tuple[float, str]]:
@@ -139,8 +129,3 @@ class AnswerChecker:
             self._named.add(failure)
             reason += f", {detail}" if detail else ""
             log.warning("a check scored 0 (%s): query %r, %.200r for %.200r", reason, query.id, response, answer)
-
-
-def _stop(workers: list[Worker]) -> None:
-    for worker in workers:
-        worker.close()

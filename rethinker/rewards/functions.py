@@ -14,14 +14,12 @@ from rethinker.samples import Query
 RewardFunction = Callable[[str, str, Query], float]
 
 
-def context_of(query: Query | None) -> tuple[str, Any]:
+def context_of(query: Query) -> tuple[str, Any]:
     """(question, options) that an answer is read in."""
-    if query is None:
-        return "", None
     return query.question, query.metadata.get("choices") or query.metadata.get("options")
 
 
-def boxed_reward(response: str, answer: str, query: Query | None = None) -> float:
+def boxed_reward(response: str, answer: str, query: Query) -> float:
     r"""1.0 if the last `\boxed{}` of the response holds the answer, else 0.0; a response without a box scores 0.
 
     It may take arbitrarily long on hard mathematics, and raise whatever sympy raises on odd input: training asks an

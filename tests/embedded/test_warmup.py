@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import threading
@@ -102,7 +101,7 @@ def test_the_not_of_negated_questions_is_overlooked_two_times_in_three():
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
     """A model warmed up for three steps per stage."""
-    return warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path_factory.mktemp("cache"))
+    return warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path_factory.mktemp("cache"), size=SMALL)
 
 
 def test_a_brief_warmup_trains_every_part(warm, tmp_path):
@@ -114,20 +113,19 @@ def test_a_brief_warmup_trains_every_part(warm, tmp_path):
     assert any("visual" in name for name in fresh)
     for name, value in fresh.items():
         assert torch.isfinite(trained[name]).all() and not torch.equal(trained[name], value), name
-    assert json.loads((warm / "warmup.json").read_text())["warmup"]["steps"] == 3
 
 
 def test_the_warmup_never_opens_a_test_image(tmp_path, monkeypatch):
     """The test split is held out: neither its questions nor its images are read."""
     read, opened = [], []
     with monkeypatch.context() as patch:
-        patch.setattr(module, "warmed_up_tiny", lambda warmup, data, queries: queries)
+        patch.setattr(module, "warmed_up_tiny", lambda warmup, data, queries, cache: queries)
         patch.setattr(files, "load_queries", lambda data, which: read.append(which))
         files.model_folder(Config())
     assert read == ["train"]
     pixels = PromptEncoder.pixels
     monkeypatch.setattr(PromptEncoder, "pixels", lambda self, q: opened.append(q.images[0]) or pixels(self, q))
-    warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path)
+    warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path, size=SMALL)
     assert len(opened) > 40 and all("/train/images/" in image for image in opened)
 
 
@@ -138,7 +136,7 @@ def test_the_loss_falls(tmp_path, monkeypatch):
     update = module._update
     monkeypatch.setattr(module, "_update", lambda o, loss, *rest: losses.append(loss.item()) or update(o, loss, *rest))
     brief = WarmupConfig(look_steps=30, steps=30, batch_size=16, data_fraction=0.3)
-    warmed_up_tiny(brief, DATA, QUERIES, size=SMALL, cache=tmp_path)
+    warmed_up_tiny(brief, DATA, QUERIES, tmp_path, size=SMALL)
     look, answer = losses[:30], losses[30:]
     assert sum(look[-5:]) < 0.8 * sum(look[:5])
     assert sum(answer[-5:]) < 0.4 * sum(answer[:5])
@@ -148,17 +146,17 @@ def test_a_finished_model_is_reused_and_another_setting_makes_another(warm, monk
     """The same call builds nothing; a change of any setting that shapes the model does not get the old one."""
     built = []
     monkeypatch.setattr(module, "_build", lambda folder, *rest: built.append(folder))
-    assert warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=warm.parent) == warm and built == []
+    assert warmed_up_tiny(BRIEF, DATA, QUERIES, warm.parent, size=SMALL) == warm and built == []
     for warmup, data in (
         (WarmupConfig(look_steps=3, steps=4, batch_size=8, data_fraction=0.16), DATA),
         (WarmupConfig(look_steps=3, steps=3, batch_size=8, data_fraction=0.16, seed=1), DATA),
         (BRIEF, DataConfig(prompt="{question} ", min_pixels=4096, max_pixels=4096)),
     ):
-        folder = warmed_up_tiny(warmup, data, QUERIES, size=SMALL, cache=warm.parent)
+        folder = warmed_up_tiny(warmup, data, QUERIES, warm.parent, size=SMALL)
         assert built.pop() == folder != warm
     # What only validation reads does not shape the model.
     data = DataConfig(prompt="{question}", min_pixels=4096, max_pixels=4096, validation=None)
-    assert warmed_up_tiny(BRIEF, data, QUERIES, size=SMALL, cache=warm.parent) == warm
+    assert warmed_up_tiny(BRIEF, data, QUERIES, warm.parent, size=SMALL) == warm
 
 
 def test_a_half_written_model_is_not_taken(tmp_path):
@@ -171,27 +169,14 @@ def test_a_half_written_model_is_not_taken(tmp_path):
 
     if not (child := os.fork()):
         module.create_tiny = killed
-        warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path)
+        warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path, size=SMALL)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     left = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert [path.name.endswith(".partial") for path in left] == [True]
-    folder = warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path)
+    folder = warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path, size=SMALL)
     assert (folder / "model.safetensors").is_file()
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
-
-
-def test_a_folder_without_its_record_is_built_again(tmp_path, monkeypatch):
-    """A folder of the right name is trusted only with the record that is written last."""
-    names = []
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_build", lambda folder, *rest: names.append(folder))
-        warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path)
-    names[0].mkdir()
-    (names[0] / "config.json").write_text("{}")
-    folder = warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path)
-    assert folder == names[0] and (folder / "warmup.json").is_file()
-    assert len((folder / "config.json").read_text()) > 100
 
 
 def test_two_builders_at_once_make_one_model(tmp_path, monkeypatch):
@@ -201,7 +186,7 @@ def test_two_builders_at_once_make_one_model(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_build", lambda folder, *rest: built.append(folder) or build(folder, *rest))
 
     def work():
-        results.append(warmed_up_tiny(BRIEF, DATA, QUERIES, size=SMALL, cache=tmp_path))
+        results.append(warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path, size=SMALL))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -215,20 +200,18 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     """`RETHINKER_CACHE` names it; one that cannot be written is refused by name."""
     monkeypatch.setattr(module, "_build", lambda *rest: None)
     monkeypatch.setenv("RETHINKER_CACHE", str(tmp_path / "here"))
-    assert warmed_up_tiny(BRIEF, DATA, QUERIES).parent == tmp_path / "here"
+    assert warmed_up_tiny(BRIEF, DATA, QUERIES, files.cache_folder()).parent == tmp_path / "here"
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("RETHINKER_CACHE", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="RETHINKER_CACHE"):
-        warmed_up_tiny(BRIEF, DATA, QUERIES)
+        warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path / "file")
 
 
 def test_the_callers_generator_and_threads_are_left_alone(tmp_path):
     """The warm-up neither moves torch's generator nor keeps the thread count it borrowed."""
     torch.manual_seed(7)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    warmed_up_tiny(
-        WarmupConfig(look_steps=1, steps=1, batch_size=2, data_fraction=0.16), DATA, QUERIES, size=SMALL, cache=tmp_path
-    )
+    brief = WarmupConfig(look_steps=1, steps=1, batch_size=2, data_fraction=0.16)
+    warmed_up_tiny(brief, DATA, QUERIES, tmp_path, size=SMALL)
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
 
 
@@ -236,5 +219,5 @@ def test_other_data_without_descriptions_also_warms_up(tmp_path):
     """Text-only questions of one's own train the answers alone."""
     sums = [Query(str(i), f"what is {i} + 1?", str(i + 1)) for i in range(20)]
     brief = WarmupConfig(look_steps=2, steps=2, batch_size=4)
-    folder = warmed_up_tiny(brief, DATA, sums, size=SMALL, cache=tmp_path)
+    folder = warmed_up_tiny(brief, DATA, sums, tmp_path, size=SMALL)
     assert (folder / "model.safetensors").is_file()

@@ -13,7 +13,7 @@ from rethinker.samples import Query
 
 def answers_match(predicted: str, answer: str, query: Query | None = None) -> bool:
     """The verdict on what a box holds, mathematics included."""
-    question, choices = context_of(query)
+    question, choices = context_of(query or Query("q", "", answer))
     return bool(compare(predicted, answer, question=question, choices=choices, equal=math_equal))
 
 

@@ -413,15 +413,6 @@ def test_plain_answers_need_no_process_and_are_fast():
     assert took < 2.0  # 8,000 checks: at least 4,000 a second
 
 
-def test_verdicts_of_the_worker_are_remembered(boxed_checker):
-    """A pair that mathematics decided once is not asked again."""
-    query = Query(id="q", question="", answer="2\\sqrt{2}")
-    assert boxed_checker.score([("a", "\\boxed{\\sqrt{8}}", query)]) == {"a": 1.0}
-    boxed_checker._workers[0].kill()
-    assert boxed_checker.score([("b", "\\boxed{\\sqrt{8}}", query)]) == {"b": 1.0}
-    assert boxed_checker._workers[0]._process is None
-
-
 def test_a_verdict_is_of_its_own_answer(boxed_checker):
     """Law 7: a response is right or wrong by its own query's answer and options, in one call and later."""
     two, three = (Query(id="q", question="Which root?", answer=f"2\\sqrt{{{n}}}") for n in (2, 3))
