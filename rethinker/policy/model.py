@@ -139,12 +139,7 @@ class Policy(nn.Module):
         else:
             embeds, positions = embeds[layout.index], positions[:, layout.index]
             sources = layout.position[sources]
-            if deep:  # at every copy of an image
-                number = torch.full_like(batch.input_ids[0], -1)
-                number[spots] = torch.arange(len(spots), device=device)
-                copies = number[layout.index].masked_fill(layout.padding, -1).flatten()
-                (spots,) = torch.nonzero(copies >= 0, as_tuple=True)
-                deep = [part[copies[spots]] for part in deep]
+            spots = layout.position[spots]
         if deep:
             inputs |= {"visual_pos_masks": spots, "deepstack_visual_embeds": deep}
         hidden = self.hf.model.language_model(
