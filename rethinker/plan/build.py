@@ -6,19 +6,8 @@ import math
 from dataclasses import dataclass
 
 from rethinker.config import Config, ConfigError
-from rethinker.plan.memory import (
-    GIB,
-    VLLM_WEIGHTS,
-    Budget,
-    Rollout,
-    kv_bytes_per_token,
-    rollout_of,
-    step_peak,
-    sync_peak,
-    total,
-    training_state,
-    zero3,
-)
+from rethinker.plan import memory
+from rethinker.plan.memory import GIB, VLLM_WEIGHTS, Budget, Rollout, total
 from rethinker.plan.model import Shape, shape_of
 from rethinker.plan.step import MicroBatch
 from rethinker.policy.throughput import PEAK_FLOPS
@@ -57,10 +46,6 @@ class Machine:
     gpus_per_node: int = 8
     host_memory: float | None = None  # bytes of a node
     disk: float | None = None  # bytes free at run.dir
-
-    @property
-    def ranks(self) -> int:
-        return max(1, self.gpus)
 
 
 @dataclass(frozen=True)
@@ -119,7 +104,8 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     Raises:
         ConfigError: no config.json, or a rollout.tensor_parallel_size that fits neither the ranks nor the model.
     """
-    ranks, on_gpu, here = machine.ranks, machine.gpus > 0, min(machine.ranks, machine.gpus_per_node)
+    ranks, on_gpu = max(1, machine.gpus), machine.gpus > 0
+    here = min(ranks, machine.gpus_per_node)  # ranks of a node
     shape = shape_of(config.policy, on_gpu)
     heads, tp = shape.text.num_attention_heads, config.rollout.tensor_parallel_size
     if math.gcd(ranks, heads) % tp:
@@ -129,10 +115,10 @@ def make_plan(config: Config, machine: Machine) -> Plan:
             f"attention heads: {', '.join(sizes)}"
         )
     batches = batches_of(config, shape, ranks)
-    state, offloaded = training_state(config, shape, ranks, on_gpu)
-    step = step_peak(config, shape, batches.largest, ranks, on_gpu)
-    rollout = rollout_of(config, shape, ranks, machine.gpu_memory if on_gpu else None)
-    sync = sync_peak(shape) if rollout.budget else {}
+    state, offloaded = memory.training_state(config, shape, ranks, on_gpu)
+    step = memory.step_peak(config, shape, batches.largest, ranks, on_gpu)
+    rollout = memory.rollout_of(config, shape, ranks, machine.gpu_memory if on_gpu else None)
+    sync = memory.sync_peak(shape) if rollout.budget else {}
     b, keep = shape.weight_bytes, config.checkpoint.keep
     host = {"answer checkers (assumed)": here * config.reward.workers * CHECKER}
     host["a checkpoint's weights, on rank 0's node"] = b * shape.parameters
@@ -186,41 +172,35 @@ def batches_of(config: Config, shape: Shape, ranks: int) -> Batches:
 
 
 def times_of(config: Config, shape: Shape, batches: Batches, machine: Machine, rollout: Rollout) -> dict[str, float]:
-    """Seconds of a step on GPUs, from arithmetic alone: of training, of ZeRO-3's traffic (in part beside it), of the
-    step's share of the rollout (0 on GPUs that the plan does not know), and of all of it at least.
+    """Least seconds of a step on GPUs: its training, ZeRO-3's traffic (in part beside it), its share of the rollout (0
+    on GPUs that the plan does not know), and all together.
 
-    Training: 6 FLOP per parameter and token, 8 with gradient checkpointing, and 12 D per layer and attended pair; under
-    adapters the frozen weights have no gradients (2 less), and the vision tower no backward. ZeRO-3: every micro-batch
-    gathers the weights twice and scatters the gradients; with hpZ only a step's first gather goes between nodes.
-    Sampling: every token of every wave reads the engine's weights and the cache of its sequences, at half of the
-    bandwidth; the prompts are computed once.
+    Training: 6 FLOP per parameter and token, 8 with gradient checkpointing; frozen weights beside adapters have no
+    gradients (2 less), nor has the vision tower then. ZeRO-3: every micro-batch gathers the weights twice and scatters
+    the gradients; with hpZ only a step's first gather goes between nodes. Rollout: every token of every wave reads the
+    engine's weights and the cache of its sequences, at half of the bandwidth; the prompts are computed once.
     """
-    G, N = config.rollout.group_size, config.train.batch_pairs
-    queries, tp, b = N // G, config.rollout.tensor_parallel_size, shape.weight_bytes
+    G, N, b = config.rollout.group_size, config.train.batch_pairs, shape.weight_bytes
     p, r, text_parameters = batches.prompt, batches.response, shape.parameters - shape.vision
     compute = machine.gpus * PEAK * MFU
-
-    pairs = queries * p * p / 2 + N * (r * p + r * r / 2)
-    patches = queries * max(0, p - TEXT_TOKENS) * PATCHES
+    patches = N // G * max(0, p - TEXT_TOKENS) * PATCHES
     passes = 8 if config.policy.gradient_checkpointing else 6
     text, seen = (passes - 2, 2) if shape.adapters else (passes, passes)
     flop = (text * text_parameters + passes * shape.adapters) * batches.tokens + seen * shape.vision * patches
-    flop += 2 * passes * shape.text.num_hidden_layers * shape.text.num_attention_heads * shape.head_dim * pairs
 
     away = b * (machine.gpus - 1) / machine.gpus  # bytes of a parameter that are on other GPUs
     gather, scatter = away * (shape.parameters + shape.adapters), away * shape.trained
-    hpz = zero3(config, machine.ranks, on_gpu=True).zero_hpz_partition_size > 1
+    hpz = memory.zero3(config, machine.gpus, on_gpu=True).zero_hpz_partition_size > 1
     within = 2 * batches.micro_batches - 1 if hpz else 0  # gathers
     between = gather * (2 * batches.micro_batches - within) + scatter * batches.micro_batches
     moved = between / (NETWORK if machine.gpus > machine.gpus_per_node else NVLINK) + gather * within / NVLINK
 
     train, sampling = flop / compute, 0.0
     if rollout.waves:
-        sequences = N / (machine.gpus // tp)
-        at_once = max(
-            1.0, min(sequences, rollout.most, rollout.cache_tokens / (p / G + r))
-        )  # a group shares its prompt's
-        read = b * text_parameters / tp + at_once * kv_bytes_per_token(config, shape) * (p / G + r / 2)
+        tp = config.rollout.tensor_parallel_size
+        sequences, own = N * tp / machine.gpus, p / G + r  # tokens of a sequence: a group shares its prompt's
+        at_once = max(1.0, min(sequences, rollout.most, rollout.cache_tokens / own))
+        read = b * text_parameters / tp + at_once * memory.kv_bytes_per_token(config, shape) * (own - r / 2)
         sampling = math.ceil(sequences / at_once) * r * read / (BANDWIDTH / 2)
-        sampling += 2 * (text_parameters * queries * p + shape.vision * patches) / compute
+        sampling += 2 * (text_parameters * N // G * p + shape.vision * patches) / compute
     return {"training": train, "traffic": moved, "rollout": sampling, "step": max(train, moved) + sampling}

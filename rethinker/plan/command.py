@@ -20,7 +20,6 @@ _DESCRIPTION = """What a run of RECIPE takes: memory of a rank in each phase, of
 batches, and an estimate of time. If something does not fit: which settings lessen it. No weights are loaded or
 downloaded; the model's config.json is enough. Without --gpus it plans for this machine."""
 _GIB = 2**30
-_WIDTH = 110  # of a table that is not on a terminal
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -48,11 +47,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="rethinker plan",
-        usage="rethinker plan RECIPE [--gpus N --gpu-memory GIB] [options] [--section.name value ...]",
-        description=_DESCRIPTION,
-    )
+    usage = "rethinker plan RECIPE [--gpus N --gpu-memory GIB] [options] [--section.name value ...]"
+    parser = Parser(prog="rethinker plan", usage=usage, description=_DESCRIPTION)
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="a shipped recipe or a .yaml file; settings are overridden as for train")
     add("--gpus", type=int, metavar="N", help="GPUs in all [this machine's; without any, its CPU]")
@@ -97,9 +93,8 @@ def _print_table(phases: Sequence[Phase]) -> None:
     table.add_section()
     table.add_row("total", *(_gib(phase.bytes) for phase in phases))
     table.add_row("of", *("" if phase.limit is None else _gib(phase.limit) for phase in phases))
-    verdicts = ("" if phase.limit is None else "fits" if phase.fits else "TOO MUCH" for phase in phases)
-    table.add_row("", *verdicts)
-    Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False).print(table)
+    table.add_row("", *("" if phase.limit is None else "fits" if phase.fits else "TOO MUCH" for phase in phases))
+    Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False).print(table)
 
 
 def _gib(size: Any) -> str:
@@ -126,8 +121,7 @@ def _lines(plan: Plan, queries: int | None) -> Iterator[str]:
     if times:
         yield (
             f"time of a step, estimated for H100s and not measured: training {times['training']:.0f} s at {MFU:.0%} of "
-            f"their peak, ZeRO-3's traffic {times['traffic']:.0f} s at best beside it, rollout at least "
-            f"{times['rollout']:.0f} s"
+            f"their peak, ZeRO-3's traffic {times['traffic']:.0f} s in part beside it, rollout {times['rollout']:.0f} s"
         )
     if queries:
         steps = schedule_length(config, queries)

@@ -153,7 +153,7 @@ def test_sdpa_pays_for_its_mask():
     auto, flash, sdpa = (
         phases(make_plan(settings(policy__attention=kernel), machine(8))) for kernel in ("auto", "flash", "sdpa")
     )
-    assert sdpa["training"] > flash["training"] + 1
+    assert sdpa["training"] > flash["training"] + 0.5
     assert auto == flash
 
 
