@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from rethinker.config import ConfigError, PolicyConfig, one_line
+from rethinker.embedded import tiny
+from rethinker.embedded.tokenizer import train_tokenizer
 from rethinker.families import family_of
-
-if TYPE_CHECKING:
-    import torch
-
-    from rethinker.policy.model import Policy
+from rethinker.policy.attention import kernel_for
+from rethinker.policy.lora import add_adapters, base_parameters
+from rethinker.policy.model import Policy
 
 _STRIP = 16  # image tokens from top to bottom of the image that stands for all of a micro-batch's
 
@@ -64,8 +67,6 @@ class Shape:
 
     def images(self, tokens: int) -> dict[str, torch.Tensor]:
         """Pixels without data of at least so many image tokens, as the family's model takes them."""
-        import torch
-
         blank = self.policy.family.blank(self.policy.hf)  # of one token, or one tile
         pixels = blank["pixel_values"]
         if "image_grid_thw" not in blank:
@@ -84,16 +85,7 @@ def shape_of(settings: PolicyConfig, on_gpu: bool = False) -> Shape:
     Raises:
         ConfigError: there is no config.json, no policy of this kind, or no layer that policy.lora.target_modules names.
     """
-    import torch
-    from torch import nn
-
-    import rethinker.policy  # noqa: F401  transformers needs its repair of torchvision
-
-    from transformers import AutoModelForImageTextToText  # isort: skip
-
-    from rethinker.policy.attention import kernel_for
-    from rethinker.policy.lora import add_adapters, base_parameters
-    from rethinker.policy.model import Policy
+    from transformers import AutoModelForImageTextToText  # after rethinker.policy, which repairs torchvision
 
     config = config_of(settings.model)
     family = family_of(config.model_type, f"policy.model={settings.model}")
@@ -133,19 +125,14 @@ def config_of(model: str) -> Any:
     Raises:
         ConfigError: there is none, or the hub cannot be reached.
     """
-    import rethinker.policy  # noqa: F401
-
-    from transformers import AutoConfig  # isort: skip
+    from transformers import AutoConfig
 
     if model == "tiny":
-        from rethinker.embedded import tiny
-        from rethinker.embedded.tokenizer import train_tokenizer
-
         return tiny._config(tiny.DEFAULT_SIZE, train_tokenizer((), merges=tiny.DEFAULT_SIZE.merges), True)
     try:
         return AutoConfig.from_pretrained(str(Path(model).expanduser()), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"policy.model={model}: no config.json could be read; where the hub cannot be reached, give a folder that "
-            f"holds it (elsewhere: hf download NAME config.json --local-dir FOLDER): {one_line(error)}"
+            f"holds it (elsewhere: hf download NAME config.json --local-dir FOLDER): {one_line(error, longest=150)}"
         ) from None
