@@ -123,7 +123,7 @@ def _lines(plan: Plan, queries: int | None) -> Iterator[str]:
             f"time of a step, estimated for H100s and not measured: training {times['training']:.0f} s at {MFU:.0%} of "
             f"their peak, ZeRO-3's traffic {times['traffic']:.0f} s in part beside it, rollout {times['rollout']:.0f} s"
         )
-    if queries:
+    if queries or config.train.max_steps:
         steps = schedule_length(config, queries)
         hours = f", about {steps * times['step'] / 3600:.1f} hours or more" if times else ""
         yield f"schedule: {steps} optimizer steps{hours}"

@@ -78,24 +78,27 @@ def count_step(shape: Shape, batch: MicroBatch, *, chunk: int, bucket: int) -> d
         chunk: bytes of the logits that the loss head holds at a time.
         bucket: elements of ZeRO-3's gradient bucket: a full one is copied to be scattered, a larger gradient alone.
     """
-    policy, before_head = shape.policy, []
-    head = policy.hf.lm_head.weight
+    from transformers import AttentionInterface  # after rethinker.policy, which repairs torchvision
+
+    policy, head, made = shape.policy, shape.head, []
     make = functools.partial(torch.empty, device="meta")
     ids = functools.partial(make, dtype=torch.int64)
 
     def loss(rows: torch.Tensor, *_: Any) -> tuple[torch.Tensor]:
-        before_head.append(count.bytes)
+        made.append(count.bytes)
         count.moment = "loss head"
         return (_Head.apply(rows, head, chunk),)
 
-    _use_stand_ins(policy)
+    for name in (_TEXT, _VISION):
+        AttentionInterface.register(name, functools.partial(_attention, policy.kernel))
+    policy.hf.set_attn_implementation({"text_config": _TEXT, "vision_config": _VISION})
+    policy.hf.model.language_model.register_forward_pre_hook(lambda *_: made.append(count.bytes))
     policy.hf.lm_head.forward = loss
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     sizes = [parameter.numel() for parameter in trained]
     copied = max(*sizes, min(bucket, sum(sizes)))
-    policy.hf.model.language_model.register_forward_pre_hook(lambda *_: before_head.append(count.bytes))
     place = torch.arange(batch.tokens)
     with Count() as count:
         packed = SimpleNamespace(  # what Policy.forward reads of a PackedBatch
@@ -113,20 +116,9 @@ def count_step(shape: Shape, batch: MicroBatch, *, chunk: int, bucket: int) -> d
         waits = make(copied, dtype=head.dtype)
         torch.autograd.backward(losses, torch.empty_like(losses))
         del waits
-    seen, kept = before_head
-    return {
-        "activations, vision tower": seen,
-        "activations, language model": kept - seen,
-        count.worst: count.most - kept,
-    }
-
-
-def _use_stand_ins(policy: Any) -> None:
-    from transformers import AttentionInterface
-
-    for name in (_TEXT, _VISION):
-        AttentionInterface.register(name, functools.partial(_attention, policy.kernel))
-    policy.hf.set_attn_implementation({"text_config": _TEXT, "vision_config": _VISION})
+    vision, both = made  # before the language model, and behind it
+    activations = {"activations, vision tower": vision, "activations, language model": both - vision}
+    return activations | {count.worst: count.most - both}
 
 
 def _attention(
