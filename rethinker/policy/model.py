@@ -139,7 +139,7 @@ class Policy(nn.Module):
         else:
             embeds, positions = embeds[layout.index], positions[:, layout.index]
             sources = layout.position[sources]
-            spots = layout.position[spots]
+            spots = layout.position[spots] if deep else None
         if deep:
             inputs |= {"visual_pos_masks": spots, "deepstack_visual_embeds": deep}
         hidden = self.hf.model.language_model(
