@@ -66,7 +66,8 @@ CASES = {
     "bfloat16": Case(_WIDE, [32] * 4, 1, 0, settings=PolicyConfig(dtype="bfloat16")),
 }
 FAMILY_CASES = {
-    "internvl": Case(_NARROW, [170] * 8, 2, 64, settings=PolicyConfig(dtype="float32"), family="internvl"),
+    family: Case(_NARROW, [170] * 8, 2, 64, settings=PolicyConfig(dtype="float32"), family=family)
+    for family in ("internvl", "qwen3_vl")
 }
 VOCABULARY = {"vocabulary": 20_000}
 
