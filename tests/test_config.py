@@ -289,7 +289,7 @@ def test_defaults_are_in_range():
 
 def test_a_setting_that_is_gone_names_what_took_its_place(monkeypatch, tmp_path):
     """An old recipe's setting that was renamed is refused with its new name, in a file and on the command line."""
-    monkeypatch.setitem(settings.RENAMED, "train.steps", "it is now train.max_steps")
+    monkeypatch.setitem(settings.GONE, "train.steps", (100, "it is now train.max_steps"))
     assert refused("--train.steps", "3") == "the setting 'train.steps' is gone: it is now train.max_steps"
     (tmp_path / "r.yaml").write_text("train: {steps: 3}\n")
     assert "it is now train.max_steps" in refused(recipe=tmp_path / "r.yaml")

@@ -1,32 +1,63 @@
-"""The plan of a run: its phases on a rank, the host and the disk, each against what there is."""
+"""The plan of a run: batches, memory in each phase against what there is, and the least time of a step."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rethinker.config import Config, ConfigError
-from rethinker.plan.batches import Batches, Machine, Times, batches_of, times_of
-from rethinker.plan.memory import (
-    GIB,
-    Term,
-    lora_parameters,
-    step_moments,
-    sync_peak,
-    total,
-    trained_parameters,
-    training_state,
-    weight_bytes,
-    worst,
-)
-from rethinker.plan.rollout import Rollout, rollout_of
-from rethinker.plan.shapes import Shape, shape_of
+from rethinker.plan import memory
+from rethinker.plan.memory import GIB, VLLM_WEIGHTS, Budget, Rollout, total
+from rethinker.plan.model import Shape, shape_of
+from rethinker.plan.step import MicroBatch
+from rethinker.policy.throughput import PEAK_FLOPS
 
 RESERVE = 2.0 * GIB  # CUDA context, NCCL, cuBLAS, and what vLLM keeps while it sleeps; assumed
 FRAGMENTATION = 0.05  # of what the trainer allocates; assumed
 PROCESS = 4.0 * GIB  # of host memory per rank: Python, CUDA's and vLLM's libraries; assumed
 CPU_PROCESS = 1.1 * GIB  # Python, torch, DeepSpeed and vLLM's CPU build in one process; measured, see test_measured.py
 CHECKER = 0.25 * GIB  # an answer-checking process; assumed
-TOKEN_BYTES = 8  # of a response: an id and a log-prob (samples.Completion)
+TEXT_TOKENS = 100  # of a likely prompt, besides its image
+PATCHES = 4  # of an image token, in every family
+# Of an H100 and its network. FLOP/s; the share of them that training reaches, assumed; and bytes/s of its memory, to
+# GPUs of its node and to others.
+PEAK, MFU, BANDWIDTH, NVLINK, NETWORK = PEAK_FLOPS["H100"], 0.4, 3.35e12, 450e9, 50e9
+
+_DEVICE = "train.deepspeed (the preset offload), policy.lora.rank, --gpus"
+_TRAINING = "policy.gradient_checkpointing, train.micro_batch_tokens"
+ADVICE = {
+    "training": f"{_TRAINING}, rollout.sleep, {_DEVICE}",
+    "rollout": f"rollout.gpu_memory_utilization, {_DEVICE}",
+    "weight sync": f"rollout.sleep, rollout.tensor_parallel_size, {_DEVICE}",
+    "vLLM's cache": "rollout.gpu_memory_utilization, rollout.tensor_parallel_size, or on a CPU rollout.kv_cache_gb",
+    "memory": f"{_TRAINING}, rollout.kv_cache_gb, policy.lora.rank",
+    "host": "rollout.tensor_parallel_size, reward.workers",
+    "disk": "checkpoint.keep, policy.lora.rank",
+}
+"""Settings that lessen a problem, first those that change neither the result nor the speed by much."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run is planned for; `gpus` 0 is a CPU with one process."""
+
+    gpus: int
+    gpu_memory: float = 80 * GIB  # bytes of a GPU
+    gpus_per_node: int = 8
+    host_memory: float | None = None  # bytes of a node
+    disk: float | None = None  # bytes free at run.dir
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A step's batches. Lengths are not known before a run: the longest are the settings' limits, the likely ones one
+    image of data.max_pixels with a little text, and a quarter of rollout.max_new_tokens."""
+
+    prompt: int  # likely tokens
+    response: int
+    tokens: int  # likely, of a step
+    micro_batches: int  # likely, of a step on a rank
+    largest: MicroBatch  # that a rank may meet
 
 
 @dataclass(frozen=True)
@@ -34,12 +65,12 @@ class Phase:
     """A moment of the run, or the disk: what is held, and of how much."""
 
     name: str
-    terms: list[Term]
+    budget: Budget
     limit: float | None  # None: not known
 
     @property
     def bytes(self) -> float:
-        return total(self.terms)
+        return total(self.budget)
 
     @property
     def fits(self) -> bool:
@@ -52,154 +83,124 @@ class Plan:
 
     config: Config
     shape: Shape
-    machine: Machine
     batches: Batches
-    moments: list[Term]  # what a training step adds at each moment that may be its worst
-    device: list[Phase]  # of a rank; none without GPUs
-    host: Phase  # of a node; without GPUs the only memory
-    disk: Phase
     rollout: Rollout
-    times: Times | None
-
-    @property
-    def phases(self) -> list[Phase]:
-        """All of them."""
-        return [*self.device, self.host, self.disk]
+    phases: list[Phase]
+    times: dict[str, float]  # see `times_of`; empty without GPUs
 
     @property
     def problems(self) -> dict[str, str]:
         """What does not fit: {phase or "vLLM's cache": in words}."""
         sizes = {p.name: f"{p.name}: {p.bytes / GIB:.1f} GiB of {p.limit / GIB:.1f}" for p in self.phases if not p.fits}
-        if missing := self.rollout.cache_missing:
-            sizes["vLLM's cache"] = (
-                f"vLLM's cache: it holds {self.rollout.cache_tokens:,.0f} tokens and lacks {missing / GIB:.1f} GiB "
-                "for one sequence of the longest kind"
-            )
+        if self.rollout.budget and not self.rollout.waves:
+            words = f"its {self.rollout.cache_tokens:,.0f} tokens are less than one prompt and response may have"
+            sizes["vLLM's cache"] = f"vLLM's cache: {words}"
         return sizes
 
-    @property
-    def fits(self) -> bool:
-        return not self.problems
 
-
-def remedies(plan: Plan, problem: str) -> list[str]:
-    """Up to three options that lessen a problem, first those that change neither the result nor the speed by much."""
-    config, on_gpu, vllm = plan.config, plan.machine.gpus > 0, plan.config.rollout.backend == "vllm"
-    tokens, share = config.train.micro_batch_tokens, config.rollout.gpu_memory_utilization
-    half = max(config.data.max_prompt_tokens + config.rollout.max_new_tokens, tokens // 2)
-    wide, workers, keep = 2 * config.rollout.tensor_parallel_size, config.reward.workers, config.checkpoint.keep
-    wider = vllm and plan.machine.ranks_per_node % wide == 0 and plan.shape.text.num_attention_heads % wide == 0
-    training = {"training", "memory"}
-    device = {"training", "rollout", "weight sync"}
-    awake = on_gpu and vllm and not config.rollout.sleep  # then the engine keeps its share in every phase
-    split = {"vLLM's cache", "host memory of a node", *([] if awake else ["weight sync"])}
-    offers = [
-        ("--rollout.sleep true", {"training", "weight sync"}, awake),
-        ("--policy.gradient_checkpointing true", training, not config.policy.gradient_checkpointing),
-        (f"--train.micro_batch_tokens {half}", training, half < tokens),
-        (
-            f"--rollout.gpu_memory_utilization {share - 0.1:.2g}",
-            device if awake else {"rollout"},
-            vllm and share > 0.15,
-        ),
-        (f"--rollout.gpu_memory_utilization {share + 0.1:.2g}", {"vLLM's cache"}, share < 0.85),
-        (f"--rollout.tensor_parallel_size {wide}", split, wider),
-        (f"--rollout.kv_cache_gb {config.rollout.kv_cache_gb / 2:g}", {"memory"}, vllm),
-        ("--train.deepspeed.zero_optimization.offload_optimizer.device cpu", device, on_gpu),
-        ("--policy.lora.rank 16", device | {"memory", "disk"}, not config.policy.lora.rank),
-        (f"--gpus {2 * plan.machine.gpus}", device, on_gpu),
-        (f"--reward.workers {workers // 2}", {"host memory of a node"}, workers > 1),
-        (f"--checkpoint.keep {keep - 1}", {"disk"}, keep > 1),
-    ]
-    return [option for option, lessens, possible in offers if possible and problem in lessens][:3]
-
-
-def make_plan(
-    config: Config,
-    machine: Machine,
-    *,
-    prompt_tokens: int | None = None,
-    response_tokens: int | None = None,
-    queries: int | None = None,
-) -> Plan:
+def make_plan(config: Config, machine: Machine) -> Plan:
     """Plan a run.
 
-    Args:
-        config: from `rethinker.settings.resolve_config`.
-        machine: what it is to run on.
-        prompt_tokens, response_tokens: likely lengths; None assumes some.
-        queries: questions in the data set, if known.
-
     Raises:
-        ConfigError: a model without a config, or a tensor_parallel_size that fits neither the ranks nor the model.
+        ConfigError: no config.json, or a rollout.tensor_parallel_size that fits neither the ranks nor the model.
     """
-    shape = shape_of(config.policy.model)
-    _check_parallel(config, shape, machine)
-    ranks, on_gpu, here = machine.ranks, machine.gpus > 0, machine.ranks_per_node
-    batches = batches_of(config, shape, ranks, prompt_tokens, response_tokens, queries)
-    state, offloaded = training_state(config, shape, ranks, on_gpu)
-    moments = step_moments(config, shape, batches.largest, ranks, on_gpu)
-    step = worst(moments)
-    rollout = rollout_of(config, shape, ranks, machine.gpu_memory if on_gpu else None)
-    sync = sync_peak(config, shape) if rollout.terms else []
-    device, times = [], None
+    ranks, on_gpu = max(1, machine.gpus), machine.gpus > 0
+    here = min(ranks, machine.gpus_per_node)  # ranks of a node
+    shape = shape_of(config.policy, on_gpu)
+    heads, tp = shape.text.num_attention_heads, config.rollout.tensor_parallel_size
+    if math.gcd(ranks, heads) % tp:
+        sizes = [str(n) for n in range(1, ranks + 1) if math.gcd(ranks, heads) % n == 0]
+        raise ConfigError(
+            f"rollout.tensor_parallel_size={tp} must divide the number of GPUs ({ranks}) and the model's {heads} "
+            f"attention heads: {', '.join(sizes)}"
+        )
+    batches = batches_of(config, shape, ranks)
+    state, offloaded = memory.training_state(config, shape, ranks, on_gpu)
+    step = memory.step_peak(config, shape, batches.largest, ranks, on_gpu)
+    rollout = memory.rollout_of(config, shape, ranks, machine.gpu_memory if on_gpu else None)
+    sync = memory.sync_peak(shape) if rollout.budget else {}
+    b, keep = shape.weight_bytes, config.checkpoint.keep
+    host = {"answer checkers (assumed)": here * config.reward.workers * CHECKER}
+    host["a checkpoint's weights, on rank 0's node"] = b * shape.parameters
     if on_gpu:
         # An engine that sleeps takes nothing while the policy trains, and wakes for a weight sync without its cache.
-        reserve = Term("reserve", RESERVE, "CUDA context, NCCL, cuBLAS: assumed")
-        lost = Term("fragmentation", FRAGMENTATION * (total(state) + total(step)), f"{FRAGMENTATION:.0%} assumed")
-        beside, awake = ([], rollout.terms[:1]) if rollout.sleeps else (rollout.terms, rollout.terms)
-        device = [
-            Phase("training", [*state, *step, *beside, lost, reserve], machine.gpu_memory),
-            Phase("rollout", [*state, *rollout.terms, reserve], machine.gpu_memory),
-            Phase("weight sync", [*state, *awake, *sync, reserve], machine.gpu_memory),
+        asleep = {VLLM_WEIGHTS: rollout.budget[VLLM_WEIGHTS]} if rollout.sleeps else {}
+        beside, awake = ({}, asleep) if rollout.sleeps else (rollout.budget, rollout.budget)
+        reserve = {"CUDA context, NCCL, cuBLAS (assumed)": RESERVE}
+        lost = {"fragmentation (assumed)": FRAGMENTATION * (total(state) + total(step))}
+        host |= {name: here * size for name, size in (offloaded | asleep).items()}
+        host["processes (assumed)"] = here * PROCESS
+        phases = [
+            Phase("training", state | step | beside | lost | reserve, machine.gpu_memory),
+            Phase("rollout", state | rollout.budget | reserve, machine.gpu_memory),
+            Phase("weight sync", state | awake | sync | reserve, machine.gpu_memory),
+            Phase("host", host, machine.host_memory),
         ]
-        host = [Term("processes", here * PROCESS, f"{here} ranks: assumed")]
-        host += [Term(f"{term.name}, offloaded", here * term.bytes) for term in offloaded]
-        if rollout.sleeps:
-            host.append(Term("vLLM's weights, asleep", here * rollout.terms[0].bytes, "rollout.sleep, pinned"))
-        if not rollout.cache_missing:
-            likely = rollout.cache_tokens / (batches.prompt / config.rollout.group_size + batches.response)
-            times = times_of(config, shape, batches, machine, min(rollout.most_sequences, likely))
     else:
-        process = Term("the process", CPU_PROCESS, "Python, torch, DeepSpeed, vLLM")
-        host = [process, *state, *offloaded, *rollout.terms, *max(step, sync, key=total)]
-    responses = config.train.episode_queries * config.rollout.group_size
-    if not config.replay.clear_every_episode:
-        responses = max(responses, config.replay.capacity)
-    held = responses * config.rollout.max_new_tokens * TOKEN_BYTES / machine.nodes
-    workers, b, keep = config.reward.workers, weight_bytes(config), config.checkpoint.keep
-    host += [
-        Term("answer checkers", here * workers * CHECKER, f"{here} x {workers}: assumed"),
-        Term("responses and replay", held, f"{responses:,} of the longest"),
-        Term("a checkpoint's weights", b * shape.parameters, "whole, on rank 0's node, while it is written"),
-    ]
-    model = b * (shape.parameters + lora_parameters(config, shape))
-    resumable = model + 12 * trained_parameters(config, shape)
-    disk = [  # One more than is kept: the oldest goes when the newest is whole.
-        Term("checkpoints to resume from", (keep + 1) * resumable, f"{keep} kept, one being written"),
-        Term("best and last model", 2 * model, f"{b} bytes per parameter"),
-    ]
-    return Plan(
-        config,
-        shape,
-        machine,
-        batches,
-        moments=[Term(moment[-1].name, total(moment), moment[-1].note) for moment in moments],
-        device=device,
-        host=Phase("host memory of a node" if on_gpu else "memory", host, machine.host_memory),
-        disk=Phase("disk", disk, machine.disk),
-        rollout=rollout,
-        times=times,
+        host |= state | offloaded | rollout.budget | max(step, sync, key=total) | {"the process": CPU_PROCESS}
+        phases = [Phase("memory", host, machine.host_memory)]
+    model = b * (shape.parameters + shape.adapters)
+    disk = {"checkpoints to resume from": (keep + 1) * (model + 12 * shape.trained)}  # and one being written
+    disk["best and last model"] = 2 * model
+    times = times_of(config, shape, batches, machine, rollout) if on_gpu else {}
+    return Plan(config, shape, batches, rollout, [*phases, Phase("disk", disk, machine.disk)], times)
+
+
+def batches_of(config: Config, shape: Shape, ranks: int) -> Batches:
+    """The batches of a run.
+
+    The largest micro-batch is a full one, with as many image tokens as prompts may hold. A row is full when it reaches
+    train.micro_batch_tokens; one longer sample has a row of its own. Samples from replay stand alone behind their
+    prompt, so under `ssr` a prompt at its limit may come with every response of likely length.
+    """
+    G, N, data = config.rollout.group_size, config.train.batch_pairs, config.data
+    image = shape.image_tokens(data.max_pixels)
+    prompt = min(data.max_prompt_tokens, (image if data.max_images else 0) + TEXT_TOKENS)
+    response = max(1, config.rollout.max_new_tokens // 4)
+    longest = data.max_prompt_tokens + config.rollout.max_new_tokens
+    tokens = max(longest, min(config.train.micro_batch_tokens, math.ceil(N * longest / ranks)))
+    behind = response * (1 if config.algorithm.name == "ssr" else G)
+    share = min(data.max_prompt_tokens, data.max_images * image) / (data.max_prompt_tokens + behind)
+    likely = N // G * prompt + N * response
+    return Batches(
+        prompt,
+        response,
+        likely,
+        math.ceil(likely / (config.train.micro_batch_tokens * ranks)),
+        MicroBatch(tokens, tokens, min(tokens, prompt + G * response), math.ceil(tokens * share)),
     )
 
 
-def _check_parallel(config: Config, shape: Shape, machine: Machine) -> None:
-    tp, heads = config.rollout.tensor_parallel_size, shape.text.num_attention_heads
-    if machine.ranks % tp:
-        raise ConfigError(f"rollout.tensor_parallel_size={tp} must divide the number of GPUs ({machine.ranks})")
-    if heads % tp:
-        sizes = [n for n in range(1, heads + 1) if heads % n == 0 and machine.ranks % n == 0]
-        raise ConfigError(
-            f"rollout.tensor_parallel_size={tp} must divide the model's {heads} attention heads; "
-            f"on {machine.ranks} GPUs: {', '.join(map(str, sizes))}"
-        )
+def times_of(config: Config, shape: Shape, batches: Batches, machine: Machine, rollout: Rollout) -> dict[str, float]:
+    """Least seconds of a step on GPUs: its training, ZeRO-3's traffic (in part beside it), its share of the rollout (0
+    on GPUs that the plan does not know), and all together.
+
+    Training: 6 FLOP per parameter and token, 8 with gradient checkpointing; frozen weights beside adapters have no
+    gradients (2 less), nor has the vision tower then. ZeRO-3: every micro-batch gathers the weights twice and scatters
+    the gradients; with hpZ only a step's first gather goes between nodes. Rollout: every token of every wave reads the
+    engine's weights and the cache of its sequences, at half of the bandwidth; the prompts are computed once.
+    """
+    G, N, b = config.rollout.group_size, config.train.batch_pairs, shape.weight_bytes
+    p, r, text_parameters = batches.prompt, batches.response, shape.parameters - shape.vision
+    compute = machine.gpus * PEAK * MFU
+    patches = N // G * max(0, p - TEXT_TOKENS) * PATCHES
+    passes = 8 if config.policy.gradient_checkpointing else 6
+    text, seen = (passes - 2, 2) if shape.adapters else (passes, passes)
+    flop = (text * text_parameters + passes * shape.adapters) * batches.tokens + seen * shape.vision * patches
+
+    away = b * (machine.gpus - 1) / machine.gpus  # bytes of a parameter that are on other GPUs
+    gather, scatter = away * (shape.parameters + shape.adapters), away * shape.trained
+    hpz = memory.zero3(config, machine.gpus, on_gpu=True).zero_hpz_partition_size > 1
+    within = 2 * batches.micro_batches - 1 if hpz else 0  # gathers
+    between = gather * (2 * batches.micro_batches - within) + scatter * batches.micro_batches
+    moved = between / (NETWORK if machine.gpus > machine.gpus_per_node else NVLINK) + gather * within / NVLINK
+
+    train, sampling = flop / compute, 0.0
+    if rollout.waves:
+        tp = config.rollout.tensor_parallel_size
+        sequences, own = N * tp / machine.gpus, p / G + r  # tokens of a sequence: a group shares its prompt's
+        at_once = max(1.0, min(sequences, rollout.most, rollout.cache_tokens / own))
+        read = b * text_parameters / tp + at_once * memory.kv_bytes_per_token(config, shape) * (own - r / 2)
+        sampling = math.ceil(sequences / at_once) * r * read / (BANDWIDTH / 2)
+        sampling += 2 * (text_parameters * N // G * p + shape.vision * patches) / compute
+    return {"training": train, "traffic": moved, "rollout": sampling, "step": max(train, moved) + sampling}

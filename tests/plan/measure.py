@@ -20,13 +20,13 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  DeepSpeed would import it, and a compiler, in every fork
 import torch
 
 from rethinker.config import AlgorithmConfig, Config, DataConfig, LoraConfig, PolicyConfig, RolloutConfig, TrainConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded.tiny import TinySize, create_tiny
-from rethinker.plan.memory import MicroBatch
-from rethinker.plan.shapes import shape_of
+from rethinker.plan.step import MicroBatch
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
 from rethinker.policy.packing import plan_micro_batches
@@ -66,7 +66,8 @@ CASES = {
     "bfloat16": Case(_WIDE, [32] * 4, 1, 0, settings=PolicyConfig(dtype="bfloat16")),
 }
 FAMILY_CASES = {
-    "internvl": Case(_NARROW, [170] * 8, 2, 64, settings=PolicyConfig(dtype="float32"), family="internvl"),
+    family: Case(_NARROW, [170] * 8, 2, 64, settings=PolicyConfig(dtype="float32"), family=family)
+    for family in ("internvl", "qwen3_vl")
 }
 VOCABULARY = {"vocabulary": 20_000}
 
@@ -129,14 +130,12 @@ def measure(name: str, scratch: Path, ranks: distributed.Ranks) -> dict:
     engine.train_step(samples)
     peak = highest() - before
     state = resident() - before
-    pixels = [encoder.pixels(bundle.query) for bundle in bundles]
-    patches = sum(len(loaded["pixel_values"]) for loaded in pixels if loaded) or 4  # 4: the blank image
-    patches *= shape_of(str(folder)).tile_patches or 1
+    image = encoder.processor.image_token_id
     batch = MicroBatch(
         tokens=sum(bundle.tokens for bundle in bundles),
         rows=sum(len(sample.completion.token_ids) for bundle in bundles for sample in bundle.samples),
         row=max((bundle.tokens for bundle in bundles), default=0),
-        patches=patches,
+        image_tokens=sum(encoder.encode(bundle.query).token_ids.count(image) for bundle in bundles),
     )
     engine.engine.destroy()
     return {
@@ -171,6 +170,7 @@ def main(scratch: str, *lists: str) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    gc.freeze()  # what is there now is no garbage, and stays shared by the forks
     fork = multiprocessing.get_context("fork")
     ranks = [
         (Path(scratch), names, rank, number, port) for number, names in enumerate(lists, 1) for rank in range(number)

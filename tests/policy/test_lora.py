@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from rethinker.checks import lora_targets
-from rethinker.config import Config, ConfigError, LoraConfig, PolicyConfig
-from rethinker.plan.memory import lora_parameters, trained_parameters
-from rethinker.plan.shapes import shape_of
+from rethinker.config import ConfigError, LoraConfig, PolicyConfig
 from rethinker.policy import lora
 from rethinker.policy.full_weights import FullWeights
 from rethinker.policy.model import Policy, load_model
@@ -98,20 +96,13 @@ def test_nothing_changes_before_the_first_step(tiny_folder, adapted, encoder, tm
         (["gate_proj"], {"mlp.gate_proj"}),
     ],
 )
-def test_adapters_stand_in_the_language_model_alone(model, tiny_folder, targets, expected):
-    """Chosen layers of every decoder layer, never the vision tower's of the same name; all else is frozen. As many
-    parameters as the plan counts."""
+def test_adapters_stand_in_the_language_model_alone(model, targets, expected):
+    """Chosen layers of every decoder layer, never the vision tower's of the same name; all else is frozen."""
     adapters = lora.add_adapters(model, LoraConfig(rank=3, target_modules=targets), seed=0)
     layers = range(model.config.text_config.num_hidden_layers)
     assert set(adapters) == {f"model.language_model.layers.{i}.{name}.weight" for i in layers for name in expected}
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert all(re.fullmatch(r"model\.language_model\.layers\..*\.lora_[AB]\.default\.weight", name) for name in trained)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    policy = PolicyConfig(model=str(tiny_folder), lora=LoraConfig(rank=3, target_modules=targets))
-    config = Config(policy=policy)
-    shape = shape_of(str(tiny_folder))
-    assert count == lora_parameters(config, shape) == trained_parameters(config, shape) > 0
-    assert sum(p.numel() for p in model.parameters()) == shape.parameters + count
 
 
 def test_every_rank_draws_the_same(tiny_folder):

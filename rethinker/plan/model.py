@@ -1,0 +1,138 @@
+"""The policy of a run without its weights: what training would set up, on the device "meta", and its sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rethinker.config import ConfigError, PolicyConfig, one_line
+from rethinker.embedded import tiny
+from rethinker.embedded.tokenizer import train_tokenizer
+from rethinker.families import family_of
+from rethinker.policy.attention import kernel_for
+from rethinker.policy.lora import add_adapters, base_parameters
+from rethinker.policy.model import Policy
+
+_STRIP = 16  # image tokens from top to bottom of the image that stands for all of a micro-batch's
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A policy and what memory and time depend on; counts are of parameters."""
+
+    policy: Policy
+    parameters: int  # of the model, without adapters
+    vision: int  # of these, all that turns pixels into image tokens
+    adapters: int
+    trained: int  # those that have gradients and optimizer state
+    largest_group: int  # what a weight sync gathers at once: a decoder layer, or the embedding
+    merged: int  # the largest weight that adapters are merged into; 0 without adapters
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config."""
+        return self.policy.hf.config
+
+    @property
+    def text(self) -> Any:
+        """The language model's config."""
+        return self.config.get_text_config()
+
+    @property
+    def head(self) -> torch.nn.Parameter:
+        """The LM head's weight [V, D]: as large as the embedding, or the same."""
+        return self.policy.hf.lm_head.weight
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight."""
+        return self.head.itemsize
+
+    @property
+    def head_dim(self) -> int:
+        """Size of an attention head."""
+        return getattr(self.text, "head_dim", None) or self.text.hidden_size // self.text.num_attention_heads
+
+    def image_tokens(self, pixels: int) -> int:
+        """Tokens of an image of so many pixels: InternVL's of its tiles and, if there are several, one of the whole."""
+        blank, vision = self.policy.family.blank(self.policy.hf), self.config.vision_config
+        if "image_grid_thw" in blank:
+            return pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
+        tiles = max(1, pixels // blank["pixel_values"][0, 0].numel())
+        return (tiles + (tiles > 1)) * self.config.image_seq_length
+
+    def images(self, tokens: int) -> dict[str, torch.Tensor]:
+        """Pixels without data of at least so many image tokens, as the family's model takes them."""
+        blank = self.policy.family.blank(self.policy.hf)  # of one token, or one tile
+        pixels = blank["pixel_values"]
+        if "image_grid_thw" not in blank:
+            count = -(-tokens // self.config.image_seq_length)
+            return {"pixel_values": torch.empty(count, *pixels.shape[1:], device="meta")}
+        high = min(_STRIP, tokens)
+        wide = -(-tokens // high)
+        grid = blank["image_grid_thw"] * torch.tensor([1, high, wide])
+        pixels = torch.empty(high * wide * len(pixels), pixels.shape[1], device="meta")
+        return {"pixel_values": pixels, "image_grid_thw": grid}
+
+
+def shape_of(settings: PolicyConfig, on_gpu: bool = False) -> Shape:
+    """The policy that `settings` name, as it trains on GPUs or on a CPU; fused or compiled layers are counted as plain.
+
+    Raises:
+        ConfigError: there is no config.json, no policy of this kind, or no layer that policy.lora.target_modules names.
+    """
+    from transformers import AutoModelForImageTextToText  # after rethinker.policy, which repairs torchvision
+
+    config = config_of(settings.model)
+    family = family_of(config.model_type, f"policy.model={settings.model}")
+    plain = PolicyConfig(
+        attention=kernel_for(settings, on_gpu),
+        freeze_vision=settings.freeze_vision,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        lora=settings.lora,
+    )
+    with torch.device("meta"):
+        try:
+            model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, settings.dtype))
+        except (ValueError, AttributeError, RuntimeError) as error:
+            raise ConfigError(f"policy.model={settings.model} cannot be planned: {one_line(error)}") from error
+    adapters = add_adapters(model, settings.lora, seed=0) if settings.lora.rank else {}
+    policy = Policy(model, plain).eval()
+
+    def count(parameters: Any) -> int:
+        return sum(parameter.numel() for parameter in parameters)
+
+    base = dict(base_parameters(model))
+    layer = count(p for name, p in base.items() if name.startswith("model.language_model.layers.0."))
+    return Shape(
+        policy,
+        parameters=count(base.values()),
+        vision=count(nn.ModuleList(family.vision_modules(model)).parameters()),
+        adapters=count(part for adapter in adapters.values() for part in (adapter.a, adapter.b)),
+        trained=count(parameter for parameter in model.parameters() if parameter.requires_grad),
+        largest_group=max(layer, model.lm_head.weight.numel()),
+        merged=max((base[name].numel() for name in adapters), default=0),
+    )
+
+
+def config_of(model: str) -> Any:
+    """The Hugging Face config of `policy.model`: `tiny`, a folder, or a name in the hub.
+
+    Raises:
+        ConfigError: there is none, or the hub cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    if model == "tiny":
+        return tiny._config(tiny.DEFAULT_SIZE, train_tokenizer((), merges=tiny.DEFAULT_SIZE.merges), True)
+    try:
+        return AutoConfig.from_pretrained(str(Path(model).expanduser()), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"policy.model={model}: no config.json could be read; where the hub cannot be reached, give a folder that "
+            f"holds it (elsewhere: hf download NAME config.json --local-dir FOLDER): {one_line(error, longest=150)}"
+        ) from None

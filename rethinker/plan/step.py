@@ -1,0 +1,190 @@
+"""A training step on tensors without data: the real policy runs forward and backward, and its allocations are counted.
+
+Nothing here is a formula for a transformer. What needs data has a stand-in that allocates as much: the attention
+kernel, the loss head, and ZeRO-3, which takes each gradient away.
+
+Legend: T tokens of the packed row, R rows of the loss head, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rethinker.plan.model import Shape
+
+_TEXT = "rethinker_plan"
+_VISION = "rethinker_plan_flash"  # "flash": transformers hands a tower's whole row over, see policy/attention.py
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a rank computes at a time."""
+
+    tokens: int  # T
+    rows: int  # R
+    row: int  # tokens of a prompt with its responses: what SDPA's mask is quadratic in
+    image_tokens: int
+
+
+class Count(TorchDispatchMode):
+    """Bytes of a device's storages that were made under it: alive now, and most at once with the moment of that."""
+
+    def __init__(self, device: str = "meta") -> None:
+        super().__init__()
+        self.bytes = self.most = 0
+        self.moment = self.worst = "forward"
+        self._device, self._known = device, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self._meet((args, kwargs), made=False)
+        result = function(*args, **(kwargs or {}))
+        self._meet(result, made=True)
+        return result
+
+    def _meet(self, tree: Any, made: bool) -> None:
+        """Count a storage from its first sight to its end, unless it was there before."""
+        for tensor in tree_leaves(tree):
+            if not isinstance(tensor, torch.Tensor) or tensor.device.type != self._device:
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                size = storage.nbytes() if made else 0
+                self._known.add(storage._cdata)
+                self.bytes += size
+                if self.bytes > self.most:
+                    self.most, self.worst = self.bytes, self.moment
+                weakref.finalize(storage, self._forget, storage._cdata, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+def count_step(shape: Shape, batch: MicroBatch, *, chunk: int, bucket: int) -> dict[str, float]:
+    """Bytes that a micro-batch takes beyond what stays: activations, and what its worst moment adds to them.
+
+    Args:
+        shape: its policy gets stand-ins and is of no use afterwards.
+        batch: the micro-batch.
+        chunk: bytes of the logits that the loss head holds at a time.
+        bucket: elements of ZeRO-3's gradient bucket: a full one is copied to be scattered, a larger gradient alone.
+    """
+    from transformers import AttentionInterface  # after rethinker.policy, which repairs torchvision
+
+    policy, head, made = shape.policy, shape.head, []
+    make = functools.partial(torch.empty, device="meta")
+    ids = functools.partial(make, dtype=torch.int64)
+
+    def loss(rows: torch.Tensor, *_: Any) -> tuple[torch.Tensor]:
+        made.append(count.bytes)
+        count.moment = "loss head"
+        return (_Head.apply(rows, head, chunk),)
+
+    for name in (_TEXT, _VISION):
+        AttentionInterface.register(name, functools.partial(_attention, policy.kernel))
+    policy.hf.set_attn_implementation({"text_config": _TEXT, "vision_config": _VISION})
+    policy.hf.model.language_model.register_forward_pre_hook(lambda *_: made.append(count.bytes))
+    policy.hf.lm_head.forward = loss
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    sizes = [parameter.numel() for parameter in trained]
+    copied = max(*sizes, min(bucket, sum(sizes)))
+    place = torch.arange(batch.tokens)
+    with Count() as count:
+        packed = SimpleNamespace(  # what Policy.forward reads of a PackedBatch
+            tokens=batch.tokens,
+            input_ids=ids(1, batch.tokens),
+            position_ids=ids(3 if policy.family.MROPE else 1, 1, batch.tokens),
+            prompt_id=place // batch.row,
+            response_id=(place % batch.row > 0).long(),
+            source_index=ids(batch.rows),
+            target_ids=ids(batch.rows),
+            image_inputs=shape.images(batch.image_tokens) if batch.image_tokens else {},
+        )
+        (losses,) = policy(packed)
+        count.moment = "backward"
+        waits = make(copied, dtype=head.dtype)
+        torch.autograd.backward(losses, torch.empty_like(losses))
+        del waits
+    vision, both = made  # before the language model, and behind it
+    activations = {"activations, vision tower": vision, "activations, language model": both - vision}
+    return activations | {count.worst: count.most - both}
+
+
+def _attention(
+    kernel: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Stand-in for transformers' attention functions: query [B, heads, L, d] to [B, L, heads, d].
+
+    As there, SDPA repeats keys and values under a mask.
+    """
+    heads = query.shape[1]
+    if kernel == "sdpa" and attention_mask is not None and key.shape[1] != heads:
+        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    segments = 0 if cu_seq_lens_q is None else len(cu_seq_lens_q) - 1
+    return _Fused.apply(query, key, value, attention_mask, kernel, segments).transpose(1, 2).contiguous(), None
+
+
+class _Fused(torch.autograd.Function):
+    """A fused attention kernel's allocations."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, kernel, segments):
+        out = torch.empty_like(query)
+        if kernel == "flash" and not segments:
+            torch.empty_like(query)  # the part over shared keys, until it is merged
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        bias = None if mask is None else query.new_empty(mask.shape)  # SDPA turns a boolean mask into numbers
+        ctx.save_for_backward(query, key, value, out, lse, bias)
+        ctx.flash, ctx.segments = kernel != "sdpa", segments
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, _, lse, _ = ctx.saved_tensors
+        gradients = tuple(torch.empty_like(x) for x in (query, key, value))
+        scratch = [torch.empty_like(lse)]
+        if ctx.flash:
+            # Flash attention adds up the query's gradient in fp32, heads padded to 32 entries and segments by 128
+            # tokens (counted where they are short: windows), and the others' for each query head.
+            rows, heads, tokens, size = query.shape
+            padded = rows * tokens + 128 * ctx.segments, heads, -(-size // 32) * 32
+            scratch += [query.new_empty(padded, dtype=torch.float32)]
+            scratch += [torch.empty_like(query) for _ in range(2) if key.shape != query.shape]
+        return *gradients, None, None, None
+
+
+class _Head(torch.autograd.Function):
+    """The loss head's allocations: gradients are made in its forward, the weight's in fp32, beside a chunk of logits;
+    its backward scales them."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, chunk):
+        learned = [weight.new_empty(weight.shape, dtype=torch.float32)] if ctx.needs_input_grad[1] else []
+        ctx.save_for_backward(torch.empty_like(rows), *learned)
+        ctx.dtype = weight.dtype
+        rows.new_empty(chunk, dtype=torch.uint8)
+        return rows.new_empty(len(rows), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, *learned = ctx.saved_tensors
+        weight = torch.empty_like(learned[0], dtype=ctx.dtype) if learned else None
+        return torch.empty_like(rows), weight, None
