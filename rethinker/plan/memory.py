@@ -142,4 +142,7 @@ def rollout_of(config: Config, shape: Shape, ranks: int, memory: float | None) -
     )
 
 
-from rethinker.rollout import hf_engine
+def kv_bytes_per_token(config: Config, shape: Shape) -> float:
+    """Keys and values of a token in one rank's cache; heads are divided among the ranks of an engine, not below one."""
+    heads = max(1, shape.text.num_key_value_heads / config.rollout.tensor_parallel_size)
+    return 2 * shape.text.num_hidden_layers * heads * shape.head_dim * shape.weight_bytes

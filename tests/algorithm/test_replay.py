@@ -14,7 +14,6 @@ import torch
 
 from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.config import ConfigError, ReplayConfig
-from rethinker.samples import RemoteCompletion
 from tests.algorithm.examples import sample
 
 ALARM = 1e-6
