@@ -497,6 +497,7 @@ def test_the_server_refuses_in_its_own_words(engine, asked):
         ({"backend": "server", "servers": ["http://host:port"]}, "http://host:port"),
         ({"backend": "server", "servers": ["http://host:8100/v1"]}, "no path"),
         ({"backend": "server", "servers": ["http://host:8100", "http://host:8100/"]}, "twice"),
+        ({"check_sync": True, "tensor_parallel_size": 2}, "compares whole tensors"),
     ],
 )
 def test_settings_of_servers_are_checked(rollout, message):
