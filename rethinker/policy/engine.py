@@ -19,7 +19,7 @@ from rethinker.algorithm.objective import load_loss, loss_inputs, loss_normalize
 from rethinker.config import Config, ConfigError
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora, optimizer_state
-from rethinker.policy.full_weights import FullWeights
+from rethinker.policy.lora import FullWeights
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.out_of_memory import Plan, explained, noted_budget, reduce_budget
 from rethinker.policy.packing import pack, plan_micro_batches
