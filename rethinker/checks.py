@@ -94,6 +94,11 @@ def _check_backend(config: Config) -> None:
             raise ConfigError(f"rollout.{name}={value} needs rollout.backend={backend}")
     if len({server.rstrip("/") for server in rollout.servers}) < len(rollout.servers):
         raise ConfigError(f"rollout.servers={rollout.servers} names a server twice")
+    if rollout.check_sync and rollout.tensor_parallel_size > 1:
+        raise ConfigError(
+            "rollout.check_sync=true compares whole tensors and needs rollout.tensor_parallel_size=1, not "
+            f"{rollout.tensor_parallel_size}"
+        )
     if not rollout.max_staleness:
         return
     if rollout.backend != "server":

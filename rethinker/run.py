@@ -26,14 +26,13 @@ from rethinker.data.datasets import load_queries
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.streaming import open_stream
 from rethinker.embedded.files import as_files, model_folder
-from rethinker.episode import Episodes, score_again
+from rethinker.episode import Episodes, check_mismatch, score_again
 from rethinker.evaluation.answering import open_model, validate
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
 from rethinker.policy.throughput import model_flops_utilization, peak_memory_gb
 from rethinker.report.learning import learning_curve
 from rethinker.report.page import report_or_warning
-from rethinker.rollout.mismatch import check_mismatch
 from rethinker.runtime import distributed, signals
 from rethinker.runtime.display import Display
 from rethinker.runtime.host_memory import return_free_memory

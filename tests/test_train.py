@@ -15,7 +15,7 @@ from rethinker.checkpoint.resume import Progress
 from rethinker.checks import schedule_length
 from rethinker.config import Config, ConfigError, RolloutConfig, TrainConfig
 from rethinker.episode import judge, note_rethinking
-from rethinker.policy.schedule import learning_rate
+from rethinker.policy.engine import learning_rate
 from rethinker.run import Run
 from rethinker.samples import Completion, Group, Query, Rethought
 from rethinker.settings import resolve_config

@@ -19,11 +19,10 @@ from rethinker.algorithm.objective import load_loss, loss_inputs, loss_normalize
 from rethinker.config import Config, ConfigError
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora, optimizer_state
-from rethinker.policy.full_weights import FullWeights
+from rethinker.policy.lora import FullWeights
 from rethinker.policy.model import Policy, load_model
-from rethinker.policy.out_of_memory import Plan, explained, note_budget, noted_budget, smaller_budget
+from rethinker.policy.out_of_memory import Plan, explained, noted_budget, reduce_budget
 from rethinker.policy.packing import pack, plan_micro_batches
-from rethinker.policy.schedule import learning_rate
 from rethinker.policy.zero3 import deepspeed_config, without_optimizer
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.ownership import fetch
@@ -230,15 +229,8 @@ class PolicyEngine:
     def _smaller_next_time(self, plan: Plan) -> str:
         """Note a smaller budget for the next start, and say so; the other ranks wait for this one in a collective."""
         setting = self.config.train.micro_batch_tokens
-        budget = smaller_budget(self.micro_batch_tokens, plan)
-        advice = f"set train.micro_batch_tokens={budget} and start again"
-        if self.budget_file:
-            note_budget(self.budget_file, setting, budget)
-            advice = f"{self.budget_file} says so to the next start of this run (torchrun --max-restarts makes one)"
-        return (
-            f"rank {self.ranks.rank} ran out of memory in step {self.steps + 1}: "
-            f"train.micro_batch_tokens={self.micro_batch_tokens} is reduced to {budget}; {advice}"
-        )
+        change = reduce_budget(self.budget_file, setting, self.micro_batch_tokens, plan)
+        return f"rank {self.ranks.rank} ran out of memory in step {self.steps + 1}: {change}"
 
     def _accumulate(self, samples: list[Sample], plan: Plan) -> torch.Tensor:
         """Forward and backward of all micro-batches: gradients in ZeRO-3, this rank's sums [len(_SUMS)] returned."""
@@ -292,6 +284,18 @@ class PolicyEngine:
         processed = torch.full((), float(batch.tokens), device=loss.device)
         nll = kl.new_zeros(()) if batch.nll_weights is None else -(batch.nll_weights * logps).sum()
         return torch.stack([x.double() for x in (loss.detach(), kl, fresh.sum(), processed, nll)])
+
+
+def learning_rate(step: int, total_steps: int, config: Config) -> float:
+    """The learning rate of optimizer step `step` (from 0): linear warm-up, then train.schedule."""
+    train = config.train
+    warmup = round(train.warmup_ratio * total_steps)
+    if step < warmup:
+        return train.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    shape = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    floor = train.min_lr_ratio
+    return train.learning_rate * (floor + (1 - floor) * shape[train.schedule])
 
 
 def _metrics(of: dict[str, float], grad_norm: float, rate: float) -> dict[str, float]:

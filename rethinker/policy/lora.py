@@ -1,4 +1,4 @@
-"""LoRA: small trained matrices beside frozen linear layers, and the full weights that they amount to.
+"""LoRA: small trained matrices beside frozen linear layers; and the full weights that a policy amounts to.
 
 A weight W [out, in] of the language model's decoder layers becomes W + (alpha / rank) B A, with A [rank, in] and
 B [out, rank] (arXiv 2106.09685). peft puts A and B beside the layer, in the layer's own module tree; W never changes.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,6 +54,45 @@ class Adapter:
         """
         scale = self.layer.scaling[_NAME]
         return torch.addmm(weight.float(), self.b.float(), self.a.float(), alpha=scale).to(weight.dtype)
+
+
+class FullWeights:
+    """A policy's weights as (name, full tensor), re-iterable; each pass gathers one decoder layer at a time.
+
+    Iterating is collective: every rank must take the whole pass.
+    """
+
+    def __init__(
+        self, named: list[tuple[str, torch.nn.Parameter]], adapters: Mapping[str, Adapter] = MappingProxyType({})
+    ) -> None:
+        """
+        Args:
+            named: parameters in order, whole or partitioned.
+            adapters: by the name of the weight that each is merged into, on its way out.
+        """
+        self._named, self._adapters = named, adapters
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, dtype, full shape) of every weight, in the order of iteration, without gathering any."""
+        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self._named]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        import deepspeed  # takes seconds, and `rethinker plan` needs the adapters alone
+
+        for _, members in itertools.groupby(self._named, key=lambda named: _layer_of(named[0])):
+            weights = dict(members)
+            adapters = {name: self._adapters[name] for name in weights if name in self._adapters}
+            parts = [part for adapter in adapters.values() for part in (adapter.a, adapter.b)]
+            with deepspeed.zero.GatheredParameters([*weights.values(), *parts]):
+                for name, parameter in weights.items():
+                    weight = parameter.detach()
+                    yield name, adapters[name].merged(weight) if name in adapters else weight
+
+
+def _layer_of(name: str) -> str:
+    """A parameter's name up to its first index, as `model.language_model.layers.3`."""
+    found = re.match(r".*?\.\d+(?=\.|$)", name)
+    return found[0] if found else name
 
 
 def add_adapters(model: nn.Module, lora: LoraConfig, seed: int) -> dict[str, Adapter]:
@@ -112,14 +153,7 @@ def adapters_off(adapters: dict[str, Adapter]) -> Iterator[None]:
 
 
 def save(folder: Path, model: nn.Module, state: dict[str, torch.Tensor], base: str | Path) -> None:
-    """Write adapters that `peft.PeftModel.from_pretrained` loads.
-
-    Args:
-        folder: is made, with its parents.
-        model: with adapters.
-        state: `adapter_parameters`, whole and on the CPU.
-        base: the model that they belong to.
-    """
+    """Write a model's adapters (`adapter_parameters`, whole) for `peft.PeftModel.from_pretrained`, beside `base`."""
     config = copy.copy(model.peft_config[_NAME])
     config.base_model_name_or_path = str(Path(base).resolve() if Path(base).is_dir() else base)
     config.inference_mode = True

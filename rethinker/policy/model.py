@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rethinker.config import ConfigError, PolicyConfig, one_line
 from rethinker.families import family_of
 from rethinker.policy.attention import ROW, VISION, kernel_for, lay_out
-from rethinker.policy.compiled_layers import apart, compile_layers
 from rethinker.policy.cpu_linear import use_onednn
 from rethinker.policy.segment_attention import moved
 from rethinker.samples import PackedBatch, Prompt
@@ -84,8 +84,9 @@ class Policy(nn.Module):
         if config.compile:
             compile_layers(model)
         text, vision = ("sdpa", "sdpa") if self.kernel == "sdpa" else (ROW, VISION)
-        if config.compile and text == ROW:
-            text = apart(ROW)
+        if config.compile and text == ROW:  # it launches kernels of its own: compiled layers call it
+            text = f"{ROW}_apart"
+            ALL_ATTENTION_FUNCTIONS.register(text, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[ROW]))
         model.set_attn_implementation({"text_config": text, "vision_config": vision})
         if hasattr(model.model.language_model, "_deepstack_process"):
             model.model.language_model._deepstack_process = _add_at
@@ -173,6 +174,22 @@ class Policy(nn.Module):
         """Image features [N, D], and those for the decoder layers."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
             return self.family.features(self.hf, image_inputs)
+
+
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile the forwards of a language model's decoder layers in place (policy.compile), before DeepSpeed has it.
+
+    There is one graph for batches laid out in one row and one for several, each with and without gradients: four at
+    most, whatever the shapes, since the layers share their class's code. ZeRO-3 gathers a module's weights in hooks
+    around its forward, and hooks inside a compiled function would cut it at every linear layer. So ZeRO-3 gathers a
+    decoder layer as a whole, and the layer's `forward`, which stands inside its own hooks, is what is compiled.
+    """
+    from deepspeed.utils import set_z3_leaf_modules  # takes seconds to import, and few runs compile
+
+    layers = model.model.language_model.layers
+    set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
 
 def _add_at(hidden: torch.Tensor, spots: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

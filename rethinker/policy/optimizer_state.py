@@ -25,13 +25,7 @@ def applied_steps(zero: Any) -> int:
 
 
 def snapshot(model: nn.Module, zero: Any, rank: int) -> Callable[[Path], None]:
-    """This rank's pieces as they are now; what comes back writes them into a folder.
-
-    Args:
-        model: its parameters' names are those in the file.
-        zero: DeepSpeed's stage 3 optimizer over them.
-        rank: this process's.
-    """
+    """This rank's pieces, of DeepSpeed's stage 3 optimizer, as they are now; what comes back writes them."""
     state = {f"{kind}.{name}": piece.to("cpu", copy=True) for kind, name, _, piece in _pieces(model, zero)}
 
     def write(folder: Path) -> None:
@@ -44,7 +38,7 @@ def load(model: nn.Module, zero: Any, folder: Path, adam_steps: int, rank: int) 
     """Continue with the optimizer whose files lie in a folder.
 
     Args:
-        model, zero, rank: as for `snapshot`; the model's weights have been loaded.
+        model, zero: DeepSpeed's stage 3 optimizer over a model whose weights have been loaded.
         folder: with a file from every rank of the run that wrote them.
         adam_steps: `applied_steps` of that run.
     """

@@ -60,10 +60,21 @@ def smaller_budget(budget: int, plan: Plan) -> int:
     return fits
 
 
-def note_budget(file: Path, setting: int, budget: int) -> None:
-    """Write the budget that replaces `setting` (train.micro_batch_tokens), whole or not at all."""
+def reduce_budget(file: Path | None, setting: int, budget: int, plan: Plan) -> str:
+    """Note a smaller budget for the next start, whole or not at all; returns what was done, or is to be done without a
+    file.
+
+    Args:
+        setting: train.micro_batch_tokens, which the note replaces.
+        budget, plan: as for `smaller_budget`.
+    """
+    smaller = smaller_budget(budget, plan)
+    change = f"train.micro_batch_tokens={budget} is reduced to {smaller}"
+    if file is None:
+        return f"{change}; set train.micro_batch_tokens={smaller} and start again"
     with whole_file(file) as partial:
-        partial.write_text(json.dumps({"train.micro_batch_tokens": setting, "reduced_to": budget}) + "\n")
+        partial.write_text(json.dumps({"train.micro_batch_tokens": setting, "reduced_to": smaller}) + "\n")
+    return f"{change}; {file} says so to the next start of this run (torchrun --max-restarts makes one)"
 
 
 def noted_budget(file: Path | None, setting: int) -> int:

@@ -20,11 +20,9 @@ class WeightStream(Protocol):
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name (as in a checkpoint), type and full shape of every tensor, in the order of iteration; no collective."""
-        ...
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full tensors, one at a time, each valid until the next. Collective: every rank iterates to the end."""
-        ...
 
 
 class RolloutEngine(Protocol):
@@ -53,7 +51,6 @@ class RolloutEngine(Protocol):
             TimeoutError: after `rollout.timeout_s`.
             ConfigError: a prompt does not fit, or its image tokens differ from the engine's.
         """
-        ...
 
     def sync(self, weights: WeightStream, version: int) -> None:
         """Take over the policy's weights (collective). After it, `generate` samples from policy `version`.
@@ -62,7 +59,6 @@ class RolloutEngine(Protocol):
             TimeoutError: after `rollout.timeout_s`.
             RuntimeError: a tensor is missing, unknown, or (with `rollout.check_sync`) differs from the policy's.
         """
-        ...
 
     def sleep(self) -> None:
         """Free the GPU memory while the policy trains; `sync` and `generate` take it back themselves."""

@@ -126,7 +126,3 @@ class HFEngine(RolloutEngine):
     def sleep(self) -> None:
         """Move the weights to the host."""
         self._model.to("cpu")
-
-    def close(self) -> None:
-        """Drop the model."""
-        del self._model

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rethinker.config import ConfigError, DataConfig
 from rethinker.families import family_of
-from rethinker.samples import Prompt
 
 _CONFIG_PLACEHOLDERS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
@@ -32,15 +30,6 @@ def stop_token_ids(tokenizer: Any, model_config: Any, generation_config: Any | N
     added = tokenizer.get_added_vocab()
     ids.update(added.get(token) for token in family_of(model_config.model_type).PLACEHOLDERS)
     return sorted(ids - {None})
-
-
-def image_tokens_differ(prompt: Prompt, ours: int, theirs: int, data: DataConfig) -> ConfigError:
-    """The error for a prompt in which policy and rollout engine read different tokens, which only images can cause."""
-    return ConfigError(
-        f"query {prompt.query_id!r}: the policy reads {ours} tokens and the rollout engine {theirs}, so image features "
-        f"would not match image tokens; both must use data.min_pixels={data.min_pixels} and "
-        f"data.max_pixels={data.max_pixels}"
-    )
 
 
 def limits(max_new_tokens: int | list[int], prompts: int) -> list[int]:

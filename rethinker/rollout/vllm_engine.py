@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,8 +23,6 @@ from rethinker.rollout.sampling import preserved_random_state, seeded
 from rethinker.rollout.vllm_settings import Request, VLLMRequests, engine_arguments
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
-
-T = TypeVar("T")
 
 
 class VLLMEngine(RolloutEngine):
@@ -119,7 +117,7 @@ class VLLMEngine(RolloutEngine):
                     f"the policy's ({len(sent)} tensors were compared)"
                 )
 
-    def _in_model(self, function: Callable[..., T], *arguments: Any) -> T:
+    def _in_model(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What function(vLLM's model, vLLM's config, *arguments) returns."""
         return self._engine.apply_model(lambda model: function(model, self._engine.vllm_config, *arguments))[0]
 

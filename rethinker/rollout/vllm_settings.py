@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Generati
 
 from rethinker.config import Config, ConfigError
 from rethinker.families import family_of
-from rethinker.rollout.sampling import image_tokens_differ, limits, stop_token_ids
+from rethinker.rollout.sampling import limits, stop_token_ids
 from rethinker.samples import Completion, Prompt
 
 # What two models must share for one's weights to fit the other, and for both to read the same tokens.
@@ -68,16 +68,7 @@ class VLLMRequests:
     """
 
     def __init__(self, config: Config, model_dir: str):
-        """Read the model's folder.
-
-        Raises:
-            ConfigError: `rollout.check_sync` with `rollout.tensor_parallel_size` above 1.
-        """
-        if config.rollout.check_sync and config.rollout.tensor_parallel_size > 1:
-            raise ConfigError(
-                "rollout.check_sync=true compares whole tensors and needs rollout.tensor_parallel_size=1, not "
-                f"{config.rollout.tensor_parallel_size}"
-            )
+        """Read the model's folder."""
         self.config = config
         self.model_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
@@ -121,9 +112,14 @@ class VLLMRequests:
         return requests
 
     def check_prompt(self, prompt: Prompt, expanded: list[int]) -> None:
-        """Check that vLLM and the policy see the same tokens in a prompt; ConfigError if not."""
+        """Check that vLLM and the policy see the same tokens in a prompt; ConfigError if not, as images may cause."""
         if list(expanded) != prompt.token_ids:
-            raise image_tokens_differ(prompt, len(prompt.token_ids), len(expanded), self.config.data)
+            data = self.config.data
+            raise ConfigError(
+                f"query {prompt.query_id!r}: the policy reads {len(prompt.token_ids)} tokens and the rollout engine "
+                f"{len(expanded)}, so image features would not match image tokens; both must use "
+                f"data.min_pixels={data.min_pixels} and data.max_pixels={data.max_pixels}"
+            )
 
     def completion(self, token_ids: list[int], logprobs: list[float], finish_reason: str) -> Completion:
         """One answer as the trainer knows it."""

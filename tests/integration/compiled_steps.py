@@ -14,8 +14,8 @@ from torch._dynamo.utils import counters
 
 import rethinker.policy.model
 from rethinker.config import AlgorithmConfig, Config, LoraConfig, PolicyConfig, TrainConfig
-from rethinker.policy.compiled_layers import compile_layers
 from rethinker.policy.engine import PolicyEngine
+from rethinker.policy.model import compile_layers
 from rethinker.runtime import distributed
 from tests.integration.zero3_steps import gradients_at_step
 from tests.policy.switches import encoder_for, short_samples

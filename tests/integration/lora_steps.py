@@ -20,7 +20,7 @@ from rethinker.config import (
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora
 from rethinker.policy.engine import PolicyEngine
-from rethinker.policy.full_weights import FullWeights
+from rethinker.policy.lora import FullWeights
 from rethinker.policy.model import load_processor
 from rethinker.rollout.hf_engine import HFEngine
 from rethinker.runtime import distributed

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rethinker.policy.compiled_layers import compile_layers
+from rethinker.policy.model import compile_layers
 from tests import forked
 from tests.integration import compiled_steps
 from tests.integration.compiled_steps import COMPILED_BY

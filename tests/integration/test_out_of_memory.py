@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from rethinker.config import ConfigError
-from rethinker.policy.out_of_memory import note_budget, noted_budget, smaller_budget
+from rethinker.policy.out_of_memory import noted_budget, reduce_budget, smaller_budget
 from rethinker.samples import Bundle, Completion, Query, Sample
 from tests import forked
 from tests.policy.conftest import tiny_folder  # noqa: F401  (fixture)
@@ -86,12 +86,13 @@ def bundle_of(tokens: int) -> Bundle:
     return bundle
 
 
+def plan(*rows: list[int]) -> list:
+    """One rank's micro-batches, from the tokens of their bundles."""
+    return [[[bundle_of(tokens) for tokens in row] for row in rows]]
+
+
 def test_the_budget_halves_until_one_response_fills_it():
     """Half of what was used, not of a budget that nothing filled; never below the longest response."""
-
-    def plan(*rows: list[int]) -> list:
-        return [[[bundle_of(tokens) for tokens in row] for row in rows]]
-
     assert smaller_budget(64, plan([40], [30, 20, 10])) == 40  # 32 would leave the response of 40 as it is
     assert smaller_budget(16384, plan([40, 30, 20, 10])) == 50
     with pytest.raises(ConfigError, match="one response of 40 tokens"):
@@ -102,7 +103,7 @@ def test_a_note_holds_for_the_setting_it_was_made_under(tmp_path):
     """Whoever changes train.micro_batch_tokens gets what they set."""
     file = tmp_path / "note.json"
     assert noted_budget(file, 16384) == noted_budget(None, 16384) == 16384
-    note_budget(file, 16384, 8192)
-    assert noted_budget(file, 16384) == 8192
+    reduce_budget(file, 16384, 16384, plan([40, 30, 20, 10]))
+    assert noted_budget(file, 16384) == 50
     assert noted_budget(file, 4096) == 4096
     assert [path.name for path in tmp_path.iterdir()] == ["note.json"]

@@ -13,8 +13,8 @@ import pytest
 import torch
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from rethinker.episode import MismatchError, check_mismatch
 from rethinker.rollout import deadline, vllm_weights
-from rethinker.rollout.mismatch import MismatchError, check_mismatch
 from tests.rollout.helpers import rollout_config, tied_only
 
 SAMPLED = {"n": 2, "max_new_tokens": 12, "temperature": 1.0, "seed": 0}

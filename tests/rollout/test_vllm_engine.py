@@ -11,8 +11,7 @@ from transformers import AutoTokenizer
 
 from rethinker.algorithm.rethinking import Trigger, answer_tokens, continue_after_trigger, make_triggers
 from rethinker.config import ConfigError, LoraConfig, RethinkConfig
-from rethinker.policy.full_weights import FullWeights
-from rethinker.policy.lora import add_adapters, base_parameters
+from rethinker.policy.lora import FullWeights, add_adapters, base_parameters
 from rethinker.policy.model import load_model
 from rethinker.rollout.hf_engine import HFEngine
 from rethinker.runtime.distributed import Ranks
