@@ -5,7 +5,6 @@ Every check raises ConfigError with the setting's dotted name, its value, and wh
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 from collections.abc import Collection
@@ -126,11 +125,9 @@ def lora_targets(linears: Collection[str], targets: list[str]) -> list[str]:
     named = {target: {name for name in linears if f".{name}".endswith(f".{target}")} for target in targets}
     for target, found in named.items():
         if not found:
-            short = sorted({name.rpartition(".")[2] for name in linears})
-            close = difflib.get_close_matches(target.rpartition(".")[2], short, n=2) or short
             raise ConfigError(
-                f"policy.lora.target_modules: {target!r} is no linear layer of the model's decoder layers; "
-                f"nearest: {', '.join(close)}"
+                f"policy.lora.target_modules: {target!r} is no linear layer of the model's decoder layers; they have "
+                f"{', '.join(sorted(linears))}"
             )
     return sorted(set().union(*named.values()) if targets else linears)
 
