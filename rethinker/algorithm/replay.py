@@ -164,13 +164,11 @@ class ReplayBuffer:
         priorities = torch.tensor([entry.priority for entry in entries], dtype=torch.float64)
         fits = self._tree.accepts(priorities)
         if not fits.all():
-            sample = max(
-                entries[fits.long().argmin()].samples, key=lambda s: (s.advantage != s.advantage, abs(s.advantage))
-            )
+            entry = entries[fits.long().argmin()]
             raise ConfigError(
-                f"replay.alpha={self._config.alpha}: the advantage {sample.advantage} of query {sample.query.id!r} "
-                f"must be finite, and below 2^{SumTree.WEIGHT_BITS} when raised to replay.alpha; "
-                "algorithm.advantage_scale=std keeps advantages small"
+                f"replay.alpha={self._config.alpha}: the priority {entry.priority} of query "
+                f"{entry.samples[0].query.id!r} must be finite, and below 2^{SumTree.WEIGHT_BITS} when raised to "
+                "replay.alpha; algorithm.advantage_scale=std keeps advantages small"
             )
 
     def _release(self, slots: list[int]) -> None:
