@@ -115,6 +115,8 @@ class QueryStream:
                     f"{setting}: the checkpoint's data order has {key} {state.get(key)}, this run {here[key]}"
                 )
         self._drawn = dict(state["drawn"])
+        # Of labels equally far behind the first one comes, and settings may list them in another order now.
+        self._shares = {name: self._shares[name] for name in self._drawn}
 
 
 def _places(queries: Sequence[Query], label: Callable[[Query], str]) -> dict[str, list[int]]:
