@@ -53,6 +53,13 @@ def how_to_install(package: str) -> str:
     return command
 
 
+def check_packages(what: str, *packages: str) -> None:
+    """Report a package that `what` needs and that is missing, and how to install it, as a ConfigError."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise ConfigError(f"{what} needs the package {package}, which is missing: {how_to_install(package)}")
+
+
 def main(arguments: Sequence[str] = ()) -> int:
     """Print the report. Returns the exit code: 0 if training can run here, 1 if not."""
     if arguments:
