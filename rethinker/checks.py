@@ -5,15 +5,13 @@ Every check raises ConfigError with the setting's dotted name, its value, and wh
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 from collections.abc import Collection
-from importlib.util import find_spec
 from pathlib import Path
 
 from rethinker.config import Config, ConfigError
-from rethinker.doctor import cpp_compiler, how_to_install
+from rethinker.doctor import check_packages, cpp_compiler
 from rethinker.families.model_folder import check_model_folder, decoder_matrices
 from rethinker.runtime.user_code import user_file
 
@@ -131,22 +129,30 @@ def lora_targets(linears: Collection[str], targets: list[str]) -> list[str]:
     named = {target: {name for name in linears if f".{name}".endswith(f".{target}")} for target in targets}
     for target, found in named.items():
         if not found:
-            short = sorted({name.rpartition(".")[2] for name in linears})
-            close = difflib.get_close_matches(target.rpartition(".")[2], short, n=2) or short
             raise ConfigError(
-                f"policy.lora.target_modules: {target!r} is no linear layer of the model's decoder layers; "
-                f"nearest: {', '.join(close)}"
+                f"policy.lora.target_modules: {target!r} is no linear layer of the model's decoder layers; they have "
+                f"{', '.join(sorted(linears))}"
             )
     return sorted(set().union(*named.values()) if targets else linears)
 
 
 def check_resources(config: Config) -> None:
     """The packages, the model, the reward file, the recording, the run folder and the disk are there."""
-    _check_packages(config)
-    model_bytes = check_model(config.policy.model)
-    lora = config.policy.lora
+    policy, lora = config.policy, config.policy.lora
+    if policy.compile and not cpp_compiler():
+        raise ConfigError("policy.compile=true needs a C++ compiler: apt-get install g++, or set it to false")
+    check_packages(f"policy.model={policy.model}", "transformers", "deepspeed")
+    if config.rollout.backend == "vllm":
+        check_packages("rollout.backend=vllm", "vllm")
+    if lora.rank:
+        check_packages(f"policy.lora.rank={lora.rank}", "peft")
+    for tracker in config.run.trackers:
+        check_packages(f"run.trackers={tracker}", tracker)
+    if "easy_vqa" in (config.data.train, config.data.validation):
+        check_packages("data.train=easy_vqa", "easy_vqa")
+    model_bytes = check_model(policy.model)
     if lora.rank and model_bytes:
-        lora_targets(decoder_matrices(Path(config.policy.model).expanduser()), lora.target_modules)
+        lora_targets(decoder_matrices(Path(policy.model).expanduser()), lora.target_modules)
     if config.reward.function != "boxed":
         user_file("reward.function", config.reward.function, ["boxed"])
     if ":" in config.algorithm.loss:
@@ -162,23 +168,6 @@ def check_resources(config: Config) -> None:
     # have a few hundredths of that), and two best models.
     checkpoint_bytes = model_bytes if lora.rank else 7 * model_bytes
     _check_run_folder(config, max((config.checkpoint.keep + 1) * checkpoint_bytes + 2 * model_bytes, MIN_FREE_BYTES))
-
-
-def _check_packages(config: Config) -> None:
-    policy = config.policy
-    if policy.compile and not cpp_compiler():
-        raise ConfigError("policy.compile=true needs a C++ compiler: apt-get install g++, or set it to false")
-    needs = [
-        (True, f"policy.model={policy.model}", "transformers"),
-        (True, f"policy.model={policy.model}", "deepspeed"),
-        (config.rollout.backend == "vllm", "rollout.backend=vllm", "vllm"),
-        (policy.lora.rank, f"policy.lora.rank={policy.lora.rank}", "peft"),
-        *((True, f"run.trackers={tracker}", tracker) for tracker in config.run.trackers),
-        ("easy_vqa" in (config.data.train, config.data.validation), "data.train=easy_vqa", "easy_vqa"),
-    ]
-    for wanted, setting, package in needs:
-        if wanted and find_spec(package) is None:
-            raise ConfigError(f"{setting} needs the package {package}, which is missing: {how_to_install(package)}")
 
 
 def check_model(model: str, setting: str = "policy.model=") -> int:

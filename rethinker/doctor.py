@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,7 +17,6 @@ from rethinker.version import __version__
 MIN_MEMORY_GB = 6.0
 MIN_DISK_GB = 1.0
 MIN_SHARED_GB = 1.0  # of /dev/shm: NCCL's and vLLM's processes talk through it, and containers start with 64 MB
-MIN_OPEN_FILES = 1024
 
 # What training imports, in the order it is listed.
 TRAINING = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "torchvision", "datasets", "pyarrow", "PIL")
@@ -55,11 +53,18 @@ def how_to_install(package: str) -> str:
     return command
 
 
+def check_packages(what: str, *packages: str) -> None:
+    """Report a package that `what` needs and that is missing, and how to install it, as a ConfigError."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise ConfigError(f"{what} needs the package {package}, which is missing: {how_to_install(package)}")
+
+
 def main(arguments: Sequence[str] = ()) -> int:
     """Print the report. Returns the exit code: 0 if training can run here, 1 if not."""
     if arguments:
         raise ConfigError(f"rethinker doctor takes no arguments, and got {arguments[0]!r}")
-    findings = [*_machine(), *_processes(), *_gpus(), *_packages()]
+    findings = [*_machine(), *_gpus(), *_packages()]
     for finding in findings:
         mark = "ok" if finding.ok else "MISSING" if finding.blocks else "-"
         print(f"{mark:<8} {finding.part:<15} {finding.state}")
@@ -87,25 +92,10 @@ def _machine() -> Iterator[Finding]:
     # The sum tree, and what vLLM or DeepSpeed find worth it, are compiled at first use.
     compiler = cpp_compiler()
     yield Finding("C++ compiler", compiler or "not found", bool(compiler), "apt-get install g++", blocks=True)
-
-
-def _processes() -> Iterator[Finding]:
-    """What several processes on this machine need of it: torchrun's ranks, vLLM's workers, answer checkers."""
-    import resource
-
     if Path("/dev/shm").is_dir():
         size = shutil.disk_usage("/dev/shm").total / 2**30
         fix = "give the container more shared memory: docker run --shm-size 16g, or mount -o remount,size=16g /dev/shm"
         yield Finding("shared memory", f"{size:.2f} GB in /dev/shm", size >= MIN_SHARED_GB, fix)
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = files != resource.RLIM_INFINITY and files < MIN_OPEN_FILES
-    yield Finding("open files", "unlimited" if files < 0 else str(files), not few, "ulimit -n 65536")
-    name = socket.gethostname()
-    fix = f"add '127.0.0.1 {name}' to /etc/hosts, or torchrun's ranks wait for each other in vain"
-    try:
-        yield Finding("host name", f"{name} is {socket.getaddrinfo(name, None)[0][4][0]}")
-    except OSError:
-        yield Finding("host name", f"{name} has no address", False, fix)
 
 
 def _gpus() -> Iterator[Finding]:

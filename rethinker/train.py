@@ -57,7 +57,7 @@ def train(
         with suppress(StopRequested):
             while run.unfinished():
                 if not run.groups:  # a new episode: rollout, reward, forced rethinking
-                    groups = run.episodes.take(run.episode, policy.version, run.times)
+                    groups = run.episodes.take(run.progress.episode, policy.version, run.times)
                     assign_advantages(groups, config.algorithm.advantage_scale, run.ranks.device)
                     run.begin_episode(groups)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rethinker import checks, settings
+from rethinker import doctor, settings
 from rethinker.config import Config, ConfigError, RunConfig, TrainConfig
 from rethinker.settings import load_config, resolve_config, shipped_recipes, to_yaml
 
@@ -394,8 +394,8 @@ def test_rewards_and_recordings_must_exist(tmp_path):
 
 def test_missing_packages_name_the_extra(monkeypatch):
     """An optional part that is not installed is named with the command that adds it."""
-    found = checks.find_spec
-    monkeypatch.setattr(checks, "find_spec", lambda name: None if name in ("wandb", "vllm") else found(name))
+    found = doctor.find_spec
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name in ("wandb", "vllm") else found(name))
     assert "rollout.backend=vllm needs the package vllm, which is missing: pip install" in refused()
     message = refused("--rollout.backend", "hf", "--run.trackers", "[wandb]")
     assert message.startswith("run.trackers=wandb needs the package wandb") and "[wandb]'" in message

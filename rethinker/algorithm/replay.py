@@ -35,11 +35,8 @@ class _Entry:
 class ReplayBuffer:
     """Samples with |advantage| > 0, at most `capacity`; the oldest leave first.
 
-    Args:
-        config: the `replay` settings.
-        seed: seed of the draws; the same on every rank.
-        device: where the tree lives. On a GPU an `add` and the end of an episode are one launch each and wait for
-            nothing; a draw is one launch and waits once, for its slots to come back.
+    The seed is the same on every rank. With the tree on a GPU an `add` and the end of an episode are one launch each
+    and wait for nothing; a draw is one launch and waits once, for its slots to come back.
     """
 
     def __init__(self, config: ReplayConfig, seed: int, device: torch.device | str = "cpu") -> None:
@@ -58,9 +55,8 @@ class ReplayBuffer:
         return self._size
 
     def add(self, samples: list[Sample]) -> None:
-        """Keep these samples, in order; those with zero advantage carry no gradient and are left out.
-
-        With replay.unit=group the samples of one group (`Sample.group`) stand together and become one entry.
+        """Keep these samples, in order, but for those with zero advantage; with replay.unit=group those of one group
+        (`Sample.group`), which stand together, become one entry.
 
         Raises:
             ConfigError: an advantage that is not finite, or too large to weigh, naming the query; nothing is added.
@@ -121,11 +117,8 @@ class ReplayBuffer:
         return [sample for sample, _ in drawn]
 
     def end_episode(self, policy_version: int) -> None:
-        """Empty the buffer, or, if it is kept across episodes, drop samples more than `max_age` versions old.
-
-        Args:
-            policy_version: the version that the next episode's responses will have.
-        """
+        """Empty the buffer, or, if it is kept across episodes, drop samples that are more than `max_age` versions older
+        than `policy_version`, which the next episode's responses will have."""
         if self._config.clear_every_episode:
             leaving = list(self._entries)
         elif self._config.max_age is not None:
@@ -164,13 +157,11 @@ class ReplayBuffer:
         priorities = torch.tensor([entry.priority for entry in entries], dtype=torch.float64)
         fits = self._tree.accepts(priorities)
         if not fits.all():
-            sample = max(
-                entries[fits.long().argmin()].samples, key=lambda s: (s.advantage != s.advantage, abs(s.advantage))
-            )
+            entry = entries[fits.long().argmin()]
             raise ConfigError(
-                f"replay.alpha={self._config.alpha}: the advantage {sample.advantage} of query {sample.query.id!r} "
-                f"must be finite, and below 2^{SumTree.WEIGHT_BITS} when raised to replay.alpha; "
-                "algorithm.advantage_scale=std keeps advantages small"
+                f"replay.alpha={self._config.alpha}: the priority {entry.priority} of query "
+                f"{entry.samples[0].query.id!r} must be finite, and below 2^{SumTree.WEIGHT_BITS} when raised to "
+                "replay.alpha; algorithm.advantage_scale=std keeps advantages small"
             )
 
     def _release(self, slots: list[int]) -> None:

@@ -65,13 +65,8 @@ def continue_after_trigger(
     The log-probs of y1 and y2 are the behaviour policy's as they were sampled; those of the trigger are NaN. vLLM's
     prefix cache spares it the prompt and y1, as far as they fill whole blocks.
 
-    Args:
-        prompts, first, triggers: one of each per second pass; the same prompt may come several times.
-        decode: token ids to the text that is judged.
-        max_new_tokens: longest y, all parts together.
-
-    Returns:
-        In the order of the arguments; None where y1 and the trigger leave no room for y2.
+    Prompts, first answers and triggers are one of each per second pass, and so is what is returned: None where y1 and
+    the trigger leave no room for y2 within `max_new_tokens`, which is for all parts together.
     """
     bodies = [answer_tokens(y1) for y1 in first]
     rooms = [max_new_tokens - len(body) - len(t.token_ids) for body, t in zip(bodies, triggers, strict=True)]

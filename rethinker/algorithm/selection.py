@@ -13,7 +13,7 @@ from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.samples import Group, Sample
 
 ADVANTAGE_BINS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, math.inf)
-"""Edges of `advantage_histogram`: a bin holds low < |A| <= high, the first one exact zeros."""
+"""Edges of `advantage_histogram`, which counts a step's samples: low < |A| <= high, the first bin exact zeros."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,7 @@ class Batch:
     effective_query_ratio: float
 
     def metrics(self, replay: ReplayBuffer) -> dict[str, Any]:
-        """What the step trains on, by its advantages, and the state of the buffer it drew from.
-
-        `advantage_histogram` counts the trained samples with |A| in [0, 0], (0, 0.5], (0.5, 1], (1, 1.5], (1.5, 2] and
-        above (VL-Rethinker's figure of where the gradient comes from).
-        """
+        """What the step trains on, by its advantages (ADVANTAGE_BINS), and the state of the buffer it drew from."""
         sizes = np.abs([sample.advantage for sample in self.samples])
         return {
             "effective_query_ratio": self.effective_query_ratio,
@@ -49,15 +45,8 @@ def select_batch(
 ) -> Batch:
     """Choose the samples of one step (VL-Rethinker: Vanishing advantages, Selective Sample Replay).
 
-    Args:
-        groups: the step's groups over all ranks, with rewards and advantages.
-        name: `grpo` keeps every sample, `filter` those with |A| > 0, `ssr` puts those into `replay` and then draws
-            max(0, pairs - their number) from it; an empty buffer leaves the batch smaller.
-        pairs: N, the batch size that `ssr` fills up to.
-        replay: only `ssr` uses or changes it.
-
-    Raises:
-        ValueError: a group without advantages.
+    Of the step's groups, over all ranks, `grpo` keeps every sample, `filter` those with |A| > 0; `ssr` puts these into
+    `replay` and then draws max(0, pairs - their number) from it; an empty buffer leaves the batch smaller.
     """
     samples = [sample for group in groups for sample in group.samples()]
     if name != "grpo":

@@ -45,13 +45,8 @@ def _joined(arrays: list[np.ndarray | None], dtype: type) -> torch.Tensor:
 
 
 class Responses:
-    """The queries and completions that restored groups and samples refer to.
-
-    Args:
-        queries: of the data, by id.
-        saved: `held_responses` of the ranks whose responses fall to this one.
-        ranks: this process's place.
-    """
+    """The queries (by id) and completions that restored groups and samples refer to; `saved` are `held_responses` of
+    the ranks whose responses fall to this one."""
 
     def __init__(self, queries: Mapping[str, Query], saved: Iterable[dict[str, Any]], ranks: Ranks) -> None:
         self._queries, self._ranks = queries, ranks

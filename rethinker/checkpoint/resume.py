@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from rethinker.checkpoint.held_samples import Responses, held_responses
-from rethinker.checkpoint.state_file import frozen, read_state, write_state
+from rethinker.checkpoint.state_file import frozen, read_state
 from rethinker.config import Config, ConfigError
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Accuracy, Group
@@ -103,7 +103,7 @@ class RunState:
 
         def write(folder: Path) -> None:
             write_optimizer(folder)
-            write_state(folder / f"rank_{self.ranks.rank:05d}", own)
+            frozen(own)(folder / f"rank_{self.ranks.rank:05d}")
             if write_run:
                 write_run(folder / "run")
 

@@ -47,13 +47,8 @@ def frozen(tree: Any) -> Callable[[Path], None]:
     return write
 
 
-def write_state(path: Path, tree: Any) -> None:
-    """Write a tree, as `frozen` says."""
-    frozen(tree)(path)
-
-
 def read_state(path: Path) -> Any:
-    """What `write_state` wrote; tensors are on the host.
+    """What `frozen` wrote; tensors are on the host.
 
     Raises:
         OSError, ValueError: a file is missing or not one of ours.

@@ -14,8 +14,9 @@ from typing import get_args
 from rethinker.checks import check_model
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
+from rethinker.doctor import check_packages
 from rethinker.evaluation.benchmark import load_benchmark, shipped_benchmarks
-from rethinker.evaluation.settings import RECORDED, Mode, check_packages, eval_config
+from rethinker.evaluation.settings import RECORDED, Mode, eval_config
 
 _DESCRIPTION = """Answer a benchmark greedily, check the answers as the training reward does, and write result.json and
 responses.parquet. CHECKPOINT is a run's checkpoints/best, or any supported folder or Hugging Face name. A run's

@@ -6,12 +6,11 @@ torch is not imported here: mistakes are reported before anything slow.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from rethinker.config import Config, ConfigError
-from rethinker.doctor import how_to_install
+from rethinker.doctor import check_packages
 from rethinker.settings import flat, read_yaml_file, resolve_config
 
 Mode = Literal["normal", "forced", "oracle"]
@@ -49,13 +48,6 @@ def check_engine(config: Config, command: str) -> None:
     check_packages(command, "transformers", "pyarrow", "PIL", "pandas", "scipy")
     if config.rollout.backend == "vllm":
         check_packages("rollout.backend=vllm, other than hf,", "vllm")
-
-
-def check_packages(what: str, *packages: str) -> None:
-    """Report a missing package and how to install it, as a ConfigError."""
-    for package in packages:
-        if find_spec(package) is None:
-            raise ConfigError(f"{what} needs the package {package}: {how_to_install(package)}")
 
 
 def run_settings(checkpoint: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rethinker.command_line import Parser
-from rethinker.evaluation.settings import check_packages
+from rethinker.doctor import check_packages
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -67,10 +67,7 @@ class Ranks:
 
 def start(timeout_s: float) -> Ranks:
     """Join the process group that torchrun describes (gloo on CPU, NCCL on CUDA); alone, form one of a single rank.
-
-    Args:
-        timeout_s: deadline of every collective, so that a lost rank ends the run instead of hanging it.
-    """
+    `timeout_s` is the deadline of every collective, so that a lost rank ends the run instead of hanging it."""
     if "RANK" not in os.environ:
         port = str(get_free_port())
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

@@ -45,14 +45,8 @@ def collect(groups: list[Group], ranks: Ranks) -> list[Group]:
 
 
 def fetch(plan: list[list[list[Bundle]]], ranks: Ranks) -> list[list[Bundle]]:
-    """This rank's part of a plan with every sample's tokens and log-probs, in one collective (none if all are home).
-
-    Args:
-        plan: `[rank][micro-batch][bundle]`, the same on every rank.
-
-    Returns:
-        [micro-batch][bundle] of this rank.
-    """
+    """This rank's part, [micro-batch][bundle], of a plan, [rank][micro-batch][bundle], the same on every rank: with
+    every sample's tokens and log-probs, in one collective (none if all are home)."""
     travelling: dict[tuple[int, int], Sample] = {}
     for rank, micro_batches in enumerate(plan):
         samples = (sample for bundles in micro_batches for bundle in bundles for sample in bundle.samples)

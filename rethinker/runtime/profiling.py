@@ -23,15 +23,8 @@ def _progress() -> None:
 
 @contextmanager
 def phase(name: str, times: dict[str, float] | None = None) -> Iterator[None]:
-    """Mark a phase of the step for Nsight, add its wall time, and put off the report of a stall.
-
-    The NVTX range costs nothing when no profiler listens, and is left out without CUDA. The time is the host's: work
-    the phase queued on the GPU counts where the host waits for it.
-
-    Args:
-        name: `rollout`, `reward`, `train`, `sync`, ...
-        times: its entry `time_<name>_s` grows by the seconds spent here.
-    """
+    """Mark a phase of the step for Nsight, add its wall time to `times` as `time_<name>_s`, and put off the report of a
+    stall. The time is the host's: work that is queued on the GPU counts where the host waits for it."""
     _progress()
     torch = sys.modules.get("torch")  # only a process that uses torch can use CUDA
     start = time.perf_counter()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rethinker.config import ConfigError, nearest, one_line
+from rethinker.config import ConfigError, one_line
 
 
 def user_file(setting: str, spec: str, shipped: Iterable[str]) -> tuple[Path, str]:
@@ -21,9 +21,7 @@ def user_file(setting: str, spec: str, shipped: Iterable[str]) -> tuple[Path, st
     """
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py"):
-        names = sorted(shipped)
-        hint = f"; did you mean {near}?" if (near := nearest(spec, names)) else ""
-        raise ConfigError(f"{setting}={spec}: give {', '.join(names)}, or path/to/file.py:function{hint}")
+        raise ConfigError(f"{setting}={spec}: give {', '.join(sorted(shipped))}, or path/to/file.py:function")
     path = Path(os.path.expanduser(file))
     if not os.path.isfile(path):
         raise ConfigError(f"{setting}={spec}: there is no file {path}")
@@ -50,7 +48,5 @@ def user_function(setting: str, spec: str, shipped: Mapping[str, Callable[..., A
     function = getattr(module, name, None)
     if not callable(function):
         names = [n for n, value in vars(module).items() if inspect.isfunction(value)]
-        near = nearest(name, names) or next(iter(names), None)
-        hint = f"; did you mean {near}?" if near else ""
-        raise ConfigError(f"{setting}={spec}: {path} has no function {name!r}{hint}")
+        raise ConfigError(f"{setting}={spec}: {path} has no function {name!r}; it has {', '.join(names) or 'none'}")
     return function

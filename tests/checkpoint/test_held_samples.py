@@ -8,7 +8,7 @@ import math
 import pytest
 
 from rethinker.checkpoint.held_samples import Responses, held_responses
-from rethinker.checkpoint.state_file import read_state, write_state
+from rethinker.checkpoint.state_file import frozen, read_state
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Group, Query, RemoteCompletion, Rethinking, Rethought
 
@@ -43,7 +43,7 @@ def test_numbers_of_an_older_release_are_read(tmp_path):
     held = held_responses(groups_on(0, 1), [])
     wide = held | {"token_ids": held["token_ids"].long()}
     wide |= {name: held[name].double() for name in ("logprobs", "trainer_logprobs")}
-    write_state(tmp_path / "run", [[held, wide], groups_on(0, 1)])
+    frozen([[held, wide], groups_on(0, 1)])(tmp_path / "run")
     saved, outlines = read_state(tmp_path / "run")
     for state in saved:
         responses = Responses(QUERIES, [state], Ranks(0, 1, 0))
@@ -56,9 +56,9 @@ def test_every_rank_holds_what_it_should(tmp_path, before, after):
     for rank in range(before):
         groups = groups_on(rank, before)
         samples = [sample for group in groups[:2] for sample in group.samples()]  # also in replay
-        write_state(tmp_path / f"rank_{rank}", held_responses(groups, samples))
+        frozen(held_responses(groups, samples))(tmp_path / f"rank_{rank}")
         if rank == 0:
-            write_state(tmp_path / "run", {"groups": groups, "samples": samples})
+            frozen({"groups": groups, "samples": samples})(tmp_path / "run")
     saved = read_state(tmp_path / "run")
     for rank in range(after):
         owns = [read_state(tmp_path / f"rank_{old}") for old in range(rank, before, after)]

@@ -10,7 +10,7 @@ import pytest
 
 from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.checkpoint.resume import MAY_CHANGE, OF_A_SOURCE_MAY_CHANGE, Progress, RunState, saved_state, versions
-from rethinker.checkpoint.state_file import read_state, write_state
+from rethinker.checkpoint.state_file import frozen, read_state
 from rethinker.config import Config, ConfigError, ReplayConfig
 from rethinker.data.mixture import OF_A_SOURCE
 from rethinker.data.query_stream import QueryStream, fingerprint
@@ -39,7 +39,7 @@ def test_settings_are_compared_by_name(tmp_path):
     """Where, how fast and how long may change; everything else is refused with both values."""
     config = resolve_config("easy_vqa_cpu", {"run.name": "x"})
     (tmp_path / "trainer").mkdir()
-    write_state(tmp_path / "trainer" / "run", {"settings": flat(config)})
+    frozen({"settings": flat(config)})(tmp_path / "trainer" / "run")
     free = {"run.trackers": [], "checkpoint.keep": 7, "train.max_steps": 999, "train.micro_batch_tokens": 77}
     free |= {f"policy.{how}": True for how in ("gradient_checkpointing", "compile")} | {"policy.attention": "flash"}
     assert saved_state(tmp_path, resolve_config("easy_vqa_cpu", {"run.name": "y", "resume": "auto"} | free))
@@ -63,7 +63,7 @@ def test_settings_of_sources_are_compared_as_those_above_them(tmp_path):
         )
 
     (tmp_path / "trainer").mkdir()
-    write_state(tmp_path / "trainer" / "run", {"settings": flat(config(image_root="images"))})
+    frozen({"settings": flat(config(image_root="images"))})(tmp_path / "trainer" / "run")
     assert saved_state(tmp_path, config(image_root="elsewhere", max_bad_rows=0.5)) and saved_state(tmp_path, config())
     for changed in ({"weight": 2}, {"train": "b.jsonl"}, {"category_weights": {"c": 1}}, {"pass_rate": "p"}):
         with pytest.raises(ConfigError, match=r"cannot go on with data\.sources="):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rethinker.checkpoint.resume import random_state, set_random_state
-from rethinker.checkpoint.state_file import read_state, write_state
+from rethinker.checkpoint.state_file import frozen, read_state
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec="utf-8"))
 TREES = st.recursive(
@@ -24,7 +24,7 @@ TREES = st.recursive(
 def test_any_tree_comes_back(tmp_path_factory, tree):
     """Numbers of any size, NaN, infinities, odd texts and keys, empty lists: repr for repr the same."""
     path = tmp_path_factory.mktemp("state") / "run"
-    write_state(path, tree)
+    frozen(tree)(path)
     assert repr(read_state(path)) == repr(tree)
 
 
@@ -33,7 +33,7 @@ def test_tensors_come_back_to_the_bit(tmp_path):
     base = torch.arange(6.0).view(2, 3)
     tree = {"a": [base, base.T, base[0]], "b.c": {"d": torch.tensor([math.nan, -0.0], dtype=torch.float64)}}
     tree |= {"empty": torch.zeros(0, 2, dtype=torch.int64), "bytes": torch.tensor([255], dtype=torch.uint8)}
-    write_state(tmp_path / "rank_00000", tree)
+    frozen(tree)(tmp_path / "rank_00000")
     back = read_state(tmp_path / "rank_00000")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank_00000.json", "rank_00000.safetensors"]
     flat = [*zip(tree["a"], back["a"], strict=True), (tree["empty"], back["empty"]), (tree["bytes"], back["bytes"])]
@@ -43,7 +43,7 @@ def test_tensors_come_back_to_the_bit(tmp_path):
 
 def test_a_foreign_file_is_an_error_not_code(tmp_path):
     """A pickle in the place of the tensors is refused, not loaded."""
-    write_state(tmp_path / "run", {"x": torch.ones(1)})
+    frozen({"x": torch.ones(1)})(tmp_path / "run")
     torch.save({"x": torch.ones(1)}, tmp_path / "run.safetensors")
     with pytest.raises(Exception, match="(?i)header"):
         read_state(tmp_path / "run")
@@ -57,7 +57,7 @@ def test_every_random_stream_goes_on(tmp_path):
 
     random.gauss(0, 1)
     np.random.randn(1)  # leaves the second of a pair behind
-    write_state(tmp_path / "r", random_state())
+    frozen(random_state())(tmp_path / "r")
     expected = draw()
     draw()
     set_random_state(read_state(tmp_path / "r"))

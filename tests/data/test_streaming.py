@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from rethinker.checkpoint.state_file import read_state, write_state
+from rethinker.checkpoint.state_file import frozen, read_state
 from rethinker.config import ConfigError, DataConfig
 from rethinker.data.datasets import load_queries
 from rethinker.data.query_stream import QueryStream
@@ -201,7 +201,7 @@ def test_queries_of_held_samples_are_kept(tmp_path):
     data = mixture(tmp_path)
     stream = StreamedQueries(data, 5)
     held = stream.next(60)
-    write_state(tmp_path / "state", stream.keep([*held, held[3]]))
+    frozen(stream.keep([*held, held[3]]))(tmp_path / "state")
     again = StreamedQueries(data, 5).kept(read_state(tmp_path / "state"))
     assert again == {query.id: query for query in held}
     (tmp_path / "virl" / "images").rename(tmp_path / "images")

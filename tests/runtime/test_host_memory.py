@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from rethinker.runtime.host_memory import return_free_memory
+from rethinker.run import return_free_memory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
