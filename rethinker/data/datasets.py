@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rethinker.config import ConfigError, DataConfig, nearest
-from rethinker.data.archives import has_member, split_archive
+from rethinker.data.archives import in_archive
 from rethinker.data.mixture import of_source, source_configs
 from rethinker.data.sources import Row, Table, open_table
 from rethinker.data.subsets import Side, content_name, side_of, why_not
@@ -266,7 +266,7 @@ class Reader:
                 "images are paths, bytes or a list of these",
             )
         path = str(self._root / os.path.expanduser(item))
-        if not (os.path.isfile(path) or self._in_archive(path)):  # through links; no pipe, no device
+        if not (os.path.isfile(path) or in_archive(path)):  # through links; no pipe, no device
             hint = "data.image_root says where paths start, and nothing is downloaded"
             raise BadRowError("no image", f"{called}: no image file {path}; {hint}")
         return path
@@ -284,13 +284,6 @@ class Reader:
                 message = "%s: its embedded images take %.1f GiB so far, in the memory of every process of a node; %s"
                 _on_one_rank(logging.WARNING, message, self.where, self._held / 2**30, advice)
         return self._embedded[content]
-
-    def _in_archive(self, path: str) -> bool:
-        archived = split_archive(path)
-        try:
-            return archived is not None and has_member(*archived)
-        except ValueError as error:
-            raise ConfigError(f"{self.where}: {error}") from error
 
 
 def _on_one_rank(level: int, message: str, *arguments: Any) -> None:
