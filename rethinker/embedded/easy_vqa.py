@@ -53,7 +53,11 @@ def describe_images(queries: Iterable[Query]) -> dict[Hashable, tuple[str, str]]
         if len(query.images) != 1:
             continue
         known = seen.setdefault(image_key(query.images[0]), {})
-        for word in _true_words(query):
+        words = [query.answer]
+        if query.answer in ("yes", "no"):
+            holds = (query.answer == "yes") != is_negated(query.question)
+            words = re.findall(r"\w+", query.question) if holds else []
+        for word in words:
             if word in COLORS:
                 known["color"] = word
             elif word in SHAPES:
@@ -64,12 +68,3 @@ def describe_images(queries: Iterable[Query]) -> dict[Hashable, tuple[str, str]]
 def is_negated(question: str) -> bool:
     """Whether the question asks for absence: "is no red shape present?"."""
     return re.search(r"\b(no|not)\b", question) is not None
-
-
-def _true_words(query: Query) -> Iterable[str]:
-    """Words that hold of the image: those of an open answer, or those of a statement that the answer confirms."""
-    if query.answer not in ("yes", "no"):
-        return [query.answer]
-    if (query.answer == "yes") != is_negated(query.question):
-        return re.findall(r"\w+", query.question)
-    return []

@@ -192,7 +192,7 @@ def test_mistakes_in_the_rows(folder, rows, settings, message):
     [
         ("data.jsonl", b'{"question": "q", "answer": "a"}\n{"question"', r"line 2 is not JSON"),
         ("data.jsonl", b"[1]", r"line 1 is not a JSON object"),
-        ("data.jsonl", b"\xff\xfe", r"not a readable \.jsonl file"),
+        ("data.jsonl", b"\xff\xfe", r"line 1 is not JSON"),
         ("data.parquet", b"PAR1 nothing", r"not a readable \.parquet file"),
         ("data.csv", b"a,b", r"files are read as \.parquet or \.jsonl"),
         ("dota.jsonl", None, r"no such file; did you mean .*data\.jsonl"),
