@@ -18,6 +18,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import BinaryIO
 
+from rethinker.config import ConfigError
+
 _THROUGH = re.compile(r"\.(?:zip|tar)/", re.IGNORECASE)
 
 
@@ -29,13 +31,10 @@ def split_archive(path: str) -> tuple[str, str] | None:
     return None
 
 
-def has_member(archive: str, member: str) -> bool:
-    """Whether the archive holds this file.
-
-    Raises:
-        ValueError: the archive cannot be read.
-    """
-    return _name(member) in _members(archive)
+def in_archive(path: str) -> bool:
+    """Whether a path leads through an archive to a file in it; raises ConfigError if the archive cannot be read."""
+    archived = split_archive(path)
+    return archived is not None and _name(archived[1]) in _members(archived[0])
 
 
 def open_member(archive: str, member: str, most_bytes: int) -> BinaryIO:
@@ -47,7 +46,8 @@ def open_member(archive: str, member: str, most_bytes: int) -> BinaryIO:
         most_bytes: a member that claims more is not read, however little space it takes.
 
     Raises:
-        ValueError: an archive that cannot be read, no such member, or a member that is too long.
+        ConfigError: an archive that cannot be read.
+        ValueError: no such member, or a member that is too long.
     """
     size, read = _members(archive).get(_name(member), (0, None))
     if read is None:
@@ -80,7 +80,7 @@ def _listed(path: str, *_version: int) -> Members:
             files = {name: (size, partial(os.pread, file, size, start)) for name, size, start in places}
     except (zipfile.BadZipFile, tarfile.TarError, OSError) as error:
         kind = ".zip" if zipped else "uncompressed .tar"
-        raise ValueError(f"{path} is not a readable {kind} ({error}); a .zip may be compressed") from error
+        raise ConfigError(f"data: {path} is not a readable {kind} ({error}); a .zip may be compressed") from error
     return {name: file for member, file in files.items() if (name := _name(member))}
 
 

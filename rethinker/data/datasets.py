@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rethinker.config import ConfigError, DataConfig, nearest
-from rethinker.data.archives import has_member, split_archive
+from rethinker.data.archives import in_archive
 from rethinker.data.mixture import of_source, source_configs
 from rethinker.data.sources import Row, Table, open_table
 from rethinker.data.subsets import Side, content_name, side_of, why_not
@@ -28,6 +28,9 @@ IMAGE_MARK = "<image>"
 
 # As data.validation: a part of data.train.
 SPLIT = "split"
+
+# Bytes of embedded images of one data set in the memory of a process, beyond which a warning says so.
+MUCH_HELD = 2 * 2**30
 
 
 def load_queries(config: DataConfig, which: Side, most: int | None = None) -> list[Query]:
@@ -147,6 +150,7 @@ class Reader:
         self._left_out: Counter[str] = Counter()
         self._ids: dict[str, int] = {}
         self._embedded: dict[bytes, dict[str, bytes]] = {}
+        self._held = 0  # bytes of the above
 
     def queries(self) -> Iterator[Query]:
         """The wanted queries, in the order of their rows.
@@ -254,7 +258,7 @@ class Reader:
             content = bytes(item)
             if self.streaming:  # with a name: as keys of a cache, bytes would stay
                 return {"bytes": content, "name": content_name(content)}
-            return self._embedded.setdefault(content, {"bytes": content})  # equal images are held once
+            return self._hold(content)
         if not isinstance(item, (str, Path)) or not str(item):
             raise BadRowError(
                 "no image",
@@ -262,17 +266,24 @@ class Reader:
                 "images are paths, bytes or a list of these",
             )
         path = str(self._root / os.path.expanduser(item))
-        if not (os.path.isfile(path) or self._in_archive(path)):  # through links; no pipe, no device
+        if not (os.path.isfile(path) or in_archive(path)):  # through links; no pipe, no device
             hint = "data.image_root says where paths start, and nothing is downloaded"
             raise BadRowError("no image", f"{called}: no image file {path}; {hint}")
         return path
 
-    def _in_archive(self, path: str) -> bool:
-        archived = split_archive(path)
-        try:
-            return archived is not None and has_member(*archived)
-        except ValueError as error:
-            raise ConfigError(f"{self.where}: {error}") from error
+    def _hold(self, content: bytes) -> dict[str, bytes]:
+        """The image's reference; equal images are held once."""
+        if content not in self._embedded:
+            self._embedded[content] = {"bytes": content}
+            before, self._held = self._held, self._held + len(content)
+            train = self.which == "train"
+            # Of a split the training side speaks for both.
+            if before <= MUCH_HELD < self._held and (train or self.config.validation != SPLIT):
+                advice = "data.streaming=true reads each image when its turn comes, in the same order"
+                advice = advice if train else "data.streaming=true does not change that: give fewer questions"
+                message = "%s: its embedded images take %.1f GiB so far, in the memory of every process of a node; %s"
+                _on_one_rank(logging.WARNING, message, self.where, self._held / 2**30, advice)
+        return self._embedded[content]
 
 
 def _on_one_rank(level: int, message: str, *arguments: Any) -> None:

@@ -108,11 +108,7 @@ class PromptEncoder:
 
     def misfit(self, query: Query) -> str | None:
         """Why the query is left out, or None if it fits: `data.max_images`, `data.max_prompt_tokens`, `image shape`, or
-        `unreadable image`; prompts are never truncated.
-
-        An image is read to its end the first time that it is asked for, and not kept: 0.1 ms for 64 x 64 pixels; for
-        1024 x 1024 it is 2 ms as JPEG and 25 ms as PNG or WebP (one core of a 2-core Xeon VM).
-        """
+        `unreadable image` (each is read to its end once); prompts are never truncated."""
         fault = self._fault(query)
         return fault and fault.reason
 
@@ -130,8 +126,8 @@ class PromptEncoder:
                 if (key := image_key(reference)) not in self._whole:
                     check_image(reference, query.id, limits.max_image_pixels)
                     self._whole.add(key)
-        except _ImageShapeError as error:
-            return BadRowError("image shape", str(error))
+        except BadRowError as error:
+            return error
         except UnreadableImageError as error:
             return BadRowError("unreadable image", str(error))
         return None
@@ -157,10 +153,7 @@ class PromptEncoder:
 
     def leave_out(self, query: Query, dropped: Counter[str], of: int) -> BadRowError | None:
         """None for a query that fits; otherwise why it does not, counted in `dropped`; the first of a reason is logged.
-
-        Raises:
-            ConfigError: the images of more than `data.max_bad_rows` of so many queries cannot be read.
-        """
+        Raises as `fitting` does."""
         fault = self._fault(query)
         if fault is None:
             return None
@@ -230,7 +223,7 @@ class PromptEncoder:
         try:
             return self.family.image_ids(self.processor, height, width)
         except ValueError as error:
-            raise _ImageShapeError(f"query {query_id}: {error}") from error
+            raise BadRowError("image shape", f"query {query_id}: {error}") from error
 
     def _open_image(self, reference: Any, query_id: str) -> Image.Image:
         """Above `max_pixels` in the processor's size if possible, so that no photo fills the memory."""
@@ -240,10 +233,6 @@ class PromptEncoder:
 
 def _shown(query: Query) -> tuple[Hashable, ...]:
     return tuple(map(image_key, query.images))
-
-
-class _ImageShapeError(ConfigError):
-    """An image that the processor refuses for its proportions."""
 
 
 def select_fitting(queries: Sequence[Query], encoder: PromptEncoder) -> tuple[list[Query], Counter[str]]:

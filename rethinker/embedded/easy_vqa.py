@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Hashable, Iterable
 from typing import Literal
 
+from rethinker.data.images import image_key
 from rethinker.samples import Query
 
 SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 
 def easy_vqa(split: Literal["train", "test"]) -> list[Query]:
@@ -36,3 +40,31 @@ def _category(answer: str) -> str:
     if answer in ("yes", "no"):
         return "yes/no"
     return "shape" if answer in SHAPES else "color"
+
+
+def describe_images(queries: Iterable[Query]) -> dict[Hashable, tuple[str, str]]:
+    """Colour and shape of every image whose questions tell both, by `image_key`.
+
+    "what color is the shape?" says the colour. So does "is there a red shape?" when its answer is yes, and "is no red
+    shape present?" when it is no. Questions of another kind, or about several images, say nothing.
+    """
+    seen: dict[Hashable, dict[str, str]] = {}
+    for query in queries:
+        if len(query.images) != 1:
+            continue
+        known = seen.setdefault(image_key(query.images[0]), {})
+        words = [query.answer]
+        if query.answer in ("yes", "no"):
+            holds = (query.answer == "yes") != is_negated(query.question)
+            words = re.findall(r"\w+", query.question) if holds else []
+        for word in words:
+            if word in COLORS:
+                known["color"] = word
+            elif word in SHAPES:
+                known["shape"] = word
+    return {key: (known["color"], known["shape"]) for key, known in seen.items() if len(known) == 2}
+
+
+def is_negated(question: str) -> bool:
+    """Whether the question asks for absence: "is no red shape present?"."""
+    return re.search(r"\b(no|not)\b", question) is not None

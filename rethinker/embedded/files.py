@@ -79,10 +79,7 @@ def _file(name: str | None, split: str, setting: str) -> str | None:
             raise ConfigError(f"{setting}={name}: there is no such data set; did you mean {close}?")
         return None
     load, package, distribution = DATA_SETS[name]
-    module = find_spec(package)
-    if module is None:
-        raise ConfigError(f"{setting}={name} needs the package {distribution}: pip install {distribution}")
-    made_of = [module.origin, version(distribution), version("pillow")]
+    made_of = [find_spec(package).origin, version(distribution), version("pillow")]
     made_of += [Path(file).read_bytes() for file in (__file__, load.__code__.co_filename)]
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
     path = cache_folder() / f"{name}-{split}-{key}.parquet"

@@ -60,17 +60,14 @@ def create_tiny(
     texts: Iterable[str] | None = None,
     size: TinySize = DEFAULT_SIZE,
 ) -> Path:
-    """Write a tiny Qwen2.5-VL with random weights to `folder`, which is made if it is missing.
+    """Write a tiny Qwen2.5-VL with random weights and its processor to a folder, and return it.
 
     Args:
-        folder: where config, weights, tokenizer, chat template and processor files go.
+        folder: made if it is missing.
         seed: of the weights; the same arguments write the same bytes.
         tie_word_embeddings: whether the LM head shares the embedding matrix.
         texts: what the tokenizer learns its merges from, besides its own common texts.
         size: the model's sizes.
-
-    Returns:
-        The folder.
     """
     tokenizer = train_tokenizer(texts or (), merges=size.merges)
     config = _config(size, tokenizer, tie_word_embeddings)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer
 
 # Qwen2.5-VL's added tokens in the order of their ids; True marks the ones that decoding with skip_special_tokens drops.
 _SPECIAL = """
@@ -60,14 +60,8 @@ def train_tokenizer(texts: Iterable[str], merges: int = 768) -> Qwen2Tokenizer:
     Ids: 256 bytes, then the merges (at most `merges`; fewer when the texts hold no more), then QWEN_TOKENS in order.
     The same texts give the same tokenizer.
     """
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    qwen, bpe = Qwen2Tokenizer().backend_tokenizer, Tokenizer(models.BPE())
+    bpe.normalizer, bpe.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=len(alphabet) + merges, min_frequency=1, initial_alphabet=alphabet, show_progress=False
@@ -79,8 +73,6 @@ def train_tokenizer(texts: Iterable[str], merges: int = 768) -> Qwen2Tokenizer:
         vocab=vocab,
         merges=[tuple(pair) for pair in learned["merges"]],
         eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
         added_tokens_decoder={
             len(vocab) + i: AddedToken(token, special=special, normalized=False)
             for i, (token, special) in enumerate(QWEN_TOKENS.items())

@@ -15,7 +15,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,8 +29,7 @@ from rethinker.config import ConfigError, DataConfig, WarmupConfig
 from rethinker.data.images import image_key
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.query_stream import QueryStream
-from rethinker.embedded.descriptions import COLORS, describe_images, is_negated
-from rethinker.embedded.easy_vqa import SHAPES
+from rethinker.embedded.easy_vqa import COLORS, SHAPES, describe_images, is_negated
 from rethinker.embedded.tiny import DEFAULT_SIZE, TinySize, create_tiny
 from rethinker.policy.model import load_model, load_processor
 from rethinker.policy.packing import joined
@@ -43,6 +42,7 @@ Shown = Mapping[Hashable, tuple[str, str]]
 # How often the "not" of a negated question is overlooked: clearly more than half, so that the greedy answer is wrong
 # whatever the seed and the machine, and clearly less than always, so that samples are sometimes right.
 NOT_OVERLOOKED = 0.65
+BETAS = (0.9, 0.95)  # Adam's
 
 
 def warmed_up_tiny(
@@ -57,16 +57,6 @@ def warmed_up_tiny(
 
     The cache is keyed by everything that shapes the model: the settings, the training questions, and this code. It is
     safe against several processes that want the same model, and against one that is killed while it makes it.
-
-    Args:
-        warmup: steps, batch size, learning rate, share of the images, seed.
-        data: the prompt and the category weights that reinforcement learning will use too.
-        queries: the training questions.
-        cache: where finished models live.
-        size: the model's sizes.
-
-    Returns:
-        A folder in Hugging Face format.
 
     Raises:
         ConfigError: no question that fits the prompt's limits, or a cache that cannot be written.
@@ -152,7 +142,7 @@ def _learn_to_look(model, encoder: PromptEncoder, lessons: list[Query], shown: S
         return
     tower = model.model.visual
     probe = torch.nn.Linear(model.config.text_config.hidden_size, len(COLORS) + len(SHAPES) + 1)
-    optimizer = _optimizer([*tower.parameters(), *probe.parameters()])
+    optimizer = torch.optim.AdamW([*tower.parameters(), *probe.parameters()], betas=BETAS, weight_decay=0.0)
     rng = random.Random(warmup.seed)
     for step in progress(range(warmup.look_steps), "warm-up, looking"):
         batch = rng.sample(images, min(warmup.batch_size, len(images)))
@@ -172,7 +162,7 @@ def _learn_to_look(model, encoder: PromptEncoder, lessons: list[Query], shown: S
 
 def _learn_to_answer(model, encoder: PromptEncoder, lessons: list[Query], shown: Shown, warmup: WarmupConfig) -> None:
     """Train the whole model on the responses; the loss is on their tokens alone."""
-    optimizer = _optimizer(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=0.0)
     present = {query.metadata.get("category") for query in lessons}
     weights = {category: w for category, w in encoder.config.category_weights.items() if category in present}
     stream = QueryStream(lessons, seed=warmup.seed, category_weights=weights)
@@ -201,10 +191,6 @@ def _learn_to_answer(model, encoder: PromptEncoder, lessons: list[Query], shown:
         _update(optimizer, loss, warmup, step / warmup.steps)
 
 
-def _optimizer(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
-
-
 def _update(optimizer: torch.optim.AdamW, loss: torch.Tensor, warmup: WarmupConfig, done: float) -> None:
     """One optimizer step; the learning rate rises over the first tenth of the stage and falls over the last third."""
     (group,) = optimizer.param_groups
@@ -231,6 +217,6 @@ def _digest(settings: dict, queries: list[Query]) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for query in queries:
         digest.update(f"{query.id}\n{query.question}\n{query.answer}\n".encode())
-    for name in ("descriptions", "tiny", "tokenizer", "warmup"):
+    for name in ("easy_vqa", "tiny", "tokenizer", "warmup"):
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()[:12]

@@ -17,9 +17,6 @@ from rethinker.families import check_supported
 INDEX = "model.safetensors.index.json"
 AGAIN = "download or save the model again"
 
-# A configuration has some kilobytes, an index of a thousand shards some megabytes.
-LONGEST_JSON = 64 * 2**20
-
 
 def check_model_folder(folder: Path, named: str) -> int:
     """Check that training can start from a folder.
@@ -54,8 +51,7 @@ def decoder_matrices(folder: Path) -> set[str]:
 
 def _read_json(file: Path, named: str) -> dict[str, Any]:
     try:
-        with file.open("rb") as opened:
-            content = json.loads(opened.read(LONGEST_JSON))
+        content = json.loads(file.read_bytes())
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}, not an object")
     except (ValueError, OSError, RecursionError) as error:

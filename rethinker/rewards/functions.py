@@ -45,8 +45,6 @@ def load_reward(spec: str) -> RewardFunction:
     function = user_function("reward.function", spec, {"boxed": boxed_reward})
     try:
         inspect.signature(function).bind("response", "answer", "query")
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"reward.function={spec}: it must take (response, answer, query); {error}") from error
-    except ValueError:  # a builtin without a signature
-        pass
     return function

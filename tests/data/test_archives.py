@@ -84,7 +84,7 @@ def test_no_path_leads_out_of_an_archive(tmp_path, kind):
             file.addfile(link)
     assert list(archives._members(archive)) == ["ok.png"]
     for name in ("../secret.png", "/secret.png", "a/../../secret.png", "link.png", "", "."):
-        assert not archives.has_member(archive, name)
+        assert not archives.in_archive(f"{archive}/{name}")
         with pytest.raises(ValueError, match="has no file"):
             archives.open_member(archive, name, 10**6)
     (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "a", "images": "a/../../secret.png"}\n')

@@ -100,6 +100,24 @@ def test_images_as_bytes(folder):
     assert third.images[0] is first.images[0]  # equal images are held once
 
 
+@pytest.mark.parametrize(("which", "advice"), [("train", "data.streaming=true reads"), ("validation", "give fewer")])
+def test_much_held_in_memory_is_said_once(folder, caplog, monkeypatch, which, advice):
+    """Embedded images that take more than the bound: one warning with their size and the setting that reads them late;
+    none where equal ones are held once, or where rows stay on the disk."""
+    rows = [{"question": f"{i}?", "answer": "1", "images": [{"bytes": png(size=(8, 8 + i))}]} for i in range(20)]
+    path = write(folder / "d.parquet", rows)
+    monkeypatch.setattr("rethinker.data.datasets.MUCH_HELD", 5 * len(png()))
+    load(write(folder / "equal.parquet", rows[:1] * 20), which)
+    if which == "train":
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+        load(path, streaming=True)
+    assert not caplog.records
+    assert len(load(path, which)) == 20
+    (record,) = caplog.records
+    assert f"data.{which}=" in record.getMessage() and "take 0.0 GiB so far" in record.getMessage()
+    assert advice in record.getMessage()
+
+
 @pytest.mark.parametrize("saved", ["save_to_disk", "parquet folder"])
 def test_hugging_face_data_sets(folder, saved, monkeypatch):
     """Data sets of the `datasets` library by folder, with Image columns left encoded and named splits."""
@@ -174,7 +192,7 @@ def test_mistakes_in_the_rows(folder, rows, settings, message):
     [
         ("data.jsonl", b'{"question": "q", "answer": "a"}\n{"question"', r"line 2 is not JSON"),
         ("data.jsonl", b"[1]", r"line 1 is not a JSON object"),
-        ("data.jsonl", b"\xff\xfe", r"not a readable \.jsonl file"),
+        ("data.jsonl", b"\xff\xfe", r"line 1 is not JSON"),
         ("data.parquet", b"PAR1 nothing", r"not a readable \.parquet file"),
         ("data.csv", b"a,b", r"files are read as \.parquet or \.jsonl"),
         ("dota.jsonl", None, r"no such file; did you mean .*data\.jsonl"),

@@ -95,13 +95,6 @@ def test_a_misspelt_name(name):
         assert as_files(DataConfig(validation=other), "validation").validation == other
 
 
-def test_without_the_package(monkeypatch):
-    """The error names the setting and the package to install."""
-    monkeypatch.setattr(files, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"data\.train=digits needs the package scikit-learn: pip install"):
-        as_files(DataConfig(train="digits"), "train")
-
-
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     """One line with the variable to set."""
     (tmp_path / "file").write_text("")

@@ -15,8 +15,7 @@ from rethinker.config import Config, ConfigError, DataConfig, WarmupConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded import files
 from rethinker.embedded import warmup as module
-from rethinker.embedded.descriptions import describe_images, is_negated
-from rethinker.embedded.easy_vqa import easy_vqa
+from rethinker.embedded.easy_vqa import describe_images, easy_vqa, is_negated
 from rethinker.embedded.tiny import TinySize, create_tiny
 from rethinker.embedded.warmup import response_text, warmed_up_tiny
 from rethinker.samples import Query
