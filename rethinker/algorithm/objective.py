@@ -15,22 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rethinker.algorithm import losses
 from rethinker.config import AlgorithmConfig, ConfigError, one_line
 from rethinker.runtime.user_code import user_function
 from rethinker.samples import Completion, PackedBatch, Sample
-from rethinker_kernels.losses import SURROGATE_OPTIONS, NeedsSequences, Objective, Rows, Surrogate, grpo
-
-SHIPPED: dict[str, Callable[..., Tensor]] = {"grpo": grpo}
-"""The losses that `algorithm.loss` names without a file; docs/losses.md says what a loss gets and returns."""
+from rethinker_kernels.losses import SURROGATE_OPTIONS, NeedsSequences, Objective, Surrogate
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
     """A loss with the settings that it takes."""
 
-    function: Callable[[Tensor, Rows], Tensor]
+    function: Callable[[Tensor, losses.Rows], Tensor]
     whole_sequences: bool
     """Whether it calls `Rows.sequence_mean`: then all log-probs are computed before it, with one more product."""
+
+
+def shipped_losses() -> dict[str, Callable[..., Tensor]]:
+    """The public functions of losses.py whose first parameters are (logps, rows), by name."""
+    functions = {name: f for name, f in vars(losses).items() if inspect.isfunction(f) and not name.startswith("_")}
+    return {name: f for name, f in functions.items() if list(inspect.signature(f).parameters)[:2] == ["logps", "rows"]}
 
 
 def load_loss(config: AlgorithmConfig) -> PolicyLoss:
@@ -41,7 +45,7 @@ def load_loss(config: AlgorithmConfig) -> PolicyLoss:
             token with a gradient; the message names algorithm.loss.
     """
     named = f"algorithm.loss={config.loss}"
-    function = user_function("algorithm.loss", config.loss, SHIPPED)
+    function = user_function("algorithm.loss", config.loss, shipped_losses())
     try:
         _, _, *options = inspect.signature(function).parameters.values()
     except ValueError as error:  # fewer parameters, or a builtin without a signature
@@ -72,7 +76,7 @@ def load_loss(config: AlgorithmConfig) -> PolicyLoss:
         raise ConfigError(f"{named}: it fails on a batch of 9 tokens ({one_line(error)})") from error
 
 
-def _tried(loss: Callable[[Tensor, Rows], Tensor], config: AlgorithmConfig) -> bool:
+def _tried(loss: Callable[[Tensor, losses.Rows], Tensor], config: AlgorithmConfig) -> bool:
     """Whether the loss needs whole responses, after a trial on 9 tokens of 3 responses, on and off policy."""
     logps = -torch.tensor([0.1, 2.0, 0.7, 1.1, 0.4, 3.0, 0.2, 0.9, 1.5])
     off_policy = torch.tensor([0.0, 0.1, -0.1, 0.0, 0.9, -0.9, 0.0, 0.9, -0.9])
