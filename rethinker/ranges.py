@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +45,12 @@ def _steps(spec: str) -> str:
     return spec
 
 
+def _address(url: str) -> str:
+    if not re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?/?", url):
+        raise ValueError("must be an address like http://127.0.0.1:8100, with a number as its port and no path")
+    return url
+
+
 Count = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]  # NumPy's
@@ -61,5 +68,5 @@ Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 FolderName = Annotated[str, AfterValidator(_plain_name)]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 PathOrName = Annotated[str, AfterValidator(_path)]
-Address = Annotated[str, Field(pattern=r"^https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?/?$")]
+Address = Annotated[str, AfterValidator(_address)]
 Steps = Annotated[str, AfterValidator(_steps)]

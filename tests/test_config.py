@@ -136,7 +136,10 @@ def test_unknown_keys_name_the_nearest_valid_one(tmp_path):
         ("--data.category_weights.color=red", "data.category_weights.color='red' must be a valid number"),
         ("--train.deepspeed=3", "train.deepspeed=3 must be a valid dictionary"),
         ("--train.weight_decay=null", "train.weight_decay=None must be a valid number"),
-        ("--rollout.servers=[http://h:1/x]", "rollout.servers.0='http://h:1/x' must match pattern"),
+        (
+            "--rollout.servers=[http://h:1/x]",
+            "rollout.servers.0='http://h:1/x' must be an address like http://127.0.0.1:8100",
+        ),
         ("--policy=tiny", "policy='tiny' is a section; give the settings below it, as policy.model"),
     ],
 )

@@ -493,9 +493,18 @@ def test_the_server_refuses_in_its_own_words(engine, asked):
         ({"backend": "server"}, "rollout.servers"),
         ({"servers": ["http://127.0.0.1:8100"]}, "rollout.backend=server"),
         ({"weight_folder": "/tmp"}, "rollout.backend=server"),
-        ({"backend": "server", "servers": ["127.0.0.1:8100"]}, "='127.0.0.1:8100' must match"),
-        ({"backend": "server", "servers": ["http://host:port"]}, "='http://host:port' must match"),
-        ({"backend": "server", "servers": ["http://host:8100/v1"]}, "='http://host:8100/v1' must match"),
+        (
+            {"backend": "server", "servers": ["127.0.0.1:8100"]},
+            "='127.0.0.1:8100' must be an address like http://127.0.0.1:8100",
+        ),
+        (
+            {"backend": "server", "servers": ["http://host:port"]},
+            "='http://host:port' must be an address like http://127.0.0.1:8100",
+        ),
+        (
+            {"backend": "server", "servers": ["http://host:8100/v1"]},
+            "='http://host:8100/v1' must be an address like http://127.0.0.1:8100",
+        ),
         ({"backend": "server", "servers": ["http://host:8100", "http://host:8100/"]}, "twice"),
         ({"check_sync": True, "tensor_parallel_size": 2}, "compares whole tensors"),
     ],
