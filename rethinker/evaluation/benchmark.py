@@ -21,14 +21,14 @@ The instruction to box the answer is not part of this: `data.prompt` adds it, as
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shlex
-from argparse import ArgumentError
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from rethinker.config import ConfigError, nearest, one_line
 from rethinker.data.sources import hub_answers
@@ -41,6 +41,7 @@ from rethinker.settings import read_yaml_file
 class Fields:
     """Which column holds what."""
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
     answer: str = ""
     id: str | None = None
     choices: str | None = None
@@ -52,6 +53,7 @@ class Fields:
 class Benchmark:
     """One benchmark as its YAML file describes it; see the module."""
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
     name: str
     title: str
     data: str = ""
@@ -82,26 +84,14 @@ def load_benchmark(name: str) -> Benchmark:
         near = nearest(name, shipped)
         hint = f"did you mean {near}? " if near else ""
         raise ConfigError(f"--benchmark {name}: {hint}known are {', '.join(shipped)}, or give a .yaml file")
-    content, parser = read_yaml_file(path, f"--benchmark {name}: {path}"), _parser()
+    content = read_yaml_file(path, f"--benchmark {name}: {path}")
     try:
-        if not isinstance(content.get("fields", {}), dict):  # a text would be read as the name of a file
-            raise TypeError("fields must map nouns to columns")
-        benchmark = Benchmark(**parser.instantiate(parser.parse_object({"name": path.stem, **content})))
-    except (ArgumentError, AttributeError, TypeError) as error:
+        benchmark = TypeAdapter(Benchmark).validate_python({"name": path.stem, **content})
+    except (ValidationError, TypeError) as error:
         raise ConfigError(f"--benchmark {name}: {path} does not describe a benchmark ({one_line(error)})") from error
     if fault := _fault(benchmark):
         raise ConfigError(f"--benchmark {name}: {path}: {fault}")
     return benchmark
-
-
-@functools.cache
-def _parser() -> Any:
-    """The types of a benchmark's file as a parser; it keeps nothing of what it has read."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Benchmark)
-    return parser
 
 
 def _fault(benchmark: Benchmark) -> str | None:
