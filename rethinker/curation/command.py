@@ -10,7 +10,7 @@ from pathlib import Path
 from rethinker.checks import check_model
 from rethinker.command_line import Parser
 from rethinker.config import Config, ConfigError
-from rethinker.curation.subset import PRESETS, choose, parse_size
+from rethinker.curation.subset import choose
 from rethinker.evaluation.settings import check_engine
 from rethinker.samples import Query
 from rethinker.settings import resolve_config
@@ -30,12 +30,11 @@ def main(arguments: Sequence[str]) -> int:
     """
     usage = "%(prog)s RECIPE --output FOLDER [options] [--section.name value ...]"
     parser = Parser(prog="rethinker curate", description=_DESCRIPTION, usage=usage)
-    sizes = ", ".join(f"{name} ({number:,d})" for name, number in PRESETS.items())
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="a shipped recipe or a .yaml file: model, data, prompt, reward")
     add("--output", required=True, type=Path, metavar="FOLDER", help="where the results go")
     add("--samples", type=int, metavar="G", help="responses per question [rollout.group_size]")
-    add("--size", type=parse_size, metavar="N", help=f"questions to choose: a number, {sizes} [all that qualify]")
+    add("--size", type=int, metavar="N", help="questions to choose: the paper's 7B has 16000 [all that qualify]")
     add("--limit", type=int, metavar="N", help="ask a random sample of N questions, the same every time")
     options, overrides = parser.parse_recipe(arguments)
     config = resolve_config(options.recipe, overrides)
@@ -47,8 +46,9 @@ def main(arguments: Sequence[str]) -> int:
     samples = config.rollout.group_size if options.samples is None else options.samples
     if samples < 2:
         parser.error(f"--samples {samples} must be at least 2: a single answer is never right sometimes")
-    if options.limit is not None and options.limit < 1:
-        parser.error(f"--limit {options.limit} must be at least 1")
+    for name in ("size", "limit"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            parser.error(f"--{name} {number} must be at least 1")
 
     from rethinker.data.datasets import load_queries
     from rethinker.embedded.files import as_files

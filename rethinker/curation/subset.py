@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-PRESETS = {"16k": 16_000, "20k": 20_000}  # the paper's sizes for 7B, and for 32B and 72B
 
 
 @dataclass(frozen=True)
@@ -34,15 +31,6 @@ class PassRate:
     def sometimes(self) -> bool:
         """0 < pass rate < 1: a group of responses to it can have an advantage."""
         return 0 < self.right < self.samples
-
-
-def parse_size(text: str) -> int:
-    """`16k`, `20k` or a number of questions; anything else is an ArgumentTypeError."""
-    if text.lower() in PRESETS:
-        return PRESETS[text.lower()]
-    if text.isascii() and text.isdigit() and int(text) >= 1:
-        return int(text)
-    raise ArgumentTypeError(f"{text!r}: give {', '.join(PRESETS)}, or a number of questions, at least 1")
 
 
 def choose(rates: Sequence[PassRate], size: int | None = None) -> list[int]:

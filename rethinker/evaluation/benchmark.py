@@ -33,7 +33,7 @@ from pydantic import TypeAdapter, ValidationError
 from rethinker.config import ConfigError, nearest, one_line
 from rethinker.data.sources import hub_answers
 from rethinker.embedded.files import DATA_SETS
-from rethinker.ranges import is_plain_name
+from rethinker.ranges import FolderName
 from rethinker.settings import read_yaml_file
 
 
@@ -54,7 +54,7 @@ class Benchmark:
     """One benchmark as its YAML file describes it; see the module."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
-    name: str
+    name: FolderName
     title: str
     data: str = ""
     files: list[str] = field(default_factory=list)
@@ -95,9 +95,7 @@ def load_benchmark(name: str) -> Benchmark:
 
 
 def _fault(benchmark: Benchmark) -> str | None:
-    """What is wrong with a benchmark of the right types; its name becomes a folder, its globs stay in the data's."""
-    if not is_plain_name(benchmark.name):
-        return f"name={benchmark.name!r} must be a plain name, without / and not starting with a dot"
+    """What is wrong with a benchmark of the right types."""
     if any(Path(p).is_absolute() or ".." in Path(p).parts for p in (*benchmark.files, benchmark.folder or "")):
         return "files and folder must lie below the data's folder"
     try:

@@ -119,7 +119,5 @@ def _compare(folders: list[str]) -> int:
     check_packages("--compare", "scipy", "pyarrow", "pandas")
     from rethinker.evaluation.compare import compare_results, describe_comparison
 
-    if options := [argument for argument in folders if argument.startswith("--")]:
-        raise ConfigError(f"--compare takes result folders and nothing else, not {options[0]}")
     print(describe_comparison(compare_results(folders)))
     return 0

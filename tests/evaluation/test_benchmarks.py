@@ -220,8 +220,8 @@ PLAIN = {"title": "t", "data": "a/b", "files": ["*.parquet"], "fields": {"answer
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "../../outside"}, r"name='\.\./\.\./outside' must be a plain name"),
-        ({"name": "/outside"}, "must be a plain name"),
+        ({"name": "../../outside"}, r"name .*must be a plain folder name .*'\.\./\.\./outside'"),
+        ({"name": "/outside"}, "must be a plain folder name"),
         ({"name": 3}, "for Benchmark name "),
         ({"files": ["../*.parquet"]}, "files and folder must lie below the data's folder"),
         ({"files": ["/etc/*"]}, "files and folder must lie below the data's folder"),
