@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from rethinker.data.subsets import hash_fraction
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def choose(rates: Sequence[PassRate], size: int | None = None) -> list[int]:
     quotas = fill({category: len(own) for category, own in members.items()}, size)
     chosen: list[int] = []
     for category, own in members.items():
-        chosen += sorted(own, key=lambda i: _hash(rates[i].query_id))[: quotas[category]]
+        chosen += sorted(own, key=lambda i: hash_fraction(rates[i].query_id))[: quotas[category]]
     return sorted(chosen)
 
 
@@ -63,7 +64,3 @@ def fill(available: dict[str, int], size: int | None) -> dict[str, int]:
         quotas[category] = min(available[category], left // (len(order) - place))
         left -= quotas[category]
     return quotas
-
-
-def _hash(query_id: str) -> bytes:
-    return hashlib.blake2b(query_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -62,7 +62,7 @@ class Benchmark:
     prompt: str = "{question}\n{choices}"
     answer_kind: Literal["given", "option", "alternatives", "exact_field"] = "given"
     fields: Fields = field(default_factory=Fields)
-    category_pattern: str | None = None
+    category_pattern: re.Pattern[str] | None = None
     folder: str | None = None
     parts: list[str] = field(default_factory=list)
 
@@ -98,11 +98,8 @@ def _fault(benchmark: Benchmark) -> str | None:
     """What is wrong with a benchmark of the right types."""
     if any(Path(p).is_absolute() or ".." in Path(p).parts for p in (*benchmark.files, benchmark.folder or "")):
         return "files and folder must lie below the data's folder"
-    try:
-        if benchmark.category_pattern is not None and re.compile(benchmark.category_pattern).groups != 1:
-            return f"category_pattern={benchmark.category_pattern!r} must have one group"
-    except re.error as error:
-        return f"category_pattern={benchmark.category_pattern!r}: {error}"
+    if benchmark.category_pattern and benchmark.category_pattern.groups != 1:
+        return f"category_pattern={benchmark.category_pattern.pattern!r} must have one group"
     described = benchmark.data and benchmark.files and benchmark.fields.answer
     if not (described or benchmark.parts or benchmark.data in DATA_SETS):
         return "it needs data, files and fields.answer"

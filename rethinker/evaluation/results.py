@@ -86,7 +86,6 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "by_category": {category: _accuracy(own) for category, own in right.groupby(table.category)},
         "left_out": table.left_out.value_counts().to_dict(),
         "unfinished": int((given & (table.finish_reason != "stop")).sum()),
-        "response_length_mean": float(table.token_ids[given].map(len).sum() / max(1, given.sum())),
         "rethink_ratio": float(table.rethinks.mean()),
         "second_pass": None,
     }

@@ -29,16 +29,13 @@ def write_report(
     output: str | Path | None = None,
     evaluations: Sequence[str | Path] = (),
 ) -> Path:
-    """Write the report of one run, or of several side by side.
+    """Write the report of one run, or of several side by side, and return the page's path.
 
     Args:
         run_folders: folders of runs; one may still be going on.
         output: the page, ending in .html; by default `report.html` in the run's folder, or for several runs here.
             Each figure is also written as `<output without .html>_figures/<name>.svg`.
         evaluations: folders that `rethinker eval` wrote, for the rethinking analysis.
-
-    Returns:
-        The page's path.
 
     Raises:
         ConfigError: a folder is no run's or has no step yet, results that cannot be read, or nowhere to write.

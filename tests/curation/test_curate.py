@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-from rethinker.config import ConfigError
+from rethinker.config import ConfigError, RolloutConfig
 from rethinker.curation import measure as measuring
 from rethinker.curation.command import main
 from rethinker.data.datasets import load_queries
@@ -90,6 +90,7 @@ def test_the_subset_trains_as_it_is(curate, capsys):
     counts = {category: sum(row["category"] == category for row in rows) for category in {r["category"] for r in rows}}
     assert len(counts) == 8 and set(counts.values()) == {6}
     config = resolve_config(folder / "recipe.yaml")
+    assert config.rollout.sleep and config.rollout.gpu_memory_utilization == RolloutConfig.gpu_memory_utilization
     queries = load_queries(config.data, "train")
     assert [q.id for q in queries] == [row["qid"] for row in rows] and {len(q.images) for q in queries} == {0, 1, 2}
     printed = capsys.readouterr().out

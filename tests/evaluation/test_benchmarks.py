@@ -232,7 +232,7 @@ PLAIN = {"title": "t", "data": "a/b", "files": ["*.parquet"], "fields": {"answer
         ({"fields": {"answer": ["a"]}}, "fields.*answer"),
         ({"fields": "/etc/hosts"}, "for Benchmark fields "),
         ({"prompt": 3}, "for Benchmark prompt "),
-        ({"category_pattern": "("}, "category_pattern='\\('"),
+        ({"category_pattern": "("}, "for Benchmark category_pattern .*regular expression"),
         ({"category_pattern": "x"}, "must have one group"),
         ({"title": {"a": 1}}, "for Benchmark title "),
         ({"colour": "red"}, "does not describe a benchmark"),
