@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     add("recipe", metavar="RECIPE", help="a shipped recipe or a .yaml file: model, data, prompt, reward")
     add("--output", required=True, type=Path, metavar="FOLDER", help="where the results go")
     add("--samples", type=int, metavar="G", help="responses per question [rollout.group_size]")
-    add("--size", type=int, metavar="N", help="questions to choose: the paper's 7B has 16000 [all that qualify]")
+    add("--size", type=int, metavar="N", help="questions to choose, as the paper's 16000 for 7B [all that qualify]")
     add("--limit", type=int, metavar="N", help="ask a random sample of N questions, the same every time")
     options, overrides = parser.parse_recipe(arguments)
     recipe = resolve_config(options.recipe, overrides)

@@ -34,11 +34,6 @@ class RunRecord:
         """Of the folder: run.name."""
         return self.folder.resolve().name
 
-    @property
-    def finished(self) -> bool:
-        """Whether the run has come to its end: then it draws its learning curve."""
-        return (self.folder / "learning.png").is_file()
-
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """All that is a number, by step [steps, metrics]; NaN elsewhere. An accuracy may stand in a step's row, in a

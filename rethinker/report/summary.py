@@ -23,7 +23,7 @@ def summary(runs: Sequence[RunRecord]) -> pd.DataFrame:
 
 def _facts(run: RunRecord) -> dict[str, str]:
     settings, accuracy, seconds = run.settings, run.series("val_accuracy"), run.series("step_s")
-    last = run.metrics.index.max()
+    last, finished = run.metrics.index.max(), (run.folder / "learning.png").is_file()  # which a run draws at its end
     so_far = f"{last} of {settings.get('train.max_steps') or '?'} so far (running, or ended early)"
     best = f", best {accuracy.max():.3f} at step {accuracy.idxmax()}" if len(accuracy) > 1 else ""
     time = f"{seconds.sum() / 60:.1f} min in steps, {seconds.median():.2f} s the median step"
@@ -31,7 +31,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
         "Model": str(settings.get("policy.model", "")),
         "Algorithm": str(settings.get("algorithm.name", "")),
         "Seed": str(settings.get("seed", "")),
-        "Steps": str(last) if run.finished else so_far,
+        "Steps": str(last) if finished else so_far,
         "Held-out accuracy": change(accuracy) + best,
         "Sampled reward": change(run.series("reward_mean"), few=max(1, len(run.steps) // 10)),
         "Time": time if len(seconds) else "",
