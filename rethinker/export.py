@@ -46,21 +46,18 @@ model where training started."""
 
 
 def export(run: str | Path, output: str | Path | None = None, checkpoint: str | None = None) -> Path:
-    """Write the model of a run, with its card, to a folder of its own: whole or not at all.
+    """Write the model of a run, with its card, to a new folder, by default exports/<run.name>: whole or not at all.
 
-    Args:
-        run: the run's folder.
-        output: where to; by default exports/<run.name>. It is new or empty.
-        checkpoint: best, last or step_*; by default best, or last where no validation was above the first.
+    `checkpoint` is best, last or step_*; by default best, or last where no validation was above the first.
 
     Raises:
-        ConfigError: no such run or checkpoint, or a folder that is not empty.
+        ConfigError: no such run or checkpoint, or a folder that is there already.
     """
     record = read_run(run)
     source = find_model(record.folder, checkpoint)
     target = Path(output) if output else Path("exports") / record.name
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--output {target} is not empty; name a new folder")
+    if target.exists():
+        raise ConfigError(f"--output {target} exists; name a new folder")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -68,8 +65,6 @@ def export(run: str | Path, output: str | Path | None = None, checkpoint: str | 
         shutil.copy2(record.folder / "config.yaml", partial / "rethinker.yaml")
         learning_curve([record.folder], partial / "learning.png")
         (partial / "README.md").write_text(model_card(record, source.resolve().name), encoding="utf-8")
-        if target.exists():
-            target.rmdir()
         partial.rename(target)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -84,11 +79,12 @@ def find_model(run: Path, checkpoint: str | None) -> Path:
         ConfigError: naming those that are there.
     """
     there = {path.parent.name: path.parent for path in sorted((run / "checkpoints").glob("[a-z]*/config.json"))}
-    names = [checkpoint] if checkpoint else ["best", "last"]
-    for name in names:
+    for name in (checkpoint,) if checkpoint else ("best", "last"):
         if name in there:
             return there[name]
-    raise ConfigError(f"{run} has no checkpoint {' or '.join(names)}; it has {', '.join(there) or 'none yet'}")
+    raise ConfigError(
+        f"{run} has no checkpoint {checkpoint or 'best or last'}; it has {', '.join(there) or 'none yet'}"
+    )
 
 
 def model_card(run: RunRecord, checkpoint: str) -> str:
@@ -123,12 +119,10 @@ def main(arguments: Sequence[str]) -> int:
         description="Write a run's model as a folder that vllm serve and transformers load: safetensors, processor, "
         "and a model card with the run's figures. `hf upload OWNER/NAME FOLDER` puts it on the Hugging Face hub.",
     )
-    add = parser.add_argument
-    add("run", metavar="RUN", help="folder of a run, runs/<run.name>")
-    add("--output", metavar="FOLDER", help="where to [exports/<run.name>]")
-    add("--checkpoint", metavar="NAME", help="best, last or step_000040 [best, or else last]")
-    options = parser.parse_args(list(arguments))
-    print(export(options.run, options.output, options.checkpoint))
+    parser.add_argument("run", metavar="RUN", help="folder of a run, runs/<run.name>")
+    parser.add_argument("--output", metavar="FOLDER", help="where to [exports/<run.name>]")
+    parser.add_argument("--checkpoint", metavar="NAME", help="best, last or step_000040 [best, or else last]")
+    print(export(**vars(parser.parse_args(list(arguments)))))
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rethinker.checks import check_model
 from rethinker.command_line import Parser
 from rethinker.config import Config, ConfigError
-from rethinker.curation.subset import PRESETS, choose, parse_size
+from rethinker.curation.subset import choose
 from rethinker.evaluation.settings import check_engine
 from rethinker.samples import Query
 from rethinker.settings import resolve_config
@@ -30,25 +30,24 @@ def main(arguments: Sequence[str]) -> int:
     """
     usage = "%(prog)s RECIPE --output FOLDER [options] [--section.name value ...]"
     parser = Parser(prog="rethinker curate", description=_DESCRIPTION, usage=usage)
-    sizes = ", ".join(f"{name} ({number:,d})" for name, number in PRESETS.items())
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="a shipped recipe or a .yaml file: model, data, prompt, reward")
     add("--output", required=True, type=Path, metavar="FOLDER", help="where the results go")
     add("--samples", type=int, metavar="G", help="responses per question [rollout.group_size]")
-    add("--size", type=parse_size, metavar="N", help=f"questions to choose: a number, {sizes} [all that qualify]")
+    add("--size", type=int, metavar="N", help="questions to choose, as the paper's 16000 for 7B [all that qualify]")
     add("--limit", type=int, metavar="N", help="ask a random sample of N questions, the same every time")
     options, overrides = parser.parse_recipe(arguments)
-    config = resolve_config(options.recipe, overrides)
+    recipe = resolve_config(options.recipe, overrides)
+    alone = ("--rollout.sleep=false", "--rollout.gpu_memory_utilization=0.9")  # no training runs beside the engine
+    config = resolve_config(options.recipe, [*alone, *overrides])
     check_engine(config, "rethinker curate")
     check_model(config.policy.model)
-    config.rollout.sleep = False  # no training runs beside the engine
-    if not any(option.startswith("--rollout.gpu_memory_utilization") for option in overrides):
-        config.rollout.gpu_memory_utilization = 0.9
     samples = config.rollout.group_size if options.samples is None else options.samples
     if samples < 2:
         parser.error(f"--samples {samples} must be at least 2: a single answer is never right sometimes")
-    if options.limit is not None and options.limit < 1:
-        parser.error(f"--limit {options.limit} must be at least 1")
+    for name in ("size", "limit"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            parser.error(f"--{name} {number} must be at least 1")
 
     from rethinker.data.datasets import load_queries
     from rethinker.embedded.files import as_files
@@ -57,13 +56,13 @@ def main(arguments: Sequence[str]) -> int:
     # All questions: with data.validation=split the subset is split again, and by hash alike.
     everything = as_files(dataclasses.replace(config.data, validation=None), "train")
     queries = sample(load_queries(everything, "train"), options.limit)
-    _curate(config, queries, samples, options.size, options.output.expanduser())
+    _curate(config, queries, samples, options.size, options.output.expanduser(), recipe)
     return 0
 
 
-def _curate(config: Config, queries: list[Query], samples: int, size: int | None, folder: Path) -> None:
-    """Measure what is not measured yet, choose `size` questions (None: all that qualify), and write everything; on all
-    ranks of torchrun, with the same queries.
+def _curate(config: Config, queries: list[Query], samples: int, size: int | None, folder: Path, recipe: Config) -> None:
+    """Measure what is not measured yet, choose `size` questions (None: all that qualify), and write everything, with
+    the recipe; on all ranks of torchrun, with the same queries.
 
     Raises:
         ConfigError: the folder holds another measurement; no question qualifies; whatever the engine reports.
@@ -99,7 +98,7 @@ def _curate(config: Config, queries: list[Query], samples: int, size: int | None
                 f"{counts['left_out']}); raise --samples, or use other data"
             )
         output.write_subset(folder, [queries[i] for i in chosen], [rates[i] for i in chosen], config)
-        output.write_recipe(folder, config, name)
+        output.write_recipe(folder, recipe, name)
         output.write_provenance(folder, {**measured, "size_asked": size, **counts})
         short = f" (only so many of the {size:,d} asked for qualify)" if size and len(chosen) < size else ""
         print(f"{len(chosen):,d} questions{short}: {counts['subset_by_category']}")

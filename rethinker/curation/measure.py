@@ -93,17 +93,10 @@ def chunk_file(folder: Path, number: int) -> Path:
 def measure(
     queries: Sequence[Query], samples: int, folder: Path, model: AnsweringModel, ranks: Ranks, config: Config
 ) -> None:
-    """Ask the questions of every missing chunk `samples` times each and write what came out.
+    """Ask the questions (the same on every rank) of every missing chunk `samples` times each and write what came out.
 
-    Rank r has every world_size-th chunk. A round in which any rank's chunk is missing is asked whole, by all ranks.
-
-    Args:
-        queries: the same on every rank.
-        samples: responses per question, at `rollout.temperature`.
-        folder: the output; on disks that ranks do not share, each finds its own chunks.
-        model: that is asked.
-        ranks: all of them.
-        config: the settings; `seed` is the measurement's.
+    Rank r has every world_size-th chunk; on disks that ranks do not share, each finds its own. A round in which any
+    rank's chunk is missing is asked whole, by all ranks.
     """
     missing = missing_chunks(folder, len(queries))
     firsts = range(0, -(-len(queries) // CHUNK), ranks.world_size)

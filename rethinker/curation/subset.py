@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PRESETS = {"16k": 16_000, "20k": 20_000}  # the paper's sizes for 7B, and for 32B and 72B
+from rethinker.data.subsets import hash_fraction
 
 
 @dataclass(frozen=True)
@@ -36,15 +34,6 @@ class PassRate:
         return 0 < self.right < self.samples
 
 
-def parse_size(text: str) -> int:
-    """`16k`, `20k` or a number of questions; anything else is an ArgumentTypeError."""
-    if text.lower() in PRESETS:
-        return PRESETS[text.lower()]
-    if text.isascii() and text.isdigit() and int(text) >= 1:
-        return int(text)
-    raise ArgumentTypeError(f"{text!r}: give {', '.join(PRESETS)}, or a number of questions, at least 1")
-
-
 def choose(rates: Sequence[PassRate], size: int | None = None) -> list[int]:
     """Which questions to train on, as indices in their order.
 
@@ -62,7 +51,7 @@ def choose(rates: Sequence[PassRate], size: int | None = None) -> list[int]:
     quotas = fill({category: len(own) for category, own in members.items()}, size)
     chosen: list[int] = []
     for category, own in members.items():
-        chosen += sorted(own, key=lambda i: _hash(rates[i].query_id))[: quotas[category]]
+        chosen += sorted(own, key=lambda i: hash_fraction(rates[i].query_id))[: quotas[category]]
     return sorted(chosen)
 
 
@@ -75,7 +64,3 @@ def fill(available: dict[str, int], size: int | None) -> dict[str, int]:
         quotas[category] = min(available[category], left // (len(order) - place))
         left -= quotas[category]
     return quotas
-
-
-def _hash(query_id: str) -> bytes:
-    return hashlib.blake2b(query_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -26,11 +26,11 @@ def side_of(query: Query, share: float, root: str | None) -> Side | None:
         root: folder or archive that image paths are named from, so that the data may move.
     """
     keys = {image_name(image, root) for image in query.images} or {f"question {query.question}"}
-    sides: set[Side] = {"validation" if _fraction(key) < share else "train" for key in keys}
+    sides: set[Side] = {"validation" if hash_fraction(key) < share else "train" for key in keys}
     return sides.pop() if len(sides) == 1 else None
 
 
-def _fraction(key: str) -> float:
+def hash_fraction(key: str) -> float:
     """From 0 to 1, by the hash."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

@@ -21,19 +21,19 @@ The instruction to box the answer is not part of this: `data.prompt` adds it, as
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shlex
-from argparse import ArgumentError
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from rethinker.config import ConfigError, nearest, one_line
 from rethinker.data.sources import hub_answers
 from rethinker.embedded.files import DATA_SETS
-from rethinker.ranges import is_plain_name
+from rethinker.ranges import FolderName
 from rethinker.settings import read_yaml_file
 
 
@@ -41,6 +41,7 @@ from rethinker.settings import read_yaml_file
 class Fields:
     """Which column holds what."""
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
     answer: str = ""
     id: str | None = None
     choices: str | None = None
@@ -52,7 +53,8 @@ class Fields:
 class Benchmark:
     """One benchmark as its YAML file describes it; see the module."""
 
-    name: str
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    name: FolderName
     title: str
     data: str = ""
     files: list[str] = field(default_factory=list)
@@ -60,7 +62,7 @@ class Benchmark:
     prompt: str = "{question}\n{choices}"
     answer_kind: Literal["given", "option", "alternatives", "exact_field"] = "given"
     fields: Fields = field(default_factory=Fields)
-    category_pattern: str | None = None
+    category_pattern: re.Pattern[str] | None = None
     folder: str | None = None
     parts: list[str] = field(default_factory=list)
 
@@ -82,39 +84,22 @@ def load_benchmark(name: str) -> Benchmark:
         near = nearest(name, shipped)
         hint = f"did you mean {near}? " if near else ""
         raise ConfigError(f"--benchmark {name}: {hint}known are {', '.join(shipped)}, or give a .yaml file")
-    content, parser = read_yaml_file(path, f"--benchmark {name}: {path}"), _parser()
+    content = read_yaml_file(path, f"--benchmark {name}: {path}")
     try:
-        if not isinstance(content.get("fields", {}), dict):  # a text would be read as the name of a file
-            raise TypeError("fields must map nouns to columns")
-        benchmark = Benchmark(**parser.instantiate(parser.parse_object({"name": path.stem, **content})))
-    except (ArgumentError, AttributeError, TypeError) as error:
+        benchmark = TypeAdapter(Benchmark).validate_python({"name": path.stem, **content})
+    except (ValidationError, TypeError) as error:
         raise ConfigError(f"--benchmark {name}: {path} does not describe a benchmark ({one_line(error)})") from error
     if fault := _fault(benchmark):
         raise ConfigError(f"--benchmark {name}: {path}: {fault}")
     return benchmark
 
 
-@functools.cache
-def _parser() -> Any:
-    """The types of a benchmark's file as a parser; it keeps nothing of what it has read."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Benchmark)
-    return parser
-
-
 def _fault(benchmark: Benchmark) -> str | None:
-    """What is wrong with a benchmark of the right types; its name becomes a folder, its globs stay in the data's."""
-    if not is_plain_name(benchmark.name):
-        return f"name={benchmark.name!r} must be a plain name, without / and not starting with a dot"
+    """What is wrong with a benchmark of the right types."""
     if any(Path(p).is_absolute() or ".." in Path(p).parts for p in (*benchmark.files, benchmark.folder or "")):
         return "files and folder must lie below the data's folder"
-    try:
-        if benchmark.category_pattern is not None and re.compile(benchmark.category_pattern).groups != 1:
-            return f"category_pattern={benchmark.category_pattern!r} must have one group"
-    except re.error as error:
-        return f"category_pattern={benchmark.category_pattern!r}: {error}"
+    if benchmark.category_pattern and benchmark.category_pattern.groups != 1:
+        return f"category_pattern={benchmark.category_pattern.pattern!r} must have one group"
     described = benchmark.data and benchmark.files and benchmark.fields.answer
     if not (described or benchmark.parts or benchmark.data in DATA_SETS):
         return "it needs data, files and fields.answer"

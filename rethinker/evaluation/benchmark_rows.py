@@ -122,7 +122,7 @@ def _category(benchmark: Benchmark, row: Mapping[str, Any]) -> str:
     value = row[column] if column else None
     for entry in entries:
         value = value.get(entry) if isinstance(value, Mapping) else None
-    found = re.fullmatch(benchmark.category_pattern, str(value)) if benchmark.category_pattern else None
+    found = benchmark.category_pattern and benchmark.category_pattern.fullmatch(str(value))
     return found[1] if found else "all" if value in (None, "") else str(value)
 
 

@@ -30,7 +30,11 @@ def main(arguments: Sequence[str]) -> int:
         ConfigError: any mistake in arguments, settings or data.
     """
     if "--compare" in arguments:
-        return _compare([argument for argument in arguments if argument != "--compare"])
+        check_packages("--compare", "scipy", "pyarrow", "pandas")
+        from rethinker.evaluation.compare import compare_results, describe_comparison
+
+        print(describe_comparison(compare_results([folder for folder in arguments if folder != "--compare"])))
+        return 0
     options, overrides = parse(arguments)
     benchmarks = [load_benchmark(name) for name in options.benchmark]
     checkpoint = find_checkpoint(options.checkpoint)
@@ -114,13 +118,3 @@ def _output_folders(options: Namespace, checkpoint: str, names: list[str]) -> li
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"--output {folder} is a file, or holds files already; choose another folder")
     return folders
-
-
-def _compare(folders: list[str]) -> int:
-    check_packages("--compare", "scipy", "pyarrow", "pandas")
-    from rethinker.evaluation.compare import compare_results, describe_comparison
-
-    if options := [argument for argument in folders if argument.startswith("--")]:
-        raise ConfigError(f"--compare takes result folders and nothing else, not {options[0]}")
-    print(describe_comparison(compare_results(folders)))
-    return 0

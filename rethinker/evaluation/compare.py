@@ -15,11 +15,7 @@ from rethinker.evaluation.results import read_result, wilson_interval
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value that two models on the same questions are equally good.
-
-    Args:
-        only_first, only_second: questions that one of them alone answered right; the others say nothing.
-    """
+    """Exact two-sided p-value that two models are equally good, by the questions that one alone answered right."""
     discordant = only_first + only_second
     return float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
 

@@ -80,13 +80,12 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     A question counts as right at a reward of at least 1, as in validation; one that was left out counts as wrong.
     """
     table = pd.DataFrame(rows)
-    given, right = table.response.notna(), table.reward >= 1.0
+    right = table.reward >= 1.0
     summary: dict[str, Any] = {
         **_accuracy(right),
         "by_category": {category: _accuracy(own) for category, own in right.groupby(table.category)},
         "left_out": table.left_out.value_counts().to_dict(),
-        "unfinished": int((given & (table.finish_reason != "stop")).sum()),
-        "response_length_mean": float(table.token_ids[given].map(len).sum() / max(1, given.sum())),
+        "unfinished": int((table.finish_reason == "length").sum()),
         "rethink_ratio": float(table.rethinks.mean()),
         "second_pass": None,
     }

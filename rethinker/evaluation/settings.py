@@ -53,10 +53,15 @@ def check_engine(config: Config, command: str) -> None:
 def run_settings(checkpoint: str) -> dict[str, Any]:
     """How a run asked its model, from the config.yaml above the run's checkpoint; {} for any other model."""
     folder = Path(checkpoint).absolute().parent
-    path = folder.parent / "config.yaml"
-    content = read_yaml_file(path, str(path)) if folder.name == "checkpoints" and path.is_file() else {}
-    given = flat_settings(content) if isinstance(content, dict) else {}
+    given = read_settings(folder.parent) if folder.name == "checkpoints" else {}
     return {key: given[key] for key in INHERITED if given.get(key) not in (None, "recorded", "server")}
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """A run's config.yaml with dotted keys, whatever version wrote it; {} where there is none."""
+    path = run / "config.yaml"
+    content = read_yaml_file(path, str(path)) if path.is_file() else {}
+    return flat_settings(content) if isinstance(content, dict) else {}
 
 
 def flat_settings(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

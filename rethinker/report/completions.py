@@ -25,8 +25,6 @@ from rethinker.data.images import open_image
 from rethinker.report.runs import RunRecord
 
 MOST_GROUPS = 48
-MOST_RESPONSES = 16
-MOST_IMAGES = 4
 MOST_CHARACTERS = 6000
 THUMBNAIL = 160
 """Longest side of an image, in pixels."""
@@ -37,37 +35,19 @@ COLUMNS = (
 
 
 def sample_completions(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Draw the groups to show; the same runs give the same ones.
-
-    Args:
-        runs: those without recorded completions add nothing.
-
-    Returns:
-        groups: each with run, episode, query_id, question, answer, category, images (data URIs, or None for one that
-            cannot be read), images_left_out, size (G) and responses; see `_response` for those.
-        recorded: all responses that the runs have recorded.
-        categories: of the groups, in order of appearance.
-        unreadable: names of files.
-    """
+    """Draw the `groups` to show (see `_group`), the same ones each time; and `unreadable`, names of files."""
     groups: list[dict[str, Any]] = []
-    recorded, unreadable = 0, []
+    unreadable: list[str] = []
     for run in runs:
-        files = []
-        for file in sorted((run.folder / "completions").glob("episode_*.parquet")):
-            try:
-                recorded += pq.ParquetFile(file).metadata.num_rows
-                files.append(file)
-            except (OSError, ValueError):  # pyarrow's ArrowInvalid is a ValueError
-                unreadable.append(f"{run.name}/{file.name}")
+        files = sorted((run.folder / "completions").glob("episode_*.parquet"))
         most = max(1, MOST_GROUPS // len(runs))
         places = np.unique(np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int))
         for place in places:
             try:
                 groups += _read_groups(run, files[place], most // len(places))
-            except Exception:  # a whole Parquet file, but not of completions as they are written here
+            except Exception:  # of another hand: pyarrow and what reads the rows raise anything
                 unreadable.append(f"{run.name}/{files[place].name}")
-    categories = list(dict.fromkeys(group["category"] for group in groups if group["category"]))
-    return {"groups": groups, "recorded": recorded, "categories": categories, "unreadable": unreadable}
+    return {"groups": groups, "unreadable": unreadable}
 
 
 def _read_groups(run: RunRecord, file: Path, most: int) -> list[dict[str, Any]]:
@@ -77,25 +57,19 @@ def _read_groups(run: RunRecord, file: Path, most: int) -> list[dict[str, Any]]:
     groups: dict[int, dict[str, Any]] = {}
     for row in pq.read_table(file, columns=list(COLUMNS), filters=[("group", "in", chosen)]).to_pylist():
         group = groups.get(row["group"]) or groups.setdefault(row["group"], _group(run, row))
-        group["size"] += 1
-        if len(group["responses"]) < MOST_RESPONSES:
-            group["responses"].append(_response(row, run.settings))
+        group["responses"].append(_response(row, run.settings))
     return [groups[number] for number in sorted(groups)]
 
 
 def _group(run: RunRecord, row: dict[str, Any]) -> dict[str, Any]:
-    metadata = json.loads(row["metadata"] or "{}")
-    images = row["images"] or []
     return {
         "run": run.label,
         "episode": row["episode"],
         "query_id": row["query_id"],
         "question": _shortened(row["question"]),
         "answer": _shortened(row["answer"]),
-        "category": str(metadata.get("category") or ""),
-        "images": [_thumbnail(image, row["query_id"]) for image in images[:MOST_IMAGES]],
-        "images_left_out": max(0, len(images) - MOST_IMAGES),
-        "size": 0,
+        "category": str(json.loads(row["metadata"]).get("category") or ""),
+        "images": [_thumbnail(image, row["query_id"]) for image in row["images"]],
         "responses": [],
     }
 
@@ -120,17 +94,8 @@ def _response(row: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_trigger(text: str, tokens: int, rethought: dict[str, Any], settings: dict[str, Any]) -> tuple[int, int]:
-    """Where the forced trigger stands in a response's text: its words nearest to its share of the tokens.
-
-    Args:
-        text: the response.
-        tokens: how many it has.
-        rethought: the trigger's name and its place among them.
-        settings: of the run; `rethink.triggers` has the words.
-
-    Returns:
-        (start, end); the end of the text where the words are not in it.
-    """
+    """Where the forced trigger stands in a response of so many tokens: (start, end) of its words nearest to its share
+    of the tokens, or the end of the text where they are not in it. The run's settings have the words."""
     name = rethought["name"]
     words = settings.get(f"rethink.triggers.{name}") or RethinkConfig().triggers.get(name, "")
     expected = len(text) * rethought["trigger_start"] / max(1, tokens)

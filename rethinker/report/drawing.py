@@ -12,8 +12,6 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's, less their yellow: distinct with any colour vision, dark enough on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#56b4e9", "#8c6d00", "#444444")
-MOST_POINTS = 400
-"""Longer lines are drawn through the means of equal stretches of steps: a page stays small however long the run."""
 WIDTH = 5.2  # inches: on a phone's 390 px the labels are still 8 px high
 
 LOOK = {
@@ -22,6 +20,7 @@ LOOK = {
     **{"axes.titlesize": 9, "axes.titlelocation": "left", "text.color": "#222222", "axes.labelcolor": "#222222"},
     # Text stays text in SVG: readable by machines and half the size of glyph outlines. No formulas in names.
     **{"svg.fonttype": "none", "svg.hashsalt": "rethinker", "text.parse_math": False},
+    "path.simplify_threshold": 1.0,  # no finer than can be seen: a page stays small however long the run
 }
 in_our_look = matplotlib.rc_context(LOOK)
 """Decorates a function that draws."""
@@ -46,17 +45,8 @@ def label_of(text: str) -> str:
 def draw_line(
     axes: Any, values: pd.DataFrame, label: str, *, points: bool = False, single_steps: bool = False, **style: Any
 ) -> None:
-    """A metric over steps: the moving average, and for several runs its range.
-
-    Args:
-        axes: where to draw.
-        values: [steps, runs]; several runs are drawn as their mean.
-        label: for the legend.
-        points: draw what was measured now and then, as it is.
-        single_steps: draw them behind their average.
-        style: of the line.
-    """
-    values = thinned(values)
+    """The moving average of a metric, `values` [steps, runs]: of several runs as their mean and range. `points` draws
+    what was measured now and then, as it is; `single_steps` one run's steps behind their average."""
     window = 1 if points else smoothing_window(len(values))
     averages = values.rolling(window, center=True, min_periods=1).mean()  # fewer steps at both ends
     if values.shape[1] > 1:
@@ -67,14 +57,6 @@ def draw_line(
     marker = "o" if points or len(values) == 1 else None  # one point is no line
     axes.plot(averages.mean(axis=1), label=label_of(label), linewidth=1.8, marker=marker, markersize=4, **style)
     axes.xaxis.get_major_locator().set_params(integer=True)
-
-
-def thinned(values: pd.DataFrame) -> pd.DataFrame:
-    """At most MOST_POINTS points: the means of equal stretches of steps."""
-    if len(values) <= MOST_POINTS:
-        return values
-    stretch = np.arange(len(values)) * MOST_POINTS // len(values)
-    return values.groupby(stretch).mean().set_axis(values.index.to_series().groupby(stretch).mean())
 
 
 def smoothing_window(points: int) -> int:

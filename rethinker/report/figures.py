@@ -26,7 +26,7 @@ class ReportFigure:
     name: str  # of its file, <name>.svg
     title: str
     meaning: str  # what the reader sees in it
-    panels: dict[str, str]  # {metric: title of its panel}; the first one describes the figure in words
+    panels: dict[str, str]  # {metric: title of its panel}
     draw: Callable[[Runs], Figure | None] | None = None
 
     @in_our_look
@@ -170,7 +170,7 @@ FIGURES = (
         "time",
         "Time per step",
         "Rethink is the second pass of forced rethinking; other is validation and choosing the batch.",
-        {"step_s": "seconds per step"},
+        {},
         phase_times,
     ),
 )

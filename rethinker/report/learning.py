@@ -27,11 +27,7 @@ def learning_curve(run_folders: Sequence[str | Path], output: str | Path) -> Pat
     """Draw what a run learned: sampled reward and greedy held-out accuracy, below them how many queries still teach.
 
     One run is drawn with its single steps behind a moving average; several (seeds of one recipe) as their mean, in a
-    band from the lowest to the highest, over the steps that all of them have.
-
-    Args:
-        run_folders: folders of runs.
-        output: the file to write, .svg, .png or .pdf; its folder exists.
+    band from the lowest to the highest, over the steps that all of them have. `output` ends in .svg, .png or .pdf.
 
     Raises:
         ConfigError: a folder is no run's, or a run has no step yet.

@@ -20,7 +20,7 @@ from rethinker.report.completions import sample_completions
 from rethinker.report.drawing import save_figure
 from rethinker.report.figures import FIGURES
 from rethinker.report.rethinking import compare, read_evaluations, rethinking_analysis
-from rethinker.report.runs import RunRecord, read_runs
+from rethinker.report.runs import read_runs
 from rethinker.report.summary import categories, changed_settings, summary
 
 
@@ -29,16 +29,13 @@ def write_report(
     output: str | Path | None = None,
     evaluations: Sequence[str | Path] = (),
 ) -> Path:
-    """Write the report of one run, or of several side by side.
+    """Write the report of one run, or of several side by side, and return the page's path.
 
     Args:
         run_folders: folders of runs; one may still be going on.
         output: the page, ending in .html; by default `report.html` in the run's folder, or for several runs here.
             Each figure is also written as `<output without .html>_figures/<name>.svg`.
         evaluations: folders that `rethinker eval` wrote, for the rethinking analysis.
-
-    Returns:
-        The page's path.
 
     Raises:
         ConfigError: a folder is no run's or has no step yet, results that cannot be read, or nowhere to write.
@@ -51,20 +48,13 @@ def write_report(
         folder.mkdir(parents=True, exist_ok=True)
         figures = []
         for figure in FIGURES:
-            ends = " ".join(_ends(run, next(iter(figure.panels), "")) for run in runs)
-            image = _image(figure.drawn(runs), folder / f"{figure.name}.svg")
-            figures.append({**vars(figure), "table": None, "image": image, "alt": f"{figure.title}. {ends}"})
-        if comparison is not None:
-            image = _image(rethinking_analysis(comparison), folder / "rethinking.svg")
-            title, meaning = (
-                "Rethinking analysis",
-                f"Relative improvement over {baseline} as it is, and the accuracies.",
-            )
-            texts = {"name": "rethinking", "title": title, "meaning": meaning, "alt": f"{title}, as bars."}
-            figures.append(
-                {**texts, "image": image, "table": _html(comparison.map("{:.3f}".format, "ignore").fillna(""))}
-            )
+            figures.append({**vars(figure), "image": _image(figure.drawn(runs), folder / f"{figure.name}.svg")})
         tables = {"Held-out accuracy by category": categories(runs)}
+        if comparison is not None:
+            texts = {"name": "rethinking", "title": "Rethinking analysis"}
+            texts["meaning"] = f"Relative improvement over {baseline} as it is; the accuracies are in a table below."
+            figures.append({**texts, "image": _image(rethinking_analysis(comparison), folder / "rethinking.svg")})
+            tables["Accuracies of the rethinking analysis"] = comparison.map("{:.3f}".format, "ignore").fillna("")
         tables["Settings that differ from their defaults"] = changed_settings(runs)
         page = _render(
             runs=runs,
@@ -109,12 +99,3 @@ def _image(figure: Figure | None, file: Path) -> str | None:
         file.unlink(missing_ok=True)
         return None
     return "data:image/svg+xml;base64," + base64.b64encode(save_figure(figure, file).read_bytes()).decode()
-
-
-def _ends(run: RunRecord, metric: str) -> str:
-    """First and last value of a metric, in words."""
-    values = run.series(metric)
-    if values.empty:
-        return ""
-    (first, start), (last, end) = values.iloc[[0, -1]].items()
-    return f"{run.label}: {start:.3g} at step {first}, {end:.3g} at step {last}."

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rethinker.config import ConfigError
+from rethinker.config import ConfigError, one_line
 from rethinker.report.drawing import COLORS, draw_bars, in_our_look, label_of, legend, new_figure
 
 MODES = {"normal": "as it is", "forced": "rethinking forced", "oracle": "forced where wrong (upper bound)"}
@@ -35,15 +35,10 @@ def read_evaluations(folders: Sequence[str | Path]) -> pd.DataFrame:
 def _read(file: Path) -> dict[str, Any]:
     try:
         row = json.loads(file.read_text("utf-8"))
-        result = {name: str(row[name]) for name in ("model", "benchmark", "mode")}
-        result |= {"accuracy": float(row["accuracy"]), "rethink_ratio": float(row.get("rethink_ratio", "nan"))}
-    except KeyError as error:
-        raise ConfigError(f"--eval: {file} is no result of `rethinker eval`: it lacks {error}") from None
-    except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"--eval: {file} is no result of `rethinker eval`: {error}") from None
-    if result["mode"] not in MODES:
-        raise ConfigError(f"--eval: {file} has mode {result['mode']!r}; known are {', '.join(MODES)}")
-    return result
+        numbers = {"accuracy": float(row["accuracy"]), "rethink_ratio": float(row.get("rethink_ratio", "nan"))}
+        return numbers | {name: str(row[name]) for name in ("model", "benchmark", "mode")}
+    except (KeyError, ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"--eval: {file} is no result of `rethinker eval`: {one_line(error)}") from None
 
 
 def compare(results: pd.DataFrame) -> tuple[str, pd.DataFrame]:

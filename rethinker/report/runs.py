@@ -13,8 +13,7 @@ from typing import Any
 import pandas as pd
 
 from rethinker.config import ConfigError
-from rethinker.evaluation.settings import flat_settings
-from rethinker.settings import read_yaml_file
+from rethinker.evaluation.settings import read_settings
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,12 @@ class RunRecord:
     """Rows of metrics.jsonl, one per optimizer step."""
     validations: list[dict[str, Any]]
     """Rows of validation.jsonl, the first from before training (step 0); empty without validation."""
-    label: str = ""
+    label: str
 
     @property
     def name(self) -> str:
         """Of the folder: run.name."""
         return self.folder.resolve().name
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run has come to its end: then it draws its learning curve."""
-        return (self.folder / "learning.png").is_file()
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -65,13 +59,11 @@ def read_run(folder: str | Path) -> RunRecord:
         below = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
         wanted = f"one of its runs: {', '.join(below[:8])}" if below else "the folder of a run, as runs/<run.name>"
         raise ConfigError(f"{folder} has no metrics.jsonl; name {wanted}")
-    steps, validations, config = _read_lines(file), _read_lines(folder / "validation.jsonl"), folder / "config.yaml"
-    settings = read_yaml_file(config, str(config)) if config.is_file() else {}
-    settings = flat_settings(settings if isinstance(settings, dict) else {})
-    run = RunRecord(folder, settings, steps, validations)
+    steps, validations = _read_lines(file), _read_lines(folder / "validation.jsonl")
+    run = RunRecord(folder, read_settings(folder), steps, validations, folder.resolve().name)
     if run.series("reward_mean").empty:
         raise ConfigError(f"{file} has no step with a reward_mean yet, so there is nothing to draw")
-    return replace(run, label=run.name)
+    return run
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 from rethinker.config import Config
 from rethinker.evaluation.settings import flat_settings
 from rethinker.report.runs import RunRecord
+from rethinker.settings import flat
 
 
 def summary(runs: Sequence[RunRecord]) -> pd.DataFrame:
@@ -22,7 +23,7 @@ def summary(runs: Sequence[RunRecord]) -> pd.DataFrame:
 
 def _facts(run: RunRecord) -> dict[str, str]:
     settings, accuracy, seconds = run.settings, run.series("val_accuracy"), run.series("step_s")
-    last = run.metrics.index.max()
+    last, finished = run.metrics.index.max(), (run.folder / "learning.png").is_file()  # which a run draws at its end
     so_far = f"{last} of {settings.get('train.max_steps') or '?'} so far (running, or ended early)"
     best = f", best {accuracy.max():.3f} at step {accuracy.idxmax()}" if len(accuracy) > 1 else ""
     time = f"{seconds.sum() / 60:.1f} min in steps, {seconds.median():.2f} s the median step"
@@ -30,7 +31,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
         "Model": str(settings.get("policy.model", "")),
         "Algorithm": str(settings.get("algorithm.name", "")),
         "Seed": str(settings.get("seed", "")),
-        "Steps": str(last) if run.finished else so_far,
+        "Steps": str(last) if finished else so_far,
         "Held-out accuracy": change(accuracy) + best,
         "Sampled reward": change(run.series("reward_mean"), few=max(1, len(run.steps) // 10)),
         "Time": time if len(seconds) else "",
@@ -53,12 +54,11 @@ def _by_category(row: dict[str, Any]) -> dict[str, Any]:
 
 def changed_settings(runs: Sequence[RunRecord]) -> pd.DataFrame | None:
     """Settings of which any run's value is not the default; None without a config.yaml."""
-    defaults = flat_settings(dataclasses.asdict(Config()))
+    defaults = flat_settings(flat(Config()))
     known = [run for run in runs if run.settings]
     rows = {}
     for key in dict.fromkeys([*defaults, *(key for run in known for key in run.settings)]):
         default = defaults.get(key)
-        default = list(default) if isinstance(default, tuple) else default  # as YAML gives it back
         values = [run.settings.get(key, default) for run in known]
         if key not in ("run.name", "run.dir") and any(value not in (default, {}) for value in values):
             rows[key] = [_value(default) if key in defaults else "none", *map(_value, values)]
@@ -76,5 +76,4 @@ def change(values: pd.Series, few: int = 1) -> str:
 
 def _value(value: Any) -> str:
     """As YAML writes it."""
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

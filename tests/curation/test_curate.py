@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-from rethinker.config import ConfigError
+from rethinker.config import ConfigError, RolloutConfig
 from rethinker.curation import measure as measuring
 from rethinker.curation.command import main
 from rethinker.data.datasets import load_queries
@@ -90,6 +90,7 @@ def test_the_subset_trains_as_it_is(curate, capsys):
     counts = {category: sum(row["category"] == category for row in rows) for category in {r["category"] for r in rows}}
     assert len(counts) == 8 and set(counts.values()) == {6}
     config = resolve_config(folder / "recipe.yaml")
+    assert config.rollout.sleep and config.rollout.gpu_memory_utilization == RolloutConfig.gpu_memory_utilization
     queries = load_queries(config.data, "train")
     assert [q.id for q in queries] == [row["qid"] for row in rows] and {len(q.images) for q in queries} == {0, 1, 2}
     printed = capsys.readouterr().out
@@ -98,7 +99,7 @@ def test_the_subset_trains_as_it_is(curate, capsys):
 
 def test_provenance(curate, scratch):
     """It names the model by its weights, the data by its content, versions, counts, date and command."""
-    written = json.loads((curate("--size", "20k") / "provenance.json").read_text())
+    written = json.loads((curate("--size", "20000") / "provenance.json").read_text())
     assert written["model"] == str(scratch / "model") and len(written["model_version"]) == len("sha256 ") + 64
     assert len(written["data_sha256"]) == 64 and written["samples"] == SAMPLES
     assert written["questions"] == 200 and written["size_asked"] == 20_000
@@ -148,7 +149,8 @@ def test_a_half_written_chunk_is_asked_again(curate):
         (("--rollout.temperature", "0.5"), r"rollout\.temperature=0\.5 \(was 1\.0\)"),
         (("--limit", "100"), r"data_sha256="),
         (("--samples", "1"), r"--samples 1 must be at least 2"),
-        (("--size", "many"), r"--size: 'many': give 16k"),
+        (("--size", "many"), r"--size: invalid int value: 'many'"),
+        (("--size", "0"), r"--size 0 must be at least 1"),
         (("--rollout.backend", "recorded", "--rollout.recording", "x"), r"no new answers"),
         (("--policy.model", "./none"), r"policy\.model=\./none is not a folder"),
         (("--polcy.model", "x"), r"unknown setting 'polcy\.model'"),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
 from collections import Counter
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rethinker.curation.subset import PassRate, choose, fill, parse_size
+from rethinker.curation.subset import PassRate, choose, fill
 
 
 def made(counts: dict[str, int], right: int = 3) -> list[PassRate]:
@@ -49,11 +47,3 @@ def test_the_choice_is_stable():
     assert {rates[::-1][i].query_id for i in choose(rates[::-1], 50)} == chosen
     assert chosen < {rates[i].query_id for i in choose(rates, 90)}
     assert choose(rates, 50) == sorted(choose(rates, 50)) != list(range(25)) + list(range(300, 325))
-
-
-def test_sizes():
-    """The paper's presets, numbers, and nothing else."""
-    assert (parse_size("16k"), parse_size("20K"), parse_size("7")) == (16_000, 20_000, 7)
-    for text in ("", "0", "-3", "1.5", "17k", "٣"):
-        with pytest.raises(ArgumentTypeError, match="16k, 20k, or a number"):
-            parse_size(text)

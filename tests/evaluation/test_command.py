@@ -72,7 +72,7 @@ def test_a_foreign_checkpoint_through_vllm_and_hf(checkpoint, rethinker, tmp_pat
         (["x", "--benchmark", "digits", "--limit"], "argument --limit: expected one argument"),
         (["Qwen/x", "--benchmark", "digits", "--bench", "1"], "unknown setting 'bench'"),
         (["--compare", "a"], "--compare needs at least two result folders"),
-        (["--compare", "a", "b", "--mode", "forced"], "--compare takes result folders and nothing else"),
+        (["--compare", "--mode", "forced"], "--mode holds no result.json: give the folder"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
