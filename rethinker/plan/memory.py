@@ -113,9 +113,11 @@ def rollout_of(config: Config, shape: Shape, ranks: int, memory: float | None) -
     settings, tp, b, V, D = config.rollout, config.rollout.tensor_parallel_size, shape.weight_bytes, *shape.head.shape
     if settings.backend in ("recorded", "server"):
         return Rollout({})
-    heads = max(1, shape.text.num_key_value_heads / tp)  # of a rank: divided among an engine's, not below one
-    token = 2 * shape.text.num_hidden_layers * heads * shape.head_dim * b  # keys and values
-    longest = min(config.data.max_prompt_tokens + settings.max_new_tokens, shape.text.max_position_embeddings)
+    text = shape.text
+    heads = max(1, text.num_key_value_heads / tp)  # of a rank: divided among an engine's, not below one
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token = 2 * text.num_hidden_layers * heads * size * b  # keys and values
+    longest = min(config.data.max_prompt_tokens + settings.max_new_tokens, text.max_position_embeddings)
     sequences = math.ceil(config.train.episode_queries / (ranks // tp)) * settings.group_size
     if settings.backend == "hf":
         most = min(hf_engine.BATCH, sequences)
@@ -127,7 +129,7 @@ def rollout_of(config: Config, shape: Shape, ranks: int, memory: float | None) -
     most, batched = (512, 4096) if memory is None else (1024, 16384) if large else (256, 8192)
     # The larger of what the profiling run meets, from the sizes of its tensors: a layer's gate, up and their product on
     # a full batch; four fp32 copies of the logits.
-    layer = batched * b * (3 * shape.text.intermediate_size / tp + 6 * D)
+    layer = batched * b * (3 * text.intermediate_size / tp + 6 * D)
     working = max(layer, most * V * 4 * 4) + batched * D * b + (0 if memory is None else CUDA_GRAPHS)
     weights, cache = b * shape.parameters / tp, settings.kv_cache_gb * GIB
     if memory is not None:

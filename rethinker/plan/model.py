@@ -50,11 +50,6 @@ class Shape:
         """Bytes of a weight."""
         return self.head.itemsize
 
-    @property
-    def head_dim(self) -> int:
-        """Size of an attention head."""
-        return getattr(self.text, "head_dim", None) or self.text.hidden_size // self.text.num_attention_heads
-
     def image_tokens(self, pixels: int) -> int:
         """Tokens of an image of so many pixels: InternVL's of its tiles and, if there are several, one of the whole."""
         blank, vision = self.policy.family.blank(self.policy.hf), self.config.vision_config
