@@ -464,7 +464,7 @@ def test_registration(op):
     logits = torch.randn(rows, 40, device=DEVICE, requires_grad=True)
     library = torch.ops.rethinker
     call = {
-        "log_softmax": (library.selective_log_softmax, (logits, index, None, 0.7, True)),
-        "linear": (library.linear_selective_log_softmax, (hidden, weight, None, index, None, 0.7, True)),
+        "log_softmax": (library.selective_log_softmax, (logits, index, 0.7, True)),
+        "linear": (library.linear_selective_log_softmax, (hidden, weight, None, index, 0.7, True)),
     }
     torch.library.opcheck(*call[op], test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
