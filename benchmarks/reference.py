@@ -16,7 +16,7 @@ grpo_loss = losses.grpo_loss
 
 
 def selective_log_softmax(
-    logits: Tensor, index: Tensor, *, temperature: float | Tensor = 1.0, return_entropy: bool = False
+    logits: Tensor, index: Tensor, *, temperature: float = 1.0, return_entropy: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`rethinker_kernels.selective_log_softmax` by its formula."""
     log_probs = _temper(logits.to(torch.promote_types(logits.dtype, torch.float32)), temperature).log_softmax(-1)
@@ -36,7 +36,7 @@ def linear_selective_log_softmax(
     index: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`rethinker_kernels.linear_selective_log_softmax` by its lines, with all logits at once."""
@@ -53,7 +53,7 @@ def linear_policy_loss(
     advantages: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: float = 1.0,
     nll_weights: Tensor | None = None,
     **given,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,15 +77,12 @@ def linear_grpo_loss(
     return linear_policy_loss(hidden, weight, index, loss, old_logps, advantages, **given)
 
 
-def _temper(logits: Tensor, temperature: float | Tensor) -> Tensor:
+def _temper(logits: Tensor, temperature: float) -> Tensor:
     """Logits over temperature, up to a constant per row."""
-    if isinstance(temperature, float):
-        if temperature == 1.0:
-            return logits
-        temperature = torch.full((), temperature, dtype=logits.dtype, device=logits.device)
-    temperature = temperature.detach().to(logits.dtype).unsqueeze(-1)
+    if temperature == 1.0:
+        return logits
     # Below the maximum before dividing: at a small temperature only losers may overflow, to -inf, which is right.
     below = logits - logits.detach().amax(-1, keepdim=True)
-    frozen = torch.where(below == 0, 0.0, -math.inf).to(logits.dtype)
-    tempered = torch.where(temperature > 0, below / torch.where(temperature > 0, temperature, 1.0), frozen)
-    return torch.where(temperature >= 0, tempered, math.nan)
+    if temperature > 0:
+        return below / logits.new_full((1,), temperature)
+    return below.masked_fill(below == 0, 0.0).masked_fill(below < 0, -math.inf)

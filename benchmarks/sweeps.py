@@ -100,9 +100,9 @@ def sweep_chunks(
     """`linear_grpo_loss`, forward and backward, by the rows of a chunk; None: the op's own choice."""
     inputs = head_inputs(rows, *head, device)
     step = loss_step(grpo_of(ours))(inputs)
-    own = linear.Head(inputs["hidden"], inputs["weight"], None, inputs["index"], None, 1.0).chunks
+    own = linear.Head(inputs["hidden"], inputs["weight"], None, inputs["index"], 1.0).chunks
     results = [{"logits_rows": None, "gradient_rows": None, "own_choice": own, **measure(step, REPEATS)}]
-    if takes_exponentials(inputs["hidden"], inputs["weight"], None, None, 1.0):
+    if takes_exponentials(inputs["hidden"], inputs["weight"], None, 1.0):
         logits = logits[:1]  # there are none
     for B, C in product(logits, chunks):
         with chunk_rows(B, C):
@@ -123,12 +123,12 @@ def sweep_tiles(rows: int, vocabulary: int, dtype: torch.dtype, tiles: tuple[dic
     index, ones = torch.randint(vocabulary, (rows,), device=device), torch.ones(rows, device=device)
     # A positive advantage and a ratio far below 1: no row is clipped, so every gradient is computed.
     old = torch.full((rows,), 10.0, device=device)
-    saved = log_softmax.forward_rows(logits, index, None, 1.0, True)[2]
+    saved = log_softmax.forward_rows(logits, index, 1.0, True)[2]
     grpo = (Rows(old, ones, None, ones.bool(), ones), ones, None, Surrogate())
     steps: dict[str, Step] = {
-        "forward": lambda: log_softmax.forward_rows(logits, index, None, 1.0, True),
-        "gradient": lambda: log_softmax.gradient_rows(logits, index, None, 1.0, saved, None, ones, None, out=out),
-        "grpo_rows": lambda: linear_loss.grpo_rows(logits, index, None, 1.0, *grpo, out=out),
+        "forward": lambda: log_softmax.forward_rows(logits, index, 1.0, True),
+        "gradient": lambda: log_softmax.gradient_rows(logits, index, 1.0, saved, None, ones, None, out=out),
+        "grpo_rows": lambda: linear_loss.grpo_rows(logits, index, 1.0, *grpo, out=out),
     }
     results = []
     for changes in tiles:

@@ -175,14 +175,6 @@ SUM_TREE_FN int child_of(const int64_t* block, int64_t& rest) {
   return child;
 }
 
-// The leaf that owns unit `rest` of the total weight, 0 <= rest < total.
-SUM_TREE_FN int64_t slot_of(const int64_t* nodes, const Layout& layout, int64_t rest) {
-  int64_t node = 0;
-  for (int level = layout.levels - 2; level >= 0; --level)
-    node = node * kFanOut + child_of(nodes + layout.begin[level] + node * kFanOut, rest);
-  return node;
-}
-
 }  // namespace sum_tree
 
 // The ops, of which each library has its own. All memory is the caller's, on the library's device. `key` [2] holds a seed

@@ -3,19 +3,6 @@
 
 #include <vector>
 
-namespace sum_tree {
-namespace {
-
-void add_to_parents(int64_t* nodes, const Layout& layout, int64_t slot, int64_t change) {
-  for (int level = 1; level < layout.levels; ++level) {
-    slot >>= kFanOutBits;
-    nodes[layout.begin[level] + slot] += change;
-  }
-}
-
-}  // namespace
-}  // namespace sum_tree
-
 using namespace sum_tree;
 
 // All or nothing; the first element that is refused is reported.
@@ -34,9 +21,10 @@ const char* sum_tree_update(
     return nullptr;
   }
   for (int64_t i = 0; i < n; ++i) {  // in their order: of duplicates the last holds
-    const int64_t change = weights[i] - nodes[indices[i]];
-    nodes[indices[i]] = weights[i];
-    add_to_parents(nodes, layout, indices[i], change);
+    int64_t node = indices[i];
+    const int64_t change = weights[i] - nodes[node];
+    for (int level = 0; level < layout.levels; ++level, node >>= kFanOutBits)
+      nodes[layout.begin[level] + node] += change;
   }
   return nullptr;
 }

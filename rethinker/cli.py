@@ -24,7 +24,7 @@ USAGE = """usage: rethinker COMMAND ...
   rethinker curate RECIPE --output FOLDER             measure pass rates; write the questions worth training on
   rethinker report RUN... [--output FILE.html]        one page about a run, or several side by side
   rethinker export RUN [--output FOLDER]              its model as a folder to share, with a model card
-  rethinker plan RECIPE --gpus N --gpu-memory GIB     memory, batches and time of a run, before anything starts
+  rethinker plan RECIPE --gpus N --gpu-memory GIB     memory and batches of a run, before anything starts
   rethinker serve RECIPE [--port N]                   a vLLM server for runs with rollout.backend=server
   rethinker doctor                                    what is installed, what is missing, how to add it
   rethinker --version

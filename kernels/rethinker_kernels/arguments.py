@@ -41,21 +41,10 @@ def check_choice(name: str, value: str, *options: str) -> None:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(options)}")
 
 
-def check_logits(logits: Tensor) -> None:
-    if logits.dim() < 1 or logits.shape[-1] == 0 or not logits.is_floating_point():
-        raise ValueError(f"logits: must be floating [..., V] with V > 0, not {describe(logits)}")
-
-
-def check_temperature(temperature: float | Tensor, index: Tensor) -> tuple[Tensor | None, float]:
-    """The temperature as the kernels take it: (one per row or None, the one number for all)."""
-    if not isinstance(temperature, Tensor):
-        if not temperature >= 0:
-            raise ValueError(f"temperature={temperature}: must be at least 0")
-        return None, float(temperature)
-    if temperature.dim() == 0:
-        temperature = temperature.expand(index.shape)
-    check("temperature", temperature, index.shape, like=index)
-    return temperature.detach(), 1.0
+def check_temperature(temperature: float) -> float:
+    if isinstance(temperature, Tensor) or not temperature >= 0:
+        raise ValueError(f"temperature={temperature}: must be one number, at least 0")
+    return float(temperature)
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> None:

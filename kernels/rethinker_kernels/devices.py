@@ -17,18 +17,16 @@ def takes_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def takes_exponentials(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatures: Tensor | None, temperature: float
-) -> bool:
+def takes_exponentials(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> bool:
     """Whether the head's product leaves exponentials instead of logits (triton_kernels/exponentials.py).
 
-    On a Hopper GPU, for bf16 rows that its copy engine can read (16-byte strides), without a bias, at one temperature.
-    Everything else has fp32 logits: those also subtract before they divide by the temperature, which counts below 0.1.
+    On a Hopper GPU, for bf16 rows that its copy engine can read (16-byte strides), without a bias. Everything else
+    has fp32 logits: those also subtract before they divide by the temperature, which counts below 0.1.
     """
     if not hidden.is_cuda or hidden.dtype != torch.bfloat16 or torch.cuda.get_device_capability(hidden.device)[0] != 9:
         return False
     aligned = all(t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight))
-    return aligned and bias is None and temperatures is None and 0.1 <= temperature < math.inf
+    return aligned and bias is None and 0.1 <= temperature < math.inf
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

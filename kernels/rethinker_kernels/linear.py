@@ -26,7 +26,7 @@ def linear_selective_log_softmax(
     index: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of one chosen token per hidden state, and the entropy.
@@ -43,7 +43,7 @@ def linear_selective_log_softmax(
         weight: [V, D], the head, of the same type.
         index: [R] int64, as in `selective_log_softmax`.
         bias: [V] of the same type, or None.
-        temperature: a float, or a tensor [R], as in `selective_log_softmax`.
+        temperature: as in `selective_log_softmax`.
         return_entropy: also return the entropy, in nats.
 
     Returns:
@@ -53,7 +53,7 @@ def linear_selective_log_softmax(
         ValueError: a shape, type or device that does not fit, or a temperature below 0.
     """
     check_linear(hidden, weight, bias, index)
-    head = Head(hidden, weight, bias, index, *check_temperature(temperature, index))
+    head = Head(hidden, weight, bias, index, check_temperature(temperature))
     logps, entropies, _ = log_softmax_op(*head, return_entropy)
     return (logps, entropies) if return_entropy else logps
 
@@ -65,8 +65,6 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     index: Tensor
-    temperatures: Tensor | None
-    """[R], or None where all rows have the same `temperature`."""
     temperature: float
 
     @property
@@ -86,7 +84,7 @@ class Head(NamedTuple):
         """
         hidden, weight, bias = self.hidden, self.weight, self.bias
         size, chunk = self.chunks
-        if exponentials and takes_exponentials(hidden, weight, bias, self.temperatures, self.temperature):
+        if exponentials and takes_exponentials(hidden, weight, bias, self.temperature):
             from rethinker_kernels.triton_kernels.exponentials import Exponentials
 
             for part in slices(rows.start, rows.stop, chunk):
@@ -109,7 +107,7 @@ class Logits:
 
     def __init__(self, head: Head, rows: slice, logits: Tensor, out: Tensor | None) -> None:
         self.logits, self.out = logits, out  # [B, V]; `out` may be the logits themselves
-        self.chosen = head.index[rows], at(head.temperatures, rows), head.temperature
+        self.chosen = head.index[rows], head.temperature
 
     def measure(self, _: Tensor, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs [B], entropies [B] ([0] if not asked for) and what a backward pass needs [2, B]."""
@@ -230,12 +228,11 @@ def log_softmax_op(
     weight: Tensor,
     bias: Tensor | None,
     index: Tensor,
-    temperatures: Tensor | None,
     temperature: float,
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [R], entropies [R] ([0] if not asked for) and what the backward pass needs [2, R]."""
-    head, rows = Head(hidden, weight, bias, index, temperatures, temperature), len(hidden)
+    head, rows = Head(hidden, weight, bias, index, temperature), len(hidden)
     logps = hidden.new_empty(rows, dtype=wide(hidden))
     entropies = logps.new_empty(rows if return_entropy else 0)
     saved = logps.new_empty(2, rows)
@@ -247,7 +244,7 @@ def log_softmax_op(
 
 
 @log_softmax_op.register_fake
-def _(hidden, weight, bias, index, temperatures, temperature, return_entropy):
+def _(hidden, weight, bias, index, temperature, return_entropy):
     rows = hidden.shape[0]
     like = hidden.new_empty(rows, dtype=wide(hidden))
     return like, like.new_empty(rows if return_entropy else 0), like.new_empty(2, rows)
@@ -259,7 +256,6 @@ def log_softmax_backward_op(
     weight: Tensor,
     bias: Tensor | None,
     index: Tensor,
-    temperatures: Tensor | None,
     temperature: float,
     saved: Tensor,
     entropies: Tensor,
@@ -269,7 +265,7 @@ def log_softmax_backward_op(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(hidden, weight, bias, index, temperatures, temperature)
+    head = Head(hidden, weight, bias, index, temperature)
     gradients = Gradients(head, (needs_hidden, needs_weight, needs_bias))
     gradients.accumulate_log_softmax(saved, entropies, grad_logps, grad_entropies)
     return tuple(gradient.to(hidden.dtype) for gradient in gradients.wide())
@@ -283,18 +279,18 @@ def _(hidden, weight, bias, *rest):
 
 def _setup_log_softmax(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # an output that is not used gives None, and its work is left out
-    hidden, weight, bias, index, temperatures, ctx.temperature, _ = inputs
+    hidden, weight, bias, index, ctx.temperature, _ = inputs
     _, entropies, saved = output
-    ctx.save_for_backward(hidden, weight, bias, index, temperatures, saved, entropies)
+    ctx.save_for_backward(hidden, weight, bias, index, saved, entropies)
 
 
 def _gradient_log_softmax(ctx, grad_logps, grad_entropies, _):
-    hidden, weight, bias, index, temperatures, saved, entropies = ctx.saved_tensors
+    hidden, weight, bias, index, saved, entropies = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     gradients = log_softmax_backward_op(
-        hidden, weight, bias, index, temperatures, ctx.temperature, saved, entropies, grad_logps, grad_entropies, *needs
+        hidden, weight, bias, index, ctx.temperature, saved, entropies, grad_logps, grad_entropies, *needs
     )
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 4)
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 3)
 
 
 log_softmax_op.register_autograd(_gradient_log_softmax, setup_context=_setup_log_softmax)

@@ -30,7 +30,7 @@ def linear_policy_loss(
     advantages: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: float = 1.0,
     nll_weights: Tensor | None = None,
     **given,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +59,7 @@ def linear_policy_loss(
         ValueError: as the two functions.
     """
     check_linear(hidden, weight, bias, index)
-    temperatures = check_temperature(temperature, index)
+    temperature = check_temperature(temperature)
     # The log-probs do not exist yet; a column of the hidden states has their shape and device.
     rows = hidden.detach()[:, :1].reshape(-1)
     objective = Objective(loss, rows, old_logps, advantages, **given)
@@ -69,7 +69,7 @@ def linear_policy_loss(
     if torch.compiler.is_compiling():
         head = {"bias": bias, "temperature": temperature, "return_entropy": True}
         return _outcome(objective, nll_weights, *linear_selective_log_softmax(hidden, weight, index, **head))
-    head = Head(hidden, weight, bias, index, *temperatures)
+    head = Head(hidden, weight, bias, index, temperature)
     learns = torch.is_grad_enabled()
     needs = tuple(learns and x is not None and x.requires_grad for x in (hidden, weight, bias))
     return _LinearPolicyLoss.apply(hidden, weight, bias, head, objective, nll_weights, needs)

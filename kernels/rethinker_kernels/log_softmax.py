@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from rethinker_kernels import torch_rows
-from rethinker_kernels.arguments import check, check_logits, check_temperature, wide
+from rethinker_kernels.arguments import check, check_temperature, describe, wide
 from rethinker_kernels.devices import takes_triton
 
 
 def selective_log_softmax(
-    logits: Tensor, index: Tensor, *, temperature: float | Tensor = 1.0, return_entropy: bool = False
+    logits: Tensor, index: Tensor, *, temperature: float = 1.0, return_entropy: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of one chosen entry per row, and the row's entropy.
 
@@ -26,8 +26,7 @@ def selective_log_softmax(
     Args:
         logits: [..., V] floating; -inf marks a banned entry and is legal in values and gradients.
         index: [...] int64. An index outside [0, V) turns its row into NaN and gives it no gradient.
-        temperature: one float >= 0, or a tensor [...] with one per row (not differentiated). 0 is the limit: all mass
-            on the largest logits, no gradient. A negative or NaN temperature in a tensor turns its row into NaN.
+        temperature: of all rows, >= 0. 0 is the limit: all mass on the largest logits, no gradient.
         return_entropy: also return the entropy of the tempered distribution, in nats.
 
     Returns:
@@ -36,22 +35,21 @@ def selective_log_softmax(
     Raises:
         ValueError: a shape, type or device that does not fit, or a temperature below 0.
     """
-    check_logits(logits)
+    if logits.dim() < 1 or logits.shape[-1] == 0 or not logits.is_floating_point():
+        raise ValueError(f"logits: must be floating [..., V] with V > 0, not {describe(logits)}")
     check("index", index, logits.shape[:-1], like=logits, dtypes=(torch.int64,))
-    logps, entropies, _ = _forward(logits, index, *check_temperature(temperature, index), return_entropy)
+    logps, entropies, _ = _forward(logits, index, check_temperature(temperature), return_entropy)
     logps = logps.view(index.shape)
     return (logps, entropies.view(index.shape)) if return_entropy else logps
 
 
 @torch.library.custom_op("rethinker::selective_log_softmax", mutates_args=())
-def _forward(
-    logits: Tensor, index: Tensor, temperatures: Tensor | None, temperature: float, return_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return row_kernels(logits).forward_rows(logits, index, temperatures, temperature, return_entropy)
+def _forward(logits: Tensor, index: Tensor, temperature: float, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return row_kernels(logits).forward_rows(logits, index, temperature, return_entropy)
 
 
 @_forward.register_fake
-def _(logits, index, temperatures, temperature, return_entropy):
+def _(logits, index, temperature, return_entropy):
     rows = index.numel()
     like = logits.new_empty(rows, dtype=wide(logits))
     return like, like.new_empty(rows if return_entropy else 0), like.new_empty(2, rows)
@@ -61,7 +59,6 @@ def _(logits, index, temperatures, temperature, return_entropy):
 def _backward(
     logits: Tensor,
     index: Tensor,
-    temperatures: Tensor | None,
     temperature: float,
     saved: Tensor,
     entropies: Tensor,
@@ -69,27 +66,27 @@ def _backward(
     grad_entropies: Tensor | None,
 ) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    of_rows = logits, index, temperatures, temperature, saved, entropies, grad_logps, grad_entropies
+    of_rows = logits, index, temperature, saved, entropies, grad_logps, grad_entropies
     row_kernels(logits).gradient_rows(*of_rows, out=out.view(-1, logits.shape[-1]))
     return out
 
 
 @_backward.register_fake
-def _(logits, index, temperatures, temperature, saved, entropies, grad_logps, grad_entropies):
+def _(logits, *_):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # an output that is not used gives None, and its work is left out
-    logits, index, temperatures, ctx.temperature, _ = inputs
+    logits, index, ctx.temperature, _ = inputs
     _, entropies, saved = output
-    ctx.save_for_backward(logits, index, temperatures, saved, entropies)
+    ctx.save_for_backward(logits, index, saved, entropies)
 
 
 def _gradient(ctx, grad_logps, grad_entropies, _):
-    logits, index, temperatures, saved, entropies = ctx.saved_tensors
-    gradient = _backward(logits, index, temperatures, ctx.temperature, saved, entropies, grad_logps, grad_entropies)
-    return gradient, None, None, None, None
+    logits, index, saved, entropies = ctx.saved_tensors
+    gradient = _backward(logits, index, ctx.temperature, saved, entropies, grad_logps, grad_entropies)
+    return gradient, None, None, None
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)

@@ -85,11 +85,6 @@ class SumTree:
         return self._nodes.device
 
     @property
-    def nbytes(self) -> int:
-        """Memory of the tree, in bytes: 8.26 per slot, when there are many."""
-        return self._nodes.nbytes + self._refused.nbytes
-
-    @property
     def total(self) -> Tensor:
         """Sum of all weights, in units of priority^alpha: a scalar fp64 tensor on the tree's device."""
         return self._nodes[-1].double() * 2.0**-self.fraction_bits

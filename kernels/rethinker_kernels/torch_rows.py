@@ -18,16 +18,17 @@ _NO_MASS = -1e4
 
 
 def forward_rows(
-    logits: Tensor, index: Tensor, temperatures: Tensor | None, temperature: float, return_entropy: bool
+    logits: Tensor, index: Tensor, temperature: float, return_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [R], entropies [R] ([0] if not asked for) and what `gradient_rows` needs [2, R].
 
     Args:
         logits: [..., V] with R rows in all.
-        index: int64, R in all, as are `temperatures`; without them `temperature` is every row's.
+        index: int64, R in all.
+        temperature: of all rows.
     """
     logits = logits.reshape(-1, logits.shape[-1])
-    index, inverse = index.reshape(-1), _inverse(logits, temperatures, temperature)
+    index, inverse = index.reshape(-1), _inverse(logits, temperature)
     logps = logits.new_empty(logits.shape[0], dtype=wide(logits))
     entropies = torch.empty_like(logps[: logps.shape[0] if return_entropy else 0])
     saved = logits.new_empty(2, logits.shape[0], dtype=wide(logits))
@@ -37,10 +38,10 @@ def forward_rows(
         x -= torch.where(top == -math.inf, torch.finfo(x.dtype).min, top)[:, None]
         valid = (index[rows] >= 0) & (index[rows] < x.shape[1])
         below = x.gather(1, torch.where(valid, index[rows], 0)[:, None])[:, 0]
-        x.mul_(_finite(inverse[rows])[:, None]).clamp_(min=_NO_MASS)
+        x.mul_(_finite(inverse)).clamp_(min=_NO_MASS)
         e = x.exp()
         s = e.sum(-1)
-        logp = torch.where(below == 0, 0.0, below * inverse[rows]) - s.log()
+        logp = torch.where(below == 0, 0.0, below * inverse) - s.log()
         logps[rows] = torch.where(valid, logp, math.nan)
         saved[0, rows], saved[1, rows] = top, s.log()
         if return_entropy:
@@ -51,7 +52,6 @@ def forward_rows(
 def gradient_rows(
     logits: Tensor,
     index: Tensor,
-    temperatures: Tensor | None,
     temperature: float,
     saved: Tensor,
     entropies: Tensor | None,
@@ -65,10 +65,10 @@ def gradient_rows(
     Args: `saved` and `entropies` are `forward_rows`'s; a gradient that is None is 0.
     """
     flat = logits.reshape(-1, logits.shape[-1])
-    index, inverse = index.reshape(-1), _inverse(flat, temperatures, temperature)
+    index, inverse = index.reshape(-1), _inverse(flat, temperature)
     vocabulary = flat.shape[1]
     live = (index >= 0) & (index < vocabulary) & (inverse < math.inf)
-    none = torch.zeros_like(inverse)
+    none = torch.zeros_like(saved[0])
     per_logp, per_entropy = (
         none if g is None else torch.where(live, g.reshape(-1).to(none.dtype) * inverse, none)
         for g in (grad_logps, grad_entropies)
@@ -76,7 +76,7 @@ def gradient_rows(
     into = out.view(-1, vocabulary)
     for rows in _pieces(flat.shape[0], vocabulary * saved.element_size()):
         x = flat[rows].to(saved.dtype, copy=True)  # [C, V]
-        x.sub_(saved[0, rows, None]).mul_(_finite(inverse[rows])[:, None]).sub_(saved[1, rows, None])
+        x.sub_(saved[0, rows, None]).mul_(_finite(inverse)).sub_(saved[1, rows, None])
         x.clamp_(min=_NO_MASS)  # log p
         if grad_entropies is None:
             x.exp_().mul_(-per_logp[rows, None])
@@ -96,12 +96,9 @@ def _pieces(rows: int, row_bytes: int) -> list[slice]:
     return slices(0, rows, max(CPU_LOGITS_BYTES // row_bytes, 1))
 
 
-def _inverse(logits: Tensor, temperatures: Tensor | None, temperature: float) -> Tensor:
-    """[R]: 1 / T, which is inf at 0 and NaN for a temperature that is not one."""
-    if temperatures is None:
-        temperatures = logits.new_full(logits.shape[:1], temperature, dtype=wide(logits))
-    inverse = 1 / temperatures.reshape(-1).to(wide(logits)).abs()
-    return torch.where(temperatures.reshape(-1) >= 0, inverse, math.nan)
+def _inverse(logits: Tensor, temperature: float) -> Tensor:
+    """A scalar: 1 / T, which is inf at 0."""
+    return 1 / torch.full((), abs(temperature), dtype=wide(logits), device=logits.device)
 
 
 def _finite(inverse: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""`rethinker plan`: memory, batches and time of a run before anything starts."""
+"""`rethinker plan`: memory and batches of a run before anything starts."""

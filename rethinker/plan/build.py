@@ -1,4 +1,4 @@
-"""The plan of a run: batches, memory in each phase against what there is, and the least time of a step."""
+"""The plan of a run: batches, memory in each phase against what there is, and advice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from rethinker.plan import memory
 from rethinker.plan.memory import GIB, VLLM_WEIGHTS, Budget, Rollout, total
 from rethinker.plan.model import Shape, shape_of
 from rethinker.plan.step import MicroBatch
-from rethinker.policy.throughput import PEAK_FLOPS
 
 RESERVE = 2.0 * GIB  # CUDA context, NCCL, cuBLAS, and what vLLM keeps while it sleeps; assumed
 FRAGMENTATION = 0.05  # of what the trainer allocates; assumed
@@ -18,10 +17,6 @@ PROCESS = 4.0 * GIB  # of host memory per rank: Python, CUDA's and vLLM's librar
 CPU_PROCESS = 1.1 * GIB  # Python, torch, DeepSpeed and vLLM's CPU build in one process; measured, see test_measured.py
 CHECKER = 0.25 * GIB  # an answer-checking process; assumed
 TEXT_TOKENS = 100  # of a likely prompt, besides its image
-PATCHES = 4  # of an image token, in every family
-# Of an H100 and its network. FLOP/s; the share of them that training reaches, assumed; and bytes/s of its memory, to
-# GPUs of its node and to others.
-PEAK, MFU, BANDWIDTH, NVLINK, NETWORK = PEAK_FLOPS["H100"], 0.4, 3.35e12, 450e9, 50e9
 
 _DEVICE = "train.deepspeed (the preset offload), policy.lora.rank, --gpus"
 _TRAINING = "policy.gradient_checkpointing, train.micro_batch_tokens"
@@ -86,7 +81,6 @@ class Plan:
     batches: Batches
     rollout: Rollout
     phases: list[Phase]
-    times: dict[str, float]  # see `times_of`; empty without GPUs
 
     @property
     def problems(self) -> dict[str, str]:
@@ -142,8 +136,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     model = b * (shape.parameters + shape.adapters)
     disk = {"checkpoints to resume from": (keep + 1) * (model + 12 * shape.trained)}  # and one being written
     disk["best and last model"] = 2 * model
-    times = times_of(config, shape, batches, machine, rollout) if on_gpu else {}
-    return Plan(config, shape, batches, rollout, [*phases, Phase("disk", disk, machine.disk)], times)
+    return Plan(config, shape, batches, rollout, [*phases, Phase("disk", disk, machine.disk)])
 
 
 def batches_of(config: Config, shape: Shape, ranks: int) -> Batches:
@@ -169,38 +162,3 @@ def batches_of(config: Config, shape: Shape, ranks: int) -> Batches:
         math.ceil(likely / (config.train.micro_batch_tokens * ranks)),
         MicroBatch(tokens, tokens, min(tokens, prompt + G * response), math.ceil(tokens * share)),
     )
-
-
-def times_of(config: Config, shape: Shape, batches: Batches, machine: Machine, rollout: Rollout) -> dict[str, float]:
-    """Least seconds of a step on GPUs: its training, ZeRO-3's traffic (in part beside it), its share of the rollout (0
-    on GPUs that the plan does not know), and all together.
-
-    Training: 6 FLOP per parameter and token, 8 with gradient checkpointing; frozen weights beside adapters have no
-    gradients (2 less), nor has the vision tower then. ZeRO-3: every micro-batch gathers the weights twice and scatters
-    the gradients; with hpZ only a step's first gather goes between nodes. Rollout: every token of every wave reads the
-    engine's weights and the cache of its sequences, at half of the bandwidth; the prompts are computed once.
-    """
-    G, N, b = config.rollout.group_size, config.train.batch_pairs, shape.weight_bytes
-    p, r, text_parameters = batches.prompt, batches.response, shape.parameters - shape.vision
-    compute = machine.gpus * PEAK * MFU
-    patches = N // G * max(0, p - TEXT_TOKENS) * PATCHES
-    passes = 8 if config.policy.gradient_checkpointing else 6
-    text, seen = (passes - 2, 2) if shape.adapters else (passes, passes)
-    flop = (text * text_parameters + passes * shape.adapters) * batches.tokens + seen * shape.vision * patches
-
-    away = b * (machine.gpus - 1) / machine.gpus  # bytes of a parameter that are on other GPUs
-    gather, scatter = away * (shape.parameters + shape.adapters), away * shape.trained
-    hpz = memory.zero3(config, machine.gpus, on_gpu=True).zero_hpz_partition_size > 1
-    within = 2 * batches.micro_batches - 1 if hpz else 0  # gathers
-    between = gather * (2 * batches.micro_batches - within) + scatter * batches.micro_batches
-    moved = between / (NETWORK if machine.gpus > machine.gpus_per_node else NVLINK) + gather * within / NVLINK
-
-    train, sampling = flop / compute, 0.0
-    if rollout.waves:
-        tp = config.rollout.tensor_parallel_size
-        sequences, own = N * tp / machine.gpus, p / G + r  # tokens of a sequence: a group shares its prompt's
-        at_once = max(1.0, min(sequences, rollout.most, rollout.cache_tokens / own))
-        read = b * text_parameters / tp + at_once * memory.kv_bytes_per_token(config, shape) * (own - r / 2)
-        sampling = math.ceil(sequences / at_once) * r * read / (BANDWIDTH / 2)
-        sampling += 2 * (text_parameters * N // G * p + shape.vision * patches) / compute
-    return {"training": train, "traffic": moved, "rollout": sampling, "step": max(train, moved) + sampling}

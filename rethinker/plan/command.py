@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from argparse import Namespace
@@ -9,15 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rethinker.checks import schedule_length
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
 
 if TYPE_CHECKING:
     from rethinker.plan.build import Machine, Phase, Plan
 
-_DESCRIPTION = """What a run of RECIPE takes: memory of a rank in each phase, of the host and the disk, the geometry of
-batches, and an estimate of time. If something does not fit: which settings lessen it. No weights are loaded or
+_DESCRIPTION = """What a run of RECIPE takes: memory of a rank in each phase, of the host and the disk, and the
+geometry of batches. If something does not fit: which settings lessen it. No weights are loaded or
 downloaded; the model's config.json is enough. Without --gpus it plans for this machine."""
 _GIB = 2**30
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
         ConfigError: a mistake in the options, the recipe or the settings.
     """
     options, overrides = _parser().parse_recipe(arguments)
-    for name in ("gpus", "gpu_memory", "gpus_per_node", "queries"):
+    for name in ("gpus", "gpu_memory", "gpus_per_node"):
         if (value := getattr(options, name)) is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g} must be above 0")
     from rethinker.settings import resolve_config
@@ -39,10 +39,13 @@ def main(arguments: Sequence[str]) -> int:
 
     machine = _machine(options, config.run.dir)
     plan = make_plan(config, machine)
+    if options.json:
+        print(json.dumps({phase.name: {"bytes": phase.budget, "limit": phase.limit} for phase in plan.phases}))
+        return 1 if plan.problems else 0
     where = f"{machine.gpus} x {machine.gpu_memory / _GIB:.0f} GiB GPU" if machine.gpus else "this CPU, one process"
     print(f"{options.recipe}: {config.policy.model}, {plan.shape.parameters / 1e9:.3g} billion parameters, on {where}")
     _print_table(plan.phases)
-    print(*_lines(plan, options.queries), sep="\n")
+    print(*_lines(plan), sep="\n")
     return 1 if plan.problems else 0
 
 
@@ -54,7 +57,7 @@ def _parser() -> Parser:
     add("--gpus", type=int, metavar="N", help="GPUs in all [this machine's; without any, its CPU]")
     add("--gpu-memory", type=float, metavar="GIB", help="memory of each, as nvidia-smi counts [80, or this machine's]")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="[8]")
-    add("--queries", type=int, metavar="N", help="questions in the data set, for the length of the schedule")
+    add("--json", action="store_true", help="print the bytes of every part as JSON")
     return parser
 
 
@@ -101,11 +104,11 @@ def _gib(size: Any) -> str:
     return f"{size / _GIB:.2f}" if size < _GIB / 10 else f"{size / _GIB:.1f}"
 
 
-def _lines(plan: Plan, queries: int | None) -> Iterator[str]:
-    """Batches, times and the verdict."""
-    from rethinker.plan.build import ADVICE, MFU
+def _lines(plan: Plan) -> Iterator[str]:
+    """Batches and the verdict."""
+    from rethinker.plan.build import ADVICE
 
-    config, batches, times, rollout = plan.config, plan.batches, plan.times, plan.rollout
+    config, batches, rollout = plan.config, plan.batches, plan.rollout
     asked, pairs, G = config.train.episode_queries, config.train.batch_pairs, config.rollout.group_size
     yield f"episode: {asked} queries x {G} responses, then {asked * G // pairs} optimizer steps of {pairs} pairs"
     yield (
@@ -118,15 +121,6 @@ def _lines(plan: Plan, queries: int | None) -> Iterator[str]:
             f"rollout: the cache of an engine holds {rollout.cache_tokens:,.0f} tokens; an episode takes "
             f"{rollout.waves} wave(s) of the longest sequences"
         )
-    if times:
-        yield (
-            f"time of a step, estimated for H100s and not measured: training {times['training']:.0f} s at {MFU:.0%} of "
-            f"their peak, ZeRO-3's traffic {times['traffic']:.0f} s in part beside it, rollout {times['rollout']:.0f} s"
-        )
-    if queries or config.train.max_steps:
-        steps = schedule_length(config, queries)
-        hours = f", about {steps * times['step'] / 3600:.1f} hours or more" if times else ""
-        yield f"schedule: {steps} optimizer steps{hours}"
     free = [phase.limit - phase.bytes for phase in plan.phases[:-1] if phase.limit is not None]
     if not plan.problems:
         yield f"It fits; {_gib(min(free))} GiB are free in the fullest phase." if free else "It fits."

@@ -96,11 +96,10 @@ def sync_peak(shape: Shape) -> Budget:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What the engine takes of a rank's device while it samples, and how many sequences it advances at once."""
+    """What the engine takes of a rank's device while it samples."""
 
     budget: Budget
     cache_tokens: float = 0.0  # that its key-value cache holds
-    most: int = 0  # sequences at once, whatever their length
     waves: int = 0  # that an episode's responses take at their longest; 0: the cache does not hold a single one
     sleeps: bool = False  # whether all of it is free while the policy trains
 
@@ -114,20 +113,23 @@ def rollout_of(config: Config, shape: Shape, ranks: int, memory: float | None) -
     settings, tp, b, V, D = config.rollout, config.rollout.tensor_parallel_size, shape.weight_bytes, *shape.head.shape
     if settings.backend in ("recorded", "server"):
         return Rollout({})
-    token = kv_bytes_per_token(config, shape)
-    longest = min(config.data.max_prompt_tokens + settings.max_new_tokens, shape.text.max_position_embeddings)
+    text = shape.text
+    heads = max(1, text.num_key_value_heads / tp)  # of a rank: divided among an engine's, not below one
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token = 2 * text.num_hidden_layers * heads * size * b  # keys and values
+    longest = min(config.data.max_prompt_tokens + settings.max_new_tokens, text.max_position_embeddings)
     sequences = math.ceil(config.train.episode_queries / (ranks // tp)) * settings.group_size
     if settings.backend == "hf":
         most = min(hf_engine.BATCH, sequences)
         budget = {"the engine's copy of the policy": b * shape.parameters, "key-value cache": most * longest * token}
         budget["scores of every step"] = most * settings.max_new_tokens * V * 4
-        return Rollout(budget, most * longest, most, math.ceil(sequences / most))
+        return Rollout(budget, most * longest, math.ceil(sequences / most))
     # vLLM's defaults: max_num_seqs, and max_num_batched_tokens of its profiling run.
     large = memory is not None and memory >= 70 * GIB
     most, batched = (512, 4096) if memory is None else (1024, 16384) if large else (256, 8192)
     # The larger of what the profiling run meets, from the sizes of its tensors: a layer's gate, up and their product on
     # a full batch; four fp32 copies of the logits.
-    layer = batched * b * (3 * shape.text.intermediate_size / tp + 6 * D)
+    layer = batched * b * (3 * text.intermediate_size / tp + 6 * D)
     working = max(layer, most * V * 4 * 4) + batched * D * b + (0 if memory is None else CUDA_GRAPHS)
     weights, cache = b * shape.parameters / tp, settings.kv_cache_gb * GIB
     if memory is not None:
@@ -136,13 +138,6 @@ def rollout_of(config: Config, shape: Shape, ranks: int, memory: float | None) -
     return Rollout(
         {VLLM_WEIGHTS: weights, "vLLM's working memory (estimated)": working, "vLLM's key-value cache": cache},
         cache / token,
-        most,
         waves=math.ceil(sequences / at_once) if at_once else 0,
         sleeps=memory is not None and settings.sleep,
     )
-
-
-def kv_bytes_per_token(config: Config, shape: Shape) -> float:
-    """Keys and values of a token in one rank's cache; heads are divided among the ranks of an engine, not below one."""
-    heads = max(1, shape.text.num_key_value_heads / config.rollout.tensor_parallel_size)
-    return 2 * shape.text.num_hidden_layers * heads * shape.head_dim * shape.weight_bytes

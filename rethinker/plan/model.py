@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from rethinker.config import ConfigError, PolicyConfig, one_line
 from rethinker.embedded import tiny
@@ -22,11 +21,10 @@ _STRIP = 16  # image tokens from top to bottom of the image that stands for all 
 
 @dataclass(frozen=True)
 class Shape:
-    """A policy and what memory and time depend on; counts are of parameters."""
+    """A policy and what memory depends on; counts are of parameters."""
 
     policy: Policy
     parameters: int  # of the model, without adapters
-    vision: int  # of these, all that turns pixels into image tokens
     adapters: int
     trained: int  # those that have gradients and optimizer state
     largest_group: int  # what a weight sync gathers at once: a decoder layer, or the embedding
@@ -51,11 +49,6 @@ class Shape:
     def weight_bytes(self) -> int:
         """Bytes of a weight."""
         return self.head.itemsize
-
-    @property
-    def head_dim(self) -> int:
-        """Size of an attention head."""
-        return getattr(self.text, "head_dim", None) or self.text.hidden_size // self.text.num_attention_heads
 
     def image_tokens(self, pixels: int) -> int:
         """Tokens of an image of so many pixels: InternVL's of its tiles and, if there are several, one of the whole."""
@@ -88,7 +81,7 @@ def shape_of(settings: PolicyConfig, on_gpu: bool = False) -> Shape:
     from transformers import AutoModelForImageTextToText  # after rethinker.policy, which repairs torchvision
 
     config = config_of(settings.model)
-    family = family_of(config.model_type, f"policy.model={settings.model}")
+    family_of(config.model_type, f"policy.model={settings.model}")
     plain = PolicyConfig(
         attention=kernel_for(settings, on_gpu),
         freeze_vision=settings.freeze_vision,
@@ -111,7 +104,6 @@ def shape_of(settings: PolicyConfig, on_gpu: bool = False) -> Shape:
     return Shape(
         policy,
         parameters=count(base.values()),
-        vision=count(nn.ModuleList(family.vision_modules(model)).parameters()),
         adapters=count(part for adapter in adapters.values() for part in (adapter.a, adapter.b)),
         trained=count(parameter for parameter in model.parameters() if parameter.requires_grad),
         largest_group=max(layer, model.lm_head.weight.numel()),

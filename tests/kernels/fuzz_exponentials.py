@@ -23,7 +23,7 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # the interp
 def products(monkeypatch):
     """How many products each test made; several chunks each."""
     if DEVICE.type == "cpu":
-        one = lambda hidden, weight, bias, temperatures, temperature: bias is None and temperatures is None  # noqa: E731
+        one = lambda hidden, weight, bias, temperature: bias is None  # noqa: E731
         monkeypatch.setattr(linear, "takes_exponentials", one)
     elif torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU: others have fp32 logits")
@@ -186,8 +186,8 @@ def test_out_of_range():
 def test_without_a_gradient_of_any_output():
     """Zeros for hidden states and the weight, which no product is needed for."""
     hidden, weight, index = head(20, 50, 8)
-    _, entropies, saved = linear.log_softmax_op(hidden, weight, None, index, None, 1.0, True)
-    given = (hidden, weight, None, index, None, 1.0, saved, entropies, None, None, True, True, False)
+    _, entropies, saved = linear.log_softmax_op(hidden, weight, None, index, 1.0, True)
+    given = (hidden, weight, None, index, 1.0, saved, entropies, None, None, True, True, False)
     poison(20 * 8, 50 * 8)
     for gradient, like in zip(linear.log_softmax_backward_op(*given)[:2], (hidden, weight), strict=True):
         assert torch.equal(gradient, torch.zeros_like(like))
@@ -206,7 +206,6 @@ def test_two_runs_agree_bit_for_bit():
     ("why", "change"),
     [
         ("a bias", {"bias": torch.zeros(4)}),
-        ("a temperature per row", {"temperatures": torch.ones(2)}),
         ("a temperature of 0", {"temperature": 0.0}),
         ("no temperature at all", {"temperature": math.inf}),
         ("fp16", {"hidden": torch.zeros(2, 8, dtype=torch.float16)}),
@@ -219,7 +218,7 @@ def test_other_inputs_have_logits(why, change, products):
     given = {
         "hidden": torch.zeros(2, 8, dtype=torch.bfloat16),
         "weight": torch.zeros(4, 8, dtype=torch.bfloat16),
-        "bias": None, "temperatures": None, "temperature": 1.0,
+        "bias": None, "temperature": 1.0,
     }  # fmt: skip
     on = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in (given | change).items()}
     assert not devices.takes_exponentials(**on), why

@@ -83,14 +83,12 @@ def both(op, exact, inputs: list[torch.Tensor], upstream: list[torch.Tensor]):
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize(("kind", "rows"), [("random", 0), ("random", 1), *((kind, 7) for kind in KINDS)])
 def test_log_softmax(kind, rows, vocabulary):
-    """Log-prob, entropy and the gradient of both, with one temperature per row."""
+    """Log-prob, entropy and the gradient of both."""
     if rows * vocabulary > 10**4 and kind != "near uniform" and DEVICE.type == "cpu":
         rows = 3  # the interpreter takes seconds
     x = logits_of(kind, rows, vocabulary)
     index = indices(rows, vocabulary, x)
-    temperature = torch.rand(rows, device=DEVICE) + 0.5
-    if kind == "float min":
-        temperature = 1.0
+    temperature = 1.0 if kind == "float min" else 0.7
     upstream = [torch.randn(rows, device=DEVICE), torch.randn(rows, device=DEVICE)]
     poison(rows, 2 * rows, rows * vocabulary)
     got, want = both(
@@ -299,7 +297,7 @@ def test_the_slope_of_k3_is_accurate(d):
     logp = selective_log_softmax(logits, index)
     ref, out = logp + d, torch.empty_like(logits)
     rows = losses.Rows(logp, torch.zeros_like(one), ref, one.bool(), one)
-    grpo_rows(logits, index, None, 1.0, rows, one, None, losses.Surrogate(kl_coef=1.0), out=out)
+    grpo_rows(logits, index, 1.0, rows, one, None, losses.Surrogate(kl_coef=1.0), out=out)
     exact = (ref.double() - logp.double()).item()
     assert 2 * out[0, 0].item() == pytest.approx(-math.expm1(exact) * (d <= 20), rel=4e-6)
 
@@ -323,11 +321,10 @@ def test_linear_log_softmax(rows, vocabulary, dtype, bias, monkeypatch):
     torch.manual_seed(0)
     inputs = [torch.randn(*s, device=DEVICE).to(dtype) for s in ((rows, 8), (vocabulary, 8), (vocabulary,))[: 2 + bias]]
     index = torch.randint(vocabulary, (rows,), device=DEVICE)
-    temperature = torch.rand(rows, device=DEVICE) + 0.5
 
     def run(module):
         return lambda h, w, *b: module.linear_selective_log_softmax(
-            h, w, index, bias=b[0] if b else None, temperature=temperature, return_entropy=True
+            h, w, index, bias=b[0] if b else None, temperature=0.7, return_entropy=True
         )
 
     poison(rows, rows * 8, vocabulary * 8)
@@ -355,7 +352,6 @@ def test_linear_grpo_loss(importance, aggregation, dtype, options, monkeypatch):
     rows = sum(LENGTHS)
     leaves = [torch.randn(*s, device=DEVICE).to(dtype) / 2 for s in ((rows, 8), (vocabulary, 8), (vocabulary,))]
     index = torch.randint(vocabulary, (rows,), device=DEVICE)
-    temperature = torch.rand(rows, device=DEVICE) + 0.5
     options = {**options, "importance": importance, "aggregation": aggregation, "normalizer": 5.0}
     if "dual_clip" in options:  # a supervised term, on masked rows too
         options["nll_weights"] = 0.2 * (torch.arange(rows, device=DEVICE) % 3).float()
@@ -363,7 +359,7 @@ def test_linear_grpo_loss(importance, aggregation, dtype, options, monkeypatch):
     def run(module, kind):
         values = in_fp64(inputs) if kind == torch.float64 else inputs
         h, w, b = (x.to(kind, copy=True).requires_grad_() for x in leaves)
-        loss, logps, stats = module.linear_grpo_loss(h, w, index, bias=b, temperature=temperature, **values, **options)
+        loss, logps, stats = module.linear_grpo_loss(h, w, index, bias=b, temperature=0.7, **values, **options)
         loss.backward()
         return [loss.detach().double(), logps.double(), stats], [x.grad.double() for x in (h, w, b)]
 
@@ -468,7 +464,7 @@ def test_registration(op):
     logits = torch.randn(rows, 40, device=DEVICE, requires_grad=True)
     library = torch.ops.rethinker
     call = {
-        "log_softmax": (library.selective_log_softmax, (logits, index, None, 0.7, True)),
-        "linear": (library.linear_selective_log_softmax, (hidden, weight, None, index, None, 0.7, True)),
+        "log_softmax": (library.selective_log_softmax, (logits, index, 0.7, True)),
+        "linear": (library.linear_selective_log_softmax, (hidden, weight, None, index, 0.7, True)),
     }
     torch.library.opcheck(*call[op], test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))

@@ -23,8 +23,12 @@ void probe_power(const double* x, double alpha, int64_t n, double* out) {
 
 void probe_slots(const int64_t* nodes, int64_t capacity, const uint64_t* random, int64_t n, int64_t* out) {
   const Layout layout = layout_of(capacity);
-  for (int64_t i = 0; i < n; ++i)
-    out[i] = slot_of(nodes, layout, static_cast<int64_t>(multiply_high(random[i], nodes[layout.size - 1])));
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t rest = multiply_high(random[i], nodes[layout.size - 1]);
+    out[i] = 0;
+    for (int level = layout.levels - 2; level >= 0; --level)
+      out[i] = out[i] * kFanOut + child_of(nodes + layout.begin[level] + out[i] * kFanOut, rest);
+  }
 }
 
 int64_t probe_layout(int64_t capacity, int64_t* begin, int* fraction) {

@@ -20,13 +20,13 @@ def cases(device: str) -> dict[str, tuple]:
         for size in ((ROWS, WIDTH), (VOCABULARY, WIDTH), (VOCABULARY,), (ROWS, VOCABULARY), (ROWS,))
     )
     index = torch.randint(VOCABULARY, (ROWS,), device=device)
-    old, advantages, temperature = -3 * torch.rand(ROWS), torch.randn(ROWS), torch.rand(ROWS) + 0.5
-    old, advantages, temperature = (x.to(device) for x in (old, advantages, temperature))
+    old, advantages, weights = -3 * torch.rand(ROWS), torch.randn(ROWS), torch.rand(ROWS) + 0.5
+    old, advantages, weights = (x.to(device) for x in (old, advantages, weights))
     sequences = torch.tensor([0, 5, ROWS], device=device)
     plain = {"normalizer": 3.0}
     full = {
         "cu_seqlens": sequences, "ref_logps": old, "kl_coef": 0.1, "dual_clip": 3.0, "clip_high": 0.28,
-        "aggregation": "sequence", "importance": "sequence", "weights": temperature, "mask": old < -0.1,
+        "aggregation": "sequence", "importance": "sequence", "weights": weights, "mask": old < -0.1,
         "normalizer": torch.tensor(3.0, device=device),
     }  # fmt: skip
 
@@ -34,10 +34,10 @@ def cases(device: str) -> dict[str, tuple]:
         return outputs[0].sum() + 0.3 * outputs[1].sum()
 
     def log_softmax(x):
-        return both(selective_log_softmax(x, index, temperature=temperature, return_entropy=True))
+        return both(selective_log_softmax(x, index, temperature=0.8, return_entropy=True))
 
     def linear(h, w, b):
-        return both(linear_selective_log_softmax(h, w, index, bias=b, temperature=temperature, return_entropy=True))
+        return both(linear_selective_log_softmax(h, w, index, bias=b, temperature=0.8, return_entropy=True))
 
     return {
         "selective_log_softmax": (log_softmax, (logits,)),
@@ -46,7 +46,7 @@ def cases(device: str) -> dict[str, tuple]:
         "grpo_loss, all options": (lambda x: grpo_loss(x, old, advantages, **full)[0], (logps,)),
         "linear_grpo_loss": (lambda h, w: linear_grpo_loss(h, w, index, old, advantages, **plain)[0], (hidden, weight)),
         "linear_grpo_loss, all options": (
-            lambda h, w, b: linear_grpo_loss(h, w, index, old, advantages, bias=b, nll_weights=temperature, **full)[0],
+            lambda h, w, b: linear_grpo_loss(h, w, index, old, advantages, bias=b, nll_weights=weights, **full)[0],
             (hidden, weight, bias),
         ),
     }

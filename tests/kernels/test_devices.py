@@ -22,10 +22,10 @@ def launch_everything() -> None:
     """Through every launcher of the package."""
     rows, index = torch.empty(R), torch.zeros(R, dtype=torch.int64)
     logits, out = torch.empty(R, V), torch.empty(R, V, dtype=torch.bfloat16)
-    *_, saved = log_softmax.forward_rows(logits, index, None, 1.0, True)
-    log_softmax.gradient_rows(logits, index, None, 1.0, saved, rows, rows, rows, out=out)
+    *_, saved = log_softmax.forward_rows(logits, index, 1.0, True)
+    log_softmax.gradient_rows(logits, index, 1.0, saved, rows, rows, rows, out=out)
     known = Rows(rows, rows, None, rows.bool(), rows)
-    linear_loss.grpo_rows(logits, index, None, 1.0, known, rows, None, Surrogate(), out=out)
+    linear_loss.grpo_rows(logits, index, 1.0, known, rows, None, Surrogate(), out=out)
     linear_loss.scaled(logits, torch.empty(()), torch.bfloat16)
     head = [torch.empty(n, D, dtype=torch.bfloat16) for n in (R, V)]
     product = exponentials.Exponentials(*head, index, 1.0, out)

@@ -66,9 +66,9 @@ def test_strided_rows():
     torch.testing.assert_close(selective_log_softmax(turned, index), naive(turned, index)[0].float())
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6, torch.tensor([0.5, 1.0, 2.0, 1.3], dtype=torch.float64)])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_gradcheck_of_both_outputs(temperature):
-    """Autograd's gradient of log-prob and entropy equals finite differences, with one temperature or one per row."""
+    """Autograd's gradient of log-prob and entropy equals finite differences."""
     torch.manual_seed(0)
     logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([0, 4, 2, 2])
@@ -77,8 +77,7 @@ def test_gradcheck_of_both_outputs(temperature):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("entropy", [True, False])
-@pytest.mark.parametrize("temperature", [0.8, torch.tensor([0.5, 1.0, 2.0, 1.3, 1.0, 0.9, 1.1], dtype=torch.float64)])
-def test_linear_gradcheck(small_chunks, bias, entropy, temperature):
+def test_linear_gradcheck(small_chunks, bias, entropy):
     """The chunked backward's gradients of hidden, weight and bias equal finite differences across chunk borders."""
     torch.manual_seed(0)
     inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((7, 3), (5, 3), (5,))[: 2 + bias]]
@@ -86,7 +85,7 @@ def test_linear_gradcheck(small_chunks, bias, entropy, temperature):
 
     def op(hidden, weight, *rest):
         return linear_selective_log_softmax(
-            hidden, weight, index, bias=rest[0] if rest else None, temperature=temperature, return_entropy=entropy
+            hidden, weight, index, bias=rest[0] if rest else None, temperature=0.8, return_entropy=entropy
         )
 
     assert gradcheck(op, inputs)
@@ -179,21 +178,13 @@ def test_temperature_zero_is_the_greedy_limit():
     """T = 0 puts all mass on the largest logits, ties shared, with zero gradient; very small T agrees with it."""
     logits = torch.tensor([[1.0, 3.0, 2.0], [3.0, 3.0, -INF]], requires_grad=True)
     index = torch.tensor([1, 0])
-    for temperature in (0.0, torch.zeros(2), 1e-30):
+    for temperature in (0.0, 1e-30):
         logps, entropy = selective_log_softmax(logits, index, temperature=temperature, return_entropy=True)
         torch.testing.assert_close(logps, torch.tensor([0.0, -math.log(2)]))
         torch.testing.assert_close(entropy, torch.tensor([0.0, math.log(2)]))
     logps, entropy = selective_log_softmax(logits, index, temperature=0.0, return_entropy=True)
     (gradient,) = torch.autograd.grad(logps.sum() + entropy.sum(), logits)
     assert gradient.eq(0).all()
-
-
-def test_bad_temperature_in_a_tensor_poisons_its_row():
-    """A negative or NaN per-row temperature cannot be asked for without a stall: its row is NaN, the others are not."""
-    logps = selective_log_softmax(
-        torch.randn(3, 4), torch.tensor([0, 1, 2]), temperature=torch.tensor([1.0, -1.0, math.nan])
-    )
-    assert logps.isnan().tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -206,8 +197,7 @@ def test_bad_temperature_in_a_tensor_poisons_its_row():
         ("index", {"index": torch.zeros(3, dtype=torch.int64, device="meta")}),
         ("temperature", {"temperature": -0.1}),
         ("temperature", {"temperature": math.nan}),
-        ("temperature", {"temperature": torch.ones(2)}),
-        ("temperature", {"temperature": torch.ones(3, device="meta")}),
+        ("temperature", {"temperature": torch.ones(3)}),
     ],
 )
 def test_wrong_arguments_are_named(name, changes):

@@ -221,12 +221,6 @@ def test_wrong_seed_and_offset_are_named(source, message):
         filled([1.0]).sample(1, generator=source)
 
 
-def test_memory_is_what_nbytes_says():
-    """Eight bytes per slot and a 31st of that for the parents."""
-    tree = SumTree(1 << 20)
-    assert 8 * 2**20 * 32 / 31 < tree.nbytes < 8.27 * 2**20
-
-
 @pytest.mark.parametrize("replacement", [True, False])
 def test_an_empty_tree_cannot_be_drawn_from(replacement):
     """All weights 0: a clear error, unless nothing was asked for."""

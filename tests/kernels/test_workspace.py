@@ -65,7 +65,7 @@ def test_workspace_at_a_real_head(width, vocabulary, gigabytes, monkeypatch):
         index, per_row, one = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS), torch.ones(())
         with Peak(hidden, weight, index, per_row) as peak:
             objective = Objective(grpo, per_row, per_row, per_row, normalizer=1.0)
-            head, needs = linear.Head(hidden, weight, None, index, None, 1.0), (True, True, False)
+            head, needs = linear.Head(hidden, weight, None, index, 1.0), (True, True, False)
             sums = linear_loss.one_pass(head, objective, None, needs)[2].wide()
             forward = peak.most
             returned = [scaled(gradient, one, torch.bfloat16) for gradient in sums]

@@ -72,16 +72,16 @@ def divergence_slope(reference, now, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def grpo_rows_kernel(
-    logits, out, index, temperatures, temperature, old_logps, advantages, factors, ref_logps, nll_weights, logps,
+    logits, out, index, temperature, old_logps, advantages, factors, ref_logps, nll_weights, logps,
     entropies, stride, out_stride, vocabulary, lower, upper, dual, kl_coef,
-    PER_ROW: tl.constexpr, ESTIMATOR: tl.constexpr, SUPERVISED: tl.constexpr,
+    ESTIMATOR: tl.constexpr, SUPERVISED: tl.constexpr,
     DEPTH: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Reads the row twice: for log-prob and entropy, then for the gradient. ESTIMATOR is 0 without a KL term."""
     row = tl.program_id(0)
     x = logits + row.to(tl.int64) * stride
     place = out + row.to(tl.int64) * out_stride
-    inverse, scale = inverse_and_scale(temperatures, temperature, row, PER_ROW)
+    inverse, scale = inverse_and_scale(temperature)
     chosen = chosen_column(tl.load(index + row), vocabulary)
     x_chosen = chosen_logit(x, chosen)
     lane_top, lane_s, lane_u = row_lanes(x, vocabulary, scale, True, DEPTH, LANES)
@@ -113,7 +113,6 @@ def grpo_rows_kernel(
 def grpo_rows(
     logits: Tensor,
     index: Tensor,
-    temperatures: Tensor | None,
     temperature: float,
     rows: Rows,
     factors: Tensor,
@@ -140,10 +139,10 @@ def grpo_rows(
     highest = math.inf if options.dual_clip is None else options.dual_clip
     with on_device_of(logits):
         grpo_rows_kernel[(count,)](
-            logits, out, index, temperatures, temperature, rows.old_logps, rows.advantages, factors, rows.ref_logps,
+            logits, out, index, temperature, rows.old_logps, rows.advantages, factors, rows.ref_logps,
             nll_weights, logps, entropies,
             logits.stride(0), out.stride(0), vocabulary, 1.0 - options.clip_low, 1.0 + options.clip_high, highest,
-            options.kl_coef, PER_ROW=temperatures is not None,
+            options.kl_coef,
             ESTIMATOR=ESTIMATORS[options.kl_estimator] if options.kl_coef != 0 else 0,
             SUPERVISED=nll_weights is not None, DEPTH=tile.depth, LANES=tile.lane_bytes // logits.element_size(),
             TILE=tile.gradient, num_warps=tile.warps,

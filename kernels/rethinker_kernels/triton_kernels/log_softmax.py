@@ -41,12 +41,9 @@ def row_offset(row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def inverse_and_scale(temperatures, temperature, row, PER_ROW: tl.constexpr):
+def inverse_and_scale(temperature):
     """1 / T (inf at 0, NaN for a temperature that is not one) and log2(e) / T, bounded."""
-    if PER_ROW:  # noqa: SIM108 (a pointer that is None must not be loaded from)
-        temperature = tl.load(temperatures + row).to(tl.float32)
-    else:
-        temperature = tl.full([], temperature, tl.float32)
+    temperature = tl.full([], temperature, tl.float32)
     inverse = tl.where(temperature > 0, 1.0 / temperature, tl.where(temperature == 0, float("inf"), float("nan")))
     scale = inverse * LOG2E
     return inverse, tl.where(scale > MAX_SCALE, MAX_SCALE, scale)
@@ -138,13 +135,13 @@ def write_zeros(out, vocabulary, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["inner", "rows"])
 def forward_kernel(
-    logits, index, temperatures, temperature, logps, entropies, saved,
+    logits, index, temperature, logps, entropies, saved,
     rows, inner, outer_stride, inner_stride, vocabulary,
-    PER_ROW: tl.constexpr, ENTROPY: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
+    ENTROPY: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program per row."""
     row = tl.program_id(0)
-    inverse, scale = inverse_and_scale(temperatures, temperature, row, PER_ROW)
+    inverse, scale = inverse_and_scale(temperature)
     x = logits + row_offset(row, inner, outer_stride, inner_stride)
     lane_top, lane_s, lane_u = row_lanes(x, vocabulary, scale, ENTROPY, DEPTH, LANES)
     top, s, u = join(lane_top, lane_s, lane_u, scale)
@@ -159,14 +156,14 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["inner", "rows"])
 def backward_kernel(
-    logits, out, index, temperatures, temperature, saved, entropies, grad_logps, grad_entropies,
+    logits, out, index, temperature, saved, entropies, grad_logps, grad_entropies,
     rows, inner, outer_stride, inner_stride, out_stride, vocabulary,
-    PER_ROW: tl.constexpr, LOGPS: tl.constexpr, ENTROPY: tl.constexpr, TILE: tl.constexpr,
+    LOGPS: tl.constexpr, ENTROPY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program per row. Rows without a gradient are written, and not read."""
     row = tl.program_id(0)
     chosen = chosen_column(tl.load(index + row), vocabulary)
-    inverse, scale = inverse_and_scale(temperatures, temperature, row, PER_ROW)
+    inverse, scale = inverse_and_scale(temperature)
     per_logp = 0.0
     if LOGPS:
         per_logp = tl.load(grad_logps + row).to(tl.float32)
@@ -208,7 +205,7 @@ def rows_of(logits: Tensor) -> tuple[Tensor, int, int, int, int]:
 
 
 def forward_rows(
-    logits: Tensor, index: Tensor, temperatures: Tensor | None, temperature: float, return_entropy: bool
+    logits: Tensor, index: Tensor, temperature: float, return_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `torch_rows.forward_rows`; all results are fp32."""
     logits, rows, inner, outer_stride, inner_stride = rows_of(logits)
@@ -220,9 +217,8 @@ def forward_rows(
     tile = tiles(logits.device, rows)
     with on_device_of(logits):
         forward_kernel[(rows,)](
-            logits, _flat(index), _flat(temperatures), temperature, logps, entropies, saved,
-            rows, inner, outer_stride, inner_stride, logits.shape[-1],
-            PER_ROW=temperatures is not None, ENTROPY=return_entropy,
+            logits, _flat(index), temperature, logps, entropies, saved,
+            rows, inner, outer_stride, inner_stride, logits.shape[-1], ENTROPY=return_entropy,
             DEPTH=tile.depth, LANES=tile.lane_bytes // logits.element_size(), num_warps=tile.warps,
         )  # fmt: skip
     return logps, entropies, saved
@@ -231,7 +227,6 @@ def forward_rows(
 def gradient_rows(
     logits: Tensor,
     index: Tensor,
-    temperatures: Tensor | None,
     temperature: float,
     saved: Tensor,
     entropies: Tensor | None,
@@ -249,9 +244,9 @@ def gradient_rows(
     tile = tiles(logits.device, rows)
     with on_device_of(logits):
         backward_kernel[(rows,)](
-            logits, out, _flat(index), _flat(temperatures), temperature, saved, entropies, _flat(grad_logps),
+            logits, out, _flat(index), temperature, saved, entropies, _flat(grad_logps),
             _flat(grad_entropies), rows, inner, outer_stride, inner_stride, out.stride(-2), logits.shape[-1],
-            PER_ROW=temperatures is not None, LOGPS=grad_logps is not None, ENTROPY=grad_entropies is not None,
+            LOGPS=grad_logps is not None, ENTROPY=grad_entropies is not None,
             TILE=tile.gradient, num_warps=tile.warps,
         )  # fmt: skip
     return out
