@@ -139,9 +139,11 @@ def lora_targets(linears: Collection[str], targets: list[str]) -> list[str]:
 def check_resources(config: Config) -> None:
     """The packages, the model, the reward file, the recording, the run folder and the disk are there."""
     policy, lora = config.policy, config.policy.lora
-    if policy.compile and not cpp_compiler():
-        raise ConfigError("policy.compile=true needs a C++ compiler: apt-get install g++, or set it to false")
-    check_packages(f"policy.model={policy.model}", "transformers", "deepspeed")
+    if not cpp_compiler():
+        raise ConfigError(
+            "replay's sum tree is compiled at its first use and needs a C++ compiler: apt-get install g++"
+        )
+    check_packages("rethinker train", "transformers", "deepspeed", "pyarrow", "pandas", "matplotlib")
     if config.rollout.backend == "vllm":
         check_packages("rollout.backend=vllm", "vllm")
     if lora.rank:

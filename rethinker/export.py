@@ -14,35 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import Template
 
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
 from rethinker.report.learning import learning_curve
 from rethinker.report.runs import RunRecord, read_run
 from rethinker.report.summary import categories, changed_settings, summary
-
-CARD = """---
-{header}
----
-
-# {name}
-
-A vision-language model trained by reinforcement learning with Rethinker, by the method of
-[VL-Rethinker](https://arxiv.org/abs/2504.08837): GRPO, selective sample replay, forced rethinking. This is the run's
-checkpoint `{checkpoint}`.{lora}
-
-![Sampled reward and held-out accuracy over the run](learning.png)
-
-{tables}
-
-## Use
-
-`vllm serve` and transformers (`AutoModelForImageTextToText`, `AutoProcessor`) load this folder. `rethinker.yaml` holds
-all settings of the run: `rethinker train rethinker.yaml` repeats it.
-"""
-LORA = """ It was trained with LoRA (rank {rank}, alpha {alpha}) in the language model's layers. The
-weights here are merged; the folder `adapter` has the adapters alone, for `peft.PeftModel.from_pretrained` over the
-model where training started."""
 
 
 def export(run: str | Path, output: str | Path | None = None, checkpoint: str | None = None) -> Path:
@@ -107,9 +85,9 @@ def model_card(run: RunRecord, checkpoint: str) -> str:
     tables["Settings that differ from their defaults"] = changed_settings([run])
     shown = [f"## {title}\n\n{_markdown(table)}" for title, table in tables.items() if table is not None]
     rank, alpha = (run.settings.get(f"policy.lora.{name}") for name in ("rank", "alpha"))
-    lora = LORA.format(rank=rank, alpha=alpha) if rank else ""
     texts = {"header": header.to_yaml(), "name": _text(run.name), "tables": "\n\n".join(shown)}
-    return CARD.format(checkpoint=checkpoint, lora=lora, **texts)
+    template = Template((Path(__file__).parent / "report" / "card.md").read_text("utf-8"), keep_trailing_newline=True)
+    return template.render(checkpoint=checkpoint, rank=rank, alpha=alpha, **texts)
 
 
 def main(arguments: Sequence[str]) -> int:
