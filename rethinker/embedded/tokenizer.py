@@ -26,22 +26,7 @@ QWEN_TOKENS = {f"<|{name}|>": True for name in _SPECIAL.split()} | dict.fromkeys
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text("utf-8")
 
 # What the tiny model meets whatever its data: the template, prompts, simple LaTeX, rethinking, shapes and colours.
-COMMON_TEXTS = (
-    "what color is the red circle in the image? is there not a green triangle? does the image contain a blue shape?",
-    "is no gray rectangle present? what is the color of the black, brown, teal, yellow shape? \\boxed{yes} \\boxed{no}",
-    "system\nYou are a helpful assistant.",
-    "user\n",
-    "assistant\n",
-    "Put your final answer within \\boxed{}.",
-    "Please think step by step, and **regularly perform self-questioning, self-verification, self-correction to check "
-    'your ongoing reasoning**, using connectives such as "Wait a moment", "Wait, does it seem right?", etc. '
-    "Remember to put your final answer within \\boxed{ }.",
-    "Guidelines:\n\n",
-    "\n\nWait, does it seem right?",
-    "\n\nWait, there might be a mistake",
-    "\n\nWait, let's double check",
-    "$\\frac{1}{2}$ $\\sqrt{3}$ $x^{2}$ $\\pi$ $\\angle A$ $\\text{cm}$ $\\cdot$ $\\times$ $\\boxed{A}$",
-)
+COMMON_TEXTS = json.loads(Path(__file__).with_name("common_texts.json").read_text("utf-8"))
 
 
 def train_tokenizer(texts: Iterable[str], merges: int = 768) -> Qwen2Tokenizer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,8 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1 if plan.problems else 0
     where = f"{machine.gpus} x {machine.gpu_memory / _GIB:.0f} GiB GPU" if machine.gpus else "this CPU, one process"
     print(f"{options.recipe}: {config.policy.model}, {plan.shape.parameters / 1e9:.3g} billion parameters, on {where}")
-    _print_table(plan.phases)
-    print(*_lines(plan), sep="\n")
+    print("", _table(plan.phases), "", *_lines(plan), sep="\n")
     return 1 if plan.problems else 0
 
 
@@ -80,24 +78,18 @@ def _machine(options: Namespace, run_dir: str) -> Machine:
     return Machine(gpus, memory, options.gpus_per_node, host and host * _GIB, disk)
 
 
-def _print_table(phases: Sequence[Phase]) -> None:
-    """One row per part, one column per phase; plain text where the output is no terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def _table(phases: Sequence[Phase]) -> str:
+    """One row per part, one column per phase, in GiB."""
+    import pandas as pd
 
-    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
-    table.add_column("GiB; a rank's, a node's host, the disk" if len(phases) > 2 else "GiB", no_wrap=True)
-    for phase in phases:
-        table.add_column(phase.name, justify="right", no_wrap=True)
-    for name in dict.fromkeys(name for phase in phases for name in phase.budget):
-        if any(sizes := [phase.budget.get(name, 0) for phase in phases]):
-            table.add_row(name, *(_gib(size) if size else "" for size in sizes))
-    table.add_section()
-    table.add_row("total", *(_gib(phase.bytes) for phase in phases))
-    table.add_row("of", *("" if phase.limit is None else _gib(phase.limit) for phase in phases))
-    table.add_row("", *("" if phase.limit is None else "fits" if phase.fits else "TOO MUCH" for phase in phases))
-    Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False).print(table)
+    table = pd.DataFrame({phase.name: phase.budget for phase in phases}).map(
+        lambda size: _gib(size) if size > 0 else ""
+    )
+    known = {phase.name: phase for phase in phases if phase.limit is not None}
+    table.loc["total"] = {phase.name: _gib(phase.bytes) for phase in phases}
+    table.loc["of"] = {name: _gib(phase.limit) for name, phase in known.items()}
+    table.loc[""] = {name: "fits" if phase.fits else "TOO MUCH" for name, phase in known.items()}
+    return table[table.ne("").any(axis=1)].fillna("").rename_axis(columns="GiB").to_string()
 
 
 def _gib(size: Any) -> str:

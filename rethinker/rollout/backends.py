@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pkgutil import resolve_name
 
 from rethinker.config import Config, ConfigError
 from rethinker.rollout.engine import RolloutEngine
 from rethinker.runtime.distributed import Ranks
+
+ENGINES = {
+    "vllm": "rethinker.rollout.vllm_engine:VLLMEngine",
+    "server": "rethinker.rollout.server.engine:ServerEngine",
+    "hf": "rethinker.rollout.hf_engine:HFEngine",
+    "recorded": "rethinker.rollout.recorded:RecordedEngine",
+}
+"""A class for each backend, made of (settings, model folder, ranks)."""
 
 
 def make_engine(config: Config, model_dir: str, *, rank: int, world_size: int, local_rank: int) -> RolloutEngine:
@@ -14,21 +23,6 @@ def make_engine(config: Config, model_dir: str, *, rank: int, world_size: int, l
 
     Called on every rank, after the process group exists if there are several. Leaves the random state as it was.
     """
-    ranks = Ranks(rank, world_size, local_rank)
-    if config.rollout.backend == "recorded":
-        from rethinker.rollout.recorded import RecordedEngine
-
-        return RecordedEngine(config)
-    if config.rollout.backend == "hf":
-        from rethinker.rollout.hf_engine import HFEngine
-
-        return HFEngine(config, model_dir, ranks)
-    if config.rollout.backend == "server":
-        from rethinker.rollout.server.engine import ServerEngine
-
-        return ServerEngine(config, model_dir, ranks)
-    if find_spec("vllm") is None:
+    if config.rollout.backend == "vllm" and find_spec("vllm") is None:
         raise ConfigError("rollout.backend=vllm: vLLM is not installed; `rethinker doctor` says how, or set it to hf")
-    from rethinker.rollout.vllm_engine import VLLMEngine
-
-    return VLLMEngine(config, model_dir, ranks)
+    return resolve_name(ENGINES[config.rollout.backend])(config, model_dir, Ranks(rank, world_size, local_rank))

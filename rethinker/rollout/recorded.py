@@ -14,7 +14,7 @@ from rethinker.samples import Completion, Prompt
 class RecordedEngine(RolloutEngine):
     """RolloutEngine that returns, per query, its groups' completions in the order of the recording's episodes."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, *_: object):
         """Find the recording's episodes; each is read when it is needed."""
         self.folder = Path(config.rollout.recording)
         episodes = sorted(int(path.stem.split("_")[1]) for path in self.folder.glob("episode_*.parquet"))
