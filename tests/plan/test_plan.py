@@ -114,7 +114,7 @@ def test_only_adapters_have_gradients_and_moments():
         assert total(device) == pytest.approx((2 * adapted.parameters + 18 * adapted.adapters) / 8 + 5e8 * 2)
     base, lora = (phases(make_plan(settings(policy__lora__rank=rank), machine(1))) for rank in (None, 16))
     assert lora["training"] < base["training"] - 16 * shape().parameters / GIB and lora["disk"] < base["disk"] / 4
-    with pytest.raises(ConfigError, match="nearest: q_proj"):
+    with pytest.raises(ConfigError, match="q_prj.* they have .*self_attn.q_proj"):
         make_plan(settings(policy__lora__rank=16, policy__lora__target_modules=["q_prj"]), machine(8))
 
 
