@@ -57,10 +57,12 @@ def chunk_rows(logits: int, gradient: int) -> Iterator[None]:
 def row_tiles(**changes: int) -> Iterator[None]:
     """The row kernels run with these tiles, however many rows there are; without changes with their own."""
     from rethinker_kernels.triton_kernels import linear_loss as linear_rows
-    from rethinker_kernels.triton_kernels import log_softmax, tiles
+    from rethinker_kernels.triton_kernels import log_softmax
 
-    def changed(device: torch.device, rows: int) -> tiles.Tiles:
-        return replace(tiles.GPU, **changes) if changes else tiles.tiles(device, rows)
+    own = log_softmax.tiles
+
+    def changed(device: torch.device, rows: int) -> log_softmax.Tiles:
+        return replace(log_softmax.GPU, **changes) if changes else own(device, rows)
 
     with mock.patch.object(linear_rows, "tiles", changed), mock.patch.object(log_softmax, "tiles", changed):
         yield

@@ -85,9 +85,9 @@ def model_card(run: RunRecord, checkpoint: str) -> str:
     tables["Settings that differ from their defaults"] = changed_settings([run])
     shown = [f"## {title}\n\n{_markdown(table)}" for title, table in tables.items() if table is not None]
     rank, alpha = (run.settings.get(f"policy.lora.{name}") for name in ("rank", "alpha"))
-    texts = {"header": header.to_yaml(), "name": _text(run.name), "tables": "\n\n".join(shown)}
     template = Template((Path(__file__).parent / "report" / "card.md").read_text("utf-8"), keep_trailing_newline=True)
-    return template.render(checkpoint=checkpoint, rank=rank, alpha=alpha, **texts)
+    facts = {"checkpoint": checkpoint, "rank": rank, "alpha": alpha, "tables": "\n\n".join(shown)}
+    return template.render(header=header.to_yaml(), name=_text(run.name), **facts)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -16,8 +16,7 @@ from rethinker.config import Config, ConfigError, one_line
 from rethinker.data.prompts import PromptEncoder
 from rethinker.families import family_of
 from rethinker.rewards.checker import AnswerChecker
-from rethinker.rollout.backends import make_engine
-from rethinker.rollout.engine import RolloutEngine
+from rethinker.rollout.engine import RolloutEngine, make_engine
 from rethinker.runtime import distributed
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Accuracy, Group, Query

@@ -22,12 +22,16 @@ _GIB = 2**30
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Plan and print. Returns 0 if the run fits, 1 if not.
-
-    Raises:
-        ConfigError: a mistake in the options, the recipe or the settings.
-    """
-    options, overrides = _parser().parse_recipe(arguments)
+    """Plan and print. Returns 0 if the run fits, 1 if not."""
+    usage = "rethinker plan RECIPE [--gpus N --gpu-memory GIB] [options] [--section.name value ...]"
+    parser = Parser(prog="rethinker plan", usage=usage, description=_DESCRIPTION)
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE", help="a shipped recipe or a .yaml file; settings are overridden as for train")
+    add("--gpus", type=int, metavar="N", help="GPUs in all [this machine's; without any, its CPU]")
+    add("--gpu-memory", type=float, metavar="GIB", help="memory of each, as nvidia-smi counts [80, or this machine's]")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="[8]")
+    add("--json", action="store_true", help="print the bytes of every part as JSON")
+    options, overrides = parser.parse_recipe(arguments)
     for name in ("gpus", "gpu_memory", "gpus_per_node"):
         if (value := getattr(options, name)) is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g} must be above 0")
@@ -45,18 +49,6 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{options.recipe}: {config.policy.model}, {plan.shape.parameters / 1e9:.3g} billion parameters, on {where}")
     print("", _table(plan.phases), "", *_lines(plan), sep="\n")
     return 1 if plan.problems else 0
-
-
-def _parser() -> Parser:
-    usage = "rethinker plan RECIPE [--gpus N --gpu-memory GIB] [options] [--section.name value ...]"
-    parser = Parser(prog="rethinker plan", usage=usage, description=_DESCRIPTION)
-    add = parser.add_argument
-    add("recipe", metavar="RECIPE", help="a shipped recipe or a .yaml file; settings are overridden as for train")
-    add("--gpus", type=int, metavar="N", help="GPUs in all [this machine's; without any, its CPU]")
-    add("--gpu-memory", type=float, metavar="GIB", help="memory of each, as nvidia-smi counts [80, or this machine's]")
-    add("--gpus-per-node", type=int, default=8, metavar="N", help="[8]")
-    add("--json", action="store_true", help="print the bytes of every part as JSON")
-    return parser
 
 
 def _machine(options: Namespace, run_dir: str) -> Machine:

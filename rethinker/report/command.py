@@ -18,10 +18,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run, runs/<run.name>; it may be running")
-    output = (
-        "the page [report.html in the run's folder; for several runs, here]; FILE.svg, .png or .pdf is the learning "
-    )
-    output += "curve alone, of several seeds as mean and range"
+    output = "the page [report.html in the run's folder; for several runs, here]; FILE.svg, .png or .pdf is the "
+    output += "learning curve alone, of several seeds as mean and range"
     add("--output", type=Path, metavar="FILE.html", help=output)
     evaluations = "results of `rethinker eval`, for the rethinking analysis: of the model trained without forced "
     evaluations += "rethinking, in its modes normal, forced and oracle, and of the one trained with it"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import torch
 
+from rethinker.config import Config, ConfigError
 from rethinker.rollout.deadline import Deadline
+from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
 
 Checksum = tuple[str, int]
@@ -28,7 +32,7 @@ class WeightStream(Protocol):
 class RolloutEngine(Protocol):
     """Samples responses and reports the log-probability of every token it sampled.
 
-    A backend inherits from this class, defines `generate` and `sync`, and is named in backends.py.
+    A backend inherits from this class, defines `generate` and `sync`, and is named in ENGINES.
     """
 
     def generate(
@@ -93,3 +97,22 @@ def copies(
         if checksums is not None:
             checksums[name] = checksum(tensor, dtype)
         yield name, tensor.detach().clone()
+
+
+ENGINES = {
+    "vllm": "rethinker.rollout.vllm_engine:VLLMEngine",
+    "server": "rethinker.rollout.server.engine:ServerEngine",
+    "hf": "rethinker.rollout.hf_engine:HFEngine",
+    "recorded": "rethinker.rollout.recorded:RecordedEngine",
+}
+"""A class for each backend, made of (settings, model folder, ranks)."""
+
+
+def make_engine(config: Config, model_dir: str, *, rank: int, world_size: int, local_rank: int) -> RolloutEngine:
+    """Build the engine of `rollout.backend` from the model in `model_dir` (Hugging Face format).
+
+    Called on every rank, after the process group exists if there are several. Leaves the random state as it was.
+    """
+    if config.rollout.backend == "vllm" and find_spec("vllm") is None:
+        raise ConfigError("rollout.backend=vllm: vLLM is not installed; `rethinker doctor` says how, or set it to hf")
+    return resolve_name(ENGINES[config.rollout.backend])(config, model_dir, Ranks(rank, world_size, local_rank))

@@ -9,7 +9,7 @@ from rethinker.config import PolicyConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.model import Policy, load_model, load_processor
 from rethinker.policy.packing import pack
-from rethinker.rollout.backends import make_engine
+from rethinker.rollout.engine import make_engine
 from rethinker.samples import Bundle, Sample
 from tests.policy.helpers import queries_of_every_kind
 from tests.rollout.helpers import rollout_config

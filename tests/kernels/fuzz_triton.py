@@ -19,7 +19,7 @@ from rethinker_kernels import linear, linear_grpo_loss, linear_policy_loss, loss
 from rethinker_kernels.devices import processors, takes_triton
 from rethinker_kernels.losses import Surrogate, grpo
 from rethinker_kernels.triton_kernels.linear_loss import grpo_rows
-from rethinker_kernels.triton_kernels.tiles import FEW
+from rethinker_kernels.triton_kernels.log_softmax import FEW
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIXTEEN_BITS = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter rounds to bf16 wrongly

@@ -45,7 +45,7 @@ def policy(folder):
 @pytest.fixture(scope="session")
 def engine(folder, prompts):
     """The vLLM engine; `engine.fresh` is what it sampled before any sync. Tests sync the weights they need."""
-    from rethinker.rollout.backends import make_engine
+    from rethinker.rollout.engine import make_engine
     from tests.rollout.helpers import rollout_config
 
     engine = make_engine(rollout_config(), str(folder), rank=0, world_size=1, local_rank=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rethinker.rollout.backends import make_engine
+from rethinker.rollout.engine import make_engine
 from tests.rollout.helpers import TOLERANCE, rollout_config, tied_only
 
 

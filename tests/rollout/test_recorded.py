@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rethinker.config import ConfigError
-from rethinker.rollout.backends import make_engine
+from rethinker.rollout.engine import make_engine
 from rethinker.runtime.completions import write_completions
 from rethinker.samples import Completion, Group, Prompt, Query
 from tests.rollout.helpers import rollout_config

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rethinker.rollout.backends import make_engine
+from rethinker.rollout.engine import make_engine
 from rethinker.runtime.distributed import Ranks, start, stop
 from tests.rollout.helpers import Policy, make_prompts, rollout_config
 

@@ -18,10 +18,10 @@ from rethinker_kernels.triton_kernels.log_softmax import (
     join,
     log_prob_and_entropy,
     row_lanes,
+    tiles,
     write_gradient,
     write_zeros,
 )
-from rethinker_kernels.triton_kernels.tiles import tiles
 
 MAX_LOG_RATIO = tl.constexpr(20.0)
 

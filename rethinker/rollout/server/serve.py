@@ -21,12 +21,25 @@ On GPUs weights arrive by NCCL; on a CPU they arrive as a file through a folder 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Become vLLM's server; returns only with --print-command.
-
-    Raises:
-        ConfigError: a mistake in the options or the settings.
-    """
-    options, overrides = _parser().parse_recipe(arguments)
+    """Become vLLM's server; returns only with --print-command."""
+    parser = Parser(
+        prog="rethinker serve",
+        usage="rethinker serve RECIPE [--port N] [--host ADDRESS] [--print-command] [--section.name value ...]",
+        description=_DESCRIPTION,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe or a .yaml file")
+    parser.add_argument("--port", type=int, default=8100, help="[8100]")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to serve at [127.0.0.1]. WARNING: whoever reaches a server can replace its weights, run its "
+        "workers' methods and stop it, without a password; open it to a closed network only",
+    )
+    parser.add_argument(
+        "--print-command", action="store_true", help="print what would be run, to start it elsewhere, and stop"
+    )
+    options, overrides = parser.parse_recipe(arguments)
     from rethinker.settings import resolve_config
 
     config = resolve_config(options.recipe, overrides)  # before anything slow is imported
@@ -77,24 +90,3 @@ def command(config: Config, model_dir: str, host: str, port: int, *, gpu: bool) 
         else:
             line += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return line, variables
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="rethinker serve",
-        usage="rethinker serve RECIPE [--port N] [--host ADDRESS] [--print-command] [--section.name value ...]",
-        description=_DESCRIPTION,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe or a .yaml file")
-    parser.add_argument("--port", type=int, default=8100, help="[8100]")
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to serve at [127.0.0.1]. WARNING: whoever reaches a server can replace its weights, run its "
-        "workers' methods and stop it, without a password; open it to a closed network only",
-    )
-    parser.add_argument(
-        "--print-command", action="store_true", help="print what would be run, to start it elsewhere, and stop"
-    )
-    return parser

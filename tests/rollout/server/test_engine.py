@@ -25,8 +25,8 @@ from transformers import AutoConfig
 
 from rethinker.config import ConfigError
 from rethinker.embedded.tiny import create_tiny
-from rethinker.rollout.backends import make_engine
 from rethinker.rollout.deadline import Deadline
+from rethinker.rollout.engine import make_engine
 from rethinker.rollout.server import replicas, serve
 from rethinker.rollout.server import sync as server_sync
 from rethinker.rollout.server.replicas import NoServerLeft
