@@ -6,7 +6,6 @@ import re
 from collections.abc import Hashable, Iterable
 from typing import Literal
 
-from rethinker.data.images import image_key
 from rethinker.samples import Query
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -48,6 +47,8 @@ def describe_images(queries: Iterable[Query]) -> dict[Hashable, tuple[str, str]]
     "what color is the shape?" says the colour. So does "is there a red shape?" when its answer is yes, and "is no red
     shape present?" when it is no. Questions of another kind, or about several images, say nothing.
     """
+    from rethinker.data.images import image_key
+
     seen: dict[Hashable, dict[str, str]] = {}
     for query in queries:
         if len(query.images) != 1:
