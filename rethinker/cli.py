@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
+from rethinker.doctor import how_to_install
 from rethinker.train import train
 from rethinker.version import __version__
 
@@ -64,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # ranks share most mistakes: rank 0 reports them, and torchrun ends this rank as it waits
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "rethinker").startswith("rethinker"):
+            raise
+        print(f"error: the package {error.name} is missing: {how_to_install(error.name)}", file=sys.stderr)
         return 2
     except SystemExit as end:  # argparse has printed the help
         return end.code or 0

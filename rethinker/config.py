@@ -47,7 +47,7 @@ class RunConfig:
     """Where metrics go besides metrics.jsonl."""
     save_completions: bool = True
     """Write every episode's completions to completions/*.parquet."""
-    stall_s: ranges.Positive = 600.0
+    stall_s: ranges.Seconds = 600.0
     """After so long without progress every rank writes its threads' stacks to logs/rank_*.log; nothing is ended."""
 
 
@@ -190,14 +190,14 @@ class RolloutConfig:
     sleep: bool = True
     """Free vLLM's GPU memory while the policy trains (CUDA only)."""
     check_sync: bool = False
-    """After every weight sync compare a checksum of every tensor on both sides."""
+    """After every weight sync compare a checksum of every tensor on both sides (vllm and server)."""
     max_staleness: ranges.ZeroOrOne = 0
     """Episodes by which rollouts may lag behind the policy: 0, or 1 to sample the next episode while this one trains
     (`server` only, with algorithm.rollout_correction). mismatch_kl then holds what an episode's steps changed, too."""
     max_mismatch_kl: ranges.Positive | None = 0.1
     """The run stops when mismatch_kl (k3 in nats per token between rollout and trainer, first step after a sync)
     exceeds this: rounding stays far below (1e-4 in bf16), large moves that did not arrive do not. null: never."""
-    timeout_s: ranges.Positive = 1800.0
+    timeout_s: ranges.Seconds = 1800.0
     """Deadline of one rollout or one weight sync; after it the run stops and says what hung."""
 
 
@@ -242,7 +242,7 @@ class RewardConfig:
     """`boxed` (last \\boxed{} against the answer), or `path/to/file.py:function` taking (response, answer, query)."""
     workers: ranges.Processes = 2
     """Answer-checking processes."""
-    timeout_s: ranges.Positive = 10.0
+    timeout_s: ranges.Seconds = 10.0
     """Deadline of one check; a check that exceeds it is killed, scores 0 and is counted."""
     memory_gb: ranges.Positive = 4.0
     """Most memory, GiB, that the checks of one process may take; a check that wants more scores 0 and is counted."""

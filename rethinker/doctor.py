@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ MIN_SHARED_GB = 1.0  # of /dev/shm: NCCL's and vLLM's processes talk through it,
 
 # What training imports, in the order it is listed.
 TRAINING = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "torchvision", "datasets", "pyarrow", "PIL")
-TRAINING += ("easy_vqa", "math_verify")
+TRAINING += ("easy_vqa", "math_verify", "pandas", "matplotlib", "jinja2", "cachetools")
 OPTIONAL = {
     "peft": "policy.lora",
     "tensorboard": "run.trackers: [tensorboard]",
@@ -128,7 +129,8 @@ def _packages() -> Iterator[Finding]:
 
 def cpp_compiler() -> str | None:
     """The path of the C++ compiler, or None."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    wanted = shlex.split(os.environ.get("CXX", ""))[:1] or ["g++", "clang++", "c++"]
+    return next(filter(None, map(shutil.which, wanted)), None)
 
 
 def memory_gb() -> float:

@@ -58,6 +58,7 @@ Capacity = Annotated[int, Field(strict=True, ge=1, le=2**31)]  # of a sum tree
 Processes = Annotated[int, Field(strict=True, ge=1, le=1024)]
 ZeroOrOne = Annotated[int, Field(strict=True, ge=0, le=1)]
 ImagePixels = Annotated[int, Field(strict=True, ge=1, le=MOST_IMAGE_PIXELS)]
+Seconds = Annotated[float, Field(strict=True, gt=0, le=1e9)]  # what timers take
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 AboveOne = Annotated[float, Field(strict=True, gt=1)]

@@ -22,8 +22,8 @@ from rethinker.checks import check_geometry, check_resources
 from rethinker.config import Config, ConfigError, nearest, one_line
 
 GONE: dict[str, tuple[Any, str]] = {
-    "data.shuffle_buffer": (10_000, "data.streaming shuffles all rows, whose places alone are held; leave it out"),
-    "policy.fused_layers": (False, "policy.compile=true fuses the same operations; leave it out"),
+    "data.shuffle_buffer": (10_000, "data.streaming shuffles all rows, whose places alone are held; remove it"),
+    "policy.fused_layers": (False, "policy.compile=true fuses the same operations; remove it"),
 }
 """Of a setting that was renamed or removed: its default, which older runs' config.yaml says and is read over, and
 what to write instead."""

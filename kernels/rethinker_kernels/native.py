@@ -53,7 +53,13 @@ def load(device_type: str) -> CDLL:
     compiler = nvcc_for_these_gpus() if device_type == "cuda" else [*cxx(), *CXX_FLAGS]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rethinker_kernels"
     try:
-        inputs = platform.machine(), *compiler, (SOURCES / "sum_tree.h").read_text(), source.read_text()
+        inputs = (
+            platform.machine(),
+            *platform.libc_ver(),
+            *compiler,
+            (SOURCES / "sum_tree.h").read_text(),
+            source.read_text(),
+        )
         made_of = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:20]
         library = folder / f"sum_tree_{device_type}_{made_of}.so"
         if not library.exists():

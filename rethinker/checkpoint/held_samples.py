@@ -1,6 +1,6 @@
 """The samples of a checkpoint: a resumed run trains on the very responses that the stopped one held.
 
-A group or a sample itself is written as what all ranks know of it (state_file.py); the tokens and log-probs of its
+A group or a sample itself is written as what all ranks know of it (resume.py); the tokens and log-probs of its
 responses are written by the rank that holds them (`held_responses`). On another number of ranks, rank r takes over what
 the ranks r, r + world_size, ... held.
 Legend: n responses, T tokens of all of them.

@@ -66,7 +66,7 @@ class RunDirectory:
             self._trackers.close()
         for file in self._logs.values():
             file.close()
-        if kind is ConfigError and not self._rows and not self._continues:
+        if kind and issubclass(kind, ConfigError) and not self._rows and not self._continues:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def log(self, metrics: Mapping[str, Any]) -> None:

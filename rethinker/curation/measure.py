@@ -69,7 +69,7 @@ def begin(folder: Path, measured: dict[str, Any]) -> None:
             with whole_file(path) as partial:
                 partial.write_text(json.dumps(measured, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         before = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--output {folder}: cannot be used ({error}); choose another folder") from error
     # The same content may lie in another place now.
     differing = [k for k in measured if before.get(k) != measured[k] and k not in ("model", "data")]
@@ -109,7 +109,7 @@ def measure(
             continue
         path = chunk_file(folder, number)
         try:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as partial:
                 partial.write_text("".join(json.dumps(vars(rate)) + "\n" for rate in rates), encoding="utf-8")
         except OSError as error:

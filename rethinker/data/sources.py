@@ -168,7 +168,7 @@ def _hugging_face(name: str, path: Path, split: str, setting: str) -> Table:
             loaded = datasets.load_from_disk(source)
         else:
             if not local:  # else the library's client would ask for half a minute
-                datasets.config.HF_HUB_OFFLINE = not hub_answers(source)
+                datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE or not hub_answers(source)
             loaded = datasets.load_dataset(source, subset or None)
     except Exception as error:  # the library raises anything from FileNotFoundError to its own and the hub's errors
         raise ConfigError(

@@ -17,6 +17,7 @@ from rethinker.config import Config, ConfigError, DataConfig, nearest
 from rethinker.data.datasets import SPLIT, load_queries
 from rethinker.data.mixture import OF_A_SOURCE, source_configs
 from rethinker.data.subsets import Side
+from rethinker.doctor import check_packages
 from rethinker.embedded.digits import digits
 from rethinker.embedded.easy_vqa import easy_vqa
 from rethinker.runtime.files import whole_file
@@ -79,6 +80,7 @@ def _file(name: str | None, split: str, setting: str) -> str | None:
             raise ConfigError(f"{setting}={name}: there is no such data set; did you mean {close}?")
         return None
     load, package, distribution = DATA_SETS[name]
+    check_packages(f"{setting}={name}", package)
     made_of = [find_spec(package).origin, version(distribution), version("pillow")]
     made_of += [Path(file).read_bytes() for file in (__file__, load.__code__.co_filename)]
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]

@@ -139,13 +139,14 @@ def _answers(benchmark: Benchmark, row: Mapping[str, Any], choices: list[str]) -
 
 def _only_field(answer: Any, metrics: Any) -> Any:
     """MEGA-Bench: the value of the one field, if equality judges it."""
-    functions = _literal(metrics).get("field_score_function", {})
-    if len(functions) != 1:
+    metrics, answer = _literal(metrics), _literal(answer)
+    functions = metrics.get("field_score_function", {}) if isinstance(metrics, Mapping) else {}
+    if len(functions) != 1 or not isinstance(answer, Mapping) or functions.keys() - answer.keys():
         raise NotCoveredError("not one answer field")
     ((name, function),) = functions.items()
     if function not in EXACT_METRICS:
         raise NotCoveredError(f"metric {function}")
-    value = _literal(answer)[name]
+    value = answer[name]
     if isinstance(value, (list, Mapping)):
         raise NotCoveredError("an answer that is no single value")
     return value

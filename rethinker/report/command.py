@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rethinker.command_line import Parser
-from rethinker.doctor import check_packages
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,7 +26,6 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.output and options.output.suffix not in (".html", ".svg", ".png", ".pdf"):
         parser.error(f"--output {options.output}: end its name in .html for the page, or in .svg, .png or .pdf")
-    check_packages("rethinker report", "matplotlib", "pandas", "pyarrow")
     if options.output and options.output.suffix != ".html":
         from rethinker.report.learning import learning_curve
 

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from rethinker.checkpoint.held_samples import Responses, held_responses
-from rethinker.checkpoint.state_file import frozen, read_state
+from rethinker.checkpoint.resume import frozen, read_state
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Group, Query, RemoteCompletion, Rethinking, Rethought
 

@@ -9,8 +9,16 @@ from types import SimpleNamespace
 import pytest
 
 from rethinker.algorithm.replay import ReplayBuffer
-from rethinker.checkpoint.resume import MAY_CHANGE, OF_A_SOURCE_MAY_CHANGE, Progress, RunState, saved_state, versions
-from rethinker.checkpoint.state_file import frozen, read_state
+from rethinker.checkpoint.resume import (
+    MAY_CHANGE,
+    OF_A_SOURCE_MAY_CHANGE,
+    Progress,
+    RunState,
+    frozen,
+    read_state,
+    saved_state,
+    versions,
+)
 from rethinker.config import Config, ConfigError, ReplayConfig
 from rethinker.data.mixture import OF_A_SOURCE
 from rethinker.data.query_stream import QueryStream, fingerprint

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rethinker.checkpoint.resume import random_state, set_random_state
-from rethinker.checkpoint.state_file import frozen, read_state
+from rethinker.checkpoint.resume import frozen, random_state, read_state, set_random_state
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec="utf-8"))
 TREES = st.recursive(

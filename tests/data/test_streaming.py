@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from rethinker.checkpoint.state_file import frozen, read_state
+from rethinker.checkpoint.resume import frozen, read_state
 from rethinker.config import ConfigError, DataConfig
 from rethinker.data.datasets import load_queries
 from rethinker.data.query_stream import QueryStream

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rethinker.checkpoint.state_file import read_state
+from rethinker.checkpoint.resume import read_state
 from rethinker.embedded.easy_vqa import easy_vqa
 from rethinker.embedded.tiny import create_tiny
 from rethinker.runtime.completions import read_completions

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from rethinker.checkpoint.state_file import read_state
+from rethinker.checkpoint.resume import read_state
 from tests.integration.interruptions import assert_equal_runs, finish, kill, newest, prepare, rows, start, wait_for
 
 
