@@ -33,7 +33,7 @@ LOGS = ("metrics.jsonl", "validation.jsonl")
 
 
 class RunDirectory:
-    """Opens the folder on entry and closes it on exit; a mistake found before the first step removes a new one."""
+    """Opens the folder on entry and closes it on exit; an error before anything is kept in a new one removes it."""
 
     def __init__(self, config: Config, enabled: bool = True) -> None:
         """Only look; nothing is written before `with`, and with enabled=False (on all ranks but the first) never.
@@ -66,7 +66,8 @@ class RunDirectory:
             self._trackers.close()
         for file in self._logs.values():
             file.close()
-        if kind and issubclass(kind, ConfigError) and not self._rows and not self._continues:
+        kept = any(any((self.folder / name).iterdir()) for name in ("completions", "checkpoints"))
+        if kind and not self._rows and not self._continues and (issubclass(kind, ConfigError) or not kept):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def log(self, metrics: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from rethinker.checkpoint.run_directory import RunDirectory
 from rethinker.config import Config, ConfigError, RunConfig
+from rethinker.data.datasets import BadRowError
 from rethinker.runtime import completions
 from rethinker.runtime.completions import read_completions, write_completions
 from rethinker.samples import Accuracy, Completion, Group, Query, Rethought
@@ -131,11 +132,15 @@ def test_a_run_never_writes_into_another(config):
 
 
 def test_a_run_that_never_started_leaves_nothing(config, tmp_path):
-    """A mistake that is found before the first step removes the folder; other errors remove nothing."""
+    """A mistake found before the first step removes the folder, and so does any error while it keeps nothing."""
     with pytest.raises(ConfigError), RunDirectory(config) as run:
         run.write_completions(0, groups())
         raise ConfigError("data.train=...")
     assert list((tmp_path / "a" / "runs").iterdir()) == []
+    for error in (RuntimeError("no engine"), KeyboardInterrupt(), BadRowError("a kind of ConfigError")):
+        with pytest.raises(type(error)), RunDirectory(config):
+            raise error
+        assert list((tmp_path / "a" / "runs").iterdir()) == []
     with pytest.raises(RuntimeError), RunDirectory(config) as run:
         run.write_completions(0, groups())
         raise RuntimeError("the first step failed")

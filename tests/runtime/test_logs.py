@@ -100,7 +100,7 @@ def test_a_crash_in_c_leaves_its_stack(tmp_path):
 
 
 def stacks(tmp_path, work) -> str:
-    with rank_log(tmp_path, 1, 0.4) as path:
+    with rank_log(tmp_path, 1, 1.0) as path:
         work()
     return path.read_text()
 
@@ -114,7 +114,7 @@ def test_a_phase_that_hangs_leaves_its_stack(tmp_path):
 
     def work():
         with phase("train"):
-            hang_here(1.0)
+            hang_here(2.5)
 
     assert stacks(tmp_path, work).count("in hang_here") == 2
 
@@ -126,8 +126,8 @@ def test_the_beginning_and_the_end_of_a_phase_are_progress(tmp_path):
         with phase("train"):
             for _ in range(5):
                 with phase("forward"):
-                    time.sleep(0.2)
-        time.sleep(0.2)
+                    time.sleep(0.3)
+        time.sleep(0.3)
 
     assert stacks(tmp_path, work) == ""
 
