@@ -137,7 +137,7 @@ def test_a_run_that_never_started_leaves_nothing(config, tmp_path):
         run.write_completions(0, groups())
         raise ConfigError("data.train=...")
     assert list((tmp_path / "a" / "runs").iterdir()) == []
-    for error in (RuntimeError("no engine"), KeyboardInterrupt(), BadRowError("a kind of ConfigError")):
+    for error in (RuntimeError("no engine"), KeyboardInterrupt(), BadRowError("images", "a kind of ConfigError")):
         with pytest.raises(type(error)), RunDirectory(config):
             raise error
         assert list((tmp_path / "a" / "runs").iterdir()) == []
