@@ -97,7 +97,7 @@ class Run:
         self._state = RunState(config, ranks, self.progress, self.policy, self.episodes, self.replay, self.directory)
         if checkpoint:
             self._state.load(checkpoint, saved)
-        if config.rollout.backend == "server":  # they hold what they were started with, or another run's weights
+        if config.rollout.backend == "server":  # now: an episode may be sampled in a thread, without collectives
             self.rollout.sync(self.policy.weights, self.policy.version)
         self.display = Display(self.total_steps, enabled=ranks.is_main, done=self.policy.steps)
         self._profiler = StepProfiler(config.profile.steps, self.folder)

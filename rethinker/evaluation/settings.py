@@ -38,13 +38,13 @@ def eval_config(checkpoint: str, overrides: Sequence[str]) -> Config:
 
 
 def check_engine(config: Config, command: str) -> None:
-    """Report what keeps a command from asking a model anything: an engine of a run's, or missing packages.
+    """Report what keeps a command from asking a model anything: an engine without new answers, or missing packages.
 
     Raises:
         ConfigError: naming the setting or the package, and the fix.
     """
-    if config.rollout.backend in ("recorded", "server"):  # servers have the weights of a run
-        raise ConfigError(f"rollout.backend={config.rollout.backend} cannot ask this model; use vllm or hf")
+    if config.rollout.backend == "recorded":
+        raise ConfigError("rollout.backend=recorded has no new answers; use vllm, server or hf")
     check_packages(command, "transformers", "pyarrow", "PIL", "pandas", "scipy")
     if config.rollout.backend == "vllm":
         check_packages("rollout.backend=vllm, other than hf,", "vllm")

@@ -151,7 +151,7 @@ def test_a_half_written_chunk_is_asked_again(curate):
         (("--samples", "1"), r"--samples 1 must be at least 2"),
         (("--size", "many"), r"--size: invalid int value: 'many'"),
         (("--size", "0"), r"--size 0 must be at least 1"),
-        (("--rollout.backend", "recorded", "--rollout.recording", "x"), r"rollout.backend=recorded cannot ask"),
+        (("--rollout.backend", "recorded", "--rollout.recording", "x"), r"rollout.backend=recorded has no new answers"),
         (("--policy.model", "./none"), r"policy\.model=\./none is not a folder"),
         (("--polcy.model", "x"), r"unknown setting 'polcy\.model'"),
     ],

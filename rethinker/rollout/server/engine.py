@@ -20,7 +20,7 @@ from rethinker.config import Config, ConfigError
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.engine import Checksum, RolloutEngine, WeightStream, copies
 from rethinker.rollout.server.replicas import ReplicaLost, Replicas, ServerError
-from rethinker.rollout.server.sync import FileTransfer, NCCLTransfer
+from rethinker.rollout.server.sync import FileTransfer, FolderWeights, NCCLTransfer
 from rethinker.rollout.vllm_settings import MAX_IMAGES, MAX_LENGTH, TRANSFER, VLLMRequests
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
@@ -32,14 +32,15 @@ class ServerEngine(RolloutEngine):
     """RolloutEngine over vLLM servers."""
 
     def __init__(self, config: Config, model_dir: str, ranks: Ranks):
-        """Connect, and compare the servers' settings with the run's. `sync` must come before `generate`.
+        """Connect, and compare the servers' settings with the run's. The first `generate` sends the model's weights,
+        unless `sync` came before it.
 
         Raises:
             ConfigError: a server does not answer, or serves something else.
         """
         self.config = config
         self._ranks = ranks
-        self._requests = VLLMRequests(config, model_dir)
+        self._model_dir, self._requests = model_dir, VLLMRequests(config, model_dir)
         self._replicas = Replicas(address.rstrip("/") for address in config.rollout.servers)
         self._transfer: FileTransfer | NCCLTransfer | None = None  # on rank 0
         self._prefix = ranks.broadcast(f"{config.run.name or 'run'}-{os.urandom(4).hex()}")
@@ -80,6 +81,8 @@ class ServerEngine(RolloutEngine):
         Every request has a seed of its own, so that neither the servers' number nor their pace matters.
         """
         requests = self._requests.sampling(prompts, n, max_new_tokens, temperature)
+        if not self._label:  # servers hold what they were started with, or another run's weights
+            self.sync(FolderWeights(self._model_dir), 0)
         self._asked += 1  # an id is used once
 
         async def ask(address: str, number: int) -> list[Completion]:

@@ -10,6 +10,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rethinker.rollout.deadline import Deadline
@@ -17,6 +19,27 @@ from rethinker.rollout.server.replicas import Replicas
 
 Metadata = list[tuple[str, torch.dtype, tuple[int, ...]]]
 Tensors = Iterator[tuple[str, torch.Tensor]]
+
+
+class FolderWeights:
+    """The weights of a model in Hugging Face format as a WeightStream: for servers that are to answer as it does."""
+
+    def __init__(self, model: str):
+        """
+        Args:
+            model: a folder, or a name on the hub.
+        """
+        folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns="*.safetensors"))
+        self._files = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
+
+    def metadata(self) -> Metadata:
+        """See WeightStream; all tensors are read."""
+        return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+
+    def __iter__(self) -> Tensors:
+        for file in self._files:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                yield name, file.get_tensor(name)
 
 
 class FileTransfer:

@@ -19,12 +19,14 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from transformers import AutoConfig
 
 from rethinker.config import ConfigError
 from rethinker.embedded.tiny import create_tiny
+from rethinker.evaluation import command as evaluation
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.engine import make_engine
 from rethinker.rollout.server import replicas, serve
@@ -303,6 +305,26 @@ def test_the_run_begins_with_its_own_weights(served, asked):
     engine = connect(served)
     assert Policy(served.folder).error(asked, engine.generate(asked, seed=0, **PLAIN)) < TOLERANCE
     engine.close()
+
+
+def test_evaluation_brings_the_checkpoints_weights(served, policy, tmp_path):
+    """`rethinker eval` by a server that holds a run's weights: the answers of transformers with the checkpoint."""
+    engine = connect(served)
+    policy.perturb(seed=7)
+    engine.sync(policy, 1)
+    engine.close()
+    config, rows = rollout_config(), {}
+    settings = {
+        f"data.{name}": getattr(config.data, name) for name in ("min_pixels", "max_pixels", "max_prompt_tokens")
+    }
+    settings |= {"policy.dtype": "float32", "rollout.max_new_tokens": 12, "data.max_images": 1}
+    given = [f"--{name}={value}" for name, value in settings.items()]
+    for backend, further in {"hf": [], "server": [f"--rollout.servers=[{served.address()}]"]}.items():
+        output = tmp_path / backend
+        arguments = ["--benchmark=digits", "--limit=6", f"--rollout.backend={backend}", f"--output={output}"]
+        evaluation.main([served.folder, *arguments, *given, *further])
+        rows[backend] = [row["token_ids"] for row in parquet.read_table(output / "responses.parquet").to_pylist()]
+    assert rows["server"] == rows["hf"]
 
 
 def test_what_is_no_server_is_refused(served):
