@@ -84,6 +84,7 @@ def open_table(name: str, split: str, setting: str, streaming: bool = False) -> 
 
 def _parquet(path: Path, where: str, streaming: bool) -> Table:
     """A file row group by row group, or the library's copy of it. Arrow would keep the memory that this took."""
+    from pyarrow import Table as Rows
     from pyarrow import default_memory_pool, parquet
 
     if streaming:
@@ -92,7 +93,8 @@ def _parquet(path: Path, where: str, streaming: bool) -> Table:
         return _arrow(copy, where, path.parent)
     file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
     firsts = [0, *accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))]
-    group = lru_cache(1)(lambda i: file.read_row_group(i, use_threads=False))
+    # In batches: images of more than 2 GiB do not fit one array of Arrow's.
+    group = lru_cache(1)(lambda i: Rows.from_batches(file.iter_batches(CHUNK, [i], use_threads=False)))
 
     def read(start: int, stop: int) -> list[Row]:
         i = bisect_right(firsts, start) - 1

@@ -18,6 +18,7 @@ from PIL import Image
 from rethinker.config import ConfigError, DataConfig
 from rethinker.data.datasets import load_queries
 from rethinker.data.query_stream import QueryStream
+from rethinker.data.sources import open_table
 from rethinker.samples import Query
 
 ROWS = [
@@ -98,6 +99,17 @@ def test_images_as_bytes(folder):
     first, second, third = load(write(folder / "d.parquet", [*rows, rows[0]]))
     assert first.images == ({"bytes": png()},) and second.images == (str(folder / "a.png"),)
     assert third.images[0] is first.images[0]  # equal images are held once
+
+
+@pytest.mark.soak
+def test_a_row_group_of_more_images_than_an_arrow_array_takes(tmp_path):
+    """More than 2 GiB in one row group, as writers leave it that count rows: read in order, each row its own."""
+    images = pa.list_(pa.struct([("bytes", pa.binary())]))
+    rows = [{"images": [{"bytes": i.to_bytes(4) + bytes(2**22)}]} for i in range(600)]
+    parts = [pa.RecordBatch.from_pylist(rows[i : i + 100], pa.schema([("images", images)])) for i in range(0, 600, 100)]
+    parquet.write_table(pa.Table.from_batches(parts), tmp_path / "big.parquet", row_group_size=600, compression="zstd")
+    read = open_table(str(tmp_path / "big.parquet"), "train", "data.train").rows()
+    assert [int.from_bytes(row["images"][0]["bytes"][:4]) for row in read] == list(range(600))
 
 
 @pytest.mark.parametrize(("which", "advice"), [("train", "data.streaming=true reads"), ("validation", "give fewer")])
