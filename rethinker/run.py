@@ -92,7 +92,7 @@ class Run:
         self.rollout, self.checker = self.model.rollout, self.model.checker
         self.episodes = Episodes(config, stream, self.encoder, self.rollout, self.checker, ranks)
         stack.callback(self.episodes.close)
-        self.replay = ReplayBuffer(config.replay, config.seed, ranks.device)
+        self.replay = ReplayBuffer(config.replay, config.seed)
         self.progress = Progress()
         self._state = RunState(config, ranks, self.progress, self.policy, self.episodes, self.replay, self.directory)
         if checkpoint:

@@ -7,7 +7,6 @@ sum of its children bit for bit after any number of updates, on every rank and d
 from __future__ import annotations
 
 import struct
-import sys
 from typing import Any
 
 import torch
@@ -45,13 +44,12 @@ class SumTree:
 
     Args:
         capacity: number of slots, 1 to 2^31.
-        device: where the tree lives. Where its library cannot be built (a GPU without nvcc) that is the host, with a
-            line on stderr: the draws are the same.
+        device: where the tree lives; the draws are the same everywhere.
         alpha: exponent >= 0 on priorities; 0 draws uniformly among the priorities above 0.
 
     Raises:
         ValueError: an argument out of range.
-        BuildError: there is no C++ compiler.
+        BuildError: there is no C++ compiler, or for a tree on a GPU no nvcc.
     """
 
     WEIGHT_BITS = WEIGHT_BITS
@@ -63,13 +61,7 @@ class SumTree:
         if not 0 <= alpha < float("inf"):
             raise ValueError(f"alpha={alpha}: must be finite and at least 0")
         device = torch.device(device)
-        try:
-            self._library = native.load(device.type)
-        except native.BuildError as error:
-            if device.type == "cpu":
-                raise
-            print(f"rethinker_kernels: the sum tree lives on the host, not on {device}: {error}", file=sys.stderr)
-            device, self._library = torch.device("cpu"), native.load("cpu")
+        self._library = native.load(device.type)
         self.capacity = capacity
         self.alpha = float(alpha)
         self.fraction_bits = SUM_BITS - WEIGHT_BITS - (capacity - 1).bit_length()

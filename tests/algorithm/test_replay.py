@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import scipy.stats
@@ -182,42 +180,6 @@ def test_the_same_seed_draws_the_same_on_every_rank():
             got += drawn(replay, 20)
         results.append(got)
     assert results[0] == results[1] != results[2]
-
-
-@contextmanager
-def unwaiting() -> Iterator[None]:
-    """A wait for the GPU is an error here; without nvcc the tree lives on the host and none occurs either."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("exponent", [0.0, 0.5])
-@pytest.mark.parametrize("replacement", [True, False])
-def test_a_gpu_draws_the_same_sequence(replacement, exponent):
-    """A tree on CUDA draws what one on the host draws, weights included, through additions, evictions by capacity and
-    age and the end of episodes; a checkpoint of either goes on on the other."""
-    settings = ReplayConfig(
-        capacity=600, replacement=replacement, importance_exponent=exponent, clear_every_episode=False, max_age=2
-    )
-    pair = [ReplayBuffer(settings, 3), ReplayBuffer(settings, 3, "cuda")]
-    for version in range(8):
-        outcomes = []
-        for replay in pair:
-            samples = [sample(0.01 * (i % 97 - 48), f"{version}.{i}", version) for i in range(250)]
-            with unwaiting():
-                replay.add(samples)
-            outcomes.append([(s.query.id, s.weight) for s in replay.draw(100)])
-            with unwaiting():
-                replay.end_episode(version + 1)
-        assert outcomes[0] == outcomes[1] and len(pair[0]) == len(pair[1])
-        if version % 3 == 2:
-            states = [replay.state_dict() for replay in pair]
-            pair[0].load_state_dict(states[1])
-            pair[1].load_state_dict(states[0])
 
 
 @pytest.mark.parametrize("replacement", [True, False])

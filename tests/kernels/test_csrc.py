@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rethinker_kernels import SumTree, native
+from rethinker_kernels import native
 from rethinker_kernels.sum_tree import levels_of
 from tests.kernels import sum_tree_torch
 from tests.kernels.sum_tree_torch import TorchTree
@@ -221,19 +221,6 @@ def test_a_changed_source_or_compiler_is_another_library(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "CXX_FLAGS", ["-O2"])
     load("cpu")
     assert names[0] == names[1] and len(set(names)) == 3
-
-
-@pytest.mark.parametrize("device", ["cuda", "meta"])
-def test_without_the_device_s_library_the_tree_lives_on_the_host(device, capsys):
-    """A line says why, and the draws are those of a tree that was wanted there."""
-    if torch.cuda.is_available():
-        pytest.skip("needs a machine without a CUDA device")
-    require_compiler()
-    key, trees = torch.tensor([1, 2]), (SumTree(5), SumTree(5, device))
-    assert f"lives on the host, not on {device}" in capsys.readouterr().err and trees[1].device.type == "cpu"
-    for tree in trees:
-        tree.update(torch.arange(5), torch.arange(5.0))
-    assert torch.equal(*(tree.sample(9, generator=key) for tree in trees))
 
 
 # The CUDA code, without a GPU
