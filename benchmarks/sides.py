@@ -46,7 +46,7 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
     from rethinker.policy.model import load_processor
     from rethinker.rewards.checker import AnswerChecker
     from rethinker.rollout.engine import make_engine
-    from rethinker.run import seed_everything
+    from rethinker.rollout.sampling import seed_everything
     from rethinker.runtime import distributed
     from rethinker.runtime.profiling import phase
 

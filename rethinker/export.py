@@ -45,8 +45,9 @@ def export(run: str | Path, output: str | Path | None = None, checkpoint: str | 
         (partial / "README.md").write_text(model_card(record, source.resolve().name), encoding="utf-8")
         partial.rename(target)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise ConfigError(f"--output {target} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from rethinker.algorithm.objective import load_loss
 from rethinker.algorithm.replay import ReplayBuffer
@@ -34,6 +33,7 @@ from rethinker.policy.model import load_processor
 from rethinker.policy.throughput import model_flops_utilization, peak_memory_gb
 from rethinker.report.learning import learning_curve
 from rethinker.report.page import report_or_warning
+from rethinker.rollout.sampling import seed_everything
 from rethinker.runtime import distributed, signals
 from rethinker.runtime.display import Display
 from rethinker.runtime.logs import rank_log
@@ -283,10 +283,3 @@ def return_free_memory() -> None:
     150 steps of the tiny run)."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch alike on every rank."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)

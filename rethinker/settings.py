@@ -279,12 +279,14 @@ def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str = "") -
         if setting.is_mapping and isinstance(value, Mapping):
             # A whole mapping given later replaces a recipe's, an entry joins it; both join the default.
             base = setting.default if key == setting.key else values.get(setting.key, setting.default)
-            value = _joined(base, value)
+            value = joined(base, value)
         values[setting.key] = value
 
 
-def _joined(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    both = {key: _joined(base[key], new[key]) for key in base.keys() & new.keys() if isinstance(new[key], Mapping)}
+def joined(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of both, those of mappings too; where both have one that is no mapping, the new one."""
+    pairs = {key: (base[key], new[key]) for key in base.keys() & new.keys()}
+    both = {key: joined(*pair) for key, pair in pairs.items() if all(isinstance(value, Mapping) for value in pair)}
     return {**base, **new, **both}
 
 

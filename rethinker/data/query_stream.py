@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -80,12 +81,8 @@ class QueryStream:
 
     def next(self, n: int) -> list[Query]:
         """The next n queries; n may exceed the number of queries."""
-        return [self._one() for _ in range(n)]
-
-    def _one(self) -> Query:
-        while (query := self.queries[self._next_place()]) is None:
-            pass
-        return query
+        drawn = map(self.queries.__getitem__, iter(self._next_place, None))
+        return list(islice(filter(None, drawn), n))
 
     def _next_place(self) -> int:
         turn = sum(self._drawn.values()) + 1  # the label furthest behind: exact shares in every stretch of the order

@@ -109,13 +109,11 @@ def _parquet(path: Path, where: str, streaming: bool) -> Table:
 
 def _arrow(table: Any, where: str, folder: Path | None) -> Table:
     """A data set of the library's that gives tables of Arrow's, in which images stay encoded."""
-    return Table(
-        where,
-        table.column_names,
-        len(table),
-        folder,
-        lambda start, stop: _listed(table[start:stop], where, start),
-    )
+
+    def read(start: int, stop: int) -> list[Row]:
+        return _listed(table[start:stop], where, start)
+
+    return Table(where, table.column_names, len(table), folder, read)
 
 
 def _listed(table: Any, where: str, first: int) -> list[Row]:

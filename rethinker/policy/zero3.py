@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rethinker.config import Config, ConfigError
+from rethinker.settings import joined
 
 
 def deepspeed_config(config: Config, world_size: int, on_gpu: bool) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def deepspeed_config(config: Config, world_size: int, on_gpu: bool) -> dict[str,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    merged = _merge(settings, config.train.deepspeed)
+    merged = joined(settings, config.train.deepspeed)
     part = merged["zero_optimization"].get("zero_hpz_partition_size", 1)
     if world_size % max(1, min(part, world_size)):
         raise ConfigError(
@@ -48,11 +49,5 @@ def deepspeed_config(config: Config, world_size: int, on_gpu: bool) -> dict[str,
 def without_optimizer(settings: dict[str, Any]) -> dict[str, Any]:
     """The configuration of a reference policy beside a trained one: also without hpZ, whose groups of ranks DeepSpeed
     makes once in a process."""
-    zero = {name: value for name, value in settings["zero_optimization"].items() if name != "zero_hpz_partition_size"}
     kept = {name: value for name, value in settings.items() if name not in ("optimizer", "gradient_clipping")}
-    return kept | {"zero_optimization": zero}
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {key for key in base if isinstance(base[key], dict) and isinstance(over.get(key), dict)}
-    return base | over | {key: _merge(base[key], over[key]) for key in both}
+    return kept | {"zero_optimization": settings["zero_optimization"] | {"zero_hpz_partition_size": 1}}

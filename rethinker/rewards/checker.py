@@ -41,7 +41,7 @@ READY = "ready"
 OUT_OF_MEMORY = 77  # exit code
 
 
-class AnswerChecker:
+class AnswerChecker(contextlib.AbstractContextManager):
     """Scores responses in a pool of killable processes. Workers start when first needed and end with `close`.
 
     `failures` counts responses scored 0 because their check could not be finished: `timeout`, `crash` (the worker died,
@@ -101,9 +101,6 @@ class AnswerChecker:
         self._closed = True
         for worker in self._workers:
             worker.close()
-
-    def __enter__(self) -> AnswerChecker:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -57,8 +57,12 @@ def seeded(seed: int, replica: int) -> Iterator[None]:
     Seeds of single requests would crash vLLM on CPU.
     """
     with preserved_random_state():
-        seed += 1_000_003 * replica
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
+        seed_everything(seed + 1_000_003 * replica)
         yield
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the process's generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

@@ -22,13 +22,9 @@ Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
 class FolderWeights:
-    """The weights of a model in Hugging Face format as a WeightStream: for servers that are to answer as it does."""
+    """The weights of a model folder, or of a name on the hub, as a WeightStream."""
 
     def __init__(self, model: str):
-        """
-        Args:
-            model: a folder, or a name on the hub.
-        """
         folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns="*.safetensors"))
         self._files = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
 
@@ -37,9 +33,7 @@ class FolderWeights:
         return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
 
     def __iter__(self) -> Tensors:
-        for file in self._files:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                yield name, file.get_tensor(name)
+        return ((name, file.get_tensor(name)) for file in self._files for name in file.keys())  # noqa: SIM118
 
 
 class FileTransfer:
