@@ -2,7 +2,7 @@
 
 The distribution is global: every rank holds the same tree over all ranks' samples and draws from the same seed, so the
 draws agree without communication. The tokens of a sample stay with the rank that owns it (runtime/ownership.py). The
-tree is on the host, which needs the drawn slots: a draw took 26 us there, and 44 us and a wait on an H200.
+tree is on the host, which needs the drawn slots.
 """
 
 from __future__ import annotations

@@ -86,8 +86,7 @@ def source_weights(config: DataConfig) -> dict[str, float]:
     if all(weight is None for weight in weights.values()):
         return {}
     for name, weight in weights.items():
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight) or weight <= 0:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             raise ConfigError(
                 f"data.sources.{name}.weight={weight!r} must be a positive number; give every source one, or none"
             )

@@ -11,6 +11,7 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, islice
@@ -72,7 +73,8 @@ def open_table(name: str, split: str, setting: str, streaming: bool = False) -> 
         except ConfigError:
             raise
         except Exception as error:
-            raise ConfigError(f"{where}: not a readable {path.suffix} file ({one_line(error)})") from error
+            large = "; data.streaming takes row groups of up to 2 GiB" if "Nested" in str(error.__cause__) else ""
+            raise ConfigError(f"{where}: not a readable {path.suffix} file ({one_line(error)}){large}") from error
     elif os.path.isfile(path):
         raise ConfigError(f"{where}: files are read as .parquet or .jsonl; convert it, or give the folder")
     else:
@@ -84,7 +86,7 @@ def open_table(name: str, split: str, setting: str, streaming: bool = False) -> 
 
 def _parquet(path: Path, where: str, streaming: bool) -> Table:
     """A file row group by row group, or the library's copy of it. Arrow would keep the memory that this took."""
-    from pyarrow import Table as Rows
+    import pyarrow as pa
     from pyarrow import default_memory_pool, parquet
 
     if streaming:
@@ -93,12 +95,17 @@ def _parquet(path: Path, where: str, streaming: bool) -> Table:
         return _arrow(copy, where, path.parent)
     file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
     firsts = [0, *accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))]
-    # In batches: images of more than 2 GiB do not fit one array of Arrow's.
-    group = lru_cache(1)(lambda i: Rows.from_batches(file.iter_batches(CHUNK, [i], use_threads=False)))
+
+    @lru_cache(1)
+    def group(i: int) -> pa.Table:
+        try:
+            return file.read_row_group(i, use_threads=False)
+        except pa.ArrowNotImplementedError:  # images of more than 2 GiB, which do not fit one array
+            return pa.Table.from_batches(file.iter_batches(CHUNK, [i], use_threads=False))
 
     def read(start: int, stop: int) -> list[Row]:
         i = bisect_right(firsts, start) - 1
-        rows = _listed(group(i)[start - firsts[i] :][: stop - start], where, start)
+        rows = _listed(group(i).slice(start - firsts[i], stop - start), where, start)
         if stop == firsts[-1]:
             group.cache_clear()
             default_memory_pool().release_unused()
@@ -196,9 +203,8 @@ def hub_answers(name: str) -> bool:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        HfApi().dataset_info(name, timeout=8)
-    except HfHubHTTPError:  # it answers: no such data set, or no access
-        return True
+        with suppress(HfHubHTTPError):  # it answers: no such data set, or no access
+            HfApi().dataset_info(name, timeout=8)
     except Exception:  # no network, or the hub is switched off
         return False
     return True

@@ -59,7 +59,6 @@ def image_name(reference: Any, root: str | None) -> str:
 
 def why_not(rate: Any) -> str | None:
     """Why a question with this pass rate is left out; None if it is trained on."""
-    measured = isinstance(rate, (int, float)) and math.isfinite(rate) and rate >= 0
-    if not measured:
+    if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
         return "not measured"
     return None if 0 < rate < 1 else "always wrong" if rate == 0 else "always right"

@@ -19,10 +19,7 @@ def easy_vqa(split: Literal["train", "test"]) -> list[Query]:
     """
     import easy_vqa as package
 
-    if split == "train":
-        questions, paths = package.get_train_questions(), package.get_train_image_paths()
-    else:
-        questions, paths = package.get_test_questions(), package.get_test_image_paths()
+    questions, paths = (getattr(package, f"get_{split}_{what}")() for what in ("questions", "image_paths"))
     return [
         Query(
             id=f"easy_vqa/{split}/{i}",

@@ -255,15 +255,9 @@ class PolicyEngine:
         return sums
 
     def _pack(self, bundles: list[Bundle], correction_cap: float | None, nll_weight: float) -> PackedBatch:
-        return pack(
-            bundles,
-            self.encoder.encode,
-            self.encoder.pixels,
-            self.policy.positions,
-            policy_version=self.version,
-            correction_cap=correction_cap,
-            nll_weight=nll_weight,
-        ).to(self.ranks.device)
+        factors = {"policy_version": self.version, "correction_cap": correction_cap, "nll_weight": nll_weight}
+        row = pack(bundles, self.encoder.encode, self.encoder.pixels, self.policy.positions, **factors)
+        return row.to(self.ranks.device)
 
     def _reference_logps(self, batch: PackedBatch) -> torch.Tensor | None:
         if self.config.algorithm.kl_coef == 0:

@@ -8,11 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
+import pyarrow.parquet as parquet
 import pytest
 from torch.distributed.elastic.utils.distributed import get_free_port as free_port
 
+from rethinker import cli
+from rethinker.settings import resolve_config
+from tests import forked
 from tests.integration.interruptions import ROOT, finish, kill, prepare, rows, start
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1500)]
@@ -66,6 +71,16 @@ def test_a_run_trains_over_servers(pair, ranks):
     steps = rows(folder / f"over_{ranks}")
     assert [row["step"] for row in steps] == [1, 2]
     assert max(row["mismatch_kl"] for row in steps) < SAME
+    # The servers answer for a checkpoint as transformers do with it, on every rank.
+    run, answers = folder / f"over_{ranks}", {}
+    limit = resolve_config(run / "config.yaml").data.max_prompt_tokens
+    for name, further in {"server": [*options, f"--data.max_prompt_tokens={limit}"], "hf": []}.items():
+        output = run / "evaluations" / name
+        given = ["--benchmark=easy_vqa", "--limit=9", f"--rollout.backend={name}", f"--output={output}"]
+        command = partial(cli.main, ["eval", str(run / "checkpoints" / "last"), *given, *further])
+        forked.run(command, folder / "eval.log", ranks)
+        answers[name] = parquet.read_table(output / "responses.parquet")["token_ids"].to_pylist()
+    assert answers["server"] == answers["hf"]
 
 
 def test_rollouts_one_episode_ahead(pair):

@@ -50,8 +50,10 @@ def compare(plain, got, want) -> None:
     """To fp32 in the interpreter; on a GPU as good as PyTorch in bf16, which rounds the logits too."""
     if DEVICE.type == "cpu":
         torch.testing.assert_close(got, want, atol=5e-5, rtol=1e-4)
-    else:
+    elif want[0][0].count_nonzero():
         as_good_as(plain, got, want)
+    else:  # a vocabulary of one: PyTorch is exact there
+        torch.testing.assert_close(got, want, atol=5e-5, rtol=0)
 
 
 def rounding(hidden, weight, index, temperature: float, upstream) -> list[torch.Tensor]:
@@ -78,12 +80,12 @@ def test_log_probs(rows, vocabulary, width, temperature):
         return lambda h, w: module.linear_selective_log_softmax(h, w, index, temperature=temperature)
 
     got, want = both(run(linear), run(reference), [hidden, weight], upstream)
-    if DEVICE.type == "cpu" or vocabulary == 1:  # PyTorch is exact for a vocabulary of one
+    if DEVICE.type == "cpu":
         bounds = rounding(hidden, weight, index, temperature, upstream[0])
         for g, w, bound in zip(itertools.chain(*got), itertools.chain(*want), bounds, strict=True):
-            assert ((g - w).abs() <= 4 * bound).all()
+            assert ((g - w).abs() / bound).max() <= 4
     else:
-        as_good_as(both(run(reference), run(reference), [hidden, weight], upstream)[0], got, want)
+        compare(both(run(reference), run(reference), [hidden, weight], upstream)[0], got, want)
     with torch.no_grad():
         given = {"temperature": temperature, "return_entropy": True}
         values = linear_selective_log_softmax(hidden, weight, index, **given)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rethinker_kernels import native
+from rethinker_kernels import SumTree, native
 from rethinker_kernels.sum_tree import levels_of
 from tests.kernels import sum_tree_torch
 from tests.kernels.sum_tree_torch import TorchTree
@@ -221,6 +221,14 @@ def test_a_changed_source_or_compiler_is_another_library(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "CXX_FLAGS", ["-O2"])
     load("cpu")
     assert names[0] == names[1] and len(set(names)) == 3
+
+
+def test_a_tree_for_a_gpu_that_is_not_there():
+    """It is an error, and no tree somewhere else."""
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a CUDA device")
+    with pytest.raises(native.BuildError, match="there is no CUDA device"):
+        SumTree(5, "cuda")
 
 
 # The CUDA code, without a GPU

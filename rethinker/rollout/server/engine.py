@@ -82,7 +82,7 @@ class ServerEngine(RolloutEngine):
         """
         requests = self._requests.sampling(prompts, n, max_new_tokens, temperature)
         if not self._label:  # servers hold what they were started with, or another run's weights
-            self.sync(FolderWeights(self._model_dir), 0)
+            self.sync(FolderWeights(self._model_dir) if self._ranks.is_main else [], 0)  # rank 0 sends
         self._asked += 1  # an id is used once
 
         async def ask(address: str, number: int) -> list[Completion]:

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rethinker.families.model_folder import check_model_folder
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.server.replicas import Replicas
 
@@ -25,11 +26,14 @@ class FolderWeights:
     """The weights of a model folder, or of a name on the hub, as a WeightStream."""
 
     def __init__(self, model: str):
-        folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns="*.safetensors"))
+        """Raises ConfigError if the weights are damaged or missing."""
+        patterns = ["*.json", "*.safetensors"]
+        folder = Path(model if Path(model).is_dir() else snapshot_download(model, allow_patterns=patterns))
+        check_model_folder(folder, f"policy.model={model}")
         self._files = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
 
     def metadata(self) -> Metadata:
-        """See WeightStream; all tensors are read."""
+        """See WeightStream. The files are mapped: nothing is read."""
         return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
 
     def __iter__(self) -> Tensors:

@@ -25,6 +25,7 @@ import torch
 from transformers import AutoConfig
 
 from rethinker.config import ConfigError
+from rethinker.curation import command as curation
 from rethinker.embedded.tiny import create_tiny
 from rethinker.evaluation import command as evaluation
 from rethinker.rollout.deadline import Deadline
@@ -307,8 +308,9 @@ def test_the_run_begins_with_its_own_weights(served, asked):
     engine.close()
 
 
-def test_evaluation_brings_the_checkpoints_weights(served, policy, tmp_path):
-    """`rethinker eval` by a server that holds a run's weights: the answers of transformers with the checkpoint."""
+def test_evaluation_and_curation_bring_the_checkpoints_weights(served, policy, tmp_path):
+    """`rethinker eval` by a server that holds a run's weights: the answers of transformers with the checkpoint; and
+    `rethinker curate` asks it, too."""
     engine = connect(served)
     policy.perturb(seed=7)
     engine.sync(policy, 1)
@@ -325,6 +327,9 @@ def test_evaluation_brings_the_checkpoints_weights(served, policy, tmp_path):
         evaluation.main([served.folder, *arguments, *given, *further])
         rows[backend] = [row["token_ids"] for row in parquet.read_table(output / "responses.parquet").to_pylist()]
     assert rows["server"] == rows["hf"]
+    given += ["--samples=2", "--limit=4", f"--output={tmp_path / 'curated'}", f"--policy.model={served.folder}"]
+    with pytest.raises(ConfigError, match="answers no question sometimes"):  # but it has been asked
+        curation.main(["easy_vqa_cpu", "--rollout.backend=server", *further, *given])
 
 
 def test_what_is_no_server_is_refused(served):
