@@ -301,6 +301,14 @@ def test_a_setting_that_is_gone_names_what_took_its_place(monkeypatch, tmp_path)
     assert "it is now train.max_steps" in refused(recipe=tmp_path / "r.yaml")
 
 
+def test_an_entry_replaces_what_is_no_mapping():
+    """Entries join a mapping; where a recipe has something else, they take its place."""
+    values = {"a": {"b": 1}, "c": 2, "d": {"e": 3}}
+    assert settings.joined(values, {"a": {"f": 4}, "c": {"g": 5}, "d": 6}) == {
+        "a": {"b": 1, "f": 4}, "c": {"g": 5}, "d": 6,
+    }  # fmt: skip
+
+
 def test_a_caller_keeps_its_overrides():
     """The settings share nothing with the overrides they came from, nor with the defaults."""
     overrides = {"train.deepspeed": {"a": {"b": 1}}, "data.sources": {"x": {"train": "digits", "fields": {}}}}

@@ -94,16 +94,24 @@ def test_a_card_runs_nothing(run):
     assert "<script>" not in card and "[x]" not in card and r"\<script\>" in card and r"\[x\](" in card
 
 
-def test_nothing_is_overwritten_or_left(run, monkeypatch):
-    """A folder that is there is an error; a full disk leaves no half folder."""
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (OSError(28, "No space left on device"), (ConfigError, "--output new cannot be written: .*No space left")),
+        (ValueError("no such colour"), (ValueError, "no such colour")),
+    ],
+)
+def test_nothing_is_overwritten_or_left(run, monkeypatch, error, seen):
+    """A folder that is there is an error; a full disk, or whatever ends it halfway, leaves no half folder."""
     Path("taken").mkdir()
     with pytest.raises(ConfigError, match="--output taken exists"):
         export(run, "taken")
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
+    def fail(*_, **__):
+        assert Path(".new.partial").exists()
+        raise error
 
-    monkeypatch.setattr("rethinker.export.shutil.copytree", full)
-    with pytest.raises(ConfigError, match="--output new cannot be written: .*No space left"):
+    monkeypatch.setattr("rethinker.export.learning_curve", fail)
+    with pytest.raises(seen[0], match=seen[1]):
         export(run, "new")
     assert not Path("new").exists() and not Path(".new.partial").exists()

@@ -33,10 +33,7 @@ class _Entry:
 
 
 class ReplayBuffer:
-    """Samples with |advantage| > 0, at most `capacity`; the oldest leave first.
-
-    The seed is the same on every rank.
-    """
+    """Samples with |advantage| > 0, at most `capacity`; the oldest leave first. The seed is the same on every rank."""
 
     def __init__(self, config: ReplayConfig, seed: int) -> None:
         self._config = config

@@ -73,8 +73,7 @@ def open_table(name: str, split: str, setting: str, streaming: bool = False) -> 
         except ConfigError:
             raise
         except Exception as error:
-            large = "; data.streaming takes row groups of up to 2 GiB" if "Nested" in str(error.__cause__) else ""
-            raise ConfigError(f"{where}: not a readable {path.suffix} file ({one_line(error)}){large}") from error
+            raise ConfigError(f"{where}: not a readable {path.suffix} file ({one_line(error)})") from error
     elif os.path.isfile(path):
         raise ConfigError(f"{where}: files are read as .parquet or .jsonl; convert it, or give the folder")
     else:
@@ -90,7 +89,12 @@ def _parquet(path: Path, where: str, streaming: bool) -> Table:
     from pyarrow import default_memory_pool, parquet
 
     if streaming:
-        copy = _library().Dataset.from_parquet(str(path)).with_format("arrow")
+        try:
+            copy = _library().Dataset.from_parquet(str(path)).with_format("arrow")
+        except Exception as error:
+            if not isinstance(error.__cause__, pa.ArrowNotImplementedError):
+                raise
+            raise ConfigError(f"{where}: data.streaming takes row groups below 2 GiB; write smaller ones") from error
         default_memory_pool().release_unused()
         return _arrow(copy, where, path.parent)
     file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)

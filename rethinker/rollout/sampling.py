@@ -62,7 +62,7 @@ def seeded(seed: int, replica: int) -> Iterator[None]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the process's generators."""
+    """Seed the process's generators: torch's, NumPy's and Python's."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

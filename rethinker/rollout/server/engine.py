@@ -69,7 +69,7 @@ class ServerEngine(RolloutEngine):
                 if not fits:
                     raise ConfigError(
                         f"rollout.servers: {address} was started with other settings: {name} is {held} there and "
-                        f"{own} here; {HOW_TO_START}"
+                        f"{own} here; change it here, or {HOW_TO_START}"
                     )
         return transfer
 

@@ -275,9 +275,8 @@ def test_a_server_with_other_settings_is_refused(served, change, message):
     """What would make other samples or other pixels is named, with both values, before any weight is sent."""
     config = rollout_config(backend="server", servers=[served.address()])
     change(config)
-    with pytest.raises(
-        ConfigError, match=rf"rollout\.servers: http://127.*{message}.*; start it with `rethinker serve`"
-    ):
+    advice = "change it here, or start it with `rethinker serve`"
+    with pytest.raises(ConfigError, match=rf"rollout\.servers: http://127.*{message}.*; {advice}"):
         make_engine(config, served.folder, rank=0, world_size=1, local_rank=0)
 
 
