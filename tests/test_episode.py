@@ -113,7 +113,7 @@ def test_it_runs_beside_the_training():
     engine.gate.clear()
     episodes.begin(0, 0, {})
     assert engine.started.wait(10)
-    threading.Timer(0.2, engine.gate.set).start()
+    threading.Timer(1, engine.gate.set).start()
     times = {}
     assert len(episodes.take(0, 1, times)) == 3
     assert times["time_rollout_s"] > 0.1

@@ -200,7 +200,7 @@ class PromptEncoder:
         return compact, expanded
 
     def _layout(self, kinds: str) -> list[int | str]:
-        """The chat template around images ("i") and texts ("t"): ids of its added tokens, and texts with slots."""
+        """The chat template around images ("i") and texts ("t"): the ids of what is fixed, and texts with slots."""
         if kinds not in self._layouts:
             slots = [{"type": "text", "text": f"\ue000{number}\ue001"} for number in range(kinds.count("t") + 1)]
             system, texts = slots.pop(), iter(slots)
@@ -208,9 +208,12 @@ class PromptEncoder:
             if self.config.system is not None:
                 messages.insert(0, {"role": "system", "content": [system]})
             rendered = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            to_id = self.tokenizer.convert_tokens_to_ids
-            pieces = enumerate(self._added.split(rendered))  # every second one is an added token
-            self._layouts[kinds] = [to_id(text) if n % 2 else text for n, text in pieces if text]
+            layout = self._layouts[kinds] = []
+            for n, text in enumerate(self._added.split(rendered)):
+                if n % 2:  # every second one is an added token
+                    layout.append(self.tokenizer.convert_tokens_to_ids(text))
+                else:
+                    layout += [text] if _SLOT.search(text) else self._text_ids(text)
         return self._layouts[kinds]
 
     def _text_ids(self, text: str) -> list[int]:

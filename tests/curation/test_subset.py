@@ -29,7 +29,7 @@ def test_categories_have_equal_shares():
     assert Counter(rates[i].category for i in choose(rates, 100)) == {"many": 66, "some": 30, "few": 4}
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.dictionaries(st.text(max_size=3), st.integers(0, 50), max_size=8), st.integers(1, 200))
 def test_shares_fill_the_size(available, size):
     """As many as asked for or available; no category gets less than another unless it has no more (by one at most)."""

@@ -337,7 +337,7 @@ pieces = st.sampled_from(
 odd = st.lists(pieces, max_size=12).map("".join) | st.text(max_size=12)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(predicted=odd, answer=odd, question=st.sampled_from(["", IN_LINES, "What percent?"]))
 @example(predicted="1/0", answer="\\frac{1}{0}", question="")
 @example(predicted="(" * 500, answer="(" * 400, question="")
@@ -349,7 +349,7 @@ def test_comparing_never_raises(predicted, answer, question):
     assert compare(predicted, answer, question=question, equal=undecided) is verdict
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(predicted=st.lists(pieces, max_size=5).map("".join), answer=st.lists(pieces, max_size=5).map("".join))
 def test_checking_never_raises(predicted, answer, boxed_checker):
     """Nor does mathematics, whatever sympy makes of it."""

@@ -175,13 +175,15 @@ def test_a_sampled_placeholder_ends_the_response(engine, policy, asked):
 
 def test_completions_belong_to_their_prompt_whatever_order_they_come_in(engine, policy, asked, monkeypatch):
     """Law 7: answers arrive in reverse order of the prompts; each goes to its own, and one request carries a group."""
-    call, order = engine._replicas.call, []
+    call, order, ended = engine._replicas.call, [], [asyncio.Event() for _ in range(len(asked) + 1)]
+    ended[-1].set()
 
     async def late(address, path, body=None, **options):
         answer = await call(address, path, body, **options)
         index = int(body["request_id"].rpartition("-")[2])
-        await asyncio.sleep(0.2 * (len(asked) - index))
+        await ended[index + 1].wait()
         order.append(index)
+        ended[index].set()
         return answer
 
     monkeypatch.setattr(engine._replicas, "call", late)
@@ -353,11 +355,12 @@ def test_what_is_no_server_is_refused(served):
 
 
 class Relay:
-    """Another address of the same server, which can be cut off: connections break, and new ones are refused."""
+    """Another address of the same server, which is cut off at its request number `last`: all connections break, and new
+    ones are refused."""
 
     def __init__(self, address: str):
         self.port = int(address.rpartition(":")[2])
-        self.requests = 0
+        self.requests, self.last = 0, None
         self._writers: list[asyncio.StreamWriter] = []
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
@@ -370,6 +373,8 @@ class Relay:
         behind, before = await asyncio.open_connection("127.0.0.1", self.port)
         self._writers += [writer, before]
         self.requests += 1
+        if self.requests == self.last:
+            self._close()
 
         async def pump(source, sink):
             try:
@@ -383,16 +388,13 @@ class Relay:
         await asyncio.gather(pump(reader, before), pump(behind, writer))
         writer.close(), before.close()
 
-    def cut(self) -> None:
-        def close():
-            self._server.close()
-            for writer in self._writers:
-                writer.transport.abort()
-
-        self._loop.call_soon_threadsafe(close)
+    def _close(self) -> None:
+        self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
 
     def close(self) -> None:
-        self.cut()
+        self._loop.call_soon_threadsafe(self._close)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
 
@@ -415,12 +417,10 @@ def test_a_lost_server_is_dropped_and_its_requests_go_to_the_other(engine, relay
     """Cut off in the middle of a rollout: a warning names it, all groups are whole, and the samples are the same."""
     whole = engine.generate(asked * 4, **LONG)
     engine._replicas.alive.append(relay.address)
-    timer = threading.Timer(0.3, relay.cut)
-    timer.start()
+    relay.last = 5  # of 8
     with caplog.at_level(logging.WARNING):
         sampled = engine.generate(asked * 4, **LONG)
-    timer.join()
-    assert relay.requests > 0
+    assert relay.requests >= relay.last
     assert sampled == whole
     assert [r.levelname for r in caplog.records if relay.address in r.getMessage()] == ["WARNING"]
     assert engine._replicas.alive != [] and relay.address not in engine._replicas.alive
@@ -479,16 +479,22 @@ def test_a_server_that_hangs_meets_the_deadline(engine, served, policy, asked, m
 
 def test_a_request_to_stop_breaks_a_rollout_off(engine, policy, asked, monkeypatch):
     """SIGTERM in a rollout that may be thrown away: it ends within a second, and the server stops working on it."""
-    timer = threading.Timer(0.3, lambda: setattr(signals._State, "name", "SIGTERM"))
-    start = time.monotonic()
-    timer.start()
+    call, start = engine._replicas.call, []
+
+    async def asked_to_stop(*arguments):
+        answer = await call(*arguments)
+        if not start:
+            start.append(time.monotonic())
+            signals._State.name = "SIGTERM"
+        return answer
+
     try:
-        with pytest.raises(StopRequested), signals.interruptible():
+        with monkeypatch.context() as planted, pytest.raises(StopRequested), signals.interruptible():
+            planted.setattr(engine._replicas, "call", asked_to_stop)
             engine.generate(asked * 64, **LONG)
     finally:
-        timer.join()
         signals._State.name = None
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start[0] < 1.2
     engine.sync(policy, 1)  # its prefix cache can be cleared only when no request is left
     assert policy.error(asked, engine.generate(asked, seed=0, **PLAIN)) < TOLERANCE
 
