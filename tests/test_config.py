@@ -406,8 +406,11 @@ def test_run_folders_that_cannot_be_made(tmp_path):
         "run.name=old: runs/old already holds a run; choose another run.name, or continue it with --resume auto"
     )
     (tmp_path / "file").write_text("")
-    assert "is a file; choose another run.dir" in refused("--run.dir", "file")
-    assert "is a file; choose another run.dir" in refused("--run.dir", "file/below")
+    for below in ("file", "file/below"):
+        assert (
+            refused("--run.dir", below)
+            == f"run.dir={below}: {tmp_path}/file is no folder that can be written to; choose another"
+        )
 
 
 def test_rewards_and_recordings_must_exist(tmp_path):
