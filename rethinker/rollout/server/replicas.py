@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import json
 import logging
 import threading
 from collections import Counter, deque
@@ -138,18 +139,19 @@ class Replicas:
         try:
             while not (await asyncio.wait([request], timeout=PING_S))[0]:
                 await self._check_health(address)
-            return request.result()
+            return json.loads(request.result() or "null")
         finally:
             request.cancel()
             self._waiting_for[address] -= 1
 
-    async def _send(self, method: str, address: str, path: str, body: Any = None) -> Any:
+    async def _send(self, method: str, address: str, path: str, body: Any = None) -> str:
         try:
             # Every request has a connection of its own: one kept alive may be closed just as it is used again.
             async with aiohttp.request(method, address + path, json=body, timeout=NO_LIMIT) as response:
+                text = await response.text()
                 if response.status >= 400:
-                    raise ServerError(address, path, response.status, await response.text())
-                return await response.json(content_type=None)
+                    raise ServerError(address, path, response.status, text)
+                return text
         except (aiohttp.ClientError, OSError) as error:
             raise Disconnected(address, f"{type(error).__name__}: {error}") from error
 
