@@ -150,8 +150,6 @@ def check_resources(config: Config) -> None:
         check_packages(f"policy.lora.rank={lora.rank}", "peft")
     for tracker in config.run.trackers:
         check_packages(f"run.trackers={tracker}", tracker)
-    if "easy_vqa" in (config.data.train, config.data.validation):
-        check_packages("data.train=easy_vqa", "easy_vqa")
     model_bytes = check_model(policy.model)
     if lora.rank and model_bytes:
         lora_targets(decoder_matrices(Path(policy.model).expanduser()), lora.target_modules)
@@ -187,11 +185,7 @@ def check_model(model: str, setting: str = "policy.model=") -> int:
 def _check_run_folder(config: Config, needed: int) -> None:
     """The run's folder can be made, is new, and its disk has room for `needed` bytes."""
     folder = Path(config.run.dir).expanduser() / (config.run.name or "")
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"run.dir={config.run.dir}: {existing} is a file; choose another run.dir")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"run.dir={config.run.dir}: {existing} cannot be written to; choose another run.dir")
+    existing = check_folder(folder, f"run.dir={config.run.dir}")
     check_new(config)
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -200,6 +194,14 @@ def _check_run_folder(config: Config, needed: int) -> None:
             f"{needed / 2**30:.2f} GB; free some space, choose a run.dir on a larger disk, or lower checkpoint.keep "
             f"({config.checkpoint.keep})"
         )
+
+
+def check_folder(folder: Path, setting: str) -> Path:
+    """The nearest folder that exists, at or above one that is to be made; ConfigError if it cannot be written to."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{setting}: {existing} is no folder that can be written to; choose another")
+    return existing
 
 
 def check_new(config: Config) -> None:

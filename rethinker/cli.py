@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
 from rethinker.doctor import how_to_install
+from rethinker.settings import presets, resolve_config, shipped_recipes, to_yaml
 from rethinker.train import train
 from rethinker.version import __version__
 
@@ -83,8 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_command(arguments: Sequence[str]) -> int:
     """`rethinker train`: the settings are checked before anything slow is imported."""
-    from rethinker.settings import presets, resolve_config, shipped_recipes, to_yaml
-
     parser = Parser(
         prog="rethinker train",
         usage="rethinker train RECIPE [--section.name value ...] [--print_config]",

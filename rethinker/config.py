@@ -67,7 +67,7 @@ class DataConfig:
     uncompressed copy in its cache on disk. Needs train.max_steps, and no data.category_weights."""
     train_split: str = "train"
     """Split of a Hugging Face data set to train on."""
-    validation: ranges.PathOrName | None = "easy_vqa"
+    validation: ranges.PathOrName | None = None
     """Held-out questions, named as `train` is; `split` holds out a part of data.train; null: no validation."""
     validation_share: ranges.Fraction = 0.02
     """With data.validation=split: share of the images held out, with all questions about them. The hash of an image (or

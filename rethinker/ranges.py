@@ -18,14 +18,10 @@ def is_text(text: str) -> bool:
     return not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text)
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether a folder of this name stays where it is made, on every file system and in every terminal."""
-    plain = bool(name) and name[0] != "." and "\\" not in name and name == Path(name).name
-    return plain and is_text(name) and len(name.encode()) <= 200
-
-
 def _plain_name(name: str) -> str:
-    if not is_plain_name(name):
+    """A folder of this name stays where it is made, on every file system and in every terminal."""
+    plain = bool(name) and name[0] != "." and "\\" not in name and name == Path(name).name
+    if not (plain and is_text(name) and len(name.encode()) <= 200):
         raise ValueError("must be a plain folder name of at most 200 bytes, without / and not starting with a dot")
     return name
 

@@ -198,7 +198,7 @@ class Run:
         if self.unfinished() and progress.episode % self.config.validation.every:
             return
         progress.after = accuracy = self._validate(self.policy.steps)
-        if accuracy and accuracy.overall > progress.best.overall:
+        if accuracy and (progress.best is None or accuracy.overall > progress.best.overall):
             progress.best = accuracy
             self.checkpoints.save_best(self.policy.steps, self.policy.model_snapshot())
         self._row["val_accuracy"] = accuracy and accuracy.overall
@@ -259,7 +259,7 @@ class Run:
             longest = self.config.rollout.max_new_tokens
             with phase("validation"):
                 accuracy = validate(self.held_out, self.model, self.ranks, longest)
-        self.display.validated(step, accuracy)
+        self.display.validated(step, accuracy, self.config.data.validation)
         self.directory.log_validation(step, accuracy)
         return accuracy
 

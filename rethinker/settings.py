@@ -200,7 +200,8 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML: 1e-6 is a number, as in YAML 1.2; a key given twice is a mistake; nothing refers or runs."""
+    """Plain YAML: as in YAML 1.2 1e-6 is a number, and 3:5 and 2026-01-31 are texts; a key given twice is a mistake;
+    nothing refers or runs."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):  # nine lines of them spell a billion values
@@ -221,6 +222,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+for _known in map(_Loader.yaml_implicit_resolvers.get, "-+0123456789"):
+    _known.insert(0, ("tag:yaml.org,2002:str", re.compile(r"\S*\d[:-]\d")))
 
 
 def read_yaml(text: str, what: str) -> Any:
@@ -317,4 +320,5 @@ def _convert(values: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         problem = re.sub(r"^\w+ should", "must", first["msg"].removeprefix("Value error, "))
+        problem += " (in quotes)" * (first["type"] == "string_type" and first["input"] is not None)
         raise ConfigError(f"{'.'.join(map(str, first['loc']))}={first['input']!r} {problem}") from None

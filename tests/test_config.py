@@ -154,13 +154,17 @@ def test_wrong_types_in_a_recipe(tmp_path):
         "train: {max_steps: true}": "train.max_steps=True must be a valid integer",
         "train: 3": "train=3 is a section",
         "reward: {function: null}": "reward.function=None must be a valid string",
+        "rollout: {timeout_s: 30:00}": "rollout.timeout_s='30:00' must be a valid number",
         "train: {weight_decay: null}": "train.weight_decay=None must be a valid number",
         "seed: 1\nseed: 2": "the key 'seed' is given twice",
         "train: {max_steps: 1, max_steps: 2}": "the key 'max_steps' is given twice",
         "data: &d {prompt: x}\nrun: *d": "aliases (*name) are not read",
         "run: !!python/object/apply:os.system ['touch ran']": "could not determine a constructor",
         "seed: !!timestamp never": "is not readable YAML",
-        "seed: 2001-99-99": "is not readable YAML",
+        "seed: 2001-99-99": "seed='2001-99-99' must be a valid integer",
+        "run: {name: 007}": "run.name=7 must be a valid string (in quotes)",
+        "data: {train_split: no}": "data.train_split=False must be a valid string (in quotes)",
+        "data: {category_weights: {on: 1}}": "data.category_weights.1.[key]=True must be a valid string (in quotes)",
         "seed: " + "9" * 5000: "is not readable YAML",
         "train: {deepspeed: " + "[" * 5000: "is not readable YAML",
         "seed: 1\0": "is not readable YAML",
@@ -171,6 +175,20 @@ def test_wrong_types_in_a_recipe(tmp_path):
         (tmp_path / "r.yaml").write_text(line)
         assert message in refused(recipe=tmp_path / "r.yaml")
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_file_says_without_quotes(tmp_path):
+    """Steps and dates are what was typed, not a number to the base of 60 and a date; as are numbers without a dot."""
+    lines = ["profile: {steps: 3:5}", "run: {name: 2026-01-31, dir: 1-2}", "train: {learning_rate: 1e-4}"]
+    lines += ["data: {streaming: off}", "rollout: {sleep: no}", "rethink: {triggers: {a: 12:30:59 on 2026-01-31}}"]
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    config = resolve_config(tmp_path / "r.yaml")
+    assert (config.profile.steps, config.run.name, config.run.dir) == ("3:5", "2026-01-31", "1-2")
+    assert config.train.learning_rate == 1e-4 and not config.data.streaming and not config.rollout.sleep
+    assert config.rethink.triggers["a"] == "12:30:59 on 2026-01-31"
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert resolve_config(tmp_path / "again.yaml") == config
+    assert yaml.safe_load(to_yaml(config))["profile"]["steps"] == "3:5"  # to any reader
 
 
 @pytest.mark.timeout(20)
@@ -388,8 +406,11 @@ def test_run_folders_that_cannot_be_made(tmp_path):
         "run.name=old: runs/old already holds a run; choose another run.name, or continue it with --resume auto"
     )
     (tmp_path / "file").write_text("")
-    assert "is a file; choose another run.dir" in refused("--run.dir", "file")
-    assert "is a file; choose another run.dir" in refused("--run.dir", "file/below")
+    for below in ("file", "file/below"):
+        assert (
+            refused("--run.dir", below)
+            == f"run.dir={below}: {tmp_path}/file is no folder that can be written to; choose another"
+        )
 
 
 def test_rewards_and_recordings_must_exist(tmp_path):

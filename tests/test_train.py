@@ -17,7 +17,7 @@ from rethinker.config import Config, ConfigError, RolloutConfig, TrainConfig
 from rethinker.episode import judge, note_rethinking
 from rethinker.policy.engine import learning_rate
 from rethinker.run import Run
-from rethinker.samples import Completion, Group, Query, Rethought
+from rethinker.samples import Accuracy, Completion, Group, Query, Rethought
 from rethinker.settings import resolve_config
 
 
@@ -63,6 +63,19 @@ def test_a_skipped_step_is_in_the_log(caplog):
     assert [r.getMessage() for r in caplog.records] == [
         "step 3 is not applied: a loss, gradient or log-prob is not finite"
     ]
+
+
+def test_a_first_validation_in_a_resumed_run():
+    """A run that began without held-out questions and goes on with some: the first accuracy is the best so far."""
+    run, kept = Run(Config()), []
+    run.policy = SimpleNamespace(steps=3, model_snapshot=lambda: "model")
+    run.progress, run.total_steps, run._row = Progress(), 3, {}
+    run.checkpoints = SimpleNamespace(save_best=lambda step, model: kept.append((step, model)))
+    for overall in (0.5, 0.25):
+        run._validate = lambda step, overall=overall: Accuracy(overall, {}, 8)
+        run.end_episode()
+        assert run._row["val_accuracy"] == overall
+    assert kept == [(3, "model")] and run.progress.best.overall == 0.5
 
 
 def test_schedule_length():

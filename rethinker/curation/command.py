@@ -9,10 +9,9 @@ from pathlib import Path
 
 from rethinker.checks import check_model
 from rethinker.command_line import Parser
-from rethinker.config import Config, ConfigError
+from rethinker.config import ConfigError
 from rethinker.curation.subset import choose
 from rethinker.evaluation.settings import check_engine
-from rethinker.samples import Query
 from rethinker.settings import resolve_config
 
 _DESCRIPTION = """Ask the recipe's model every question of its training data several times, and write the questions
@@ -23,10 +22,11 @@ On several GPUs: torchrun --nproc-per-node N -m rethinker curate RECIPE ..."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code.
+    """Run the command, on all ranks of torchrun; returns its exit code.
 
     Raises:
-        ConfigError: any mistake in arguments, settings or data.
+        ConfigError: any mistake in arguments, settings or data; another measurement in the folder; no question that
+            qualifies; whatever the engine reports.
     """
     usage = "%(prog)s RECIPE --output FOLDER [options] [--section.name value ...]"
     parser = Parser(prog="rethinker curate", description=_DESCRIPTION, usage=usage)
@@ -49,43 +49,32 @@ def main(arguments: Sequence[str]) -> int:
         if (number := getattr(options, name)) is not None and number < 1:
             parser.error(f"--{name} {number} must be at least 1")
 
+    from rethinker.curation import measure, output
     from rethinker.data.datasets import load_queries
-    from rethinker.embedded.files import as_files
-    from rethinker.evaluation.answering import sample
+    from rethinker.data.prompts import PromptEncoder
+    from rethinker.embedded.files import as_files, model_folder
+    from rethinker.evaluation.answering import fit_model, open_model, ranks_of_torchrun, sample
+    from rethinker.policy.model import load_processor
 
     # All questions: with data.validation=split the subset is split again, and by hash alike.
     everything = as_files(dataclasses.replace(config.data, validation=None), "train")
     queries = sample(load_queries(everything, "train"), options.limit)
-    _curate(config, queries, samples, options.size, options.output.expanduser(), recipe)
-    return 0
-
-
-def _curate(config: Config, queries: list[Query], samples: int, size: int | None, folder: Path, recipe: Config) -> None:
-    """Measure what is not measured yet, choose `size` questions (None: all that qualify), and write everything, with
-    the recipe; on all ranks of torchrun, with the same queries.
-
-    Raises:
-        ConfigError: the folder holds another measurement; no question qualifies; whatever the engine reports.
-    """
-    from rethinker.curation import measure, output
-    from rethinker.data.prompts import PromptEncoder
-    from rethinker.embedded.files import model_folder
-    from rethinker.evaluation.answering import fit_model, open_model, ranks_of_torchrun
-    from rethinker.policy.model import load_processor
-
+    folder, size = options.output.expanduser(), options.size
     with ExitStack() as stack:
         ranks = stack.enter_context(ranks_of_torchrun(config.rollout.timeout_s))
         name = ranks.broadcast(model_folder(config) if ranks.is_main else None)
+        fitted = fit_model(config, name)
         measured = ranks.broadcast(measure.identity(config, name, queries, samples) if ranks.is_main else None)
         if ranks.is_main:
             measure.begin(folder, measured)
         if ranks.any(bool(measure.missing_chunks(folder, len(queries)))):
-            fitted = fit_model(config, name)
+            if ranks.any(not (folder / measure.MANIFEST).is_file()):
+                raise ConfigError(f"--output {folder}: a rank does not see it; choose a folder that all ranks share")
             encoder = PromptEncoder(load_processor(name), fitted.data)
             model = stack.enter_context(open_model(fitted, name, ranks, encoder))
             measure.measure(queries, samples, folder, model, ranks, fitted)
         if not ranks.is_main:
-            return
+            return 0
         rates = measure.read_rates(folder, queries)
         chosen = choose(rates, size)
         counts = output.count(rates, chosen)
@@ -103,3 +92,4 @@ def _curate(config: Config, queries: list[Query], samples: int, size: int | None
         short = f" (only so many of the {size:,d} asked for qualify)" if size and len(chosen) < size else ""
         print(f"{len(chosen):,d} questions{short}: {counts['subset_by_category']}")
         print(f"train on them: rethinker train {folder / output.RECIPE}")
+    return 0

@@ -18,14 +18,11 @@ from rethinker.config import Config, ConfigError
 from rethinker.curation.subset import PassRate
 from rethinker.data.query_stream import fingerprint
 from rethinker.evaluation.answering import AnsweringModel
-from rethinker.evaluation.settings import recorded
+from rethinker.evaluation.settings import CHUNK, recorded
 from rethinker.runtime.display import progress
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.files import whole_file
 from rethinker.samples import Query
-
-# Questions of one rank per call of the engine, and per file.
-CHUNK = 256
 
 # Says what is measured in a folder.
 MANIFEST = "measurement.json"
@@ -95,8 +92,7 @@ def measure(
 ) -> None:
     """Ask the questions (the same on every rank) of every missing chunk `samples` times each and write what came out.
 
-    Rank r has every world_size-th chunk; on disks that ranks do not share, each finds its own. A round in which any
-    rank's chunk is missing is asked whole, by all ranks.
+    Rank r has every world_size-th chunk. A round in which any rank's chunk is missing is asked whole, by all ranks.
     """
     missing = missing_chunks(folder, len(queries))
     firsts = range(0, -(-len(queries) // CHUNK), ranks.world_size)

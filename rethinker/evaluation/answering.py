@@ -6,10 +6,12 @@ import dataclasses
 import math
 import os
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
+
+import pandas as pd
 
 from rethinker.algorithm.rethinking import Trigger
 from rethinker.config import Config, ConfigError, one_line
@@ -75,15 +77,10 @@ def validate(queries: list[Query], model: AnsweringModel, ranks: Ranks, max_new_
     """Answer every query once, greedily, the ranks sharing the work. A reward of at least 1 counts as right."""
     mine = queries[ranks.rank :: ranks.world_size]
     groups = model.answer(mine, max_new_tokens=max_new_tokens)
-    verdicts = [(group.query.metadata.get("category", "all"), group.rewards[0] >= 1.0) for group in groups]
-    by_category: dict[str, list[bool]] = defaultdict(list)
-    for category, right in (verdict for share in ranks.gather(verdicts) for verdict in share):
-        by_category[category].append(right)
-    return Accuracy(
-        overall=sum(map(sum, by_category.values())) / max(1, len(queries)),
-        by_category={category: sum(right) / len(right) for category, right in sorted(by_category.items())},
-        questions=len(queries),
-    )
+    verdicts = [(str(group.query.metadata.get("category", "all")), group.rewards[0] >= 1.0) for group in groups]
+    judged = pd.DataFrame(chain(*ranks.gather(verdicts)), columns=["category", "right"])
+    by_category = judged.groupby("category").right.mean().to_dict()
+    return Accuracy(float(judged.right.mean()), by_category, questions=len(queries))
 
 
 @contextmanager

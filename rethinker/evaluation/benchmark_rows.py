@@ -112,7 +112,7 @@ def _fill(prompt: str, row: Mapping[str, Any], choices: list[str]) -> str:
     lettered = "\n".join(f"({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(choices))
 
     def value(match: re.Match[str]) -> str:
-        return lettered if match[1] == "choices" else str(row[match[1]] or "").strip()
+        return lettered if match[1] == "choices" else "" if row[match[1]] in (None, []) else str(row[match[1]]).strip()
 
     return "\n".join(filled for line in prompt.split("\n") if (filled := _COLUMN.sub(value, line)).strip())
 

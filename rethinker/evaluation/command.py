@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from rethinker.checks import check_model
+from rethinker.checks import check_folder, check_model
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
 from rethinker.doctor import check_packages
@@ -115,6 +115,9 @@ def _output_folders(options: Namespace, checkpoint: str, names: list[str]) -> li
     if options.output is not None and len(names) == 1:
         folders = [parent]
     for folder in folders:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"--output {folder} is a file, or holds files already; choose another folder")
+        check_folder(folder, f"--output {folder}")
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"--output {folder} holds files already; choose another folder")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--benchmark: two of {', '.join(names)} share a name, and so a folder; set `name` in one")
     return folders

@@ -23,15 +23,12 @@ from rethinker.evaluation import results
 from rethinker.evaluation.answering import AnsweringModel, fit_model, judge, open_model, ranks_of_torchrun, sample
 from rethinker.evaluation.benchmark import Benchmark
 from rethinker.evaluation.results import accepted_answers, answered, unanswered
-from rethinker.evaluation.settings import Mode, recorded
+from rethinker.evaluation.settings import CHUNK, Mode, recorded
 from rethinker.policy.model import load_processor
 from rethinker.runtime.display import progress
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Group, Query
 from rethinker.version import versions
-
-# Questions of one rank per call of the engine: bounds the decoded images in memory and what a deadline covers.
-CHUNK = 256
 
 Task = tuple[Benchmark, tuple[list[Query], Counter[str]], Path]
 """A benchmark, its questions and the number of rows that it does not cover by reason, and the folder of its result."""

@@ -16,6 +16,10 @@ from rethinker.settings import flat, read_yaml_file, resolve_config
 Mode = Literal["normal", "forced", "oracle"]
 """Plain greedy answers; a second pass after every first answer; only after wrong ones (an upper bound)."""
 
+# Questions of one rank per call of the engine: bounds the decoded images in memory, what a deadline covers, and what a
+# killed curation asks again.
+CHUNK = 256
+
 # How a model is asked.
 ASKED = ("data.prompt", "data.system", "data.min_pixels", "data.max_pixels", "policy.dtype", "rollout.backend")
 ASKED += ("rollout.max_new_tokens",)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
+from rethinker.settings import resolve_config
 
 if TYPE_CHECKING:
     from rethinker.plan.build import Machine, Phase, Plan
@@ -35,8 +36,6 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("gpus", "gpu_memory", "gpus_per_node"):
         if (value := getattr(options, name)) is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g} must be above 0")
-    from rethinker.settings import resolve_config
-
     config = resolve_config(options.recipe, overrides)  # before anything slow is imported
     from rethinker.plan.build import make_plan
 

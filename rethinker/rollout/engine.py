@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import torch
 
-from rethinker.config import Config, ConfigError
+from rethinker.config import Config
 from rethinker.rollout.deadline import Deadline
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
@@ -113,6 +112,4 @@ def make_engine(config: Config, model_dir: str, *, rank: int, world_size: int, l
 
     Called on every rank, after the process group exists if there are several. Leaves the random state as it was.
     """
-    if config.rollout.backend == "vllm" and find_spec("vllm") is None:
-        raise ConfigError("rollout.backend=vllm: vLLM is not installed; `rethinker doctor` says how, or set it to hf")
     return resolve_name(ENGINES[config.rollout.backend])(config, model_dir, Ranks(rank, world_size, local_rank))

@@ -1,4 +1,4 @@
-"""One log file per rank, `logs/rank_00000.log`: messages, warnings, the error that ended the run, and stacks.
+"""One log file per rank, `logs/rank_00000.log`: messages, warnings, errors that ended the run or a thread, and stacks.
 
 faulthandler writes the stacks of all threads there when the process crashes in C code, and whenever no phase
 (profiling.py) has begun or ended for `run.stall_s`: from a C thread of its own, so also while C code that hangs keeps
@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +40,8 @@ def rank_log(folder: Path, rank: int, stall_s: float) -> Iterator[Path]:
         root.addHandler(screen)
     follow(*_CLOSED_LOGGERS)
     logging.captureWarnings(True)
+    show = threading.excepthook
+    threading.excepthook = lambda e: e.exc_type is SystemExit or root.error("%s ended", e.thread, exc_info=e[:3])
     was_enabled = faulthandler.is_enabled()
     stacks = path.open("a")  # of its own: a library that configures logging closes the handler's, which opens it again
     faulthandler.enable(file=stacks)
@@ -56,6 +59,7 @@ def rank_log(folder: Path, rank: int, stall_s: float) -> Iterator[Path]:
         faulthandler.cancel_dump_traceback_later()
         faulthandler.enable(file=sys.__stderr__) if was_enabled else faulthandler.disable()
         logging.captureWarnings(False)
+        threading.excepthook = show
         for logger in map(logging.getLogger, (None, *_CLOSED_LOGGERS)):
             logger.removeHandler(file)
         root.removeHandler(screen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rethinker.curation import measure as measuring
 from rethinker.curation.command import main
 from rethinker.data.datasets import load_queries
 from rethinker.embedded.tiny import create_tiny
+from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion
 from rethinker.settings import resolve_config
 from tests.data.virl39k import make_rows, write_fixture
@@ -178,3 +180,25 @@ def test_nothing_to_choose(curate):
     curate.engine._answer = lambda query_id, right: Completion([1], [0.0], "", "stop")
     with pytest.raises(ConfigError, match=r"answers no question sometimes.*always wrong 200"):
         curate()
+
+
+def test_every_rank_sees_the_folder(curate, scratch, monkeypatch):
+    """On disks of their own rank 0 would miss the others' part, after hours: the first question is not asked."""
+
+    class OnAnotherNode(Ranks):
+        def gather(self, value):
+            return [value]
+
+        def broadcast(self, value):
+            return str(scratch / "model")
+
+    other = contextlib.nullcontext(OnAnotherNode(1, 2, 0))
+    monkeypatch.setattr("rethinker.evaluation.answering.ranks_of_torchrun", lambda timeout_s: other)
+    with pytest.raises(ConfigError, match=r"--output \S+/out: a rank does not see it; choose a folder that all ranks"):
+        curate()
+
+
+def test_a_model_that_is_nowhere(curate):
+    """A name that no hub and no cache has is a mistake as any other."""
+    with pytest.raises(ConfigError, match=r"checkpoint me/none cannot be read: "):
+        curate("--policy.model=me/none")

@@ -214,6 +214,17 @@ def test_your_own_benchmark(tmp_path):
     assert Path(file).exists()
 
 
+def test_a_number_in_a_prompt(tmp_path):
+    """A column may hold a number, and 0 is one; a line without a value is left out."""
+    (tmp_path / "mine.jsonl").write_text('{"n": 0, "hint": null, "a": "0"}\n{"n": 2.5, "hint": [], "a": "2"}\n')
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        '{title: Mine, data: me/mine, files: ["*.jsonl"], prompt: "Round {n}.\\n{hint}", fields: {answer: a}}'
+    )
+    queries, _ = benchmark_queries(load_benchmark(str(file)), str(tmp_path))
+    assert [query.question for query in queries] == ["Round 0.", "Round 2.5."]
+
+
 PLAIN = {"title": "t", "data": "a/b", "files": ["*.parquet"], "fields": {"answer": "answer"}}
 
 

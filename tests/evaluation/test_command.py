@@ -113,7 +113,11 @@ def test_mistakes_about_a_checkpoint_and_settings(checkpoint, capsys, tmp_path, 
     assert "checkpoint ./other is a 'llama' model; supported: qwen2_5_vl" in error_of("./other")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").touch()
-    assert "--output taken is a file, or holds files already" in error_of(here, "--output", "taken")
+    assert "--output taken holds files already" in error_of(here, "--output", "taken")
+    for below in ("taken/file", "taken/file/results"):  # known now, and not after hours of answers
+        assert f"--output {below}: {tmp_path}/taken/file is no folder" in error_of(here, "--output", below)
+    (tmp_path / "digits.yaml").write_text("{title: Digits, data: digits}")
+    assert "two of digits, digits share a name" in error_of(here, "--benchmark", "digits.yaml")
     assert "--data x is for one --benchmark" in error_of(here, "--data", "x", "--benchmark", "easy_vqa")
 
 

@@ -8,7 +8,7 @@ from rethinker.algorithm.rethinking import make_triggers
 from rethinker.config import Config, RewardConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.evaluation import evaluate as module
-from rethinker.evaluation.answering import AnsweringModel
+from rethinker.evaluation.answering import AnsweringModel, validate
 from rethinker.evaluation.evaluate import evaluate
 from rethinker.evaluation.results import summarize
 from rethinker.rewards.checker import AnswerChecker
@@ -166,3 +166,13 @@ def test_ranks_share_the_questions(encoder, checker, monkeypatch):
         assert (rows is None) == (rank == 1)
     assert [row["query_id"] for row in rows] == ["kept", "fixed", "broken"]
     assert rights(rows) == [True, True, True] and calls[0] == calls[1]
+
+
+def test_categories_of_any_kind(encoder, checker):
+    """A data set's column may hold numbers and lists, and nothing in some rows: each is a category by its text."""
+    kinds = {"kept": None, "fixed": 3, "broken": "3", "lost": ["a"]}
+    queries = [Query(name, f"Say {name}.", SCRIPT[name][0], metadata={"category": kinds[name]}) for name in kinds]
+    queries.append(Query("kept", "Say kept.", "1"))
+    accuracy = validate(queries, AnsweringModel(Scripted(encoder.tokenizer), encoder, checker), Ranks(0, 1, 0), 64)
+    assert accuracy.overall == 0.6 and accuracy.questions == 5
+    assert accuracy.by_category == {"3": 0.5, "None": 1.0, "['a']": 0.0, "all": 1.0}

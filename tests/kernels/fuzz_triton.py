@@ -28,6 +28,17 @@ VOCABULARIES = [1, 2, 127, 128, 129, 1000, 4099]
 KINDS = ["random", "near uniform", "huge", "banned", "float min"]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """As tests/conftest.py seeds a test, which is not read in the interpreter."""
+    torch.manual_seed(0)
+
+
+def test_draws_depend_on_the_test_alone():
+    """And not on the tests before it, so that a failed one fails again by its name."""
+    assert torch.equal(torch.rand(9), torch.rand(9, generator=torch.Generator().manual_seed(0)))
+
+
 def test_these_are_the_triton_kernels():
     """Otherwise everything below would compare PyTorch with itself."""
     assert takes_triton(torch.zeros(1, device=DEVICE))
@@ -318,7 +329,6 @@ def as_good_as(plain, got, want) -> None:
 def test_linear_log_softmax(rows, vocabulary, dtype, bias, monkeypatch):
     """Values and gradients of hidden, weight and bias across chunks."""
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: (8, 16))
-    torch.manual_seed(0)
     inputs = [torch.randn(*s, device=DEVICE).to(dtype) for s in ((rows, 8), (vocabulary, 8), (vocabulary,))[: 2 + bias]]
     index = torch.randint(vocabulary, (rows,), device=DEVICE)
 
@@ -348,7 +358,6 @@ def test_linear_grpo_loss(importance, aggregation, dtype, options, monkeypatch):
     del inputs["logps"]
     for name in ("old_logps", "ref_logps"):
         inputs[name] = torch.where(inputs["mask"], inputs[name] - 5, math.nan)  # near those of the head below
-    torch.manual_seed(0)
     rows = sum(LENGTHS)
     leaves = [torch.randn(*s, device=DEVICE).to(dtype) / 2 for s in ((rows, 8), (vocabulary, 8), (vocabulary,))]
     index = torch.randint(vocabulary, (rows,), device=DEVICE)

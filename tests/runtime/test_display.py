@@ -48,17 +48,21 @@ def test_silent_on_other_ranks(capsys):
     """A disabled display writes nothing at all."""
     display = Display(10, enabled=False)
     display.step(row(1, 0.5))
-    display.validated(0, accuracy(0.5))
+    display.validated(0, accuracy(0.5), "easy_vqa")
     display.summary(finished([0.5]))
     assert capsys.readouterr().out == ""
 
 
 def test_validation_lines(capsys):
-    """Validation names when, how many questions and each category; without held-out questions there is no line."""
+    """Validation names when, how many questions and each category, the first one also the data set; without held-out
+    questions there is no line."""
     display = Display(10)
-    display.validated(0, accuracy(0.5, color=0.25, shape=0.75))
-    display.validated(5, None)
-    shown = "greedy accuracy before training: 0.500 of 512 questions (color 0.250, shape 0.750)\n"
+    display.validated(0, accuracy(0.5, color=0.25, shape=0.75), "easy_vqa")
+    display.validated(5, None, None)
+    display.validated(7, accuracy(0.75), "easy_vqa")
+    shown = "greedy accuracy on data.validation=easy_vqa before training: 0.500 of 512 questions (color 0.250, shape "
+    shown += "0.750)\n"
+    shown += "greedy accuracy after step 7: 0.750 of 512 questions\n"
     assert capsys.readouterr().out == shown
 
 

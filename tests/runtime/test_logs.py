@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -79,6 +80,19 @@ def test_what_ended_the_run_is_kept(tmp_path, capsys):
     assert "CRITICAL rethinker: ended by ZeroDivisionError: division by zero\nTraceback" in written
     assert 'raise ZeroDivisionError("division by zero")' in written
     assert "ZeroDivisionError" not in capsys.readouterr().err  # Python itself will say it
+
+
+def test_what_ended_a_thread_is_kept(tmp_path):
+    """Python would show it on stderr alone. A thread that leaves by sys.exit() has ended well."""
+    before = threading.excepthook
+    with rank_log(tmp_path, 1, 60) as path:
+        for name, target in (("leaves", sys.exit), ("fails", lambda: 1 / 0)):
+            thread = threading.Thread(target=target, name=name)
+            thread.start()
+            thread.join()
+    written = path.read_text()
+    assert "ERROR root: <Thread(fails" in written and "ZeroDivisionError: division by zero" in written
+    assert "Thread(leaves" not in written and threading.excepthook is before
 
 
 CRASH = """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import json
 import logging
 import threading
 from collections import Counter, deque
@@ -133,37 +134,35 @@ class Replicas:
             ReplicaLost: the server has become silent.
             ServerError: an HTTP error.
         """
-        request = asyncio.ensure_future(self._post(address, path, body))
+        request = asyncio.ensure_future(self._send("POST", address, path, body))
         self._waiting_for[address] += 1
         try:
             while not (await asyncio.wait([request], timeout=PING_S))[0]:
                 await self._check_health(address)
-            return request.result()
+            return json.loads(request.result() or "null")
         finally:
             request.cancel()
             self._waiting_for[address] -= 1
 
-    async def _post(self, address: str, path: str, body: Any) -> Any:
+    async def _send(self, method: str, address: str, path: str, body: Any = None) -> str:
         try:
             # Every request has a connection of its own: one kept alive may be closed just as it is used again.
-            async with aiohttp.request("POST", address + path, json=body, timeout=NO_LIMIT) as response:
+            async with aiohttp.request(method, address + path, json=body, timeout=NO_LIMIT) as response:
+                text = await response.text()
                 if response.status >= 400:
-                    raise ServerError(address, path, response.status, await response.text())
-                return await response.json(content_type=None)
+                    raise ServerError(address, path, response.status, text)
+                return text
         except (aiohttp.ClientError, OSError) as error:
             raise Disconnected(address, f"{type(error).__name__}: {error}") from error
 
     async def _check_health(self, address: str) -> None:
         """Raises ReplicaLost, with a server's own words, if it is not healthy."""
         try:
-            timeout = aiohttp.ClientTimeout(total=SILENT_S)
-            async with aiohttp.request("GET", f"{address}/health", timeout=timeout) as response:
-                if response.status != 200:
-                    raise ReplicaLost(address, f"/health: HTTP {response.status}")
+            await asyncio.wait_for(self._send("GET", address, "/health"), SILENT_S)
         except TimeoutError as error:
             raise ReplicaLost(address, f"silent for {SILENT_S:g} s") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise ReplicaLost(address, f"{type(error).__name__}: {error}") from error
+        except ServerError as error:
+            raise ReplicaLost(address, f"/health: HTTP {error.status}") from error
 
     async def _persistently(self, ask: Callable[[str, int], Awaitable[T]], address: str, number: int) -> T:
         """Ask again after an error that is not the request's fault, as long as the server is healthy."""
@@ -205,7 +204,7 @@ class Replicas:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             while not concurrent.futures.wait([future], timeout=0.05).done:
-                silent = ", ".join(f"{address} ({count})" for address, count in self._waiting_for.items() if count)
+                silent = ", ".join(f"{address} ({n})" for address, n in self._waiting_for.copy().items() if n)
                 deadline.check(f"{progress()}no answer yet from {silent or 'the servers'}")
             return future.result()
         except BaseExceptionGroup as errors:

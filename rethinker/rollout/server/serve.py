@@ -10,8 +10,10 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
+from rethinker.checks import check_model
 from rethinker.command_line import Parser
 from rethinker.config import Config
+from rethinker.settings import resolve_config
 
 _DESCRIPTION = """Start a vLLM server for training RECIPE with rollout.backend=server, and print what to add to
 `rethinker train`. Give the same recipe and settings as to the training. For several servers run it several times, each
@@ -40,15 +42,22 @@ def main(arguments: Sequence[str]) -> int:
         "--print-command", action="store_true", help="print what would be run, to start it elsewhere, and stop"
     )
     options, overrides = parser.parse_recipe(arguments)
-    from rethinker.settings import resolve_config
-
     config = resolve_config(options.recipe, overrides)  # before anything slow is imported
+    check_model(config.policy.model)
+    if not options.print_command:
+        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        try:  # vLLM would say it at the end of a traceback; the trainer must know the port, so 0 will not do
+            socket.create_server((options.host, options.port or -1), family=family).close()
+        except (OSError, OverflowError) as error:
+            parser.error(f"--port {options.port}: give one from 1 to 65535 that is free at {options.host} ({error})")
     import torch
 
     from rethinker.embedded.files import model_folder
+    from rethinker.policy.model import load_processor
 
-    gpu = torch.cuda.is_available()
-    line, variables = command(config, model_folder(config), options.host, options.port, gpu=gpu)
+    gpu, folder = torch.cuda.is_available(), model_folder(config)
+    load_processor(folder)  # of a name that is on no hub its error is one line
+    line, variables = command(config, folder, options.host, options.port, gpu=gpu)
     if options.print_command:
         print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(line)]))
         return 0

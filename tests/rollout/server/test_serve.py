@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import socket
 import subprocess
 import sys
 
+import pytest
+
+from rethinker import cli
 from rethinker.embedded.tiny import create_tiny
 
 
@@ -20,3 +24,25 @@ def test_the_command_of_a_server_can_be_printed(tmp_path):
     assert line[line.index("--port") + 1] == "8123"
     assert "vllm.entrypoints.openai.api_server" in line and str(folder) in line
     assert "--logprobs-mode" in line and "VLLM_SERVER_DEV_MODE=1" in line
+
+
+@pytest.mark.parametrize("port", ["taken", "0", "65536", "-1"])
+def test_a_port_that_cannot_be_served_at_is_one_line(port, capsys, monkeypatch):
+    """Before the model is looked at: it names the option, the port, and what would work."""
+    monkeypatch.setattr("rethinker.embedded.files.model_folder", lambda config: pytest.fail("it went on"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1]) if port == "taken" else port
+        assert cli.main(["serve", "easy_vqa_cpu", f"--port={port}"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: --port {port}: give one from 1 to 65535 that is free at 127.0.0.1 (")
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "fault"), [("./none", "policy.model=./none is not a"), ("me/none", "has no processor")]
+)
+def test_a_model_that_is_not_there_is_one_line(model, fault, capsys):
+    """Neither in a folder nor by a name."""
+    assert cli.main(["serve", "easy_vqa_cpu", "--print-command", "--policy.model", model]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: policy.model=") and fault in message and message.count("\n") == 1
