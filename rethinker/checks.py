@@ -150,8 +150,6 @@ def check_resources(config: Config) -> None:
         check_packages(f"policy.lora.rank={lora.rank}", "peft")
     for tracker in config.run.trackers:
         check_packages(f"run.trackers={tracker}", tracker)
-    if "easy_vqa" in (config.data.train, config.data.validation):
-        check_packages("data.train=easy_vqa", "easy_vqa")
     model_bytes = check_model(policy.model)
     if lora.rank and model_bytes:
         lora_targets(decoder_matrices(Path(policy.model).expanduser()), lora.target_modules)
