@@ -238,7 +238,7 @@ def test_summary_says_what_was_learned(ssr, scratch):
 
 
 def test_one_run_after_another_in_one_process(scratch):
-    """`rethinker.train` may be called again, though vLLM's end destroys the process group: the second run is the first."""
+    """`rethinker.train` may be called again, though vLLM's end destroys the process group: both runs are equal."""
     forked.run(partial(_train_twice, str(scratch)), scratch / "twice.log")
 
 
