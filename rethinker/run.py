@@ -33,6 +33,7 @@ from rethinker.policy.model import load_processor
 from rethinker.policy.throughput import model_flops_utilization, peak_memory_gb
 from rethinker.report.learning import learning_curve
 from rethinker.report.page import report_or_warning
+from rethinker.rewards.functions import load_reward
 from rethinker.rollout.sampling import seed_everything
 from rethinker.runtime import distributed, signals
 from rethinker.runtime.display import Display
@@ -64,7 +65,8 @@ class Run:
 
     def _open(self, stack: ExitStack) -> None:
         config = self.config
-        load_loss(config.algorithm)  # the policy loads it for itself; a mistake in it is reported before anything slow
+        load_loss(config.algorithm)  # the policy loads it for itself, the checker of answers the reward
+        load_reward(config.reward.function)  # a mistake in them is reported before anything slow
         stream, questions = open_stream(as_files(config.data, "train"), config.seed)
         held_out = load_held_out(config)
         self.total_steps = schedule_length(config, questions)

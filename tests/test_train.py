@@ -117,6 +117,16 @@ def test_the_callers_settings_are_not_changed(monkeypatch):
     assert overrides == {"run.name": "mine", "train.deepspeed": {"x": {"y": 1}}}
 
 
+@pytest.mark.parametrize("setting", ["algorithm.loss", "reward.function"])
+def test_the_users_code_is_looked_at_first(setting, tmp_path, monkeypatch):
+    """A mistake in the file of a loss or a reward is reported before data is read and a model is loaded."""
+    (tmp_path / "mine.py").write_text("def another(): pass")
+    monkeypatch.setattr("rethinker.run.open_stream", None)
+    config = resolve_config("easy_vqa_cpu", {setting: f"{tmp_path}/mine.py:f"})
+    with pytest.raises(ConfigError, match=rf"^{setting}=.* has no function 'f'; it has another"), Run(config):
+        pass
+
+
 def test_the_package_is_callable_as_documented():
     """`rethinker.train(recipe, overrides)` checks its settings as the command does."""
     with pytest.raises(ConfigError, match=r"did you mean 'train\.max_steps'"):

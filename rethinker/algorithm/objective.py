@@ -37,8 +37,8 @@ def shipped_losses() -> dict[str, Callable[..., Tensor]]:
     return {name: f for name, f in functions.items() if list(inspect.signature(f).parameters)[:2] == ["logps", "rows"]}
 
 
-def load_loss(config: AlgorithmConfig) -> PolicyLoss:
-    """The loss that `algorithm.loss` names, tried on a few tokens.
+def load_loss(config: AlgorithmConfig, device: torch.device | str = "cpu") -> PolicyLoss:
+    """The loss that `algorithm.loss` names, tried on a few tokens on a device.
 
     Raises:
         ConfigError: it does not exist, takes a parameter that is no setting, or does not return a finite number per
@@ -69,23 +69,23 @@ def load_loss(config: AlgorithmConfig) -> PolicyLoss:
             )
     loss = partial(function, **given)
     try:
-        return PolicyLoss(loss, _tried(loss, config))
+        return PolicyLoss(loss, _tried(loss, config, device))
     except ConfigError as error:
         raise ConfigError(f"{named}: {error}") from error
     except (Exception, SystemExit) as error:  # the user's code raises anything
         raise ConfigError(f"{named}: it fails on a batch of 9 tokens ({one_line(error)})") from error
 
 
-def _tried(loss: Callable[[Tensor, losses.Rows], Tensor], config: AlgorithmConfig) -> bool:
+def _tried(loss: Callable[[Tensor, losses.Rows], Tensor], config: AlgorithmConfig, device: torch.device | str) -> bool:
     """Whether the loss needs whole responses, after a trial on 9 tokens of 3 responses, on and off policy."""
-    logps = -torch.tensor([0.1, 2.0, 0.7, 1.1, 0.4, 3.0, 0.2, 0.9, 1.5])
-    off_policy = torch.tensor([0.0, 0.1, -0.1, 0.0, 0.9, -0.9, 0.0, 0.9, -0.9])
+    logps = -torch.tensor([0.1, 2.0, 0.7, 1.1, 0.4, 3.0, 0.2, 0.9, 1.5], device=device)
+    off_policy = torch.tensor([0.0, 0.1, -0.1, 0.0, 0.9, -0.9, 0.0, 0.9, -0.9], device=device)
     inputs = {
         "old_logps": logps - off_policy,
-        "advantages": torch.tensor([1.0, -1.0, 0.5]),
+        "advantages": torch.tensor([1.0, -1.0, 0.5], device=device),
         "ref_logps": logps - 0.1 if config.kl_coef else None,
-        "cu_seqlens": torch.tensor([0, 4, 6, 9]),
-        "mask": torch.arange(9) != 3,
+        "cu_seqlens": torch.tensor([0, 4, 6, 9], device=device),
+        "mask": torch.arange(9, device=device) != 3,
         "surrogate": surrogate_of(config),
         "normalizer": 8.0,
     }

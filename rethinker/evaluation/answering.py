@@ -85,8 +85,7 @@ def validate(queries: list[Query], model: AnsweringModel, ranks: Ranks, max_new_
 
 @contextmanager
 def open_model(config: Config, folder: str, ranks: Ranks, encoder: PromptEncoder) -> Iterator[AnsweringModel]:
-    """The engine and the checker of a model (a folder, or its name on the hub), until the end of the context; on every
-    rank. `fit_model` gives the settings."""
+    """The engine and the checker of a model (a folder, or a name on the hub) on a rank; see `fit_model`."""
     with ExitStack() as stack:
         checker = stack.enter_context(AnswerChecker(config.reward))
         rollout = make_engine(config, folder, **vars(ranks))

@@ -68,7 +68,7 @@ class PolicyEngine:
         self.steps = 0  # optimizer steps attempted
         self.version = 0  # weight syncs: the policy version that rollouts carry
         self.budget_file = budget_file
-        self.loss = load_loss(config.algorithm)
+        self.loss = load_loss(config.algorithm, ranks.device)
         # On several nodes only one may see the note, and all must cut the same micro-batches.
         self.micro_batch_tokens = min(ranks.gather(noted_budget(budget_file, config.train.micro_batch_tokens)))
         # DeepSpeed would compile a shared-memory all-reduce at its first start. Only CPU inference calls it, and a run

@@ -96,6 +96,7 @@ def _meeting_point() -> dict[str, Any]:
 
 def stop() -> None:
     """Leave the process group. DeepSpeed, where it was used, is to forget it too: the process may train once more."""
-    if dist.is_initialized():
-        used = sys.modules.get("deepspeed.comm")
-        (used if used and used.is_initialized() else dist).destroy_process_group()
+    if dist.is_initialized():  # the end of a vLLM engine destroys it
+        dist.destroy_process_group()
+    if groups := sys.modules.get("deepspeed.utils.groups"):
+        groups._release_process_group_references()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -94,9 +96,18 @@ def test_a_new_shipped_loss_is_named_by_its_name(monkeypatch):
     def plain(logps, rows):
         return -rows.advantages * logps
 
+    before = shipped_losses().keys()
     monkeypatch.setattr(losses, "plain", plain, raising=False)
-    assert set(shipped_losses()) == {"grpo", "plain"}
+    assert shipped_losses().keys() - before == {"plain"}
     assert load_loss(AlgorithmConfig(loss="plain")).function.func is plain
+
+
+@pytest.mark.parametrize("name", shipped_losses())
+def test_every_shipped_loss_passes_its_trial_and_is_explained(name):
+    """What a user's own is tried on, shipped ones are, too; each has its row in the page about losses."""
+    assert load_loss(AlgorithmConfig(loss=name))
+    page = Path(__file__).parents[2] / "docs" / "losses.md"
+    assert f"| `{name}` |" in page.read_text().partition("## The shipped losses")[2]
 
 
 RAISES = "def f(logps, rows): raise KeyError('no such thing')"
@@ -137,6 +148,14 @@ def test_a_wrong_loss_is_one_clear_line(named, source, message):
     with pytest.raises(ConfigError, match=f"^algorithm.loss={config.loss}: .*{message}") as caught:
         load_loss(config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_loss_is_tried_where_it_will_run(named):
+    """A constant of its own on the host is one line before the model is loaded, not an error in the first step."""
+    config = named("import torch\ndef f(logps, rows): return -logps * rows.advantages * torch.ones(1)")
+    assert load_loss(config)
+    with pytest.raises(ConfigError, match=r"^algorithm\.loss=.*: it fails on a batch of 9 tokens .*device"):
+        load_loss(config, "meta")  # for a GPU: tensors on another device
 
 
 def test_a_setting_that_would_change_nothing(named):

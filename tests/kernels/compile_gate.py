@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
@@ -31,10 +33,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import rethinker_kernels as ops
-from rethinker_kernels import linear, merge_attention
+from rethinker_kernels import linear, merge_attention, triton_kernels
 from rethinker_kernels.triton_kernels import exponentials, log_softmax
-from rethinker_kernels.triton_kernels import linear_loss as loss_kernels
-from rethinker_kernels.triton_kernels import merge_attention as merge_kernels
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes a program may use, by architecture."""
@@ -47,7 +47,7 @@ VOCABULARY, ROWS = 151_936, 8 * PROCESSORS
 ROWS_OF_A_STEP = 16_384
 """For which times are estimated."""
 
-MODULES = [exponentials, loss_kernels, log_softmax, merge_kernels]
+MODULES = [import_module(found.name) for found in iter_modules(triton_kernels.__path__, f"{triton_kernels.__name__}.")]
 
 
 @dataclass(eq=False)
