@@ -38,7 +38,11 @@ LINEAR_GRPO_STATS: tuple[str, ...] = (*GRPO_STATS, "entropy_sum")
 """Fields of the statistics of the ops that compute the log-probs, in order."""
 
 
-class NeedsSequences(ValueError):
+class LossError(ValueError):
+    """The caller's loss fails, or does not return a number per token with a gradient."""
+
+
+class NeedsSequences(LossError):
     """A loss asked for `Rows.sequence_mean` where only a part of the rows is known."""
 
 
@@ -278,12 +282,17 @@ class Objective:
     def per_token(self, logps: Tensor, rows: Rows) -> Tensor:
         """[C]: the loss of these rows; NaN where a token counts and its log-prob is not finite, whatever the loss."""
         logps = torch.where(rows.mask, logps.to(rows.weights.dtype), 0.0)
-        found = self.loss(logps, rows)
+        try:
+            found = self.loss(logps, rows)
+        except (LossError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the caller's code raises anything
+            raise LossError(f"loss: it raises {type(error).__name__}: {error}") from error
         if not isinstance(found, Tensor) or found.shape != logps.shape or not found.is_floating_point():
             got = describe(found) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"loss: must return a number per token, floating {list(logps.shape)}, not {got}")
+            raise LossError(f"loss: must return a number per token, floating {list(logps.shape)}, not {got}")
         if logps.requires_grad and not found.requires_grad:
-            raise ValueError("loss: what it returns has no gradient; compute it from logps, without detach()")
+            raise LossError("loss: what it returns has no gradient; compute it from logps, without detach()")
         difference = (logps - rows.old_logps).detach()
         return torch.where(rows.mask, found + (difference - difference), 0.0)
 

@@ -73,7 +73,7 @@ def load_loss(config: AlgorithmConfig, device: torch.device | str = "cpu") -> Po
     except ConfigError as error:
         raise ConfigError(f"{named}: {error}") from error
     except (Exception, SystemExit) as error:  # the user's code raises anything
-        raise ConfigError(f"{named}: it fails on a batch of 9 tokens ({one_line(error)})") from error
+        raise ConfigError(f"{named}: it fails on a batch of 9 tokens ({one_line(error.__cause__ or error)})") from error
 
 
 def _tried(loss: Callable[[Tensor, losses.Rows], Tensor], config: AlgorithmConfig, device: torch.device | str) -> bool:

@@ -16,7 +16,7 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 
 from rethinker.algorithm.objective import load_loss, loss_inputs, loss_normalizer, supervised_weight
-from rethinker.config import Config, ConfigError
+from rethinker.config import Config, ConfigError, one_line
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora, optimizer_state
 from rethinker.policy.lora import FullWeights
@@ -29,6 +29,7 @@ from rethinker.runtime.ownership import fetch
 from rethinker.runtime.profiling import phase
 from rethinker.samples import Bundle, PackedBatch, Sample
 from rethinker_kernels import LINEAR_GRPO_STATS
+from rethinker_kernels.losses import LossError
 
 _SUMS = (*LINEAR_GRPO_STATS, "loss", "fresh_kl_sum", "fresh_tokens", "processed", "supervised_loss")
 _OPTIMIZER_IS_FULL = (
@@ -120,15 +121,19 @@ class PolicyEngine:
 
         Raises:
             OutOfMemory: memory ran out on this rank.
-            ConfigError: memory ran out, and smaller micro-batches would not help; or the user's own loss is not finite
-                where every log-prob is.
+            ConfigError: memory ran out, and smaller micro-batches would not help; or the user's own loss fails, or is
+                not finite where every log-prob is.
         """
         if not samples:
             self.steps += 1
             return _metrics(dict.fromkeys(_SUMS, 0.0), grad_norm=0.0, rate=0.0)
         plan = plan_micro_batches(samples, budget=self.micro_batch_tokens, world_size=self.ranks.world_size)
+        named = f"algorithm.loss={self.config.algorithm.loss}"
         with explained(lambda: self._smaller_next_time(plan)):
-            sums = self._accumulate(samples, plan)
+            try:
+                sums = self._accumulate(samples, plan)
+            except LossError as error:
+                raise ConfigError(f"{named}: in step {self.steps + 1}, {one_line(error)}") from error
         rate = learning_rate(self.steps, self.total_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -136,10 +141,9 @@ class PolicyEngine:
             self.engine.step()
         self.steps += 1
         sums = dict(zip(_SUMS, self.ranks.sum(sums).tolist(), strict=True))
-        named = self.config.algorithm.loss
-        if not (math.isfinite(sums["loss"]) or sums["nonfinite"] or named == "grpo"):
+        if not (math.isfinite(sums["loss"]) or sums["nonfinite"] or self.config.algorithm.loss == "grpo"):
             raise ConfigError(
-                f"algorithm.loss={named}: it is {sums['loss']} in step {self.steps}, though every log-prob of the "
+                f"{named}: it is {sums['loss']} in step {self.steps}, though every log-prob of the "
                 "batch is finite; it must be finite for any finite logps, old_logps and advantages"
             )
         return _metrics(sums, float(self.engine.get_global_grad_norm()), rate)

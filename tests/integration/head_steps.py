@@ -26,10 +26,19 @@ def cispo(logps, rows, clip_high):
     return -ratio.clamp(max=1 + clip_high) * rows.advantages * logps
 
 def breaks(logps, rows):
-    calls.append(len(logps))
-    return cispo(logps, rows, 0.2) * (1.0 if len(calls) < 6 else float("nan"))
+    return cispo(logps, rows, 0.2) * (1.0 if tried(breaks) else float("nan"))
+
+def shrinks(logps, rows):
+    return cispo(logps, rows, 0.2)[slice(None) if tried(shrinks) else slice(1)]
+
+def raises(logps, rows):
+    return cispo(logps, rows, 0.2) / (1 if tried(raises) else 0 // 0)
+
+def tried(loss):
+    calls.append(loss)
+    return calls.count(loss) < 6
 """
-"""Losses of the user's own; the second is in order in the five calls of its trial, and not in training."""
+"""Losses of the user's own; all but the first are in order in the five calls of their trial, and not in training."""
 
 BUDGET = 100  # tokens: several micro-batches a step
 
@@ -85,7 +94,7 @@ def steps(model: str, pictures: Path, ranks) -> dict:
     results["gathers"] = count[0]
     own = pictures / "losses.py"
     own.write_text(LOSSES)
-    for name in ("cispo", "breaks"):
+    for name in ("cispo", "breaks", "shrinks", "raises"):
         config.algorithm = AlgorithmConfig(loss=f"{own}:{name}")
         engine.loss = load_loss(config.algorithm)
         try:

@@ -48,6 +48,16 @@ def test_a_loss_of_the_users_own_trains(steps):
     assert metrics["loss"] != 0 and metrics["grad_norm"] > 0 and metrics["skipped"] == 0
 
 
-def test_a_loss_that_breaks_in_training_ends_it(steps):
-    """NaN from finite log-probs is no step to skip: one line names the setting, on every rank."""
-    assert steps["breaks"].startswith("algorithm.loss=") and "breaks: it is nan in step " in steps["breaks"]
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("breaks", "it is nan in step 4"),
+        ("shrinks", "in step 5, LossError: loss: must return a number per token, "),
+        ("raises", "in step 5, LossError: loss: it raises ZeroDivisionError: "),
+    ],
+)
+def test_a_loss_that_breaks_in_training_ends_it(steps, name, message):
+    """NaN from finite log-probs is no step to skip, and what the file raises no traceback: on every rank one line names
+    the setting."""
+    assert steps[name].startswith("algorithm.loss=") and f"{name}: {message}" in steps[name]
+    assert "\n" not in steps[name]
