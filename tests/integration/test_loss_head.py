@@ -51,9 +51,9 @@ def test_a_loss_of_the_users_own_trains(steps):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("breaks", "it is nan in step 4"),
-        ("shrinks", "in step 5, LossError: loss: must return a number per token, "),
-        ("raises", "in step 5, LossError: loss: it raises ZeroDivisionError: "),
+        ("breaks", "it is nan in step 7"),
+        ("shrinks", "in step 8, LossError: loss: must return a number per token, "),
+        ("raises", "in step 8, LossError: loss: it raises ZeroDivisionError: "),
     ],
 )
 def test_a_loss_that_breaks_in_training_ends_it(steps, name, message):
