@@ -71,9 +71,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         print(f"{mark:<8} {finding.part:<15} {finding.state}")
     missing = [finding for finding in findings if not finding.ok]
     for title, blocks in (("To train here:", True), ("Optional:", False)):
-        fixes = {finding.fix: [] for finding in missing if finding.blocks == blocks}
-        for fix in fixes:
-            fixes[fix] = [finding.part for finding in missing if finding.fix == fix]
+        fixes = {of.fix: [f.part for f in missing if f.fix == of.fix] for of in missing if of.blocks == blocks}
         if fixes:
             print("\n".join(["", title, *(f"  {fix}   # {', '.join(parts)}" for fix, parts in fixes.items())]))
     blocked = any(finding.blocks for finding in missing)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
+from rethinker.doctor import memory_gb
 from rethinker.settings import resolve_config
 
 if TYPE_CHECKING:
@@ -59,8 +60,6 @@ def _machine(options: Namespace, run_dir: str) -> Machine:
     if options.gpu_memory is not None:
         raise ConfigError(f"--gpu-memory {options.gpu_memory:g} needs --gpus: how many of them")
     import torch
-
-    from rethinker.doctor import memory_gb
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     memory = torch.cuda.get_device_properties(0).total_memory if gpus else 0

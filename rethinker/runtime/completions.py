@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rethinker.config import ConfigError, one_line
 from rethinker.runtime.files import whole_file
@@ -28,9 +30,6 @@ def write_completions(folder: str | Path, episode: int, groups: Sequence[Group])
 
     Images given as bytes are stored once per group, in its first row.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = [
         _to_row(episode, number, index, group, completion)
         for number, group in enumerate(groups)
@@ -46,9 +45,6 @@ def read_completions(folder: str | Path, episode: int) -> list[Group]:
     Raises:
         ConfigError: `rollout.recording` has no such episode, or the file is not one of ours.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     name = file_name(episode)
     try:
         table = pq.read_table(Path(folder) / name, schema=_schema())
@@ -74,8 +70,6 @@ def read_completions(folder: str | Path, episode: int) -> list[Group]:
 
 
 def _schema() -> Any:
-    import pyarrow as pa
-
     number, real, text = pa.int64(), pa.float64(), pa.string()
     span = {"trigger_start": number, "trigger_end": number, "name": text, "masked_start": number, "masked_end": number}
     columns = {
