@@ -254,6 +254,6 @@ def test_without_gpus_this_machine_is_planned(capsys, monkeypatch):
     assert cli.main(["plan", "easy_vqa_cpu"]) == 0
     printed = capsys.readouterr().out
     assert "this CPU" in printed and "vLLM's key-value cache" in printed and "fits" in printed
-    monkeypatch.setattr("rethinker.doctor.memory_gb", lambda: 2.0)
+    monkeypatch.setattr("rethinker.plan.command.memory_gb", lambda: 2.0)
     assert cli.main(["plan", "easy_vqa_cpu"]) == 1
     assert "train.micro_batch_tokens" in capsys.readouterr().out
