@@ -38,7 +38,10 @@ class RunRecord:
     def metrics(self) -> pd.DataFrame:
         """All that is a number, by step [steps, metrics]; NaN elsewhere. An accuracy may stand in a step's row, in a
         validation's, or in both."""
-        rows = [{k: v for k, v in row.items() if _is_number(v)} for row in self.steps + self.validations]
+        rows = [
+            {k: v for k, v in row.items() if type(v) in (int, float) and abs(v) <= sys.float_info.max}
+            for row in self.steps + self.validations
+        ]
         table = pd.DataFrame(rows, columns=None if rows else ["step"], dtype=float).groupby("step").last()
         return table.set_index(table.index.astype(int))
 
@@ -93,7 +96,3 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
             raise ConfigError(f"{file} line {number} is no JSON object with a step: {line[:60]!r}") from None
         rows.append(row)
     return rows
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
