@@ -256,11 +256,10 @@ class Run:
 
     def _validate(self, step: int) -> Accuracy | None:
         """Greedy accuracy on the held-out questions, shown and logged; None without any."""
-        accuracy = None
-        if self.held_out:
-            longest = self.config.rollout.max_new_tokens
-            with phase("validation"):
-                accuracy = validate(self.held_out, self.model, self.ranks, longest)
+        if not self.held_out:
+            return None
+        with phase("validation"):
+            accuracy = validate(self.held_out, self.model, self.ranks, self.config.rollout.max_new_tokens)
         self.display.validated(step, accuracy, self.config.data.validation)
         self.directory.log_validation(step, accuracy)
         return accuracy

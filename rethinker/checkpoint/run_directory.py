@@ -80,9 +80,9 @@ class RunDirectory:
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
         self._trackers.log(numbers, row["step"])
 
-    def log_validation(self, step: int, accuracy: Accuracy | None) -> None:
-        """Append a validation after optimizer step `step`; None (no held-out questions) writes nothing."""
-        if self.enabled and accuracy is not None:
+    def log_validation(self, step: int, accuracy: Accuracy) -> None:
+        """Append a validation after optimizer step `step`."""
+        if self.enabled:
             row = {"step": step, "val_accuracy": accuracy.overall, "questions": accuracy.questions}
             self._append("validation.jsonl", row | {"by_category": accuracy.by_category})
 

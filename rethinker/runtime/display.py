@@ -45,13 +45,12 @@ class Display:
         shown = [f"{label} {metrics[name]:{form}}" for label, name, form in _COLUMNS if metrics.get(name) is not None]
         self._print("  ".join([f"step {done}/{self.total_steps}", *shown, f"left {timedelta(seconds=round(seconds))}"]))
 
-    def validated(self, step: int, accuracy: Accuracy | None, data: str | None) -> None:
-        """Show a validation, the first with its data set; None, of a run without held-out questions, shows nothing."""
-        if accuracy is not None:
-            when = f"on data.validation={data} before training" if step == 0 else f"after step {step}"
-            details = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.by_category.items())
-            details = f" ({details})" if len(accuracy.by_category) > 1 else ""
-            self._print(f"greedy accuracy {when}: {accuracy.overall:.3f} of {accuracy.questions} questions{details}")
+    def validated(self, step: int, accuracy: Accuracy, data: str) -> None:
+        """Show a validation, the first with its data set."""
+        when = f"on data.validation={data} before training" if step == 0 else f"after step {step}"
+        details = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.by_category.items())
+        details = f" ({details})" if len(accuracy.by_category) > 1 else ""
+        self._print(f"greedy accuracy {when}: {accuracy.overall:.3f} of {accuracy.questions} questions{details}")
 
     def resumed(self, checkpoint: Path) -> None:
         """Say from where the run goes on."""

@@ -54,11 +54,9 @@ def test_silent_on_other_ranks(capsys):
 
 
 def test_validation_lines(capsys):
-    """Validation names when, how many questions and each category, the first one also the data set; without held-out
-    questions there is no line."""
+    """Validation names when, how many questions and each category, the first one also the data set."""
     display = Display(10)
     display.validated(0, accuracy(0.5, color=0.25, shape=0.75), "easy_vqa")
-    display.validated(5, None, None)
     display.validated(7, accuracy(0.75), "easy_vqa")
     shown = "greedy accuracy on data.validation=easy_vqa before training: 0.500 of 512 questions (color 0.250, shape "
     shown += "0.750)\n"
