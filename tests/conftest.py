@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -15,6 +16,8 @@ import pytest
 from rethinker.runtime.torchvision_cpu import make_importable
 
 ROOT = Path(__file__).parents[1]
+
+gc.disable()  # until all tests are collected
 
 # A shell's background job ignores Ctrl-C, one under nohup a lost terminal, and so would all that a test starts and
 # interrupts.
@@ -68,6 +71,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: each full garbage collection would look through it for some seconds."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Python's end finds it again: some libraries complain of what is left."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
