@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: each full garbage collection would look through it for some seconds."""
+    """What was imported stays: each full garbage collection would look through it for a second or more."""
     gc.collect()
     gc.freeze()
     gc.enable()

@@ -1,5 +1,5 @@
 """What forked processes (tests/forked.py) find imported. It is out of reach of their garbage collections, which would
-look through a million objects and copy the memory that they share: up to half of a short run's time.
+look through a million objects and copy the memory that they share: seconds of every short run.
 """
 
 from __future__ import annotations
