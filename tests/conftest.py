@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -15,6 +16,8 @@ import pytest
 from rethinker.runtime.torchvision_cpu import make_importable
 
 ROOT = Path(__file__).parents[1]
+
+gc.disable()  # until all tests are collected
 
 # A shell's background job ignores Ctrl-C, one under nohup a lost terminal, and so would all that a test starts and
 # interrupts.
@@ -32,18 +35,18 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os
 SLOW = """
 integration/test_resume.py kernels/test_triton.py integration/test_training.py kernels/test_compile_gate.py
 plan/test_measured.py integration/test_faults.py rollout/test_two_ranks.py rollout/server/test_engine.py
-integration/test_compiled_layers.py benchmarks/test_end_to_end.py rollout/server/test_serve.py
-benchmarks/test_gpu_suite.py integration/test_out_of_memory.py integration/test_lora.py benchmarks/test_train_step.py
-rollout/test_vllm_engine.py evaluation/test_command.py integration/test_zero3.py
-embedded/test_warmup.py runtime/test_torchvision_cpu.py report/test_browser.py rewards/test_checker.py
-integration/test_loss_head.py kernels/test_csrc_cuda_on_host.py report/test_page.py kernels/test_merge_attention.py
-rollout/test_faults.py kernels/test_csrc.py rollout/test_weight_sync.py test_wheel.py kernels/test_precision.py
-families/test_rollout.py embedded/test_tiny.py integration/test_virl39k.py kernels/test_memory.py fuzz/test_fuzz.py
-families/test_packing.py kernels/test_sum_tree.py plan/test_plan.py kernels/test_compile.py
-benchmarks/test_kernels.py benchmarks/test_replay_benchmark.py kernels/test_sum_tree_agreement.py
-rollout/test_hf_engine.py runtime/test_ownership.py embedded/test_files.py plan/test_families.py
-test_cli.py curation/test_curate.py policy/test_packing.py policy/test_lora.py data/test_streaming.py test_recipes.py
-families/test_prompts.py policy/test_foreign_models.py report/test_figures.py data/test_prompts.py test_export.py
+integration/test_compiled_layers.py benchmarks/test_gpu_suite.py benchmarks/test_end_to_end.py
+integration/test_out_of_memory.py integration/test_lora.py benchmarks/test_train_step.py rollout/test_vllm_engine.py
+evaluation/test_command.py integration/test_zero3.py test_recipes.py embedded/test_warmup.py plan/test_plan.py
+runtime/test_torchvision_cpu.py report/test_browser.py rewards/test_checker.py integration/test_loss_head.py
+report/test_page.py rollout/test_faults.py kernels/test_csrc.py rollout/test_weight_sync.py test_wheel.py
+rollout/server/test_serve.py kernels/test_precision.py families/test_rollout.py kernels/test_csrc_cuda_on_host.py
+kernels/test_merge_attention.py embedded/test_tiny.py integration/test_virl39k.py kernels/test_memory.py
+fuzz/test_fuzz.py families/test_packing.py kernels/test_sum_tree.py kernels/test_compile.py benchmarks/test_kernels.py
+benchmarks/test_replay_benchmark.py kernels/test_sum_tree_agreement.py rollout/test_hf_engine.py
+runtime/test_ownership.py embedded/test_files.py plan/test_families.py test_cli.py curation/test_curate.py
+policy/test_packing.py policy/test_lora.py data/test_streaming.py families/test_prompts.py policy/test_foreign_models.py
+report/test_figures.py data/test_prompts.py test_export.py
 """.split()
 """Files that take about 3 seconds or more, the longest first, so that no long one begins when the others end. They
 start vLLM, ranks, compilers or Triton's interpreter; `make quick` leaves them out, and shows which others belong here.
@@ -68,6 +71,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: each full garbage collection would look through it for a second or more."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Python's end finds it again: some libraries complain of what is left."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -89,7 +89,4 @@ def _work(function: Callable[[], int | None], log: str, place: dict[str, str], g
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    """rethinker.cli rethinker.run pydantic deepspeed torch.utils.tensorboard matplotlib.pyplot vllm.entrypoints.llm
-    rethinker.rollout.vllm_engine vllm.v1.worker.cpu_worker vllm.model_executor.models.qwen2_5_vl""".split()
-)
+FORKS.set_forkserver_preload(["tests.preloaded"])

@@ -45,24 +45,22 @@ class Count(TorchDispatchMode):
         self._device, self._known = device, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self._meet((args, kwargs), made=False)
         result = function(*args, **(kwargs or {}))
-        self._meet(result, made=True)
-        return result
-
-    def _meet(self, tree: Any, made: bool) -> None:
-        """Count a storage from its first sight to its end, unless it was there before."""
-        for tensor in tree_leaves(tree):
-            if not isinstance(tensor, torch.Tensor) or tensor.device.type != self._device:
-                continue
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._known:
-                size = storage.nbytes() if made else 0
-                self._known.add(storage._cdata)
+        made = self._storages(result)
+        if made.keys() - self._known:
+            for key in made.keys() - self._known - self._storages((args, kwargs)).keys():
+                size = made[key].nbytes()
+                self._known.add(key)
                 self.bytes += size
                 if self.bytes > self.most:
                     self.most, self.worst = self.bytes, self.moment
-                weakref.finalize(storage, self._forget, storage._cdata, size)
+                weakref.finalize(made[key], self._forget, key, size)
+        return result
+
+    def _storages(self, tree: Any) -> dict[int, torch.UntypedStorage]:
+        tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+        storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == self._device)
+        return {storage._cdata: storage for storage in storages}
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)

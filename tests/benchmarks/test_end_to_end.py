@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 
 import pytest
 
 from benchmarks.end_to_end import benchmark_config, main, measure, summarize, table, training_flop
 from benchmarks.sides import Step
 from rethinker.embedded.tiny import create_tiny
+from tests import forked
 
 
 def step(total: float, response_tokens: int = 100, memory: float = 1.0) -> Step:
@@ -17,7 +19,7 @@ def step(total: float, response_tokens: int = 100, memory: float = 1.0) -> Step:
 
 def test_both_trainers_take_the_same_steps(tmp_path, monkeypatch):
     """This trainer and TRL's read the same prompts, token for token, and train on as many responses."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: forked.FORKS)
     config = benchmark_config(queries=4, group_size=2, scratch=str(tmp_path))
     taken = measure(config, create_tiny(tmp_path / "tiny"), steps=2, trl_micro_batch=4)
     ours, trl = taken["rethinker"], taken["trl"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import multiprocessing
 import multiprocessing.dummy
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks import train_step, train_step_run
 from benchmarks.train_step_run import Job, agreement, agrees, compare, gradients, run_variant, step
 from benchmarks.train_step_variants import VARIANTS, Settings, behaviour_logps, padded
 from benchmarks.train_step_workload import SIZES, Counts, Traffic, Workload, build_model, flops, model_config
+from tests import forked
 
 TRAFFIC = Traffic(2, 4, (3, 6), (4, 9), 6, 20)
 SETTINGS = Settings("cpu", torch.float32, 100, False, "sdpa")
@@ -200,8 +202,9 @@ def test_a_variant_that_disagrees_is_not_timed(in_turns, workload, monkeypatch):
     assert first["repeats"] == third["repeats"] == 2 and third["agreement"]["with"] == "eager"
 
 
-def test_the_command_writes_results_and_a_chart(tmp_path: Path, capsys):
+def test_the_command_writes_results_and_a_chart(tmp_path: Path, monkeypatch, capsys):
     """The whole run: variants agree, rates follow from tokens and times, and a CPU's figures are named as such."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: forked.FORKS)  # three processes that import nothing
     lengths = "--size tiny --queries 2 --group-size 3 --response-median 6 --response-max 12 --repeats 2"
     arguments = [*lengths.split(), "--variants", "eager", "rethinker", "--out", str(tmp_path)]
     assert train_step.main(arguments) == 0

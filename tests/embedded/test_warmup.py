@@ -97,6 +97,17 @@ def test_the_not_of_negated_questions_is_overlooked_two_times_in_three():
         assert module._as_taught(query, rng) == query
 
 
+ALL_CORES = module._all_cores
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_core():
+    """Other tests may hold the other cores, and threads that wait for them burn the time of this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_all_cores", contextlib.nullcontext)
+        yield
+
+
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
     """A model warmed up for three steps per stage."""
@@ -131,7 +142,6 @@ def test_the_warmup_never_opens_a_test_image(tmp_path, monkeypatch):
 def test_the_loss_falls(tmp_path, monkeypatch):
     """Thirty steps per stage bring both losses well below their start."""
     losses = []
-    monkeypatch.setattr(module, "_all_cores", contextlib.nullcontext)  # other tests may hold the other cores
     update = module._update
     monkeypatch.setattr(module, "_update", lambda o, loss, *rest: losses.append(loss.item()) or update(o, loss, *rest))
     brief = WarmupConfig(look_steps=30, steps=30, batch_size=16, data_fraction=0.3)
@@ -205,8 +215,9 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
         warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path / "file")
 
 
-def test_the_callers_generator_and_threads_are_left_alone(tmp_path):
+def test_the_callers_generator_and_threads_are_left_alone(tmp_path, monkeypatch):
     """The warm-up neither moves torch's generator nor keeps the thread count it borrowed."""
+    monkeypatch.setattr(module, "_all_cores", ALL_CORES)
     torch.manual_seed(7)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     brief = WarmupConfig(look_steps=1, steps=1, batch_size=2, data_fraction=0.16)

@@ -5,11 +5,13 @@
 // lanes, as the kernels call them. Only what the kernels use is here.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -40,9 +42,11 @@ struct Barrier {
 };
 
 struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(64 << 10);
-  bool done = false;
+  static constexpr size_t kStack = 64 << 10;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  ucontext_t context;            // where it begins
+  jmp_buf place;                 // where it goes on: unlike a context's, such a jump is no system call
+  bool begun = false, done = false;
   unsigned parity = 0;           // of the warp's exchanges
   Barrier* waits = nullptr;      // for what it waits, if it does,
   uint64_t generation = 0;       // and since when
@@ -53,14 +57,24 @@ struct Warp {
   int64_t values[2][32];
 };
 
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static std::vector<Fiber> threads;
 static std::vector<Warp> warps;
 static Barrier block;
 static std::mt19937 order;
 static std::function<void()> body;
 
-static void yield() { swapcontext(&threads[threadIdx.x].context, &scheduler); }
+static void yield() {
+  if (!_setjmp(threads[threadIdx.x].place)) _longjmp(scheduler, 1);
+}
+
+// Until the fiber yields.
+static void resume(Fiber& fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
+}
 
 static void wait(Barrier& barrier, unsigned expected) {
   Fiber& self = threads[threadIdx.x];
@@ -101,8 +115,8 @@ static void run(unsigned blocks, unsigned count, std::function<void()> kernel) {
     block = Barrier();
     for (Fiber& fiber : threads) {
       getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = Fiber::kStack;
       makecontext(&fiber.context, start, 0);
     }
     for (unsigned left = count; left > 0;) {
@@ -113,7 +127,7 @@ static void run(unsigned blocks, unsigned count, std::function<void()> kernel) {
         Fiber& fiber = threads[threadIdx.x];
         if (fiber.done || (fiber.waits && fiber.waits->generation == fiber.generation)) continue;
         fiber.waits = nullptr;
-        swapcontext(&scheduler, &fiber.context);
+        resume(fiber);
         moved = true;
         left -= fiber.done;
       }

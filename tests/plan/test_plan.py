@@ -13,7 +13,7 @@ import torch
 
 from rethinker import cli
 from rethinker.config import Config, ConfigError, PolicyConfig
-from rethinker.plan.build import ADVICE, Machine, make_plan
+from rethinker.plan.build import ADVICE, Machine, Plan, make_plan
 from rethinker.plan.memory import GIB, rollout_of, total, training_state
 from rethinker.plan.model import Shape, shape_of
 from rethinker.settings import resolve_config
@@ -185,16 +185,18 @@ CHANGES = {
 }
 
 
+@functools.cache
+def plan_with(gpus: int, changes: str) -> Plan:
+    """The plan of these settings (JSON): several problems have the same advice."""
+    return make_plan(settings(**json.loads(changes)), machine(gpus))
+
+
 @pytest.mark.parametrize("problem", ADVICE)
 def test_all_advice_lessens_its_problem(problem):
     """Every setting that is named for a problem takes less, or leaves the cache more room, when it alone is changed."""
 
-    @functools.cache
-    def before(gpus: int, awake: bool) -> float:
-        return size(gpus, **({"rollout.sleep": False} if awake else {}))
-
     def size(gpus: int, **changes) -> float:
-        plan = make_plan(settings(**changes), machine(gpus))
+        plan = plan_with(gpus, json.dumps(changes))
         return -plan.rollout.cache_tokens if problem == "vLLM's cache" else phases(plan)[problem]
 
     names = re.findall(r"--gpus|[a-z]+\.[a-z_.]*[a-z]", ADVICE[problem])
@@ -204,7 +206,7 @@ def test_all_advice_lessens_its_problem(problem):
         value = value[problem] if problem in (value if isinstance(value, dict) else {}) else value
         gpus = 0 if problem == "memory" or name == "rollout.kv_cache_gb" else 8
         less = size(value) if name == "--gpus" else size(gpus, **{name: value})
-        assert less < before(gpus, name == "rollout.sleep"), name
+        assert less < size(gpus, **({"rollout.sleep": False} if name == "rollout.sleep" else {})), name
 
 
 def test_parallel_sizes_that_cannot_be():
