@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import pkgutil
 import sys
@@ -59,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # torch reads it when it is imported; on machines with one node it warns of its NUMA binding.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    gc.set_threshold(20_000)  # torch, vLLM and DeepSpeed make a million objects: at 700 a third of their imports' time
     try:
         if command not in COMMANDS:
             raise ConfigError(f"unknown command {command!r}; commands are {', '.join(COMMANDS)}")

@@ -219,9 +219,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+for _kind in (_Loader, _Dumper):  # the one reads what the other writes
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 for _known in map(_Loader.yaml_implicit_resolvers.get, "-+0123456789"):
     _known.insert(0, ("tag:yaml.org,2002:str", re.compile(r"\S*\d[:-]\d")))
 

@@ -189,6 +189,10 @@ def test_what_a_file_says_without_quotes(tmp_path):
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert resolve_config(tmp_path / "again.yaml") == config
     assert yaml.safe_load(to_yaml(config))["profile"]["steps"] == "3:5"  # to any reader
+    for name in ("1e-6", "3e5", "007", "2026-01-31", "1:2", "no"):
+        config.run.name = name
+        (tmp_path / "again.yaml").write_text(to_yaml(config))
+        assert resolve_config(tmp_path / "again.yaml") == config
 
 
 @pytest.mark.timeout(20)

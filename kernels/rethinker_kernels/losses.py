@@ -284,9 +284,9 @@ class Objective:
         logps = torch.where(rows.mask, logps.to(rows.weights.dtype), 0.0)
         try:
             found = self.loss(logps, rows)
-        except (LossError, torch.OutOfMemoryError):
+        except (LossError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except Exception as error:  # the caller's code raises anything
+        except (Exception, SystemExit) as error:  # the caller's code raises anything
             raise LossError(f"loss: it raises {type(error).__name__}: {error}") from error
         if not isinstance(found, Tensor) or found.shape != logps.shape or not found.is_floating_point():
             got = describe(found) if isinstance(found, Tensor) else type(found).__name__

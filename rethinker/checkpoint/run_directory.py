@@ -67,7 +67,7 @@ class RunDirectory:
         for file in self._logs.values():
             file.close()
         kept = any(any((self.folder / name).iterdir()) for name in ("completions", "checkpoints"))
-        if kind and not self._rows and not self._continues and (issubclass(kind, ConfigError) or not kept):
+        if kind and not (self._rows or self._continues or kept):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def log(self, metrics: Mapping[str, Any]) -> None:

@@ -65,8 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         name = ranks.broadcast(model_folder(config) if ranks.is_main else None)
         fitted = fit_model(config, name)
         measured = ranks.broadcast(measure.identity(config, name, queries, samples) if ranks.is_main else None)
-        if ranks.is_main:
-            measure.begin(folder, measured)
+        ranks.broadcast(measure.begin(folder, measured) if ranks.is_main else None)  # no rank looks there before
         if ranks.any(bool(measure.missing_chunks(folder, len(queries)))):
             if ranks.any(not (folder / measure.MANIFEST).is_file()):
                 raise ConfigError(f"--output {folder}: a rank does not see it; choose a folder that all ranks share")

@@ -208,9 +208,10 @@ class PromptEncoder:
             if self.config.system is not None:
                 messages.insert(0, {"role": "system", "content": [system]})
             rendered = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            layout, to_id = self._layouts.setdefault(kinds, []), self.tokenizer.convert_tokens_to_ids
+            to_id, layout = self.tokenizer.convert_tokens_to_ids, []
             for n, text in enumerate(self._added.split(rendered)):  # every second one is an added token
                 layout += [to_id(text)] if n % 2 else [text] if _SLOT.search(text) else self._text_ids(text)
+            self._layouts[kinds] = layout
         return self._layouts[kinds]
 
     def _text_ids(self, text: str) -> list[int]:

@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain
 
 import pandas as pd
 
@@ -74,11 +73,11 @@ def judge(
 
 
 def validate(queries: list[Query], model: AnsweringModel, ranks: Ranks, max_new_tokens: int) -> Accuracy:
-    """Answer every query once, greedily, the ranks sharing the work. A reward of at least 1 counts as right."""
+    """Answer one query or more, greedily, the ranks sharing the work. A reward of at least 1 counts as right."""
     mine = queries[ranks.rank :: ranks.world_size]
     groups = model.answer(mine, max_new_tokens=max_new_tokens)
     verdicts = [(str(group.query.metadata.get("category", "all")), group.rewards[0] >= 1.0) for group in groups]
-    judged = pd.DataFrame(chain(*ranks.gather(verdicts)), columns=["category", "right"])
+    judged = pd.DataFrame([v for share in ranks.gather(verdicts) for v in share], columns=["category", "right"])
     by_category = judged.groupby("category").right.mean().to_dict()
     return Accuracy(float(judged.right.mean()), by_category, questions=len(queries))
 

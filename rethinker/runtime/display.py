@@ -46,7 +46,7 @@ class Display:
         self._print("  ".join([f"step {done}/{self.total_steps}", *shown, f"left {timedelta(seconds=round(seconds))}"]))
 
     def validated(self, step: int, accuracy: Accuracy, data: str) -> None:
-        """Show a validation, the first with its data set."""
+        """Show a validation, the one before training with its data set."""
         when = f"on data.validation={data} before training" if step == 0 else f"after step {step}"
         details = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.by_category.items())
         details = f" ({details})" if len(accuracy.by_category) > 1 else ""

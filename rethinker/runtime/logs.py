@@ -40,8 +40,12 @@ def rank_log(folder: Path, rank: int, stall_s: float) -> Iterator[Path]:
         root.addHandler(screen)
     follow(*_CLOSED_LOGGERS)
     logging.captureWarnings(True)
-    show = threading.excepthook
-    threading.excepthook = lambda e: e.exc_type is SystemExit or root.error("%s ended", e.thread, exc_info=e[:3])
+
+    def thread_ended(by: threading.ExceptHookArgs) -> None:  # Python itself would write to stderr alone
+        if by.exc_type is not SystemExit:
+            root.error("%s ended", by.thread, exc_info=by[:3])
+
+    show, threading.excepthook = threading.excepthook, thread_ended
     was_enabled = faulthandler.is_enabled()
     stacks = path.open("a")  # of its own: a library that configures logging closes the handler's, which opens it again
     faulthandler.enable(file=stacks)

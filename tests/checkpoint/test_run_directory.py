@@ -132,18 +132,14 @@ def test_a_run_never_writes_into_another(config):
 
 
 def test_a_run_that_never_started_leaves_nothing(config, tmp_path):
-    """A mistake found before the first step removes the folder, and so does any error while it keeps nothing."""
-    with pytest.raises(ConfigError), RunDirectory(config) as run:
-        run.write_completions(0, groups())
-        raise ConfigError("data.train=...")
-    assert list((tmp_path / "a" / "runs").iterdir()) == []
+    """An error while the folder keeps nothing removes it; what was sampled before a first step that failed is kept."""
     for error in (RuntimeError("no engine"), KeyboardInterrupt(), BadRowError("images", "a kind of ConfigError")):
         with pytest.raises(type(error)), RunDirectory(config):
             raise error
         assert list((tmp_path / "a" / "runs").iterdir()) == []
-    with pytest.raises(RuntimeError), RunDirectory(config) as run:
+    with pytest.raises(ConfigError), RunDirectory(config) as run:
         run.write_completions(0, groups())
-        raise RuntimeError("the first step failed")
+        raise ConfigError("algorithm.loss=...: in step 1")
     assert read_completions(run.folder / "completions", 0)
 
 

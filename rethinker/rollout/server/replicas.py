@@ -139,7 +139,7 @@ class Replicas:
         try:
             while not (await asyncio.wait([request], timeout=PING_S))[0]:
                 await self._check_health(address)
-            return json.loads(request.result() or "null")
+            return json.loads(request.result().strip() or "null")
         finally:
             request.cancel()
             self._waiting_for[address] -= 1
@@ -148,7 +148,7 @@ class Replicas:
         try:
             # Every request has a connection of its own: one kept alive may be closed just as it is used again.
             async with aiohttp.request(method, address + path, json=body, timeout=NO_LIMIT) as response:
-                text = await response.text()
+                text = await response.text(errors="replace")
                 if response.status >= 400:
                     raise ServerError(address, path, response.status, text)
                 return text

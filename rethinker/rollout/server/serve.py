@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     from rethinker.policy.model import load_processor
 
     gpu, folder = torch.cuda.is_available(), model_folder(config)
-    load_processor(folder)  # of a name that is on no hub its error is one line
+    load_processor(folder)  # its error, where no hub has this name, is one line
     line, variables = command(config, folder, options.host, options.port, gpu=gpu)
     if options.print_command:
         print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(line)]))
