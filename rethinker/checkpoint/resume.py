@@ -212,9 +212,9 @@ def frozen(tree: Any) -> Callable[[Path], None]:
     """Copy a tree as it is now; what this returns writes `path`.json and `path`.safetensors, for a path without suffix.
 
     Args:
-        tree: dicts with text keys (but `__tensor__`), lists, tuples (read back as lists), texts, numbers (NaN and infinities included,
-            floats exact), booleans, None, tensors, and dataclasses (read back as dicts). Of a query only the id is
-            kept, and of a response its two lengths and whether it is supervised; see held_samples.py.
+        tree: dicts with text keys (but `__tensor__`), lists, tuples (read back as lists), texts, numbers (exact; NaN
+            and infinities included), booleans, None, tensors, and dataclasses (read back as dicts). Of a query only
+            the id is kept, and of a response its two lengths and whether it is supervised; see held_samples.py.
     """
     tensors: dict[str, torch.Tensor] = {}
 

@@ -16,7 +16,7 @@ from rethinker.settings import flat, read_yaml_file, resolve_config
 Mode = Literal["normal", "forced", "oracle"]
 """Plain greedy answers; a second pass after every first answer; only after wrong ones (an upper bound)."""
 
-# Questions of one rank per call of the engine: bounds what is in memory, has one deadline, and is lost with a killed one.
+# Questions of one rank per call of the engine: bounds memory, has one deadline, is lost with a killed one.
 CHUNK = 256
 
 # How a model is asked.
