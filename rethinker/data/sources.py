@@ -91,8 +91,8 @@ def _parquet(path: Path, where: str, streaming: bool) -> Table:
     if streaming:
         try:
             copy = _library().Dataset.from_parquet(str(path)).with_format("arrow")
-        except Exception as error:
-            if not isinstance(error.__cause__, pa.ArrowNotImplementedError):
+        except _library().exceptions.DatasetGenerationError as error:
+            if not isinstance(error.__cause__, pa.ArrowNotImplementedError):  # a damaged file, say
                 raise
             raise ConfigError(f"{where}: data.streaming takes row groups below 2 GiB; write smaller ones") from error
         default_memory_pool().release_unused()
