@@ -6,6 +6,7 @@ Legend: T tokens of the packed row; B rows of L tokens as the kernel sees them; 
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,34 +59,45 @@ class Layout:
 
 
 def lay_out(batch: PackedBatch, kernel: str) -> Layout:
-    """Arrange a packed batch for `kernel`, once for all layers: "flash" keeps the row as it is, "sdpa" gives each
-    prompt a row of its own.
+    """Arrange a packed batch for `kernel`, once for all layers: "flash" keeps the row as it is, "sdpa" gets several
+    rows as wide as the longest prompt with its responses, each filled with prompts.
 
-    SDPA computes every masked pair too, so one row of T tokens would cost T^2; a row per prompt costs sum(L^2).
-    Where prompts differ so much that padding would more than double the row, SDPA keeps the single row as well.
+    SDPA computes every masked pair too: one row of T tokens costs T^2 of them, rows of width L only T L.
     """
     if kernel == "flash":
         return Layout(batch.tokens, visible=_shared(batch))
-    T = batch.tokens
     lengths = torch.bincount(batch.prompt_id)
-    longest = int(lengths.max())
-    if longest * len(lengths) <= 2 * T:
-        rows, width = len(lengths), longest
-        starts = torch.cumsum(lengths, 0) - lengths
-    else:
-        rows, width = 1, T
-        starts, lengths = torch.zeros(1, dtype=torch.int64), torch.tensor([T])
-    column = torch.arange(width).expand(rows, width)
-    valid = column < lengths[:, None]
-    index = torch.where(valid, starts[:, None] + column, 0)
-    prompt = torch.where(valid, batch.prompt_id[index], -1 - column)  # padding: a prompt of its own
+    row, start = (torch.tensor(part) for part in _fill_rows(lengths.tolist()))  # [prompts]
+    rows, width = int(row.max()) + 1, int((start + lengths).max())
+    # Where each token goes: its prompt's row, and there its prompt's start and its own place in the prompt.
+    place = torch.arange(batch.tokens) - (torch.cumsum(lengths, 0) - lengths)[batch.prompt_id]
+    position = (row * width + start)[batch.prompt_id] + place  # [T]
+    index = torch.zeros(rows * width, dtype=torch.int64)
+    index[position] = torch.arange(batch.tokens)
+    prompt = (-1 - torch.arange(width)).repeat(rows)  # padding: a prompt of its own
+    prompt[position] = batch.prompt_id
+    index, prompt = index.view(rows, width), prompt.view(rows, width)
     response = batch.response_id[index]
-    position = torch.empty(T, dtype=torch.int64)
-    position[index[valid]] = torch.arange(rows * width).view(rows, width)[valid]
     causal = torch.ones(width, width, dtype=torch.bool).tril()
     same_prompt = prompt[:, :, None] == prompt[:, None, :]
     shared = (response[:, None, :] == 0) | (response[:, :, None] == response[:, None, :])
     return Layout(rows * width, index, position, (causal & same_prompt & shared)[:, None])
+
+
+def _fill_rows(lengths: list[int]) -> tuple[list[int], list[int]]:
+    """The row and the start in it of pieces of these lengths, in rows as wide as the longest: the longest pieces first,
+    each in the row with the most room."""
+    width, rows = max(lengths), 0
+    emptiest: list[tuple[int, int]] = []  # (tokens in it, row), the least first
+    row, start = [0] * len(lengths), [0] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if emptiest and emptiest[0][0] + lengths[i] <= width:
+            filled, at = heapq.heappop(emptiest)
+        else:
+            filled, at, rows = 0, rows, rows + 1
+        row[i], start[i] = at, filled
+        heapq.heappush(emptiest, (filled + lengths[i], at))
+    return row, start
 
 
 def _shared(batch: PackedBatch) -> Visible:

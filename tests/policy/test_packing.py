@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rethinker.config import ConfigError, PolicyConfig
 from rethinker.policy import attention
@@ -109,18 +112,40 @@ def test_a_batch_goes_to_a_gpu_without_waiting(encoder, policy, tmp_path):
     assert all(torch.equal(moved.image_inputs[name].cpu(), value) for name, value in batch.image_inputs.items())
 
 
-def test_single_row_layout_equals_row_per_prompt(encoder, policy, tmp_path, monkeypatch):
-    """The [T, T] mask and the row-per-prompt layout give the same log-probs."""
-    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
+def test_prompts_that_share_a_row_see_only_themselves(encoder, policy, tmp_path, monkeypatch):
+    """Short prompts fill a row beside others; log-probs are those of a row each, and of one row for all."""
+    queries = queries_of_every_kind(tmp_path)
+    many = [dataclasses.replace(queries[2], id=f"text {i}") for i in range(4)]
+    samples = samples_for(queries, encoder, [60]) + [
+        dataclasses.replace(sample, group=sample.group + 3) for sample in samples_for(many, encoder, [2])
+    ]
     (batch,), _ = packed(samples, encoder, policy)
-    folded = attention.lay_out(batch, "sdpa")
-    assert folded.index.shape[0] == 3
+    filled = attention.lay_out(batch, "sdpa")
     expected, _ = policy(batch)
-    long = dataclasses.replace(batch)
-    monkeypatch.setattr(torch, "bincount", lambda ids: torch.tensor([batch.tokens, 1, 1]))  # as if padding did not pay
-    assert attention.lay_out(long, "sdpa").index.shape[0] == 1
-    single, _ = policy(long)
-    assert (single - expected).abs().max() <= 1e-5
+    lengths = torch.bincount(batch.prompt_id).tolist()
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    for rows, places in (
+        (len(lengths), (list(range(len(lengths))), [0] * len(lengths))),
+        (1, ([0] * len(lengths), starts)),
+    ):
+        monkeypatch.setattr(attention, "_fill_rows", lambda *_, places=places: places)
+        assert attention.lay_out(batch, "sdpa").index.shape == (rows, max(lengths) if rows > 1 else sum(lengths))
+        found, _ = policy(batch)
+        assert (found - expected).abs().max() <= 1e-5
+    assert filled.index.shape[0] < len(lengths)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40))
+def test_rows_are_filled_without_overlap(lengths):
+    """Every piece lies within the width, apart from the others; no two rows would fit into one."""
+    row, start = attention._fill_rows(lengths)
+    width, taken = max(lengths), set()
+    for length, at, begin in zip(lengths, row, start, strict=True):
+        cells = {(at, column) for column in range(begin, begin + length)}
+        assert not cells & taken and begin + length <= width
+        taken |= cells
+    filled = [sum(at == number for at, _ in taken) for number in range(max(row) + 1)]
+    assert all(one + other > width for one, other in itertools.combinations(filled, 2))
 
 
 def test_replayed_samples_see_their_groups_prompt(encoder, model, tiny_folder, tmp_path):
