@@ -68,7 +68,7 @@ FIRST_SHARE = 0.6
 """Share of the tokens that the first stage samples."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """Settings over the recipes: of both stages, and of the second alone."""
 
@@ -124,6 +124,7 @@ class Stage:
     before: Stage | None = None
 
 
+@functools.cache
 def stages(task: str, method: Method, seed: int, tokens: int, questions: int) -> tuple[Stage, Stage]:
     """Both runs of a method. Equal names are equal runs."""
     share = max(1, round(FIRST_SHARE * tokens))
@@ -336,7 +337,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{done} of {len(jobs)}: {job.name}", flush=True)
             ablation.report(machine, folder, figures=False)
 
-        failed = run_all(jobs, args.jobs, max(1, cores() // args.jobs), args.runs / "logs", finished)
+        try:
+            failed = run_all(jobs, args.jobs, max(1, cores() // args.jobs), args.runs / "logs", finished)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+            return 130
     print(ablation.report(machine, folder, figures=True))
     for name, problem in failed.items():
         print(f"{name}: {problem}", file=sys.stderr)

@@ -13,7 +13,7 @@ from scipy import stats
 
 from benchmarks import ablation, ablation_figures, ablation_runs
 from benchmarks import ablation_summary as summary
-from benchmarks.ablation import METHODS, PARTS, Ablation, Task, stages
+from benchmarks.ablation import METHODS, PARTS, Ablation, Method, Task, stages
 from benchmarks.ablation_runs import Job, UnfinishedError, run_all
 from rethinker.settings import resolve_config
 
@@ -58,7 +58,7 @@ class TestPlan:
             (tmp_path / f"{name}.yaml").write_text(text)
             recipes = (str(tmp_path / f"{name}.yaml"), "easy_vqa_cpu_stage2")
             monkeypatch.setitem(ablation.TASKS, "easy_vqa", Task(recipes, "easy_vqa", "easy_vqa", 1000))
-            found[name] = names("easy_vqa", METHODS["SSR"])
+            found[name] = names("easy_vqa", Method({"algorithm.name": "ssr"}))
         assert found["a"] == found["moved"]
         assert found["a"][0] != found["lr"][0] and found["a"][1] != found["lr"][1]  # it starts from the other one
 
@@ -301,10 +301,10 @@ def calls(tmp_path, monkeypatch):
 class TestWhole:
     def main(self, tmp_path: Path, *more: str) -> int:
         places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
-        return ablation.main(["--tasks", "easy_vqa", "--seeds", "0", "1", "--tokens", "1000", *places, *more])
+        return ablation.main(["--tasks", "easy_vqa", "--seeds", "0", "--tokens", "1000", *places, *more])
 
     def test_from_nothing_to_tables_and_figures(self, tmp_path, calls):
-        assert self.main(tmp_path, "--parts", "methods", "rethinking") == 0
+        assert self.main(tmp_path, "--parts", "methods", "rethinking", "--seeds", "0", "1") == 0
         found = calls()
         trained = [settings for command, _, settings in found if command == "train"]
         assert len(trained) == 2 * (3 + 4) and len(found) == len(trained) + 2 * 4
@@ -337,13 +337,13 @@ class TestWhole:
         # What another table shares is not run again either: SSR and the full method are there.
         assert self.main(tmp_path, "--parts", "forced") == 0
         new = [settings for _, _, settings in calls()[len(before) :]]
-        assert len(new) == 2 * (2 + 2)  # 0.1 and 0.5 in the second stage; from the start in both
+        assert len(new) == 2 + 2  # 0.1 and 0.5 in the second stage; from the start in both
 
     def test_a_run_that_fails_is_reported_and_the_next_call_goes_on(self, tmp_path, calls, capsys):
         (tmp_path / "broken-filter").touch()
         assert self.main(tmp_path, "--parts", "methods") == 1
         said = capsys.readouterr().err
-        assert said.count("exit code 1") == 2 and "the disk is full" in said and said.count("was not started") == 2
+        assert said.count("exit code 1") == 1 and "the disk is full" in said and said.count("was not started") == 1
         table = (tmp_path / "out" / "cpu" / "ablation.md").read_text()
         assert "| GRPO |" in table and "| filter |" not in table
         (tmp_path / "broken-filter").unlink()
@@ -351,6 +351,24 @@ class TestWhole:
         assert self.main(tmp_path, "--parts", "methods") == 0
         assert {settings["--algorithm.name"] for _, _, settings in calls()[before:]} == {"filter"}
         assert "| filter |" in (tmp_path / "out" / "cpu" / "ablation.md").read_text()
+
+    def test_an_interrupted_ablation_goes_on(self, tmp_path, calls, capsys, monkeypatch):
+        """After Ctrl-C at the third run, the runs that were done by then are not run again."""
+        report, reports = Ablation.report, []
+
+        def third(self, *given, **named):
+            reports.append(given)
+            if len(reports) == 3:
+                raise KeyboardInterrupt
+            return report(self, *given, **named)
+
+        monkeypatch.setattr(Ablation, "report", third)
+        assert self.main(tmp_path, "--parts", "methods", "--jobs", "1") == 130
+        assert "goes on" in capsys.readouterr().err
+        before = len(calls())
+        assert before == 3
+        assert self.main(tmp_path, "--parts", "methods") == 0
+        assert len(calls()) == 3 + 4
 
     def test_a_run_that_was_stopped_early_is_not_done(self, tmp_path):
         jobs = {}
