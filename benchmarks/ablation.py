@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     budgets = ", ".join(f"{name} {task.tokens}" for name, task in TASKS.items())
     add("--tokens", type=int, help=f"sampled tokens of every method, both stages together [{budgets}]")
-    add("--questions", type=int, default=1000, help="most test questions [%(default)s]")
+    add("--questions", type=int, default=2000, help="most test questions [%(default)s]")
     add("--jobs", type=int, default=2, help="runs at a time, which share the cores [%(default)s]")
     add("--report", action="store_true", help="run nothing: write tables and figures of the runs that are done")
     add("--runs", type=Path, default=Path("runs/ablation"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ def draw_figures(task: str, results: Results, evaluations: Sequence[tuple[str, s
     if results:
         figures = {"effective_queries": effective_queries(results), "curves": curves(results)}
         figures["advantages"] = in_our_look(advantages)([_as_run(name, own) for name, own in results.items()])
-    if evaluations:
-        figures["rethinking"] = rethinking_analysis(compare(by_category(evaluations))[1])
+        if evaluations:
+            trained = next(iter(results.values()))[0]["by_category"]
+            figures["rethinking"] = rethinking_analysis(compare(by_category(evaluations, trained))[1])
     return [save_figure(drawn, folder / f"ablation_{task}_{name}.svg") for name, drawn in figures.items() if drawn]
 
 
@@ -82,12 +83,13 @@ def _as_run(name: str, results: Sequence[Mapping[str, Any]]) -> RunRecord:
     return RunRecord(Path(), {}, steps, [], name)
 
 
-def by_category(evaluations: Sequence[tuple[str, str, Path]]) -> pd.DataFrame:
-    """Model, benchmark (a category each), mode, accuracy and rethink_ratio, as means over the seeds."""
+def by_category(evaluations: Sequence[tuple[str, str, Path]], categories: Collection[str]) -> pd.DataFrame:
+    """Model, benchmark (each of these categories, and all), mode, accuracy and rethink_ratio: means over the seeds."""
     tables = []
     for name, mode, folder in evaluations:
         answers = pd.read_parquet(folder / "responses.parquet", columns=["category", "reward", "rethinks"])
-        answers["accuracy"] = answers.pop("reward") >= 1.0
+        answers = answers[answers.category.isin(list(categories))]
+        answers = answers.assign(accuracy=answers.reward >= 1.0).drop(columns="reward")
         own = pd.concat([answers, answers.assign(category="all")]).groupby("category").mean().reset_index()
         tables.append(own.assign(model=name, mode=mode))
     found = pd.concat(tables).rename(columns={"category": "benchmark", "rethinks": "rethink_ratio"})

@@ -393,13 +393,13 @@ class TestFigures:
         for seed, rewards in enumerate(([1.0, 0.0, 0.0], [1.0, 1.0, 0.0])):
             (tmp_path / str(seed)).mkdir()
             answers = {
-                "category": ["2 terms", "3 terms", "3 terms"],
-                "reward": rewards,
-                "rethinks": [False, True, False],
+                "category": ["2 terms", "3 terms", "3 terms", "never trained"],
+                "reward": [*rewards, 1.0],
+                "rethinks": [False, True, False, True],
             }
             pd.DataFrame(answers).to_parquet(tmp_path / str(seed) / "responses.parquet")
             found.append(("SSR", "normal", tmp_path / str(seed)))
-        table = ablation_figures.by_category(found).set_index("benchmark")
+        table = ablation_figures.by_category(found, CATEGORIES).set_index("benchmark")
         assert table.accuracy.to_dict() == pytest.approx({"2 terms": 1.0, "3 terms": 0.25, "all": 0.5})
         assert table.rethink_ratio.to_dict() == pytest.approx({"2 terms": 0.0, "3 terms": 0.5, "all": 1 / 3})
 
