@@ -320,16 +320,17 @@ def main(argv: list[str] | None = None) -> int:
     add("--runs", type=Path, default=Path("runs/ablation"))
     add("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    ablation = Ablation(args.tasks, args.parts, args.seeds, args.tokens, args.questions, args.runs)
+    ablation = Ablation(args.tasks, args.parts, args.seeds, args.tokens, args.questions, args.runs.absolute())
     jobs = ablation.jobs()
     machine = describe()
     folder = args.out / ("cpu" if machine["gpu"] is None else machine["gpu"].replace(" ", "-").lower())
     failed = {}
     if not args.report:
-        started = [job for job in jobs if not job.done.is_file()]
-        for task in args.tasks if started else ():
-            warm_up(task)
-        done = len(jobs) - len(started)
+        missing = [job for job in jobs if not job.done.is_file()]
+        for task in args.tasks:
+            if any(job.after is None and job.name.startswith(f"{task}-") for job in missing):
+                warm_up(task)
+        done = len(jobs) - len(missing)
 
         def finished(job: Job) -> None:
             nonlocal done

@@ -285,14 +285,14 @@ for file, lines in (("metrics", rows), ("validation", held_out)):
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """Replaces the trainer; a function that gives the command, the recipe and the settings of each call so far."""
+    """Replaces the trainer; a function that gives the command, the recipe and the settings of each call so far.
+    The warm-up leaves a file, and may not be asked for while that is there."""
     trainer = tmp_path / "python"
     trainer.write_text(TRAINER.format(python=sys.executable, folder=tmp_path, metrics=METRICS, categories=CATEGORIES))
     trainer.chmod(0o755)
     monkeypatch.setattr(ablation.sys, "executable", str(trainer))
     monkeypatch.setattr(ablation, "describe", lambda: {"gpu": None})
-    warmed = []
-    monkeypatch.setattr(ablation, "warm_up", warmed.append)
+    monkeypatch.setattr(ablation, "warm_up", lambda task: (tmp_path / f"warm-{task}").touch(exist_ok=False))
     answers = {"category": ["2 terms", "3 terms"] * 2, "reward": [1.0, 0.0, 1.0, 1.0], "rethinks": [True, False] * 2}
     pd.DataFrame(answers).to_parquet(tmp_path / "responses.parquet")
     return lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
@@ -331,9 +331,11 @@ class TestWhole:
 
     def test_a_second_time_nothing_is_run(self, tmp_path, calls):
         assert self.main(tmp_path, "--parts", "methods") == 0
+        (tmp_path / "warm-easy_vqa").rename(tmp_path / "warm")
         before = calls()
         assert self.main(tmp_path, "--parts", "methods", "--report") == 0 and calls() == before
         assert self.main(tmp_path, "--parts", "methods") == 0 and calls() == before
+        assert not (tmp_path / "warm-easy_vqa").exists()
         # What another table shares is not run again either: SSR and the full method are there.
         assert self.main(tmp_path, "--parts", "forced") == 0
         new = [settings for _, _, settings in calls()[len(before) :]]
@@ -347,6 +349,7 @@ class TestWhole:
         table = (tmp_path / "out" / "cpu" / "ablation.md").read_text()
         assert "| GRPO |" in table and "| filter |" not in table
         (tmp_path / "broken-filter").unlink()
+        (tmp_path / "warm-easy_vqa").unlink()
         before = len(calls())
         assert self.main(tmp_path, "--parts", "methods") == 0
         assert {settings["--algorithm.name"] for _, _, settings in calls()[before:]} == {"filter"}
@@ -367,6 +370,7 @@ class TestWhole:
         assert "goes on" in capsys.readouterr().err
         before = len(calls())
         assert before == 3
+        (tmp_path / "warm-easy_vqa").unlink()
         assert self.main(tmp_path, "--parts", "methods") == 0
         assert len(calls()) == 3 + 4
 
