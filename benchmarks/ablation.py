@@ -1,197 +1,354 @@
-"""The paper's ablation at small scale: GRPO, filter, SSR, and SSR with forced rethinking, at equal sampled tokens.
+"""The paper's ablation at small scale, at equal sampled tokens and judged on a test split that nothing is tuned on.
 
-    python -m benchmarks.ablation [--tasks easy_vqa digits] [--seeds 0 1 2] [--tokens N]
+    python -m benchmarks.ablation [--tasks sums easy_vqa] [--parts methods alpha forced episode rethinking]
+                                  [--seeds 0 1 2 3 4] [--tokens N] [--jobs 2] [--report]
 
-Every run starts from the same model, samples until its budget of tokens is spent, and is judged by greedy accuracy on
-held-out questions. Writes benchmarks/results/<gpu or cpu>/ablation.json and .md: means over seeds with 95% intervals,
-and differences from the full method paired by seed. A run that is complete is not run again, so an interrupted ablation
-goes on where it stopped. The runs themselves stay in --runs.
+Every method trains in two stages, as the paper does. The first is a share of the budget with the task's recipe, the
+second is a run of its own from the first one's last checkpoint, with the recipe of the second stage, for the rest. In
+the full method the second stage forces rethinking. All others take the same second stage with rethink.fraction=0, so
+the optimizer and replay begin anew in theirs, too. All responses have the second stage's room. A run is known by its
+settings, its seed, its budget and the run it starts from, and the same run is never done twice: the full method and SSR
+share their first stage, so what is between them is forced rethinking alone. The budget is of sampled tokens, with the
+second passes that are thrown away. A stage ends with the episode that reaches its share; what the first stage sampled
+beyond it is taken from the second.
+
+Each run answers the test questions greedily before its first step, after its last, and now and then between, for the
+curve over tokens. Nothing follows from these answers: the policy that counts is the last one, never the best.
+
+Writes benchmarks/results/<gpu or cpu>/ablation.json and .md after every run, and the paper's figures 2, 5, 6 and 7 at
+the end. An ablation that was interrupted goes on where it stopped; the runs themselves stay in --runs. A run that fails
+stops none but those that start from it; it is reported at the end, and the exit code is then 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import shutil
-import statistics
-import subprocess
+import signal
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe
+from benchmarks.ablation_figures import draw_figures
+from benchmarks.ablation_runs import Job, UnfinishedError, run_all
+from benchmarks.ablation_summary import joined, stage_result, summarise, tables
+from benchmarks.machine import cores, describe
+from rethinker.settings import flat, resolve_config
 
 RESULTS = Path(__file__).parent / "results"
 
-RETHINK = ["--algorithm.name", "ssr", "--rethink.fraction", "0.25"]
-METHODS: dict[str, list[str]] = {
-    "full (SSR + forced rethinking)": RETHINK,
-    "without forced rethinking (SSR)": ["--algorithm.name", "ssr"],
-    "filter only": ["--algorithm.name", "filter"],
-    "plain GRPO": ["--algorithm.name", "grpo"],
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned: recipes of both stages, and the split that judges."""
+
+    recipes: tuple[str, str]
+    test: str
+    """data.validation of every run."""
+    benchmark: str
+    """The same split as `rethinker eval` names it."""
+    tokens: int
+    """Sampled tokens of a method, both stages together."""
+
+
+TASKS = {
+    "sums": Task(("sums_cpu", "sums_cpu_stage2"), "sums:test", "sums", 1_000_000),
+    # Its test questions are the only ones that easy-VQA holds out.
+    "easy_vqa": Task(("easy_vqa_cpu", "easy_vqa_cpu_stage2"), "easy_vqa", "easy_vqa", 250_000),
 }
-"""In the order of the paper's table."""
 
-AVERAGED = (
-    *("accuracy_before", "steps", "generated_tokens", "advantage_abs_mean"),
-    *("effective_query_ratio_last_quarter", "rethink_ratio_last_quarter", "rethink_kept"),
-)
+FIRST_SHARE = 0.6
+"""Share of the tokens that the first stage samples."""
 
-TASKS: dict[str, list[str]] = {
-    "easy_vqa": [],
-    # One image a question: reading digits. Comparing and adding them takes the tiny model a far longer warm-up.
-    "digits": [
-        *("--data.train", "digits", "--data.validation", "digits", "--validation.size", "2520"),
-        *("--data.category_weights", '{"read": 1}'),
-    ],
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """Settings over the recipes: of both stages, and of the second alone."""
+
+    both: Settings
+    second: Settings = field(default_factory=lambda: {"rethink.fraction": 0.0})
+
+
+SSR, GRPO = {"algorithm.name": "ssr"}, {"algorithm.name": "grpo"}
+METHODS = {
+    "full": Method(SSR, {}),  # the second stage forces as many responses as its recipe says
+    "SSR": Method(SSR),
+    "filter": Method({"algorithm.name": "filter"}),
+    "GRPO": Method(GRPO),
 }
-"""Settings over the recipe easy_vqa_cpu."""
+"""In the order of the paper's table: SSR with forced rethinking, without it, filter only, plain GRPO."""
 
-CATEGORY = {"digits": "read"}
-"""Where only a category is trained, accuracy is of that category."""
+PARTS: dict[str, dict[str, Method]] = {
+    "methods": METHODS,
+    "alpha": {f"alpha {alpha}": Method(SSR | {"replay.alpha": float(alpha)}) for alpha in (0, 1, 2)},
+    "forced": {
+        **{f"forced {share}": Method(SSR, {"rethink.fraction": share}) for share in (0.0, 0.1, 0.25, 0.5)},
+        "forced 0.25, from the start": Method(SSR | {"rethink.fraction": 0.25}, {}),
+    },
+    "episode": {
+        f"{name}, episodes of {queries}": Method(own | {"train.episode_queries": queries})
+        for name, own in (("SSR", SSR), ("GRPO", GRPO))
+        for queries in (64, 128, 512)
+    },
+}
+"""A table each."""
 
-TOKENS = {"easy_vqa": 250_000, "digits": 140_000}
-"""Sampled tokens of a run: about 55 steps of plain GRPO."""
+RETHINKING = {"SSR": ("normal", "forced", "oracle"), "full": ("normal",)}
+"""Figure 7: the modes in which `rethinker eval` asks the last checkpoints of these methods."""
 
-# The same room for everyone: a first answer, a trigger and a second one. All else is the recipe's.
-SHARED = ["--rollout.max_new_tokens", "72", "--validation.every", "1000"]
-# More steps than the budget of tokens allows; the learning rate rises over the first 4.
-SHARED += ["--train.max_steps", "400", "--train.warmup_ratio", "0.01"]
-
-
-def run(task: str, method: str, seed: int, tokens: int, runs: Path, model: str | None) -> dict[str, Any]:
-    """One training run, or the result that it left; accuracy, effective queries and rethinking of it."""
-    name = f"{task}-{list(METHODS).index(method)}-{seed}-{tokens}"
-    done = runs / name / "ablation.json"
-    if done.exists():
-        return json.loads(done.read_text())
-    shutil.rmtree(runs / name, ignore_errors=True)  # an interrupted one
-    command = [sys.executable, "-m", "rethinker", "train", "easy_vqa_cpu", "--run.dir", str(runs), "--run.name", name]
-    command += ["--seed", str(seed), "--train.max_generated_tokens", str(tokens)]
-    command += [*SHARED, *TASKS[task], *METHODS[method], *(["--policy.model", model] if model else [])]
-    log = (runs / f"{name}.log").open("w")
-    subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    rows = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
-    held_out = [json.loads(line) for line in (runs / name / "validation.jsonl").read_text().splitlines()]
-    last = rows[-max(1, len(rows) // 4) :]
-
-    def mean(metric: str, some: list[dict[str, Any]]) -> float:
-        return statistics.fmean(row[metric] for row in some)
-
-    def accuracy(row: dict[str, Any]) -> float:
-        return row["by_category"][CATEGORY[task]] if task in CATEGORY else row["val_accuracy"]
-
-    result = {
-        "task": task,
-        "method": method,
-        "seed": seed,
-        "steps": rows[-1]["step"],
-        "generated_tokens": rows[-1]["generated_tokens"],
-        "trained_pairs": sum(row["trained_pairs"] for row in rows),
-        "accuracy_before": accuracy(held_out[0]),
-        "accuracy": accuracy(held_out[-1]),
-        "by_category": held_out[-1]["by_category"],
-        "questions": held_out[-1]["questions"],
-        "reward_last_quarter": mean("reward_mean", last),
-        "effective_query_ratio_last_quarter": mean("effective_query_ratio", last),
-        "rethink_ratio_last_quarter": mean("rethink_ratio", last),
-        "rethink_kept": mean("rethink_kept", rows),
-        "rethink_fixed": mean("rethink_fixed", rows),
-        "rethink_broken": mean("rethink_broken", rows),
-        "advantage_abs_mean": mean("advantage_abs_mean", rows),
-        "step_s": mean("step_s", rows),
-    }
-    done.write_text(json.dumps(result))
-    return result
+SHARED: dict[str, Any] = {
+    # More steps than any budget allows; the learning rate rises over the first 4.
+    **{"train.max_steps": 4000, "train.warmup_ratio": 0.001},
+    **{"checkpoint.every": 20, "checkpoint.keep": 1, "run.trackers": [], "run.save_completions": False},
+}
+VALIDATED_QUERIES = 1024
+"""The test questions are asked whenever so many queries were trained on, whatever an episode's length is."""
+NOT_LEARNED = ("run.", "checkpoint.", "resume", "policy.model", "validation.every")
+"""Settings that do not say what a run learns; the run that a second stage starts from stands for its model."""
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95% interval (Student's t); the half-width of a single value is NaN."""
-    from scipy.stats import t
+@dataclass(frozen=True)
+class Stage:
+    """One run: its recipe and what it changes; `train.max_generated_tokens` counts the stage before it, too."""
 
-    if len(values) < 2:
-        return values[0], float("nan")
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return statistics.fmean(values), float(t.ppf(0.975, len(values) - 1)) * error
-
-
-def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per task and method: mean accuracy with its interval, and the difference from the full method by seed."""
-    full = next(iter(METHODS))
-    by_key = {(r["task"], r["method"], r["seed"]): r for r in results}
-    rows = []
-    for task in dict.fromkeys(r["task"] for r in results):
-        for method in METHODS:
-            mine = [r for r in results if (r["task"], r["method"]) == (task, method)]
-            if not mine:
-                continue
-            mean, half = interval([r["accuracy"] for r in mine])
-            pairs = [(r, by_key.get((task, full, r["seed"]))) for r in mine]
-            differences = [r["accuracy"] - f["accuracy"] for r, f in pairs if f is not None and method != full]
-            difference = interval(differences) if differences else None
-            averages = {name: statistics.fmean(r[name] for r in mine) for name in AVERAGED}
-            rows.append(
-                {"task": task, "method": method, "seeds": len(mine), "accuracy": mean, "accuracy_95": half}
-                | {"difference_from_full": difference and difference[0], "difference_95": difference and difference[1]}
-                | averages
-            )
-    return rows
+    name: str
+    recipe: str
+    settings: Settings
+    before: Stage | None = None
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The summary as Markdown, in the form of the paper's ablation."""
-    lines = [
-        "| task | method | accuracy | difference from full | effective queries, end | own rethinking | steps |",
-        "|---|---|---|---|---|---|---|",
+@functools.cache
+def stages(task: str, method: Method, seed: int, tokens: int, questions: int) -> tuple[Stage, Stage]:
+    """Both runs of a method. Equal names are equal runs."""
+    share = max(1, round(FIRST_SHARE * tokens))
+    recipes = TASKS[task].recipes
+    room = max(_resolved(recipe)["rollout.max_new_tokens"] for recipe in recipes)  # for a first and a second answer
+    asked = {"data.validation": TASKS[task].test, "validation.size": questions, "rollout.max_new_tokens": room}
+    shared = SHARED | asked | method.both
+    first = _stage(task, recipes[0], shared | {"seed": seed, "train.max_generated_tokens": share}, method.both, None)
+    # Another seed: the second stage is not to begin with the questions of the first.
+    own = {**shared, **method.second, "seed": seed + 1000, "train.max_generated_tokens": tokens}
+    return first, _stage(task, recipes[1], own, method.both | method.second, first)
+
+
+def _stage(task: str, recipe: str, settings: Settings, varied: Settings, before: Stage | None) -> Stage:
+    """The run, named after what is varied and by a hash of all settings it learns from, whether a recipe, a default or
+    the command line says so. Those that are off (null, false, 0, empty) do not count: a name outlives a new setting."""
+    episode = settings.get("train.episode_queries", _resolved(recipe)["train.episode_queries"])
+    settings = {**settings, "validation.every": max(1, VALIDATED_QUERIES // episode)}
+    values = flat(resolve_config(recipe, {**settings, "run.name": "any"}))
+    learned = {key: value for key, value in values.items() if value and not key.startswith(NOT_LEARNED)}
+    known = json.dumps([learned, before and before.name], sort_keys=True)
+    words = [
+        f"{key.rpartition('.')[2]}{values[key]}"
+        for key in varied
+        if key != "algorithm.name" and values[key] != _resolved(recipe)[key]
     ]
-    for row in rows:
-        difference = (
-            ""
-            if row["difference_from_full"] is None
-            else f"{row['difference_from_full']:+.3f} ± {row['difference_95']:.3f}"
-        )
-        lines.append(
-            f"| {row['task']} | {row['method']} | {row['accuracy']:.3f} ± {row['accuracy_95']:.3f} | {difference} | "
-            f"{row['effective_query_ratio_last_quarter']:.2f} | {row['rethink_ratio_last_quarter']:.3f} | "
-            f"{row['steps']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    number, seed = (2, settings["seed"] - 1000) if before else (1, settings["seed"])
+    words = [task, values["algorithm.name"], *words, f"stage{number}", f"seed{seed}"]
+    return Stage("-".join([*words, hashlib.sha256(known.encode()).hexdigest()[:8]]), recipe, settings, before)
 
 
-def main(argv: list[str] | None = None) -> None:
+@functools.cache
+def _resolved(recipe: str) -> dict[str, Any]:
+    return flat(resolve_config(recipe, {"run.name": "any"}))
+
+
+def training(stage: Stage, runs: Path, jobs: dict[str, Job]) -> Job:
+    """The job of a run and, before it in `jobs`, of the run that it starts from."""
+    if stage.name in jobs:
+        return jobs[stage.name]
+    before = training(stage.before, runs, jobs) if stage.before else None
+    folder = runs / stage.name
+    tokens = stage.settings["train.max_generated_tokens"]
+
+    def left() -> int:
+        sampled = json.loads(before.done.read_text())["generated_tokens"] if before else 0
+        return max(1, tokens - sampled)
+
+    def command() -> list[str]:
+        settings = {**stage.settings, "train.max_generated_tokens": left(), "run.dir": str(runs)}
+        if before:
+            settings["policy.model"] = str(runs / before.name / "checkpoints" / "last")
+        settings |= {"run.name": stage.name, "resume": "auto"}
+        given = [
+            text
+            for key, value in settings.items()
+            for text in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+        ]
+        return [sys.executable, "-m", "rethinker", "train", stage.recipe, *given]
+
+    def finish() -> None:
+        result = stage_result(folder)
+        if result["generated_tokens"] < left():
+            raise UnfinishedError(f"it ended after {result['generated_tokens']} of {left()} sampled tokens")
+        _write(folder / "ablation.json", json.dumps(result))
+
+    jobs[stage.name] = Job(stage.name, folder / "ablation.json", command, finish, before)
+    return jobs[stage.name]
+
+
+def evaluating(task: str, trained: Job, mode: str, questions: int, runs: Path) -> Job:
+    """The job that asks a run's last checkpoint the test questions in a mode of `rethinker eval`."""
+    run, output = runs / trained.name, runs / trained.name / f"eval-{mode}"
+
+    def command() -> list[str]:
+        shutil.rmtree(output, ignore_errors=True)  # of an evaluation that was interrupted
+        asked = ["--benchmark", TASKS[task].benchmark, "--mode", mode, "--limit", str(questions)]
+        checkpoint = str(run / "checkpoints" / "last")
+        return [sys.executable, "-m", "rethinker", "eval", checkpoint, *asked, "--output", str(output)]
+
+    def finish() -> None:
+        if not (output / "result.json").is_file():
+            raise UnfinishedError(f"it left no {output / 'result.json'}")
+
+    return Job(f"{trained.name}-eval-{mode}", output / "result.json", command, finish, trained)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What is asked for: which tables, on which tasks, with which seeds and budgets."""
+
+    tasks: Sequence[str]
+    parts: Sequence[str]
+    seeds: Sequence[int]
+    tokens: int | None
+    questions: int
+    runs: Path
+
+    def budget(self, task: str) -> int:
+        """Sampled tokens of every method on this task."""
+        return self.tokens or TASKS[task].tokens
+
+    def both(self, task: str, method: Method, seed: int) -> tuple[Stage, Stage]:
+        """Both runs of a method with a seed."""
+        return stages(task, method, seed, self.budget(task), self.questions)
+
+    def jobs(self) -> list[Job]:
+        """Every run once. Seeds come first, so that an ablation that was interrupted has whole seeds to compare."""
+        jobs: dict[str, Job] = {}
+        for seed in self.seeds:
+            for task in self.tasks:
+                for method in (method for part in self.parts for method in PARTS.get(part, {}).values()):
+                    training(self.both(task, method, seed)[1], self.runs, jobs)
+                for name, modes in RETHINKING.items() if "rethinking" in self.parts else ():
+                    trained = training(self.both(task, METHODS[name], seed)[1], self.runs, jobs)
+                    for mode in modes:
+                        job = evaluating(task, trained, mode, self.questions, self.runs)
+                        jobs[job.name] = job
+        return list(jobs.values())
+
+    def results(self, task: str, method: Method) -> list[dict[str, Any]]:
+        """Of every seed with which both runs of the method are done: what they learned."""
+        found = []
+        for seed in self.seeds:
+            files = [self.runs / stage.name / "ablation.json" for stage in self.both(task, method, seed)]
+            if all(file.is_file() for file in files):
+                found.append({"seed": seed, **joined(*(json.loads(file.read_text()) for file in files))})
+        return found
+
+    def evaluations(self, task: str) -> list[tuple[str, str, Path]]:
+        """Method, mode and folder of the evaluations of every seed that has them all."""
+        asked = [(name, mode) for name, modes in RETHINKING.items() for mode in modes]
+        found = []
+        for seed in self.seeds:
+            second = {name: self.both(task, METHODS[name], seed)[1].name for name in RETHINKING}
+            own = [(name, mode, self.runs / second[name] / f"eval-{mode}") for name, mode in asked]
+            if all((folder / "result.json").is_file() for _, _, folder in own):
+                found += own
+        return found
+
+    def report(self, machine: Mapping[str, Any], folder: Path, figures: bool) -> str:
+        """Write ablation.json and .md of the runs that are done, and the figures if asked to; the tables as text."""
+        summary = []
+        for task in self.tasks:
+            references = {name: self.results(task, METHODS[name]) for name in ("full", "SSR", "GRPO")}
+            for part in (part for part in self.parts if part in PARTS):
+                for name, method in PARTS[part].items():
+                    if own := self.results(task, method):
+                        summary.append({"task": task, "part": part, "method": name, **summarise(own, references)})
+        content = {
+            "machine": machine,
+            "tokens": {task: self.budget(task) for task in self.tasks},
+            "first_stage": FIRST_SHARE,
+            "questions": self.questions,
+            "summary": summary,
+        }
+        text = tables(summary)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
+        _write(folder / "ablation.md", text)
+        for task in self.tasks if figures else ():
+            own = {name: self.results(task, method) for name, method in METHODS.items()}
+            draw_figures(task, {name: found for name, found in own.items() if found}, self.evaluations(task), folder)
+        return text
+
+
+def _write(file: Path, text: str) -> None:
+    """Write all of a file or nothing."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def warm_up(task: str) -> None:
+    """Make the model that every run starts from, with all cores and once: runs that find none would each make it."""
+    from rethinker.embedded.files import model_folder
+
+    model_folder(resolve_config(TASKS[task].recipes[0], {"run.name": "any"}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, help=f"sampled tokens per run, instead of {TOKENS}")
-    parser.add_argument("--model", action="append", metavar="TASK=FOLDER", default=[], help="start from this model")
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    add, parts = parser.add_argument, [*PARTS, "rethinking"]
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--parts", nargs="+", choices=parts, default=parts, help="a table each; rethinking is figure 7")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    budgets = ", ".join(f"{name} {task.tokens}" for name, task in TASKS.items())
+    add("--tokens", type=int, help=f"sampled tokens of every method, both stages together [{budgets}]")
+    add("--questions", type=int, default=2000, help="most test questions [%(default)s]")
+    add("--jobs", type=int, default=2, help="runs at a time, which share the cores [%(default)s]")
+    add("--report", action="store_true", help="run nothing: write tables and figures of the runs that are done")
+    add("--runs", type=Path, default=Path("runs/ablation"))
+    add("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    args.runs.mkdir(parents=True, exist_ok=True)
-    models = dict(entry.split("=", 1) for entry in args.model)
+    ablation = Ablation(args.tasks, args.parts, args.seeds, args.tokens, args.questions, args.runs.absolute())
+    jobs = ablation.jobs()
     machine = describe()
     folder = args.out / ("cpu" if machine["gpu"] is None else machine["gpu"].replace(" ", "-").lower())
-    folder.mkdir(parents=True, exist_ok=True)
-    results = []
-    # Seeds outermost: an interrupted ablation has whole seeds to compare.
-    for seed in args.seeds:
+    failed = {}
+    if not args.report:
+        missing = [job for job in jobs if not job.done.is_file()]
         for task in args.tasks:
-            for method in METHODS:
-                results.append(run(task, method, seed, args.tokens or TOKENS[task], args.runs, models.get(task)))
-                print(f"{task:10} {method:34} seed {seed}: {results[-1]['accuracy']:.3f}", flush=True)
-    results.sort(key=lambda r: (args.tasks.index(r["task"]), list(METHODS).index(r["method"]), r["seed"]))
-    rows = summarise(results)
-    report = {
-        "machine": machine,
-        "tokens": {task: args.tokens or TOKENS[task] for task in args.tasks},
-        "shared": SHARED,
-        "summary": rows,
-        "runs": results,
-    }
-    (folder / "ablation.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "ablation.md").write_text(table(rows))
-    print(table(rows))
+            if any(job.after is None and job.name.startswith(f"{task}-") for job in missing):
+                warm_up(task)
+        done = len(jobs) - len(missing)
+
+        def finished(job: Job) -> None:
+            nonlocal done
+            done += 1
+            print(f"{done} of {len(jobs)}: {job.name}", flush=True)
+            ablation.report(machine, folder, figures=False)
+
+        try:
+            failed = run_all(jobs, args.jobs, max(1, cores() // args.jobs), args.runs / "logs", finished)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+            return 130
+    print(ablation.report(machine, folder, figures=True))
+    for name, problem in failed.items():
+        print(f"{name}: {problem}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is stopped, as at Ctrl-C
+    raise SystemExit(main())

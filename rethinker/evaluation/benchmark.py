@@ -3,7 +3,7 @@ r"""Benchmarks: a small YAML file says which rows, which columns, which prompt, 
 The shipped files are in `benchmarks/`; `--benchmark path/to/mine.yaml` takes another. A file has
 
     title: what the table says
-    data: a Hugging Face data set, or a built-in one (`easy_vqa`, `digits`), which needs nothing further
+    data: a Hugging Face data set, or a built-in one (`easy_vqa`, `sums:test`), which needs nothing further
     files: [globs of its parquet files]   (they pick the split and the subsets)
     questions: how many rows the published split has (a local copy with others is noted in the result)
     prompt: template; {name} is a column, {choices} the lettered choices; lines left empty are dropped
@@ -101,7 +101,7 @@ def _fault(benchmark: Benchmark) -> str | None:
     if benchmark.category_pattern and benchmark.category_pattern.groups != 1:
         return f"category_pattern={benchmark.category_pattern.pattern!r} must have one group"
     described = benchmark.data and benchmark.files and benchmark.fields.answer
-    if not (described or benchmark.parts or benchmark.data in DATA_SETS):
+    if not (described or benchmark.parts or benchmark.data.partition(":")[0] in DATA_SETS):
         return "it needs data, files and fields.answer"
     return None
 

@@ -58,7 +58,7 @@ def benchmark_queries(benchmark: Benchmark, data: str | None = None) -> tuple[li
                 metadata = {**query.metadata, "category": name}
                 queries.append(dataclasses.replace(query, id=f"{name}/{query.id}", metadata=metadata))
         return queries, left_out
-    if benchmark.data in DATA_SETS:
+    if benchmark.data.partition(":")[0] in DATA_SETS:
         if data is not None:
             raise ConfigError(f"--data {data}: {benchmark.name} comes with the package {benchmark.data}; leave it out")
         own = as_files(DataConfig(validation=benchmark.data), "validation")

@@ -1,62 +1,418 @@
-"""The ablation's arithmetic and its memory of finished runs."""
+"""The ablation's plan, its processes, its numbers and its figures. Small processes stand for the training runs."""
 
 from __future__ import annotations
 
 import json
-import math
-import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 
-from benchmarks import ablation
+from benchmarks import ablation, ablation_figures, ablation_runs
+from benchmarks import ablation_summary as summary
+from benchmarks.ablation import METHODS, PARTS, Ablation, Method, Task, stages
+from benchmarks.ablation_runs import Job, UnfinishedError, run_all
+from rethinker.settings import resolve_config
 
-FULL, SSR, *_ = ablation.METHODS
-
-
-def result(method: str, seed: int, accuracy: float) -> dict:
-    return {"task": "easy_vqa", "method": method, "seed": seed, "accuracy": accuracy} | dict.fromkeys(
-        ablation.AVERAGED, 0.5
-    )
-
-
-def test_differences_are_paired_by_seed():
-    """A constant gap between methods has an interval of width 0, however much the seeds differ."""
-    results = [result(FULL, s, a) for s, a in enumerate((0.5, 0.7, 0.9))]
-    results += [result(SSR, s, a - 0.1) for s, a in enumerate((0.5, 0.7, 0.9))]
-    full, ssr = ablation.summarise(results)
-    assert full["accuracy"] == pytest.approx(0.7) and full["difference_from_full"] is None
-    assert full["accuracy_95"] == pytest.approx(4.303 * 0.2 / math.sqrt(3), rel=1e-3)
-    assert (ssr["difference_from_full"], ssr["difference_95"]) == (pytest.approx(-0.1), pytest.approx(0, abs=1e-9))
-    lines = ablation.table([full, ssr]).splitlines()
-    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1 and "-0.100 ± 0.000" in lines[3]
+CATEGORIES = {"2 terms": 1.0, "3 terms": 0.25}
 
 
-def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
-    """What a run left is read; an interrupted one, without a result, starts anew."""
-    commands = []
+def names(task: str, method, seed: int = 0, tokens: int = 1000, questions: int = 100) -> tuple[str, str]:
+    first, second = stages(task, method, seed, tokens, questions)
+    return first.name, second.name
 
-    def trained(command, **_):
-        commands.append(command)
-        folder = tmp_path / command[command.index("--run.name") + 1]
-        folder.mkdir()  # fails if the interrupted run's folder were still there
-        metrics = "reward_mean effective_query_ratio rethink_ratio rethink_kept rethink_fixed rethink_broken "
-        row = dict.fromkeys((metrics + "trained_pairs advantage_abs_mean step_s").split(), 0.25)
-        rows = [row | {"step": step, "generated_tokens": 10 * step} for step in (1, 2)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        validations = [{"val_accuracy": a, "by_category": {}, "questions": 8} for a in (0.5, 0.75)]
-        (folder / "validation.jsonl").write_text("".join(json.dumps(v) + "\n" for v in validations))
 
-    monkeypatch.setattr(subprocess, "run", trained)
-    (tmp_path / "easy_vqa-0-7-1000").mkdir()
-    (tmp_path / "easy_vqa-0-7-1000" / "metrics.jsonl").write_text("half a li")
-    first = ablation.run("easy_vqa", FULL, 7, 1000, tmp_path, None)
-    assert (first["accuracy_before"], first["accuracy"], first["steps"], first["generated_tokens"]) == (
-        0.5,
-        0.75,
-        2,
-        20,
-    )
-    assert ablation.run("easy_vqa", FULL, 7, 1000, tmp_path, None) == first and len(commands) == 1
-    assert ablation.run("easy_vqa", SSR, 7, 1000, tmp_path, None)["method"] == SSR and len(commands) == 2
-    assert "--rethink.fraction" in commands[0] and "--rethink.fraction" not in commands[1]
-    assert commands[0][commands[0].index("--train.max_generated_tokens") + 1] == "1000"
+class TestPlan:
+    def test_equal_settings_are_the_same_run(self):
+        """What tables share is run once, and the full method and SSR part after their first stage."""
+        full, ssr = names("easy_vqa", METHODS["full"]), names("easy_vqa", METHODS["SSR"])
+        assert full[0] == ssr[0] and full[1] != ssr[1]
+        assert names("easy_vqa", PARTS["alpha"]["alpha 1"]) == ssr
+        assert names("easy_vqa", PARTS["forced"]["forced 0.0"]) == ssr
+        assert names("easy_vqa", PARTS["forced"]["forced 0.25"]) == full
+        assert names("easy_vqa", PARTS["episode"]["SSR, episodes of 128"]) == ssr
+        assert names("easy_vqa", PARTS["episode"]["GRPO, episodes of 128"]) == names("easy_vqa", METHODS["GRPO"])
+        different = [names("easy_vqa", method) for method in (*METHODS.values(), PARTS["alpha"]["alpha 0"])]
+        different += [names("easy_vqa", PARTS["episode"]["GRPO, episodes of 512"])]
+        assert len({second for _, second in different}) == 6
+
+    def test_seed_budget_and_questions_make_another_run_and_folders_do_not(self, tmp_path):
+        base = names("easy_vqa", METHODS["SSR"])
+        for changed in ({"seed": 1}, {"tokens": 2000}, {"questions": 50}):
+            assert not set(names("easy_vqa", METHODS["SSR"], **changed)) & set(base)
+        plans = [Ablation(["easy_vqa"], ["methods"], [0], 1000, 100, tmp_path / place) for place in "ab"]
+        assert [job.name for job in plans[0].jobs()] == [job.name for job in plans[1].jobs()]
+        assert base[0].startswith("easy_vqa-ssr-stage1-seed0-")
+
+    def test_a_recipe_that_changes_is_another_run_and_one_that_moves_is_not(self, tmp_path, monkeypatch):
+        texts = {
+            "a": "base: easy_vqa_cpu",
+            "moved": "base: easy_vqa_cpu",
+            "lr": "base: easy_vqa_cpu\ntrain: {betas: [0.8, 0.9]}",
+        }
+        found = {}
+        for name, text in texts.items():
+            (tmp_path / f"{name}.yaml").write_text(text)
+            recipes = (str(tmp_path / f"{name}.yaml"), "easy_vqa_cpu_stage2")
+            monkeypatch.setitem(ablation.TASKS, "easy_vqa", Task(recipes, "easy_vqa", "easy_vqa", 1000))
+            found[name] = names("easy_vqa", Method({"algorithm.name": "ssr"}))
+        assert found["a"] == found["moved"]
+        assert found["a"][0] != found["lr"][0] and found["a"][1] != found["lr"][1]  # it starts from the other one
+
+    def test_methods_differ_in_what_their_names_say_alone(self):
+        """In each stage the same room, questions, seeds and budget; no method but the full one forces rethinking."""
+        told = ("algorithm.name", "replay.alpha", "rethink.fraction", "train.episode_queries", "validation.every")
+        for number in (0, 1):
+            runs = [
+                stages("easy_vqa", method, 3, 1000, 100)[number] for part in PARTS.values() for method in part.values()
+            ]
+            assert len({run.recipe for run in runs}) == 1
+            rest = [{k: v for k, v in run.settings.items() if k not in told} for run in runs]
+            assert all(settings == rest[0] for settings in rest)
+        forced = {name: stages("easy_vqa", method, 3, 1000, 100) for name, method in METHODS.items()}
+        fractions = {
+            name: [resolve_config(run.recipe, run.settings).rethink.fraction for run in both]
+            for name, both in forced.items()
+        }
+        assert fractions == {"full": [0.0, 0.25], "SSR": [0.0, 0.0], "filter": [0.0, 0.0], "GRPO": [0.0, 0.0]}
+
+    def test_seeds_come_first_and_no_job_twice(self, tmp_path):
+        jobs = Ablation(["easy_vqa"], [*PARTS, "rethinking"], [4, 2], 1000, 100, tmp_path).jobs()
+        assert len({job.name for job in jobs}) == len(jobs)
+        seeds = ["seed4" in job.name for job in jobs]
+        assert seeds == sorted(seeds, reverse=True) and 0 < sum(seeds) < len(seeds)
+        for number, job in enumerate(jobs):
+            assert job.after is None or job.after in jobs[:number]
+
+
+def script(tmp_path: Path, name: str, code: str, after: Job | None = None) -> Job:
+    """A job that runs Python code in a folder, and is done when the code has made a file of the job's name."""
+
+    def finish() -> None:
+        if not (tmp_path / name).is_file():
+            raise UnfinishedError(f"it left no {name}")
+
+    command = [sys.executable, "-IS", "-c", f"import os, sys, time, signal\nos.chdir({str(tmp_path)!r})\n{code}"]
+    return Job(name, tmp_path / name, lambda: command, finish, after)
+
+
+class TestProcesses:
+    def run(self, tmp_path: Path, jobs: list[Job], at_once: int = 2, finished=lambda job: None) -> dict[str, str]:
+        return run_all(jobs, at_once, 3, tmp_path / "logs", finished)
+
+    def test_a_failed_job_stops_those_alone_that_need_it(self, tmp_path):
+        bad = script(tmp_path, "bad", "print('why it failed'); sys.exit(3)")
+        below = script(tmp_path, "below", "open('below', 'w')", bad)
+        further = script(tmp_path, "further", "open('further', 'w')", below)
+        empty = script(tmp_path, "empty", "print('no file')")
+        good = script(tmp_path, "good", "open('good', 'w').write(os.environ['OMP_NUM_THREADS'])")
+        seen: list[str] = []
+        failed = self.run(tmp_path, [bad, below, further, empty, good], finished=lambda job: seen.append(job.name))
+        assert set(failed) == {"bad", "below", "further", "empty"}
+        assert "exit code 3" in failed["bad"] and "why it failed" in failed["bad"]
+        assert failed["below"] == "was not started, since bad failed" and "below" in failed["further"]
+        assert "it left no empty" in failed["empty"] and "no file" in failed["empty"]
+        assert seen == ["good"] and (tmp_path / "good").read_text() == "3"
+        assert not (tmp_path / "below").exists()
+
+    def test_as_many_at_once_as_asked_and_each_after_its_own(self, tmp_path):
+        """Two jobs that wait for each other's file both end; a third one, which may not see them run, does so too."""
+        meet = "open('{0}.here', 'w')\nwhile not os.path.exists('{1}.here'): time.sleep(0.01)\n"
+        meet += "time.sleep(0.1); open('{0}', 'w'); open('{0}.gone', 'w')"
+        left = script(tmp_path, "left", meet.format("left", "right"))
+        right = script(tmp_path, "right", meet.format("right", "left"))
+        third = script(tmp_path, "third", "open('third', 'w') if os.path.exists('left.gone') else sys.exit(1)", left)
+        one = "os.mkdir('alone'); time.sleep(0.1); os.rmdir('alone'); open('{0}', 'w')"
+        assert self.run(tmp_path, [left, third, right]) == {}
+        assert self.run(tmp_path, [script(tmp_path, n, one.format(n)) for n in "abc"], at_once=1) == {}
+
+    def test_what_is_done_is_not_run_again(self, tmp_path):
+        (tmp_path / "done").write_text("before")
+        done = script(tmp_path, "done", "open('done', 'w').write('again')")
+        after = script(tmp_path, "after", "open('after', 'w')", done)
+        assert self.run(tmp_path, [done, after]) == {}
+        assert (tmp_path / "done").read_text() == "before" and (tmp_path / "after").exists()
+
+    @pytest.mark.parametrize("stubborn", [False, True])
+    def test_an_interruption_ends_what_runs(self, tmp_path, monkeypatch, stubborn):
+        """A run is asked to stop and saves itself; one that does not is ended."""
+        monkeypatch.setattr(ablation_runs, "STOP_S", 0.3 if stubborn else 20)
+        code = "open('pid', 'w').write(str(os.getpid()))\n"
+        code += "def stop(*_): open('saved', 'w')" + ("\n" if stubborn else "; sys.exit(0)\n")
+        code += "signal.signal(signal.SIGTERM, stop)\nopen('ready', 'w')\nwhile True: time.sleep(0.01)"
+        long = script(tmp_path, "long", code)
+        short = script(tmp_path, "short", "while not os.path.exists('ready'): time.sleep(0.01)\nopen('short', 'w')")
+
+        def interrupt(job: Job) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            self.run(tmp_path, [long, short], finished=interrupt)
+        assert (tmp_path / "saved").exists()
+        assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
+
+
+def result(seed: int, accuracy: float, curve=None) -> dict:
+    steps = 8
+    per_step = {name: np.linspace(0.1, 0.8, steps).tolist() for name in summary.PER_STEP}
+    per_step["generated_tokens"] = [1000 * (step + 1) for step in range(steps)]
+    return {
+        **dict.fromkeys(summary.AVERAGED, 0.5),
+        "seed": seed,
+        "accuracy": accuracy,
+        "curve": curve or [[0, 0.3], [8000, accuracy]],
+        "by_category": CATEGORIES,
+        "advantages": [4, 3, 2, 1, 0, 0],
+        "per_step": per_step,
+    }
+
+
+class TestNumbers:
+    def test_intervals_are_those_of_a_paired_t_test(self):
+        """scipy's paired t-test gives the same mean and interval, whatever the order of the seeds."""
+        rng = np.random.default_rng(0)
+        ours, theirs = rng.normal(0.6, 0.05, 6), rng.normal(0.5, 0.05, 6)
+        forwards = [result(seed, accuracy) for seed, accuracy in enumerate(ours)]
+        backwards = [result(seed, accuracy) for seed, accuracy in enumerate(theirs)][::-1]
+        found = summary.difference(forwards, [*backwards, result(9, 5.0)])
+        low, high = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+        assert (found["mean"] - found["half_95"], found["mean"] + found["half_95"]) == pytest.approx((low, high))
+        assert found["seeds"] == 6
+        low, high = stats.ttest_1samp(ours, 0).confidence_interval(0.95)
+        mean, half = summary.interval(ours.tolist())
+        assert (mean - half, mean + half) == pytest.approx((low, high))
+
+    def test_a_constant_gap_has_no_width(self):
+        """However much the seeds differ, a difference that all of them have is certain."""
+        theirs = [result(seed, accuracy) for seed, accuracy in enumerate((0.5, 0.7, 0.9))]
+        ours = [result(seed, accuracy - 0.1) for seed, accuracy in enumerate((0.5, 0.7, 0.9))]
+        found = summary.difference(ours, theirs)
+        assert (found["mean"], found["half_95"]) == (pytest.approx(-0.1), pytest.approx(0, abs=1e-12))
+        assert summary.difference(ours[:1], theirs[1:]) is None
+        assert summary.difference(ours[:1], theirs)["half_95"] is None
+
+    def test_tokens_to_the_final_accuracy_of_grpo(self):
+        """A curve that rises twice as fast is there after half of the tokens, one that ends lower never is."""
+        slow = [result(seed, 0.5, [[0, 0.3], [4000, 0.4], [8000, 0.5]]) for seed in range(3)]
+        fast = [result(seed, 0.7, [[0, 0.3], [8000, 0.7]]) for seed in range(3)]
+        assert summary.share_of_tokens(fast, slow) == pytest.approx(0.5)
+        assert summary.share_of_tokens(slow, slow) == pytest.approx(1.0)
+        assert summary.share_of_tokens(slow, fast) is None
+        assert summary.share_of_tokens(fast, []) is None
+        longer = [result(seed, 0.7, [[0, 0.3], [10000, 0.3], [20000, 0.7]]) for seed in range(3)]
+        assert summary.share_of_tokens(longer, slow) == pytest.approx(15 / 8)
+
+    def test_a_lucky_point_is_not_the_first_to_reach_it(self):
+        """A single point above the level, after which the curve falls below it again, is averaged with the next one."""
+        slow = [result(0, 0.5, [[0, 0.3], [8000, 0.5]])]
+        lucky = [result(0, 0.5, [[0, 0.3], [2000, 0.51], [3000, 0.35], [8000, 0.5]])]
+        assert summary.share_of_tokens(lucky, slow) > 0.9
+
+    def test_stages_are_joined(self, tmp_path):
+        """Tokens go on from the first stage, the switch counts once, and the ends are those of the whole."""
+        both = []
+        for number, (steps, accuracies) in enumerate([(6, {0: 0.3, 4: 0.4, 6: 0.5}), (2, {0: 0.51, 2: 0.6})]):
+            write_run(tmp_path / str(number), steps, accuracies)
+            both.append(summary.stage_result(tmp_path / str(number)))
+        found = summary.joined(*both)
+        assert found["curve"] == [[0, 0.3], [400, 0.4], [600, 0.5], [800, 0.6]]
+        assert (found["accuracy_before"], found["accuracy_switch"], found["accuracy"]) == (0.3, 0.51, 0.6)
+        assert found["per_step"]["generated_tokens"] == [100 * step for step in range(1, 9)]
+        assert (found["steps"], found["generated_tokens"]) == (8, 800)
+        assert found["response_length_start"] == 1 and found["response_length_end"] == 1.5  # of the second's 1 and 2
+        assert found["advantages"] == [16, 8, 0, 0, 0, 0]
+
+    def test_tables(self):
+        """A table per part, whose rows have equally many cells, and a warning where models differed at the start."""
+        own = {name: [result(seed, 0.5 + 0.1 * seed) for seed in range(3)] for name in METHODS}
+        rows = [{"task": "sums", "part": "methods", "method": n, **summary.summarise(r, own)} for n, r in own.items()]
+        rows += [{"task": "sums", "part": "alpha", "method": "alpha 0", **summary.summarise(own["SSR"][:1], own)}]
+        text = summary.tables(rows)
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        assert len(lines) == 6 + 3 and len({line.count("|") for line in lines}) == 1
+        assert "## sums: methods" in text and "## sums: alpha" in text and "same model" not in text
+        assert "| full | 0.600 ± 0.248 | +0.000 ± 0.000 |" in text and "| alpha 0 | 0.500 | +0.000 |" in text
+        assert "same model" in summary.tables([rows[0], rows[1] | {"accuracy_before": 0.6}])
+
+
+METRICS = {**dict.fromkeys(summary.PER_STEP, 0.25), "advantage_histogram": [2, 1, 0, 0, 0, 0]}
+
+
+def write_run(folder: Path, steps: int, accuracies: dict[int, float]) -> None:
+    """What a run of 100 tokens a step leaves."""
+    folder.mkdir(parents=True)
+    rows = [
+        METRICS | {"step": step, "generated_tokens": 100 * step, "response_length_mean": step}
+        for step in range(1, steps + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = [
+        {"step": s, "val_accuracy": a, "by_category": CATEGORIES, "questions": 8} for s, a in accuracies.items()
+    ]
+    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+
+
+TRAINER = """#!{python} -IS
+# Stands for Python with the trainer and `rethinker eval`: 100 tokens a step until the budget is spent.
+import json, os, shutil, sys
+_, _, command, what, *given = sys.argv[1:]
+settings = dict(zip(given[::2], given[1::2]))
+with open("{folder}/calls", "a") as calls:
+    calls.write(json.dumps([command, what, settings]) + "\\n")
+if command == "eval":
+    os.makedirs(settings["--output"])
+    shutil.copy("{folder}/responses.parquet", settings["--output"])
+    open(settings["--output"] + "/result.json", "w").write("{{}}")
+    sys.exit()
+name = settings["--algorithm.name"]
+if os.path.exists("{folder}/broken-" + name):
+    sys.exit("the disk is full")
+run = os.path.join(settings["--run.dir"], settings["--run.name"])
+os.makedirs(run, exist_ok=True)
+budget, rows = int(settings["--train.max_generated_tokens"]), []
+while not rows or rows[-1]["generated_tokens"] < budget:
+    rows.append({metrics} | {{"step": len(rows) + 1, "generated_tokens": 130 * (len(rows) + 1)}})
+start = 0.4 if "--policy.model" in settings else 0.3
+ends = [(0, start), (len(rows), start + {{"ssr": 0.2, "filter": 0.15, "grpo": 0.1}}[name])]
+held_out = [{{"step": s, "val_accuracy": a, "by_category": {categories}, "questions": 8}} for s, a in ends]
+for file, lines in (("metrics", rows), ("validation", held_out)):
+    open(f"{{run}}/{{file}}.jsonl", "w").write("".join(json.dumps(line) + "\\n" for line in lines))
+"""
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """Replaces the trainer; a function that gives the command, the recipe and the settings of each call so far.
+    The warm-up leaves a file, and may not be asked for while that is there."""
+    trainer = tmp_path / "python"
+    trainer.write_text(TRAINER.format(python=sys.executable, folder=tmp_path, metrics=METRICS, categories=CATEGORIES))
+    trainer.chmod(0o755)
+    monkeypatch.setattr(ablation.sys, "executable", str(trainer))
+    monkeypatch.setattr(ablation, "describe", lambda: {"gpu": None})
+    monkeypatch.setattr(ablation, "warm_up", lambda task: (tmp_path / f"warm-{task}").touch(exist_ok=False))
+    answers = {"category": ["2 terms", "3 terms"] * 2, "reward": [1.0, 0.0, 1.0, 1.0], "rethinks": [True, False] * 2}
+    pd.DataFrame(answers).to_parquet(tmp_path / "responses.parquet")
+    return lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+
+
+class TestWhole:
+    def main(self, tmp_path: Path, *more: str) -> int:
+        places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+        return ablation.main(["--tasks", "easy_vqa", "--seeds", "0", "--tokens", "1000", *places, *more])
+
+    def test_from_nothing_to_tables_and_figures(self, tmp_path, calls):
+        assert self.main(tmp_path, "--parts", "methods", "rethinking", "--seeds", "0", "1") == 0
+        found = calls()
+        trained = [settings for command, _, settings in found if command == "train"]
+        assert len(trained) == 2 * (3 + 4) and len(found) == len(trained) + 2 * 4
+        for settings in trained:
+            assert settings["--resume"] == "auto" and settings["--data.validation"] == "easy_vqa"
+            # The first stage stops at 650 of 600 tokens, which the second makes up for.
+            second = "--policy.model" in settings
+            assert settings["--train.max_generated_tokens"] == ("350" if second else "600")
+            if second:
+                own, first = settings["--run.name"], Path(settings["--policy.model"])
+                assert first.parts[-2:] == ("checkpoints", "last") and "stage1" in first.parts[-3]
+                assert first.parts[-3].split("-")[1] == own.split("-")[1] and own.split("-")[-2] in first.parts[-3]
+        report = json.loads((tmp_path / "out" / "cpu" / "ablation.json").read_text())
+        rows = {row["method"]: row for row in report["summary"]}
+        assert list(rows) == list(METHODS) and report["tokens"] == {"easy_vqa": 1000}
+        assert rows["GRPO"]["accuracies"] == pytest.approx([0.5, 0.5])
+        assert rows["full"]["minus"]["GRPO"]["mean"] == pytest.approx(0.1)
+        assert rows["full"]["share_of_grpos_tokens"] < rows["GRPO"]["share_of_grpos_tokens"] == pytest.approx(1.0)
+        assert "| filter | 0.550" in (tmp_path / "out" / "cpu" / "ablation.md").read_text()
+        figures = {path.name for path in (tmp_path / "out" / "cpu").glob("*.svg")}
+        assert figures == {
+            f"ablation_easy_vqa_{name}.svg" for name in ("effective_queries", "curves", "advantages", "rethinking")
+        }
+
+    def test_a_second_time_nothing_is_run(self, tmp_path, calls):
+        assert self.main(tmp_path, "--parts", "methods") == 0
+        (tmp_path / "warm-easy_vqa").rename(tmp_path / "warm")
+        before = calls()
+        assert self.main(tmp_path, "--parts", "methods", "--report") == 0 and calls() == before
+        assert self.main(tmp_path, "--parts", "methods") == 0 and calls() == before
+        assert not (tmp_path / "warm-easy_vqa").exists()
+        # What another table shares is not run again either: SSR and the full method are there.
+        assert self.main(tmp_path, "--parts", "forced") == 0
+        new = [settings for _, _, settings in calls()[len(before) :]]
+        assert len(new) == 2 + 2  # 0.1 and 0.5 in the second stage; from the start in both
+
+    def test_a_run_that_fails_is_reported_and_the_next_call_goes_on(self, tmp_path, calls, capsys):
+        (tmp_path / "broken-filter").touch()
+        assert self.main(tmp_path, "--parts", "methods") == 1
+        said = capsys.readouterr().err
+        assert said.count("exit code 1") == 1 and "the disk is full" in said and said.count("was not started") == 1
+        table = (tmp_path / "out" / "cpu" / "ablation.md").read_text()
+        assert "| GRPO |" in table and "| filter |" not in table
+        (tmp_path / "broken-filter").unlink()
+        (tmp_path / "warm-easy_vqa").unlink()
+        before = len(calls())
+        assert self.main(tmp_path, "--parts", "methods") == 0
+        assert {settings["--algorithm.name"] for _, _, settings in calls()[before:]} == {"filter"}
+        assert "| filter |" in (tmp_path / "out" / "cpu" / "ablation.md").read_text()
+
+    def test_an_interrupted_ablation_goes_on(self, tmp_path, calls, capsys, monkeypatch):
+        """After Ctrl-C at the third run, the runs that were done by then are not run again."""
+        report, reports = Ablation.report, []
+
+        def third(self, *given, **named):
+            reports.append(given)
+            if len(reports) == 3:
+                raise KeyboardInterrupt
+            return report(self, *given, **named)
+
+        monkeypatch.setattr(Ablation, "report", third)
+        assert self.main(tmp_path, "--parts", "methods", "--jobs", "1") == 130
+        assert "goes on" in capsys.readouterr().err
+        before = len(calls())
+        assert before == 3
+        (tmp_path / "warm-easy_vqa").unlink()
+        assert self.main(tmp_path, "--parts", "methods") == 0
+        assert len(calls()) == 3 + 4
+
+    def test_a_run_that_was_stopped_early_is_not_done(self, tmp_path):
+        jobs = {}
+        second = stages("easy_vqa", METHODS["SSR"], 0, 1000, 100)[1]
+        first = ablation.training(second, tmp_path, jobs).after
+        write_run(tmp_path / first.name, 5, {0: 0.3})
+        with pytest.raises(UnfinishedError, match="500 of 600"):
+            first.finish()
+        assert not first.done.exists()
+
+
+class TestFigures:
+    def test_curves_meet_at_the_same_tokens(self):
+        """Seeds are compared where all of them have been."""
+        table = ablation_figures.over_tokens([([0, 4000], [0.0, 0.4]), ([1000, 5000], [0.1, 0.5])], points=4)
+        assert table.index.tolist() == [1.0, 2.0, 3.0, 4.0]
+        assert table[0].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4]) == table[1].tolist()
+
+    def test_rethinking_is_compared_by_category(self, tmp_path):
+        """The means over seeds of every category, and of all questions."""
+        found = []
+        for seed, rewards in enumerate(([1.0, 0.0, 0.0], [1.0, 1.0, 0.0])):
+            (tmp_path / str(seed)).mkdir()
+            answers = {
+                "category": ["2 terms", "3 terms", "3 terms", "never trained"],
+                "reward": [*rewards, 1.0],
+                "rethinks": [False, True, False, True],
+            }
+            pd.DataFrame(answers).to_parquet(tmp_path / str(seed) / "responses.parquet")
+            found.append(("SSR", "normal", tmp_path / str(seed)))
+        table = ablation_figures.by_category(found, CATEGORIES).set_index("benchmark")
+        assert table.accuracy.to_dict() == pytest.approx({"2 terms": 1.0, "3 terms": 0.25, "all": 0.5})
+        assert table.rethink_ratio.to_dict() == pytest.approx({"2 terms": 0.0, "3 terms": 0.5, "all": 1 / 3})
+
+    def test_every_method_is_in_every_figure(self, tmp_path):
+        results = {name: [result(seed, 0.5) for seed in range(2)] for name in METHODS}
+        files = ablation_figures.draw_figures("sums", results, [], tmp_path)
+        assert [file.name for file in files] == [
+            f"ablation_sums_{name}.svg" for name in ("effective_queries", "curves", "advantages")
+        ]
+        for file in files:
+            assert all(f">{name}<" in file.read_text() for name in METHODS)
+        assert ablation_figures.draw_figures("sums", {}, [], tmp_path) == []

@@ -132,12 +132,13 @@ def test_megabench(load, right, tmp_path):
         load("megabench")
 
 
-@pytest.mark.parametrize(("name", "questions"), [("digits", 2520), ("easy_vqa", 9673)])
+@pytest.mark.parametrize(("name", "questions"), [("digits", 2520), ("easy_vqa", 9673), ("sums", 1800)])
 def test_embedded_benchmarks(name, questions):
     """Need no file; the number of questions is the one their files state."""
     benchmark = load_benchmark(name)
     queries, _ = benchmark_queries(benchmark)
     assert len(queries) == questions == benchmark.questions
+    assert all(query.id.split("/")[1] == "test" for query in queries if name == "sums")
     with pytest.raises(ConfigError, match=f"--data x: {name} comes with the package"):
         benchmark_queries(benchmark, "x")
 
@@ -146,7 +147,7 @@ def test_all_shipped_benchmarks_are_tested():
     """A benchmark that is added here needs a fixture."""
     tested = {name for name in vars(fixtures) if name in shipped_benchmarks()}
     parts = {"mmmu_pro_standard", "mmmu_pro_vision"}
-    assert set(shipped_benchmarks()) == tested | parts | {"digits", "easy_vqa"}
+    assert set(shipped_benchmarks()) == tested | parts | {"digits", "easy_vqa", "sums"}
 
 
 def test_data_that_is_nowhere(tmp_path, monkeypatch):

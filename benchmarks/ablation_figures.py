@@ -1,0 +1,96 @@
+"""The paper's figures of the ablation: effective queries (2), curves (5), advantages (6), rethinking (7)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from rethinker.report.drawing import draw_line, in_our_look, legend, new_figure, save_figure, style_of
+from rethinker.report.figures import advantages
+from rethinker.report.rethinking import compare, rethinking_analysis
+from rethinker.report.runs import RunRecord
+
+Results = Mapping[str, Sequence[Mapping[str, Any]]]
+"""By method what it learned, one per seed (ablation_summary.joined)."""
+
+
+def draw_figures(task: str, results: Results, evaluations: Sequence[tuple[str, str, Path]], folder: Path) -> list[Path]:
+    """Write ablation_<task>_<figure>.svg of what is there.
+
+    Args:
+        task: in the files' names.
+        results: of the methods, in the order of the legend.
+        evaluations: method, mode and folder of each result of `rethinker eval`.
+        folder: where the figures go.
+    """
+    figures = {}
+    if results:
+        figures = {"effective_queries": effective_queries(results), "curves": curves(results)}
+        figures["advantages"] = in_our_look(advantages)([_as_run(name, own) for name, own in results.items()])
+        if evaluations:
+            trained = next(iter(results.values()))[0]["by_category"]
+            figures["rethinking"] = rethinking_analysis(compare(by_category(evaluations, trained))[1])
+    return [save_figure(drawn, folder / f"ablation_{task}_{name}.svg") for name, drawn in figures.items() if drawn]
+
+
+@in_our_look
+def effective_queries(results: Results) -> Figure:
+    """Share of the queries that carry an advantage, over steps: the paper's figure 2, for every method."""
+    figure = new_figure(3.2)
+    axes = figure.subplots()
+    for number, (name, own) in enumerate(results.items()):
+        columns = [pd.Series(result["per_step"]["effective_query_ratio"]) for result in own]
+        table = pd.concat(columns, axis=1, join="inner")  # [steps, seeds]
+        draw_line(axes, table.set_index(table.index + 1), name, **style_of(number))
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylabel("effective queries (0 to 1)")
+    axes.set_xlabel("optimizer step")
+    legend(figure)
+    return figure
+
+
+@in_our_look
+def curves(results: Results) -> Figure:
+    """Greedy accuracy on the test questions, and the sampled reward, over sampled tokens: the paper's figure 5."""
+    figure = new_figure(5.2)
+    panes = figure.subplots(2, 1, sharex=True)
+    for number, (name, own) in enumerate(results.items()):
+        accuracy = over_tokens([np.transpose(result["curve"]) for result in own], points=9)
+        draw_line(panes[0], accuracy, name, points=True, **style_of(number))
+        steps = [(result["per_step"]["generated_tokens"], result["per_step"]["reward_mean"]) for result in own]
+        draw_line(panes[1], over_tokens(steps, points=100), name, **style_of(number))
+    panes[0].set_title("greedy accuracy on the test questions; bands are the range of the seeds")
+    panes[1].set_title("sampled reward, of the rethought response where one was kept")
+    panes[1].set_xlabel("sampled tokens, thousands")
+    legend(figure)
+    return figure
+
+
+def over_tokens(curves: Sequence[Any], points: int) -> pd.DataFrame:
+    """Curves of (tokens, values) at the same thousands of tokens, as far as all of them go: [points, curves]."""
+    tokens = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), points)
+    return pd.DataFrame({i: np.interp(tokens, x, y) for i, (x, y) in enumerate(curves)}, index=tokens / 1000)
+
+
+def _as_run(name: str, results: Sequence[Mapping[str, Any]]) -> RunRecord:
+    """A method as report/figures.py draws it: the histograms of all its seeds."""
+    steps = [{"step": 1, "advantage_histogram": result["advantages"]} for result in results]
+    return RunRecord(Path(), {}, steps, [], name)
+
+
+def by_category(evaluations: Sequence[tuple[str, str, Path]], categories: Collection[str]) -> pd.DataFrame:
+    """Model, benchmark (each of these categories, and all), mode, accuracy and rethink_ratio: means over the seeds."""
+    tables = []
+    for name, mode, folder in evaluations:
+        answers = pd.read_parquet(folder / "responses.parquet", columns=["category", "reward", "rethinks"])
+        answers = answers[answers.category.isin(list(categories))]
+        answers = answers.assign(accuracy=answers.reward >= 1.0).drop(columns="reward")
+        own = pd.concat([answers, answers.assign(category="all")]).groupby("category").mean().reset_index()
+        tables.append(own.assign(model=name, mode=mode))
+    found = pd.concat(tables).rename(columns={"category": "benchmark", "rethinks": "rethink_ratio"})
+    return found.groupby(["model", "benchmark", "mode"], sort=False).mean().reset_index()

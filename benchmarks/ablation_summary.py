@@ -1,0 +1,217 @@
+"""The numbers of the ablation: what a run and a method learned, means over seeds, and differences paired by seed."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Result = dict[str, Any]
+
+PER_STEP = (
+    *("generated_tokens", "reward_mean", "effective_query_ratio", "rethink_ratio", "response_length_mean"),
+    *("rethink_forced", "rethink_kept", "rethink_fixed", "rethink_broken", "replay_fraction", "step_s"),
+)
+"""Metrics of metrics.jsonl that a result keeps for every step."""
+START, END = 0.1, 0.75
+"""`..._start` is the mean over the first tenth of a method's steps, `..._end` over its last quarter."""
+AVERAGED = (
+    *("accuracy_before", "accuracy_switch", "steps", "generated_tokens", "seconds", "reward_end"),
+    *("effective_queries_start", "effective_queries_end", "rethinks_start", "rethinks_end"),
+    *("response_length_start", "response_length_end"),
+    *("rethink_forced", "rethink_kept", "rethink_fixed", "rethink_broken", "replayed"),
+)
+"""What the summary gives as a mean over the seeds, without an interval."""
+
+
+def stage_result(folder: Path) -> Result:
+    """What one run learned, from its folder: every step's metrics, and its accuracies by the tokens until then."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held_out = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    tokens = {0: 0} | {row["step"]: row["generated_tokens"] for row in rows}
+    return {
+        "steps": len(rows),
+        "generated_tokens": rows[-1]["generated_tokens"],
+        "curve": [[tokens[row["step"]], row["val_accuracy"]] for row in held_out],
+        "by_category": held_out[-1]["by_category"],
+        "questions": held_out[-1]["questions"],
+        "advantages": np.sum([row["advantage_histogram"] for row in rows], axis=0).tolist(),
+        "per_step": {name: [row[name] for row in rows] for name in PER_STEP},
+    }
+
+
+def joined(first: Result, second: Result) -> Result:
+    """What a method learned in both stages: steps and tokens go on counting."""
+    offset = first["generated_tokens"]
+    per_step = {name: first["per_step"][name] + second["per_step"][name] for name in PER_STEP}
+    sampled = [tokens + offset for tokens in second["per_step"]["generated_tokens"]]
+    per_step["generated_tokens"] = first["per_step"]["generated_tokens"] + sampled
+    steps = first["steps"] + second["steps"]
+
+    def start(name: str) -> float:
+        return statistics.fmean(per_step[name][: max(1, round(START * steps))])
+
+    def end(name: str) -> float:
+        return statistics.fmean(per_step[name][min(steps - 1, round(END * steps)) :])
+
+    def in_second(name: str) -> float:
+        return statistics.fmean(second["per_step"][name])
+
+    return {
+        "accuracy_before": first["curve"][0][1],
+        "accuracy_switch": second["curve"][0][1],
+        "accuracy": second["curve"][-1][1],
+        "by_category": second["by_category"],
+        "questions": second["questions"],
+        # Where the second stage begins the same model has answered twice.
+        "curve": first["curve"] + [[tokens + offset, accuracy] for tokens, accuracy in second["curve"][1:]],
+        "advantages": [a + b for a, b in zip(first["advantages"], second["advantages"], strict=True)],
+        "per_step": per_step,
+        "steps": steps,
+        "generated_tokens": offset + second["generated_tokens"],
+        "seconds": sum(per_step["step_s"]),
+        "reward_end": end("reward_mean"),
+        "effective_queries_start": start("effective_query_ratio"),
+        "effective_queries_end": end("effective_query_ratio"),
+        "rethinks_start": start("rethink_ratio"),
+        "rethinks_end": end("rethink_ratio"),
+        "response_length_start": start("response_length_mean"),
+        "response_length_end": end("response_length_mean"),
+        **{name: in_second(name) for name in PER_STEP if name.startswith("rethink_") and name != "rethink_ratio"},
+        "replayed": statistics.fmean(per_step["replay_fraction"]),
+    }
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and half-width of its 95% interval (Student's t); a single value has none."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return values[0], None
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), float(t.ppf(0.975, len(values) - 1)) * error
+
+
+def difference(results: Sequence[Result], others: Sequence[Result]) -> Result | None:
+    """Mean of `results` minus `others` over the seeds that both have, with its 95% interval; None without any."""
+    theirs = {result["seed"]: result["accuracy"] for result in others}
+    gaps = [result["accuracy"] - theirs[result["seed"]] for result in results if result["seed"] in theirs]
+    if not gaps:
+        return None
+    mean, half = interval(gaps)
+    return {"mean": mean, "half_95": half, "seeds": len(gaps)}
+
+
+def mean_curve(results: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [101], to where all seeds came, and the seeds' mean accuracy there, as the nearest curve that never falls
+    (isotonic regression): the first of many noisy points above a level would come too early."""
+    from scipy.optimize import isotonic_regression
+
+    tokens = np.linspace(0, min(result["curve"][-1][0] for result in results), 101)
+    curves = [np.interp(tokens, *np.transpose(result["curve"])) for result in results]
+    return tokens, isotonic_regression(np.mean(curves, axis=0)).x
+
+
+def share_of_tokens(results: Sequence[Result], others: Sequence[Result]) -> float | None:
+    """Tokens after which `results` are as accurate as `others` are at their end, as a share of the others' tokens.
+
+    None where they never are. Both are mean curves over the seeds that both have, so the share of `others` itself is 1,
+    or less where it stood still at last.
+    """
+    both = {result["seed"] for result in results} & {result["seed"] for result in others}
+    if not both:
+        return None
+    tokens, accuracies = mean_curve([result for result in results if result["seed"] in both])
+    other_tokens, other_accuracies = mean_curve([result for result in others if result["seed"] in both])
+    level = other_accuracies[-1]
+    if accuracies[-1] < level:
+        return None
+    after = int(np.argmax(accuracies >= level))
+    if after == 0:
+        return 0.0
+    low, high = accuracies[after - 1], accuracies[after]
+    reached = tokens[after - 1] + (level - low) / (high - low) * (tokens[after] - tokens[after - 1])
+    return float(reached / other_tokens[-1])
+
+
+def summarise(results: Sequence[Result], references: Mapping[str, Sequence[Result]]) -> Result:
+    """A method's row: mean accuracy, differences to the references by seed, and tokens to GRPO's final accuracy.
+
+    Args:
+        results: of the method, one per seed.
+        references: of the methods `full`, `SSR` and `GRPO`, as far as they have run.
+    """
+    mean, half = interval([result["accuracy"] for result in results])
+    categories = {name: [result["by_category"][name] for result in results] for name in results[0]["by_category"]}
+    grpo = references["GRPO"]
+    # By how much one seed changes it.
+    without = [
+        share_of_tokens([result for result in results if result["seed"] != seed], grpo)
+        for seed in ([result["seed"] for result in results] if len(results) > 2 else ())
+    ]
+    return {
+        "seeds": [result["seed"] for result in results],
+        "accuracy": mean,
+        "accuracy_half_95": half,
+        "accuracies": [result["accuracy"] for result in results],
+        "minus": {name: difference(results, others) for name, others in references.items()},
+        "share_of_grpos_tokens": share_of_tokens(results, grpo),
+        "share_without_one_seed": without,
+        "by_category": {name: statistics.fmean(values) for name, values in categories.items()},
+        **{name: statistics.fmean(result[name] for result in results) for name in AVERAGED},
+    }
+
+
+COLUMNS = (
+    *("method", "accuracy", "minus full", "minus SSR", "minus GRPO", "tokens to GRPO's accuracy"),
+    *("effective queries", "rethinks unforced", "tokens a response", "steps", "sampled tokens", "seeds"),
+)
+
+
+def tables(summary: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table per task and part, of the rows of `summarise` with their task, part and method."""
+    parts = []
+    for (task, part), rows in groupby(summary, key=lambda row: (row["task"], row["part"])):
+        lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        own = list(rows)
+        lines += [f"| {' | '.join(_cells(row))} |" for row in own]
+        before = [row["accuracy_before"] for row in own]
+        said = f"accuracy {before[0]:.3f} before the first step"
+        if max(before) - min(before) > 0.005:  # greedy answers of the same model
+            said += f", and up to {max(before) - min(before):.3f} apart: these runs did not start from the same model"
+        parts.append(f"## {task}: {part}\n\nFrom {said}.\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    gaps = [row["minus"][name] for name in ("full", "SSR", "GRPO")]
+    share, without = row["share_of_grpos_tokens"], row["share_without_one_seed"]
+    reached = "not reached" if share is None else f"{share:.2f}"
+    if row["minus"]["GRPO"] is None:
+        reached = ""
+    elif without:
+        ends = [f"{min(found):.2f}" if (found := [s for s in without if s is not None]) else "never"]
+        ends.append("never" if None in without else f"{max(without):.2f}")
+        reached += f" ({ends[0]} to {ends[1]})"
+    return [
+        row["method"],
+        f"{row['accuracy']:.3f}" + _half(row["accuracy_half_95"]),
+        *("" if gap is None else f"{gap['mean']:+.3f}" + _half(gap["half_95"]) for gap in gaps),
+        reached,
+        f"{row['effective_queries_start']:.2f} to {row['effective_queries_end']:.2f}",
+        f"{row['rethinks_start']:.3f} to {row['rethinks_end']:.3f}",
+        f"{row['response_length_start']:.1f} to {row['response_length_end']:.1f}",
+        f"{row['steps']:.0f}",
+        f"{row['generated_tokens'] / 1000:.0f}k",
+        str(len(row["seeds"])),
+    ]
+
+
+def _half(width: float | None) -> str:
+    return "" if width is None else f" ± {width:.3f}"
