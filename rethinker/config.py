@@ -111,7 +111,7 @@ class WarmupConfig:
     """The short supervised stage that gives the embedded tiny model its first words. Only for `policy.model: tiny`."""
 
     look_steps: ranges.Natural = 200
-    """Optimizer steps in which the vision tower alone learns to name the colour and the shape in an image."""
+    """Optimizer steps in which the vision tower alone learns to name what an image shows."""
     steps: ranges.Natural = 90
     """Optimizer steps in which the whole model learns to answer."""
     batch_size: ranges.Count = 64
@@ -120,6 +120,8 @@ class WarmupConfig:
     """Peak learning rate of both stages."""
     data_fraction: ranges.PositiveShare = 0.25
     """Share of the training images that the warm-up may see."""
+    category_weights: dict[str, ranges.NotNegative] = field(default_factory=dict)
+    """Share of each category in what it learns to answer; by default data.category_weights."""
     seed: ranges.Seed = 0
     """Seed of the tiny model's weights and of the warm-up's data order."""
 

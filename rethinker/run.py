@@ -23,6 +23,7 @@ from rethinker.checkpoint.run_directory import RunDirectory
 from rethinker.checks import schedule_length
 from rethinker.config import Config
 from rethinker.data.datasets import load_queries
+from rethinker.data.mixture import category_of
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.streaming import open_stream
 from rethinker.embedded.files import as_files, model_folder
@@ -282,11 +283,16 @@ class Run:
 
 
 def load_held_out(config: Config) -> list[Query]:
-    """The validation questions: the first `validation.size` of a seeded shuffle, the same ones at every seed."""
+    """The validation questions: the first `validation.size` of a seeded shuffle, the same ones at every seed.
+
+    Categories that `data.category_weights` leaves out of training are left out here, too.
+    """
     if config.data.validation is None:
         return []
     queries = load_queries(as_files(config.data, "validation"), "validation", most=config.validation.size)
     random.Random(0).shuffle(queries)
+    trained = {name for name, weight in config.data.category_weights.items() if weight > 0}
+    queries = [query for query in queries if category_of(query) in trained] or queries
     return queries[: config.validation.size]
 
 

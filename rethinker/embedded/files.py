@@ -1,7 +1,9 @@
 """What the words of the settings stand for that come with the package: data sets and a model, as files and a folder.
 
-`data.train: easy_vqa` and `digits` become parquet files, which are read as any other data set is; `policy.model: tiny`
-becomes the folder of a model. Both lie in the cache, and are made when they are asked for first.
+`data.train: sums`, `easy_vqa` and `digits` become parquet files, which are read as any other data set is; `tiny` as
+`policy.model` becomes the folder of a model. Both lie in the cache, and are made when they are asked for first. A data
+set's name may say which split is meant (`data.validation: sums:test`); by default data.train is `train`, and
+data.validation is `validation`, or `test` where there is no such split.
 """
 
 from __future__ import annotations
@@ -20,11 +22,17 @@ from rethinker.data.subsets import Side
 from rethinker.doctor import check_packages
 from rethinker.embedded.digits import digits
 from rethinker.embedded.easy_vqa import easy_vqa
+from rethinker.embedded.sums import sums
 from rethinker.runtime.files import whole_file
 from rethinker.samples import Query
 
-# By name: the questions of a split, and the package that they come with: its module and what it is installed as.
-DATA_SETS = {"easy_vqa": (easy_vqa, "easy_vqa", "easy-vqa"), "digits": (digits, "sklearn", "scikit-learn")}
+# By name: the questions of a split, its splits (for training, for validation, others), and the package that they come
+# with: its module and what it is installed as.
+DATA_SETS = {
+    "sums": (sums, ("train", "validation", "test"), "sklearn", "scikit-learn"),
+    "easy_vqa": (easy_vqa, ("train", "test"), "easy_vqa", "easy-vqa"),
+    "digits": (digits, ("train", "test"), "sklearn", "scikit-learn"),
+}
 
 
 def cache_folder() -> Path:
@@ -44,7 +52,7 @@ def as_files(data: DataConfig, which: Side) -> DataConfig:
             written.
     """
     if which == "validation" and data.validation != SPLIT:
-        file = _file(data.validation, "test", "data.validation")
+        file = _file(data.validation, "data.validation")
         return replace(data, validation=file, fields={}) if file else data
     sources = {name: as_files(own, "train") for name, own in source_configs(data).items()}
     if sources:
@@ -53,7 +61,7 @@ def as_files(data: DataConfig, which: Side) -> DataConfig:
             for name, own in sources.items()
         }
         return replace(data, sources=entries, fields={})
-    file = _file(data.train, "train", "data.train")
+    file = _file(data.train, "data.train")
     # An image_root of "": images are told apart by their own names, wherever the package is installed.
     return replace(data, train=file, fields={}, image_root=data.image_root or "") if file else data
 
@@ -72,14 +80,18 @@ def model_folder(config: Config) -> str:
     return str(warmed_up_tiny(config.policy.warmup, config.data, queries, cache_folder()))
 
 
-def _file(name: str | None, split: str, setting: str) -> str | None:
+def _file(given: str | None, setting: str) -> str | None:
     """The file of a split of an embedded data set, made if it is not there; None for any other data set."""
+    name, _, split = (given or "").partition(":")
     if name not in DATA_SETS:
-        word = name is not None and name.replace("-", "_").isidentifier() and not os.path.exists(name)
+        word = given is not None and name.replace("-", "_").isidentifier() and not os.path.exists(given)
         if word and (close := nearest(name, DATA_SETS)):
-            raise ConfigError(f"{setting}={name}: there is no such data set; did you mean {close}?")
+            raise ConfigError(f"{setting}={given}: there is no such data set; did you mean {close}?")
         return None
-    load, package, distribution = DATA_SETS[name]
+    load, splits, package, distribution = DATA_SETS[name]
+    split = split or splits[setting != "data.train"]
+    if split not in splits:
+        raise ConfigError(f"{setting}={given}: {name} has no split {split!r}, but {', '.join(splits)}")
     check_packages(f"{setting}={name}", package)
     made_of = [find_spec(package).origin, version(distribution), version("pillow")]
     made_of += [Path(file).read_bytes() for file in (__file__, load.__code__.co_filename)]

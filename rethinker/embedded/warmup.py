@@ -1,11 +1,8 @@
-"""The embedded default's first words: the tiny model built and trained, supervised, for about a minute.
+"""The embedded default's first words: the tiny model built and trained, supervised, for a minute or two.
 
-It learns to look and to speak, and leaves something to learn. First the vision tower learns to name the colour and the
-shape in an image, with a linear probe that is thrown away. Then the whole model learns answers that look before they
-answer, `a teal circle. \\boxed{teal}`, on part of the training images. In negated questions ("is there not a red
-shape?") its teacher overlooks the "not" two times in three. That mistake, and the rest of the images, are left to
-reinforcement learning. (A model that never saw such questions never samples their answers, so no reward could teach it;
-one that saw them answered right leaves nothing to learn.)
+It learns to look and to speak, and leaves something to learn. First the vision tower learns to name what an image
+shows, with a linear probe that is thrown away. Then the whole model learns responses on part of the training questions.
+What they are like is the data set's own: a teacher beside it says what its images show and how they are answered.
 """
 
 from __future__ import annotations
@@ -15,9 +12,9 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,23 +22,19 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch.nn import functional as F
 
-from rethinker.config import ConfigError, DataConfig, WarmupConfig
+from rethinker.config import ConfigError, DataConfig, PolicyConfig, WarmupConfig
 from rethinker.data.images import image_key
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.query_stream import QueryStream
-from rethinker.embedded.easy_vqa import COLORS, SHAPES, describe_images, is_negated
+from rethinker.embedded.easy_vqa import EasyVqaTeacher
+from rethinker.embedded.sums import SumsTeacher
 from rethinker.embedded.tiny import DEFAULT_SIZE, TinySize, create_tiny
-from rethinker.policy.model import load_model, load_processor
-from rethinker.policy.packing import joined
+from rethinker.policy.model import Policy, load_model, load_processor
+from rethinker.policy.packing import joined, pack
 from rethinker.runtime.display import progress
-from rethinker.samples import Query
+from rethinker.samples import Bundle, Completion, Query, Rethought, Sample
 
-# Colour and shape of an image, by its `image_key`.
-Shown = Mapping[Hashable, tuple[str, str]]
-
-# How often the "not" of a negated question is overlooked: clearly more than half, so that the greedy answer is wrong
-# whatever the seed and the machine, and clearly less than always, so that samples are sometimes right.
-NOT_OVERLOOKED = 0.65
+Teacher = EasyVqaTeacher | SumsTeacher
 BETAS = (0.9, 0.95)  # Adam's
 
 
@@ -82,17 +75,17 @@ def _build(folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize,
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
-        shown = describe_images(queries)
-        texts = [text for q in queries for text in (q.question, response_text(q, _description(q, shown)))]
+        teacher, rng = teacher_of(queries), random.Random(warmup.seed)
+        texts = [text for q in queries for text in (q.question, *(part for part, _ in teacher.response(q, rng)))]
         create_tiny(partial, warmup.seed, texts=texts, size=size)
         with _all_cores(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(warmup.seed)
             processor, model = load_processor(partial), load_model(partial, torch.float32)
             encoder = PromptEncoder(processor, data)
-            lessons = _lessons(queries, shown, encoder, warmup)
+            lessons = _lessons(queries, teacher, encoder, warmup)
             model.train()
-            _learn_to_look(model, encoder, lessons, shown, warmup)
-            _learn_to_answer(model, encoder, lessons, shown, warmup)
+            _learn_to_look(model, encoder, lessons, teacher, warmup)
+            _learn_to_answer(model, encoder, lessons, teacher, warmup)
             model.eval()
             model.save_pretrained(partial)
             processor.save_pretrained(partial)
@@ -101,23 +94,21 @@ def _build(folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize,
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _lessons(queries: list[Query], shown: Shown, encoder: PromptEncoder, warmup: WarmupConfig) -> list[Query]:
+def teacher_of(queries: list[Query]) -> Teacher:
+    """Who teaches these questions; of a mixture of data sets, one for all."""
+    return SumsTeacher() if all(map(SumsTeacher().sees, queries)) else EasyVqaTeacher(queries)
+
+
+def _lessons(queries: list[Query], teacher: Teacher, encoder: PromptEncoder, warmup: WarmupConfig) -> list[Query]:
     """The questions about the warm-up's share of the images.
 
-    Images that cannot be described are passed over (unless none can): they would teach it to answer without a look.
+    Images of which nothing is known are passed over (unless that is all): they would teach it to answer without a look.
     """
-    queries = [query for query in queries if _description(query, shown)] or queries
+    queries = list(filter(teacher.sees, queries)) or queries
     names = sorted({_image_name(query) for query in queries})
     random.Random(warmup.seed).shuffle(names)
     chosen = set(names[: max(1, round(warmup.data_fraction * len(names)))])
     return select_fitting([query for query in queries if _image_name(query) in chosen], encoder)[0]
-
-
-def _as_taught(query: Query, rng: random.Random) -> Query:
-    """The query with the answer that the warm-up teaches: its own, but for a "not" that is overlooked."""
-    if query.answer in ("yes", "no") and is_negated(query.question) and rng.random() < NOT_OVERLOOKED:
-        return replace(query, answer="no" if query.answer == "yes" else "yes")
-    return query
 
 
 def _image_name(query: Query) -> str:
@@ -125,23 +116,18 @@ def _image_name(query: Query) -> str:
     return "|".join(str(image_key(image)) for image in query.images) or query.id
 
 
-def _description(query: Query, shown: Shown) -> tuple[str, str] | None:
-    return shown.get(image_key(query.images[0])) if len(query.images) == 1 else None
+def _stream(lessons: list[Query], weights: dict[str, float], seed: int) -> QueryStream:
+    present = {query.metadata.get("category") for query in lessons}
+    return QueryStream(lessons, seed=seed, category_weights={c: w for c, w in weights.items() if c in present})
 
 
-def response_text(query: Query, description: tuple[str, str] | None) -> str:
-    """What the warm-up teaches as the response: a look at the image, where its content is known, then the answer."""
-    look = f"a {description[0]} {description[1]}. " if description else ""
-    return f"{look}\\boxed{{{query.answer}}}"
-
-
-def _learn_to_look(model, encoder: PromptEncoder, lessons: list[Query], shown: Shown, warmup: WarmupConfig) -> None:
-    """Train the vision tower to tell colour and shape by a linear probe on its tokens, pooled by a learned score."""
-    images = list({_image_name(query): query for query in lessons if _description(query, shown)}.values())
+def _learn_to_look(model, encoder: PromptEncoder, lessons: list[Query], teacher: Teacher, warmup: WarmupConfig) -> None:
+    """Train the vision tower to tell what its tokens show by a linear probe on them."""
+    images = list({_image_name(query): query for query in lessons if teacher.sees(query)}.values())
     if not images:
         return
     tower = model.model.visual
-    probe = torch.nn.Linear(model.config.text_config.hidden_size, len(COLORS) + len(SHAPES) + 1)
+    probe = torch.nn.Linear(model.config.text_config.hidden_size, teacher.classes)
     optimizer = torch.optim.AdamW([*tower.parameters(), *probe.parameters()], betas=BETAS, weight_decay=0.0)
     rng = random.Random(warmup.seed)
     for step in progress(range(warmup.look_steps), "warm-up, looking"):
@@ -149,46 +135,38 @@ def _learn_to_look(model, encoder: PromptEncoder, lessons: list[Query], shown: S
         seen = joined([encoder.pixels(query) for query in batch])
         grid = seen["image_grid_thw"]
         tokens = tower(seen["pixel_values"], grid_thw=grid).pooler_output  # [tokens, hidden]
-        scores = probe(F.rms_norm(tokens, tokens.shape[-1:]))  # [tokens, colours + shapes + 1]
+        scores = probe(F.rms_norm(tokens, tokens.shape[-1:]))  # [tokens, classes]
         owner = torch.arange(len(batch)).repeat_interleave(grid.prod(-1) // tower.spatial_merge_unit)  # [tokens]
-        weight = scores[:, -1:].clamp(-20, 20).exp()
-        total = torch.zeros(len(batch), 1).index_add(0, owner, weight)
-        pooled = torch.zeros(len(batch), scores.shape[1]).index_add(0, owner, weight * scores) / total
-        colors, shapes = zip(*(_description(query, shown) for query in batch), strict=True)
-        color_loss = F.cross_entropy(pooled[:, : len(COLORS)], torch.tensor([COLORS.index(c) for c in colors]))
-        shape_loss = F.cross_entropy(pooled[:, len(COLORS) : -1], torch.tensor([SHAPES.index(s) for s in shapes]))
-        _update(optimizer, color_loss + shape_loss, warmup, step / warmup.look_steps)
+        _update(optimizer, teacher.look_loss(scores, owner, batch), warmup, step / warmup.look_steps)
 
 
-def _learn_to_answer(model, encoder: PromptEncoder, lessons: list[Query], shown: Shown, warmup: WarmupConfig) -> None:
-    """Train the whole model on the responses; the loss is on their tokens alone."""
+def _learn_to_answer(
+    model, encoder: PromptEncoder, lessons: list[Query], teacher: Teacher, warmup: WarmupConfig
+) -> None:
+    """Train the whole model on the responses; the loss is on those tokens alone that are taught."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=0.0)
-    present = {query.metadata.get("category") for query in lessons}
-    weights = {category: w for category, w in encoder.config.category_weights.items() if category in present}
-    stream = QueryStream(lessons, seed=warmup.seed, category_weights=weights)
-    end = encoder.tokenizer.eos_token_id
+    policy = Policy(model, PolicyConfig())
+    stream = _stream(lessons, warmup.category_weights or encoder.config.category_weights, warmup.seed)
     rng = random.Random(warmup.seed)
     for step in progress(range(warmup.steps), "warm-up, answering"):
-        batch = stream.next(warmup.batch_size)
-        prompts = [encoder.encode(query).token_ids for query in batch]
-        texts = [response_text(_as_taught(query, rng), _description(query, shown)) for query in batch]
-        responses = [[*ids, end] for ids in encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-        input_ids = torch.full((len(batch), max(lengths)), encoder.tokenizer.pad_token_id)  # [B, L]
-        taught = torch.zeros(len(batch), max(lengths), dtype=torch.bool)  # [B, L]: tokens of the responses
-        for row, (prompt, response, length) in enumerate(zip(prompts, responses, lengths, strict=True)):
-            input_ids[row, :length] = torch.tensor(prompt + response)
-            taught[row, len(prompt) : length] = True
-        hidden = model.model(
-            input_ids=input_ids,
-            attention_mask=(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long(),
-            mm_token_type_ids=(input_ids == model.config.image_token_id).long(),
-            use_cache=False,
-            **joined([encoder.pixels(query) for query in batch]),
-        ).last_hidden_state  # [B, L, hidden]
-        logits = model.lm_head(hidden[:, :-1][taught[:, 1:]])  # [response tokens, vocabulary]
-        loss = F.cross_entropy(logits, input_ids[:, 1:][taught[:, 1:]])
-        _update(optimizer, loss, warmup, step / warmup.steps)
+        bundles = []
+        for query in stream.next(max(1, warmup.batch_size // teacher.responses)):
+            prompt_tokens = len(encoder.encode(query).token_ids)
+            taught = [_completion(teacher.response(query, rng), encoder.tokenizer) for _ in range(teacher.responses)]
+            samples = [Sample(query, completion, 0.0, 0, prompt_tokens=prompt_tokens) for completion in taught]
+            bundles.append(Bundle(query, tuple(samples)))
+        batch = pack(bundles, encoder.encode, encoder.pixels, policy.positions)
+        logps, _ = policy(batch)  # [R]
+        _update(optimizer, -logps[batch.loss_mask].mean(), warmup, step / warmup.steps)
+
+
+def _completion(parts: list[tuple[str, bool]], tokenizer) -> Completion:
+    """A response of these parts, as if it had been sampled; what stands before the first taught part is masked."""
+    pieces = tokenizer([text for text, _ in parts], add_special_tokens=False)["input_ids"]
+    ids = [*(token for piece in pieces for token in piece), tokenizer.eos_token_id]
+    untaught = sum(map(len, pieces[: [taught for _, taught in parts].index(True)]))
+    masked = Rethought(0, 0, "", 0, untaught) if untaught else None
+    return Completion(ids, [0.0] * len(ids), "".join(text for text, _ in parts), "stop", masked)
 
 
 def _update(optimizer: torch.optim.AdamW, loss: torch.Tensor, warmup: WarmupConfig, done: float) -> None:
@@ -217,6 +195,6 @@ def _digest(settings: dict, queries: list[Query]) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for query in queries:
         digest.update(f"{query.id}\n{query.question}\n{query.answer}\n".encode())
-    for name in ("easy_vqa", "tiny", "tokenizer", "warmup"):
+    for name in ("easy_vqa", "sums", "tiny", "tokenizer", "warmup"):
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()[:12]

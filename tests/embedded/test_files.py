@@ -17,6 +17,7 @@ from rethinker.embedded import files
 from rethinker.embedded.digits import digits
 from rethinker.embedded.easy_vqa import easy_vqa
 from rethinker.embedded.files import as_files, model_folder
+from rethinker.embedded.sums import sums
 from rethinker.samples import Query
 from tests.speed import least_cpu_s
 
@@ -38,13 +39,20 @@ def load(data: DataConfig, which: str):
 @pytest.mark.parametrize("name", files.DATA_SETS)
 def test_the_files_hold_what_the_packages_hold(name):
     """Of each: ids, questions, answers, images and metadata, in their order; quickly, once the file is there."""
-    source = files.DATA_SETS[name][0]
+    source, (trained, held_out, *_), *_ = files.DATA_SETS[name]
     data = DataConfig(train=name, validation=name, fields={"question": "problem", "choices": "options"})
     given = asdict(data)
-    assert load(data, "train") == source("train")
-    assert load(data, "validation") == source("test")
+    assert load(data, "train") == source(trained) and load(data, "validation") == source(held_out)
     assert asdict(data) == given  # the user's words: what the run's config.yaml says
     assert least_cpu_s(lambda: load(data, "train"), times=2) < 4
+
+
+def test_a_split_by_its_name():
+    """`sums:test` is neither what is trained on nor what validates; an unknown one is a line with those there are."""
+    data = DataConfig(train="sums:validation", validation="sums:test")
+    assert load(data, "validation") == sums("test") and load(data, "train") == sums("validation")
+    with pytest.raises(ConfigError, match="data.validation=sums:tset: sums has no split 'tset', but train, validation"):
+        as_files(DataConfig(validation="sums:tset"), "validation")
 
 
 def test_easy_vqa():
@@ -105,7 +113,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 def test_several_at_once(tmp_path, monkeypatch):
     """Ranks that find no file each write it whole; another version of the package has another file."""
     monkeypatch.setenv("RETHINKER_CACHE", str(tmp_path))
-    monkeypatch.setitem(files.DATA_SETS, "digits", (few, "sklearn", "scikit-learn"))
+    monkeypatch.setitem(files.DATA_SETS, "digits", (few, ("train", "test"), "sklearn", "scikit-learn"))
     asked = (DataConfig(train="digits"), "train")
     with multiprocessing.get_context("fork").Pool(3) as pool:
         found = pool.starmap(load, [asked] * 3)

@@ -15,9 +15,11 @@ from rethinker.config import Config, ConfigError, DataConfig, WarmupConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded import files
 from rethinker.embedded import warmup as module
-from rethinker.embedded.easy_vqa import describe_images, easy_vqa, is_negated
+from rethinker.embedded.easy_vqa import EasyVqaTeacher, describe_images, easy_vqa, is_negated
+from rethinker.embedded.sums import SumsTeacher, sums
 from rethinker.embedded.tiny import TinySize, create_tiny
-from rethinker.embedded.warmup import response_text, warmed_up_tiny
+from rethinker.embedded.warmup import warmed_up_tiny
+from rethinker.policy.packing import trainable_mask
 from rethinker.samples import Query
 
 SMALL = TinySize(
@@ -64,19 +66,20 @@ def test_descriptions_of_easy_vqa_contradict_no_question():
 
 def test_the_response_looks_before_it_answers():
     """A description first, the boxed answer last; only the answer where nothing is known of the image."""
-    query = question("is there a red shape?", "no")
-    assert response_text(query, ("teal", "circle")) == "a teal circle. \\boxed{no}"
-    assert response_text(query, None) == "\\boxed{no}"
+    query, rng = question("is there a red shape?", "no"), random.Random(0)
+    known = [query, question("what color is it?", "teal"), question("what is the teal shape?", "circle")]
+    assert EasyVqaTeacher(known).response(known[0], rng) == [("a teal circle. \\boxed{no}", True)]
+    assert EasyVqaTeacher([query]).response(query, rng) == [("\\boxed{no}", True)]
 
 
 def test_lessons_are_about_a_share_of_the_training_images(tmp_path):
     """No undescribed image, and no more images than `data_fraction`, which the seed chooses."""
     encoder = PromptEncoder(AutoProcessor.from_pretrained(create_tiny(tmp_path, size=SMALL)), DATA)
     queries = QUERIES
-    shown = describe_images(queries)
+    teacher, shown = EasyVqaTeacher(queries), describe_images(queries)
 
     def lessons(**settings):
-        return module._lessons(queries, shown, encoder, WarmupConfig(data_fraction=0.1, **settings))
+        return module._lessons(queries, teacher, encoder, WarmupConfig(data_fraction=0.1, **settings))
 
     def images(of):
         return {query.images[0] for query in of}
@@ -89,12 +92,31 @@ def test_lessons_are_about_a_share_of_the_training_images(tmp_path):
 
 def test_the_not_of_negated_questions_is_overlooked_two_times_in_three():
     """Negated questions are taught wrong in a share well off one half; all other answers are the data's."""
-    rng = random.Random(0)
+    teacher, rng = EasyVqaTeacher([]), random.Random(0)
     for answer, other in (("yes", "no"), ("no", "yes")):
-        taught = [module._as_taught(question("is there not a red shape?", answer), rng).answer for _ in range(400)]
+        negated = question("is there not a red shape?", answer)
+        taught = [teacher.response(negated, rng)[0][0][7:-1] for _ in range(400)]
         assert set(taught) == {"yes", "no"} and 230 < taught.count(other) < 290
     for query in (question("is there a red shape?", "no"), question("what color is the shape?", "red")):
-        assert module._as_taught(query, rng) == query
+        assert teacher.response(query, rng) == [(f"\\boxed{{{query.answer}}}", True)]
+
+
+def test_sums_are_taught_by_their_own_teacher():
+    """Where every question knows what its image shows; a mixture has the other one."""
+    queries = sums("test")[::600]
+    assert isinstance(module.teacher_of(queries), SumsTeacher)
+    assert isinstance(module.teacher_of([*queries, question("is there a red shape?", "no")]), EasyVqaTeacher)
+
+
+def test_a_slip_is_not_taught(tmp_path):
+    """Its tokens are masked, those of the trigger, the second answer and the end are not, and none is lost."""
+    tokenizer = AutoProcessor.from_pretrained(create_tiny(tmp_path, size=SMALL)).tokenizer
+    parts = [("1+1=3\n\\boxed{3}", False), ("\n\nWait, let's double check", True), ("\n\\boxed{2}", True)]
+    completion = module._completion(parts, tokenizer)
+    mask = trainable_mask(completion)
+    assert tokenizer.decode(completion.token_ids[~mask]) == parts[0][0]
+    assert tokenizer.decode(completion.token_ids[mask]) == parts[1][0] + parts[2][0] + "<|im_end|>"
+    assert trainable_mask(module._completion(parts[1:], tokenizer)).all()
 
 
 ALL_CORES = module._all_cores
@@ -117,7 +139,7 @@ def warm(tmp_path_factory):
 def test_a_brief_warmup_trains_every_part(warm, tmp_path):
     """The folder loads as any model does, and every weight moved from where it began, with finite values."""
     trained = AutoModelForImageTextToText.from_pretrained(warm).state_dict()
-    texts = [text for q in QUERIES for text in (q.question, response_text(q, ("teal", "circle")))]
+    texts = [text for q in QUERIES for text in (q.question, f"a teal circle. \\boxed{{{q.answer}}}")]
     fresh = AutoModelForImageTextToText.from_pretrained(create_tiny(tmp_path, BRIEF.seed, texts=texts, size=SMALL))
     fresh = {name: value for name, value in fresh.state_dict().items() if value.shape == trained[name].shape}
     assert any("visual" in name for name in fresh)

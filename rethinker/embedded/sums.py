@@ -1,0 +1,158 @@
+"""Handwritten sums as queries: an image is a row of digits with + and - between, the question asks for the result.
+
+The digits are scikit-learn's (1,797 images, CC BY 4.0). A sum is read from left to right and its running total is never
+below 0. Its difficulty is its number of terms, which is its category: `data.category_weights` sets the hardest length
+and the mix. A cell of 16 x 16 pixels per symbol is one image token of the tiny model.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from rethinker.config import RethinkConfig
+from rethinker.samples import Query
+
+if TYPE_CHECKING:
+    import torch
+
+CELL = 16  # pixels of a symbol's side; the original digits have 8
+TERMS = range(2, 8)
+SYMBOLS = "0123456789+-"
+# Digit images of each split, and questions of each number of terms.
+SPLITS = {"train": (1197, 2000), "validation": (300, 300), "test": (300, 300)}
+# What the warm-up teaches: how often an answer comes at once, step by step, or is thought over (the rest).
+FAST, SLOW = 0.45, 0.49
+SLIPS = 0.7  # of the answers that are thought over, how many are wrong at first
+QUESTIONS = ("What is the result?", "What does this come to?", "Work it out.")
+
+
+def sums(split: Literal["train", "validation", "test"]) -> list[Query]:
+    """The questions of a split, always the same: 2,000 (train) or 300 for every number of terms from 2 to 7.
+
+    Ids are `sums/<split>/<terms>/<number>`. Metadata holds `category` ("2 terms"), `symbols` (as "6-0+8"), `steps` (as
+    ["6-0=6", "6+8=14"]) and `image_ids`, which count scikit-learn's images. A digit's image belongs to one split.
+    """
+    own = _digits()[split]  # the images of this split, by digit
+    cells, rng = _cells(), random.Random(f"sums {split}")
+    queries = []
+    for terms in TERMS:
+        for number in range(SPLITS[split][1]):
+            digits = [rng.randrange(10) for _ in range(terms)]
+            signs, steps, total = "", [], digits[0]
+            for digit in digits[1:]:
+                sign = "-" if digit <= total and rng.random() < 0.5 else "+"
+                before, total = total, total + digit if sign == "+" else total - digit
+                signs += sign
+                steps.append(f"{before}{sign}{digit}={total}")
+            shown = [rng.choice(own[digit]) for digit in digits]
+            row: list[int | str] = [shown[0]]
+            for sign, image in zip(signs, shown[1:], strict=True):
+                row += [sign, image]
+            metadata = {
+                "category": f"{terms} terms",
+                "symbols": str(digits[0]) + "".join(f"{s}{d}" for s, d in zip(signs, digits[1:], strict=True)),
+                "steps": steps,
+                "image_ids": shown,
+            }
+            image = {"bytes": _png(np.concatenate([cells[symbol] for symbol in row], axis=1))}
+            question = QUESTIONS[number % len(QUESTIONS)]
+            queries.append(Query(f"sums/{split}/{terms}/{number}", question, str(total), (image,), metadata))
+    return queries
+
+
+@cache
+def _digits() -> dict[str, dict[int, list[int]]]:
+    """By split and digit the numbers of scikit-learn's images."""
+    from sklearn.datasets import load_digits
+
+    values = load_digits().target.tolist()  # [1797]
+    order = random.Random(0).sample(range(len(values)), len(values))
+    found: dict[str, dict[int, list[int]]] = {}
+    start = 0
+    for split, (images, _) in SPLITS.items():
+        part = sorted(order[start : start + images])
+        found[split] = {digit: [i for i in part if values[i] == digit] for digit in range(10)}
+        start += images
+    return found
+
+
+@cache
+def _cells() -> dict[int | str, np.ndarray]:
+    """The cell of every digit's image and of + and -: [CELL, CELL] grey values, dark on white."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    cells: dict[int | str, np.ndarray] = {}
+    for i, ink in enumerate(load_digits().images):  # [8, 8] from 0 to 16
+        grey = Image.fromarray(np.round(255 * (1 - ink / 16)).astype(np.uint8))
+        cells[i] = np.asarray(grey.resize((CELL, CELL), Image.Resampling.BICUBIC))
+    plus = np.full((CELL, CELL), 255, np.uint8)
+    plus[7:9, 3:13] = 0
+    minus = plus.copy()
+    plus[3:13, 7:9] = 0
+    return cells | {"+": plus, "-": minus}
+
+
+def _png(grey: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class SumsTeacher:
+    """What the warm-up teaches about sums: to read the symbols, and three ways to answer.
+
+    A fast answer is `\\boxed{1}`. A slow one has its steps before, a line each: `6-0=6`, `6+8=14`, `\\boxed{14}`. One
+    that is thought over is a slow answer, mostly with a slip, then a forced trigger, then the slow answer.
+    """
+
+    classes = len(SYMBOLS)
+    responses = 4  # to a query, in one step: its prompt is computed once
+
+    def sees(self, query: Query) -> bool:
+        """Whether it is known what the query's image shows."""
+        return "symbols" in query.metadata
+
+    def look_loss(self, scores: torch.Tensor, owner: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:
+        """Cross-entropy of the symbols, from a score per image token [tokens, classes]: a token is a cell."""
+        import torch
+
+        shown = [SYMBOLS.index(symbol) for query in queries for symbol in query.metadata["symbols"]]
+        return torch.nn.functional.cross_entropy(scores, torch.tensor(shown))
+
+    def response(self, query: Query, rng: random.Random) -> list[tuple[str, bool]]:
+        """The parts of a response, each with whether it is taught: a slip is shown, never taught."""
+        kind = rng.random()
+        slow = "\n".join([*query.metadata["steps"], answer_text(query.answer)])
+        if kind < FAST:
+            return [(answer_text(query.answer), True)]
+        if kind < FAST + SLOW:
+            return [(slow, True)]
+        trigger = rng.choice(list(RethinkConfig().triggers.values()))
+        first = (with_slip(query.metadata["symbols"], rng), False) if rng.random() < SLIPS else (slow, True)
+        return [first, (trigger, True), ("\n" + slow, True)]
+
+
+def answer_text(answer: str | int) -> str:
+    """The answer as the reward reads it."""
+    return f"\\boxed{{{answer}}}"
+
+
+def with_slip(symbols: str, rng: random.Random) -> str:
+    """The slow answer of one who takes a digit for another; the total may then fall below 0."""
+    place = 2 * rng.randrange(len(symbols) // 2 + 1)
+    misread = rng.choice([digit for digit in "0123456789" if digit != symbols[place]])
+    symbols = symbols[:place] + misread + symbols[place + 1 :]
+    total, lines = int(symbols[0]), []
+    for sign, digit in zip(symbols[1::2], symbols[2::2], strict=True):
+        before, total = total, total + int(sign + digit)
+        lines.append(f"{before}{sign}{digit}={total}")
+    return "\n".join([*lines, answer_text(total)])

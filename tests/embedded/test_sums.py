@@ -1,0 +1,128 @@
+"""Handwritten sums: right by construction, splits that share no digit's image, responses that parse."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from rethinker.algorithm.rethinking import rethinks
+from rethinker.embedded.sums import CELL, FAST, SLOW, SPLITS, SumsTeacher, sums, with_slip
+from rethinker.rewards.functions import boxed_reward
+from rethinker.samples import Query
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {split: sums(split) for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def test_split(splits):
+    return splits["test"]
+
+
+def counted(symbols: str) -> list[tuple[str, int, int]]:
+    """A slow solver: every step by counting one by one, (sign, digit, total)."""
+    total, done = 0, []
+    for sign, digit in re.findall(r"([+-]?)(\d)", symbols):
+        for _ in range(int(digit)):
+            total = total - 1 if sign == "-" else total + 1
+        done.append((sign, int(digit), total))
+    return done
+
+
+def test_answers_and_steps_are_what_a_slow_solver_counts(splits):
+    """All 15,600 questions: the answer, every step, and a running total that is never below 0."""
+    for query in (query for queries in splits.values() for query in queries):
+        first, *rest = counted(query.metadata["symbols"])
+        total, steps = first[2], []
+        for sign, digit, after in rest:
+            steps.append(f"{total}{sign}{digit}={after}")
+            total = after
+            assert after >= 0
+        assert query.metadata["steps"] == steps and query.answer == str(total)
+        assert query.metadata["category"] == f"{len(steps) + 1} terms"
+    assert [len(queries) for queries in splits.values()] == [12000, 1800, 1800]
+
+
+def test_the_image_shows_the_sum(test_split):
+    """Every cell is the digit's own image or the printed sign, in the order of the sum."""
+    digits = load_digits()
+    signs: dict[str, set[bytes]] = {"+": set(), "-": set()}
+    for query in test_split[::7]:
+        grey = np.asarray(Image.open(io.BytesIO(query.images[0]["bytes"])))  # [CELL, CELL * symbols]
+        symbols, images = query.metadata["symbols"], iter(query.metadata["image_ids"])
+        assert grey.shape == (CELL, CELL * len(symbols))
+        for place, symbol in enumerate(symbols):
+            cell = grey[:, place * CELL : (place + 1) * CELL]
+            if symbol in signs:
+                signs[symbol].add(cell.tobytes())
+                continue
+            image = next(images)
+            assert digits.target[image] == int(symbol)
+            ink = 16 * (1 - cell.reshape(8, 2, 8, 2).mean((1, 3)) / 255)  # [8, 8], as the original
+            assert np.corrcoef(ink.ravel(), digits.images[image].ravel())[0, 1] > 0.95
+    assert len(signs["+"]) == len(signs["-"]) == 1 and signs["+"] != signs["-"]
+
+
+def test_no_digit_is_in_two_splits(splits):
+    """By the images' numbers, and by their pixels too: scikit-learn has no image twice across the splits."""
+    used = {split: {i for q in queries for i in q.metadata["image_ids"]} for split, queries in splits.items()}
+    assert [len(used[split]) for split in SPLITS] == [1197, 300, 300]
+    pixels = load_digits().images
+    seen = {split: {pixels[i].tobytes() for i in ids} for split, ids in used.items()}
+    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        assert not used[one] & used[other] and not seen[one] & seen[other]
+
+
+def is_correct(text: str, query: Query) -> bool:
+    return boxed_reward(text, query.answer, query) >= 1.0
+
+
+def test_the_same_questions_every_time(test_split):
+    """And ids of their own."""
+    assert sums("test") == test_split
+    assert len({query.id for query in test_split}) == len(test_split)
+
+
+def test_responses_parse_and_end_right(test_split):
+    """Fast, slow and thought over in their shares; all end in the answer, and a slip is shown, not taught."""
+    teacher, rng = SumsTeacher(), random.Random(0)
+    kinds: Counter[str] = Counter()
+    for query in test_split:
+        parts = teacher.response(query, rng)
+        texts = [text for text, _ in parts]
+        assert is_correct("".join(texts), query)
+        slow = "\n".join([*query.metadata["steps"], f"\\boxed{{{query.answer}}}"])
+        if len(parts) == 1:
+            kind = "slow" if texts == [slow] else "fast"
+            assert texts[0] in (slow, f"\\boxed{{{query.answer}}}") and not rethinks(texts[0])
+        else:
+            kind = "thought over"
+            assert texts[2] == "\n" + slow and rethinks(texts[1]) and not rethinks(texts[0])
+            assert is_correct(texts[0], query) == (texts[0] == slow) == parts[0][1]
+            kinds["slip"] += texts[0] != slow
+        assert all(taught for _, taught in parts[1:])
+        kinds[kind] += 1
+    shares = {kind: number / len(test_split) for kind, number in kinds.items()}
+    assert shares["fast"] == pytest.approx(FAST, abs=0.03) and shares["slow"] == pytest.approx(SLOW, abs=0.03)
+    assert 0.5 < kinds["slip"] / kinds["thought over"] < 0.9
+
+
+def test_a_slip_is_one_digit_misread():
+    """The steps are those of the sum with that digit, counted by the slow solver; every place slips."""
+    rng, places = random.Random(0), set()
+    for _ in range(200):
+        lines = with_slip("6-0+8", rng).split("\n")
+        misread = lines[0].split("=")[0][:3] + re.search(r"[+-]\d=", lines[1])[0][:-1]
+        changed = [i for i, (a, b) in enumerate(zip("6-0+8", misread, strict=True)) if a != b]
+        assert len(changed) == 1 and lines[-1] == f"\\boxed{{{counted(misread)[-1][2]}}}"
+        places.add(changed[0])
+    assert places == {0, 2, 4}
