@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's, less their yellow: distinct with any colour vision, dark enough on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#56b4e9", "#8c6d00", "#444444")
+LONGEST_LABEL = 24
+"""Of a category, in characters."""
 WIDTH = 5.2  # inches: on a phone's 390 px the labels are still 8 px high
 
 LOOK = {
@@ -39,8 +41,15 @@ def style_of(number: int) -> dict[str, Any]:
 
 
 def label_of(text: str) -> str:
-    """A user's text as a label: matplotlib hides those that begin with an underscore."""
+    """A user's text as a label: matplotlib hides those that begin with an underscore, and XML has no control
+    characters."""
+    text = "".join(character if character.isprintable() else "?" for character in text)
     return f" {text}" if text.startswith("_") else text
+
+
+def short_label(text: str) -> str:
+    """A category's name, cut so that several fit above a panel."""
+    return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def draw_line(
@@ -64,7 +73,7 @@ def draw_line(
 def draw_joins(axes: Any, steps: Iterable[int]) -> None:
     """A thin line where a later stage of a run begins."""
     for step in steps:
-        axes.axvline(step, color="#888888", linewidth=0.8, zorder=0.5)
+        axes.axvline(step, color="#222222", linewidth=0.7, zorder=2.5)  # above areas, too
 
 
 def smoothed(values: pd.DataFrame, window: int) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from rethinker.report.drawing import (
     in_our_look,
     legend,
     new_figure,
+    short_label,
     style_of,
 )
 from rethinker.report.runs import RunRecord
@@ -146,7 +147,7 @@ def replay_categories(runs: Runs) -> Figure | None:
         percent = 100 * shares.fillna(0)
         for number, name in enumerate(names):
             if name in percent:
-                draw_line(axes, percent[[name]], name, **style_of(number))
+                draw_line(axes, percent[[name]], short_label(name), **style_of(number))
         draw_joins(axes, run.joins)
         axes.set_title(title)
     figure.supxlabel("optimizer step", fontsize=9)

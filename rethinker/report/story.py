@@ -18,6 +18,7 @@ from rethinker.report.drawing import (
     draw_line,
     legend,
     new_figure,
+    short_label,
     smoothed,
     smoothing_window,
     style_of,
@@ -54,7 +55,7 @@ def accuracy(runs: Runs) -> Figure | None:
         return None
     figure, axes = _panel(run, "greedy accuracy (0 to 1)")
     for number, name in enumerate(by_category.columns[:MOST_CATEGORIES] if by_category.shape[1] > 1 else ()):
-        draw_line(axes, by_category[[name]].dropna(), name, points=True, **style_of(number))
+        draw_line(axes, by_category[[name]].dropna(), short_label(name), points=True, **style_of(number))
     draw_line(axes, overall.to_frame(), "overall", points=True, color="#111111", linewidth=3.2)
     legend(figure)
     return figure
@@ -62,7 +63,7 @@ def accuracy(runs: Runs) -> Figure | None:
 
 def lengths(runs: Runs) -> Figure | None:
     """Tokens per response."""
-    return _metrics(runs, "tokens", {"response_length_mean": "tokens per response"})
+    return _metrics(runs, "tokens per response", {"response_length_mean": "tokens per response"})
 
 
 def effective(runs: Runs) -> Figure | None:
@@ -83,7 +84,8 @@ def _metrics(runs: Runs, title: str, shown: dict[str, str]) -> Figure | None:
     figure, axes = _panel(run, title)
     for number, (label, values) in enumerate(lines.items()):
         draw_line(axes, values.to_frame(), label, single_steps=True, **style_of(number))
-    legend(figure)
+    if len(lines) > 1:
+        legend(figure)
     return figure
 
 

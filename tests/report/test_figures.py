@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -154,6 +155,17 @@ def test_accuracy_by_category(three):
         by_category = {f"c{n:02d}": 0.5 for n in range(count)}
         many = replace(run, validations=[row | {"by_category": by_category} for row in run.validations])
         assert len(lines(draw("validation", [many]).axes[0])) == drawn
+
+
+def test_a_category_of_any_name_leaves_room_for_the_panel(three, tmp_path, recwarn):
+    """A long name is cut, and control characters are shown as such: the figure is laid out and its file is XML."""
+    names = {"x" * 500: 0.1, "\x00\x1b[2J <b>": 0.2, "plain": 0.3}
+    run = replace(three[2], validations=[row | {"by_category": names} for row in three[2].validations])
+    figure = draw("validation", [run])
+    file = save_figure(figure, tmp_path / "validation.svg")
+    texts = [element.text for element in ElementTree.parse(file).iter() if element.tag.endswith("text")]
+    assert "??[2J <b>" in texts and "x" * 23 + "\N{HORIZONTAL ELLIPSIS}" in texts
+    assert not [warning for warning in recwarn if "layout" in str(warning.message)]
 
 
 def test_effective_queries_and_replay_share_a_panel(three):

@@ -127,10 +127,9 @@ def test_what_others_wrote_is_text(tmp_path):
     scripts = {place: f"<script>document.title = '{place}'</script>" for place in places}
     shown = group(0, [(scripts["response"], 1.0), ("no", 0.0)], scripts["question"], scripts["category"])
     query = replace(shown.query, answer=scripts["answer"], id=scripts["id"])
-    first = [replace(shown, query=query, rewards=[0.0, 0.0])]
-    run = write_run(
-        tmp_path / "run", groups=[replace(shown, query=query)], answers={0: first, 6: [replace(shown, query=query)]}
-    )
+    greedy = replace(shown, query=query, completions=shown.completions[:1], advantages=[])
+    answers = {step: [replace(greedy, rewards=[reward])] for step, reward in ((0, 0.0), (6, 1.0))}
+    run = write_run(tmp_path / "run", groups=[replace(shown, query=query)], answers=answers)
     config = (run / "config.yaml").read_text()
     for key, value, place in (("name", "ssr", "label"), ("function", "boxed", "setting")):
         assert f"{key}: {value}\n" in config
@@ -286,7 +285,7 @@ def test_the_story_comes_first(tmp_path):
     elements = Elements(write_report([two]))
     figures = [a["id"] for tag, a in elements.found if tag == "figure"]
     assert figures[:4] == [f"figure-{figure.name}" for figure in STORY] and len(STORY) == 4
-    places = [elements.text.index(words) for words in ("stage 1 is stage1", "before training", "Stage stage 2")]
+    places = [elements.text.index(words) for words in ("stage 1 is stage1", "before training wrong", "Stage stage 2")]
     assert places == sorted(places)
     assert elements.text.count("before training wrong") == 1 and "after training right" in elements.text
     (image,) = elements.all("img", **{"class": "example"})
@@ -383,7 +382,8 @@ def test_no_context_lets_markup_through(tmp_path):
     query = replace(shown.query, answer=HOSTILE.replace("\ud800", ""), id=HOSTILE.replace("\ud800", ""))
     query = replace(query, images=tuple(str(i).replace("\ud800", "") for i in query.images))
     answered = replace(shown, query=query)
-    answers = {0: [replace(answered, rewards=[0.0, 0.0])], 6: [answered]}
+    greedy = replace(answered, completions=shown.completions[:1], advantages=[])
+    answers = {step: [replace(greedy, rewards=[reward])] for step, reward in ((0, 0.0), (6, 1.0))}
     run = write_run(tmp_path / "run", groups=[answered], accuracies={0: 0.1, 6: 0.2}, answers=answers)
     rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
     for row in rows:
