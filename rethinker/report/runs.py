@@ -85,7 +85,7 @@ def read_run(folder: str | Path) -> RunRecord:
     for stage in stages:
         for rows, own in ((steps, stage.steps), (validations, stage.validations)):
             rows += [row | {"step": ends[-1] + row["step"]} for row in own]
-        ends.append(ends[-1] + stage.metrics.index.max())
+        ends.append(ends[-1] + int(stage.metrics.index.max()))
     return replace(
         stages[-1], steps=steps, validations=validations, earlier=tuple(stages[:-1]), joins=tuple(ends[1:-1])
     )
