@@ -1,5 +1,5 @@
-# make train   install what training needs into .venv, then train the embedded default on this machine;
-#              make train ARGS="--train.max_steps 20" overrides its settings
+# make train   install what training needs into .venv, then train the embedded default on this machine, in two stages;
+#              make train ARGS="--train.max_steps 20" overrides the settings of both
 # make test    install the test tools too, then check style and run the whole test suite, in 12 minutes on 2 cores
 # make quick   for the edit loop: check style and run the fast tests, in 90 seconds
 # make test-oldest   the tests that depend most on versions, with the oldest ones that work, in .venv-oldest
@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -q --no-compile
 
 .PHONY: help train test quick test-oldest oldest soak gpu lint install clean
 help:
-	@echo 'make train    install into $(VENV), then train a tiny vision-language model on this machine'
+	@echo 'make train    install into $(VENV), then train a tiny vision-language model on this machine, in two stages'
 	@echo 'make test     install into $(VENV), then check style and run all tests, in 12 minutes on 2 cores'
 	@echo 'make quick    for the edit loop: check style and run the fast tests, in 90 seconds'
 	@echo 'make test-oldest   run the tests that depend most on versions, with the oldest ones, in a venv of their own'
@@ -35,8 +35,12 @@ help:
 	@echo 'make install  install everything, run nothing'
 	@echo 'make clean    remove build products and caches; runs/ and $(VENV) stay'
 
+# The second stage goes on from the best checkpoint of the first; its report is about both.
+RUN := sums-$(shell date +%Y%m%d-%H%M%S)
 train: $(VENV)/.train-$(EXTRA)
-	$(BIN)/rethinker train easy_vqa_cpu $(ARGS)
+	$(BIN)/rethinker train sums_cpu --run.name $(RUN)-stage1 $(ARGS)
+	$(BIN)/rethinker train sums_cpu_stage2 --run.name $(RUN)-stage2 \
+	    --policy.model runs/$(RUN)-stage1/checkpoints/best $(ARGS)
 
 # Two files at a time, in the order of tests/conftest.py; a file's tests share what is slow to start.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -244,9 +244,9 @@ class Run:
         if self._saved_step != self.policy.steps:
             self._save()
         self.checkpoints.wait()
-        progress, folder = self.progress, self.folder / "checkpoints"
-        best = folder / ("best" if progress.best != progress.before and (folder / "best").exists() else "last")
-        result = RunResult(self.folder, self.metrics, best, progress.before, progress.after)
+        self.checkpoints.settle_best()
+        best = self.folder / "checkpoints" / "best"
+        result = RunResult(self.folder, self.metrics, best, self.progress.before, self.progress.after)
         if self.unfinished():
             self.display.stopped(signals.requested() or "stopped on another rank", self.policy.steps, self.folder)
             return result

@@ -78,6 +78,11 @@ class Checkpoints:
         if self._ranks.is_main:
             self._start(f"best_{step:06d}", "best", write_model, writers=1)
 
+    def settle_best(self) -> None:
+        """Where no model was better than the first one, or nothing validates, the last checkpoint is the best."""
+        if self._ranks.is_main and not (self.folder / "best").exists():
+            _link(self.folder / "best", os.readlink(self.folder / "last"))
+
     def wait(self) -> None:
         """Until what is being written is there.
 

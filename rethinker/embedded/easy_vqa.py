@@ -85,7 +85,6 @@ class EasyVqaTeacher:
     """
 
     classes = len(COLORS) + len(SHAPES) + 1  # and a weight of the token
-    responses = 1  # to a query, in one step
 
     def __init__(self, queries: Iterable[Query]) -> None:
         self._shown = describe_images(queries)
@@ -112,11 +111,11 @@ class EasyVqaTeacher:
         shape_loss = F.cross_entropy(pooled[:, len(COLORS) : -1], torch.tensor([SHAPES.index(s) for s in shapes]))
         return color_loss + shape_loss
 
-    def response(self, query: Query, rng: random.Random) -> list[tuple[str, bool]]:
-        """The parts of a response, each with whether it is taught: one, a look at the image and the answer."""
+    def responses(self, query: Query, rng: random.Random) -> list[list[tuple[str, bool]]]:
+        """One response, in one piece that is taught: a look at the image, and the answer."""
         answer = query.answer
         if answer in ("yes", "no") and is_negated(query.question) and rng.random() < NOT_OVERLOOKED:
             answer = "no" if answer == "yes" else "yes"
         description = self.description(query)
         look = "a {} {}. ".format(*description) if description else ""
-        return [(f"{look}\\boxed{{{answer}}}", True)]
+        return [[(f"{look}\\boxed{{{answer}}}", True)]]

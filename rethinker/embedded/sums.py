@@ -21,14 +21,16 @@ from rethinker.samples import Query
 if TYPE_CHECKING:
     import torch
 
+Parts = list[tuple[str, bool]]
+"""A response in pieces that are tokenised apart, each with whether the warm-up teaches it."""
+
 CELL = 16  # pixels of a symbol's side; the original digits have 8
 TERMS = range(2, 8)
 SYMBOLS = "0123456789+-"
 # Digit images of each split, and questions of each number of terms.
 SPLITS = {"train": (1197, 2000), "validation": (300, 300), "test": (300, 300)}
-# What the warm-up teaches: how often an answer comes at once, step by step, or is thought over (the rest).
-FAST, SLOW = 0.45, 0.49
-SLIPS = 0.7  # of the answers that are thought over, how many are wrong at first
+# Of the answers with steps that the warm-up teaches: how many are thought over, and how many of those begin wrong.
+THOUGHT_OVER, SLIPS = 0.12, 0.7
 QUESTIONS = ("What is the result?", "What does this come to?", "Work it out.")
 
 
@@ -115,7 +117,6 @@ class SumsTeacher:
     """
 
     classes = len(SYMBOLS)
-    responses = 4  # to a query, in one step: its prompt is computed once
 
     def sees(self, query: Query) -> bool:
         """Whether it is known what the query's image shows."""
@@ -128,17 +129,14 @@ class SumsTeacher:
         shown = [SYMBOLS.index(symbol) for query in queries for symbol in query.metadata["symbols"]]
         return torch.nn.functional.cross_entropy(scores, torch.tensor(shown))
 
-    def response(self, query: Query, rng: random.Random) -> list[tuple[str, bool]]:
-        """The parts of a response, each with whether it is taught: a slip is shown, never taught."""
-        kind = rng.random()
-        slow = "\n".join([*query.metadata["steps"], answer_text(query.answer)])
-        if kind < FAST:
-            return [(answer_text(query.answer), True)]
-        if kind < FAST + SLOW:
-            return [(slow, True)]
+    def responses(self, query: Query, rng: random.Random) -> list[Parts]:
+        """Two to every question, so that its prompt is computed once: at once, and with steps. A slip is not taught."""
+        fast, slow = answer_text(query.answer), "\n".join([*query.metadata["steps"], answer_text(query.answer)])
+        if rng.random() >= THOUGHT_OVER:
+            return [[(fast, True)], [(slow, True)]]
         trigger = rng.choice(list(RethinkConfig().triggers.values()))
         first = (with_slip(query.metadata["symbols"], rng), False) if rng.random() < SLIPS else (slow, True)
-        return [first, (trigger, True), ("\n" + slow, True)]
+        return [[(fast, True)], [first, (trigger, True), ("\n" + slow, True)]]
 
 
 def answer_text(answer: str | int) -> str:

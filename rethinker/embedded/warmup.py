@@ -76,7 +76,7 @@ def _build(folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize,
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         teacher, rng = teacher_of(queries), random.Random(warmup.seed)
-        texts = [text for q in queries for text in (q.question, *(part for part, _ in teacher.response(q, rng)))]
+        texts = [text for q in queries for text in (q.question, *_texts(teacher.responses(q, rng)))]
         create_tiny(partial, warmup.seed, texts=texts, size=size)
         with _all_cores(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(warmup.seed)
@@ -150,14 +150,18 @@ def _learn_to_answer(
     rng = random.Random(warmup.seed)
     for step in progress(range(warmup.steps), "warm-up, answering"):
         bundles = []
-        for query in stream.next(max(1, warmup.batch_size // teacher.responses)):
+        for query in stream.next(warmup.batch_size):
             prompt_tokens = len(encoder.encode(query).token_ids)
-            taught = [_completion(teacher.response(query, rng), encoder.tokenizer) for _ in range(teacher.responses)]
+            taught = [_completion(parts, encoder.tokenizer) for parts in teacher.responses(query, rng)]
             samples = [Sample(query, completion, 0.0, 0, prompt_tokens=prompt_tokens) for completion in taught]
             bundles.append(Bundle(query, tuple(samples)))
         batch = pack(bundles, encoder.encode, encoder.pixels, policy.positions)
         logps, _ = policy(batch)  # [R]
         _update(optimizer, -logps[batch.loss_mask].mean(), warmup, step / warmup.steps)
+
+
+def _texts(responses: list[list[tuple[str, bool]]]) -> list[str]:
+    return [text for parts in responses for text, _ in parts]
 
 
 def _completion(parts: list[tuple[str, bool]], tokenizer) -> Completion:

@@ -153,6 +153,20 @@ def test_which_ones_are_kept(tmp_path):
     assert (tmp_path / "best" / "config.json").is_file() and not (tmp_path / "best" / "trainer").exists()
 
 
+def test_without_a_better_model_the_last_is_the_best(tmp_path):
+    """A later stage may name `best` whether or not one validated better; a better one then takes its place."""
+    written = checkpoints(tmp_path)
+    for step in (1, 2):
+        written.save(step, model, state)
+    written.wait()
+    written.settle_best()
+    assert (tmp_path / "best").resolve().name == "step_000002"
+    written.save_best(3, model)
+    written.wait()
+    written.settle_best()
+    assert (tmp_path / "best").resolve().name == "best_000003"
+
+
 def test_a_full_disk_is_counted_and_the_run_goes_on(tmp_path, caplog):
     """What cannot be written (here /dev/full: no space left) leaves nothing behind and is told; wait raises it."""
 

@@ -68,8 +68,8 @@ def test_the_response_looks_before_it_answers():
     """A description first, the boxed answer last; only the answer where nothing is known of the image."""
     query, rng = question("is there a red shape?", "no"), random.Random(0)
     known = [query, question("what color is it?", "teal"), question("what is the teal shape?", "circle")]
-    assert EasyVqaTeacher(known).response(known[0], rng) == [("a teal circle. \\boxed{no}", True)]
-    assert EasyVqaTeacher([query]).response(query, rng) == [("\\boxed{no}", True)]
+    assert EasyVqaTeacher(known).responses(known[0], rng) == [[("a teal circle. \\boxed{no}", True)]]
+    assert EasyVqaTeacher([query]).responses(query, rng) == [[("\\boxed{no}", True)]]
 
 
 def test_lessons_are_about_a_share_of_the_training_images(tmp_path):
@@ -95,10 +95,10 @@ def test_the_not_of_negated_questions_is_overlooked_two_times_in_three():
     teacher, rng = EasyVqaTeacher([]), random.Random(0)
     for answer, other in (("yes", "no"), ("no", "yes")):
         negated = question("is there not a red shape?", answer)
-        taught = [teacher.response(negated, rng)[0][0][7:-1] for _ in range(400)]
+        taught = [teacher.responses(negated, rng)[0][0][0][7:-1] for _ in range(400)]
         assert set(taught) == {"yes", "no"} and 230 < taught.count(other) < 290
     for query in (question("is there a red shape?", "no"), question("what color is the shape?", "red")):
-        assert teacher.response(query, rng) == [(f"\\boxed{{{query.answer}}}", True)]
+        assert teacher.responses(query, rng) == [[(f"\\boxed{{{query.answer}}}", True)]]
 
 
 def test_sums_are_taught_by_their_own_teacher():
