@@ -137,11 +137,11 @@ def before_and_after(run: RunRecord, unreadable: list[str]) -> dict[str, Any] | 
     was recorded or no answer changed so; files that cannot be read are added to `unreadable`.
     """
     stages = [*run.earlier, run]
-    moments = [("before training", stages[0], _answers(stages[0], unreadable, first=True))]
+    moments = [("before training", _answers(stages[0], unreadable, first=True))]
     for number, stage in enumerate(stages[1:], start=1):
-        moments.append((f"after stage {number}", stage, _answers(stage, unreadable, first=True)))
-    moments.append(("after training", run, _answers(run, unreadable, first=False)))
-    (_, _, before), *_, (_, _, after) = moments
+        moments.append((f"after stage {number}", _answers(stage, unreadable, first=True)))
+    moments.append(("after training", _answers(run, unreadable, first=False)))
+    before, after = moments[0][1], moments[-1][1]
 
     def preference(key: tuple[str, ...]) -> tuple[bool, bool, int]:
         response = after[key][1]
@@ -155,7 +155,7 @@ def before_and_after(run: RunRecord, unreadable: list[str]) -> dict[str, Any] | 
     if not changed:
         return None
     chosen = max(changed, key=preference)  # the first one of equals
-    shown = [(when, answers[chosen][1]) for when, _, answers in moments if chosen in answers]
+    shown = [(when, answers[chosen][1]) for when, answers in moments if chosen in answers]
     example = describe_group(run, after[chosen][0], IMAGE)
     return example | {"responses": [response | {"when": when} for when, response in shown]}
 
