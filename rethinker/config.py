@@ -46,7 +46,8 @@ class RunConfig:
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     """Where metrics go besides metrics.jsonl."""
     save_completions: bool = True
-    """Write every episode's completions to completions/*.parquet."""
+    """Write every episode's completions to completions/*.parquet, and greedy answers to the first 32 held-out
+    questions to validation/*.parquet."""
     stall_s: ranges.Seconds = 600.0
     """After so long without progress every rank writes its threads' stacks to logs/rank_*.log; nothing is ended."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rethinker.algorithm.rethinking import Rethinker, make_triggers, released_reward, rethinks
+from rethinker.algorithm.rethinking import Rethinker, answers_at_once, make_triggers, released_reward, rethinks
 from rethinker.config import Config
 from rethinker.data.prompts import PromptEncoder
 from rethinker.data.query_stream import QueryStream
@@ -170,7 +170,7 @@ class Episodes:
                 rejudge = partial(judge, checker=self.checker, config=config)
                 seed = self._seed(work, stream=1)
                 self.rethinker.force(work.groups, work.prompts, self.rollout.generate, rejudge, seed)
-        note_rethinking(work.groups, config)
+        note_kinds(work.groups, config)
         return True
 
     def _seed(self, work: _Work, stream: int = 0) -> int:
@@ -204,11 +204,12 @@ def judge(groups: list[Group], checker: AnswerChecker, config: Config) -> None:
             group.rewards = list(map(released_reward, group.rewards, group.completions))
 
 
-def note_rethinking(groups: list[Group], config: Config) -> None:
-    """Set `group.rethinks`: which responses rethink of their own accord."""
+def note_kinds(groups: list[Group], config: Config) -> None:
+    """Set `group.rethinks` and `group.fast`: which responses rethink of their own accord, and which answer at once."""
     for group in groups:
         forced = [c.rethought and config.rethink.triggers.get(c.rethought.name) for c in group.completions]
         group.rethinks = [rethinks(c.text, phrase or "") for c, phrase in zip(group.completions, forced, strict=True)]
+        group.fast = [c.rethought is None and answers_at_once(c.text) for c in group.completions]
 
 
 def score_again(groups: list[Group], policy: PolicyEngine, rethinker: Rethinker | None, config: Config) -> float | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rethinker.algorithm.objective import load_loss
 from rethinker.algorithm.replay import ReplayBuffer
-from rethinker.algorithm.selection import Batch
+from rethinker.algorithm.selection import Batch, category_metrics
 from rethinker.checkpoint.checkpoint import Checkpoints
 from rethinker.checkpoint.resume import Progress, RunState, saved_state
 from rethinker.checkpoint.run_directory import RunDirectory
@@ -46,12 +46,16 @@ from rethinker.samples import Accuracy, Group, Query, RunResult
 
 log = logging.getLogger(__name__)
 
+KEPT_ANSWERS = 32
+"""Held-out questions whose greedy answers are kept at each validation."""
+
 
 class Run:
     """Opens all parts of a run on entry, on every rank, and closes them on exit."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self._row: dict[str, Any] = {}  # the running step's
         self.times: dict[str, float] = {}
         """Seconds of each phase since the last step ended, as `time_<phase>_s`."""
 
@@ -173,6 +177,7 @@ class Run:
             "episode": self.progress.episode,
             "reward_mean": float(np.mean([reward for group in fresh for reward in group.rewards])),
             "response_length_mean": float(np.mean([c.tokens for c in responses])),
+            "fast_ratio": sum(fast for group in fresh for fast in group.fast) / len(responses),
             "rethink_ratio": float(np.mean([cue for group in fresh for cue in group.rethinks])),
             **{
                 f"rethink_{what}": sum(getattr(group.rethinking, what) for group in fresh) / len(responses)
@@ -184,6 +189,7 @@ class Run:
             "generated_tokens": self.progress.generated,
             **update,
             **batch.metrics(self.replay),
+            **category_metrics(fresh, batch.draws),
             "left_out_queries": self.encoder.dropped.total(),
             "failed_checkpoints": self.checkpoints.failed,
         }
@@ -260,10 +266,20 @@ class Run:
         if not self.held_out:
             return None
         with phase("validation"):
-            accuracy = validate(self.held_out, self.model, self.ranks, self.config.rollout.max_new_tokens)
-        self.display.validated(step, accuracy, self.config.data.validation)
+            accuracy, answers = validate(
+                self.held_out, self.model, self.ranks, self.config.rollout.max_new_tokens, keep=KEPT_ANSWERS
+            )
+        self.display.validated(step, accuracy, self.config.data.validation, self._since_validation())
         self.directory.log_validation(step, accuracy)
+        if self.config.run.save_completions:
+            self.directory.write_validation(step, answers)
         return accuracy
+
+    def _since_validation(self) -> list[dict[str, Any]]:
+        """The rows of the steps since the last validation, the running step's included."""
+        rows = [*self.metrics, self._row] if self._row else self.metrics
+        before = [number for number, row in enumerate(rows, start=1) if row.get("val_accuracy") is not None]
+        return rows[before[-1] if before else 0 :]
 
 
 def load_held_out(config: Config) -> list[Query]:

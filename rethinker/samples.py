@@ -31,6 +31,11 @@ class Query:
     images: tuple[Any, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def category(self) -> str:
+        """What accuracies are told apart by: `metadata["category"]` as text, "all" without one."""
+        return str(self.metadata.get("category", "all"))
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -142,6 +147,7 @@ class Group:
     rewards: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     rethinks: list[bool] = field(default_factory=list)  # per completion: does it rethink of its own accord
+    fast: list[bool] = field(default_factory=list)  # per completion: is it nothing but the answer
     rethinking: Rethinking = field(default_factory=Rethinking)
     sampled_tokens: int = 0  # by the policy for this query, discarded second passes included
     number: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,8 @@ from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.algorithm.selection import Batch
 from rethinker.checkpoint.resume import Progress
 from rethinker.checks import schedule_length
-from rethinker.config import Config, ConfigError, RolloutConfig, TrainConfig
-from rethinker.episode import judge, note_rethinking
+from rethinker.config import Config, ConfigError, RethinkConfig, RolloutConfig, TrainConfig
+from rethinker.episode import judge, note_kinds
 from rethinker.policy.engine import learning_rate
 from rethinker.run import Run
 from rethinker.samples import Accuracy, Completion, Group, Query, Rethought
@@ -46,8 +47,64 @@ def test_a_forced_phrase_is_no_rethinking_of_its_own():
     one = group("x", "It is red." + forced + " Red.", "It is red." + forced + " Wait, blue.", "Wait, red.", "red.")
     for completion in one.completions[:2]:
         completion.rethought = Rethought(1, 2, "self_verification", 1, 2)
-    note_rethinking([one], Config())
+    note_kinds([one], Config())
     assert one.rethinks == [False, True, True, False]
+
+
+def test_a_forced_response_is_not_a_fast_one():
+    """Two bare answers with a trigger between them were no answer at once, however short the trigger; one that rethinks
+    is not fast either."""
+    config = Config(rethink=RethinkConfig(triggers={"doubt": " Hm?"}))
+    one = group("x", r"\boxed{4} Hm? \boxed{5}", r"\boxed{4} Hm? \boxed{5}", r"Wait, \boxed{5}", "\\boxed{5}")
+    one.completions[0].rethought = Rethought(1, 2, "doubt", 1, 2)
+    note_kinds([one], config)
+    assert one.fast == [False, True, False, True] and one.rethinks == [False, False, True, False]
+
+
+def trained_row(fresh: list[Group], batch: Batch) -> dict:
+    """What a step logs about groups whose rewards are known."""
+    run = Run(Config())
+    run.policy, run.progress = SimpleNamespace(steps=1), Progress(mismatch=0.0)
+    run.replay = ReplayBuffer(Config().replay, 0)
+    run.encoder, run.checkpoints = SimpleNamespace(dropped=Counter()), SimpleNamespace(failed=0)
+    note_kinds(fresh, Config())
+    run.trained(fresh, batch, {"skipped": 0.0})
+    return run._row
+
+
+def of_category(category: str, *answers: tuple[str, float]) -> Group:
+    one = group(category, *(text for text, _ in answers))
+    one = replace(one, query=replace(one.query, metadata={"category": category}))
+    one.rewards, one.advantages = [reward for _, reward in answers], [reward - 0.5 for _, reward in answers]
+    return one
+
+
+def test_a_step_logs_kinds_of_answers_and_categories():
+    """Shares of fast answers over all fresh responses; by category their mean reward, the queries, replay's draws."""
+    slow = "2+3=5\n5+4=9\n9-1=8\n8+1=9\n\\boxed{9}"
+    easy = of_category("2 terms", (r"\boxed{5}", 1.0), (r"\boxed{6}", 0.0))
+    other = of_category("2 terms", (r"\boxed{7}", 1.0), (slow, 1.0))
+    hard = of_category("6 terms", (slow, 0.0), (f"{slow} Wait, {slow}", 1.0))
+    replayed = [*hard.samples(), *hard.samples()[:1], *easy.samples()[:1]]
+    row = trained_row([easy, other, hard], Batch([*easy.samples(), *replayed], 4, 1.0))
+    assert row["fast_ratio"] == 0.5 and row["rethink_ratio"] == 1 / 6
+    assert row["reward_by_category"] == {"2 terms": 0.75, "6 terms": 0.5}
+    assert row["queries_by_category"] == {"2 terms": 2 / 3, "6 terms": 1 / 3}
+    assert row["replay_by_category"] == {"2 terms": 0.25, "6 terms": 0.75}
+    nothing_drawn = trained_row([easy, hard], Batch(easy.samples(), 0, 1.0))
+    assert nothing_drawn["replay_by_category"] == {} and nothing_drawn["reward_by_category"]
+    alone = trained_row([easy, other], Batch(replayed, 4, 1.0))
+    assert [alone[f"{what}_by_category"] for what in ("reward", "queries", "replay")] == [{}] * 3
+
+
+def test_a_validation_is_told_the_steps_since_the_last_one():
+    """Of all rows, a resumed run's earlier ones too, those after the last that has an accuracy, and the running one."""
+    run = Run(Config())
+    run.metrics = [{"step": step, "val_accuracy": 0.5 if step in (2, 4) else None} for step in range(1, 7)]
+    run._row = {"step": 7, "val_accuracy": None}
+    assert [row["step"] for row in run._since_validation()] == [5, 6, 7]
+    run.metrics, run._row = [], {}
+    assert run._since_validation() == []
 
 
 def test_a_skipped_step_is_in_the_log(caplog):

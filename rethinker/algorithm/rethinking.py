@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rethinker.config import RethinkConfig
+from rethinker.rewards.answers import boxed_span
 from rethinker.samples import Completion, Group, Prompt, Rethinking, Rethought
 
 Generate = Callable[..., list[list[Completion]]]
@@ -28,11 +29,21 @@ _CUES = re.compile(
     r"\bwait\b|\bdouble[- ]check|\bre-?(check|examine|think|consider)|\bon second thought|\blet me verify",
     re.IGNORECASE,
 )
+_WORD = re.compile(r"\w\S*")
+_FEW_WORDS = 3  # beside the boxed answer: "The answer is"
 
 
 def rethinks(text: str, forced: str = "") -> bool:
     """Whether a response rethinks of its own accord: a cue in its text, outside the phrase that was forced upon it."""
     return _CUES.search(text.replace(forced, "", 1) if forced else text) is not None
+
+
+def answers_at_once(text: str) -> bool:
+    r"""Whether a response is nothing but its answer: beside its last `\boxed{...}` it has at most 3 words, no equation
+    (one step of a calculation is a single word), and no cue."""
+    start, end = boxed_span(text) or (0, 0)
+    rest = f"{text[:start]} {text[end:]}"
+    return len(_WORD.findall(rest)) <= _FEW_WORDS and "=" not in rest and not rethinks(text)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,11 @@ class Batch:
     samples: list[Sample]
     replayed: int
     effective_query_ratio: float
+
+    @property
+    def draws(self) -> list[Sample]:
+        """Those that replay drew."""
+        return self.samples[len(self.samples) - self.replayed :]
 
     def metrics(self, replay: ReplayBuffer) -> dict[str, Any]:
         """What the step trains on, by its advantages (ADVANTAGE_BINS), and the state of the buffer it drew from."""
@@ -57,3 +63,22 @@ def select_batch(
         draws = replay.draw(max(0, pairs - len(samples)))
     effective = sum(group.effective for group in groups) / max(1, len(groups))
     return Batch(samples + draws, replayed=len(draws), effective_query_ratio=effective)
+
+
+def category_metrics(fresh: list[Group], draws: list[Sample]) -> dict[str, dict[str, float]]:
+    """By `Query.category`: mean reward of the step's own responses, share of its queries, and share of replay's draws;
+    empty where the step's queries are all of one category."""
+    rewards = defaultdict(list)
+    for group in fresh:
+        rewards[group.query.category] += group.rewards
+    several = len(rewards) > 1
+    return {
+        "reward_by_category": {name: float(np.mean(rewards[name])) for name in sorted(rewards)} if several else {},
+        "queries_by_category": _shares([group.query.category for group in fresh]) if several else {},
+        "replay_by_category": _shares([sample.query.category for sample in draws]) if several else {},
+    }
+
+
+def _shares(names: list[str]) -> dict[str, float]:
+    counts = Counter(names)
+    return {name: counts[name] / len(names) for name in sorted(counts)}

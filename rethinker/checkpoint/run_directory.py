@@ -5,6 +5,7 @@ runs/<name>/
   metrics.jsonl                     one object per optimizer step, flushed at once
   validation.jsonl                  one object per validation, the first from before training (step 0)
   completions/episode_00000.parquet one row per completion
+  validation/step_000000.parquet    greedy answers to the first held-out questions, in the same columns
   checkpoints/                      model folders that the run is resumed from, too (checkpoint/checkpoint.py)
   events.out.tfevents.*             TensorBoard
 """
@@ -23,9 +24,9 @@ from typing import Any
 
 from rethinker.checks import check_new
 from rethinker.config import Config, ConfigError
-from rethinker.runtime.completions import file_name, write_completions
+from rethinker.runtime.completions import file_name, validation_name, write_completions, write_groups
 from rethinker.runtime.files import whole_file
-from rethinker.runtime.trackers import Trackers
+from rethinker.runtime.trackers import Trackers, numbers_of
 from rethinker.samples import Accuracy, Group
 from rethinker.settings import to_yaml
 
@@ -74,11 +75,10 @@ class RunDirectory:
         """Append one optimizer step's metrics (`metrics["step"]` counts from 1); a non-finite number becomes null."""
         if not self.enabled:
             return
-        row = {name: _plain(value) for name, value in metrics.items()}
+        row = _plain(metrics)
         self._append("metrics.jsonl", row)
         self._rows += 1
-        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
-        self._trackers.log(numbers, row["step"])
+        self._trackers.log({name: value for name, value in numbers_of(row).items() if name != "step"}, row["step"])
 
     def log_validation(self, step: int, accuracy: Accuracy) -> None:
         """Append a validation after optimizer step `step`."""
@@ -98,6 +98,20 @@ class RunDirectory:
             except OSError as error:
                 raise self._unwritable(file_name(episode), error) from error
             self._episodes = episode + 1
+
+    def write_validation(self, step: int, groups: Sequence[Group]) -> None:
+        """Write the greedy answers of a validation after optimizer step `step`; those written before are replaced.
+
+        Raises:
+            ConfigError: the disk is full, or gone.
+        """
+        if self.enabled:
+            file = self.folder / "validation" / validation_name(step)
+            try:
+                file.parent.mkdir(exist_ok=True)
+                write_groups(file, groups)
+            except OSError as error:
+                raise self._unwritable(file.name, error) from error
 
     def state_dict(self) -> dict[str, Any]:
         """How far the logs have come, and which chart they are drawn in."""
@@ -129,6 +143,8 @@ class RunDirectory:
             file.truncate(wanted)
         written = (self.folder / "completions").iterdir()
         stale = [path for path in written if path.name >= file_name(self._episodes) or path.suffix == ".partial"]
+        validations = (self.folder / "validation").glob("step_*")
+        stale += [path for path in validations if path.name > validation_name(self._rows)]
         stale += [self.folder / "learning.png"]  # drawn when a run has ended
         stale += [] if state else self.folder.glob("events.out.tfevents.*")
         for path in stale:
@@ -161,6 +177,8 @@ class RunDirectory:
 
 
 def _plain(value: Any) -> Any:
-    """A number as JSON knows it: scalars of NumPy and torch unwrapped, nothing non-finite."""
+    """A number as JSON knows it: scalars of NumPy and torch unwrapped, nothing non-finite; in mappings, too."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

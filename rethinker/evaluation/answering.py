@@ -72,14 +72,23 @@ def judge(
         groups[g].rewards[i] = max(groups[g].rewards[i], reward)
 
 
-def validate(queries: list[Query], model: AnsweringModel, ranks: Ranks, max_new_tokens: int) -> Accuracy:
-    """Answer one query or more, greedily, the ranks sharing the work. A reward of at least 1 counts as right."""
-    mine = queries[ranks.rank :: ranks.world_size]
-    groups = model.answer(mine, max_new_tokens=max_new_tokens)
-    verdicts = [(str(group.query.metadata.get("category", "all")), group.rewards[0] >= 1.0) for group in groups]
+def validate(
+    queries: list[Query], model: AnsweringModel, ranks: Ranks, max_new_tokens: int, keep: int = 0
+) -> tuple[Accuracy, list[Group]]:
+    """Answer one query or more, greedily, the ranks sharing the work. A reward of at least 1 counts as right.
+
+    Beside the accuracy, on rank 0 the groups of the first `keep` queries come back, in order; on other ranks none.
+    """
+    places = range(len(queries))[ranks.rank :: ranks.world_size]
+    groups = model.answer([queries[place] for place in places], max_new_tokens=max_new_tokens)
+    verdicts = [(group.query.category, group.rewards[0] >= 1.0) for group in groups]
     judged = pd.DataFrame([v for share in ranks.gather(verdicts) for v in share], columns=["category", "right"])
     by_category = judged.groupby("category").right.mean().to_dict()
-    return Accuracy(float(judged.right.mean()), by_category, questions=len(queries))
+    # Without their queries, which hold images and which rank 0 has.
+    mine = {i: dataclasses.replace(g, query=None) for i, g in zip(places, groups, strict=True) if i < keep}
+    held = {place: group for share in ranks.gather_to_main(mine) or [] for place, group in share.items()}
+    answers = [dataclasses.replace(held[place], query=queries[place]) for place in sorted(held)]
+    return Accuracy(float(judged.right.mean()), by_category, questions=len(queries)), answers
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rethinker.algorithm.rethinking import rethinks
+from rethinker.algorithm.rethinking import answers_at_once, rethinks
 from rethinker.config import ConfigError, RethinkConfig
 from rethinker.data.images import open_image
 from rethinker.report.runs import RunRecord
@@ -35,7 +35,7 @@ COLUMNS = (
 
 
 def sample_completions(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Draw the `groups` to show (see `_group`), the same ones each time; and `unreadable`, names of files."""
+    """Draw the `groups` to show (see `describe_group`), the same ones each time; and `unreadable`, names of files."""
     groups: list[dict[str, Any]] = []
     unreadable: list[str] = []
     for run in runs:
@@ -56,12 +56,13 @@ def _read_groups(run: RunRecord, file: Path, most: int) -> list[dict[str, Any]]:
     chosen = random.Random(file.name).sample(numbers, min(most, len(numbers)))
     groups: dict[int, dict[str, Any]] = {}
     for row in pq.read_table(file, columns=list(COLUMNS), filters=[("group", "in", chosen)]).to_pylist():
-        group = groups.get(row["group"]) or groups.setdefault(row["group"], _group(run, row))
-        group["responses"].append(_response(row, run.settings))
+        group = groups.get(row["group"]) or groups.setdefault(row["group"], describe_group(run, row))
+        group["responses"].append(describe_response(row, run.settings))
     return [groups[number] for number in sorted(groups)]
 
 
-def _group(run: RunRecord, row: dict[str, Any]) -> dict[str, Any]:
+def describe_group(run: RunRecord, row: dict[str, Any], longest_side: int = THUMBNAIL) -> dict[str, Any]:
+    """A row's question for the page, without responses yet; its images are at most that large, in pixels."""
     return {
         "run": run.label,
         "episode": row["episode"],
@@ -69,14 +70,15 @@ def _group(run: RunRecord, row: dict[str, Any]) -> dict[str, Any]:
         "question": _shortened(row["question"]),
         "answer": _shortened(row["answer"]),
         "category": str(json.loads(row["metadata"]).get("category") or ""),
-        "images": [_thumbnail(image, row["query_id"]) for image in row["images"]],
+        "images": [_thumbnail(image, row["query_id"], longest_side) for image in row["images"]],
         "responses": [],
     }
 
 
-def _response(row: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def describe_response(row: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """`parts` are (text, whether the trainer forced it); `verdict` is right (a reward of at least 1), wrong or
-    unjudged; `trigger` names the forced one, if any; `rethinks` says whether a cue outside of it was the model's."""
+    unjudged; `trigger` names the forced one, if any; `rethinks` says whether a cue outside of it was the model's, and
+    `fast` whether the response is nothing but the answer."""
     text, reward, rethought = row["response"], row["reward"], row["rethought"]
     start, end = find_trigger(text, len(row["token_ids"]), rethought, settings) if rethought else (len(text), len(text))
     # Cut apart first and shorten after: the trigger stays whole whatever is left out around it.
@@ -90,6 +92,7 @@ def _response(row: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         "tokens": len(row["token_ids"]),
         "trigger": rethought and rethought["name"],
         "rethinks": rethinks(text[:start] + text[end:]),
+        "fast": rethought is None and answers_at_once(text),
     }
 
 
@@ -111,13 +114,13 @@ def _shortened(text: str) -> str:
     return f"{text[:half]} [... {len(text) - 2 * half:,} characters left out ...] {text[-half:]}"
 
 
-def _thumbnail(reference: dict[str, Any], query_id: str) -> str | None:
+def _thumbnail(reference: dict[str, Any], query_id: str, longest_side: int) -> str | None:
     """A small picture as a data URI; None where the image cannot be read any more."""
     try:
         image = open_image(reference, query_id)
     except (ConfigError, TypeError):
         return None
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((longest_side, longest_side))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=82)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's, less their yellow: distinct with any colour vision, dark enough on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#56b4e9", "#8c6d00", "#444444")
+LONGEST_LABEL = 24
+"""Of a category, in characters."""
 WIDTH = 5.2  # inches: on a phone's 390 px the labels are still 8 px high
 
 LOOK = {
@@ -38,8 +41,15 @@ def style_of(number: int) -> dict[str, Any]:
 
 
 def label_of(text: str) -> str:
-    """A user's text as a label: matplotlib hides those that begin with an underscore."""
+    """A user's text as a label: matplotlib hides those that begin with an underscore, and XML has no control
+    characters."""
+    text = "".join(character if character.isprintable() else "?" for character in text)
     return f" {text}" if text.startswith("_") else text
+
+
+def short_label(text: str) -> str:
+    """A category's name, cut so that several fit above a panel."""
+    return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def draw_line(
@@ -48,15 +58,27 @@ def draw_line(
     """The moving average of a metric, `values` [steps, runs]: of several runs as their mean and range. `points` draws
     what was measured now and then, as it is; `single_steps` one run's steps behind their average."""
     window = 1 if points else smoothing_window(len(values))
-    averages = values.rolling(window, center=True, min_periods=1).mean()  # fewer steps at both ends
+    averages = smoothed(values, window)
     if values.shape[1] > 1:
         low, high = averages.min(axis=1), averages.max(axis=1)
         axes.fill_between(values.index, low, high, color=style["color"], alpha=0.18, linewidth=0)
     elif single_steps and window > 1:
         axes.plot(values, color=style["color"], alpha=0.28, linewidth=0.9)
     marker = "o" if points or len(values) == 1 else None  # one point is no line
-    axes.plot(averages.mean(axis=1), label=label_of(label), linewidth=1.8, marker=marker, markersize=4, **style)
+    look = {"linewidth": 1.8, "marker": marker, "markersize": 4} | style
+    axes.plot(averages.mean(axis=1), label=label_of(label), **look)
     axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def draw_joins(axes: Any, steps: Iterable[int]) -> None:
+    """A thin line where a later stage of a run begins."""
+    for step in steps:
+        axes.axvline(step, color="#222222", linewidth=0.7, zorder=2.5)  # above areas, too
+
+
+def smoothed(values: pd.DataFrame, window: int) -> pd.DataFrame:
+    """The centred moving average over so many rows, over fewer at both ends."""
+    return values.rolling(window, center=True, min_periods=1).mean()
 
 
 def smoothing_window(points: int) -> int:

@@ -1,21 +1,37 @@
-"""The figures of the page in their order, from the metrics of one run or of several side by side."""
+"""The figures of the page in their order, from the metrics of one run or of several side by side.
+
+Of one run, story.py draws some of this closer to what it learned; a figure `of` several runs is left to it then.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rethinker.report.drawing import COLORS, draw_bars, draw_line, in_our_look, legend, new_figure, style_of
+from rethinker.report.drawing import (
+    COLORS,
+    draw_bars,
+    draw_joins,
+    draw_line,
+    in_our_look,
+    legend,
+    new_figure,
+    short_label,
+    style_of,
+)
 from rethinker.report.runs import RunRecord
 from rethinker.runtime.profiling import PHASES
 
 Runs = Sequence[RunRecord]
 ADVANTAGES = ("0", "0 to 0.5", "0.5 to 1", "1 to 1.5", "1.5 to 2", "above 2")
 """The bins of `advantage_histogram` in words (algorithm/selection.py: ADVANTAGE_BINS)."""
+MOST_CATEGORIES = 8
+"""Lines of one panel: the first ones by name."""
 SHARES = ("effective_query_ratio", "replay_fraction")  # drawn from 0 to 1
 
 
@@ -28,6 +44,11 @@ class ReportFigure:
     meaning: str  # what the reader sees in it
     panels: dict[str, str]  # {metric: title of its panel}
     draw: Callable[[Runs], Figure | None] | None = None
+    of: Literal["any", "one", "several"] = "any"  # how many runs the page is about
+
+    def suits(self, runs: Runs) -> bool:
+        """Whether it is a figure of a page about so many runs."""
+        return self.of in ("any", "one" if len(runs) == 1 else "several")
 
     @in_our_look
     def drawn(self, runs: Runs) -> Figure | None:
@@ -50,6 +71,7 @@ def curves(runs: Runs, panels: dict[str, str]) -> Figure | None:
             if values.any():
                 look = {"points": metric == "val_accuracy", "single_steps": len(runs) == 1, **style_of(number)}
                 draw_line(axes, values.to_frame(), run.label, **look)
+        draw_joins(axes, {step for run in runs for step in run.joins})
         axes.set_title(panels[metric])
         if metric in SHARES:
             axes.set_ylim(-0.03, 1.03)
@@ -105,12 +127,41 @@ def phase_times(runs: Runs) -> Figure | None:
     return figure
 
 
+def replay(runs: Runs) -> Figure | None:
+    """What replay holds, and of several runs its share of the batch."""
+    panels = {"replay_fraction": "share of the batch"} if len(runs) > 1 else {}
+    panels |= {"replay_size": "samples in the buffer", "replay_age_mean": "age of draws (steps)"}
+    return curves(runs, panels)
+
+
+def replay_categories(runs: Runs) -> Figure | None:
+    """Shares of the fresh queries and of replay's draws by category, one above the other."""
+    (run,) = runs
+    fresh, draws = run.mapping("queries_by_category"), run.mapping("replay_by_category")
+    if draws.empty:
+        return None
+    figure = new_figure(4.6)
+    panes = figure.subplots(2, 1, sharex=True, sharey=True)
+    names = sorted({*fresh, *draws})[:MOST_CATEGORIES]
+    for axes, shares, title in zip(panes, (fresh, draws), ("fresh queries, %", "replay's draws, %"), strict=True):
+        percent = 100 * shares.fillna(0)
+        for number, name in enumerate(names):
+            if name in percent:
+                draw_line(axes, percent[[name]], short_label(name), **style_of(number))
+        draw_joins(axes, run.joins)
+        axes.set_title(title)
+    figure.supxlabel("optimizer step", fontsize=9)
+    legend(figure)
+    return figure
+
+
 FIGURES = (
     ReportFigure(
         "validation",
         "Held-out accuracy",
         "Greedy answers to held-out questions, judged by the training reward. Step 0 is before training.",
         {"val_accuracy": "greedy accuracy (0 to 1)"},
+        of="several",
     ),
     ReportFigure(
         "reward",
@@ -124,6 +175,7 @@ FIGURES = (
         "Share of queries whose responses are neither all right nor all wrong. Only these carry an advantage; as the "
         "share falls, plain GRPO trains on less and less.",
         {"effective_query_ratio": "effective queries (0 to 1)"},
+        of="several",
     ),
     ReportFigure(
         "advantages",
@@ -136,19 +188,26 @@ FIGURES = (
     ReportFigure(
         "replay",
         "Selective Sample Replay",
-        "Share of the batch that comes from replay, samples in the buffer, and the mean age of the drawn samples in "
-        "optimizer steps. Runs with algorithm.name: ssr replay.",
-        {
-            "replay_fraction": "share of the batch",
-            "replay_size": "samples in the buffer",
-            "replay_age_mean": "age of draws (steps)",
-        },
+        "Samples in the buffer, the mean age of the drawn ones in optimizer steps, and, of several runs, the share of "
+        "the batch that comes from replay. Runs with algorithm.name: ssr replay.",
+        {},
+        replay,
+    ),
+    ReportFigure(
+        "replay_categories",
+        "Replay's draws by category",
+        "Where the fresh queries come from, and below it where replay's draws come from: it draws large advantages, "
+        "so categories with rare successes or rare failures more often.",
+        {},
+        replay_categories,
+        of="one",
     ),
     ReportFigure(
         "response_length",
         "Response length",
         "Mean tokens per sampled response, and the share of responses that rethink unforced.",
         {"response_length_mean": "tokens per response", "rethink_ratio": "share that rethinks"},
+        of="several",
     ),
     ReportFigure(
         "policy",

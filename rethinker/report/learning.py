@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from rethinker.report.drawing import draw_line, in_our_look, new_figure, save_figure, smoothing_window
+from rethinker.report.drawing import draw_joins, draw_line, in_our_look, new_figure, save_figure, smoothing_window
 from rethinker.report.runs import read_run
 
 PANELS = {
@@ -45,6 +45,7 @@ def learning_curve(run_folders: Sequence[str | Path], output: str | Path) -> Pat
                 label += f", mean of {window} steps"
             if len(values):
                 draw_line(axes, values, label, points=points, single_steps=True, color=color)
+        draw_joins(axes, {step for run in runs for step in run.joins})
         axes.set_ylabel(title)
         axes.legend(frameon=False)
     panes[0].set_title(runs[0].name if len(runs) == 1 else f"{len(runs)} runs: mean and range", fontsize=10)

@@ -20,7 +20,8 @@ from rethinker.report.completions import sample_completions
 from rethinker.report.drawing import save_figure
 from rethinker.report.figures import FIGURES
 from rethinker.report.rethinking import compare, read_evaluations, rethinking_analysis
-from rethinker.report.runs import read_runs
+from rethinker.report.runs import all_stages, read_runs
+from rethinker.report.story import STORY, before_and_after
 from rethinker.report.summary import categories, changed_settings, summary
 
 
@@ -46,9 +47,14 @@ def write_report(
     folder = output.with_name(f"{output.stem}_figures")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        figures = []
-        for figure in FIGURES:
-            figures.append({**vars(figure), "image": _image(figure.drawn(runs), folder / f"{figure.name}.svg")})
+        story, figures = (
+            [
+                {**vars(figure), "image": _image(figure.drawn(runs), folder / f"{figure.name}.svg")}
+                for figure in section
+                if figure.suits(runs)
+            ]
+            for section in (STORY, FIGURES)
+        )
         tables = {"Held-out accuracy by category": categories(runs)}
         if comparison is not None:
             texts = {"name": "rethinking", "title": "Rethinking analysis"}
@@ -56,12 +62,16 @@ def write_report(
             figures.append({**texts, "image": _image(rethinking_analysis(comparison), folder / "rethinking.svg")})
             tables["Accuracies of the rethinking analysis"] = comparison.map("{:.3f}".format, "ignore").fillna("")
         tables["Settings that differ from their defaults"] = changed_settings(runs)
+        sample = sample_completions(all_stages(runs))
         page = _render(
             runs=runs,
+            labels=[stage.label for stage in all_stages(runs)],
+            story=story,
+            example=before_and_after(runs[0], sample["unreadable"]) if len(runs) == 1 else None,
             figures=figures,
             summary=_html(summary(runs)),
             tables={title: _html(table) for title, table in tables.items() if table is not None},
-            **sample_completions(runs),
+            **sample,
         )
         output.write_text(page, encoding="utf-8", errors="replace")  # half a surrogate pair, cut by a model
     except OSError as error:

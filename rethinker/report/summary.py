@@ -10,7 +10,7 @@ import pandas as pd
 
 from rethinker.config import Config
 from rethinker.evaluation.settings import flat_settings
-from rethinker.report.runs import RunRecord
+from rethinker.report.runs import RunRecord, all_stages, whole
 from rethinker.settings import flat
 
 
@@ -23,15 +23,18 @@ def summary(runs: Sequence[RunRecord]) -> pd.DataFrame:
 
 def _facts(run: RunRecord) -> dict[str, str]:
     settings, accuracy, seconds = run.settings, run.series("val_accuracy"), run.series("step_s")
-    last, finished = run.metrics.index.max(), (run.folder / "learning.png").is_file()  # which a run draws at its end
+    last = run.metrics.index.max() - sum(run.joins[-1:])
+    finished = (run.folder / "learning.png").is_file()  # which a run draws at its end
     so_far = f"{last} of {settings.get('train.max_steps') or '?'} so far (running, or ended early)"
     best = f", best {accuracy.max():.3f} at step {accuracy.idxmax()}" if len(accuracy) > 1 else ""
     time = f"{seconds.sum() / 60:.1f} min in steps, {seconds.median():.2f} s the median step"
+    stage = f"stage {len(run.joins) + 1} of {len(run.joins) + 1}, after {', '.join(s.name for s in run.earlier)}"
     return {
+        "Stage": stage if run.earlier else "",
         "Model": str(settings.get("policy.model", "")),
         "Algorithm": str(settings.get("algorithm.name", "")),
         "Seed": str(settings.get("seed", "")),
-        "Steps": str(last) if finished else so_far,
+        "Steps": (str(last) if finished else so_far) + (f", after {run.joins[-1]} before" if run.joins else ""),
         "Held-out accuracy": change(accuracy) + best,
         "Sampled reward": change(run.series("reward_mean"), few=max(1, len(run.steps) // 10)),
         "Time": time if len(seconds) else "",
@@ -48,14 +51,13 @@ def categories(runs: Sequence[RunRecord]) -> pd.DataFrame | None:
 
 
 def _by_category(row: dict[str, Any]) -> dict[str, Any]:
-    """Half characters, which a careless cut leaves, replaced: pandas takes none."""
-    return {name.encode("utf-8", "replace").decode(): value for name, value in (row.get("by_category") or {}).items()}
+    return {whole(name): value for name, value in (row.get("by_category") or {}).items()}
 
 
 def changed_settings(runs: Sequence[RunRecord]) -> pd.DataFrame | None:
-    """Settings of which any run's value is not the default; None without a config.yaml."""
+    """Settings of which any run's value, or an earlier stage's, is not the default; None without a config.yaml."""
     defaults = flat_settings(flat(Config()))
-    known = [run for run in runs if run.settings]
+    known = [run for run in all_stages(runs) if run.settings]
     rows = {}
     for key in dict.fromkeys([*defaults, *(key for run in known for key in run.settings)]):
         default = defaults.get(key)

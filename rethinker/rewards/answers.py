@@ -83,18 +83,23 @@ _SHORT_WORDS = frozenset("no on in up to of or at it is us we he me my by if so 
 
 def extract_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{...}`, nested braces included; None if there is none or it never closes."""
+    span = boxed_span(text)
+    return span and text[_BOXED.match(text, span[0]).end() : span[1] - 1]
+
+
+def boxed_span(text: str) -> tuple[int, int] | None:
+    r"""Where the last `\boxed{...}` begins and ends in the text; None as for `extract_boxed`."""
     boxes = list(_BOXED.finditer(text))
     if not boxes:
         return None
-    start = i = boxes[-1].end()
-    depth = 1
+    i, depth = boxes[-1].end(), 1
     while i < len(text):
         if text[i] == "\\":  # an escaped brace is a character of the answer, not a bracket
             i += 2
             continue
         depth += (text[i] == "{") - (text[i] == "}")
         if depth == 0:
-            return text[start:i]
+            return boxes[-1].start(), i + 1
         i += 1
     return None
 

@@ -1,4 +1,7 @@
-"""Every completion of an episode as one parquet file, and back: exactly, so that another run can train on them."""
+"""Every completion of an episode as one parquet file, and back: exactly, so that another run can train on them.
+
+The greedy answers of a validation have the same format.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,18 @@ def file_name(episode: int) -> str:
     return f"episode_{episode:05d}.parquet"
 
 
+def validation_name(step: int) -> str:
+    """Of the greedy answers after a step; the names sort as the steps do."""
+    return f"step_{step:06d}.parquet"
+
+
 def write_completions(folder: str | Path, episode: int, groups: Sequence[Group]) -> None:
-    """Write `folder`/episode_<episode>.parquet: one row per completion, whole or not at all.
+    """Write `folder`/episode_<episode>.parquet: see `write_groups`."""
+    write_groups(Path(folder) / file_name(episode), groups, episode)
+
+
+def write_groups(file: Path, groups: Sequence[Group], episode: int = 0) -> None:
+    """Write one row per completion, the file whole or not at all.
 
     Images given as bytes are stored once per group, in its first row.
     """
@@ -35,7 +48,7 @@ def write_completions(folder: str | Path, episode: int, groups: Sequence[Group])
         for number, group in enumerate(groups)
         for index, completion in enumerate(group.completions)
     ]
-    with whole_file(Path(folder) / file_name(episode)) as partial:
+    with whole_file(file) as partial:
         pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), partial, compression="zstd")
 
 

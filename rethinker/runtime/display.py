@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from statistics import mean
 from typing import Any, TypeVar
 
 from rethinker.samples import Accuracy, RunResult
@@ -19,13 +21,14 @@ _COLUMNS = (
     ("effective", "effective_query_ratio", ".2f"),
     ("replay", "replay_fraction", ".2f"),
     ("length", "response_length_mean", ".1f"),
-    ("loss", "loss", ".4f"),
+    ("fast", "fast_ratio", ".2f"),
+    ("rethink", "rethink_ratio", ".2f"),
     ("entropy", "entropy", ".3f"),
-    ("grad", "grad_norm", ".3f"),
-    ("mismatch", "mismatch_kl", ".1e"),
     ("tok/s", "tokens_per_s", ",.0f"),
     ("s/step", "step_s", ".2f"),
 )
+MOST_CATEGORIES = 6
+"""Of replay's draws, in the line after a validation: those with most draws."""
 
 
 class Display:
@@ -45,12 +48,22 @@ class Display:
         shown = [f"{label} {metrics[name]:{form}}" for label, name, form in _COLUMNS if metrics.get(name) is not None]
         self._print("  ".join([f"step {done}/{self.total_steps}", *shown, f"left {timedelta(seconds=round(seconds))}"]))
 
-    def validated(self, step: int, accuracy: Accuracy, data: str) -> None:
-        """Show a validation, the one before training with its data set."""
+    def validated(self, step: int, accuracy: Accuracy, data: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Show a validation, the one before training with its data set, and how the model answered in the steps since
+        the last one, whose metrics are `rows`."""
         when = f"on data.validation={data} before training" if step == 0 else f"after step {step}"
         details = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.by_category.items())
         details = f" ({details})" if len(accuracy.by_category) > 1 else ""
         self._print(f"greedy accuracy {when}: {accuracy.overall:.3f} of {accuracy.questions} questions{details}")
+        known = [row for row in rows if row.get("fast_ratio") is not None]
+        if known:
+            fast, rethinking = (mean(row[name] for row in known) for name in ("fast_ratio", "rethink_ratio"))
+            kinds = {"fast": fast, "slow": 1 - fast - rethinking, "rethinking": rethinking}
+            drawn = _replay_draws(known)
+            largest = sorted(sorted(drawn, key=drawn.get)[-MOST_CATEGORIES:])
+            text = "since the last one: answers " + ", ".join(f"{share:.0%} {kind}" for kind, share in kinds.items())
+            text += "; replay drew " * bool(drawn) + ", ".join(f"{name} {drawn[name]:.0%}" for name in largest)
+            self._print(f"  {text}")
 
     def resumed(self, checkpoint: Path) -> None:
         """Say from where the run goes on."""
@@ -81,6 +94,15 @@ class Display:
     def _print(self, text: str) -> None:
         if self.enabled:
             print(text, flush=True)
+
+
+def _replay_draws(rows: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """Share of the steps' replay draws by category, where replay drew any."""
+    draws: Counter[str] = Counter()
+    for row in rows:
+        for name, share in row["replay_by_category"].items():
+            draws[name] += share * row["replay_fraction"] * row["trained_pairs"]
+    return Counter({name: count / draws.total() for name, count in draws.items()})
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:

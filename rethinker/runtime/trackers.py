@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rethinker.config import Config
 
 log = logging.getLogger(__name__)
+
+
+def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a metrics row; those of a mapping, such as reward_by_category, are called <metric>/<key>."""
+    values = dict(row)
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            values |= {f"{name}/{key}": inner for key, inner in value.items()}
+    return {name: value for name, value in values.items() if type(value) in (int, float)}
 
 
 class Trackers:

@@ -7,7 +7,14 @@ import math
 
 import pytest
 
-from rethinker.algorithm.rethinking import Rethinker, Trigger, continue_after_trigger, make_triggers, released_reward
+from rethinker.algorithm.rethinking import (
+    Rethinker,
+    Trigger,
+    answers_at_once,
+    continue_after_trigger,
+    make_triggers,
+    released_reward,
+)
 from rethinker.config import RethinkConfig
 from rethinker.embedded.tokenizer import train_tokenizer
 from rethinker.samples import Completion, Group, Prompt, Query, Rethinking, Rethought
@@ -299,3 +306,25 @@ def test_released_reward():
     assert [reward(1.0, n) for n in range(7)] == [1.0, 1.1, 1.1, 1.0, 1.0, 1.0, -0.1]
     assert [reward(1.0, n, rethought=forced) for n in range(1, 5)] == [1.0, 1.1, 1.1, 1.0]
     assert reward(1.0, 0, ended=False) == -0.1 and reward(0.0, 2) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "at_once"),
+    [
+        (r"\boxed{1}", True),
+        (r"The answer is \boxed{\frac{1}{2}}.", True),
+        (r"The answer is \boxed{\text{a {b} c d e f}}", True),  # a long answer is an answer
+        ("6-0=6\n\\boxed{6}", False),
+        ("6-0=6\n6+8=14\n14-6=8\n\\boxed{8}", False),
+        (r"I think the answer is \boxed{2}", False),
+        (r"It shows a red ball, so \boxed{red}", False),
+        (r"\boxed{1} \boxed{2} \boxed{3} \boxed{4} \boxed{5}", False),
+        (r"Wait, \boxed{1}", False),
+        ("red", True),
+        ("", True),
+        (r"\boxed{1", True),  # cut at the limit
+    ],
+)
+def test_fast_answers(text, at_once):
+    """A response answers at once if it is nothing but its answer: few words beside it, no calculation, no cue."""
+    assert answers_at_once(text) == at_once

@@ -61,6 +61,20 @@ def test_completions_come_back_exactly(tmp_path):
     assert same(read_completions(tmp_path, 7), groups())
 
 
+def test_the_answers_of_a_validation_are_like_completions(config):
+    """They lie beside the episodes by step, and hold the very groups; a file that cannot be written is named."""
+    with RunDirectory(config) as run:
+        run.open_logs({})
+        run.write_validation(40, [])
+        run.write_validation(40, groups())
+        file = run.folder / "validation" / "step_000040.parquet"
+        file.rename(run.folder / "completions" / "episode_00000.parquet")
+        assert same(read_completions(run.folder / "completions", 0), groups())
+        file.mkdir()
+        with pytest.raises(ConfigError, match=r"run.dir=.*step_000040.parquet cannot be written"):
+            run.write_validation(40, groups())
+
+
 def test_the_table_is_one_row_per_completion(tmp_path):
     """Any parquet reader sees a row per completion with its question, text and reward; image bytes are stored once."""
     import pyarrow.parquet as pq
@@ -100,9 +114,9 @@ def test_metrics_are_flushed_line_by_line(config):
         run.log({"step": 1, "loss": torch.tensor(0.5), "reward_mean": np.float32(0.25), "kl": None})
         lines = (run.folder / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5, "reward_mean": 0.25, "kl": None}]
-        run.log({"step": 2, "loss": math.nan, "grad_norm": math.inf})
+        run.log({"step": 2, "loss": math.nan, "reward_by_category": {"a": np.float32(0.5), "b": math.nan}})
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[1]) == {"step": 2, "loss": None, "grad_norm": None}
+    assert json.loads(lines[1]) == {"step": 2, "loss": None, "reward_by_category": {"a": 0.5, "b": None}}
 
 
 def test_the_folder_holds_its_settings(tmp_path, monkeypatch):
@@ -158,6 +172,7 @@ def test_other_ranks_write_nothing(config, tmp_path):
         run.open_logs({})
         run.log({"step": 1})
         run.write_completions(0, groups())
+        run.write_validation(0, groups())
         assert run.open_logs(run.state_dict()) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -174,6 +189,8 @@ def test_the_position_can_be_taken_up_again(config):
         run.log({"step": 2, "loss": 0.123456789})
         run.log_validation(2, accuracy)
         run.write_completions(1, groups())
+        for step in (0, 1, 2):
+            run.write_validation(step, groups())
     config.resume = "auto"
     with RunDirectory(config) as run:
         assert run.open_logs(state) == [{"step": 1}]
@@ -182,6 +199,8 @@ def test_the_position_can_be_taken_up_again(config):
     assert [json.loads(line) for line in lines] == [{"step": 1}, {"step": 2, "loss": 0.25}]
     assert len((run.folder / "validation.jsonl").read_text().splitlines()) == 1
     assert [path.name for path in (run.folder / "completions").iterdir()] == ["episode_00000.parquet"]
+    kept = sorted(path.name for path in (run.folder / "validation").iterdir())
+    assert kept == ["step_000000.parquet", "step_000001.parquet"]
     assert "resume: null" in (run.folder / "config.yaml").read_text()
 
 
@@ -261,10 +280,11 @@ def test_tensorboard_holds_every_number(config):
     with RunDirectory(config) as run:
         run.open_logs({})
         run.log({"step": 1, "reward_mean": 0.25, "val_accuracy": None})
-        run.log({"step": 2, "reward_mean": 0.5, "val_accuracy": 0.75})
+        run.log({"step": 2, "reward_mean": 0.5, "val_accuracy": 0.75, "replay_by_category": {"2 terms": 0.5}})
     events = EventAccumulator(str(run.folder)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("reward_mean")] == [(1, 0.25), (2, 0.5)]
     assert [(e.step, e.value) for e in events.Scalars("val_accuracy")] == [(2, 0.75)]
+    assert [(e.step, e.value) for e in events.Scalars("replay_by_category/2 terms")] == [(2, 0.5)]
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
@@ -279,5 +299,6 @@ def test_optional_trackers_get_the_same_numbers(config, monkeypatch, tracker):
     config.run.trackers = [tracker]
     with RunDirectory(config) as directory:
         directory.open_logs({})
-        directory.log({"step": 1, "loss": 0.5, "kl": None})
-    assert calls == [0, (1, {"loss": 0.5}), "finished"]
+        by_category = {"2 terms": 0.25, "6 terms": None}
+        directory.log({"step": 1, "loss": 0.5, "kl": None, "reward_by_category": by_category, "empty": {}})
+    assert calls == [0, (1, {"loss": 0.5, "reward_by_category/2 terms": 0.25}), "finished"]

@@ -173,6 +173,30 @@ def test_categories_of_any_kind(encoder, checker):
     kinds = {"kept": None, "fixed": 3, "broken": "3", "lost": ["a"]}
     queries = [Query(name, f"Say {name}.", SCRIPT[name][0], metadata={"category": kinds[name]}) for name in kinds]
     queries.append(Query("kept", "Say kept.", "1"))
-    accuracy = validate(queries, AnsweringModel(Scripted(encoder.tokenizer), encoder, checker), Ranks(0, 1, 0), 64)
+    accuracy, _ = validate(queries, AnsweringModel(Scripted(encoder.tokenizer), encoder, checker), Ranks(0, 1, 0), 64)
     assert accuracy.overall == 0.6 and accuracy.questions == 5
     assert accuracy.by_category == {"3": 0.5, "None": 1.0, "['a']": 0.0, "all": 1.0}
+
+
+def test_the_first_answers_of_a_validation_are_kept(encoder, checker):
+    """Rank 0 gets the judged groups of the first questions from all ranks, in order; the other rank gets none."""
+    queries = [Query(name, f"Say {name}.", answer) for name, (answer, _, _) in list(SCRIPT.items())[:4]]
+    gathered = {"gather": [], "gather_to_main": []}
+
+    class Rank(Ranks):
+        def gather(self, value):
+            gathered["gather"].insert(0, value)  # rank 0 comes last here
+            return gathered["gather"]
+
+        def gather_to_main(self, value):
+            gathered["gather_to_main"].insert(0, value)
+            return gathered["gather_to_main"] if self.rank == 0 else None
+
+    kept = {}
+    for rank in (1, 0):
+        model = AnsweringModel(Scripted(encoder.tokenizer), encoder, checker)
+        accuracy, kept[rank] = validate(queries, model, Rank(rank, 2, 0), 64, keep=3)
+    assert kept[1] == [] and [group.query for group in kept[0]] == queries[:3]
+    alone, expected = validate(queries, model, Ranks(0, 1, 0), 64, keep=3)
+    assert accuracy == alone and kept[0] == expected
+    assert [group.completions[0].text for group in expected] == [SCRIPT[query.id][1] for query in queries[:3]]

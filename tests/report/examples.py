@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from rethinker.config import AlgorithmConfig, Config, RunConfig, TrainConfig
-from rethinker.runtime.completions import write_completions
+from rethinker.config import AlgorithmConfig, Config, PolicyConfig, RunConfig, TrainConfig
+from rethinker.runtime.completions import validation_name, write_completions, write_groups
 from rethinker.samples import Completion, Group, Query, Rethought
 from rethinker.settings import to_yaml
 
@@ -25,9 +25,13 @@ def metrics_of(step: int, algorithm: str = "ssr") -> dict:
         "episode": (step - 1) // 2,
         "reward_mean": 0.4 + step / 20,
         "response_length_mean": 20.0 + step,
+        "fast_ratio": 0.6 - 0.05 * step,
         "rethink_ratio": 0.02 * step,
         "effective_query_ratio": 1 - step / 10,
         "replay_fraction": step / 10 if ssr else 0.0,
+        "reward_by_category": {"2 terms": 0.8, "6 terms": step / 20},
+        "queries_by_category": {"2 terms": 0.75, "6 terms": 0.25},
+        "replay_by_category": {"2 terms": 0.5, "6 terms": 0.5} if ssr and step > 1 else {},
         "replay_size": 50 * step if ssr else 0,
         "replay_age_mean": 0.1 * step if ssr else 0.0,
         "advantage_histogram": [count * (step if bin == 2 else 1) for bin, count in enumerate(HISTOGRAMS[algorithm])],
@@ -59,13 +63,17 @@ def write_run(
     groups: list[Group] | None = None,
     seed: int = 0,
     finished: bool = True,
+    model: Path | str = "tiny",
+    answers: dict[int, list[Group]] | None = None,
     **metrics,
 ) -> Path:
-    """A run of this algorithm; `metrics` replace those of every step."""
+    """A run of this algorithm from this model; `answers` are to held-out questions, by step; `metrics` replace those of
+    every step."""
     folder.mkdir(parents=True)
     config = Config(
         seed=seed,
         run=RunConfig(name=folder.name),
+        policy=PolicyConfig(model=str(model)),
         algorithm=AlgorithmConfig(name=algorithm, clip_high=0.35),
         train=TrainConfig(max_steps=steps),
     )
@@ -84,7 +92,43 @@ def write_run(
     if groups is not None:
         (folder / "completions").mkdir()
         write_completions(folder / "completions", 0, groups)
+    for step, answered in (answers or {}).items():
+        (folder / "validation").mkdir(exist_ok=True)
+        write_groups(folder / "validation" / validation_name(step), answered)
     return folder
+
+
+FAST, SLOW = "\\boxed{3}", "6-0=6\n6+8=14\n14-6=8\n8-7=1\n\\boxed{1}"
+RETHINKS = f"6-0=6\n6+8=15\n\\boxed{{2}}\n\nWait, I should check.\n{SLOW}"
+
+
+def write_stages(folder: Path) -> tuple[Path, Path]:
+    """A run of 6 steps and one of 4 that goes on from its best checkpoint, with answers to two questions: fast and
+    wrong before, slow and right after stage 1, and one of them rethought after stage 2."""
+
+    def answered(*texts: tuple[str, float]) -> list[Group]:
+        return [
+            group(number, [pair], "What is the result?", f"{4 + number} terms", picture(176, 16))
+            for number, pair in enumerate(texts)
+        ]
+
+    before, middle = [(FAST, 0.0)] * 2, [(SLOW + " ", 1.0), (SLOW, 0.0)]
+    completions = [group(0, [("of stage 1", 1.0), ("no", 0.0)])], [group(0, [("of stage 2", 1.0), ("no", 0.0)])]
+    first = write_run(
+        folder / "stage1",
+        accuracies={0: 0.25, 3: 0.5, 6: 0.45},
+        answers={0: answered(*before), 6: answered(*middle)},
+        groups=completions[0],
+    )
+    second = write_run(
+        folder / "stage2",
+        steps=4,
+        model=first / "checkpoints" / "best",
+        accuracies={0: 0.5, 4: 0.75},
+        answers={0: answered(*middle), 4: answered((SLOW * 40, 1.0), (RETHINKS, 1.0))},
+        groups=completions[1],
+    )
+    return first, second
 
 
 def group(

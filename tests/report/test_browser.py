@@ -7,10 +7,12 @@ import pytest
 from rethinker.embedded.tiny import create_tiny
 from rethinker.report.figures import FIGURES
 from rethinker.report.page import write_report
+from rethinker.report.story import STORY
 from tests import forked
 from tests.report.conftest import PHONE
-from tests.report.examples import TRIGGER, forced, group, picture, write_evaluation, write_run
+from tests.report.examples import TRIGGER, forced, group, picture, write_evaluation, write_run, write_stages
 
+OF_ONE = [figure for figure in (*STORY, *FIGURES) if figure.of != "several"]
 SCRIPT = "<script>window.taken = 1</script><img src=x onerror='window.taken = 2'>"
 
 
@@ -51,7 +53,7 @@ def test_every_figure_is_drawn(browser, page):
         "  const image = figure.querySelector('img');"
         "  return [figure.id.replace('figure-', ''), [image.width, image.height, image.naturalWidth]]; }))"
     )
-    assert set(boxes) == {figure.name for figure in FIGURES} | {"rethinking"}
+    assert set(boxes) == {figure.name for figure in FIGURES if figure.of != "one"} | {"rethinking"}
     for width, height, drawn in boxes.values():
         assert width > 300 and height > 100 and drawn > 100
     assert browser.messages() == []
@@ -151,9 +153,29 @@ def test_print(browser, page):
     try:
         assert browser.driver.execute_cdp_cmd("Page.printToPDF", {})["data"].startswith("JVBERi")
         assert not browser.visible("#filters") and not browser.visible("nav")
-        assert len(browser.visible("figure img")) == len(FIGURES) + 1
+        assert len(browser.visible("figure img")) == len([figure for figure in FIGURES if figure.of != "one"]) + 1
     finally:
         browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_the_story_fits_both_screens(browser, tmp_path):
+    """Four figures in two rows of two, on a phone one below the other, without a message; the example's image is as
+    wide as its row on a phone and its answers are there."""
+    _, two = write_stages(tmp_path)
+    page = write_report([two])
+    boxes = (
+        "return [...document.querySelectorAll('h2#learned + .figures figure')].map(f => f.getBoundingClientRect().x)"
+    )
+    browser.open(page)
+    left, right, *below = browser.run(boxes)
+    assert left < right and below == [left, right]
+    browser.open(page, PHONE)
+    assert browser.run(boxes) == [16] * 4
+    assert browser.run("return document.documentElement.scrollWidth") == PHONE[0]
+    (image,) = browser.visible("img.example")
+    assert image.size["width"] == PHONE[0] - 32
+    verdicts = [element.text for element in browser.visible(".moments .verdict")]
+    assert verdicts == ["wrong", "wrong", "right"] and browser.messages() == []
 
 
 @pytest.fixture(scope="module")
@@ -176,13 +198,14 @@ def test_training_ends_with_its_report(trained):
     folder, printed = trained
     assert f"report           {folder}/runs/real/report.html" in printed
     figures = folder / "runs" / "real" / "report_figures"
-    assert {path.stem for path in figures.glob("*.svg")} == {figure.name for figure in FIGURES}
+    assert {path.stem for path in figures.glob("*.svg")} == {figure.name for figure in OF_ONE}
+    assert (folder / "runs" / "real" / "validation" / "step_000003.parquet").is_file()
 
 
 def test_a_real_run_is_shown(browser, trained):
     """Every figure of a real run is drawn, its questions have their images, and the console is silent."""
     browser.open(trained[0] / "runs" / "real" / "report.html")
-    assert len(browser.visible("figure img")) == len(FIGURES)
+    assert len(browser.visible("figure img")) == len(OF_ONE)
     assert len(browser.visible("details.group")) == 24
     images = "return [...document.querySelectorAll('.group img')].map(image => image.naturalWidth)"
     assert browser.run(images) == [64] * 24

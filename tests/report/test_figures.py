@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from rethinker.config import ConfigError
 from rethinker.report import figures
 from rethinker.report.drawing import new_figure, save_figure
 from rethinker.report.rethinking import compare, read_evaluations, rethinking_analysis
-from rethinker.report.runs import read_runs
+from rethinker.report.runs import all_stages, read_runs
+from rethinker.report.story import STORY
 from rethinker.runtime.profiling import PHASES
-from tests.report.examples import HISTOGRAMS, write_evaluation, write_run
+from tests.report.examples import HISTOGRAMS, write_evaluation, write_run, write_stages
 
 ALGORITHMS = ("grpo", "filter", "ssr")
 
@@ -28,8 +31,8 @@ def three(tmp_path):
 
 
 def draw(name, runs):
-    """The figure of this name."""
-    (figure,) = [figure for figure in figures.FIGURES if figure.name == name]
+    """The figure of this name on a page about these runs."""
+    (figure,) = [figure for figure in (*STORY, *figures.FIGURES) if figure.name == name and figure.suits(runs)]
     return figure.drawn(runs)
 
 
@@ -112,13 +115,126 @@ def test_lengths_and_policy_metrics(three):
     assert "KL to reference" not in panels and len(panels) == 7
 
 
+def joins(axes):
+    """Steps of the thin lines where later stages begin."""
+    return [line.get_xdata()[0] for line in axes.get_lines() if list(line.get_ydata()) == [0, 1]]
+
+
+def test_a_page_shows_each_fact_once(three):
+    """Of one run the story has accuracy, length and effective queries; several runs are compared as before, without."""
+    named = {n: [f.name for f in (*STORY, *figures.FIGURES) if f.suits(three[:n])] for n in (1, 3)}
+    assert all(len(names) == len(set(names)) for names in named.values())
+    assert set(named[1]) - set(named[3]) == {"kinds", "replay_categories"} and set(named[3]) < set(named[1])
+    assert not [figure for figure in STORY if figure.suits(three)]
+    titles = [axes.get_title(loc="left") for axes in draw("replay", three[2:]).axes]
+    assert titles == ["samples in the buffer", "age of draws (steps)"]  # the share is in the story
+
+
+def test_kinds_of_answers_are_stacked(three):
+    """Fast, slow and rethinking responses fill 100 per cent at every step, each with its own share."""
+    (axes,) = draw("kinds", three[2:]).axes
+    edges = {}
+    for area in axes.collections:
+        points = area.get_paths()[0].vertices
+        edges[area.get_label()] = [sorted({round(y) for x, y in points if x == step})[-1] for step in (1, 6)]
+    assert edges == {"fast": [55, 30], "slow": [98, 88], "rethinking": [100, 100]}
+    bare = [replace(three[2], steps=[{k: v for k, v in row.items() if k != "fast_ratio"} for row in three[2].steps])]
+    assert draw("kinds", bare) is None  # of an older release
+
+
+def test_accuracy_by_category(three):
+    """One line per category at its own steps, and overall the boldest; at most 8 categories, one alone adds none."""
+    (run,) = three[2:]
+    (axes,) = draw("validation", [run]).axes
+    assert list(lines(axes)) == ["color", "yes/no", "overall"]
+    np.testing.assert_allclose(lines(axes)["color"], [[0, 3, 6], [0.25, 0.3, 0.35]])
+    np.testing.assert_allclose(lines(axes)["overall"], [[0, 3, 6], [0.5, 0.6, 0.7]])
+    widths = {line.get_label(): line.get_linewidth() for line in axes.get_lines()}
+    assert widths["overall"] > 1.5 * widths["color"]
+    for count, drawn in ((1, 1), (8, 9), (20, 9)):
+        by_category = {f"c{n:02d}": 0.5 for n in range(count)}
+        many = replace(run, validations=[row | {"by_category": by_category} for row in run.validations])
+        assert len(lines(draw("validation", [many]).axes[0])) == drawn
+
+
+def test_a_category_of_any_name_leaves_room_for_the_panel(three, tmp_path, recwarn):
+    """A long name is cut, and control characters are shown as such: the figure is laid out and its file is XML."""
+    names = {"x" * 500: 0.1, "\x00\x1b[2J <b>": 0.2, "plain": 0.3}
+    run = replace(three[2], validations=[row | {"by_category": names} for row in three[2].validations])
+    figure = draw("validation", [run])
+    file = save_figure(figure, tmp_path / "validation.svg")
+    texts = [element.text for element in ElementTree.parse(file).iter() if element.tag.endswith("text")]
+    assert "??[2J <b>" in texts and "x" * 23 + "\N{HORIZONTAL ELLIPSIS}" in texts
+    assert not [warning for warning in recwarn if "layout" in str(warning.message)]
+
+
+def test_effective_queries_and_replay_share_a_panel(three):
+    """Both shares of one run over its steps; without replay the first alone."""
+    drawn = lines(draw("effective_queries", three[2:]).axes[0])
+    np.testing.assert_allclose(drawn["effective queries"], [range(1, 7), [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]])
+    np.testing.assert_allclose(drawn["replay's share of the batch"], [range(1, 7), np.arange(1, 7) / 10])
+    assert list(lines(draw("effective_queries", three[:1]).axes[0])) == ["effective queries"]
+
+
+def test_draws_by_category_beside_the_fresh_queries(three):
+    """Shares in per cent at the steps that have them; a run that replays nothing has no such figure."""
+    fresh, draws = (lines(axes) for axes in draw("replay_categories", three[2:]).axes)
+    np.testing.assert_allclose(fresh["6 terms"], [range(1, 7), [25] * 6])
+    np.testing.assert_allclose(draws["6 terms"], [range(2, 7), [50] * 5])
+    assert list(fresh) == list(draws) == ["2 terms", "6 terms"]
+    assert draw("replay_categories", three[:1]) is None
+
+
+def test_stages_are_one_line(tmp_path):
+    """The later stage's steps come behind the earlier one's, with a line at the join; its validation of the checkpoint
+    that it starts from stands there."""
+    one, two = write_stages(tmp_path)
+    (run,) = read_runs([two])
+    assert (run.label, run.joins, [stage.label for stage in run.earlier]) == ("stage2", (6,), ["stage1"])
+    for name in ("kinds", "validation", "response_length", "effective_queries", "reward", "replay_categories"):
+        assert all(joins(axes) == [6] for axes in draw(name, [run]).axes), name
+    axes = draw("validation", [run]).axes[0]
+    np.testing.assert_allclose(lines(axes)["overall"], [[0, 3, 6, 10], [0.25, 0.5, 0.5, 0.75]])
+    assert run.series("reward_mean").index.tolist() == list(range(1, 11))
+    np.testing.assert_allclose(run.series("reward_mean").iloc[[0, 5, 6, 9]], [0.45, 0.7, 0.45, 0.6])
+    assert joins(draw("reward", read_runs([one])).axes[0]) == []
+
+
+def test_each_stage_is_drawn_once(tmp_path):
+    """Given beside the run that goes on from it, in any order, a run is part of that one; three stages are a chain."""
+    one, two = write_stages(tmp_path)
+    three = write_run(tmp_path / "stage3", steps=2, model=two / "checkpoints" / "last")
+    for folders in ([one, two], [two, one], [two]):
+        assert [(run.name, run.joins) for run in read_runs(folders)] == [("stage2", (6,))]
+    (run,) = read_runs([one, three])
+    assert [stage.name for stage in all_stages([run])] == ["stage1", "stage2", "stage3"] and run.joins == (6, 10)
+    other = write_run(tmp_path / "other", "grpo")
+    assert [run.label for run in read_runs([one, other, two])] == ["other", "stage2"]
+
+
+def test_an_earlier_run_that_is_gone(tmp_path):
+    """The later run stands alone; moved together, both are found; a run that names itself or a plain model is alone."""
+    _, two = write_stages(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    two = tmp_path / "new" / two.name
+    assert read_runs([two])[0].joins == (6,)
+    shutil.rmtree(tmp_path / "new" / "stage1")
+    (run,) = read_runs([two])
+    assert not run.earlier and not run.joins and run.series("val_accuracy").index.tolist() == [0, 4]
+    for name in (tmp_path / "itself" / "checkpoints" / "best", "checkpoints/best", "x" * 300 + "/checkpoints/best"):
+        shutil.rmtree(tmp_path / "itself", ignore_errors=True)
+        (run,) = read_runs([write_run(tmp_path / "itself", model=name)])
+        assert not run.earlier
+
+
 def test_nothing_to_draw_is_no_figure(tmp_path):
     """A run that logged a reward alone has the reward's figure and no other."""
     folder = tmp_path / "bare"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "reward_mean": 0.5}\n{"step": 2, "reward_mean": null}\n')
     runs = read_runs([folder])
-    assert [figure.name for figure in figures.FIGURES if figure.drawn(runs)] == ["reward"]
+    shown = [figure for figure in (*STORY, *figures.FIGURES) if figure.suits(runs)]
+    assert [figure.name for figure in shown if figure.drawn(runs)] == ["reward"]
     np.testing.assert_allclose(lines(draw("reward", runs).axes[0])["bare"], [[1], [0.5]])
 
 

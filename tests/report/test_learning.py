@@ -60,6 +60,18 @@ def test_one_run_is_drawn_at_its_own_steps(drawn, tmp_path):
     np.testing.assert_allclose(lower["pairs from replay"][1], [0.1, 0.2, 0.3, 0.4, 0.5])
 
 
+def test_stages_are_one_curve(drawn, tmp_path):
+    """A run that goes on from another's checkpoint is drawn behind it, with a line at the join."""
+    write_run(tmp_path / "first", REWARDS, {0: 0.5, 5: 0.6})
+    (tmp_path / "first" / "config.yaml").write_text("{}")
+    second = write_run(tmp_path / "second", [0.7, 0.8], {2: 0.9})
+    (second / "config.yaml").write_text(f"policy:\n  model: {tmp_path}/first/checkpoints/best\n")
+    above, below = drawn(second)
+    np.testing.assert_allclose(lines(above)["sampled reward"], [[1, 2, 3, 4, 5, 6, 7], [*REWARDS, 0.7, 0.8]])
+    np.testing.assert_allclose(lines(above)["greedy held-out accuracy, 0.500 to 0.900"], [[0, 5, 7], [0.5, 0.6, 0.9]])
+    assert all([5, 5] in [list(line.get_xdata()) for line in axes.get_lines()] for axes in (above, below))
+
+
 def test_long_runs_are_smoothed_without_shifting(drawn, tmp_path):
     """The average is centred: of a straight line it is the line, away from the ends; the single steps stay visible."""
     rewards = [step / 60 for step in range(60)]

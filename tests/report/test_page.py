@@ -20,7 +20,19 @@ from rethinker.report.completions import find_trigger
 from rethinker.report.figures import FIGURES
 from rethinker.report.page import report_or_warning, write_report
 from rethinker.report.runs import read_run
-from tests.report.examples import TRIGGER, forced, group, picture, write_evaluation, write_run
+from rethinker.report.story import STORY, before_and_after
+from tests.report.examples import (
+    FAST,
+    RETHINKS,
+    SLOW,
+    TRIGGER,
+    forced,
+    group,
+    picture,
+    write_evaluation,
+    write_run,
+    write_stages,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +65,7 @@ class Elements(HTMLParser):
 def no_figures(monkeypatch):
     """The page without its figures, which take most of its time."""
     monkeypatch.setattr(page, "FIGURES", ())
+    monkeypatch.setattr(page, "STORY", ())
 
 
 def test_the_summary_has_the_runs_facts(tmp_path, no_figures):
@@ -86,7 +99,7 @@ def test_every_figure_lies_beside_the_page(tmp_path):
     """One SVG file per figure of the page, described for screen readers; a figure that is gone leaves no old file."""
     run = write_run(tmp_path / "run", accuracies={0: 0.1, 6: 0.2})
     elements = Elements(write_report([run]))
-    names = {figure.name for figure in FIGURES}
+    names = {figure.name for figure in (*STORY, *FIGURES) if figure.suits([run])}
     assert {path.stem for path in (run / "report_figures").glob("*.svg")} == names
     shown = elements.all("img")
     assert len(shown) == len(names) and all(len(image["alt"]) > 10 for image in shown)
@@ -102,7 +115,7 @@ def test_missing_parts_are_said_in_words(tmp_path):
         file.write('{"step": 4, "rew')  # the run is being written
     elements = Elements(write_report([run]))
     assert "3 of 3 so far (running, or ended early)" in elements.text
-    assert "0 at every step: Held-out accuracy; Selective Sample Replay." in elements.text
+    assert "0 at every step: Held-out accuracy; Selective Sample Replay; Replay's draws by category." in elements.text
     assert "No completions are recorded" in elements.text
     (run / "config.yaml").unlink()
     assert "Sampled reward" in Elements(write_report([run])).text
@@ -114,7 +127,9 @@ def test_what_others_wrote_is_text(tmp_path):
     scripts = {place: f"<script>document.title = '{place}'</script>" for place in places}
     shown = group(0, [(scripts["response"], 1.0), ("no", 0.0)], scripts["question"], scripts["category"])
     query = replace(shown.query, answer=scripts["answer"], id=scripts["id"])
-    run = write_run(tmp_path / "run", groups=[replace(shown, query=query)])
+    greedy = replace(shown, query=query, completions=shown.completions[:1], advantages=[])
+    answers = {step: [replace(greedy, rewards=[reward])] for step, reward in ((0, 0.0), (6, 1.0))}
+    run = write_run(tmp_path / "run", groups=[replace(shown, query=query)], answers=answers)
     config = (run / "config.yaml").read_text()
     for key, value, place in (("name", "ssr", "label"), ("function", "boxed", "setting")):
         assert f"{key}: {value}\n" in config
@@ -122,12 +137,15 @@ def test_what_others_wrote_is_text(tmp_path):
     (run / "config.yaml").write_text(config)
     for mode, accuracy in (("normal", 0.5), ("forced", 0.6)):
         write_evaluation(tmp_path / "evals" / mode, scripts["model"], scripts["benchmark"], mode, accuracy)
-    elements = Elements(
-        write_report([run, write_run(tmp_path / "other")], tmp_path / "page.html", [tmp_path / "evals"])
-    )
+    several = [run, write_run(tmp_path / "other")]
+    elements = Elements(write_report(several, tmp_path / "page.html", [tmp_path / "evals"]))
     assert len(elements.all("script")) == 1  # the page's own
     for script in scripts.values():
         assert script in "".join(elements.words)
+    alone = Elements(write_report([run]))
+    assert len(alone.all("script")) == 1
+    example = "".join(alone.words).split("answered greedily before")[1].split("Summary")[0]
+    assert all(scripts[place] in example for place in ("response", "question", "answer", "category", "id"))
 
 
 def test_groups_show_all_responses(tmp_path, no_figures):
@@ -187,6 +205,93 @@ def test_the_sample_covers_the_run(tmp_path):
         episodes = [shown["episode"] for shown in first["groups"] if shown["run"] == run.label]
         assert len(episodes) == completions.MOST_GROUPS // 2 and episodes == sorted(episodes)
         assert (episodes[0], episodes[-1]) == (0, 99)
+
+
+def responses(example: dict) -> list[tuple[str, str, str]]:
+    """When, text and verdict of a before and after."""
+    return [(r["when"], "".join(text for text, _ in r["parts"]), r["verdict"]) for r in example["responses"]]
+
+
+def test_before_and_after(tmp_path):
+    """Of a run in stages: the question that was answered fast and wrong, and in the end right after rethinking, though
+    another right answer is longer; with what each stage started from, and its image."""
+    one, two = write_stages(tmp_path)
+    unreadable = []
+    example = before_and_after(read_run(two), unreadable)
+    assert example["query_id"] == "q1" and example["category"] == "5 terms" and len(example["images"]) == 1
+    assert responses(example) == [
+        ("before training", FAST, "wrong"),
+        ("after stage 1", SLOW, "wrong"),
+        ("after training", RETHINKS, "right"),
+    ]
+    assert [(r["fast"], r["rethinks"]) for r in example["responses"]] == [(True, False), (False, False), (False, True)]
+    alone = before_and_after(read_run(one), unreadable)
+    assert responses(alone) == [("before training", FAST, "wrong"), ("after training", SLOW + " ", "right")]
+    assert unreadable == []
+
+
+def held_out(*texts: tuple[str, float]) -> list:
+    """Groups of one greedy answer each."""
+    return [group(number, [pair]) for number, pair in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "chosen"),
+    [
+        ([(FAST, 0.0), (FAST, 0.0)], [(SLOW, 1.0), (SLOW * 2, 1.0)], "q1"),  # the longest
+        ([(FAST, 0.0), (FAST, 0.0)], [(SLOW, 1.0), (SLOW, 1.0)], "q0"),  # the first of equals
+        ([(FAST, 0.0), (SLOW, 0.0)], [(SLOW, 1.0), (SLOW * 2, 1.0)], "q0"),  # the one that was fast
+        ([(FAST, 1.0), (SLOW, 0.0)], [(SLOW, 1.0), (FAST, 1.0)], "q1"),  # none was fast and wrong
+        ([(FAST, 0.0), (SLOW, 1.0)], [(SLOW, 0.0), (SLOW, 1.0)], None),  # none became right
+        ([(FAST, 0.0)], [], None),
+        ([], [(SLOW, 1.0)], None),
+    ],
+)
+def test_the_example_is_chosen_by_rule(tmp_path, before, after, chosen):
+    """From wrong to right; fast before where there is one, then the longest answer, then the first question."""
+    run = write_run(tmp_path / "run", answers={0: held_out(*before), 3: held_out((FAST, 0.0)), 6: held_out(*after)})
+    example = before_and_after(read_run(run), [])
+    assert (example and example["query_id"]) == chosen
+
+
+def test_an_example_needs_both_ends(tmp_path):
+    """A run without recorded answers, one that is not validated again yet, and a damaged file: no before and after."""
+    right, unreadable = held_out((SLOW, 1.0)), []
+    assert before_and_after(read_run(write_run(tmp_path / "none")), unreadable) is None
+    assert before_and_after(read_run(write_run(tmp_path / "start", answers={0: right})), unreadable) is None
+    assert before_and_after(read_run(write_run(tmp_path / "end", answers={6: right})), unreadable) is None
+    assert unreadable == []
+    run = write_run(tmp_path / "run", answers={0: held_out((FAST, 0.0)), 6: right})
+    (run / "validation" / "step_000006.parquet").write_bytes(b"half")
+    assert before_and_after(read_run(run), unreadable) is None and unreadable == ["run/step_000006.parquet"]
+
+
+def test_stages_on_the_page(tmp_path, no_figures):
+    """The summary says which stage it is, both stages' completions and settings are there, and a stage that is
+    given beside the later one is not compared with it."""
+    one, two = write_stages(tmp_path)
+    assert "stage 2 of 2, after stage1" not in Elements(write_report([one])).text
+    file = write_report([one, two])
+    assert file == two / "report.html"
+    text = Elements(file).text
+    assert "Stage stage 2 of 2, after stage1" in text and "Steps 4, after 6 before" in text
+    assert "Held-out accuracy 0.250 to 0.750" in text and "of stage 1" in text and "of stage 2" in text
+    assert "Setting Default stage1 stage2" in text
+
+
+def test_the_story_comes_first(tmp_path):
+    """Four figures and the question stand before the summary; several runs side by side have no such section."""
+    _, two = write_stages(tmp_path)
+    elements = Elements(write_report([two]))
+    figures = [a["id"] for tag, a in elements.found if tag == "figure"]
+    assert figures[:4] == [f"figure-{figure.name}" for figure in STORY] and len(STORY) == 4
+    places = [elements.text.index(words) for words in ("stage 1 is stage1", "before training wrong", "Stage stage 2")]
+    assert places == sorted(places)
+    assert elements.text.count("before training wrong") == 1 and "after training right" in elements.text
+    (image,) = elements.all("img", **{"class": "example"})
+    assert Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))).size == (176, 16)
+    several = Elements(write_report([two, write_run(tmp_path / "other", "grpo")], tmp_path / "page.html"))
+    assert "What it learned" not in several.text and "figure-kinds" not in [a.get("id") for _, a in several.found]
 
 
 def test_triggers_are_found_by_their_words():
@@ -276,7 +381,10 @@ def test_no_context_lets_markup_through(tmp_path):
         completion.text = completion.text.replace("\ud800", "")  # Parquet has none
     query = replace(shown.query, answer=HOSTILE.replace("\ud800", ""), id=HOSTILE.replace("\ud800", ""))
     query = replace(query, images=tuple(str(i).replace("\ud800", "") for i in query.images))
-    run = write_run(tmp_path / "run", groups=[replace(shown, query=query)], accuracies={0: 0.1, 6: 0.2})
+    answered = replace(shown, query=query)
+    greedy = replace(answered, completions=shown.completions[:1], advantages=[])
+    answers = {step: [replace(greedy, rewards=[reward])] for step, reward in ((0, 0.0), (6, 1.0))}
+    run = write_run(tmp_path / "run", groups=[answered], accuracies={0: 0.1, 6: 0.2}, answers=answers)
     rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
     for row in rows:
         row["by_category"] = {HOSTILE: 0.5}

@@ -16,8 +16,9 @@ def row(step: int, reward: float) -> dict:
         "effective_query_ratio": 0.75,
         "replay_fraction": 0.25,
         "response_length_mean": 9.125,
-        "loss": -0.01,
-        "grad_norm": None,
+        "fast_ratio": 0.45,
+        "rethink_ratio": 0.0625,
+        "entropy": None,
         "tokens_per_s": 4321.0,
         "step_s": 1.5,
     }
@@ -40,8 +41,35 @@ def test_a_line_per_step(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith(
-        "step 1/10  reward 0.500  effective 0.75  replay 0.25  length 9.1  loss -0.0100  tok/s 4,321"
+        "step 1/10  reward 0.500  effective 0.75  replay 0.25  length 9.1  fast 0.45  rethink 0.06  tok/s 4,321"
     )
+
+
+def test_a_line_fits_a_terminal(capsys):
+    """With every number at its longest a line has at most 160 characters, and so has the one after a validation."""
+    display = Display(1000)
+    long = {"response_length_mean": 1234.5, "entropy": 1.234, "tokens_per_s": 123456.0, "step_s": 123.45}
+    long |= {"replay_by_category": {f"{n} terms": n / 35 for n in range(2, 9)}, "trained_pairs": 512}
+    display.step(row(1000, 0.5) | long)
+    display.validated(1000, accuracy(0.5), "sums", [row(1000, 0.5) | long])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 160
+    assert "entropy 1.234" in lines[0] and "8 terms 23%" in lines[2] and "2 terms" not in lines[2]
+
+
+def test_a_validation_says_how_the_model_answered_since_the_last(capsys):
+    """Shares of fast, slow and rethinking answers as means over the steps, replay's draws weighted by their number."""
+    steps = [row(1, 0.5), row(2, 0.5) | {"fast_ratio": 0.25, "rethink_ratio": 0.1875, "replay_fraction": 0.75}]
+    draws = ({"2 terms": 1.0}, {"2 terms": 0.5, "6 terms": 0.5})
+    steps = [step | {"replay_by_category": drawn, "trained_pairs": 8} for step, drawn in zip(steps, draws, strict=True)]
+    display = Display(10)
+    display.validated(2, accuracy(0.5), "sums", steps)
+    display.validated(2, accuracy(0.5), "sums", [step | {"replay_by_category": {}} for step in steps])
+    display.validated(2, accuracy(0.5), "sums", [{"step": 1, "val_accuracy": None}])  # of an older release
+    first, second, *_ = shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    kinds = "  since the last one: answers 35% fast, 52% slow, 12% rethinking"
+    assert shown == [first, second] and second == kinds
+    assert first == f"{kinds}; replay drew 2 terms 62%, 6 terms 38%"
 
 
 def test_silent_on_other_ranks(capsys):

@@ -1,0 +1,175 @@
+"""What one run learned, for the page's first screen: four figures, and one question before and after training.
+
+A run that goes on from others is one with them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+
+from rethinker.report.completions import COLUMNS, describe_group, describe_response
+from rethinker.report.drawing import (
+    COLORS,
+    draw_joins,
+    draw_line,
+    legend,
+    new_figure,
+    short_label,
+    smoothed,
+    smoothing_window,
+    style_of,
+)
+from rethinker.report.figures import MOST_CATEGORIES, ReportFigure, Runs
+from rethinker.report.runs import RunRecord
+
+HEIGHT = 2.9
+IMAGE = 640
+"""Longest side of the example's image, in pixels."""
+KINDS = {"fast": "#b4bac2", "slow": COLORS[0], "rethinking": COLORS[1]}
+
+
+def kinds(runs: Runs) -> Figure | None:
+    """Fast, slow and rethinking responses as stacked shares."""
+    (run,) = runs
+    shares = pd.DataFrame({"fast": run.series("fast_ratio"), "rethinking": run.series("rethink_ratio")}).dropna()
+    if shares.empty:
+        return None
+    shares["slow"] = (1 - shares.fast - shares.rethinking).clip(lower=0)
+    percent = 100 * smoothed(shares, smoothing_window(len(shares)))[list(KINDS)]
+    figure, axes = _panel(run, "responses, %")
+    axes.stackplot(percent.index, percent.T, labels=KINDS, colors=KINDS.values(), linewidth=0)
+    axes.set_ylim(0, 100)
+    legend(figure)
+    return figure
+
+
+def accuracy(runs: Runs) -> Figure | None:
+    """Greedy accuracy by category, and overall in bold."""
+    (run,) = runs
+    overall, by_category = run.series("val_accuracy"), run.mapping("by_category")
+    if overall.empty:
+        return None
+    figure, axes = _panel(run, "greedy accuracy (0 to 1)")
+    for number, name in enumerate(by_category.columns[:MOST_CATEGORIES] if by_category.shape[1] > 1 else ()):
+        draw_line(axes, by_category[[name]].dropna(), short_label(name), points=True, **style_of(number))
+    draw_line(axes, overall.to_frame(), "overall", points=True, color="#111111", linewidth=3.2)
+    legend(figure)
+    return figure
+
+
+def lengths(runs: Runs) -> Figure | None:
+    """Tokens per response."""
+    return _metrics(runs, "tokens per response", {"response_length_mean": "tokens per response"})
+
+
+def effective(runs: Runs) -> Figure | None:
+    """Queries that still teach, and what replay adds."""
+    shown = {"effective_query_ratio": "effective queries", "replay_fraction": "replay's share of the batch"}
+    figure = _metrics(runs, "share (0 to 1)", shown)
+    if figure:
+        figure.axes[0].set_ylim(-0.03, 1.03)
+    return figure
+
+
+def _metrics(runs: Runs, title: str, shown: dict[str, str]) -> Figure | None:
+    """Metrics in one panel, with their single steps; what is 0 at every step has no line."""
+    (run,) = runs
+    lines = {label: run.series(metric) for metric, label in shown.items() if run.series(metric).any()}
+    if not lines:
+        return None
+    figure, axes = _panel(run, title)
+    for number, (label, values) in enumerate(lines.items()):
+        draw_line(axes, values.to_frame(), label, single_steps=True, **style_of(number))
+    if len(lines) > 1:
+        legend(figure)
+    return figure
+
+
+def _panel(run: RunRecord, title: str) -> tuple[Figure, Any]:
+    figure = new_figure(HEIGHT)
+    axes = figure.subplots()
+    draw_joins(axes, run.joins)
+    axes.set_title(title)
+    axes.set_xlabel("optimizer step")
+    return figure, axes
+
+
+STORY = (
+    ReportFigure(
+        "kinds",
+        "How it answers",
+        "Sampled responses: fast ones are nothing but the answer, slow ones work it out, rethinking ones doubt "
+        "of their own accord and go on.",
+        {},
+        kinds,
+        of="one",
+    ),
+    ReportFigure(
+        "validation",
+        "Held-out accuracy",
+        "Greedy answers to held-out questions, judged by the training reward. Step 0 is before training.",
+        {},
+        accuracy,
+        of="one",
+    ),
+    ReportFigure("response_length", "Response length", "Mean tokens per sampled response.", {}, lengths, of="one"),
+    ReportFigure(
+        "effective_queries",
+        "Effective queries and replay",
+        "Queries whose responses are neither all right nor all wrong carry an advantage; replay fills the batch where "
+        "they get fewer.",
+        {},
+        effective,
+        of="one",
+    ),
+)
+
+
+def before_and_after(run: RunRecord, unreadable: list[str]) -> dict[str, Any] | None:
+    """A held-out question (see `describe_group`) whose greedy answer went from wrong to right, the same one each time;
+    its responses have a `when`, and those of a run in stages show what each stage started from.
+
+    An answer that was fast is preferred, of the last stage then one that rethinks, then the longest. None where nothing
+    was recorded or no answer changed so; files that cannot be read are added to `unreadable`.
+    """
+    stages = [*run.earlier, run]
+    moments = [("before training", _answers(stages[0], unreadable, first=True))]
+    for number, stage in enumerate(stages[1:], start=1):
+        moments.append((f"after stage {number}", _answers(stage, unreadable, first=True)))
+    moments.append(("after training", _answers(run, unreadable, first=False)))
+    before, after = moments[0][1], moments[-1][1]
+
+    def preference(key: tuple[str, ...]) -> tuple[bool, bool, int]:
+        response = after[key][1]
+        return before[key][1]["fast"], len(stages) > 1 and response["rethinks"], response["tokens"]
+
+    changed = [
+        key
+        for key, (_, response) in before.items()
+        if response["verdict"] == "wrong" and key in after and after[key][1]["verdict"] == "right"
+    ]
+    if not changed:
+        return None
+    chosen = max(changed, key=preference)  # the first one of equals
+    shown = [(when, answers[chosen][1]) for when, answers in moments if chosen in answers]
+    example = describe_group(run, after[chosen][0], IMAGE)
+    return example | {"responses": [response | {"when": when} for when, response in shown]}
+
+
+def _answers(
+    stage: RunRecord, unreadable: list[str], first: bool
+) -> dict[tuple[str, ...], tuple[dict[str, Any], dict[str, Any]]]:
+    """The row and the response of each question at a stage's validation before its first step, or at its last one."""
+    start = stage.folder / "validation" / "step_000000.parquet"
+    files = [file for file in sorted(start.parent.glob("step_*.parquet")) if (file == start) == first]
+    try:
+        rows = pq.read_table(files[-1], columns=list(COLUMNS)).to_pylist() if files else []
+        keys = [(row["query_id"], row["question"], row["answer"]) for row in rows]
+        return {key: (row, describe_response(row, stage.settings)) for key, row in zip(keys, rows, strict=True)}
+    except Exception:  # of another hand: pyarrow and what reads the rows raise anything
+        unreadable.append(f"{stage.name}/{files[-1].name}")
+        return {}
