@@ -1,12 +1,18 @@
-"""One GRPO step, end to end: this trainer beside TRL's GRPOTrainer, on the same model, questions and machine.
+"""One GRPO step, end to end: this trainer beside TRL's GRPOTrainer, and its rollout beside transformers' generate, on
+the same model, questions and machine.
 
-    python -m benchmarks.end_to_end [--steps 5] [--queries 64] [--group-size 8] [--json FILE]
+    python -m benchmarks.end_to_end [--steps 5] [--queries 64] [--group-size 8] [--recipe sums_cpu] [--json FILE]
     python -m benchmarks.end_to_end --size 3B --queries 16 --trl-micro-batch 8 --json FILE     # on a GPU
 
 A step is rollout, reward, advantages, one optimizer step on all queries x group-size pairs and, here, the weight sync.
-Each side runs in a process of its own with the same number of threads and does nothing while the other one works;
-they take turns, after one step each that is not counted. On a GPU, whose memory may not hold both, one ends before the
-other begins.
+Each side runs in a process of its own with the same number of threads, large tensors in huge pages, and does nothing
+while the others work; they take turns, after one step each that is not counted. On a GPU, whose memory may not hold
+both, one ends before the other begins.
+
+Where this side samples with vLLM, a third one does nothing but transformers' generate: the weights that training starts
+from, the same questions, stop tokens and longest response, all responses to a question in one batch, the batch that
+measured fastest. It needs no log-probs, which this trainer's rollout has. What is compared is sampled tokens a second,
+of this trainer's whole rollout, from questions to texts.
 
 With --size the model is Qwen2.5-VL of that size with random weights: bfloat16 with fp32 masters and gradient
 checkpointing on both sides (on a GPU), every image of --image-tokens tokens, every response of --max-new-tokens. Both
@@ -39,7 +45,7 @@ import torch
 
 from benchmarks.machine import cores, describe
 from benchmarks.random_model import write_model
-from benchmarks.sides import PHASES, Step, rethinker_side, trl_settings, trl_side
+from benchmarks.sides import PHASES, Step, generate_side, rethinker_side, trl_settings, trl_side
 from rethinker.config import Config
 from rethinker.policy.throughput import PEAK_FLOPS
 from rethinker.settings import load_config
@@ -97,13 +103,24 @@ def prepare_model(config: Config) -> Path:
 
 
 def measure(
-    config: Config, model_dir: Path, steps: int, trl_micro_batch: int, in_turns: bool = True
+    config: Config, model_dir: Path, steps: int, trl_micro_batch: int, generate_batch: int = 0, in_turns: bool = True
 ) -> dict[str, list[Step]]:
-    """Both sides' counted steps after one step each that is not counted; in turns, or one side after the other."""
+    """All sides' counted steps after one step each that is not counted; in turns, or one side after the other.
+
+    Args:
+        config: the step's settings.
+        model_dir: the model that every side starts from.
+        steps: counted steps of each side.
+        trl_micro_batch: pairs per forward pass of TRL.
+        generate_batch: responses per call of transformers' generate; 0: without that side.
+        in_turns: whether all sides are in memory at a time.
+    """
     starts = {
         "rethinker": lambda: Side("rethinker", rethinker_side, config, model_dir, steps + 1),
         "trl": lambda: Side("trl", trl_side, config, model_dir, steps + 1, trl_micro_batch),
     }
+    if generate_batch:
+        starts["generate"] = lambda: Side("generate", generate_side, config, model_dir, steps + 1, generate_batch)
     taken: dict[str, list[Step]] = {name: [] for name in starts}
     for together in (list(starts),) if in_turns else ([name] for name in starts):
         sides: list[Side] = []
@@ -131,8 +148,9 @@ def summarize(taken: dict[str, list[Step]], flop: float | None = None, peak: flo
 
     Returns:
         For each side `<phase>_s` as {median, min, max}, `tokens_per_s` (sampled tokens over the step's seconds),
-        `response_tokens`, `prompt_tokens`, `peak_memory_gb`, `mfu` where flop and peak are known; and `ratio` of TRL's
-        step time to ours as {median (of the medians), min, max (of the turns)}.
+        `rollout_tokens_per_s`, `response_tokens`, `prompt_tokens`, `peak_memory_gb`, `mfu` where flop and peak are
+        known; `ratio` of TRL's step time to ours as {median (of the medians), min, max (of the turns)}; in the same
+        form `rollout_ratio`, of our rollout's tokens per second to those of generate, where that was measured.
     """
     summary: dict[str, Any] = {}
     for name, steps in taken.items():
@@ -140,17 +158,27 @@ def summarize(taken: dict[str, list[Step]], flop: float | None = None, peak: flo
         summary[name] = {key: _spread(values) for key, values in seconds.items()}
         summary[name] |= {
             "tokens_per_s": _spread([step.response_tokens / step.total_s for step in steps]),
+            "rollout_tokens_per_s": _spread(list(map(_rollout_rate, steps))),
             "prompt_tokens": statistics.fmean(step.prompt_tokens for step in steps),
             "response_tokens": statistics.fmean(step.response_tokens for step in steps),
             "peak_memory_gb": max(step.peak_memory_gb for step in steps),
         }
-        if flop and peak:
+        if flop and peak and name != "generate":
             done = [flop * (step.prompt_tokens + step.response_tokens) / step.train_s for step in steps]
             summary[name]["mfu"] = _spread([rate / peak for rate in done])
     turns = [trl.total_s / ours.total_s for trl, ours in zip(taken["trl"], taken["rethinker"], strict=True)]
     medians = [summary[name]["total_s"]["median"] for name in ("trl", "rethinker")]
     summary["ratio"] = _spread(turns) | {"median": medians[0] / medians[1]}
+    if "generate" in taken:
+        pairs = zip(taken["rethinker"], taken["generate"], strict=True)
+        turns = [_rollout_rate(ours) / _rollout_rate(theirs) for ours, theirs in pairs]
+        medians = [summary[name]["rollout_tokens_per_s"]["median"] for name in ("rethinker", "generate")]
+        summary["rollout_ratio"] = _spread(turns) | {"median": medians[0] / medians[1]}
     return summary
+
+
+def _rollout_rate(step: Step) -> float:
+    return step.response_tokens / step.rollout_s
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -158,11 +186,12 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as a person reads it: the median step's seconds by phase (and of CPU time), and the ratio."""
+    """The summary as a person reads it: the median step's seconds by phase (and of CPU time), and the ratios."""
     titles = [*(f"{phase} s" for phase in _COLUMNS), "range s", "tokens/s", "memory GiB"]
     lines = [" " * 10 + "".join(f"{title:>12}" for title in titles)]
-    for name in ("rethinker", "trl"):
-        side = summary[name]
+    for name in ("rethinker", "trl", "generate"):
+        if (side := summary.get(name)) is None:
+            continue
         cells = [f"{side[f'{phase}_s']['median']:.2f}" for phase in _COLUMNS]
         cells.append(f"{side['total_s']['min']:.2f}-{side['total_s']['max']:.2f}")
         cells += [f"{side['tokens_per_s']['median']:,.0f}", f"{side['peak_memory_gb']:.2f}"]
@@ -173,11 +202,20 @@ def table(summary: dict[str, Any]) -> str:
     lines.append(
         f"TRL's step takes {ratio['median']:.2f} times as long ({ratio['min']:.2f}-{ratio['max']:.2f} by turn)"
     )
+    if "rollout_ratio" in summary:
+        ratio = summary["rollout_ratio"]
+        ours, theirs = (summary[name]["rollout_tokens_per_s"]["median"] for name in ("rethinker", "generate"))
+        lines.append(
+            f"The rollout samples {ours:,.0f} tokens/s, transformers' generate {theirs:,.0f}: "
+            f"{ratio['median']:.2f} times as many ({ratio['min']:.2f}-{ratio['max']:.2f} by turn)"
+        )
     return "\n".join(lines)
 
 
-def benchmark_config(queries: int, group_size: int, scratch: str, changes: dict[str, Any] | None = None) -> Config:
-    """The default recipe with one optimizer step per rollout on every pair, as TRL trains."""
+def benchmark_config(
+    recipe: str, queries: int, group_size: int, scratch: str, changes: dict[str, Any] | None = None
+) -> Config:
+    """A recipe with one optimizer step per rollout on every pair, as TRL trains."""
     overrides = (changes or {}) | {
         "algorithm.name": "grpo",
         "rollout.group_size": group_size,
@@ -186,11 +224,11 @@ def benchmark_config(queries: int, group_size: int, scratch: str, changes: dict[
         "train.max_steps": 1,
         "run.dir": scratch,
     }
-    return load_config("easy_vqa_cpu", overrides)
+    return load_config(recipe, overrides)
 
 
 def random_config(options: argparse.Namespace, model_dir: Path, scratch: str) -> Config:
-    """The same step on a model of `write_model`."""
+    """The same step on a model of `write_model`, and square images."""
     from benchmarks.train_step_workload import SIZES
 
     on_gpu = torch.cuda.is_available()
@@ -207,7 +245,7 @@ def random_config(options: argparse.Namespace, model_dir: Path, scratch: str) ->
         "data.max_pixels": pixels,
         "reward.function": f"{Path(__file__).with_name('random_model.py')}:coin",
     }
-    return benchmark_config(options.queries, options.group_size, scratch, overrides)
+    return benchmark_config("easy_vqa_cpu", options.queries, options.group_size, scratch, overrides)
 
 
 def training_flop(size: str, layers: int | None) -> float:
@@ -224,7 +262,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, default=64, help="queries per step")
     parser.add_argument("--group-size", type=int, default=8, help="responses per query")
     parser.add_argument("--threads", type=int, default=cores(), help="threads of each side")
+    parser.add_argument("--recipe", default="sums_cpu", help="of the tiny model: sums_cpu or easy_vqa_cpu")
     parser.add_argument("--trl-micro-batch", type=int, default=128, help="pairs per forward pass of TRL")
+    parser.add_argument("--generate-batch", type=int, default=512, help="responses per call of transformers' generate")
     parser.add_argument(
         "--size", choices=["3B", "7B", "small", "tiny"], help="random weights, instead of the tiny model"
     )
@@ -252,9 +292,11 @@ def main(arguments: list[str] | None = None) -> int:
                 aside.submit(write_model, model_dir, options.size, options.layers, options.image_tokens).result()
                 config = random_config(options, model_dir, scratch)
             else:
-                config = benchmark_config(options.queries, options.group_size, scratch)
+                config = benchmark_config(options.recipe, options.queries, options.group_size, scratch)
                 model_dir = aside.submit(prepare_model, config).result()
-        taken = measure(config, model_dir, options.steps, options.trl_micro_batch, in_turns=not on_gpu)
+        generate_batch = options.generate_batch if config.rollout.backend == "vllm" else 0
+        batches = (options.trl_micro_batch, generate_batch)
+        taken = measure(config, model_dir, options.steps, *batches, in_turns=not on_gpu)
     flop = training_flop(options.size, options.layers) if options.size else None
     name = torch.cuda.get_device_name() if on_gpu else ""
     summary = summarize(taken, flop, next((peak for part, peak in PEAK_FLOPS.items() if part in name), None))

@@ -1,6 +1,7 @@
-"""The two trainers of the end-to-end benchmark, each as a function that runs in a process of its own.
+"""The sides of the end-to-end benchmark, each as a function that runs in a process of its own: two trainers, and
+transformers' generate alone.
 
-Both answer the same questions in the same order and report a `Step` whenever they are told to take one.
+All answer the same questions in the same order and report a `Step` whenever they are told to take one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Step:
     cpu_s: float  # of all threads of the side's process: what a busy machine does not stretch
     prompt_tokens: int
     response_tokens: int
-    reward_mean: float
+    reward_mean: float | None  # of a side that judges
     peak_memory_gb: float  # resident memory of the side's process so far, GiB
 
 
@@ -163,6 +164,67 @@ def trl_side(pipe: Connection, config: Config, model_dir: Path, steps: int, micr
         trainer.train()
 
 
+def generate_side(pipe: Connection, config: Config, model_dir: Path, steps: int, batch: int) -> None:
+    """Transformers' generate with the weights that training starts from: the same questions, no log-probs, no training.
+
+    Args:
+        pipe, config, model_dir, steps: as of the other sides.
+        batch: responses that one call samples, `rollout.group_size` to each of its questions.
+    """
+    from rethinker.runtime.torchvision_cpu import make_importable
+
+    make_importable()
+    import torch
+    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+
+    from rethinker.data.images import open_image
+    from rethinker.data.prompts import PromptEncoder
+    from rethinker.policy.model import load_processor
+    from rethinker.rollout.sampling import seed_everything, stop_token_ids
+
+    seed_everything(config.seed)
+    processor = load_processor(model_dir)
+    queries = first_queries(config, PromptEncoder(processor, config.data), steps)
+    tokenizer, Q, G = processor.tokenizer, config.train.episode_queries, config.rollout.group_size
+    tokenizer.padding_side = "left"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, config.policy.dtype)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=dtype).to(device).eval()
+    stop_ids = stop_token_ids(tokenizer, model.config, model.generation_config)
+    stops = torch.tensor(stop_ids, device=device)
+    model.generation_config = GenerationConfig(  # whatever is not set here would come from the model's own
+        do_sample=True,
+        temperature=config.rollout.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=config.rollout.max_new_tokens,
+        eos_token_id=stop_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        num_return_sequences=G,
+    )
+    while _told_to_step(pipe):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        prompt_tokens = response_tokens = 0
+        asked, queries = queries[:Q], queries[Q:]
+        for part in (asked[i : i + batch // G] for i in range(0, Q, batch // G)):
+            texts = processor.apply_chat_template(
+                [_messages(query, config, with_image=True) for query in part],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            images = [open_image(query.images[0], query.id) for query in part]
+            inputs = processor(text=texts, images=images, padding=True, return_tensors="pt").to(device)
+            with torch.inference_mode():
+                sampled = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]  # [B, L]
+            tokenizer.batch_decode(sampled, skip_special_tokens=True)
+            stopped = torch.isin(sampled, stops)
+            # A response ends with its first stop token: that one counts, what follows does not.
+            response_tokens += int((stopped.cumsum(1) - stopped.int() == 0).sum())
+            prompt_tokens += G * int(inputs["attention_mask"].sum())
+        total, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+        pipe.send(_step({"time_rollout_s": total}, total, cpu, prompt_tokens, response_tokens))
+
+
 def trl_settings(config: Config, steps: int, micro_batch: int) -> dict[str, Any]:
     """GRPOConfig's arguments for the same step as `config`'s, chosen for speed."""
     import torch
@@ -218,15 +280,21 @@ def _trl_dataset(queries: list[Query], config: Config) -> Any:
     """TRL's form: messages, whose first one gets the row's image put before its text, and the row's number."""
     from datasets import Dataset, Image
 
-    system = [{"role": "system", "content": config.data.system}] if config.data.system else []
-    texts = [config.data.prompt.replace("{question}", query.question) for query in queries]
     return Dataset.from_dict(
         {
-            "prompt": [[*system, {"role": "user", "content": text}] for text in texts],
+            "prompt": [_messages(query, config) for query in queries],
             "image": [query.images[0] for query in queries],
             "row": list(range(len(queries))),
         }
     ).cast_column("image", Image())
+
+
+def _messages(query: Query, config: Config, with_image: bool = False) -> list[dict[str, Any]]:
+    """The chat that asks a question; `with_image`: as a processor's template reads it, the place of its image first."""
+    text = config.data.prompt.replace("{question}", query.question)
+    content = [{"type": "image"}, {"type": "text", "text": text}] if with_image else text
+    system = [{"role": "system", "content": config.data.system}] if config.data.system else []
+    return [*system, {"role": "user", "content": content}]
 
 
 def _told_to_step(pipe: Connection) -> bool:
@@ -238,7 +306,12 @@ def _told_to_step(pipe: Connection) -> bool:
 
 
 def _step(
-    times: dict[str, float], total: float, cpu: float, prompt_tokens: int, response_tokens: int, rewards: list[float]
+    times: dict[str, float],
+    total: float,
+    cpu: float,
+    prompt_tokens: int,
+    response_tokens: int,
+    rewards: list[float] | None = None,
 ) -> Step:
     from rethinker.policy.throughput import peak_memory_gb
 
@@ -249,6 +322,6 @@ def _step(
         cpu_s=cpu,
         prompt_tokens=prompt_tokens,
         response_tokens=response_tokens,
-        reward_mean=statistics.fmean(rewards),
+        reward_mean=statistics.fmean(rewards) if rewards else None,
         peak_memory_gb=peak_memory_gb(),
     )

@@ -17,15 +17,17 @@ def step(total: float, response_tokens: int = 100, memory: float = 1.0) -> Step:
     return Step(total / 2, 0.0, total / 4, total / 4, total, total, 500, response_tokens, 0.5, memory)
 
 
-def test_both_trainers_take_the_same_steps(tmp_path, monkeypatch):
-    """This trainer and TRL's read the same prompts, token for token, and train on as many responses."""
+@pytest.mark.parametrize("recipe", ["sums_cpu", "easy_vqa_cpu"])
+def test_all_sides_take_the_same_steps(recipe, tmp_path, monkeypatch):
+    """This trainer, TRL's and transformers' generate read the same prompts, token for token, and sample as many
+    responses; generate in batches of which the last one is not full."""
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: forked.FORKS)
-    config = benchmark_config(queries=4, group_size=2, scratch=str(tmp_path))
-    taken = measure(config, create_tiny(tmp_path / "tiny"), steps=2, trl_micro_batch=4)
-    ours, trl = taken["rethinker"], taken["trl"]
-    assert len(ours) == len(trl) == 2
-    assert [s.prompt_tokens for s in ours] == [s.prompt_tokens for s in trl]
-    for one in (*ours, *trl):
+    config = benchmark_config(recipe, queries=4, group_size=2, scratch=str(tmp_path))
+    taken = measure(config, create_tiny(tmp_path / "tiny"), steps=2, trl_micro_batch=4, generate_batch=6)
+    ours, trl, generate = taken["rethinker"], taken["trl"], taken["generate"]
+    assert len(ours) == len(trl) == len(generate) == 2
+    assert [s.prompt_tokens for s in ours] == [s.prompt_tokens for s in trl] == [s.prompt_tokens for s in generate]
+    for one in (*ours, *trl, *generate):
         assert 8 <= one.response_tokens <= 8 * config.rollout.max_new_tokens
         phases = one.rollout_s + one.reward_s + one.train_s + one.sync_s
         assert 0.5 * one.total_s < phases <= one.total_s
@@ -44,6 +46,16 @@ def test_the_ratio_is_of_the_median_steps():
     assert summary["rethinker"]["peak_memory_gb"] == 3.0
     assert summary["trl"]["tokens_per_s"] == {"median": 25.0, "min": 25.0, "max": 50.0}
     assert "4.00 times as long" in table(summary)
+
+
+def test_the_rollout_is_compared_in_tokens_per_second():
+    """Twice the tokens in half the rollout's time are four times as many a second, whatever else a step does."""
+    ours, generate = step(1.0, response_tokens=200), Step(1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 500, 100, None, 1.0)
+    summary = summarize({"rethinker": [ours], "trl": [step(4.0)], "generate": [generate]})
+    assert summary["rethinker"]["rollout_tokens_per_s"]["median"] == pytest.approx(400)
+    assert summary["rollout_ratio"] == pytest.approx({"median": 4.0, "min": 4.0, "max": 4.0})
+    assert "400 tokens/s, transformers' generate 100: 4.00 times as many" in table(summary)
+    assert "rollout_ratio" not in summarize({"rethinker": [ours], "trl": [step(4.0)]})
 
 
 def test_mfu_counts_every_response_with_its_prompt():
