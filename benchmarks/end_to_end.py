@@ -5,9 +5,9 @@ the same model, questions and machine.
     python -m benchmarks.end_to_end --size 3B --queries 16 --trl-micro-batch 8 --json FILE     # on a GPU
 
 A step is rollout, reward, advantages, one optimizer step on all queries x group-size pairs and, here, the weight sync.
-Each side runs in a process of its own with the same number of threads, large tensors in huge pages, and does nothing
-while the others work; they take turns, after one step each that is not counted. On a GPU, whose memory may not hold
-both, one ends before the other begins.
+Each side runs in a process of its own with the same number of threads and does nothing while the other one works;
+they take turns, after one step each that is not counted. On a GPU, whose memory may not hold both, one ends before the
+other begins.
 
 Where this side samples with vLLM, a third one does nothing but transformers' generate: the weights that training starts
 from, the same questions, stop tokens and longest response, all responses to a question in one batch, the batch that

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -64,19 +63,6 @@ def test_settings_are_checked_before_anything_slow_is_imported():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout == "[]\n"
-
-
-@pytest.mark.parametrize("users", [None, "0"])
-def test_large_tensors_lie_in_huge_pages(users):
-    """Torch asks for huge pages where the kernel has them, unless the user says no: only then do large CPU tensors
-    begin on a page."""
-    code = "import rethinker, mmap, torch; print([torch.empty(2**24).data_ptr() % mmap.PAGESIZE for _ in range(3)])"
-    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    env |= {"THP_MEM_ALLOC_ENABLE": users} if users else {}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
-    huge = os.path.isdir("/sys/kernel/mm/transparent_hugepage") and not users
-    assert (result.stdout == "[0, 0, 0]\n") == huge
 
 
 def test_a_mistake_found_while_training_starts_is_told_the_same_way(monkeypatch, capsys):
