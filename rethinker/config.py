@@ -1,7 +1,7 @@
 """Every setting of a run, once.
 
 A recipe is a YAML file with these sections; a dotted option overrides one value:
-`rethinker train easy_vqa_cpu --train.max_steps 20`. `--print_config` prints the resolved settings with these docs.
+`rethinker train sums_cpu --train.max_steps 20`. `--print_config` prints the resolved settings with these docs.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class DataConfig:
     """The questions: which data set, which columns, which prompt."""
 
     train: ranges.PathOrName = "easy_vqa"
-    """`easy_vqa` or `digits` (embedded), a Hugging Face data set name or folder, or a .parquet / .jsonl file; `sources`
-    mixes those of data.sources."""
+    """`sums`, `easy_vqa` or `digits` (embedded), a Hugging Face data set name or folder, or a .parquet / .jsonl file;
+    `sources` mixes those of data.sources."""
     sources: dict[str, dict] = field(default_factory=dict)
     """Data sets to mix: `{geometry: {train: a.parquet, weight: 2}, charts: {train: b.jsonl, weight: 1}}`. Weights are
     shares of the questions drawn, given for all or for none (then by size). An entry may have its own train_split,
@@ -113,7 +113,7 @@ class WarmupConfig:
     look_steps: ranges.Natural = 200
     """Optimizer steps in which the vision tower alone learns to name what an image shows."""
     steps: ranges.Natural = 90
-    """Optimizer steps in which the whole model learns to answer."""
+    """Optimizer steps in which the language model learns to answer, and a vision tower that could not learn to look."""
     batch_size: ranges.Count = 64
     """Question-answer pairs per step."""
     learning_rate: ranges.Positive = 2e-3
@@ -210,6 +210,8 @@ class RethinkConfig:
 
     fraction: ranges.Share = 0.0
     """Share of the eligible responses that are forced to rethink; 0 is off."""
+    first_answers: Literal["all", "wrong"] = "all"
+    """Which first answers are eligible: all, as in the paper, or wrong ones, where a second can only help."""
     preset: Literal["paper", "released_code"] = "paper"
     """Rules of the paper, or of its released code (cut-back first answers, bounds on length and waits, its reward)."""
     triggers: dict[str, str] = field(

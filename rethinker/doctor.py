@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         if fixes:
             print("\n".join(["", title, *(f"  {fix}   # {', '.join(parts)}" for fix, parts in fixes.items())]))
     blocked = any(finding.blocks for finding in missing)
-    verdict = "Training cannot run here yet." if blocked else "Training can run here: rethinker train easy_vqa_cpu"
+    verdict = "Training cannot run here yet." if blocked else "Training can run here: rethinker train sums_cpu"
     print(f"\n{verdict}")
     return int(blocked)
 

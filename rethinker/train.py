@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: str | Path | Config = "easy_vqa_cpu", overrides: Sequence[str] | Mapping[str, Any] | None = None
+    recipe: str | Path | Config = "sums_cpu", overrides: Sequence[str] | Mapping[str, Any] | None = None
 ) -> RunResult:
     """Train a policy, on all ranks of the process group.
 

@@ -184,6 +184,7 @@ class Rethinker:
             if y1.finish_reason == "stop"
             and 0 < len(answer_tokens(y1)) < self.max_new_tokens - shortest
             and not (nearly_solved and not right[i])
+            and not (right[i] and self.config.first_answers == "wrong")
         ]
 
     def _shortened(self, y1: Completion, rng: np.random.Generator) -> Completion:

@@ -29,8 +29,10 @@ TERMS = range(2, 8)
 SYMBOLS = "0123456789+-"
 # Digit images of each split, and questions of each number of terms.
 SPLITS = {"train": (1197, 2000), "validation": (300, 300), "test": (300, 300)}
-# Of the answers with steps that the warm-up teaches: how many are thought over, and how many of those begin wrong.
-THOUGHT_OVER, SLIPS = 0.12, 0.7
+# Of the answers with steps that the warm-up teaches: how many are thought over; of those how many begin wrong, and in
+# how many the trigger is taught, too. In the rest it is shown as if it had been forced: what is learned is the second
+# answer, but not to begin one.
+THOUGHT_OVER, SLIPS, OF_ITS_OWN = 0.35, 0.7, 0.3
 QUESTIONS = ("What is the result?", "What does this come to?", "Work it out.")
 
 
@@ -130,13 +132,17 @@ class SumsTeacher:
         return torch.nn.functional.cross_entropy(scores, torch.tensor(shown))
 
     def responses(self, query: Query, rng: random.Random) -> list[Parts]:
-        """Two to every question, so that its prompt is computed once: at once, and with steps. A slip is not taught."""
+        """Two to every question, so that its prompt is computed once: at once, and with steps.
+
+        What is not taught comes first: a slip, and what is thought over not of its own accord.
+        """
         fast, slow = answer_text(query.answer), "\n".join([*query.metadata["steps"], answer_text(query.answer)])
         if rng.random() >= THOUGHT_OVER:
             return [[(fast, True)], [(slow, True)]]
         trigger = rng.choice(list(RethinkConfig().triggers.values()))
-        first = (with_slip(query.metadata["symbols"], rng), False) if rng.random() < SLIPS else (slow, True)
-        return [[(fast, True)], [first, (trigger, True), ("\n" + slow, True)]]
+        own = rng.random() < OF_ITS_OWN
+        first = (with_slip(query.metadata["symbols"], rng), False) if rng.random() < SLIPS else (slow, own)
+        return [[(fast, True)], [first, (trigger, own), ("\n" + slow, True)]]
 
 
 def answer_text(answer: str | int) -> str:

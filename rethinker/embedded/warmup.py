@@ -1,8 +1,9 @@
 """The embedded default's first words: the tiny model built and trained, supervised, for a minute or two.
 
 It learns to look and to speak, and leaves something to learn. First the vision tower learns to name what an image
-shows, with a linear probe that is thrown away. Then the whole model learns responses on part of the training questions.
-What they are like is the data set's own: a teacher beside it says what its images show and how they are answered.
+shows, with a linear probe that is thrown away. Then the language model learns responses on part of the training
+questions. What they are like is the data set's own: a teacher beside it says what its images show and how they are
+answered.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from rethinker.samples import Bundle, Completion, Query, Rethought, Sample
 
 Teacher = EasyVqaTeacher | SumsTeacher
 BETAS = (0.9, 0.95)  # Adam's
+MUON = 3.0  # Muon's learning rate over Adam's: in 250 steps it learns sums as well as Adam in 400
 
 
 def warmed_up_tiny(
@@ -84,8 +86,8 @@ def _build(folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize,
             encoder = PromptEncoder(processor, data)
             lessons = _lessons(queries, teacher, encoder, warmup)
             model.train()
-            _learn_to_look(model, encoder, lessons, teacher, warmup)
-            _learn_to_answer(model, encoder, lessons, teacher, warmup)
+            looked = _learn_to_look(model, encoder, lessons, teacher, warmup)
+            _learn_to_answer(model, encoder, lessons, teacher, warmup, freeze_vision=looked)
             model.eval()
             model.save_pretrained(partial)
             processor.save_pretrained(partial)
@@ -121,14 +123,14 @@ def _stream(lessons: list[Query], weights: dict[str, float], seed: int) -> Query
     return QueryStream(lessons, seed=seed, category_weights={c: w for c, w in weights.items() if c in present})
 
 
-def _learn_to_look(model, encoder: PromptEncoder, lessons: list[Query], teacher: Teacher, warmup: WarmupConfig) -> None:
-    """Train the vision tower to tell what its tokens show by a linear probe on them."""
+def _learn_to_look(model, encoder: PromptEncoder, lessons: list[Query], teacher: Teacher, warmup: WarmupConfig) -> bool:
+    """Train the vision tower to tell what its tokens show by a linear probe on them; False where nobody knows."""
     images = list({_image_name(query): query for query in lessons if teacher.sees(query)}.values())
-    if not images:
-        return
+    if not images or not warmup.look_steps:
+        return False
     tower = model.model.visual
     probe = torch.nn.Linear(model.config.text_config.hidden_size, teacher.classes)
-    optimizer = torch.optim.AdamW([*tower.parameters(), *probe.parameters()], betas=BETAS, weight_decay=0.0)
+    optimizers = {_adam([*tower.parameters(), *probe.parameters()]): 1.0}
     rng = random.Random(warmup.seed)
     for step in progress(range(warmup.look_steps), "warm-up, looking"):
         batch = rng.sample(images, min(warmup.batch_size, len(images)))
@@ -137,15 +139,21 @@ def _learn_to_look(model, encoder: PromptEncoder, lessons: list[Query], teacher:
         tokens = tower(seen["pixel_values"], grid_thw=grid).pooler_output  # [tokens, hidden]
         scores = probe(F.rms_norm(tokens, tokens.shape[-1:]))  # [tokens, classes]
         owner = torch.arange(len(batch)).repeat_interleave(grid.prod(-1) // tower.spatial_merge_unit)  # [tokens]
-        _update(optimizer, teacher.look_loss(scores, owner, batch), warmup, step / warmup.look_steps)
+        _update(optimizers, teacher.look_loss(scores, owner, batch), warmup, step / warmup.look_steps)
+    return True
 
 
 def _learn_to_answer(
-    model, encoder: PromptEncoder, lessons: list[Query], teacher: Teacher, warmup: WarmupConfig
+    model, encoder: PromptEncoder, lessons: list[Query], teacher: Teacher, warmup: WarmupConfig, freeze_vision: bool
 ) -> None:
-    """Train the whole model on the responses; the loss is on those tokens alone that are taught."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=0.0)
-    policy = Policy(model, PolicyConfig())
+    """Train the model on the responses; the loss is on those tokens alone that are taught."""
+    policy = Policy(model, PolicyConfig(freeze_vision=freeze_vision))
+    embedding = model.get_input_embeddings().weight
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim == 2 and p is not embedding]
+    others = [p for p in trained if p.ndim != 2 or p is embedding]
+    muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    optimizers = {_adam(others): 1.0, muon: MUON}
     stream = _stream(lessons, warmup.category_weights or encoder.config.category_weights, warmup.seed)
     rng = random.Random(warmup.seed)
     for step in progress(range(warmup.steps), "warm-up, answering"):
@@ -157,7 +165,7 @@ def _learn_to_answer(
             bundles.append(Bundle(query, tuple(samples)))
         batch = pack(bundles, encoder.encode, encoder.pixels, policy.positions)
         logps, _ = policy(batch)  # [R]
-        _update(optimizer, -logps[batch.loss_mask].mean(), warmup, step / warmup.steps)
+        _update(optimizers, -logps[batch.loss_mask].mean(), warmup, step / warmup.steps)
 
 
 def _texts(responses: list[list[tuple[str, bool]]]) -> list[str]:
@@ -173,14 +181,24 @@ def _completion(parts: list[tuple[str, bool]], tokenizer) -> Completion:
     return Completion(ids, [0.0] * len(ids), "".join(text for text, _ in parts), "stop", masked)
 
 
-def _update(optimizer: torch.optim.AdamW, loss: torch.Tensor, warmup: WarmupConfig, done: float) -> None:
-    """One optimizer step; the learning rate rises over the first tenth of the stage and falls over the last third."""
-    (group,) = optimizer.param_groups
-    group["lr"] = warmup.learning_rate * min(1.0, 0.05 + 10 * done, 3 * (1 - done))
-    optimizer.zero_grad()
+def _adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, betas=BETAS, weight_decay=0.0)
+
+
+def _update(
+    optimizers: dict[torch.optim.Optimizer, float], loss: torch.Tensor, warmup: WarmupConfig, done: float
+) -> None:
+    """One optimizer step; the learning rate, of each optimizer by its factor, rises over the first tenth of the stage
+    and falls over the last third."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for optimizer, factor in optimizers.items():
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = factor * warmup.learning_rate * min(1.0, 0.05 + 10 * done, 3 * (1 - done))
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.step()
+    torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from rethinker.algorithm.rethinking import rethinks
-from rethinker.embedded.sums import CELL, SLIPS, SPLITS, THOUGHT_OVER, SumsTeacher, sums, with_slip
+from rethinker.embedded.sums import CELL, OF_ITS_OWN, SLIPS, SPLITS, THOUGHT_OVER, SumsTeacher, sums, with_slip
 from rethinker.rewards.functions import boxed_reward
 from rethinker.samples import Query
 
@@ -93,7 +93,7 @@ def test_the_same_questions_every_time(test_split):
 
 
 def test_responses_parse_and_end_right(test_split):
-    """To every question one at once and one with steps, some of these thought over; a slip is shown, not taught."""
+    """To every question one at once and one with steps, some of these thought over; what is not taught comes first."""
     teacher, rng = SumsTeacher(), random.Random(0)
     kinds: Counter[str] = Counter()
     for query in test_split:
@@ -101,16 +101,19 @@ def test_responses_parse_and_end_right(test_split):
         assert fast == [(f"\\boxed{{{query.answer}}}", True)]
         slow = "\n".join([*query.metadata["steps"], fast[0][0]])
         texts = [text for text, _ in with_steps]
-        assert is_correct("".join(texts), query) and all(taught for _, taught in with_steps[1:])
+        assert is_correct("".join(texts), query) and with_steps[-1][1]
         if len(texts) == 1:
             assert texts == [slow] and not rethinks(slow)
             continue
         assert texts[2] == "\n" + slow and rethinks(texts[1]) and not rethinks(texts[0])
-        assert is_correct(texts[0], query) == (texts[0] == slow) == with_steps[0][1]
+        (_, first_taught), (_, own), _ = with_steps
+        assert is_correct(texts[0], query) == (texts[0] == slow) and first_taught == (texts[0] == slow and own)
         kinds["thought over"] += 1
         kinds["slip"] += texts[0] != slow
+        kinds["own"] += own
     assert kinds["thought over"] / len(test_split) == pytest.approx(THOUGHT_OVER, abs=0.03)
     assert kinds["slip"] / kinds["thought over"] == pytest.approx(SLIPS, abs=0.1)
+    assert kinds["own"] / kinds["thought over"] == pytest.approx(OF_ITS_OWN, abs=0.1)
 
 
 def test_a_slip_is_one_digit_misread():

@@ -1,0 +1,57 @@
+"""The embedded default in its two stages, small: the second goes on from the first, and its report tells of both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests import forked
+
+SMALL = """--policy.warmup.look_steps 2 --policy.warmup.steps 2 --policy.warmup.batch_size 4
+    --policy.warmup.data_fraction 0.01
+    --train.max_steps 2 --train.batch_pairs 64 --train.episode_queries 8 --rollout.kv_cache_gb 0.1
+    --validation.every 1 --validation.size 16""".split()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    """Both stages, as `make train` starts them."""
+    folder = tmp_path_factory.mktemp("stages")
+    first, second = folder / "stage1", folder / "stage2"
+    for recipe, run, more in (
+        ("sums_cpu", first, []),
+        ("sums_cpu_stage2", second, ["--policy.model", str(first / "checkpoints" / "best"), "--rethink.fraction", "1"]),
+    ):
+        options = ["--run.dir", str(folder), "--run.name", run.name, *SMALL, *more]
+        forked.run(forked.training([recipe, *options]), folder / f"{run.name}.log", 1)
+    return [first, second]
+
+
+def greedy(run: Path, step: int) -> dict[str, list[int]]:
+    rows = pq.read_table(run / "validation" / f"step_{step:06d}.parquet", columns=["query_id", "token_ids"]).to_pylist()
+    return {row["query_id"]: row["token_ids"] for row in rows}
+
+
+def test_the_second_stage_begins_with_the_best_model_of_the_first(runs):
+    """Its answers before training are that checkpoint's, token for token, and not those that the first began with."""
+    best = (runs[0] / "checkpoints" / "best").resolve().name
+    before = greedy(runs[1], 0)
+    assert len(before) == 16 and before == greedy(runs[0], int(best[-6:]))
+    assert before != greedy(runs[0], 0)
+
+
+def test_only_the_second_stage_forces(runs):
+    """Second passes are sampled and counted, in the second stage alone."""
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    forced = [sum(row["rethink_forced"] for row in of) for of in rows]
+    assert forced[0] == 0 < forced[1]
+    assert all(set(row["queries_by_category"]) <= {f"{n} terms" for n in range(2, 7)} for of in rows for row in of)
+
+
+def test_one_report_tells_of_both(runs):
+    """The second run's page is of two stages."""
+    page = (runs[1] / "report.html").read_text()
+    assert "stage 2 of 2" in page and 'id="figure-kinds"' in page
