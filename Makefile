@@ -36,11 +36,11 @@ help:
 	@echo 'make clean    remove build products and caches; runs/ and $(VENV) stay'
 
 # The second stage goes on from the best checkpoint of the first; its report is about both.
-RUN := sums-$(shell date +%Y%m%d-%H%M%S)
+RUN := runs/sums-$(shell date +%Y%m%d-%H%M%S)
 train: $(VENV)/.train-$(EXTRA)
-	$(BIN)/rethinker train sums_cpu --run.name $(RUN)-stage1 $(ARGS)
-	$(BIN)/rethinker train sums_cpu_stage2 --run.name $(RUN)-stage2 \
-	    --policy.model runs/$(RUN)-stage1/checkpoints/best $(ARGS)
+	$(BIN)/rethinker train sums_cpu $(ARGS) --run.dir $(dir $(RUN)) --run.name $(notdir $(RUN))-stage1
+	$(BIN)/rethinker train sums_cpu_stage2 $(ARGS) --run.dir $(dir $(RUN)) --run.name $(notdir $(RUN))-stage2 \
+	    --policy.model $(RUN)-stage1/checkpoints/best
 
 # Two files at a time, in the order of tests/conftest.py; a file's tests share what is slow to start.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -186,6 +186,7 @@ def generate_side(pipe: Connection, config: Config, model_dir: Path, steps: int,
     processor = load_processor(model_dir)
     queries = first_queries(config, PromptEncoder(processor, config.data), steps)
     tokenizer, Q, G = processor.tokenizer, config.train.episode_queries, config.rollout.group_size
+    at_once = max(1, batch // G)
     tokenizer.padding_side = "left"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.policy.dtype)
@@ -206,7 +207,7 @@ def generate_side(pipe: Connection, config: Config, model_dir: Path, steps: int,
         start, cpu_start = time.perf_counter(), time.process_time()
         prompt_tokens = response_tokens = 0
         asked, queries = queries[:Q], queries[Q:]
-        for part in (asked[i : i + batch // G] for i in range(0, Q, batch // G)):
+        for part in (asked[i : i + at_once] for i in range(0, Q, at_once)):
             texts = processor.apply_chat_template(
                 [_messages(query, config, with_image=True) for query in part],
                 tokenize=False,

@@ -103,7 +103,8 @@ class DataConfig:
     max_image_pixels: ranges.ImagePixels = 89_000_000
     """An image with more pixels (width x height in its header) is not decoded: a few bytes can claim gigabytes."""
     category_weights: dict[str, ranges.NotNegative] = field(default_factory=dict)
-    """Share of each `metadata["category"]` in the order of training; by default as the data has them."""
+    """Share of each `metadata["category"]` in the order of training; by default as the data has them. A category
+    without one is neither trained on nor validated on."""
 
 
 @dataclass

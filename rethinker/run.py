@@ -244,7 +244,7 @@ class Run:
         if self._saved_step != self.policy.steps:
             self._save()
         self.checkpoints.wait()
-        self.checkpoints.settle_best()
+        self.checkpoints.settle_best(improved=self.progress.best != self.progress.before)
         best = self.folder / "checkpoints" / "best"
         result = RunResult(self.folder, self.metrics, best, self.progress.before, self.progress.after)
         if self.unfinished():

@@ -14,10 +14,10 @@ from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.algorithm.selection import Batch
 from rethinker.checkpoint.resume import Progress
 from rethinker.checks import schedule_length
-from rethinker.config import Config, ConfigError, RethinkConfig, RolloutConfig, TrainConfig
+from rethinker.config import Config, ConfigError, DataConfig, RethinkConfig, RolloutConfig, TrainConfig
 from rethinker.episode import judge, note_kinds
 from rethinker.policy.engine import learning_rate
-from rethinker.run import Run
+from rethinker.run import Run, load_held_out
 from rethinker.samples import Accuracy, Completion, Group, Query, Rethought
 from rethinker.settings import resolve_config
 
@@ -188,3 +188,14 @@ def test_the_package_is_callable_as_documented():
     """`rethinker.train(recipe, overrides)` checks its settings as the command does."""
     with pytest.raises(ConfigError, match=r"did you mean 'train\.max_steps'"):
         rethinker.train("easy_vqa_cpu", {"train.max_stps": 3})
+
+
+def test_categories_that_are_not_trained_do_not_validate():
+    """Held-out questions are of the categories with a weight; where there are none of those, of all."""
+
+    def categories(**weights):
+        data = DataConfig(train="sums", validation="sums", category_weights=weights)
+        return {query.category for query in load_held_out(Config(data=data))}
+
+    assert categories(**{"2 terms": 1, "3 terms": 0.5, "4 terms": 0}) == {"2 terms", "3 terms"}
+    assert categories() == categories(other=1) == {f"{terms} terms" for terms in range(2, 8)}

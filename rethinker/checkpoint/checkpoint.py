@@ -6,7 +6,7 @@ checkpoints/
     trainer/rank_00000.* each rank's: its responses and random streams; optimizer_00000.*: its part of the optimizer
     COMPLETE             written last: size and SHA-256 of every file
   last -> step_000040    the newest one
-  best -> best_000024    the model with the best validation accuracy
+  best -> best_000024    the model with the best validation accuracy; without one, as last
 
 Every rank writes its own files, so all need to see the same folder. What is being written stands in `.<name>.partial`.
 """
@@ -78,9 +78,9 @@ class Checkpoints:
         if self._ranks.is_main:
             self._start(f"best_{step:06d}", "best", write_model, writers=1)
 
-    def settle_best(self) -> None:
-        """Where no model was better than the first one, or nothing validates, the last checkpoint is the best."""
-        if self._ranks.is_main and not (self.folder / "best").exists():
+    def settle_best(self, improved: bool) -> None:
+        """The last checkpoint is the best, unless a model has `improved` on the first one and is there."""
+        if self._ranks.is_main and not (improved and (self.folder / "best").exists()):
             _link(self.folder / "best", os.readlink(self.folder / "last"))
 
     def wait(self) -> None:
@@ -204,6 +204,9 @@ class Checkpoints:
         _write_json(self.folder / name / MARKER, {"files": files})
         _sync_folder(self.folder / name)
         _link(self.folder / link, name)
+        best = self.folder / "best"
+        if link == "last" and best.is_symlink() and os.readlink(best).startswith("step_"):
+            _link(best, name)  # as `settle_best` left it, of a run that has gone on since
         self._prune()
 
     def _prune(self) -> None:

@@ -143,8 +143,9 @@ class RunDirectory:
             file.truncate(wanted)
         written = (self.folder / "completions").iterdir()
         stale = [path for path in written if path.name >= file_name(self._episodes) or path.suffix == ".partial"]
-        validations = (self.folder / "validation").glob("step_*")
-        stale += [path for path in validations if path.name > validation_name(self._rows)]
+        validations = (self.folder / "validation").glob("*.p*")
+        last = validation_name(self._rows)
+        stale += [path for path in validations if path.name > last or path.suffix == ".partial"]
         stale += [self.folder / "learning.png"]  # drawn when a run has ended
         stale += [] if state else self.folder.glob("events.out.tfevents.*")
         for path in stale:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from rethinker.config import RethinkConfig
+from rethinker.config import ConfigError, RethinkConfig
 from rethinker.samples import Query
 
 if TYPE_CHECKING:
@@ -122,13 +122,19 @@ class SumsTeacher:
 
     def sees(self, query: Query) -> bool:
         """Whether it is known what the query's image shows."""
-        return "symbols" in query.metadata
+        symbols, steps = (query.metadata.get(name) for name in ("symbols", "steps"))
+        return isinstance(symbols, str) and isinstance(steps, list) and set("0") < set(symbols + "0") <= set(SYMBOLS)
 
     def look_loss(self, scores: torch.Tensor, owner: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:
         """Cross-entropy of the symbols, from a score per image token [tokens, classes]: a token is a cell."""
         import torch
 
         shown = [SYMBOLS.index(symbol) for query in queries for symbol in query.metadata["symbols"]]
+        if len(shown) != len(scores):
+            raise ConfigError(
+                f"data.min_pixels, data.max_pixels: {len(scores)} image tokens show {len(shown)} symbols of sums, and "
+                "must be one each: set data.min_pixels=256 and data.max_pixels=4096"
+            )
         return torch.nn.functional.cross_entropy(scores, torch.tensor(shown))
 
     def responses(self, query: Query, rng: random.Random) -> list[Parts]:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from rethinker.config import ConfigError, DataConfig, PolicyConfig, WarmupConfig
 from rethinker.data.images import image_key
+from rethinker.data.mixture import category_of, check_category_weights
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.query_stream import QueryStream
 from rethinker.embedded.easy_vqa import EasyVqaTeacher
@@ -118,9 +119,13 @@ def _image_name(query: Query) -> str:
     return "|".join(str(image_key(image)) for image in query.images) or query.id
 
 
-def _stream(lessons: list[Query], weights: dict[str, float], seed: int) -> QueryStream:
-    present = {query.metadata.get("category") for query in lessons}
-    return QueryStream(lessons, seed=seed, category_weights={c: w for c, w in weights.items() if c in present})
+def _stream(lessons: list[Query], warmup: WarmupConfig, data: DataConfig) -> QueryStream:
+    """The lessons in the mix of the warm-up, else in that of the data; of this one a share of them may lack some."""
+    present = set(map(category_of, lessons))
+    if warmup.category_weights:
+        check_category_weights(warmup.category_weights, present, "policy.warmup.category_weights")
+    weights = warmup.category_weights or {c: w for c, w in data.category_weights.items() if c in present}
+    return QueryStream(lessons, seed=warmup.seed, category_weights=weights)
 
 
 def _learn_to_look(model, encoder: PromptEncoder, lessons: list[Query], teacher: Teacher, warmup: WarmupConfig) -> bool:
@@ -154,7 +159,7 @@ def _learn_to_answer(
     others = [p for p in trained if p.ndim != 2 or p is embedding]
     muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     optimizers = {_adam(others): 1.0, muon: MUON}
-    stream = _stream(lessons, warmup.category_weights or encoder.config.category_weights, warmup.seed)
+    stream = _stream(lessons, warmup, encoder.config)
     rng = random.Random(warmup.seed)
     for step in progress(range(warmup.steps), "warm-up, answering"):
         bundles = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from rethinker.report.drawing import draw_joins, draw_line, in_our_look, new_figure, save_figure, smoothing_window
-from rethinker.report.runs import read_run
+from rethinker.report.runs import read_runs
 
 PANELS = {
     "reward, accuracy (0 to 1)": {
@@ -32,7 +32,7 @@ def learning_curve(run_folders: Sequence[str | Path], output: str | Path) -> Pat
     Raises:
         ConfigError: a folder is no run's, or a run has no step yet.
     """
-    runs = [read_run(folder) for folder in run_folders]
+    runs = read_runs(run_folders)
     figure = new_figure(5.0, width=7.2)
     panes = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
     for axes, (title, metrics) in zip(panes, PANELS.items(), strict=True):

@@ -80,7 +80,10 @@ def read_run(folder: str | Path) -> RunRecord:
     """
     stages = [_read_stage(Path(folder))]
     while (before := _folder_before(stages[0])) and before.resolve() not in {s.folder.resolve() for s in stages}:
-        stages.insert(0, _read_stage(before))
+        try:
+            stages.insert(0, _read_stage(before))
+        except (ConfigError, OSError):  # what cannot be read is as good as gone
+            break
     steps, validations, ends = [], [], [0]
     for stage in stages:
         for rows, own in ((steps, stage.steps), (validations, stage.validations)):
@@ -92,11 +95,11 @@ def read_run(folder: str | Path) -> RunRecord:
 
 
 def _folder_before(run: RunRecord) -> Path | None:
-    """The folder of the run that this one started from; one that was moved is looked for beside this run."""
-    model = Path(str(run.settings.get("policy.model", "")))
+    """The folder of the run that this one started from: beside this run, as both may have moved, or where it was."""
+    model = Path(str(run.settings.get("policy.model", ""))).expanduser()
     if model.parent.name != "checkpoints":
         return None
-    for folder in (model.parent.parent, run.folder.resolve().parent / model.parent.parent.name):
+    for folder in (run.folder.resolve().parent / model.parent.parent.name, model.parent.parent):
         with suppress(OSError):  # of a name that no file can have
             if all((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
                 return folder

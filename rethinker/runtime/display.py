@@ -58,7 +58,7 @@ class Display:
         known = [row for row in rows if row.get("fast_ratio") is not None]
         if known:
             fast, rethinking = (mean(row[name] for row in known) for name in ("fast_ratio", "rethink_ratio"))
-            kinds = {"fast": fast, "slow": 1 - fast - rethinking, "rethinking": rethinking}
+            kinds = {"fast": fast, "slow": max(0.0, 1 - fast - rethinking), "rethinking": rethinking}
             drawn = _replay_draws(known)
             largest = sorted(sorted(drawn, key=drawn.get)[-MOST_CATEGORIES:])
             text = "since the last one: answers " + ", ".join(f"{share:.0%} {kind}" for kind, share in kinds.items())

@@ -196,6 +196,21 @@ def test_the_fraction_is_of_the_eligible(fraction):
     assert forced[0] == forced[1] and (forced[0] != forced[2])
 
 
+def test_only_wrong_first_answers_are_forced_where_the_settings_say_so():
+    """`first_answers: wrong` leaves the right ones alone; by default both are forced."""
+    forced = {}
+    for which in ("all", "wrong"):
+        g = group(spoken(1, 42), spoken(2, 42), spoken(5))
+        judge([g])
+        config = RethinkConfig(fraction=1.0, first_answers=which)
+        engine = Script()
+        Rethinker(config, TRIGGERS, decode, max_new_tokens=12, temperature=1.0).force(
+            [g], [Prompt("q", [1], [1], [])], engine.generate, judge, 0
+        )
+        forced[which] = g.rethinking.forced
+    assert forced == {"all": 3, "wrong": 1}
+
+
 def test_what_is_masked():
     """By default the trigger; y1 too, or nothing, if the settings say so; unmasked triggers ask for log-probs."""
     for settings, spans in (

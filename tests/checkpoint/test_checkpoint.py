@@ -159,12 +159,18 @@ def test_without_a_better_model_the_last_is_the_best(tmp_path):
     for step in (1, 2):
         written.save(step, model, state)
     written.wait()
-    written.settle_best()
+    written.settle_best(improved=False)
     assert (tmp_path / "best").resolve().name == "step_000002"
-    written.save_best(3, model)
+    written.save(3, model, state)  # of a run that was resumed
     written.wait()
-    written.settle_best()
-    assert (tmp_path / "best").resolve().name == "best_000003"
+    assert (tmp_path / "best").resolve().name == "step_000003"
+    written.save_best(4, model)
+    written.save(5, model, state)
+    written.wait()
+    written.settle_best(improved=True)
+    assert (tmp_path / "best").resolve().name == "best_000004"
+    written.settle_best(improved=False)  # that model was of steps that a resumed run went back behind
+    assert (tmp_path / "best").resolve().name == "step_000005"
 
 
 def test_a_full_disk_is_counted_and_the_run_goes_on(tmp_path, caplog):

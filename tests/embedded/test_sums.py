@@ -9,10 +9,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from rethinker.algorithm.rethinking import rethinks
+from rethinker.config import ConfigError
 from rethinker.embedded.sums import CELL, OF_ITS_OWN, SLIPS, SPLITS, THOUGHT_OVER, SumsTeacher, sums, with_slip
 from rethinker.rewards.functions import boxed_reward
 from rethinker.samples import Query
@@ -126,3 +128,21 @@ def test_a_slip_is_one_digit_misread():
         assert len(changed) == 1 and lines[-1] == f"\\boxed{{{counted(misread)[-1][2]}}}"
         places.add(changed[0])
     assert places == {0, 2, 4}
+
+
+def test_the_probe_learns_the_symbols_in_their_order(test_split):
+    """Scores that name each image's symbols from left to right cost nothing; in another order they do."""
+    teacher, queries = SumsTeacher(), test_split[::500]
+    shown = torch.tensor(["0123456789+-".index(symbol) for query in queries for symbol in query.metadata["symbols"]])
+    scores = 50.0 * torch.nn.functional.one_hot(shown, teacher.classes)
+    owner = torch.zeros(len(shown), dtype=torch.int64)
+    assert teacher.look_loss(scores, owner, queries) < 1e-6
+    assert teacher.look_loss(scores.flip(0), owner, queries) > 10
+    with pytest.raises(ConfigError, match="data.min_pixels=256"):  # enlarged images: more tokens than symbols
+        teacher.look_loss(scores.repeat(2, 1), owner.repeat(2), queries)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"symbols": "H2O", "steps": []}, {"symbols": None}, {"symbols": "1+1"}])
+def test_other_data_is_not_taken_for_sums(metadata):
+    """Its columns may have the same names."""
+    assert not SumsTeacher().sees(Query("q", "?", "!", metadata=metadata))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -106,6 +107,20 @@ def test_sums_are_taught_by_their_own_teacher():
     queries = sums("test")[::600]
     assert isinstance(module.teacher_of(queries), SumsTeacher)
     assert isinstance(module.teacher_of([*queries, question("is there a red shape?", "no")]), EasyVqaTeacher)
+
+
+def test_the_mix_of_the_warmup():
+    """Its own weights, which name categories that there are; else the data's, as far as the lessons have them."""
+    lessons = sums("test")[:600]  # 2 and 3 terms
+    data = DataConfig(category_weights={"3 terms": 1, "6 terms": 1})
+
+    def drawn(**weights):
+        stream = module._stream(lessons, WarmupConfig(category_weights=weights), data)
+        return Counter(query.metadata["category"] for query in stream.next(40))
+
+    assert drawn() == {"3 terms": 40} and drawn(**{"2 terms": 3, "3 terms": 1}) == {"2 terms": 30, "3 terms": 10}
+    with pytest.raises(ConfigError, match="policy.warmup.category_weights.2 term: "):
+        drawn(**{"2 term": 1})
 
 
 def test_a_slip_is_not_taught(tmp_path):
