@@ -294,7 +294,7 @@ def _messages(query: Query, config: Config, with_image: bool = False) -> list[di
     """The chat that asks a question; `with_image`: as a processor's template reads it, the place of its image first."""
     text = config.data.prompt.replace("{question}", query.question)
     content = [{"type": "image"}, {"type": "text", "text": text}] if with_image else text
-    system = [{"role": "system", "content": config.data.system}] if config.data.system else []
+    system = [{"role": "system", "content": config.data.system}] if config.data.system is not None else []
     return [*system, {"role": "user", "content": content}]
 
 

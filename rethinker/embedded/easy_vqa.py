@@ -7,7 +7,6 @@ import re
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from rethinker.data.images import image_key
 from rethinker.samples import Query
 
 if TYPE_CHECKING:
@@ -53,6 +52,8 @@ def describe_images(queries: Iterable[Query]) -> dict[Hashable, tuple[str, str]]
     "what color is the shape?" says the colour. So does "is there a red shape?" when its answer is yes, and "is no red
     shape present?" when it is no. Questions of another kind, or about several images, say nothing.
     """
+    from rethinker.data.images import image_key  # imports Pillow
+
     seen: dict[Hashable, dict[str, str]] = {}
     for query in queries:
         if len(query.images) != 1:
@@ -91,6 +92,8 @@ class EasyVqaTeacher:
 
     def description(self, query: Query) -> tuple[str, str] | None:
         """Colour and shape of the query's image, where they are known."""
+        from rethinker.data.images import image_key
+
         return self._shown.get(image_key(query.images[0])) if len(query.images) == 1 else None
 
     def sees(self, query: Query) -> bool:

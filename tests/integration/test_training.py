@@ -78,7 +78,9 @@ def test_metrics_have_the_documented_names(ssr):
     for row in ssr:
         assert set(row) == METRICS
         numbers = [v for k, v in row.items() if k not in ("val_accuracy", "mfu", "advantage_histogram")]
-        assert all(isinstance(v, int | float) and math.isfinite(v) for v in numbers)
+        numbers = [n for v in numbers for n in (v.values() if isinstance(v, dict) else [v])]
+        assert all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+        assert row["queries_by_category"] and sum(row["queries_by_category"].values()) == pytest.approx(1)
     assert [row["val_accuracy"] is not None for row in ssr] == [False, True, False, True]
     assert ssr[0]["time_rollout_s"] > 0 and ssr[1]["time_sync_s"] > 0
 
