@@ -31,6 +31,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ from benchmarks.ablation_figures import draw_figures
 from benchmarks.ablation_runs import Job, UnfinishedError, run_all
 from benchmarks.ablation_summary import joined, stage_result, summarise, tables
 from benchmarks.machine import cores, describe
+from rethinker.runtime.files import whole_file
 from rethinker.settings import flat, resolve_config
 
 RESULTS = Path(__file__).parent / "results"
+DEMO = Path(find_spec("rethinker.embedded").origin).parent
 
 Settings = Mapping[str, Any]
 
@@ -140,12 +143,13 @@ def stages(task: str, method: Method, seed: int, tokens: int, questions: int) ->
 
 def _stage(task: str, recipe: str, settings: Settings, varied: Settings, before: Stage | None) -> Stage:
     """The run, named after what is varied and by a hash of all settings it learns from, whether a recipe, a default or
-    the command line says so. Those that are off (null, false, 0, empty) do not count: a name outlives a new setting."""
+    the command line says so, and of the warm-up's code. Settings that are off (null, false, 0, empty) do not count: a
+    name outlives a new one."""
     episode = settings.get("train.episode_queries", _resolved(recipe)["train.episode_queries"])
     settings = {**settings, "validation.every": max(1, VALIDATED_QUERIES // episode)}
     values = flat(resolve_config(recipe, {**settings, "run.name": "any"}))
     learned = {key: value for key, value in values.items() if value and not key.startswith(NOT_LEARNED)}
-    known = json.dumps([learned, before and before.name], sort_keys=True)
+    known = json.dumps([learned, before.name if before else _demo_code()], sort_keys=True)
     words = [
         f"{key.rpartition('.')[2]}{values[key]}"
         for key in varied
@@ -154,6 +158,12 @@ def _stage(task: str, recipe: str, settings: Settings, varied: Settings, before:
     number, seed = (2, settings["seed"] - 1000) if before else (1, settings["seed"])
     words = [task, values["algorithm.name"], *words, f"stage{number}", f"seed{seed}"]
     return Stage("-".join([*words, hashlib.sha256(known.encode()).hexdigest()[:8]]), recipe, settings, before)
+
+
+@functools.cache
+def _demo_code() -> str:
+    """A hash of the code that makes data sets and warm-up: another one makes another model for runs to start from."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(DEMO.glob("*.py")))).hexdigest()
 
 
 @functools.cache
@@ -292,10 +302,8 @@ class Ablation:
 
 
 def _write(file: Path, text: str) -> None:
-    """Write all of a file or nothing."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    with whole_file(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def warm_up(task: str) -> None:

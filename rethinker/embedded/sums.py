@@ -48,26 +48,33 @@ def sums(split: Literal["train", "validation", "test"]) -> list[Query]:
     for terms in TERMS:
         for number in range(SPLITS[split][1]):
             digits = [rng.randrange(10) for _ in range(terms)]
-            signs, steps, total = "", [], digits[0]
+            symbols, total = str(digits[0]), digits[0]
             for digit in digits[1:]:
                 sign = "-" if digit <= total and rng.random() < 0.5 else "+"
-                before, total = total, total + digit if sign == "+" else total - digit
-                signs += sign
-                steps.append(f"{before}{sign}{digit}={total}")
+                total += int(f"{sign}{digit}")
+                symbols += f"{sign}{digit}"
             shown = [rng.choice(own[digit]) for digit in digits]
-            row: list[int | str] = [shown[0]]
-            for sign, image in zip(signs, shown[1:], strict=True):
-                row += [sign, image]
             metadata = {
                 "category": f"{terms} terms",
-                "symbols": str(digits[0]) + "".join(f"{s}{d}" for s, d in zip(signs, digits[1:], strict=True)),
-                "steps": steps,
+                "symbols": symbols,
+                "steps": steps_of(symbols),
                 "image_ids": shown,
             }
-            image = {"bytes": _png(np.concatenate([cells[symbol] for symbol in row], axis=1))}
+            images = iter(shown)
+            row = [cells[symbol if symbol in "+-" else next(images)] for symbol in symbols]
+            image = {"bytes": _png(np.concatenate(row, axis=1))}
             question = QUESTIONS[number % len(QUESTIONS)]
             queries.append(Query(f"sums/{split}/{terms}/{number}", question, str(total), (image,), metadata))
     return queries
+
+
+def steps_of(symbols: str) -> list[str]:
+    """The steps of a sum from left to right: "6-0+8" as ["6-0=6", "6+8=14"]."""
+    total, steps = int(symbols[0]), []
+    for sign, digit in zip(symbols[1::2], symbols[2::2], strict=True):
+        before, total = total, total + int(sign + digit)
+        steps.append(f"{before}{sign}{digit}={total}")
+    return steps
 
 
 @cache
@@ -151,7 +158,7 @@ class SumsTeacher:
         return [[(fast, True)], [first, (trigger, own), ("\n" + slow, True)]]
 
 
-def answer_text(answer: str | int) -> str:
+def answer_text(answer: str) -> str:
     """The answer as the reward reads it."""
     return f"\\boxed{{{answer}}}"
 
@@ -160,9 +167,5 @@ def with_slip(symbols: str, rng: random.Random) -> str:
     """The slow answer of one who takes a digit for another; the total may then fall below 0."""
     place = 2 * rng.randrange(len(symbols) // 2 + 1)
     misread = rng.choice([digit for digit in "0123456789" if digit != symbols[place]])
-    symbols = symbols[:place] + misread + symbols[place + 1 :]
-    total, lines = int(symbols[0]), []
-    for sign, digit in zip(symbols[1::2], symbols[2::2], strict=True):
-        before, total = total, total + int(sign + digit)
-        lines.append(f"{before}{sign}{digit}={total}")
-    return "\n".join([*lines, answer_text(total)])
+    steps = steps_of(symbols[:place] + misread + symbols[place + 1 :])
+    return "\n".join([*steps, answer_text(steps[-1].partition("=")[2])])

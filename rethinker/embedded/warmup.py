@@ -79,7 +79,9 @@ def _build(folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize,
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         teacher, rng = teacher_of(queries), random.Random(warmup.seed)
-        texts = [text for q in queries for text in (q.question, *_texts(teacher.responses(q, rng)))]
+        texts = []
+        for query in queries:
+            texts += [query.question, *(text for parts in teacher.responses(query, rng) for text, _ in parts)]
         create_tiny(partial, warmup.seed, texts=texts, size=size)
         with _all_cores(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(warmup.seed)
@@ -173,15 +175,12 @@ def _learn_to_answer(
         _update(optimizers, -logps[batch.loss_mask].mean(), warmup, step / warmup.steps)
 
 
-def _texts(responses: list[list[tuple[str, bool]]]) -> list[str]:
-    return [text for parts in responses for text, _ in parts]
-
-
 def _completion(parts: list[tuple[str, bool]], tokenizer) -> Completion:
     """A response of these parts, as if it had been sampled; what stands before the first taught part is masked."""
     pieces = tokenizer([text for text, _ in parts], add_special_tokens=False)["input_ids"]
     ids = [*(token for piece in pieces for token in piece), tokenizer.eos_token_id]
     untaught = sum(map(len, pieces[: [taught for _, taught in parts].index(True)]))
+    # As the forced part of a rethought response: of a completion's tokens only those can be masked.
     masked = Rethought(0, 0, "", 0, untaught) if untaught else None
     return Completion(ids, [0.0] * len(ids), "".join(text for text, _ in parts), "stop", masked)
 

@@ -62,6 +62,21 @@ class TestPlan:
         assert found["a"] == found["moved"]
         assert found["a"][0] != found["lr"][0] and found["a"][1] != found["lr"][1]  # it starts from the other one
 
+    def test_another_warmup_makes_other_runs(self, tmp_path, monkeypatch):
+        """Runs that start from another model are not those that are done, in both stages."""
+
+        def names() -> set[str]:
+            for cached in (ablation.stages, ablation._demo_code):
+                cached.cache_clear()
+            return {stage.name for stage in ablation.stages("sums", METHODS["GRPO"], 0, 1000, 10)}
+
+        before = names()
+        (tmp_path / "sums.py").write_text("another")
+        with monkeypatch.context() as patch:
+            patch.setattr(ablation, "DEMO", tmp_path)
+            assert len(before) == 2 and not before & names()
+        assert names() == before
+
     def test_methods_differ_in_what_their_names_say_alone(self):
         """In each stage the same room, questions, seeds and budget; no method but the full one forces rethinking."""
         told = ("algorithm.name", "replay.alpha", "rethink.fraction", "train.episode_queries", "validation.every")

@@ -218,6 +218,9 @@ def test_an_earlier_run_that_is_gone(tmp_path):
     (tmp_path / "old").rename(tmp_path / "new")
     two = tmp_path / "new" / two.name
     assert read_runs([two])[0].joins == (6,)
+    with (tmp_path / "new" / "stage1" / "metrics.jsonl").open("a") as damaged:
+        damaged.write("no object\n")
+    assert not read_runs([two])[0].earlier  # what cannot be read does not end a run that has trained
     shutil.rmtree(tmp_path / "new" / "stage1")
     (run,) = read_runs([two])
     assert not run.earlier and not run.joins and run.series("val_accuracy").index.tolist() == [0, 4]
