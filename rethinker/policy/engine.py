@@ -67,6 +67,7 @@ class PolicyEngine:
         """
         self.config, self.encoder, self.ranks, self.total_steps = config, encoder, ranks, total_steps
         self.steps = 0  # optimizer steps attempted
+        self.budget_spent = 0.0  # share of train.max_generated_tokens that was sampled before this episode
         self.version = 0  # weight syncs: the policy version that rollouts carry
         self.budget_file = budget_file
         self.loss = load_loss(config.algorithm, ranks.device)
@@ -134,7 +135,7 @@ class PolicyEngine:
                 sums = self._accumulate(samples, plan)
             except LossError as error:
                 raise ConfigError(f"{named}: in step {self.steps + 1}, {one_line(error)}") from error
-        rate = learning_rate(self.steps, self.total_steps, self.config)
+        rate = learning_rate(max(self.steps, self.budget_spent * self.total_steps), self.total_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with phase("optimizer"), explained(lambda: _OPTIMIZER_IS_FULL.format(self.steps + 1)):
@@ -284,8 +285,9 @@ class PolicyEngine:
         return torch.stack([x.double() for x in (loss.detach(), kl, fresh.sum(), processed, nll)])
 
 
-def learning_rate(step: int, total_steps: int, config: Config) -> float:
-    """The learning rate of optimizer step `step` (from 0): linear warm-up, then train.schedule."""
+def learning_rate(step: float, total_steps: int, config: Config) -> float:
+    """The learning rate of optimizer step `step` (from 0), or of the same share of a budget of tokens: linear warm-up,
+    then train.schedule."""
     train = config.train
     warmup = round(train.warmup_ratio * total_steps)
     if step < warmup:
