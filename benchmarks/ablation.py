@@ -107,7 +107,8 @@ RETHINKING = {"SSR": ("normal", "forced", "oracle"), "full": ("normal",)}
 """Figure 7: the modes in which `rethinker eval` asks the last checkpoints of these methods."""
 
 SHARED: dict[str, Any] = {
-    "train.max_steps": 4000,  # more than any budget allows: the learning rate follows the tokens
+    # More steps than any budget allows: the learning rate rises over the first 4, and then follows the tokens.
+    **{"train.max_steps": 4000, "train.warmup_ratio": 0.001},
     **{"checkpoint.every": 20, "checkpoint.keep": 1, "run.trackers": [], "run.save_completions": False},
 }
 VALIDATED_QUERIES = 1024
