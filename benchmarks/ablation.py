@@ -94,6 +94,9 @@ PARTS: dict[str, dict[str, Method]] = {
     "forced": {
         **{f"forced {share}": Method(SSR, {"rethink.fraction": share}) for share in (0.0, 0.1, 0.25, 0.5)},
         "forced 0.25, from the start": Method(SSR | {"rethink.fraction": 0.25}, {}),
+        "forced 0.5 of the wrong": Method(
+            SSR, {"rethink.fraction": 0.5, "rethink.first_answers": "wrong", "rethink.mask_first_answer": True}
+        ),
     },
     "episode": {
         f"{name}, episodes of {queries}": Method(own | {"train.episode_queries": queries})

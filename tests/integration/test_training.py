@@ -132,6 +132,17 @@ def test_replay_lives_for_one_episode(ssr):
     assert ssr[2]["replay_size"] < ssr[1]["replay_size"]
 
 
+def test_a_budget_of_tokens_ends_the_run_and_its_schedule(ssr, scratch):
+    """An episode's learning rates are those of the share of the budget that was sampled before it, where the steps are
+    behind; the episode that reaches the budget is the last."""
+    tokens = ssr[-1]["generated_tokens"]
+    schedule = ["--train.schedule", "linear", "--train.warmup_ratio", "0", "--train.max_steps", "1000"]
+    rows = recorded(scratch, "budget", *schedule, "--train.max_generated_tokens", str(tokens))
+    assert [row["generated_tokens"] for row in rows] == [row["generated_tokens"] for row in ssr]
+    spent = [0, 1 / 1000] + 2 * [ssr[0]["generated_tokens"] / tokens]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3 * (1 - share) for share in spent])
+
+
 def test_filter_shrinks_the_batch_and_grpo_keeps_it(ssr, scratch):
     """With filter the trained pairs are those of the effective queries alone; grpo trains all; neither replays.
 
