@@ -94,7 +94,7 @@ PARTS: dict[str, dict[str, Method]] = {
     "forced": {
         **{f"forced {share}": Method(SSR, {"rethink.fraction": share}) for share in (0.0, 0.1, 0.25, 0.5)},
         "forced 0.25, from the start": Method(SSR | {"rethink.fraction": 0.25}, {}),
-        "forced 0.5 of the wrong": Method(
+        "forced 0.5 of the wrong, first answers masked": Method(
             SSR, {"rethink.fraction": 0.5, "rethink.first_answers": "wrong", "rethink.mask_first_answer": True}
         ),
     },
@@ -110,7 +110,7 @@ RETHINKING = {"SSR": ("normal", "forced", "oracle"), "full": ("normal",)}
 """Figure 7: the modes in which `rethinker eval` asks the last checkpoints of these methods."""
 
 SHARED: dict[str, Any] = {
-    # More steps than any budget allows: the learning rate rises over the first 4, and then follows the tokens.
+    # More steps than any budget allows: the learning rate rises over the first 4, then follows the tokens.
     **{"train.max_steps": 4000, "train.warmup_ratio": 0.001},
     **{"checkpoint.every": 20, "checkpoint.keep": 1, "run.trackers": [], "run.save_completions": False},
 }

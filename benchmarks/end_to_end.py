@@ -222,6 +222,8 @@ def benchmark_config(
         "train.episode_queries": queries,
         "train.batch_pairs": queries * group_size,
         "train.max_steps": 1,
+        "train.schedule": "constant",
+        "policy.freeze_vision": False,
         "run.dir": scratch,
     }
     return load_config(recipe, overrides)

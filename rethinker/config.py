@@ -311,7 +311,8 @@ class TrainConfig:
     """Stop after this many optimizer steps; by default `epochs` decides."""
     max_generated_tokens: ranges.Count | None = None
     """Also stop after the episode in which the responses sampled so far reach this many tokens: equal budgets compare
-    methods that sample more and less per step. The learning rate's schedule follows whichever limit is nearer."""
+    methods that sample more and less per step. After its warm-up the learning rate follows whichever limit is nearer,
+    by the tokens that were sampled before the episode."""
     epochs: ranges.Positive = 3.0
     """Passes over the training queries."""
     episode_queries: ranges.Count = 1024

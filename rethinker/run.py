@@ -137,7 +137,7 @@ class Run:
             MismatchError: the rollout engine does not sample from the policy.
         """
         config, progress = self.config, self.progress
-        progress.generated_before = progress.generated
+        self.policy.budget_spent = progress.generated / (config.train.max_generated_tokens or math.inf)
         progress.generated += sum(group.sampled_tokens for group in groups)
         progress.failed_checks = sum(self.ranks.gather(self.checker.failures.total()))
         progress.mismatch = score_again(groups, self.policy, self.episodes.rethinker, config)
@@ -158,7 +158,6 @@ class Run:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around the optimizer step: its phase, and its trace if `profile.steps` asks for one."""
-        self.policy.budget_spent = self.progress.generated_before / (self.config.train.max_generated_tokens or math.inf)
         with phase("train", self.times), self._profiler.step(self.policy.steps + 1):
             yield
 

@@ -154,6 +154,8 @@ def test_learning_rate_rises_then_follows_its_schedule(schedule):
     assert rates[:10] == sorted(rates[:10]) and 0 < rates[0] < rates[9] < rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == 1.0 if schedule == "constant" else 0.1 <= rates[-1] < 0.12
+    ahead = [learning_rate(step, 100, Config(train=train), budget_spent=0.5) for step in range(100)]
+    assert ahead[:10] == rates[:10] and ahead[10:55] == [rates[55]] * 45 and ahead[55:] == rates[55:]
 
 
 def test_the_callers_settings_are_not_changed(monkeypatch):

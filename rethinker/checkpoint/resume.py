@@ -59,8 +59,6 @@ class Progress:
     """Of the running episode, rewarded and not trained on yet."""
     generated: int = 0
     """Tokens sampled so far, over all ranks."""
-    generated_before: int = 0
-    """Of them those before the running episode."""
     mismatch: float | None = None
     """mismatch_kl of the running episode, once its first step is done."""
     failed_checks: int = 0

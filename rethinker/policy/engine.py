@@ -67,7 +67,7 @@ class PolicyEngine:
         """
         self.config, self.encoder, self.ranks, self.total_steps = config, encoder, ranks, total_steps
         self.steps = 0  # optimizer steps attempted
-        self.budget_spent = 0.0  # share of train.max_generated_tokens that was sampled before this episode
+        self.budget_spent = 0.0  # share of train.max_generated_tokens sampled before the samples that are trained on
         self.version = 0  # weight syncs: the policy version that rollouts carry
         self.budget_file = budget_file
         self.loss = load_loss(config.algorithm, ranks.device)
@@ -135,7 +135,7 @@ class PolicyEngine:
                 sums = self._accumulate(samples, plan)
             except LossError as error:
                 raise ConfigError(f"{named}: in step {self.steps + 1}, {one_line(error)}") from error
-        rate = learning_rate(max(self.steps, self.budget_spent * self.total_steps), self.total_steps, self.config)
+        rate = learning_rate(self.steps, self.total_steps, self.config, self.budget_spent)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with phase("optimizer"), explained(lambda: _OPTIMIZER_IS_FULL.format(self.steps + 1)):
@@ -214,6 +214,7 @@ class PolicyEngine:
         return {
             "steps": self.steps,
             "version": self.version,
+            "budget_spent": self.budget_spent,
             "adam_steps": optimizer_state.applied_steps(self.optimizer),
             "base": self._base,
         }
@@ -230,6 +231,7 @@ class PolicyEngine:
                 "restore that one, or start a new run with policy.model=<the checkpoint>, whose weights are merged"
             )
         self.steps, self.version = state["steps"], state["version"]
+        self.budget_spent = state.get("budget_spent", 0.0)  # 0.1.0 did not note it
 
     def _smaller_next_time(self, plan: Plan) -> str:
         """Note a smaller budget for the next start, and say so; the other ranks wait for this one in a collective."""
@@ -285,14 +287,14 @@ class PolicyEngine:
         return torch.stack([x.double() for x in (loss.detach(), kl, fresh.sum(), processed, nll)])
 
 
-def learning_rate(step: float, total_steps: int, config: Config) -> float:
-    """The learning rate of optimizer step `step` (from 0), or of the same share of a budget of tokens: linear warm-up,
-    then train.schedule."""
+def learning_rate(step: int, total_steps: int, config: Config, budget_spent: float = 0.0) -> float:
+    """The learning rate of optimizer step `step` (from 0): linear warm-up, then train.schedule, which is as far as the
+    steps are, or the share `budget_spent` of train.max_generated_tokens if that is further."""
     train = config.train
     warmup = round(train.warmup_ratio * total_steps)
     if step < warmup:
         return train.learning_rate * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, total_steps - warmup)
+    progress = max((step - warmup) / max(1, total_steps - warmup), budget_spent)
     shape = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
     floor = train.min_lr_ratio
     return train.learning_rate * (floor + (1 - floor) * shape[train.schedule])

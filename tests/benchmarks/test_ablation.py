@@ -79,7 +79,8 @@ class TestPlan:
 
     def test_methods_differ_in_what_their_names_say_alone(self):
         """In each stage the same room, questions, seeds and budget; no method but the full one forces rethinking."""
-        told = ("algorithm.name", "replay.alpha", "rethink.fraction", "train.episode_queries", "validation.every")
+        told = ["algorithm.name", "replay.alpha", "train.episode_queries", "validation.every"]
+        told += [f"rethink.{name}" for name in ("fraction", "first_answers", "mask_first_answer")]
         for number in (0, 1):
             runs = [
                 stages("easy_vqa", method, 3, 1000, 100)[number] for part in PARTS.values() for method in part.values()
@@ -354,7 +355,7 @@ class TestWhole:
         # What another table shares is not run again either: SSR and the full method are there.
         assert self.main(tmp_path, "--parts", "forced") == 0
         new = [settings for _, _, settings in calls()[len(before) :]]
-        assert len(new) == 2 + 2  # 0.1 and 0.5 in the second stage; from the start in both
+        assert len(new) == 3 + 2  # 0.1, 0.5 and the wrong ones in the second stage; from the start in both
 
     def test_a_run_that_fails_is_reported_and_the_next_call_goes_on(self, tmp_path, calls, capsys):
         (tmp_path / "broken-filter").touch()

@@ -93,7 +93,8 @@ def test_nothing_grows_over_300_steps(scratch):
     line through it), or than 20 kB a step.
     """
     run = scratch / "long"
-    process = start(scratch, "long", "--train.max_steps", "300", "--checkpoint.every", "20", "--validation.every", "10")
+    every = ("--checkpoint.every", "20", "--validation.every", "10")
+    process = start(scratch, "long", "--train.max_steps", "300", "--train.max_generated_tokens", "1000000", *every)
     trainer, samples = psutil.Process(process.pid), []
     while process.poll() is None:
         done = len(rows(run))

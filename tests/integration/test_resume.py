@@ -142,7 +142,8 @@ def test_two_ranks_go_on_bit_for_bit(scratch, two, two_stopped):
 def test_a_finished_run_can_be_made_longer(scratch, reference):
     """A finished run with more steps goes on where it ended, and validates at its new end."""
     shutil.copytree(reference, scratch / "longer", symlinks=True)
-    finish(scratch, "longer", "--resume", "auto", "--train.max_steps", str(STEPS + 1))
+    more = ("--train.max_steps", str(STEPS + 1), "--train.max_generated_tokens", "4000")
+    finish(scratch, "longer", "--resume", "auto", *more)
     longer = rows(scratch / "longer")
     assert longer[:STEPS] == rows(reference) and longer[STEPS]["step"] == STEPS + 1
     assert json.loads((scratch / "longer" / "validation.jsonl").read_text().splitlines()[-1])["step"] == STEPS + 1
