@@ -72,7 +72,7 @@ def run_all(
                 except UnfinishedError as problem:
                     lines = (logs / f"{job.name}.log").read_text("utf-8", errors="replace").splitlines()
                     failed[job.name] = "\n".join([str(problem), *(f"    {line}" for line in lines[-6:])])
-            time.sleep(0.1)  # no call waits for whichever of several processes ends first
+            time.sleep(0.1)  # Popen can wait for one process only, not for the first of several
     finally:
         _stop(list(running.values()))
     return failed

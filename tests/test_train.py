@@ -16,7 +16,7 @@ from rethinker.checkpoint.resume import Progress
 from rethinker.checks import schedule_length
 from rethinker.config import Config, ConfigError, DataConfig, RethinkConfig, RolloutConfig, TrainConfig
 from rethinker.episode import judge, note_kinds
-from rethinker.policy.engine import learning_rate
+from rethinker.policy.engine import PolicyEngine, learning_rate
 from rethinker.run import Run, load_held_out
 from rethinker.samples import Accuracy, Completion, Group, Query, Rethought
 from rethinker.settings import resolve_config
@@ -156,6 +156,19 @@ def test_learning_rate_rises_then_follows_its_schedule(schedule):
     assert rates[-1] == 1.0 if schedule == "constant" else 0.1 <= rates[-1] < 0.12
     ahead = [learning_rate(step, 100, Config(train=train), budget_spent=0.5) for step in range(100)]
     assert ahead[:10] == rates[:10] and ahead[10:55] == [rates[55]] * 45 and ahead[55:] == rates[55:]
+
+
+def test_a_resumed_policy_is_as_far_in_its_budget():
+    """The share of the budget is saved within an episode, too; a checkpoint of 0.1.0 has none."""
+    saved = object.__new__(PolicyEngine)
+    vars(saved).update(steps=3, version=1, budget_spent=0.25, _base=None)
+    saved.optimizer = SimpleNamespace(optimizer=SimpleNamespace(state={}))
+    resumed = object.__new__(PolicyEngine)
+    vars(resumed).update(steps=0, version=0, budget_spent=0.0, _base=None)
+    resumed.load_state_dict(saved.state_dict())
+    assert (resumed.steps, resumed.version, resumed.budget_spent) == (3, 1, 0.25)
+    resumed.load_state_dict({"steps": 3, "version": 1})
+    assert resumed.budget_spent == 0.0
 
 
 def test_the_callers_settings_are_not_changed(monkeypatch):
