@@ -1,11 +1,12 @@
 """One GRPO step, end to end: this trainer beside TRL's GRPOTrainer, and its rollout beside transformers' generate, on
 the same model, questions and machine.
 
-    python -m benchmarks.end_to_end [--steps 5] [--queries 64] [--group-size 8] [--recipe sums_cpu] [--json FILE]
+    python -m benchmarks.end_to_end [--steps 5] [--queries 64] [--group-size 8] [--ranks 2] [--recipe sums_cpu]
+                                    [--json FILE]
     python -m benchmarks.end_to_end --size 3B --queries 16 --trl-micro-batch 8 --json FILE     # on a GPU
 
 A step is rollout, reward, advantages, one optimizer step on all queries x group-size pairs and, here, the weight sync.
-Each side runs in a process of its own with the same number of threads and does nothing while the other one works;
+Each side runs in processes of its own, all with as many ranks and threads, and does nothing while the other one works;
 they take turns, after one step each that is not counted. On a GPU, whose memory may not hold both, one ends before the
 other begins.
 
@@ -42,10 +43,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks.machine import cores, describe
 from benchmarks.random_model import write_model
-from benchmarks.sides import PHASES, Step, generate_side, rethinker_side, trl_settings, trl_side
+from benchmarks.sides import PHASES, Step, generate_side, of_all_ranks, rethinker_side, trl_settings, trl_side
 from rethinker.config import Config
 from rethinker.policy.throughput import PEAK_FLOPS
 from rethinker.settings import load_config
@@ -55,44 +57,61 @@ _DEADLINE_S = 1800  # of one step or of a side's start
 
 
 class Side:
-    """A trainer in a process of its own that takes one step when told to."""
+    """A trainer in processes of its own, one for every rank, that takes one step when told to."""
 
-    def __init__(self, name: str, run: Callable[..., None], *arguments: Any) -> None:
+    def __init__(self, name: str, ranks: int, run: Callable[..., None], *arguments: Any) -> None:
         """
         Args:
             name: for messages.
-            run: called as run(pipe, *arguments) in the new process; for each "step" it receives it answers a `Step`.
+            ranks: processes, which find their places in the variables that torchrun sets.
+            run: called as run(pipe, *arguments) in each of them; for each "step" it receives it answers a `Step`.
         """
         self.name = name
         spawn = multiprocessing.get_context("spawn")
-        self._pipe, other = spawn.Pipe()
-        self._process = spawn.Process(target=run, args=(other, *arguments))
-        self._process.start()
-        other.close()
+        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+        self._pipes, self._processes = [], []
+        for rank in range(ranks):
+            pipe, other = spawn.Pipe()
+            place = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self._processes.append(spawn.Process(target=_as_rank, args=(place, run, other, *arguments)))
+            self._processes[-1].start()
+            self._pipes.append(pipe)
+            other.close()
 
     def step(self) -> Step:
         """Take one step while everything else waits.
 
         Raises:
-            RuntimeError: the process ended; its own error stands on stderr.
+            RuntimeError: a process ended; its own error stands on stderr.
             TimeoutError: no answer after half an hour.
         """
-        self._pipe.send("step")
-        try:
-            if not self._pipe.poll(_DEADLINE_S):
-                raise TimeoutError(f"{self.name} took no step in {_DEADLINE_S} s")
-            return self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            raise RuntimeError(f"{self.name} ended with exit code {self._process.exitcode}") from None
+        for pipe in self._pipes:
+            pipe.send("step")
+        steps = []
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            try:
+                if not pipe.poll(_DEADLINE_S):
+                    raise TimeoutError(f"{self.name} took no step in {_DEADLINE_S} s")
+                steps.append(pipe.recv())
+            except EOFError:
+                process.join()
+                raise RuntimeError(f"{self.name} ended with exit code {process.exitcode}") from None
+        return of_all_ranks(steps)
 
     def close(self) -> None:
-        """End the process: its pipe closes, or it is killed."""
-        self._pipe.close()
-        self._process.join(30)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        """End the processes: their pipes close, or they are killed."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(30)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _as_rank(place: dict[str, str], run: Callable[..., None], *arguments: Any) -> None:
+    os.environ.update(place)
+    run(*arguments)
 
 
 def prepare_model(config: Config) -> Path:
@@ -103,7 +122,13 @@ def prepare_model(config: Config) -> Path:
 
 
 def measure(
-    config: Config, model_dir: Path, steps: int, trl_micro_batch: int, generate_batch: int = 0, in_turns: bool = True
+    config: Config,
+    model_dir: Path,
+    steps: int,
+    ranks: int,
+    trl_micro_batch: int,
+    generate_batch: int = 0,
+    in_turns: bool = True,
 ) -> dict[str, list[Step]]:
     """All sides' counted steps after one step each that is not counted; in turns, or one side after the other.
 
@@ -111,16 +136,19 @@ def measure(
         config: the step's settings.
         model_dir: the model that every side starts from.
         steps: counted steps of each side.
+        ranks: processes of each side, which share its queries.
         trl_micro_batch: pairs per forward pass of TRL.
         generate_batch: responses per call of transformers' generate; 0: without that side.
         in_turns: whether all sides are in memory at a time.
     """
     starts = {
-        "rethinker": lambda: Side("rethinker", rethinker_side, config, model_dir, steps + 1),
-        "trl": lambda: Side("trl", trl_side, config, model_dir, steps + 1, trl_micro_batch),
+        "rethinker": lambda: Side("rethinker", ranks, rethinker_side, config, model_dir, steps + 1),
+        "trl": lambda: Side("trl", ranks, trl_side, config, model_dir, steps + 1, trl_micro_batch),
     }
     if generate_batch:
-        starts["generate"] = lambda: Side("generate", generate_side, config, model_dir, steps + 1, generate_batch)
+        starts["generate"] = lambda: Side(
+            "generate", ranks, generate_side, config, model_dir, steps + 1, generate_batch
+        )
     taken: dict[str, list[Step]] = {name: [] for name in starts}
     for together in (list(starts),) if in_turns else ([name] for name in starts):
         sides: list[Side] = []
@@ -263,7 +291,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=5, help="counted steps of each side")
     parser.add_argument("--queries", type=int, default=64, help="queries per step")
     parser.add_argument("--group-size", type=int, default=8, help="responses per query")
-    parser.add_argument("--threads", type=int, default=cores(), help="threads of each side")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of each side, which share its queries")
+    parser.add_argument("--threads", type=int, help="threads of each rank; its share of the cores if left out")
     parser.add_argument("--recipe", default="sums_cpu", help="of the tiny model: sums_cpu or easy_vqa_cpu")
     parser.add_argument("--trl-micro-batch", type=int, default=128, help="pairs per forward pass of TRL")
     parser.add_argument("--generate-batch", type=int, default=512, help="responses per call of transformers' generate")
@@ -277,6 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vllm", action="store_true", help="with --size: both sides sample with vLLM")
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args(arguments)
+    options.threads = options.threads or max(1, cores() // options.ranks)
     on_gpu = torch.cuda.is_available()
     os.environ.update(
         OMP_NUM_THREADS=str(options.threads),
@@ -298,14 +328,14 @@ def main(arguments: list[str] | None = None) -> int:
                 model_dir = aside.submit(prepare_model, config).result()
         generate_batch = options.generate_batch if config.rollout.backend == "vllm" else 0
         batches = (options.trl_micro_batch, generate_batch)
-        taken = measure(config, model_dir, options.steps, *batches, in_turns=not on_gpu)
+        taken = measure(config, model_dir, options.steps, options.ranks, *batches, in_turns=not on_gpu)
     flop = training_flop(options.size, options.layers) if options.size else None
     name = torch.cuda.get_device_name() if on_gpu else ""
     summary = summarize(taken, flop, next((peak for part, peak in PEAK_FLOPS.items() if part in name), None))
     print(table(summary))
     if options.json:
         settings = {name: value for name, value in vars(options).items() if name != "json"}
-        settings["trl"] = trl_settings(config, options.steps + 1, options.trl_micro_batch)
+        settings["trl"] = trl_settings(config, options.steps + 1, options.trl_micro_batch, options.ranks)
         steps = {name: [asdict(step) for step in steps] for name, steps in taken.items()}
         result = {"machine": describe(), "settings": settings, "summary": summary, "steps": steps}
         options.json.parent.mkdir(parents=True, exist_ok=True)

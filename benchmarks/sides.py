@@ -1,15 +1,18 @@
 """The sides of the end-to-end benchmark, each as a function that runs in a process of its own: two trainers, and
 transformers' generate alone.
 
-All answer the same questions in the same order and report a `Step` whenever they are told to take one.
+All answer the same questions in the same order and report a `Step` whenever they are told to take one. The ranks of a
+side share its questions, and each reports a `Step` of its own.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,11 +32,24 @@ class Step:
     train_s: float
     sync_s: float
     total_s: float
-    cpu_s: float  # of all threads of the side's process: what a busy machine does not stretch
+    cpu_s: float  # of all threads: what a busy machine does not stretch
     prompt_tokens: int
     response_tokens: int
     reward_mean: float | None  # of a side that judges
-    peak_memory_gb: float  # resident memory of the side's process so far, GiB
+    peak_memory_gb: float  # resident memory so far, GiB
+
+
+def of_all_ranks(steps: Sequence[Step]) -> Step:
+    """What the ranks took together: the phases of the one that sampled longest, which the others wait for, the longest
+    total, and all of their tokens, CPU time and memory."""
+    rewards = [step.reward_mean for step in steps if step.reward_mean is not None]
+    summed = ("cpu_s", "prompt_tokens", "response_tokens", "peak_memory_gb")
+    return replace(
+        max(steps, key=lambda step: step.rollout_s),
+        total_s=max(step.total_s for step in steps),
+        reward_mean=statistics.fmean(rewards) if rewards else None,
+        **{name: sum(getattr(step, name) for step in steps) for name in summed},
+    )
 
 
 def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int) -> None:
@@ -49,6 +65,7 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
     from rethinker.rollout.engine import make_engine
     from rethinker.rollout.sampling import seed_everything
     from rethinker.runtime import distributed
+    from rethinker.runtime.ownership import share
     from rethinker.runtime.profiling import phase
 
     ranks = distributed.start(config.rollout.timeout_s)
@@ -56,7 +73,7 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
     encoder = PromptEncoder(load_processor(model_dir), config.data)
     queries = first_queries(config, encoder, steps)
     policy = PolicyEngine(config, model_dir, encoder, ranks, steps)
-    rollout = make_engine(config, str(model_dir), rank=0, world_size=1, local_rank=0)
+    rollout = make_engine(config, str(model_dir), **vars(ranks))
     replay = ReplayBuffer(config.replay, config.seed)
     Q = config.train.episode_queries
     with AnswerChecker(config.reward) as checker:
@@ -65,10 +82,12 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
             start, cpu_start = time.perf_counter(), time.process_time()
             with phase("rollout", times):
                 asked = queries[policy.steps * Q : (policy.steps + 1) * Q]
-                prompts = [encoder.encode(query) for query in asked]
-                groups = roll_out(asked, prompts, policy.version, rollout, config, seed=policy.steps)
+                mine = asked[ranks.rank :: ranks.world_size]
+                prompts = [encoder.encode(query) for query in mine]
+                groups = roll_out(mine, prompts, policy.version, rollout, config, seed=policy.steps)
             with phase("reward", times):
                 judge(groups, checker, config)
+            groups = share(groups, asked, policy.steps * Q, ranks)
             assign_advantages(groups, config.algorithm.advantage_scale)
             batch = select_batch(groups, name=config.algorithm.name, pairs=config.train.batch_pairs, replay=replay)
             with phase("train", times):
@@ -77,7 +96,7 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
                 policy.version += 1
                 rollout.sync(policy.weights, policy.version)
             total, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-            pairs = [(group, i) for group in groups for i in range(len(group.completions))]
+            pairs = [(group, i) for group in groups if group.owner == ranks.rank for i in range(len(group.completions))]
             prompt_tokens = sum(group.prompt_tokens for group, _ in pairs)
             response_tokens = sum(len(group.completions[i].token_ids) for group, i in pairs)
             rewards = [group.rewards[i] for group, i in pairs]
@@ -101,6 +120,7 @@ def trl_side(pipe: Connection, config: Config, model_dir: Path, steps: int, micr
     from rethinker.rewards.checker import AnswerChecker
 
     disable_progress_bar()
+    ranks = int(os.environ["WORLD_SIZE"])
     processor = load_processor(model_dir)
     queries = first_queries(config, PromptEncoder(processor, config.data), steps)
     processor.tokenizer.padding_side = "left"
@@ -155,7 +175,7 @@ def trl_side(pipe: Connection, config: Config, model_dir: Path, steps: int, micr
             # fp32 masters; on a GPU it computes in bfloat16 by autocast
             model=Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32),
             reward_funcs=reward,
-            args=GRPOConfig(output_dir=scratch, **trl_settings(config, steps, micro_batch)),
+            args=GRPOConfig(output_dir=scratch, **trl_settings(config, steps, micro_batch, ranks)),
             train_dataset=_trl_dataset(queries, config),
             processing_class=processor,
             callbacks=[TakeTurns()],
@@ -185,6 +205,7 @@ def generate_side(pipe: Connection, config: Config, model_dir: Path, steps: int,
     seed_everything(config.seed)
     processor = load_processor(model_dir)
     queries = first_queries(config, PromptEncoder(processor, config.data), steps)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     tokenizer, Q, G = processor.tokenizer, config.train.episode_queries, config.rollout.group_size
     at_once = max(1, batch // G)
     tokenizer.padding_side = "left"
@@ -206,8 +227,8 @@ def generate_side(pipe: Connection, config: Config, model_dir: Path, steps: int,
     while _told_to_step(pipe):
         start, cpu_start = time.perf_counter(), time.process_time()
         prompt_tokens = response_tokens = 0
-        asked, queries = queries[:Q], queries[Q:]
-        for part in (asked[i : i + at_once] for i in range(0, Q, at_once)):
+        asked, queries = queries[:Q][rank::ranks], queries[Q:]
+        for part in (asked[i : i + at_once] for i in range(0, len(asked), at_once)):
             texts = processor.apply_chat_template(
                 [_messages(query, config, with_image=True) for query in part],
                 tokenize=False,
@@ -226,8 +247,8 @@ def generate_side(pipe: Connection, config: Config, model_dir: Path, steps: int,
         pipe.send(_step({"time_rollout_s": total}, total, cpu, prompt_tokens, response_tokens))
 
 
-def trl_settings(config: Config, steps: int, micro_batch: int) -> dict[str, Any]:
-    """GRPOConfig's arguments for the same step as `config`'s, chosen for speed."""
+def trl_settings(config: Config, steps: int, micro_batch: int, ranks: int = 1) -> dict[str, Any]:
+    """GRPOConfig's arguments for the same step as `config`'s, chosen for speed; micro_batch: pairs on each rank."""
     import torch
 
     train, algorithm = config.train, config.algorithm
@@ -241,7 +262,7 @@ def trl_settings(config: Config, steps: int, micro_batch: int) -> dict[str, Any]
         "bf16": config.policy.dtype == "bfloat16",
         "gradient_checkpointing": config.policy.gradient_checkpointing,
         "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": train.batch_pairs // micro_batch,
+        "gradient_accumulation_steps": train.batch_pairs // (micro_batch * ranks),
         "num_generations": config.rollout.group_size,
         "max_completion_length": config.rollout.max_new_tokens,
         "temperature": config.rollout.temperature,
@@ -256,6 +277,7 @@ def trl_settings(config: Config, steps: int, micro_batch: int) -> dict[str, Any]
         "epsilon_high": algorithm.clip_high,
         "loss_type": "dapo",  # mean over all tokens of the step, as algorithm.aggregation=token
         "beta": 0.0,
+        "ddp_find_unused_parameters": False,
         "shuffle_dataset": False,
         "remove_unused_columns": False,
         "logging_strategy": "no",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from dataclasses import replace
 
 import pytest
 
 from benchmarks.end_to_end import benchmark_config, main, measure, summarize, table, training_flop
-from benchmarks.sides import Step
+from benchmarks.sides import Step, of_all_ranks
 from rethinker.embedded.tiny import create_tiny
 from tests import forked
 
@@ -17,13 +18,13 @@ def step(total: float, response_tokens: int = 100, memory: float = 1.0) -> Step:
     return Step(total / 2, 0.0, total / 4, total / 4, total, total, 500, response_tokens, 0.5, memory)
 
 
-@pytest.mark.parametrize("recipe", ["sums_cpu", "easy_vqa_cpu"])
-def test_all_sides_take_the_same_steps(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("recipe", "ranks"), [("sums_cpu", 2), ("easy_vqa_cpu", 1)])
+def test_all_sides_take_the_same_steps(recipe, ranks, tmp_path, monkeypatch):
     """This trainer, TRL's and transformers' generate read the same prompts, token for token, and sample as many
     responses; generate in batches of which the last one is not full."""
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: forked.FORKS)
     config = benchmark_config(recipe, queries=4, group_size=2, scratch=str(tmp_path))
-    taken = measure(config, create_tiny(tmp_path / "tiny"), steps=2, trl_micro_batch=4, generate_batch=6)
+    taken = measure(config, create_tiny(tmp_path / "tiny"), 2, ranks, trl_micro_batch=8 // ranks, generate_batch=6)
     ours, trl, generate = taken["rethinker"], taken["trl"], taken["generate"]
     assert len(ours) == len(trl) == len(generate) == 2
     assert [s.prompt_tokens for s in ours] == [s.prompt_tokens for s in trl] == [s.prompt_tokens for s in generate]
@@ -33,6 +34,16 @@ def test_all_sides_take_the_same_steps(recipe, tmp_path, monkeypatch):
         assert 0.5 * one.total_s < phases <= one.total_s
         assert 0.2 < one.peak_memory_gb < 20
     assert all(s.sync_s > 0 for s in ours)
+
+
+def test_ranks_are_as_slow_as_the_one_that_samples_longest():
+    """Seconds are those of the rank that the others wait for; tokens, CPU time and memory are of all."""
+    slow = replace(step(2.0), reward_mean=0.0, train_s=0.1)
+    both = of_all_ranks([step(1.0), slow])
+    assert both == replace(
+        slow, cpu_s=3.0, prompt_tokens=1000, response_tokens=200, reward_mean=0.25, peak_memory_gb=2.0
+    )
+    assert of_all_ranks([slow]) == slow
 
 
 def test_the_ratio_is_of_the_median_steps():

@@ -31,7 +31,7 @@ def runs(tmp_path_factory) -> list[Path]:
     ):
         options = ["--run.dir", str(folder), "--run.name", run.name, *SMALL, *more]
         options += ["--reward.function", f"{folder / 'reward.py'}:parity"]
-        forked.run(forked.training([recipe, *options]), folder / f"{run.name}.log", 1)
+        forked.run(forked.training([recipe, *options]), folder / f"{run.name}.log", ranks=2)
     return [first, second]
 
 
@@ -45,8 +45,7 @@ def test_the_second_stage_begins_with_the_best_model_of_the_first(runs):
     best = (runs[0] / "checkpoints" / "best").resolve().name
     before = greedy(runs[1], 0)
     chosen = greedy(runs[0], int(best[-6:]))
-    # The second stage has more room for an answer that does not end.
-    assert len(before) == 16 and {query: ids[: len(chosen[query])] for query, ids in before.items()} == chosen
+    assert len(before) == 16 and before == chosen
     first, second = (load_file(run / "checkpoints" / "best" / "model.safetensors") for run in runs)
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
