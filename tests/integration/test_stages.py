@@ -50,6 +50,12 @@ def test_the_second_stage_begins_with_the_best_model_of_the_first(runs):
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
+def test_the_second_stage_asks_other_questions(runs):
+    """Its seed is another one: else it would train on the first stage's questions again, in their order."""
+    first, second = (pq.read_table(run / "completions", columns=["query_id"])["query_id"].to_pylist() for run in runs)
+    assert len(first) == len(second) and len(set(first) & set(second)) < len(set(first)) // 2
+
+
 def test_only_the_second_stage_forces(runs):
     """Second passes are sampled and counted, in the second stage alone."""
     rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
