@@ -46,6 +46,7 @@ RANKS := 1
 endif
 TRAIN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m rethinker train
 train: $(VENV)/.train-$(EXTRA)
+	@$(BIN)/rethinker train sums_cpu $(ARGS) --print_config > /dev/null  # a mistake is one line; torchrun would add 40
 	$(TRAIN) sums_cpu $(ARGS) --run.dir $(dir $(RUN)) --run.name $(notdir $(RUN))-stage1
 	$(TRAIN) sums_cpu_stage2 $(ARGS) --run.dir $(dir $(RUN)) --run.name $(notdir $(RUN))-stage2 \
 	    --policy.model $(RUN)-stage1/checkpoints/best
