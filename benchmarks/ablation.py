@@ -1,7 +1,7 @@
 """The paper's ablation at small scale, at equal sampled tokens and judged on a test split that nothing is tuned on.
 
-    python -m benchmarks.ablation [--tasks sums easy_vqa] [--parts methods alpha forced episode rethinking]
-                                  [--seeds 0 1 2 3 4] [--tokens N] [--jobs 2] [--report]
+    python -m benchmarks.ablation [--tasks sums easy_vqa] [--parts methods forced alpha pairs episode_64 episode_512
+                                  rethinking] [--seeds 0 1 2 3 4] [--tokens N] [--jobs 2] [--report]
 
 Every method trains in two stages, as the paper does. The first is a share of the budget with the task's recipe, the
 second is a run of its own from the first one's last checkpoint, with the recipe of the second stage, for the rest. In
@@ -37,7 +37,7 @@ from typing import Any
 
 from benchmarks.ablation_figures import draw_figures
 from benchmarks.ablation_runs import Job, UnfinishedError, run_all
-from benchmarks.ablation_summary import joined, stage_result, summarise, tables
+from benchmarks.ablation_summary import REFERENCES, joined, stage_result, summarise, tables
 from benchmarks.machine import cores, describe
 from rethinker.runtime.files import whole_file
 from rethinker.settings import flat, resolve_config
@@ -88,6 +88,11 @@ METHODS = {
 }
 """In the order of the paper's table: SSR with forced rethinking, without it, filter only, plain GRPO."""
 
+
+def _both(changes: Settings) -> dict[str, Method]:
+    return {"SSR": Method(SSR | changes), "GRPO": Method(GRPO | changes)}
+
+
 PARTS: dict[str, dict[str, Method]] = {
     "methods": METHODS,
     "alpha": {f"alpha {alpha}": Method(SSR | {"replay.alpha": float(alpha)}) for alpha in (0, 1, 2)},
@@ -98,13 +103,12 @@ PARTS: dict[str, dict[str, Method]] = {
             SSR, {"rethink.fraction": 0.5, "rethink.first_answers": "wrong", "rethink.mask_first_answer": True}
         ),
     },
-    "episode": {
-        f"{name}, episodes of {queries}": Method(own | {"train.episode_queries": queries})
-        for name, own in (("SSR", SSR), ("GRPO", GRPO))
-        for queries in (64, 128, 512)
-    },
+    "episode_64": _both({"train.episode_queries": 64}),
+    "episode_512": _both({"train.episode_queries": 512}),
+    # Few queries carry an advantage, and a batch holds little of it: what replay is for.
+    "pairs": _both({"rollout.group_size": 2, "train.episode_queries": 512, "train.batch_pairs": 64}),
 }
-"""A table each."""
+"""A table each. Where GRPO is among a table's methods, they are compared with one another, else with METHODS."""
 
 RETHINKING = {"SSR": ("normal", "forced", "oracle"), "full": ("normal",)}
 """Figure 7: the modes in which `rethinker eval` asks the last checkpoints of these methods."""
@@ -282,8 +286,9 @@ class Ablation:
         """Write ablation.json and .md of the runs that are done, and the figures if asked to; the tables as text."""
         summary = []
         for task in self.tasks:
-            references = {name: self.results(task, METHODS[name]) for name in ("full", "SSR", "GRPO")}
             for part in (part for part in self.parts if part in PARTS):
+                known = PARTS[part] if "GRPO" in PARTS[part] else METHODS
+                references = {name: self.results(task, known[name]) for name in REFERENCES if name in known}
                 for name, method in PARTS[part].items():
                     if own := self.results(task, method):
                         summary.append({"task": task, "part": part, "method": name, **summarise(own, references)})

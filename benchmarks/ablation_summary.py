@@ -145,7 +145,7 @@ def summarise(results: Sequence[Result], references: Mapping[str, Sequence[Resul
 
     Args:
         results: of the method, one per seed.
-        references: of the methods `full`, `SSR` and `GRPO`, as far as they have run.
+        references: of GRPO and, as far as they are compared, of the other REFERENCES.
     """
     mean, half = interval([result["accuracy"] for result in results])
     categories = {name: [result["by_category"][name] for result in results] for name in results[0]["by_category"]}
@@ -168,8 +168,9 @@ def summarise(results: Sequence[Result], references: Mapping[str, Sequence[Resul
     }
 
 
+REFERENCES = ("full", "SSR", "GRPO")
 COLUMNS = (
-    *("method", "accuracy", "minus full", "minus SSR", "minus GRPO", "tokens to GRPO's accuracy"),
+    *("method", "accuracy", *(f"minus {name}" for name in REFERENCES), "tokens to GRPO's accuracy"),
     *("effective queries", "rethinks unforced", "tokens a response", "steps", "sampled tokens", "seeds"),
 )
 
@@ -190,7 +191,7 @@ def tables(summary: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    gaps = [row["minus"][name] for name in ("full", "SSR", "GRPO")]
+    gaps = [row["minus"].get(name) for name in REFERENCES]
     share, without = row["share_of_grpos_tokens"], row["share_without_one_seed"]
     reached = "not reached" if share is None else f"{share:.2f}"
     if row["minus"]["GRPO"] is None:
