@@ -1,5 +1,5 @@
 # make train   install what training needs into .venv, then train the embedded default on this machine, in two stages;
-#              make train ARGS="--train.max_steps 20" overrides the settings of both
+#              make train ARGS="--train.max_steps 20" overrides the settings of both, RANKS=1 the number of processes
 # make test    install the test tools too, then check style and run the whole test suite, in 12 minutes on 2 cores
 # make quick   for the edit loop: check style and run the fast tests, in 90 seconds
 # make test-oldest   the tests that depend most on versions, with the oldest ones that work, in .venv-oldest
@@ -35,18 +35,19 @@ help:
 	@echo 'make install  install everything, run nothing'
 	@echo 'make clean    remove build products and caches; runs/ and $(VENV) stay'
 
-# The second stage goes on from the best checkpoint of the first; its report is about both. On a CPU two ranks of one
-# thread are faster than one of two, since vLLM's own work per token has one thread. More cores: make train RANKS=4.
+# The second stage goes on from the best checkpoint of the first; its report is about both. On two cores two ranks of one
+# thread are faster than one of two: vLLM schedules and samples on one thread. A mistake in the settings is told before
+# torchrun starts, in one line; torchrun would add 40.
 RUN := runs/sums-$(shell date +%Y%m%d-%H%M%S)
 ifeq ($(EXTRA),cpu)
-RANKS := 2
-train: export OMP_NUM_THREADS ?= 1
+RANKS ?= 2
+train: export OMP_NUM_THREADS ?= $(shell echo $$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) )))
 else
-RANKS := 1
+RANKS ?= 1
 endif
-TRAIN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m rethinker train
+TRAIN := $(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node $(RANKS) -m rethinker train
 train: $(VENV)/.train-$(EXTRA)
-	@$(BIN)/rethinker train sums_cpu $(ARGS) --print_config > /dev/null  # a mistake is one line; torchrun would add 40
+	@for recipe in sums_cpu sums_cpu_stage2; do $(BIN)/rethinker train $$recipe $(ARGS) --print_config > /dev/null || exit; done
 	$(TRAIN) sums_cpu $(ARGS) --run.dir $(dir $(RUN)) --run.name $(notdir $(RUN))-stage1
 	$(TRAIN) sums_cpu_stage2 $(ARGS) --run.dir $(dir $(RUN)) --run.name $(notdir $(RUN))-stage2 \
 	    --policy.model $(RUN)-stage1/checkpoints/best

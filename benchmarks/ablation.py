@@ -1,7 +1,7 @@
 """The paper's ablation at small scale, at equal sampled tokens and judged on a test split that nothing is tuned on.
 
-    python -m benchmarks.ablation [--tasks sums easy_vqa] [--parts methods forced alpha pairs episode_64 episode_512
-                                  rethinking] [--seeds 0 1 2 3 4] [--tokens N] [--jobs 2] [--report]
+    python -m benchmarks.ablation [--tasks sums easy_vqa] [--parts methods forced alpha groups_of_2 episode_64
+                                  episode_512 rethinking] [--seeds 0 1 2 3 4] [--tokens N] [--jobs 2] [--report]
 
 Every method trains in two stages, as the paper does. The first is a share of the budget with the task's recipe, the
 second is a run of its own from the first one's last checkpoint, with the recipe of the second stage, for the rest. In
@@ -89,10 +89,12 @@ METHODS = {
 """In the order of the paper's table: SSR with forced rethinking, without it, filter only, plain GRPO."""
 
 
-def _both(changes: Settings) -> dict[str, Method]:
-    return {"SSR": Method(SSR | changes), "GRPO": Method(GRPO | changes)}
+def _ssr_and_grpo(changes: Settings, name: str = "") -> dict[str, Method]:
+    """What replay does under other settings; `name` says which in the methods' names."""
+    return {f"SSR{name}": Method(SSR | changes), f"GRPO{name}": Method(GRPO | changes)}
 
 
+GROUPS_OF_2 = {"rollout.group_size": 2, "train.episode_queries": 512, "train.batch_pairs": 64}
 PARTS: dict[str, dict[str, Method]] = {
     "methods": METHODS,
     "alpha": {f"alpha {alpha}": Method(SSR | {"replay.alpha": float(alpha)}) for alpha in (0, 1, 2)},
@@ -103,10 +105,11 @@ PARTS: dict[str, dict[str, Method]] = {
             SSR, {"rethink.fraction": 0.5, "rethink.first_answers": "wrong", "rethink.mask_first_answer": True}
         ),
     },
-    "episode_64": _both({"train.episode_queries": 64}),
-    "episode_512": _both({"train.episode_queries": 512}),
-    # Few queries carry an advantage, and a batch holds little of it: what replay is for.
-    "pairs": _both({"rollout.group_size": 2, "train.episode_queries": 512, "train.batch_pairs": 64}),
+    "episode_64": _ssr_and_grpo({"train.episode_queries": 64}),
+    "episode_512": _ssr_and_grpo({"train.episode_queries": 512}),
+    # Few queries carry an advantage, and a batch holds few of them: what replay is for.
+    "groups_of_2": _ssr_and_grpo(GROUPS_OF_2)
+    | _ssr_and_grpo(GROUPS_OF_2 | {"train.learning_rate": 1e-4}, ", a third of the learning rate"),
 }
 """A table each. Where GRPO is among a table's methods, they are compared with one another, else with METHODS."""
 

@@ -20,7 +20,8 @@ PER_STEP = (
 )
 """Metrics of metrics.jsonl that a result keeps for every step."""
 START, END = 0.1, 0.75
-"""`..._start` is the mean over the first tenth of a method's steps, `..._end` over its last quarter."""
+"""`..._start` is the mean over the first tenth of a method's steps, `..._end` over its last quarter; of rethinking,
+those of its second stage."""
 AVERAGED = (
     *("accuracy_before", "accuracy_switch", "steps", "generated_tokens", "seconds", "reward_end"),
     *("effective_queries_start", "effective_queries_end", "rethinks_start", "rethinks_end"),
@@ -63,6 +64,7 @@ def joined(first: Result, second: Result) -> Result:
     def in_second(name: str) -> float:
         return statistics.fmean(second["per_step"][name])
 
+    own = second["per_step"]["rethink_ratio"]
     return {
         "accuracy_before": first["curve"][0][1],
         "accuracy_switch": second["curve"][0][1],
@@ -79,8 +81,9 @@ def joined(first: Result, second: Result) -> Result:
         "reward_end": end("reward_mean"),
         "effective_queries_start": start("effective_query_ratio"),
         "effective_queries_end": end("effective_query_ratio"),
-        "rethinks_start": start("rethink_ratio"),
-        "rethinks_end": end("rethink_ratio"),
+        # Where rethinking is forced, if it is: over the first steps of the second stage, and over its last quarter.
+        "rethinks_start": statistics.fmean(own[: max(1, round(START * len(own)))]),
+        "rethinks_end": statistics.fmean(own[min(len(own) - 1, round(END * len(own))) :]),
         "response_length_start": start("response_length_mean"),
         "response_length_end": end("response_length_mean"),
         **{name: in_second(name) for name in PER_STEP if name.startswith("rethink_") and name != "rethink_ratio"},
@@ -171,7 +174,7 @@ def summarise(results: Sequence[Result], references: Mapping[str, Sequence[Resul
 REFERENCES = ("full", "SSR", "GRPO")
 COLUMNS = (
     *("method", "accuracy", *(f"minus {name}" for name in REFERENCES), "tokens to GRPO's accuracy"),
-    *("effective queries", "rethinks unforced", "tokens a response", "steps", "sampled tokens", "seeds"),
+    *("effective queries", "rethinks unforced, stage 2", "tokens a response", "steps", "sampled tokens", "seeds"),
 )
 
 

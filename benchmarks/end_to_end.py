@@ -2,10 +2,12 @@
 the same model, questions and machine.
 
     python -m benchmarks.end_to_end [--steps 5] [--queries 64] [--group-size 8] [--ranks 2] [--recipe sums_cpu]
-                                    [--json FILE]
+                                    [--model CHECKPOINT] [--json FILE]
     python -m benchmarks.end_to_end --size 3B --queries 16 --trl-micro-batch 8 --json FILE     # on a GPU
 
 A step is rollout, reward, advantages, one optimizer step on all queries x group-size pairs and, here, the weight sync.
+The learning rate is next to nothing, so that all sides go on sampling what the first weights sample: a side that learnt
+to write more would have more to do.
 Each side runs in processes of its own, all with as many ranks and threads, and does nothing while the other one works;
 they take turns, after one step each that is not counted. On a GPU, whose memory may not hold both, one ends before the
 other begins.
@@ -250,6 +252,7 @@ def benchmark_config(
         "train.episode_queries": queries,
         "train.batch_pairs": queries * group_size,
         "train.max_steps": 1,
+        "train.learning_rate": 1e-9,
         "train.schedule": "constant",
         "policy.freeze_vision": False,
         "run.dir": scratch,
@@ -270,7 +273,6 @@ def random_config(options: argparse.Namespace, model_dir: Path, scratch: str) ->
         "rollout.backend": "vllm" if options.vllm else "hf",
         "rollout.max_new_tokens": options.max_new_tokens,
         "train.micro_batch_tokens": options.micro_batch_tokens,
-        "train.learning_rate": 1e-6,
         "data.min_pixels": pixels,
         "data.max_pixels": pixels,
         "reward.function": f"{Path(__file__).with_name('random_model.py')}:coin",
@@ -294,8 +296,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=1, help="processes of each side, which share its queries")
     parser.add_argument("--threads", type=int, help="threads of each rank; its share of the cores if left out")
     parser.add_argument("--recipe", default="sums_cpu", help="of the tiny model: sums_cpu or easy_vqa_cpu")
-    parser.add_argument("--trl-micro-batch", type=int, default=128, help="pairs per forward pass of TRL")
-    parser.add_argument("--generate-batch", type=int, default=512, help="responses per call of transformers' generate")
+    parser.add_argument("--model", help="a checkpoint of the recipe to sample from, instead of what a run starts from")
+    parser.add_argument("--trl-micro-batch", type=int, default=128, help="pairs per forward pass of a rank of TRL")
+    parser.add_argument("--generate-batch", type=int, default=512, help="most responses per call of a rank of generate")
     parser.add_argument(
         "--size", choices=["3B", "7B", "small", "tiny"], help="random weights, instead of the tiny model"
     )
@@ -307,6 +310,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args(arguments)
     options.threads = options.threads or max(1, cores() // options.ranks)
+    pairs, at_once = options.queries * options.group_size, options.trl_micro_batch * options.ranks
+    if pairs % at_once or options.queries % options.ranks:
+        parser.error(
+            f"--queries {options.queries} x --group-size {options.group_size} pairs do not divide into --ranks "
+            f"{options.ranks} x --trl-micro-batch {options.trl_micro_batch}; set --trl-micro-batch to "
+            f"{max(1, pairs // options.ranks // 4)} or another divisor of a rank's pairs"
+        )
     on_gpu = torch.cuda.is_available()
     os.environ.update(
         OMP_NUM_THREADS=str(options.threads),
@@ -324,7 +334,8 @@ def main(arguments: list[str] | None = None) -> int:
                 aside.submit(write_model, model_dir, options.size, options.layers, options.image_tokens).result()
                 config = random_config(options, model_dir, scratch)
             else:
-                config = benchmark_config(options.recipe, options.queries, options.group_size, scratch)
+                changes = {"policy.model": options.model} if options.model else {}
+                config = benchmark_config(options.recipe, options.queries, options.group_size, scratch, changes)
                 model_dir = aside.submit(prepare_model, config).result()
         generate_batch = options.generate_batch if config.rollout.backend == "vllm" else 0
         batches = (options.trl_micro_batch, generate_batch)

@@ -1,4 +1,4 @@
-"""The sides of the end-to-end benchmark, each as a function that runs in a process of its own: two trainers, and
+"""The sides of the end-to-end benchmark, each as a function that runs in processes of its own: two trainers, and
 transformers' generate alone.
 
 All answer the same questions in the same order and report a `Step` whenever they are told to take one. The ranks of a
@@ -7,6 +7,7 @@ side share its questions, and each reports a `Step` of its own.
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import tempfile
@@ -40,8 +41,8 @@ class Step:
 
 
 def of_all_ranks(steps: Sequence[Step]) -> Step:
-    """What the ranks took together: the phases of the one that sampled longest, which the others wait for, the longest
-    total, and all of their tokens, CPU time and memory."""
+    """What the ranks took together: the phases of the one that sampled longest, the longest total, and all of their
+    tokens, CPU time and memory (peaks at any time, with the libraries that they share)."""
     rewards = [step.reward_mean for step in steps if step.reward_mean is not None]
     summed = ("cpu_s", "prompt_tokens", "response_tokens", "peak_memory_gb")
     return replace(
@@ -77,6 +78,8 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
     replay = ReplayBuffer(config.replay, config.seed)
     Q = config.train.episode_queries
     with AnswerChecker(config.reward) as checker:
+        gc.collect()
+        gc.freeze()
         while _told_to_step(pipe):
             times: dict[str, float] = {}
             start, cpu_start = time.perf_counter(), time.process_time()
@@ -85,9 +88,9 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
                 mine = asked[ranks.rank :: ranks.world_size]
                 prompts = [encoder.encode(query) for query in mine]
                 groups = roll_out(mine, prompts, policy.version, rollout, config, seed=policy.steps)
-            with phase("reward", times):
+            with phase("reward", times):  # and waiting for the slowest rank
                 judge(groups, checker, config)
-            groups = share(groups, asked, policy.steps * Q, ranks)
+                groups = share(groups, asked, policy.steps * Q, ranks)
             assign_advantages(groups, config.algorithm.advantage_scale)
             batch = select_batch(groups, name=config.algorithm.name, pairs=config.train.batch_pairs, replay=replay)
             with phase("train", times):
@@ -209,7 +212,7 @@ def generate_side(pipe: Connection, config: Config, model_dir: Path, steps: int,
     tokenizer, Q, G = processor.tokenizer, config.train.episode_queries, config.rollout.group_size
     at_once = max(1, batch // G)
     tokenizer.padding_side = "left"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     dtype = getattr(torch, config.policy.dtype)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=dtype).to(device).eval()
     stop_ids = stop_token_ids(tokenizer, model.config, model.generation_config)
@@ -247,7 +250,7 @@ def generate_side(pipe: Connection, config: Config, model_dir: Path, steps: int,
         pipe.send(_step({"time_rollout_s": total}, total, cpu, prompt_tokens, response_tokens))
 
 
-def trl_settings(config: Config, steps: int, micro_batch: int, ranks: int = 1) -> dict[str, Any]:
+def trl_settings(config: Config, steps: int, micro_batch: int, ranks: int) -> dict[str, Any]:
     """GRPOConfig's arguments for the same step as `config`'s, chosen for speed; micro_batch: pairs on each rank."""
     import torch
 

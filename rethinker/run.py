@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import math
 import random
@@ -116,6 +117,9 @@ class Run:
         else:
             self.progress.before = self.progress.after = self.progress.best = self._validate(step=0)
         self._saved_step = self.policy.steps if checkpoint else None
+        gc.collect()  # what is left lives as long as the run: no later collection looks through it, 0.4 s each time
+        gc.freeze()
+        stack.callback(gc.unfreeze)
         self._clock = time.perf_counter()
 
     @property
@@ -249,7 +253,9 @@ class Run:
         best = self.folder / "checkpoints" / "best"
         result = RunResult(self.folder, self.metrics, best, self.progress.before, self.progress.after)
         if self.unfinished():
-            self.display.stopped(signals.requested() or "stopped on another rank", self.policy.steps, self.folder)
+            self.display.stopped(
+                signals.requested() or "stopped on another rank", self.policy.steps, self.folder, self.ranks.world_size
+            )
             return result
         report = None
         if self.ranks.is_main:

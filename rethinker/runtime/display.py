@@ -69,10 +69,11 @@ class Display:
         """Say from where the run goes on."""
         self._print(f"resumed from {checkpoint}")
 
-    def stopped(self, signal: str, step: int, folder: Path) -> None:
+    def stopped(self, signal: str, step: int, folder: Path, ranks: int) -> None:
         """Say that the run was asked to stop, is saved, and how to go on."""
         self._print(f"{signal}: saved after step {step}/{self.total_steps}; to go on:")
-        self._print(f"  rethinker train {folder}/config.yaml --resume auto")
+        launcher = f"torchrun --nproc-per-node {ranks} -m " if ranks > 1 else ""
+        self._print(f"  {launcher}rethinker train {folder}/config.yaml --resume auto")
 
     def summary(self, run: RunResult, report: Path | None = None) -> None:
         """Say what was learned, how long it took and where the run lies."""

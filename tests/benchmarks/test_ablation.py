@@ -78,7 +78,7 @@ class TestPlan:
     def test_methods_differ_in_what_their_names_say_alone(self):
         """In each stage the same room, questions, seeds and budget; no method but the full one forces rethinking."""
         told = ["algorithm.name", "replay.alpha", "train.episode_queries", "validation.every"]
-        told += ["rollout.group_size", "train.batch_pairs"]
+        told += ["rollout.group_size", "train.batch_pairs", "train.learning_rate"]
         told += [f"rethink.{name}" for name in ("fraction", "first_answers", "mask_first_answer")]
         for number in (0, 1):
             runs = [
@@ -346,10 +346,11 @@ class TestWhole:
 
     def test_a_table_with_grpo_of_its_own_is_compared_with_that(self, tmp_path, calls):
         """In groups of 2 SSR is compared with GRPO in groups of 2, of which the methods' table knows nothing."""
-        assert self.main(tmp_path, "--parts", "pairs", "alpha") == 0
+        assert self.main(tmp_path, "--parts", "groups_of_2", "alpha") == 0
         report = json.loads((tmp_path / "out" / "cpu" / "ablation.json").read_text())
         rows = {(row["part"], row["method"]): row for row in report["summary"]}
-        assert rows["pairs", "SSR"]["minus"]["GRPO"]["seeds"] == 1 and "full" not in rows["pairs", "SSR"]["minus"]
+        assert rows["groups_of_2", "SSR"]["minus"]["GRPO"]["seeds"] == 1
+        assert "full" not in rows["groups_of_2", "SSR"]["minus"]
         # Nothing of the methods' table has run but SSR, which is alpha 1.
         against = rows["alpha", "alpha 0"]["minus"]
         assert against["GRPO"] is None and against["full"] is None and against["SSR"]["seeds"] == 1

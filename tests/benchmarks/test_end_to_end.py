@@ -23,13 +23,13 @@ def test_all_sides_take_the_same_steps(recipe, ranks, tmp_path, monkeypatch):
     """This trainer, TRL's and transformers' generate read the same prompts, token for token, and sample as many
     responses; generate in batches of which the last one is not full."""
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: forked.FORKS)
-    config = benchmark_config(recipe, queries=4, group_size=2, scratch=str(tmp_path))
-    taken = measure(config, create_tiny(tmp_path / "tiny"), 2, ranks, trl_micro_batch=8 // ranks, generate_batch=6)
+    config = benchmark_config(recipe, queries=3 * ranks, group_size=2, scratch=str(tmp_path))
+    taken = measure(config, create_tiny(tmp_path / "tiny"), 2, ranks, trl_micro_batch=6, generate_batch=4)
     ours, trl, generate = taken["rethinker"], taken["trl"], taken["generate"]
     assert len(ours) == len(trl) == len(generate) == 2
     assert [s.prompt_tokens for s in ours] == [s.prompt_tokens for s in trl] == [s.prompt_tokens for s in generate]
     for one in (*ours, *trl, *generate):
-        assert 8 <= one.response_tokens <= 8 * config.rollout.max_new_tokens
+        assert 6 * ranks <= one.response_tokens <= 6 * ranks * config.rollout.max_new_tokens
         phases = one.rollout_s + one.reward_s + one.train_s + one.sync_s
         assert 0.5 * one.total_s < phases <= one.total_s
         assert 0.2 < one.peak_memory_gb < 20
@@ -37,12 +37,10 @@ def test_all_sides_take_the_same_steps(recipe, ranks, tmp_path, monkeypatch):
 
 
 def test_ranks_are_as_slow_as_the_one_that_samples_longest():
-    """Seconds are those of the rank that the others wait for; tokens, CPU time and memory are of all."""
-    slow = replace(step(2.0), reward_mean=0.0, train_s=0.1)
-    both = of_all_ranks([step(1.0), slow])
-    assert both == replace(
-        slow, cpu_s=3.0, prompt_tokens=1000, response_tokens=200, reward_mean=0.25, peak_memory_gb=2.0
-    )
+    """Phases are those of the rank that samples longest, the total is the longest; the rest is of all."""
+    slow, late = replace(step(2.0), reward_mean=0.0, train_s=0.1), replace(step(1.0), total_s=2.5)
+    sums = {"cpu_s": 3.0, "prompt_tokens": 1000, "response_tokens": 200, "peak_memory_gb": 2.0}
+    assert of_all_ranks([late, slow]) == replace(slow, total_s=2.5, reward_mean=0.25, **sums)
     assert of_all_ranks([slow]) == slow
 
 

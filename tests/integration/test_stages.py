@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import forked
+from tests.forked import ROOT
 
 SMALL = """--policy.warmup.look_steps 2 --policy.warmup.steps 2 --policy.warmup.batch_size 4
     --policy.warmup.data_fraction 0.01
@@ -68,3 +70,16 @@ def test_one_report_tells_of_both(runs):
     """The second run's page is of two stages."""
     page = (runs[1] / "report.html").read_text()
     assert "stage 2 of 2" in page and 'id="figure-kinds"' in page
+
+
+def test_make_train_launches_both_stages_after_a_check():
+    """Both recipes are checked, then each runs on two ranks, the second one from the first one's best checkpoint."""
+    options = ["EXTRA=cpu", "RUN=runs/x", "ARGS=--train.max_steps 2", "-o", ".venv/.train-cpu"]
+    shown = subprocess.run(
+        ["make", "-n", "train", *options], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    check, first, second = shown.replace("\\\n", "").splitlines()
+    assert "sums_cpu sums_cpu_stage2" in check and "--train.max_steps 2 --print_config" in check
+    for number, line in enumerate((first, second), start=1):
+        assert "--nproc-per-node 2 -m rethinker train sums_cpu" in line and f"--run.name x-stage{number}" in line
+    assert "sums_cpu_stage2 --train.max_steps 2" in second and "--policy.model runs/x-stage1/checkpoints/best" in second

@@ -119,3 +119,12 @@ def test_progress_passes_everything_on(capsys):
     assert list(progress([], "none")) == []
     shown = capsys.readouterr().out
     assert "warm-up: 100%" in shown and "one: 100%" in shown
+
+
+def test_a_stopped_run_says_how_to_go_on(capsys):
+    """On as many ranks as before: on others it would be the same to rounding only."""
+    Display(10).stopped("SIGTERM", 6, Path("runs/a"), ranks=1)
+    Display(10).stopped("SIGTERM", 6, Path("runs/a"), ranks=2)
+    alone, both = (line.strip() for line in capsys.readouterr().out.splitlines() if "--resume" in line)
+    assert alone == "rethinker train runs/a/config.yaml --resume auto"
+    assert both == "torchrun --nproc-per-node 2 -m rethinker train runs/a/config.yaml --resume auto"
