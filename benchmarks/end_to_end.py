@@ -7,10 +7,9 @@ the same model, questions and machine.
 
 A step is rollout, reward, advantages, one optimizer step on all queries x group-size pairs and, here, the weight sync.
 The learning rate is next to nothing, so that all sides go on sampling what the first weights sample: a side that learnt
-to write more would have more to do.
-Each side runs in processes of its own, all with as many ranks and threads, and does nothing while the other one works;
-they take turns, after one step each that is not counted. On a GPU, whose memory may not hold both, one ends before the
-other begins.
+to write more would have more to do. Each side runs in processes of its own, all with as many ranks and threads, and
+does nothing while the other one works; they take turns, after one step each that is not counted. On a GPU, whose
+memory may not hold both, one ends before the other begins.
 
 Where this side samples with vLLM, a third one does nothing but transformers' generate: the weights that training starts
 from, the same questions, stop tokens and longest response, all responses to a question in one batch, the batch that
@@ -65,16 +64,17 @@ class Side:
         """
         Args:
             name: for messages.
-            ranks: processes, which find their places in the variables that torchrun sets.
+            ranks: processes, which find their places in the variables that torchrun sets; a single one finds none, so
+                that nothing wraps its model for several.
             run: called as run(pipe, *arguments) in each of them; for each "step" it receives it answers a `Step`.
         """
         self.name = name
         spawn = multiprocessing.get_context("spawn")
-        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+        meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
         self._pipes, self._processes = [], []
         for rank in range(ranks):
             pipe, other = spawn.Pipe()
-            place = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            place = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             self._processes.append(spawn.Process(target=_as_rank, args=(place, run, other, *arguments)))
             self._processes[-1].start()
             self._pipes.append(pipe)
@@ -148,9 +148,8 @@ def measure(
         "trl": lambda: Side("trl", ranks, trl_side, config, model_dir, steps + 1, trl_micro_batch),
     }
     if generate_batch:
-        starts["generate"] = lambda: Side(
-            "generate", ranks, generate_side, config, model_dir, steps + 1, generate_batch
-        )
+        generate = (config, model_dir, steps + 1, generate_batch)
+        starts["generate"] = lambda: Side("generate", ranks, generate_side, *generate)
     taken: dict[str, list[Step]] = {name: [] for name in starts}
     for together in (list(starts),) if in_turns else ([name] for name in starts):
         sides: list[Side] = []

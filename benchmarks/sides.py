@@ -78,7 +78,7 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
     replay = ReplayBuffer(config.replay, config.seed)
     Q = config.train.episode_queries
     with AnswerChecker(config.reward) as checker:
-        gc.collect()
+        gc.collect()  # as a run does
         gc.freeze()
         while _told_to_step(pipe):
             times: dict[str, float] = {}
@@ -123,7 +123,7 @@ def trl_side(pipe: Connection, config: Config, model_dir: Path, steps: int, micr
     from rethinker.rewards.checker import AnswerChecker
 
     disable_progress_bar()
-    ranks = int(os.environ["WORLD_SIZE"])
+    _, ranks = _place()
     processor = load_processor(model_dir)
     queries = first_queries(config, PromptEncoder(processor, config.data), steps)
     processor.tokenizer.padding_side = "left"
@@ -208,11 +208,11 @@ def generate_side(pipe: Connection, config: Config, model_dir: Path, steps: int,
     seed_everything(config.seed)
     processor = load_processor(model_dir)
     queries = first_queries(config, PromptEncoder(processor, config.data), steps)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, ranks = _place()
     tokenizer, Q, G = processor.tokenizer, config.train.episode_queries, config.rollout.group_size
     at_once = max(1, batch // G)
     tokenizer.padding_side = "left"
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     dtype = getattr(torch, config.policy.dtype)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=dtype).to(device).eval()
     stop_ids = stop_token_ids(tokenizer, model.config, model.generation_config)
@@ -321,6 +321,11 @@ def _messages(query: Query, config: Config, with_image: bool = False) -> list[di
     content = [{"type": "image"}, {"type": "text", "text": text}] if with_image else text
     system = [{"role": "system", "content": config.data.system}] if config.data.system is not None else []
     return [*system, {"role": "user", "content": content}]
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank and their number."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _told_to_step(pipe: Connection) -> bool:
