@@ -109,7 +109,7 @@ PARTS: dict[str, dict[str, Method]] = {
     "episode_512": _ssr_and_grpo({"train.episode_queries": 512}),
     # Few queries carry an advantage, and a batch holds few of them: what replay is for.
     "groups_of_2": _ssr_and_grpo(GROUPS_OF_2)
-    | _ssr_and_grpo(GROUPS_OF_2 | {"train.learning_rate": 1e-4}, ", a third of the learning rate"),
+    | _ssr_and_grpo(GROUPS_OF_2 | {"train.learning_rate": 1e-4}, ", learning rate 1e-4"),
 }
 """A table each. Where GRPO is among a table's methods, they are compared with one another, else with METHODS."""
 

@@ -55,16 +55,15 @@ def joined(first: Result, second: Result) -> Result:
     per_step["generated_tokens"] = first["per_step"]["generated_tokens"] + sampled
     steps = first["steps"] + second["steps"]
 
-    def start(name: str) -> float:
-        return statistics.fmean(per_step[name][: max(1, round(START * steps))])
+    def start(name: str, rows: Mapping[str, Sequence[float]] = per_step) -> float:
+        return statistics.fmean(rows[name][: max(1, round(START * len(rows[name])))])
 
-    def end(name: str) -> float:
-        return statistics.fmean(per_step[name][min(steps - 1, round(END * steps)) :])
+    def end(name: str, rows: Mapping[str, Sequence[float]] = per_step) -> float:
+        return statistics.fmean(rows[name][min(len(rows[name]) - 1, round(END * len(rows[name]))) :])
 
     def in_second(name: str) -> float:
         return statistics.fmean(second["per_step"][name])
 
-    own = second["per_step"]["rethink_ratio"]
     return {
         "accuracy_before": first["curve"][0][1],
         "accuracy_switch": second["curve"][0][1],
@@ -81,9 +80,9 @@ def joined(first: Result, second: Result) -> Result:
         "reward_end": end("reward_mean"),
         "effective_queries_start": start("effective_query_ratio"),
         "effective_queries_end": end("effective_query_ratio"),
-        # Where rethinking is forced, if it is: over the first steps of the second stage, and over its last quarter.
-        "rethinks_start": statistics.fmean(own[: max(1, round(START * len(own)))]),
-        "rethinks_end": statistics.fmean(own[min(len(own) - 1, round(END * len(own))) :]),
+        # Of the second stage, where rethinking is forced if it is.
+        "rethinks_start": start("rethink_ratio", second["per_step"]),
+        "rethinks_end": end("rethink_ratio", second["per_step"]),
         "response_length_start": start("response_length_mean"),
         "response_length_end": end("response_length_mean"),
         **{name: in_second(name) for name in PER_STEP if name.startswith("rethink_") and name != "rethink_ratio"},

@@ -7,7 +7,6 @@ side share its questions, and each reports a `Step` of its own.
 
 from __future__ import annotations
 
-import gc
 import os
 import statistics
 import tempfile
@@ -65,6 +64,7 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
     from rethinker.rewards.checker import AnswerChecker
     from rethinker.rollout.engine import make_engine
     from rethinker.rollout.sampling import seed_everything
+    from rethinker.run import no_full_collections
     from rethinker.runtime import distributed
     from rethinker.runtime.ownership import share
     from rethinker.runtime.profiling import phase
@@ -77,9 +77,7 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
     rollout = make_engine(config, str(model_dir), **vars(ranks))
     replay = ReplayBuffer(config.replay, config.seed)
     Q = config.train.episode_queries
-    with AnswerChecker(config.reward) as checker:
-        gc.collect()  # as a run does
-        gc.freeze()
+    with AnswerChecker(config.reward) as checker, no_full_collections():
         while _told_to_step(pipe):
             times: dict[str, float] = {}
             start, cpu_start = time.perf_counter(), time.process_time()

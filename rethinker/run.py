@@ -117,9 +117,7 @@ class Run:
         else:
             self.progress.before = self.progress.after = self.progress.best = self._validate(step=0)
         self._saved_step = self.policy.steps if checkpoint else None
-        gc.collect()  # what is left lives as long as the run: no later collection looks through it, 0.4 s each time
-        gc.freeze()
-        stack.callback(gc.unfreeze)
+        stack.enter_context(no_full_collections())
         self._clock = time.perf_counter()
 
     @property
@@ -306,6 +304,22 @@ def load_held_out(config: Config) -> list[Query]:
 def initial_model(config: Config, ranks: distributed.Ranks) -> Path:
     """Where training starts: policy.model, or the tiny model that rank 0 builds and warms up."""
     return Path(ranks.broadcast(model_folder(config) if ranks.is_main else None))
+
+
+@contextmanager
+def no_full_collections() -> Iterator[None]:
+    """What is there now lives as long as the run: no garbage collection looks through it, which takes 0.4 s each time.
+
+    Objects that the caller froze stay frozen.
+    """
+    frozen = gc.get_freeze_count()
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
 
 
 def return_free_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import Counter
 from dataclasses import replace
@@ -17,7 +18,7 @@ from rethinker.checks import schedule_length
 from rethinker.config import Config, ConfigError, DataConfig, RethinkConfig, RolloutConfig, TrainConfig
 from rethinker.episode import judge, note_kinds
 from rethinker.policy.engine import PolicyEngine, learning_rate
-from rethinker.run import Run, load_held_out
+from rethinker.run import Run, load_held_out, no_full_collections
 from rethinker.samples import Accuracy, Completion, Group, Query, Rethought
 from rethinker.settings import resolve_config
 
@@ -214,3 +215,19 @@ def test_categories_that_are_not_trained_do_not_validate():
 
     assert categories(**{"2 terms": 1, "3 terms": 0.5, "4 terms": 0}) == {"2 terms", "3 terms"}
     assert categories() == categories(other=1) == {f"{terms} terms" for terms in range(2, 8)}
+
+
+def test_a_run_freezes_what_is_there_and_only_its_own(monkeypatch):
+    """Within a run what was there is frozen; after it nothing is, unless the caller had frozen something."""
+    frozen = 0
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: frozen)
+    calls = []
+    for name in ("collect", "freeze", "unfreeze"):
+        monkeypatch.setattr(gc, name, lambda name=name: calls.append(name))
+    with no_full_collections():
+        assert calls == ["collect", "freeze"]
+    assert calls.pop() == "unfreeze"
+    frozen = 7
+    with pytest.raises(KeyError), no_full_collections():
+        raise KeyError
+    assert calls == ["collect", "freeze"] * 2

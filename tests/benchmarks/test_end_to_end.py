@@ -76,6 +76,16 @@ def test_mfu_counts_every_response_with_its_prompt():
     assert training_flop("7B", None) == pytest.approx(6 * 7.07e9, rel=0.01)  # its text model without the LM head
 
 
+@pytest.mark.parametrize(
+    "sizes", ["--queries 16 --ranks 2", "--queries 64 --ranks 3", "--queries 9 --trl-micro-batch 5"]
+)
+def test_pairs_that_do_not_divide_are_refused(sizes, capsys):
+    """TRL would leave out the rest of the pairs, and look faster."""
+    with pytest.raises(SystemExit):
+        main(sizes.split())
+    assert "--trl-micro-batch" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.soak
 def test_random_weights_of_a_real_size_train_on_both_sides(tmp_path):
     """What runs on a GPU with --size 3B, here with a tiny one: the same prompts, and rewards to learn from."""
