@@ -238,7 +238,7 @@ class TestNumbers:
         assert found["per_step"]["generated_tokens"] == [100 * step for step in range(1, 9)]
         assert (found["steps"], found["generated_tokens"]) == (8, 800)
         assert found["response_length_start"] == 1 and found["response_length_end"] == 1.5  # of the second's 1 and 2
-        assert (found["rethinks_start"], found["rethinks_end"]) == (0.1, 0.2)  # of the second stage alone
+        assert (found["rethinks_start"], found["rethinks_end"]) == (0.5, 1.0)  # of the second stage alone
         assert found["advantages"] == [16, 8, 0, 0, 0, 0]
 
     def test_tables(self):
@@ -262,7 +262,7 @@ def write_run(folder: Path, steps: int, accuracies: dict[int, float]) -> None:
     folder.mkdir(parents=True)
     rows = [
         METRICS
-        | {"step": step, "generated_tokens": 100 * step, "response_length_mean": step, "rethink_ratio": step / 10}
+        | {"step": step, "generated_tokens": 100 * step, "response_length_mean": step, "rethink_ratio": step / steps}
         for step in range(1, steps + 1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
