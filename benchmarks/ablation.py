@@ -16,8 +16,9 @@ Each run answers the test questions greedily before its first step, after its la
 curve over tokens. Nothing follows from these answers: the policy that counts is the last one, never the best.
 
 Writes benchmarks/results/<gpu or cpu>/ablation.json and .md after every run, and the paper's figures 2, 5, 6 and 7 at
-the end. An ablation that was interrupted goes on where it stopped; the runs themselves stay in --runs. A run that fails
-stops none but those that start from it; it is reported at the end, and the exit code is then 1.
+the end. Tables that were not asked for stay as they are, where budget and questions are the same. An ablation that was
+interrupted goes on where it stopped; the runs themselves stay in --runs. A run that fails stops none but those that
+start from it; it is reported at the end, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ def _ssr_and_grpo(changes: Settings, name: str = "") -> dict[str, Method]:
 GROUPS_OF_2 = {"rollout.group_size": 2, "train.episode_queries": 512, "train.batch_pairs": 64}
 PARTS: dict[str, dict[str, Method]] = {
     "methods": METHODS,
-    "alpha": {f"alpha {alpha}": Method(SSR | {"replay.alpha": float(alpha)}) for alpha in (0, 1, 2)},
+    # SSR itself is alpha 1.
+    "alpha": {f"SSR, alpha {alpha}": Method(SSR | {"replay.alpha": float(alpha)}) for alpha in (0, 2)}
+    | _ssr_and_grpo({}),
     "forced": {
         **{f"forced {share}": Method(SSR, {"rethink.fraction": share}) for share in (0.0, 0.1, 0.25, 0.5)},
         "forced 0.25, from the start": Method(SSR | {"rethink.fraction": 0.25}, {}),
@@ -300,16 +303,31 @@ class Ablation:
             "tokens": {task: self.budget(task) for task in self.tasks},
             "first_stage": FIRST_SHARE,
             "questions": self.questions,
-            "summary": summary,
         }
+        _add_tables_of_before(folder / "ablation.json", content, summary)
         text = tables(summary)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
+        _write(folder / "ablation.json", json.dumps(content | {"summary": summary}, indent=2) + "\n")
         _write(folder / "ablation.md", text)
         for task in self.tasks if figures else ():
             own = {name: self.results(task, method) for name, method in METHODS.items()}
             draw_figures(task, {name: found for name, found in own.items() if found}, self.evaluations(task), folder)
         return text
+
+
+def _add_tables_of_before(file: Path, content: dict[str, Any], summary: list[dict[str, Any]]) -> None:
+    """Add the rows of earlier reports, and their budgets, where no new table replaces them."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"tokens": {}, "summary": []}
+    tokens = before["tokens"] | content["tokens"]
+    new = {(row["task"], row["part"]) for row in summary}
+    comparable = all(before.get(key) == content[key] for key in ("first_stage", "questions"))
+    for row in before["summary"] if comparable else ():
+        task, part = row["task"], row["part"]
+        if part in PARTS and (task, part) not in new and tokens[task] == before["tokens"][task]:
+            summary.append(row)
+            content["tokens"][task] = tokens[task]
+    tasks, parts = list(TASKS), list(PARTS)
+    summary.sort(key=lambda row: (tasks.index(row["task"]), parts.index(row["part"])))
 
 
 def _write(file: Path, text: str) -> None:

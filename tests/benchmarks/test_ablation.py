@@ -30,10 +30,10 @@ class TestPlan:
         """What tables share is run once, and the full method and SSR part after their first stage."""
         full, ssr = names("easy_vqa", METHODS["full"]), names("easy_vqa", METHODS["SSR"])
         assert full[0] == ssr[0] and full[1] != ssr[1]
-        assert names("easy_vqa", PARTS["alpha"]["alpha 1"]) == ssr
+        assert names("easy_vqa", PARTS["alpha"]["SSR"]) == ssr
         assert names("easy_vqa", PARTS["forced"]["forced 0.0"]) == ssr
         assert names("easy_vqa", PARTS["forced"]["forced 0.25"]) == full
-        different = [names("easy_vqa", method) for method in (*METHODS.values(), PARTS["alpha"]["alpha 0"])]
+        different = [names("easy_vqa", method) for method in (*METHODS.values(), PARTS["alpha"]["SSR, alpha 0"])]
         different += [names("easy_vqa", method) for method in PARTS["episode_512"].values()]
         assert len({second for _, second in different}) == 7
 
@@ -348,15 +348,32 @@ class TestWhole:
 
     def test_a_table_with_grpo_of_its_own_is_compared_with_that(self, tmp_path, calls):
         """In groups of 2 SSR is compared with GRPO in groups of 2, of which the methods' table knows nothing."""
-        assert self.main(tmp_path, "--parts", "groups_of_2", "alpha") == 0
+        assert self.main(tmp_path, "--parts", "groups_of_2", "forced") == 0
         report = json.loads((tmp_path / "out" / "cpu" / "ablation.json").read_text())
         rows = {(row["part"], row["method"]): row for row in report["summary"]}
         assert rows["groups_of_2", "SSR"]["minus"]["GRPO"]["seeds"] == 1
         assert "full" not in rows["groups_of_2", "SSR"]["minus"]
-        # Nothing of the methods' table has run but SSR, which is alpha 1.
-        against = rows["alpha", "alpha 0"]["minus"]
-        assert against["GRPO"] is None and against["full"] is None and against["SSR"]["seeds"] == 1
+        # Nothing of the methods' table has run but SSR, which forces none, and the full method.
+        against = rows["forced", "forced 0.5"]["minus"]
+        assert against["GRPO"] is None and against["full"]["seeds"] == 1 and against["SSR"]["seeds"] == 1
         assert "| SSR |" in (tmp_path / "out" / "cpu" / "ablation.md").read_text()
+
+    def test_a_report_replaces_its_own_tables_alone(self, tmp_path, calls):
+        """Runs of one table can be elsewhere when another one is made, unless these had another budget."""
+        parts = lambda: [row["part"] for row in json.loads(file.read_text())["summary"]]  # noqa: E731
+        file = tmp_path / "out" / "cpu" / "ablation.json"
+        assert self.main(tmp_path, "--parts", "alpha") == 0
+        (tmp_path / "runs").rename(tmp_path / "elsewhere")
+        (tmp_path / "warm-easy_vqa").unlink()
+        assert self.main(tmp_path, "--parts", "methods") == 0
+        assert parts() == ["methods"] * 4 + ["alpha"] * 4
+        assert "## easy_vqa: alpha" in (file.parent / "ablation.md").read_text()
+        before = file.read_text()
+        assert self.main(tmp_path, "--parts", "methods", "alpha", "--report") == 0
+        assert parts() == ["methods"] * 4 + ["alpha"] * 2 and file.read_text() != before  # SSR and GRPO are here, too
+        (tmp_path / "warm-easy_vqa").unlink()
+        assert self.main(tmp_path, "--parts", "alpha", "--tokens", "2000") == 0
+        assert parts() == ["alpha"] * 4
 
     def test_a_second_time_nothing_is_run(self, tmp_path, calls):
         assert self.main(tmp_path, "--parts", "methods") == 0
