@@ -16,9 +16,9 @@ Each run answers the test questions greedily before its first step, after its la
 curve over tokens. Nothing follows from these answers: the policy that counts is the last one, never the best.
 
 Writes benchmarks/results/<gpu or cpu>/ablation.json and .md after every run, and the paper's figures 2, 5, 6 and 7 at
-the end. Tables that were not asked for stay as they are, where budget and questions are the same. An ablation that was
-interrupted goes on where it stopped; the runs themselves stay in --runs. A run that fails stops none but those that
-start from it; it is reported at the end, and the exit code is then 1.
+the end. Tables that were not asked for stay as they are, each with its own budget. An ablation that was interrupted
+goes on where it stopped; the runs themselves stay in --runs. A run that fails stops none but those that start from it;
+it is reported at the end, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -297,17 +297,13 @@ class Ablation:
                 references = {name: self.results(task, known[name]) for name in REFERENCES if name in known}
                 for name, method in PARTS[part].items():
                     if own := self.results(task, method):
-                        summary.append({"task": task, "part": part, "method": name, **summarise(own, references)})
-        content = {
-            "machine": machine,
-            "tokens": {task: self.budget(task) for task in self.tasks},
-            "first_stage": FIRST_SHARE,
-            "questions": self.questions,
-        }
-        _add_tables_of_before(folder / "ablation.json", content, summary)
+                        table = {"task": task, "part": part, "budget": self.budget(task)}
+                        summary.append(table | {"method": name, **summarise(own, references)})
+        _add_tables_of_before(folder / "ablation.json", summary)
+        content = {"machine": machine, "first_stage": FIRST_SHARE, "summary": summary}
         text = tables(summary)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "ablation.json", json.dumps(content | {"summary": summary}, indent=2) + "\n")
+        _write(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
         _write(folder / "ablation.md", text)
         for task in self.tasks if figures else ():
             own = {name: self.results(task, method) for name, method in METHODS.items()}
@@ -315,17 +311,11 @@ class Ablation:
         return text
 
 
-def _add_tables_of_before(file: Path, content: dict[str, Any], summary: list[dict[str, Any]]) -> None:
-    """Add the rows of earlier reports, and their budgets, where no new table replaces them."""
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"tokens": {}, "summary": []}
-    tokens = before["tokens"] | content["tokens"]
+def _add_tables_of_before(file: Path, summary: list[dict[str, Any]]) -> None:
+    """Add the tables of earlier reports that no new one replaces."""
     new = {(row["task"], row["part"]) for row in summary}
-    comparable = all(before.get(key) == content[key] for key in ("first_stage", "questions"))
-    for row in before["summary"] if comparable else ():
-        task, part = row["task"], row["part"]
-        if part in PARTS and (task, part) not in new and tokens[task] == before["tokens"][task]:
-            summary.append(row)
-            content["tokens"][task] = tokens[task]
+    before = json.loads(file.read_text(encoding="utf-8"))["summary"] if file.is_file() else ()
+    summary += [row for row in before if row["part"] in PARTS and (row["task"], row["part"]) not in new]
     tasks, parts = list(TASKS), list(PARTS)
     summary.sort(key=lambda row: (tasks.index(row["task"]), parts.index(row["part"])))
 

@@ -188,7 +188,8 @@ def tables(summary: Sequence[Mapping[str, Any]]) -> str:
         said = f"accuracy {before[0]:.3f} before the first step"
         if max(before) - min(before) > 0.005:  # greedy answers of the same model
             said += f", and up to {max(before) - min(before):.3f} apart: these runs did not start from the same model"
-        parts.append(f"## {task}: {part}\n\nFrom {said}.\n\n" + "\n".join(lines) + "\n")
+        budget = f"{own[0]['budget']:,} sampled tokens or as much as ends an episode"
+        parts.append(f"## {task}: {part}\n\n{budget}, from {said}.\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 
 

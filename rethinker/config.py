@@ -152,7 +152,7 @@ class PolicyConfig:
     """Type of the weights in the forward pass; the optimizer keeps fp32 masters."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     """Kernel of the language model's attention: flash attention (exact, without a mask) or SDPA, which computes masked
-    pairs, too; auto takes flash on CUDA with 16-bit weights and sdpa elsewhere."""
+    pairs, too; auto takes flash, but sdpa for float32 on CUDA, where flash takes 16 bits alone."""
     freeze_vision: bool = False
     """Train the language model only; with policy.lora always so."""
     gradient_checkpointing: bool = False

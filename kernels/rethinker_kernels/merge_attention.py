@@ -28,8 +28,9 @@ def merge_attention(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, 
 
         merge_attention(out, lse, other, other_lse, rows)
         return
-    mine, theirs = lse[:, rows], other_lse[:, rows]  # [H, R]
+    mine, theirs = (part.index_select(1, rows) for part in (lse, other_lse))  # [H, R]; a fifth of indexing's time
     merged = torch.logaddexp(mine, theirs)
     share, rest = ((part - merged).exp().t()[..., None] for part in (mine, theirs))  # [R, H, 1]
-    out[rows] = (share * out[rows] + rest * other[rows]).to(out.dtype)
-    lse[:, rows] = merged
+    both = share * out.index_select(0, rows) + rest * other.index_select(0, rows)
+    out.index_copy_(0, rows, both.to(out.dtype))
+    lse.index_copy_(1, rows, merged)

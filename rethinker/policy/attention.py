@@ -31,10 +31,10 @@ def kernel_for(config: PolicyConfig, on_gpu: bool) -> str:
     Raises:
         ConfigError: flash attention of a type that its kernels do not take.
     """
-    narrow = config.dtype != "float32"
+    wide_on_gpu = on_gpu and config.dtype == "float32"
     if config.attention == "auto":
-        return "flash" if on_gpu and narrow else "sdpa"
-    if config.attention == "flash" and on_gpu and not narrow:
+        return "sdpa" if wide_on_gpu else "flash"
+    if config.attention == "flash" and wide_on_gpu:
         raise ConfigError(
             f"policy.attention=flash needs policy.dtype=bfloat16 on CUDA, not {config.dtype}; set that, or "
             "policy.attention to sdpa"

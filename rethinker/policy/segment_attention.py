@@ -8,8 +8,8 @@ Legend: T tokens of the row, H query heads, K key heads (H or a divisor of it), 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, is_dataclass, replace
-from itertools import pairwise
+import functools
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -19,6 +19,31 @@ from rethinker_kernels.devices import to_device
 from rethinker_kernels.merge_attention import merge_attention
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Runs of about the same lengths in a row of T tokens, padded to the longest: N of A tokens each."""
+
+    places: Tensor  # [N * A] int64; what pads a run repeats its last place
+    real: Tensor  # [N, A] bool: no padding
+    into: Tensor  # [N * A]: the places again, and T for padding
+
+    @classmethod
+    def of(cls, starts: Tensor, lengths: Tensor, tokens: int) -> Run:
+        """From starts and lengths [N], on the host."""
+        step = torch.arange(int(lengths.max()))
+        real = step < lengths[:, None]
+        places = starts[:, None] + step.minimum(lengths[:, None] - 1)
+        return cls(places.flatten(), real, places.masked_fill(~real, tokens).flatten())
+
+    def taken(self, row: Tensor) -> Tensor:
+        """[T, H, E] to [N, H, A, E]."""
+        return row.index_select(0, self.places).view(*self.real.shape, *row.shape[1:]).transpose(1, 2)
+
+    def put(self, runs: Tensor, row: Tensor) -> None:
+        """[N, H, A, E] into the row [T + 1, H, E], whose last place is for padding."""
+        row.index_copy_(0, self.into, runs.transpose(1, 2).flatten(0, 1))
 
 
 @dataclass(frozen=True)
@@ -35,6 +60,20 @@ class Segments:
         """From lengths [N], on the host."""
         bounds = [torch.cat([part.new_zeros(1), part.cumsum(0)]).int() for part in (queries, keys)]
         return cls(*bounds, int(queries.max()), int(keys.max()))
+
+    @functools.cached_property
+    def batches(self) -> list[tuple[Run, Run]]:
+        """Queries and keys of the segments that have both, those of about the same lengths together."""
+        lengths = torch.stack([self.queries.diff(), self.keys.diff()], dim=1).long()  # [N, 2]
+        # At most a quarter of a run is padding, or 7 places.
+        step = 2 ** (lengths.clamp(min=1).log2().floor().long() - 2).clamp(min=3)
+        sizes = (lengths + step - 1) // step * step
+        batches = []
+        for size in sizes[lengths.all(dim=1)].unique(dim=0):
+            of = (sizes == size).all(dim=1)
+            bounds = ((self.queries, lengths[of, 0]), (self.keys, lengths[of, 1]))
+            batches.append(tuple(Run.of(at[:-1][of], length, int(at[-1])) for at, length in bounds))
+        return batches
 
 
 @dataclass(frozen=True)
@@ -60,7 +99,7 @@ def moved(part: T, device: torch.device) -> T:
     if isinstance(part, Tensor):
         return to_device(part, device)
     if is_dataclass(part):
-        return replace(part, **{name: moved(value, device) for name, value in vars(part).items()})
+        return replace(part, **{field.name: moved(getattr(part, field.name), device) for field in fields(part)})
     return part
 
 
@@ -88,7 +127,7 @@ class _Attend(torch.autograd.Function):
         shared = visible.shared
         out, lse = _forward(q, k, v, visible.own, visible.causal, scale)
         if shared is not None:
-            part = _forward(q, k[shared.keys], v[shared.keys], shared.segments, False, scale)
+            part = _forward(q, *_of(shared, k, v), shared.segments, False, scale)
             merge_attention(out, lse, *part, shared.queries)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.visible, ctx.scale = visible, scale
@@ -100,12 +139,15 @@ class _Attend(torch.autograd.Function):
         visible, scale, shared = ctx.visible, ctx.scale, ctx.visible.shared
         dq, dk, dv = _backward(grad, q, k, v, out, lse, visible.own, visible.causal, scale)
         if shared is not None:
-            at = shared.keys
-            part = _backward(grad, q, k[at], v[at], out, lse, shared.segments, False, scale)
+            part = _backward(grad, q, *_of(shared, k, v), out, lse, shared.segments, False, scale)
             dq += part[0]
-            dk.index_add_(0, at, part[1])
-            dv.index_add_(0, at, part[2])
+            dk.index_add_(0, shared.keys, part[1])
+            dv.index_add_(0, shared.keys, part[2])
         return dq, dk, dv, None, None
+
+
+def _of(shared, k, v):
+    return k.index_select(0, shared.keys), v.index_select(0, shared.keys)
 
 
 def _forward(q, k, v, segments, causal, scale):
@@ -141,34 +183,46 @@ def _contiguous_heads(*tensors: Tensor) -> list[Tensor]:
     return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
-def _pieces(segments: Segments):
-    """(slice of queries, slice of keys) of every segment that has both."""
-    for (a, b), (c, d) in zip(pairwise(segments.queries.tolist()), pairwise(segments.keys.tolist()), strict=True):
-        if a < b and c < d:
-            yield slice(a, b), slice(c, d)
-
-
-def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    """[n, H, E] as torch's CPU kernel takes it: [1, H, n, E]."""
-    return [tensor.transpose(0, 1)[None] for tensor in tensors]
-
-
 def _cpu_forward(q, k, v, segments, causal, scale):
-    out = torch.zeros_like(q)
-    lse = q.new_full((q.shape[1], len(q)), torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for queries, keys in _pieces(segments):
-        given = _heads_first(q[queries], k[keys], v[keys])
-        part, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, 0.0, causal, scale=scale)
-        out[queries], lse[:, queries] = part[0].transpose(0, 1), sums[0]
-    return out, lse
+    """One call for all segments of about the same lengths; a call for each would cost more than their arithmetic."""
+    T, H, _ = q.shape
+    out, lse = _row_for(q), q.new_full((T + 1, H), torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    for queries, keys in segments.batches:
+        part, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(queries.taken(q), keys.taken(k), keys.taken(v)),
+            *(0.0, causal),
+            attn_mask=_hidden_padding(keys, causal, q.dtype),
+            scale=scale,
+        )
+        queries.put(part, out)
+        queries.put(sums[..., None], lse[..., None])
+    return out[:T], lse[:T].t()
 
 
 def _cpu_backward(grad, q, k, v, out, lse, segments, causal, scale):
-    gradients = dq, dk, dv = [torch.zeros_like(x) for x in (q, k, v)]
-    for queries, keys in _pieces(segments):
-        given = _heads_first(grad[queries], q[queries], k[keys], v[keys], out[queries])
+    dq, dk, dv = gradients = [_row_for(x) for x in (q, k, v)]
+    for queries, keys in segments.batches:
+        # With inf the probabilities of a padding query are 0, and its share of every gradient.
+        sums = queries.taken(lse.t()[..., None])[..., 0].masked_fill(~queries.real[:, None], torch.inf)  # [N, H, A]
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *given, lse[None, :, queries], 0.0, causal, scale=scale
+            *(queries.taken(grad), queries.taken(q), keys.taken(k), keys.taken(v), queries.taken(out)),
+            *(sums, 0.0, causal),
+            attn_mask=_hidden_padding(keys, causal, q.dtype),
+            scale=scale,
         )
-        dq[queries], dk[keys], dv[keys] = (part[0].transpose(0, 1) for part in parts)
-    return tuple(gradients)
+        for run, part, row in zip((queries, keys, keys), parts, (dq, dk, dv), strict=True):
+            run.put(part, row)
+    return [x[:-1] for x in gradients]
+
+
+def _row_for(x: Tensor) -> Tensor:
+    """Zeros [T + 1, ...] for x [T, ...]: what no segment writes stays 0, and padding goes to the last place."""
+    return x.new_zeros(len(x) + 1, *x.shape[1:])
+
+
+def _hidden_padding(keys: Run, causal: bool, dtype: torch.dtype) -> Tensor | None:
+    """What hides padding keys, added to the scores [N, 1, 1, B]. None where nothing need hide them: in causal segments,
+    whose queries and keys are the same, they come after all real queries."""
+    if causal or keys.real.all():
+        return None
+    return torch.zeros(keys.real.shape, dtype=dtype).masked_fill(~keys.real, -torch.inf)[:, None, None]

@@ -244,8 +244,19 @@ class TestNumbers:
     def test_tables(self):
         """A table per part, whose rows have equally many cells, and a warning where models differed at the start."""
         own = {name: [result(seed, 0.5 + 0.1 * seed) for seed in range(3)] for name in METHODS}
-        rows = [{"task": "sums", "part": "methods", "method": n, **summary.summarise(r, own)} for n, r in own.items()]
-        rows += [{"task": "sums", "part": "alpha", "method": "alpha 0", **summary.summarise(own["SSR"][:1], own)}]
+        rows = [
+            {"task": "sums", "part": "methods", "budget": 9, "method": n, **summary.summarise(r, own)}
+            for n, r in own.items()
+        ]
+        rows += [
+            {
+                "task": "sums",
+                "part": "alpha",
+                "budget": 8,
+                "method": "alpha 0",
+                **summary.summarise(own["SSR"][:1], own),
+            }
+        ]
         text = summary.tables(rows)
         lines = [line for line in text.splitlines() if line.startswith("|")]
         assert len(lines) == 6 + 3 and len({line.count("|") for line in lines}) == 1
@@ -336,7 +347,7 @@ class TestWhole:
                 assert first.parts[-3].split("-")[1] == own.split("-")[1] and own.split("-")[-2] in first.parts[-3]
         report = json.loads((tmp_path / "out" / "cpu" / "ablation.json").read_text())
         rows = {row["method"]: row for row in report["summary"]}
-        assert list(rows) == list(METHODS) and report["tokens"] == {"easy_vqa": 1000}
+        assert list(rows) == list(METHODS) and {row["budget"] for row in rows.values()} == {1000}
         assert rows["GRPO"]["accuracies"] == pytest.approx([0.5, 0.5])
         assert rows["full"]["minus"]["GRPO"]["mean"] == pytest.approx(0.1)
         assert rows["full"]["share_of_grpos_tokens"] < rows["GRPO"]["share_of_grpos_tokens"] == pytest.approx(1.0)
@@ -359,7 +370,7 @@ class TestWhole:
         assert "| SSR |" in (tmp_path / "out" / "cpu" / "ablation.md").read_text()
 
     def test_a_report_replaces_its_own_tables_alone(self, tmp_path, calls):
-        """Runs of one table can be elsewhere when another one is made, unless these had another budget."""
+        """Runs of one table can be elsewhere when another one is made, and have another budget."""
         parts = lambda: [row["part"] for row in json.loads(file.read_text())["summary"]]  # noqa: E731
         file = tmp_path / "out" / "cpu" / "ablation.json"
         assert self.main(tmp_path, "--parts", "alpha") == 0
@@ -368,12 +379,10 @@ class TestWhole:
         assert self.main(tmp_path, "--parts", "methods") == 0
         assert parts() == ["methods"] * 4 + ["alpha"] * 4
         assert "## easy_vqa: alpha" in (file.parent / "ablation.md").read_text()
-        before = file.read_text()
-        assert self.main(tmp_path, "--parts", "methods", "alpha", "--report") == 0
-        assert parts() == ["methods"] * 4 + ["alpha"] * 2 and file.read_text() != before  # SSR and GRPO are here, too
         (tmp_path / "warm-easy_vqa").unlink()
-        assert self.main(tmp_path, "--parts", "alpha", "--tokens", "2000") == 0
-        assert parts() == ["alpha"] * 4
+        assert self.main(tmp_path, "--parts", "methods", "--tokens", "2000") == 0
+        budgets = [(row["part"], row["budget"]) for row in json.loads(file.read_text())["summary"]]
+        assert budgets == [("methods", 2000)] * 4 + [("alpha", 1000)] * 4
 
     def test_a_second_time_nothing_is_run(self, tmp_path, calls):
         assert self.main(tmp_path, "--parts", "methods") == 0

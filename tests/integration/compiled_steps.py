@@ -38,6 +38,7 @@ def compare(model: str, pictures: Path, ranks, backend: str, *options: str) -> d
         config = Config(
             policy=PolicyConfig(
                 dtype="float32",
+                attention="sdpa",  # flash attention, which launches kernels of its own, cuts the graphs
                 compile=compiled,
                 gradient_checkpointing="checkpointing" in options,
                 lora=LoraConfig(rank=4 if "lora" in options else None),

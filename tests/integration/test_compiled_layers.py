@@ -66,11 +66,11 @@ def test_inductors_code_takes_the_same_steps(ranks, options, tiny_folder, tmp_pa
 
 
 def test_flash_attention_stays_apart(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
-    """With the kernels of GPUs compiled layers call attention, which cuts them: the same log-probs and gradients as
-    SDPA's in plain layers, and nothing is compiled anew for other lengths."""
+    """Compiled layers call flash attention, which cuts them: the same log-probs and gradients as SDPA's in plain layers,
+    and nothing is compiled anew for other lengths."""
     monkeypatch.setattr("rethinker.policy.model.compile_layers", partial(compile_layers, backend="eager"))
     torch._dynamo.reset()
-    plain, compiled = make(tiny_folder), make(tiny_folder, attention="flash", compile=True)
+    plain, compiled = make(tiny_folder, attention="sdpa"), make(tiny_folder, attention="flash", compile=True)
     stats = torch._dynamo.utils.counters["stats"]
     before, graphs = stats["unique_graphs"], []
     for lengths in ((2, 3), (5, 4, 9), (30, 1), (7,)):
