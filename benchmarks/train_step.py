@@ -11,7 +11,7 @@ of memory is reported with the reason.
 Variants: `eager` (transformers' model, one copy of prompt and image per response, padded batches sorted by length,
 whole logits of the response columns, plain PyTorch loss), `torch.compile` (the same, decoder layers and loss compiled),
 `liger` (Liger's layers, fused head and GRPO loss, same batches), `rethinker` (shared prompts, fused loss),
-`rethinker per-sample` (the same without sharing), `rethinker sdpa` (SDPA instead of flash attention; GPU only). `eager`
+`rethinker per-sample` (the same without sharing), `rethinker sdpa` (SDPA instead of flash attention). `eager`
 and its kin compute no entropy; `rethinker` does.
 
 Useful tokens are those of the per-sample layout without padding, the same number for every variant; processed tokens
@@ -116,8 +116,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--trace", type=Path, help="folder for a torch profiler trace of one step of each variant")
     add("--out", type=Path, default=RESULTS, help="folder of results (default: benchmarks/results)")
     options = parser.parse_args(arguments)
-    if not on_gpu and set(options.variants) == {"rethinker sdpa"}:
-        parser.error("--variants 'rethinker sdpa': on a CPU that is what `rethinker` does; name it instead")
     if options.repeats < 2:
         parser.error(f"--repeats {options.repeats}: quartiles need at least 2")
     if options.group_size < 2:
@@ -153,8 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     about = described(options.size, traffic, options.layers)
     print(f"Qwen2.5-VL {options.size}, {about['reduced'] or 'all decoder layers'}: {about['traffic']}", flush=True)
-    # On a CPU `rethinker` is SDPA already.
-    chosen = [name for name in VARIANTS if name in options.variants and (on_gpu or name != "rethinker sdpa")]
+    chosen = [name for name in VARIANTS if name in options.variants]
     common = (SIZES[options.size], options.layers, workload, settings, options.repeats, options.threads, options.trace)
     jobs = [Job(name, *common) for name in chosen]
     # In a process of its own, so that this one stays small and holds no GPU memory.

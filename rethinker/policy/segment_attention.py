@@ -22,28 +22,29 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Run:
-    """Runs of about the same lengths in a row of T tokens, padded to the longest: N of A tokens each."""
+class Padded:
+    """Sides (queries or keys) of N segments of a row, as a kernel takes them that knows one length only, their longest
+    A. What pads a segment repeats its last token."""
 
-    places: Tensor  # [N * A] int64; what pads a run repeats its last place
-    real: Tensor  # [N, A] bool: no padding
-    into: Tensor  # [N * A]: the places again, and T for padding
+    places: Tensor  # [N * A] int64, in the row of T tokens
+    real: Tensor  # [N, A] bool: is no padding
+    into: Tensor  # [N * A] int64: the places again, but T for padding
 
     @classmethod
-    def of(cls, starts: Tensor, lengths: Tensor, tokens: int) -> Run:
-        """From starts and lengths [N], on the host."""
+    def of(cls, starts: Tensor, lengths: Tensor, tokens: int) -> Padded:
+        """From starts and lengths [N] and the row's T, on the host."""
         step = torch.arange(int(lengths.max()))
         real = step < lengths[:, None]
         places = starts[:, None] + step.minimum(lengths[:, None] - 1)
         return cls(places.flatten(), real, places.masked_fill(~real, tokens).flatten())
 
-    def taken(self, row: Tensor) -> Tensor:
+    def of_row(self, row: Tensor) -> Tensor:
         """[T, H, E] to [N, H, A, E]."""
         return row.index_select(0, self.places).view(*self.real.shape, *row.shape[1:]).transpose(1, 2)
 
-    def put(self, runs: Tensor, row: Tensor) -> None:
-        """[N, H, A, E] into the row [T + 1, H, E], whose last place is for padding."""
-        row.index_copy_(0, self.into, runs.transpose(1, 2).flatten(0, 1))
+    def into_row(self, part: Tensor, row: Tensor) -> None:
+        """Write [N, H, A, E] to its places in `row` [T + 1, H, E], which has a last one for padding."""
+        row.index_copy_(0, self.into, part.transpose(1, 2).flatten(0, 1))
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,18 @@ class Segments:
         return cls(*bounds, int(queries.max()), int(keys.max()))
 
     @functools.cached_property
-    def batches(self) -> list[tuple[Run, Run]]:
-        """Queries and keys of the segments that have both, those of about the same lengths together."""
+    def padded(self) -> list[tuple[Padded, Padded]]:
+        """Queries and keys of all segments that have both, those of about the same lengths together."""
         lengths = torch.stack([self.queries.diff(), self.keys.diff()], dim=1).long()  # [N, 2]
-        # At most a quarter of a run is padding, or 7 places.
+        # At most a quarter of a segment is padding, or 7 tokens.
         step = 2 ** (lengths.clamp(min=1).log2().floor().long() - 2).clamp(min=3)
-        sizes = (lengths + step - 1) // step * step
-        batches = []
-        for size in sizes[lengths.all(dim=1)].unique(dim=0):
-            of = (sizes == size).all(dim=1)
-            bounds = ((self.queries, lengths[of, 0]), (self.keys, lengths[of, 1]))
-            batches.append(tuple(Run.of(at[:-1][of], length, int(at[-1])) for at, length in bounds))
-        return batches
+        rounded = (lengths + step - 1) // step * step
+        found = []
+        for size in rounded[lengths.all(dim=1)].unique(dim=0):
+            of = (rounded == size).all(dim=1)
+            sides = enumerate((self.queries, self.keys))
+            found.append(tuple(Padded.of(at[:-1][of], lengths[of, side], int(at[-1])) for side, at in sides))
+        return found
 
 
 @dataclass(frozen=True)
@@ -187,32 +188,32 @@ def _cpu_forward(q, k, v, segments, causal, scale):
     """One call for all segments of about the same lengths; a call for each would cost more than their arithmetic."""
     T, H, _ = q.shape
     out, lse = _row_for(q), q.new_full((T + 1, H), torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for queries, keys in segments.batches:
+    for queries, keys in segments.padded:
         part, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(queries.taken(q), keys.taken(k), keys.taken(v)),
+            *(queries.of_row(q), keys.of_row(k), keys.of_row(v)),
             *(0.0, causal),
             attn_mask=_hidden_padding(keys, causal, q.dtype),
             scale=scale,
         )
-        queries.put(part, out)
-        queries.put(sums[..., None], lse[..., None])
+        queries.into_row(part, out)
+        queries.into_row(sums[..., None], lse[..., None])
     return out[:T], lse[:T].t()
 
 
 def _cpu_backward(grad, q, k, v, out, lse, segments, causal, scale):
-    dq, dk, dv = gradients = [_row_for(x) for x in (q, k, v)]
-    for queries, keys in segments.batches:
-        # With inf the probabilities of a padding query are 0, and its share of every gradient.
-        sums = queries.taken(lse.t()[..., None])[..., 0].masked_fill(~queries.real[:, None], torch.inf)  # [N, H, A]
+    gradients = [_row_for(x) for x in (q, k, v)]
+    for queries, keys in segments.padded:
+        # With inf a padding query's probabilities are 0, and so are its shares of the gradients.
+        sums = queries.of_row(lse.t()[..., None])[..., 0].masked_fill(~queries.real[:, None], torch.inf)  # [N, H, A]
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(queries.taken(grad), queries.taken(q), keys.taken(k), keys.taken(v), queries.taken(out)),
+            *(queries.of_row(grad), queries.of_row(q), keys.of_row(k), keys.of_row(v), queries.of_row(out)),
             *(sums, 0.0, causal),
             attn_mask=_hidden_padding(keys, causal, q.dtype),
             scale=scale,
         )
-        for run, part, row in zip((queries, keys, keys), parts, (dq, dk, dv), strict=True):
-            run.put(part, row)
-    return [x[:-1] for x in gradients]
+        for side, part, row in zip((queries, keys, keys), parts, gradients, strict=True):
+            side.into_row(part, row)
+    return [row[:-1] for row in gradients]
 
 
 def _row_for(x: Tensor) -> Tensor:
@@ -220,7 +221,7 @@ def _row_for(x: Tensor) -> Tensor:
     return x.new_zeros(len(x) + 1, *x.shape[1:])
 
 
-def _hidden_padding(keys: Run, causal: bool, dtype: torch.dtype) -> Tensor | None:
+def _hidden_padding(keys: Padded, causal: bool, dtype: torch.dtype) -> Tensor | None:
     """What hides padding keys, added to the scores [N, 1, 1, B]. None where nothing need hide them: in causal segments,
     whose queries and keys are the same, they come after all real queries."""
     if causal or keys.real.all():

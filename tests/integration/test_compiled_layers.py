@@ -66,7 +66,7 @@ def test_inductors_code_takes_the_same_steps(ranks, options, tiny_folder, tmp_pa
 
 
 def test_flash_attention_stays_apart(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
-    """Compiled layers call flash attention, which cuts them: the same log-probs and gradients as SDPA's in plain layers,
+    """Compiled layers call flash attention, which cuts them. Log-probs and gradients are those of SDPA in plain layers,
     and nothing is compiled anew for other lengths."""
     monkeypatch.setattr("rethinker.policy.model.compile_layers", partial(compile_layers, backend="eager"))
     torch._dynamo.reset()

@@ -20,6 +20,7 @@ ROWS = {
     "no response token": [(4, []), (3, [0])],
     "no answer first": [(3, []), (2, [1, 1])],
     "one group of one": [(6, [8])],
+    "of about the same lengths": [(7, [3, 9]), (5, [11]), (6, [4, 4, 4])],
 }
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -91,15 +92,36 @@ def keep_the_sums(out, lse, other, other_lse, rows):
     merge_attention(out, lse.clone(), other, other_lse, rows)
 
 
-@pytest.mark.parametrize("fault", ["parts weigh the same", "backward of unmerged sums", "no gradient of shared keys"])
+FAULTS = {
+    "parts weigh the same": (segment_attention, "merge_attention", share_equally),
+    "backward of unmerged sums": (segment_attention, "merge_attention", keep_the_sums),
+    "no gradient of shared keys": (torch.Tensor, "index_add_", lambda self, *_: self),
+    "padding keys are seen": (segment_attention, "_hidden_padding", lambda *_: None),
+    "padding is not told apart": (torch.Tensor, "masked_fill", lambda self, mask, value: self),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_planted_faults_are_seen(fault, monkeypatch):
     """The comparison above is able to fail."""
-    if fault == "no gradient of shared keys":
-        monkeypatch.setattr(torch.Tensor, "index_add_", lambda self, *_: self)
-    else:
-        merge = share_equally if fault == "parts weigh the same" else keep_the_sums
-        monkeypatch.setattr(segment_attention, "merge_attention", merge)
-    assert shared_error(ROWS["many"], torch.float64) > 1e-3
+    monkeypatch.setattr(*fault)
+    assert not shared_error(ROWS["of about the same lengths"], torch.float64) < 1e-3
+
+
+def test_segments_of_about_the_same_lengths_share_a_call():
+    """However many segments a row has, the CPU's kernel is called for a few lengths, and at most a quarter of a
+    segment, or 7 tokens, is padding; every token of a segment that has queries and keys is in one call."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randint(0, high, (1000,), generator=generator) for high in (97, 33))
+    padded = Segments.of(queries, keys).padded
+    assert len(padded) <= 10 * 4  # to 8, 16, 24, 32, 40, 48, 56, 64, 80, 96 queries and 8, 16, 24, 32 keys
+    for side, lengths in enumerate((queries, keys)):
+        of_call = [call[side] for call in padded]
+        assert all(((~call.real).sum(1) <= (call.real.sum(1) / 4).clamp(min=7)).all() for call in of_call)
+        starts, both = lengths.cumsum(0) - lengths, (queries > 0) & (keys > 0)
+        expected = [torch.arange(a, a + n) for a, n in zip(starts[both], lengths[both], strict=True)]
+        found = torch.cat([call.into[call.real.flatten()] for call in of_call])
+        assert found.sort().values.tolist() == torch.cat(expected).tolist()
 
 
 def test_images_and_windows_see_themselves():
