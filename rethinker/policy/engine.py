@@ -20,7 +20,7 @@ from rethinker.config import Config, ConfigError, one_line
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora, optimizer_state
 from rethinker.policy.lora import FullWeights
-from rethinker.policy.model import Policy, load_model
+from rethinker.policy.model import Policy, gather_by_layer, load_model
 from rethinker.policy.out_of_memory import Plan, explained, noted_budget, reduce_budget
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.policy.zero3 import deepspeed_config, without_optimizer
@@ -93,12 +93,14 @@ class PolicyEngine:
             frozen = without_optimizer(settings)
             announced = HfDeepSpeedConfig(frozen)
             reference = Policy(load_model(initial_dir, dtype), config.policy).requires_grad_(False)
+            gather_by_layer(reference)
             self.reference, *_ = deepspeed.initialize(model=reference, config=frozen)
         del announced  # or the rollout's own copy of the model would be partitioned too
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay
         )
+        gather_by_layer(model)
         # eval(): no dropout in the policy, the ratio would not be 1 on policy.
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=self.policy.eval(), optimizer=optimizer, config=settings, model_parameters=trained

@@ -77,7 +77,6 @@ class Policy(nn.Module):
         super().__init__()
         self.kernel = kernel_for(config, torch.cuda.is_available())
         self.freeze_vision = config.freeze_vision or bool(config.lora.rank)
-        self.compiled = config.compile
         self.family = family_of(model.config.model_type)
         model.lm_head = LossHead.around(model.lm_head)
         use_onednn(model)
@@ -124,7 +123,7 @@ class Policy(nn.Module):
         """
         device = batch.input_ids.device
         embeds, spots, deep = self._embed(batch)  # [T, D]
-        if self.compiled and torch.is_grad_enabled() and not embeds.requires_grad:  # a frozen embedding, under adapters
+        if torch.is_grad_enabled() and not embeds.requires_grad:  # a frozen embedding, under adapters
             # ZeRO-3 takes a whole layer's gradients away in a hook that comes before them if no input has one.
             embeds.requires_grad_()
         layout = moved(lay_out(batch, self.kernel), device)
@@ -176,19 +175,25 @@ class Policy(nn.Module):
             return self.family.features(self.hf, image_inputs)
 
 
+def gather_by_layer(model: nn.Module) -> None:
+    """Let ZeRO-3 gather the weights of a decoder or vision layer at once, before DeepSpeed has the model.
+
+    Its hooks around every linear layer and norm would take a small model a fifth of its step, and cut compiled layers.
+    """
+    from deepspeed.utils import set_z3_leaf_modules  # takes seconds to import
+
+    layers = {type(module) for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
+    set_z3_leaf_modules(model, list(layers))
+
+
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """Compile the forwards of a language model's decoder layers in place (policy.compile), before DeepSpeed has it.
 
     There is one graph for batches laid out in one row and one for several, each with and without gradients: four at
-    most, whatever the shapes, since the layers share their class's code. ZeRO-3 gathers a module's weights in hooks
-    around its forward, and hooks inside a compiled function would cut it at every linear layer. So ZeRO-3 gathers a
-    decoder layer as a whole, and the layer's `forward`, which stands inside its own hooks, is what is compiled.
+    most, whatever the shapes, since the layers share their class's code. ZeRO-3 gathers a layer's weights in hooks
+    around the whole of it (see `gather_by_layer`); what is compiled is its `forward`, which stands inside them.
     """
-    from deepspeed.utils import set_z3_leaf_modules  # takes seconds to import, and few runs compile
-
-    layers = model.model.language_model.layers
-    set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
-    for layer in layers:
+    for layer in model.model.language_model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
 
