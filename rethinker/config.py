@@ -158,8 +158,8 @@ class PolicyConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more compute."""
     compile: bool = False
-    """torch.compile of the decoder layers: faster and less memory for activations, after a first step that compiles.
-    ZeRO-3 then gathers a whole layer's weights at a time."""
+    """torch.compile of the decoder layers: less memory for activations, after a first step that compiles. ZeRO-3 then
+    gathers a whole layer's weights at a time, however large the layer is."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
 

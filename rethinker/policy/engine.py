@@ -88,19 +88,21 @@ class PolicyEngine:
         if resumed:
             lora.load(self.adapters, saved)
         self.policy = Policy(model, config.policy)
+        bucket = settings["zero_optimization"]["stage3_prefetch_bucket_size"]
+        largest = math.inf if config.policy.compile else bucket
         self.reference = None
         if config.algorithm.kl_coef > 0 and not (self.adapters and initial_dir == Path(self.base_dir)):
             frozen = without_optimizer(settings)
             announced = HfDeepSpeedConfig(frozen)
             reference = Policy(load_model(initial_dir, dtype), config.policy).requires_grad_(False)
-            gather_by_layer(reference)
+            gather_by_layer(reference.hf, largest)
             self.reference, *_ = deepspeed.initialize(model=reference, config=frozen)
         del announced  # or the rollout's own copy of the model would be partitioned too
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay
         )
-        gather_by_layer(model)
+        gather_by_layer(model, largest)
         # eval(): no dropout in the policy, the ratio would not be 1 on policy.
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=self.policy.eval(), optimizer=optimizer, config=settings, model_parameters=trained

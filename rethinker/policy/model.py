@@ -175,15 +175,24 @@ class Policy(nn.Module):
             return self.family.features(self.hf, image_inputs)
 
 
-def gather_by_layer(model: nn.Module) -> None:
+def gather_by_layer(model: nn.Module, largest: float) -> None:
     """Let ZeRO-3 gather the weights of a decoder or vision layer at once, before DeepSpeed has the model.
 
     Its hooks around every linear layer and norm would take a small model a fifth of its step, and cut compiled layers.
+
+    Args:
+        model: of transformers.
+        largest: elements of the largest layer for which it does so. Such a layer waits for all of its weights, which
+            have been fetched by then if ZeRO-3's prefetch bucket holds them.
     """
     from deepspeed.utils import set_z3_leaf_modules  # takes seconds to import
 
-    layers = {type(module) for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
-    set_z3_leaf_modules(model, list(layers))
+    sizes: dict[type[nn.Module], int] = {}
+    for layer in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
+        size = sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters())  # of partitioned weights, too
+        sizes[type(layer)] = max(size, sizes.get(type(layer), 0))
+    if kinds := [kind for kind, size in sizes.items() if size <= largest]:
+        set_z3_leaf_modules(model, kinds)
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
@@ -191,7 +200,7 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
 
     There is one graph for batches laid out in one row and one for several, each with and without gradients: four at
     most, whatever the shapes, since the layers share their class's code. ZeRO-3 gathers a layer's weights in hooks
-    around the whole of it (see `gather_by_layer`); what is compiled is its `forward`, which stands inside them.
+    around the whole of it (`gather_by_layer`); what is compiled is its `forward`, which stands inside them.
     """
     for layer in model.model.language_model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)

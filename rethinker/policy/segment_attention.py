@@ -23,8 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Padded:
-    """Sides (queries or keys) of N segments of a row, as a kernel takes them that knows one length only, their longest
-    A. What pads a segment repeats its last token."""
+    """The queries, or the keys, of N segments, each padded to A tokens, the longest one's, by its last token."""
 
     places: Tensor  # [N * A] int64, in the row of T tokens
     real: Tensor  # [N, A] bool: is no padding
@@ -192,12 +191,12 @@ def _cpu_forward(q, k, v, segments, causal, scale):
         part, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(queries.of_row(q), keys.of_row(k), keys.of_row(v)),
             *(0.0, causal),
-            attn_mask=_hidden_padding(keys, causal, q.dtype),
+            attn_mask=_padding_mask(keys, causal, q.dtype),
             scale=scale,
         )
         queries.into_row(part, out)
         queries.into_row(sums[..., None], lse[..., None])
-    return out[:T], lse[:T].t()
+    return out[:T], lse[:T].t().contiguous()
 
 
 def _cpu_backward(grad, q, k, v, out, lse, segments, causal, scale):
@@ -208,7 +207,7 @@ def _cpu_backward(grad, q, k, v, out, lse, segments, causal, scale):
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(queries.of_row(grad), queries.of_row(q), keys.of_row(k), keys.of_row(v), queries.of_row(out)),
             *(sums, 0.0, causal),
-            attn_mask=_hidden_padding(keys, causal, q.dtype),
+            attn_mask=_padding_mask(keys, causal, q.dtype),
             scale=scale,
         )
         for side, part, row in zip((queries, keys, keys), parts, gradients, strict=True):
@@ -221,7 +220,7 @@ def _row_for(x: Tensor) -> Tensor:
     return x.new_zeros(len(x) + 1, *x.shape[1:])
 
 
-def _hidden_padding(keys: Padded, causal: bool, dtype: torch.dtype) -> Tensor | None:
+def _padding_mask(keys: Padded, causal: bool, dtype: torch.dtype) -> Tensor | None:
     """What hides padding keys, added to the scores [N, 1, 1, B]. None where nothing need hide them: in causal segments,
     whose queries and keys are the same, they come after all real queries."""
     if causal or keys.real.all():

@@ -8,13 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from rethinker.policy.model import compile_layers
+from rethinker.policy.model import compile_layers, gather_by_layer, load_model
 from tests import forked
 from tests.integration import compiled_steps
 from tests.integration.compiled_steps import COMPILED_BY
 from tests.integration.test_zero3 import relative_error
 from tests.policy.conftest import tiny_folder  # noqa: F401  (a fixture)
 from tests.policy.switches import batch_for, errors, make, outcome
+
+
+def test_layers_that_fit_the_prefetch_bucket_are_gathered_at_once(tiny_folder):  # noqa: F811
+    """A larger one would wait for weights that could not be fetched before it."""
+    from deepspeed.utils import get_z3_leaf_modules
+
+    def gathered(largest: float) -> set[str]:
+        model = load_model(tiny_folder, torch.float32)
+        gather_by_layer(model, largest)
+        return {type(module).__name__ for module in get_z3_leaf_modules(model)}
+
+    layer = load_model(tiny_folder, torch.float32).model.language_model.layers[0]
+    size = sum(p.numel() for p in layer.parameters())
+    assert gathered(size) == {"Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"}
+    assert gathered(size - 1) == {"Qwen2_5_VLVisionBlock"} and gathered(0) == set()
 
 
 def launch(model: Path, scratch: Path, *runs: str, ranks: int = 1) -> dict:

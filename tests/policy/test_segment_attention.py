@@ -96,7 +96,7 @@ FAULTS = {
     "parts weigh the same": (segment_attention, "merge_attention", share_equally),
     "backward of unmerged sums": (segment_attention, "merge_attention", keep_the_sums),
     "no gradient of shared keys": (torch.Tensor, "index_add_", lambda self, *_: self),
-    "padding keys are seen": (segment_attention, "_hidden_padding", lambda *_: None),
+    "padding keys are seen": (segment_attention, "_padding_mask", lambda *_: None),
     "padding is not told apart": (torch.Tensor, "masked_fill", lambda self, mask, value: self),
 }
 
@@ -106,6 +106,14 @@ def test_planted_faults_are_seen(fault, monkeypatch):
     """The comparison above is able to fail."""
     monkeypatch.setattr(*fault)
     assert not shared_error(ROWS["of about the same lengths"], torch.float64) < 1e-3
+
+
+def test_log_sums_are_as_merging_wants_them():
+    """[H, T] contiguous: the Triton half of merge_attention, in its interpreter, too, counts on it."""
+    lengths = torch.tensor([3, 5])
+    q, k, v, _ = inputs(8, 4, 2, 16, torch.float32)
+    out, lse = segment_attention._cpu_forward(q, k, v, Segments.of(lengths, lengths), True, 0.3)
+    assert (out.shape, lse.shape) == ((8, 4, 16), (4, 8)) and out.is_contiguous() and lse.is_contiguous()
 
 
 def test_segments_of_about_the_same_lengths_share_a_call():
