@@ -16,9 +16,9 @@ Each run answers the test questions greedily before its first step, after its la
 curve over tokens. Nothing follows from these answers: the policy that counts is the last one, never the best.
 
 Writes benchmarks/results/<gpu or cpu>/ablation.json and .md after every run, and the paper's figures 2, 5, 6 and 7 at
-the end. Tables that were not asked for stay as they are, each with its own budget. An ablation that was interrupted
-goes on where it stopped; the runs themselves stay in --runs. A run that fails stops none but those that start from it;
-it is reported at the end, and the exit code is then 1.
+the end. Tables that were not asked for stay there, each with its own budget; one that was asked for is replaced by what
+is done of it. An ablation that was interrupted goes on where it stopped; the runs themselves stay in --runs. A run that
+fails stops none but those that start from it; it is reported at the end, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -288,36 +288,36 @@ class Ablation:
                 found += own
         return found
 
+    def table(self, task: str, part: str, machine: Mapping[str, Any]) -> dict[str, Any]:
+        """What is done of one table, and how."""
+        known = PARTS[part] if "GRPO" in PARTS[part] else METHODS
+        references = {name: self.results(task, known[name]) for name in REFERENCES if name in known}
+        done = {name: self.results(task, method) for name, method in PARTS[part].items()}
+        return {
+            **{"task": task, "part": part, "tokens": self.budget(task), "questions": self.questions},
+            **{"first_stage": FIRST_SHARE, "machine": machine},
+            "rows": [{"method": name, **summarise(own, references)} for name, own in done.items() if own],
+        }
+
     def report(self, machine: Mapping[str, Any], folder: Path, figures: bool) -> str:
-        """Write ablation.json and .md of the runs that are done, and the figures if asked to; the tables as text."""
-        summary = []
-        for task in self.tasks:
-            for part in (part for part in self.parts if part in PARTS):
-                known = PARTS[part] if "GRPO" in PARTS[part] else METHODS
-                references = {name: self.results(task, known[name]) for name in REFERENCES if name in known}
-                for name, method in PARTS[part].items():
-                    if own := self.results(task, method):
-                        table = {"task": task, "part": part, "budget": self.budget(task)}
-                        summary.append(table | {"method": name, **summarise(own, references)})
-        _add_tables_of_before(folder / "ablation.json", summary)
-        content = {"machine": machine, "first_stage": FIRST_SHARE, "summary": summary}
-        text = tables(summary)
+        """Write ablation.json and .md, in which a table of which nothing is done stays as it was, and the figures of
+        the tables asked for, if asked to; all tables as text."""
+        file, asked = folder / "ablation.json", [(t, p) for t in self.tasks for p in PARTS if p in self.parts]
+        written = json.loads(file.read_text(encoding="utf-8")).get("tables", []) if file.is_file() else []
+        kept = {(table["task"], table["part"]): table for table in written}
+        kept |= {key: table for key in asked if (table := self.table(*key, machine))["rows"]}
+        content = [kept[task, part] for task in TASKS for part in PARTS if (task, part) in kept]
+        text = tables(content)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
+        _write(file, json.dumps({"tables": content}, indent=2) + "\n")
         _write(folder / "ablation.md", text)
         for task in self.tasks if figures else ():
-            own = {name: self.results(task, method) for name, method in METHODS.items()}
-            draw_figures(task, {name: found for name, found in own.items() if found}, self.evaluations(task), folder)
+            own = METHODS if "methods" in self.parts else {}
+            done = {name: found for name, method in own.items() if (found := self.results(task, method))}
+            answered = self.evaluations(task) if "rethinking" in self.parts else []
+            trained = self.results(task, METHODS["SSR"])[0]["by_category"] if answered else ()
+            draw_figures(task, done, answered, trained, folder)
         return text
-
-
-def _add_tables_of_before(file: Path, summary: list[dict[str, Any]]) -> None:
-    """Add the tables of earlier reports that no new one replaces."""
-    new = {(row["task"], row["part"]) for row in summary}
-    before = json.loads(file.read_text(encoding="utf-8"))["summary"] if file.is_file() else ()
-    summary += [row for row in before if row["part"] in PARTS and (row["task"], row["part"]) not in new]
-    tasks, parts = list(TASKS), list(PARTS)
-    summary.sort(key=lambda row: (tasks.index(row["task"]), parts.index(row["part"])))
 
 
 def _write(file: Path, text: str) -> None:

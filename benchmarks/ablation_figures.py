@@ -19,22 +19,28 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]
 """By method what it learned, one per seed (ablation_summary.joined)."""
 
 
-def draw_figures(task: str, results: Results, evaluations: Sequence[tuple[str, str, Path]], folder: Path) -> list[Path]:
+def draw_figures(
+    task: str,
+    results: Results,
+    evaluations: Sequence[tuple[str, str, Path]],
+    categories: Collection[str],
+    folder: Path,
+) -> list[Path]:
     """Write ablation_<task>_<figure>.svg of what is there.
 
     Args:
         task: in the files' names.
         results: of the methods, in the order of the legend.
         evaluations: method, mode and folder of each result of `rethinker eval`.
+        categories: those of the questions that count in evaluations.
         folder: where the figures go.
     """
     figures = {}
     if results:
         figures = {"effective_queries": effective_queries(results), "curves": curves(results)}
         figures["advantages"] = in_our_look(advantages)([_as_run(name, own) for name, own in results.items()])
-        if evaluations:
-            trained = next(iter(results.values()))[0]["by_category"]
-            figures["rethinking"] = rethinking_analysis(compare(by_category(evaluations, trained))[1])
+    if evaluations:
+        figures["rethinking"] = rethinking_analysis(compare(by_category(evaluations, categories))[1])
     return [save_figure(drawn, folder / f"ablation_{task}_{name}.svg") for name, drawn in figures.items() if drawn]
 
 

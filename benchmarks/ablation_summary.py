@@ -6,7 +6,6 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -177,19 +176,19 @@ COLUMNS = (
 )
 
 
-def tables(summary: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table per task and part, of the rows of `summarise` with their task, part and method."""
+def tables(content: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table for each of `content`, which says its task, part, budget in sampled tokens, and rows: of
+    `summarise`, with the method."""
     parts = []
-    for (task, part), rows in groupby(summary, key=lambda row: (row["task"], row["part"])):
+    for table in content:
         lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        own = list(rows)
-        lines += [f"| {' | '.join(_cells(row))} |" for row in own]
-        before = [row["accuracy_before"] for row in own]
-        said = f"accuracy {before[0]:.3f} before the first step"
+        lines += [f"| {' | '.join(_cells(row))} |" for row in table["rows"]]
+        before = [row["accuracy_before"] for row in table["rows"]]
+        said = f"Every method samples {table['tokens']:,} tokens, and what ends the episode. "
+        said += f"The accuracy before the first step is {before[0]:.3f}"
         if max(before) - min(before) > 0.005:  # greedy answers of the same model
             said += f", and up to {max(before) - min(before):.3f} apart: these runs did not start from the same model"
-        budget = f"{own[0]['budget']:,} sampled tokens or as much as ends an episode"
-        parts.append(f"## {task}: {part}\n\n{budget}, from {said}.\n\n" + "\n".join(lines) + "\n")
+        parts.append(f"## {table['task']}: {table['part']}\n\n{said}.\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 
 

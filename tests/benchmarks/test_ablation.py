@@ -244,25 +244,17 @@ class TestNumbers:
     def test_tables(self):
         """A table per part, whose rows have equally many cells, and a warning where models differed at the start."""
         own = {name: [result(seed, 0.5 + 0.1 * seed) for seed in range(3)] for name in METHODS}
-        rows = [
-            {"task": "sums", "part": "methods", "budget": 9, "method": n, **summary.summarise(r, own)}
-            for n, r in own.items()
-        ]
-        rows += [
-            {
-                "task": "sums",
-                "part": "alpha",
-                "budget": 8,
-                "method": "alpha 0",
-                **summary.summarise(own["SSR"][:1], own),
-            }
-        ]
-        text = summary.tables(rows)
+        rows = [{"method": name, **summary.summarise(results, own)} for name, results in own.items()]
+        alone = [{"method": "alpha 0", **summary.summarise(own["SSR"][:1], own)}]
+        methods = {"task": "sums", "part": "methods", "tokens": 9000}
+        content = [methods | {"rows": rows}, {"task": "sums", "part": "alpha", "tokens": 8000, "rows": alone}]
+        text = summary.tables(content)
         lines = [line for line in text.splitlines() if line.startswith("|")]
         assert len(lines) == 6 + 3 and len({line.count("|") for line in lines}) == 1
         assert "## sums: methods" in text and "## sums: alpha" in text and "same model" not in text
         assert "| full | 0.600 ± 0.248 | +0.000 ± 0.000 |" in text and "| alpha 0 | 0.500 | +0.000 |" in text
-        assert "same model" in summary.tables([rows[0], rows[1] | {"accuracy_before": 0.6}])
+        assert "9,000 tokens" in text and "8,000 tokens" in text
+        assert "same model" in summary.tables([methods | {"rows": [rows[0], rows[1] | {"accuracy_before": 0.6}]}])
 
 
 METRICS = {**dict.fromkeys(summary.PER_STEP, 0.25), "advantage_histogram": [2, 1, 0, 0, 0, 0]}
@@ -331,6 +323,9 @@ class TestWhole:
         places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
         return ablation.main(["--tasks", "easy_vqa", "--seeds", "0", "--tokens", "1000", *places, *more])
 
+    def tables(self, tmp_path: Path) -> list[dict]:
+        return json.loads((tmp_path / "out" / "cpu" / "ablation.json").read_text())["tables"]
+
     def test_from_nothing_to_tables_and_figures(self, tmp_path, calls):
         assert self.main(tmp_path, "--parts", "methods", "rethinking", "--seeds", "0", "1") == 0
         found = calls()
@@ -345,9 +340,9 @@ class TestWhole:
                 own, first = settings["--run.name"], Path(settings["--policy.model"])
                 assert first.parts[-2:] == ("checkpoints", "last") and "stage1" in first.parts[-3]
                 assert first.parts[-3].split("-")[1] == own.split("-")[1] and own.split("-")[-2] in first.parts[-3]
-        report = json.loads((tmp_path / "out" / "cpu" / "ablation.json").read_text())
-        rows = {row["method"]: row for row in report["summary"]}
-        assert list(rows) == list(METHODS) and {row["budget"] for row in rows.values()} == {1000}
+        (table,) = self.tables(tmp_path)
+        rows = {row["method"]: row for row in table["rows"]}
+        assert list(rows) == list(METHODS) and (table["tokens"], table["questions"]) == (1000, 2000)
         assert rows["GRPO"]["accuracies"] == pytest.approx([0.5, 0.5])
         assert rows["full"]["minus"]["GRPO"]["mean"] == pytest.approx(0.1)
         assert rows["full"]["share_of_grpos_tokens"] < rows["GRPO"]["share_of_grpos_tokens"] == pytest.approx(1.0)
@@ -357,11 +352,15 @@ class TestWhole:
             f"ablation_easy_vqa_{name}.svg" for name in ("effective_queries", "curves", "advantages", "rethinking")
         }
 
+    def test_figure_7_alone(self, tmp_path, calls):
+        """The other figures would be of those methods alone that it needs."""
+        assert self.main(tmp_path, "--parts", "rethinking") == 0
+        assert [path.name for path in (tmp_path / "out" / "cpu").glob("*.svg")] == ["ablation_easy_vqa_rethinking.svg"]
+
     def test_a_table_with_grpo_of_its_own_is_compared_with_that(self, tmp_path, calls):
         """In groups of 2 SSR is compared with GRPO in groups of 2, of which the methods' table knows nothing."""
         assert self.main(tmp_path, "--parts", "groups_of_2", "forced") == 0
-        report = json.loads((tmp_path / "out" / "cpu" / "ablation.json").read_text())
-        rows = {(row["part"], row["method"]): row for row in report["summary"]}
+        rows = {(table["part"], row["method"]): row for table in self.tables(tmp_path) for row in table["rows"]}
         assert rows["groups_of_2", "SSR"]["minus"]["GRPO"]["seeds"] == 1
         assert "full" not in rows["groups_of_2", "SSR"]["minus"]
         # Nothing of the methods' table has run but SSR, which forces none, and the full method.
@@ -369,20 +368,29 @@ class TestWhole:
         assert against["GRPO"] is None and against["full"]["seeds"] == 1 and against["SSR"]["seeds"] == 1
         assert "| SSR |" in (tmp_path / "out" / "cpu" / "ablation.md").read_text()
 
-    def test_a_report_replaces_its_own_tables_alone(self, tmp_path, calls):
-        """Runs of one table can be elsewhere when another one is made, and have another budget."""
-        parts = lambda: [row["part"] for row in json.loads(file.read_text())["summary"]]  # noqa: E731
-        file = tmp_path / "out" / "cpu" / "ablation.json"
-        assert self.main(tmp_path, "--parts", "alpha") == 0
+    def test_a_report_replaces_its_own_tables_alone(self, tmp_path, calls, monkeypatch):
+        """Runs of another table can be elsewhere, and of another machine, version and budget: it says so itself, and
+        stays; so do the figures of the methods."""
+        assert self.main(tmp_path, "--parts", "methods") == 0
         (tmp_path / "runs").rename(tmp_path / "elsewhere")
         (tmp_path / "warm-easy_vqa").unlink()
-        assert self.main(tmp_path, "--parts", "methods") == 0
-        assert parts() == ["methods"] * 4 + ["alpha"] * 4
-        assert "## easy_vqa: alpha" in (file.parent / "ablation.md").read_text()
-        (tmp_path / "warm-easy_vqa").unlink()
-        assert self.main(tmp_path, "--parts", "methods", "--tokens", "2000") == 0
-        budgets = [(row["part"], row["budget"]) for row in json.loads(file.read_text())["summary"]]
-        assert budgets == [("methods", 2000)] * 4 + [("alpha", 1000)] * 4
+        figures = {path: path.read_text() for path in (tmp_path / "out" / "cpu").glob("*.svg")}
+        monkeypatch.setattr(ablation, "describe", lambda: {"gpu": None, "commit": "another"})
+        assert self.main(tmp_path, "--parts", "alpha", "--tokens", "2000") == 0
+        said = [
+            (table["part"], table["tokens"], table["machine"], len(table["rows"])) for table in self.tables(tmp_path)
+        ]
+        now = {"gpu": None, "commit": "another"}
+        assert said == [("methods", 1000, {"gpu": None}, 4), ("alpha", 2000, now, 4)]
+        text = (tmp_path / "out" / "cpu" / "ablation.md").read_text()
+        assert text.index("1,000 tokens") < text.index("2,000 tokens")
+        assert figures and {path: path.read_text() for path in (tmp_path / "out" / "cpu").glob("*.svg")} == figures
+
+    def test_a_report_of_another_form_is_replaced(self, tmp_path, calls):
+        (tmp_path / "out" / "cpu").mkdir(parents=True)
+        (tmp_path / "out" / "cpu" / "ablation.json").write_text('{"summary": []}')
+        assert self.main(tmp_path, "--parts", "alpha") == 0
+        assert [table["part"] for table in self.tables(tmp_path)] == ["alpha"]
 
     def test_a_second_time_nothing_is_run(self, tmp_path, calls):
         assert self.main(tmp_path, "--parts", "methods") == 0
@@ -464,10 +472,10 @@ class TestFigures:
 
     def test_every_method_is_in_every_figure(self, tmp_path):
         results = {name: [result(seed, 0.5) for seed in range(2)] for name in METHODS}
-        files = ablation_figures.draw_figures("sums", results, [], tmp_path)
+        files = ablation_figures.draw_figures("sums", results, [], [], tmp_path)
         assert [file.name for file in files] == [
             f"ablation_sums_{name}.svg" for name in ("effective_queries", "curves", "advantages")
         ]
         for file in files:
             assert all(f">{name}<" in file.read_text() for name in METHODS)
-        assert ablation_figures.draw_figures("sums", {}, [], tmp_path) == []
+        assert ablation_figures.draw_figures("sums", {}, [], [], tmp_path) == []
