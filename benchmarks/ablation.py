@@ -294,8 +294,12 @@ class Ablation:
         references = {name: self.results(task, known[name]) for name in REFERENCES if name in known}
         done = {name: self.results(task, method) for name, method in PARTS[part].items()}
         return {
-            **{"task": task, "part": part, "tokens": self.budget(task), "questions": self.questions},
-            **{"first_stage": FIRST_SHARE, "machine": machine},
+            "task": task,
+            "part": part,
+            "tokens": self.budget(task),
+            "first_stage": FIRST_SHARE,
+            "questions": self.questions,
+            "machine": machine,
             "rows": [{"method": name, **summarise(own, references)} for name, own in done.items() if own],
         }
 

@@ -127,7 +127,7 @@ class _Attend(torch.autograd.Function):
         shared = visible.shared
         out, lse = _forward(q, k, v, visible.own, visible.causal, scale)
         if shared is not None:
-            part = _forward(q, *_of(shared, k, v), shared.segments, False, scale)
+            part = _forward(q, *_shared(shared, k, v), shared.segments, False, scale)
             merge_attention(out, lse, *part, shared.queries)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.visible, ctx.scale = visible, scale
@@ -139,14 +139,15 @@ class _Attend(torch.autograd.Function):
         visible, scale, shared = ctx.visible, ctx.scale, ctx.visible.shared
         dq, dk, dv = _backward(grad, q, k, v, out, lse, visible.own, visible.causal, scale)
         if shared is not None:
-            part = _backward(grad, q, *_of(shared, k, v), out, lse, shared.segments, False, scale)
+            part = _backward(grad, q, *_shared(shared, k, v), out, lse, shared.segments, False, scale)
             dq += part[0]
             dk.index_add_(0, shared.keys, part[1])
             dv.index_add_(0, shared.keys, part[2])
         return dq, dk, dv, None, None
 
 
-def _of(shared, k, v):
+def _shared(shared, k, v):
+    """The shared prompts' keys and values, [S, K, E] each."""
     return k.index_select(0, shared.keys), v.index_select(0, shared.keys)
 
 
@@ -189,8 +190,11 @@ def _cpu_forward(q, k, v, segments, causal, scale):
     out, lse = _row_for(q), q.new_full((T + 1, H), torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for queries, keys in segments.padded:
         part, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(queries.of_row(q), keys.of_row(k), keys.of_row(v)),
-            *(0.0, causal),
+            queries.of_row(q),
+            keys.of_row(k),
+            keys.of_row(v),
+            dropout_p=0.0,
+            is_causal=causal,
             attn_mask=_padding_mask(keys, causal, q.dtype),
             scale=scale,
         )
@@ -205,8 +209,14 @@ def _cpu_backward(grad, q, k, v, out, lse, segments, causal, scale):
         # With inf a padding query's probabilities are 0, and so are its shares of the gradients.
         sums = queries.of_row(lse.t()[..., None])[..., 0].masked_fill(~queries.real[:, None], torch.inf)  # [N, H, A]
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(queries.of_row(grad), queries.of_row(q), keys.of_row(k), keys.of_row(v), queries.of_row(out)),
-            *(sums, 0.0, causal),
+            queries.of_row(grad),
+            queries.of_row(q),
+            keys.of_row(k),
+            keys.of_row(v),
+            queries.of_row(out),
+            sums,
+            dropout_p=0.0,
+            is_causal=causal,
             attn_mask=_padding_mask(keys, causal, q.dtype),
             scale=scale,
         )

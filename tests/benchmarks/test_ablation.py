@@ -1,4 +1,4 @@
-"""The ablation's plan, its processes, its numbers and its figures. Small processes stand for the training runs."""
+"""The ablation's plan, and the whole of it. Small processes stand for the training runs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 
-from benchmarks import ablation, ablation_figures, ablation_runs
-from benchmarks import ablation_summary as summary
+from benchmarks import ablation
 from benchmarks.ablation import METHODS, PARTS, Ablation, Method, Task, stages
-from benchmarks.ablation_runs import Job, UnfinishedError, run_all
+from benchmarks.ablation_runs import UnfinishedError
 from rethinker.settings import resolve_config
-
-CATEGORIES = {"2 terms": 1.0, "3 terms": 0.25}
+from tests.benchmarks.test_ablation_summary import CATEGORIES, METRICS, write_run
 
 
 def names(task: str, method, seed: int = 0, tokens: int = 1000, questions: int = 100) -> tuple[str, str]:
@@ -101,178 +97,6 @@ class TestPlan:
         assert seeds == sorted(seeds, reverse=True) and 0 < sum(seeds) < len(seeds)
         for number, job in enumerate(jobs):
             assert job.after is None or job.after in jobs[:number]
-
-
-def script(tmp_path: Path, name: str, code: str, after: Job | None = None) -> Job:
-    """A job that runs Python code in a folder, and is done when the code has made a file of the job's name."""
-
-    def finish() -> None:
-        if not (tmp_path / name).is_file():
-            raise UnfinishedError(f"it left no {name}")
-
-    command = [sys.executable, "-IS", "-c", f"import os, sys, time, signal\nos.chdir({str(tmp_path)!r})\n{code}"]
-    return Job(name, tmp_path / name, lambda: command, finish, after)
-
-
-class TestProcesses:
-    def run(self, tmp_path: Path, jobs: list[Job], at_once: int = 2, finished=lambda job: None) -> dict[str, str]:
-        return run_all(jobs, at_once, 3, tmp_path / "logs", finished)
-
-    def test_a_failed_job_stops_those_alone_that_need_it(self, tmp_path):
-        bad = script(tmp_path, "bad", "print('why it failed'); sys.exit(3)")
-        below = script(tmp_path, "below", "open('below', 'w')", bad)
-        further = script(tmp_path, "further", "open('further', 'w')", below)
-        empty = script(tmp_path, "empty", "print('no file')")
-        good = script(tmp_path, "good", "open('good', 'w').write(os.environ['OMP_NUM_THREADS'])")
-        seen: list[str] = []
-        failed = self.run(tmp_path, [bad, below, further, empty, good], finished=lambda job: seen.append(job.name))
-        assert set(failed) == {"bad", "below", "further", "empty"}
-        assert "exit code 3" in failed["bad"] and "why it failed" in failed["bad"]
-        assert failed["below"] == "was not started, since bad failed" and "below" in failed["further"]
-        assert "it left no empty" in failed["empty"] and "no file" in failed["empty"]
-        assert seen == ["good"] and (tmp_path / "good").read_text() == "3"
-        assert not (tmp_path / "below").exists()
-
-    def test_as_many_at_once_as_asked_and_each_after_its_own(self, tmp_path):
-        """Two jobs that wait for each other's file both end; a third one, which may not see them run, does so too."""
-        meet = "open('{0}.here', 'w')\nwhile not os.path.exists('{1}.here'): time.sleep(0.01)\n"
-        meet += "time.sleep(0.1); open('{0}', 'w'); open('{0}.gone', 'w')"
-        left = script(tmp_path, "left", meet.format("left", "right"))
-        right = script(tmp_path, "right", meet.format("right", "left"))
-        third = script(tmp_path, "third", "open('third', 'w') if os.path.exists('left.gone') else sys.exit(1)", left)
-        one = "os.mkdir('alone'); time.sleep(0.1); os.rmdir('alone'); open('{0}', 'w')"
-        assert self.run(tmp_path, [left, third, right]) == {}
-        assert self.run(tmp_path, [script(tmp_path, n, one.format(n)) for n in "abc"], at_once=1) == {}
-
-    def test_what_is_done_is_not_run_again(self, tmp_path):
-        (tmp_path / "done").write_text("before")
-        done = script(tmp_path, "done", "open('done', 'w').write('again')")
-        after = script(tmp_path, "after", "open('after', 'w')", done)
-        assert self.run(tmp_path, [done, after]) == {}
-        assert (tmp_path / "done").read_text() == "before" and (tmp_path / "after").exists()
-
-    @pytest.mark.parametrize("stubborn", [False, True])
-    def test_an_interruption_ends_what_runs(self, tmp_path, monkeypatch, stubborn):
-        """A run is asked to stop and saves itself; one that does not is ended."""
-        monkeypatch.setattr(ablation_runs, "STOP_S", 0.3 if stubborn else 20)
-        code = "open('pid', 'w').write(str(os.getpid()))\n"
-        code += "def stop(*_): open('saved', 'w')" + ("\n" if stubborn else "; sys.exit(0)\n")
-        code += "signal.signal(signal.SIGTERM, stop)\nopen('ready', 'w')\nwhile True: time.sleep(0.01)"
-        long = script(tmp_path, "long", code)
-        short = script(tmp_path, "short", "while not os.path.exists('ready'): time.sleep(0.01)\nopen('short', 'w')")
-
-        def interrupt(job: Job) -> None:
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            self.run(tmp_path, [long, short], finished=interrupt)
-        assert (tmp_path / "saved").exists()
-        assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
-
-
-def result(seed: int, accuracy: float, curve=None) -> dict:
-    steps = 8
-    per_step = {name: np.linspace(0.1, 0.8, steps).tolist() for name in summary.PER_STEP}
-    per_step["generated_tokens"] = [1000 * (step + 1) for step in range(steps)]
-    return {
-        **dict.fromkeys(summary.AVERAGED, 0.5),
-        "seed": seed,
-        "accuracy": accuracy,
-        "curve": curve or [[0, 0.3], [8000, accuracy]],
-        "by_category": CATEGORIES,
-        "advantages": [4, 3, 2, 1, 0, 0],
-        "per_step": per_step,
-    }
-
-
-class TestNumbers:
-    def test_intervals_are_those_of_a_paired_t_test(self):
-        """scipy's paired t-test gives the same mean and interval, whatever the order of the seeds."""
-        rng = np.random.default_rng(0)
-        ours, theirs = rng.normal(0.6, 0.05, 6), rng.normal(0.5, 0.05, 6)
-        forwards = [result(seed, accuracy) for seed, accuracy in enumerate(ours)]
-        backwards = [result(seed, accuracy) for seed, accuracy in enumerate(theirs)][::-1]
-        found = summary.difference(forwards, [*backwards, result(9, 5.0)])
-        low, high = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-        assert (found["mean"] - found["half_95"], found["mean"] + found["half_95"]) == pytest.approx((low, high))
-        assert found["seeds"] == 6
-        low, high = stats.ttest_1samp(ours, 0).confidence_interval(0.95)
-        mean, half = summary.interval(ours.tolist())
-        assert (mean - half, mean + half) == pytest.approx((low, high))
-
-    def test_a_constant_gap_has_no_width(self):
-        """However much the seeds differ, a difference that all of them have is certain."""
-        theirs = [result(seed, accuracy) for seed, accuracy in enumerate((0.5, 0.7, 0.9))]
-        ours = [result(seed, accuracy - 0.1) for seed, accuracy in enumerate((0.5, 0.7, 0.9))]
-        found = summary.difference(ours, theirs)
-        assert (found["mean"], found["half_95"]) == (pytest.approx(-0.1), pytest.approx(0, abs=1e-12))
-        assert summary.difference(ours[:1], theirs[1:]) is None
-        assert summary.difference(ours[:1], theirs)["half_95"] is None
-
-    def test_tokens_to_the_final_accuracy_of_grpo(self):
-        """A curve that rises twice as fast is there after half of the tokens, one that ends lower never is."""
-        slow = [result(seed, 0.5, [[0, 0.3], [4000, 0.4], [8000, 0.5]]) for seed in range(3)]
-        fast = [result(seed, 0.7, [[0, 0.3], [8000, 0.7]]) for seed in range(3)]
-        assert summary.share_of_tokens(fast, slow) == pytest.approx(0.5)
-        assert summary.share_of_tokens(slow, slow) == pytest.approx(1.0)
-        assert summary.share_of_tokens(slow, fast) is None
-        assert summary.share_of_tokens(fast, []) is None
-        longer = [result(seed, 0.7, [[0, 0.3], [10000, 0.3], [20000, 0.7]]) for seed in range(3)]
-        assert summary.share_of_tokens(longer, slow) == pytest.approx(15 / 8)
-
-    def test_a_lucky_point_is_not_the_first_to_reach_it(self):
-        """A single point above the level, after which the curve falls below it again, is averaged with the next one."""
-        slow = [result(0, 0.5, [[0, 0.3], [8000, 0.5]])]
-        lucky = [result(0, 0.5, [[0, 0.3], [2000, 0.51], [3000, 0.35], [8000, 0.5]])]
-        assert summary.share_of_tokens(lucky, slow) > 0.9
-
-    def test_stages_are_joined(self, tmp_path):
-        """Tokens go on from the first stage, the switch counts once, and the ends are those of the whole."""
-        both = []
-        for number, (steps, accuracies) in enumerate([(6, {0: 0.3, 4: 0.4, 6: 0.5}), (2, {0: 0.51, 2: 0.6})]):
-            write_run(tmp_path / str(number), steps, accuracies)
-            both.append(summary.stage_result(tmp_path / str(number)))
-        found = summary.joined(*both)
-        assert found["curve"] == [[0, 0.3], [400, 0.4], [600, 0.5], [800, 0.6]]
-        assert (found["accuracy_before"], found["accuracy_switch"], found["accuracy"]) == (0.3, 0.51, 0.6)
-        assert found["per_step"]["generated_tokens"] == [100 * step for step in range(1, 9)]
-        assert (found["steps"], found["generated_tokens"]) == (8, 800)
-        assert found["response_length_start"] == 1 and found["response_length_end"] == 1.5  # of the second's 1 and 2
-        assert (found["rethinks_start"], found["rethinks_end"]) == (0.5, 1.0)  # of the second stage alone
-        assert found["advantages"] == [16, 8, 0, 0, 0, 0]
-
-    def test_tables(self):
-        """A table per part, whose rows have equally many cells, and a warning where models differed at the start."""
-        own = {name: [result(seed, 0.5 + 0.1 * seed) for seed in range(3)] for name in METHODS}
-        rows = [{"method": name, **summary.summarise(results, own)} for name, results in own.items()]
-        alone = [{"method": "alpha 0", **summary.summarise(own["SSR"][:1], own)}]
-        methods = {"task": "sums", "part": "methods", "tokens": 9000}
-        content = [methods | {"rows": rows}, {"task": "sums", "part": "alpha", "tokens": 8000, "rows": alone}]
-        text = summary.tables(content)
-        lines = [line for line in text.splitlines() if line.startswith("|")]
-        assert len(lines) == 6 + 3 and len({line.count("|") for line in lines}) == 1
-        assert "## sums: methods" in text and "## sums: alpha" in text and "same model" not in text
-        assert "| full | 0.600 ± 0.248 | +0.000 ± 0.000 |" in text and "| alpha 0 | 0.500 | +0.000 |" in text
-        assert "9,000 tokens" in text and "8,000 tokens" in text
-        assert "same model" in summary.tables([methods | {"rows": [rows[0], rows[1] | {"accuracy_before": 0.6}]}])
-
-
-METRICS = {**dict.fromkeys(summary.PER_STEP, 0.25), "advantage_histogram": [2, 1, 0, 0, 0, 0]}
-
-
-def write_run(folder: Path, steps: int, accuracies: dict[int, float]) -> None:
-    """What a run of 100 tokens a step leaves."""
-    folder.mkdir(parents=True)
-    rows = [
-        METRICS
-        | {"step": step, "generated_tokens": 100 * step, "response_length_mean": step, "rethink_ratio": step / steps}
-        for step in range(1, steps + 1)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    held_out = [
-        {"step": s, "val_accuracy": a, "by_category": CATEGORIES, "questions": 8} for s, a in accuracies.items()
-    ]
-    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
 
 
 TRAINER = """#!{python} -IS
@@ -445,37 +269,3 @@ class TestWhole:
         with pytest.raises(UnfinishedError, match="500 of 600"):
             first.finish()
         assert not first.done.exists()
-
-
-class TestFigures:
-    def test_curves_meet_at_the_same_tokens(self):
-        """Seeds are compared where all of them have been."""
-        table = ablation_figures.over_tokens([([0, 4000], [0.0, 0.4]), ([1000, 5000], [0.1, 0.5])], points=4)
-        assert table.index.tolist() == [1.0, 2.0, 3.0, 4.0]
-        assert table[0].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4]) == table[1].tolist()
-
-    def test_rethinking_is_compared_by_category(self, tmp_path):
-        """The means over seeds of every category, and of all questions."""
-        found = []
-        for seed, rewards in enumerate(([1.0, 0.0, 0.0], [1.0, 1.0, 0.0])):
-            (tmp_path / str(seed)).mkdir()
-            answers = {
-                "category": ["2 terms", "3 terms", "3 terms", "never trained"],
-                "reward": [*rewards, 1.0],
-                "rethinks": [False, True, False, True],
-            }
-            pd.DataFrame(answers).to_parquet(tmp_path / str(seed) / "responses.parquet")
-            found.append(("SSR", "normal", tmp_path / str(seed)))
-        table = ablation_figures.by_category(found, CATEGORIES).set_index("benchmark")
-        assert table.accuracy.to_dict() == pytest.approx({"2 terms": 1.0, "3 terms": 0.25, "all": 0.5})
-        assert table.rethink_ratio.to_dict() == pytest.approx({"2 terms": 0.0, "3 terms": 0.5, "all": 1 / 3})
-
-    def test_every_method_is_in_every_figure(self, tmp_path):
-        results = {name: [result(seed, 0.5) for seed in range(2)] for name in METHODS}
-        files = ablation_figures.draw_figures("sums", results, [], [], tmp_path)
-        assert [file.name for file in files] == [
-            f"ablation_sums_{name}.svg" for name in ("effective_queries", "curves", "advantages")
-        ]
-        for file in files:
-            assert all(f">{name}<" in file.read_text() for name in METHODS)
-        assert ablation_figures.draw_figures("sums", {}, [], [], tmp_path) == []

@@ -1,4 +1,5 @@
-"""policy.compile under ZeRO-3: the same steps, one graph for all layers, and weights that do not stay gathered."""
+"""policy.compile under ZeRO-3, which gathers layers at once: the same steps as of plain layers that it gathers a matrix
+at a time, one graph for all layers, and weights that do not stay gathered."""
 
 from __future__ import annotations
 
