@@ -6,11 +6,13 @@
 Every method trains in two stages, as the paper does. The first is a share of the budget with the task's recipe, the
 second is a run of its own from the first one's last checkpoint, with the recipe of the second stage, for the rest. In
 the full method the second stage forces rethinking. All others take the same second stage with rethink.fraction=0, so
-the optimizer and replay begin anew in theirs, too. All responses have the second stage's room. A run is known by its
-settings, its seed, its budget and the run it starts from, and the same run is never done twice: the full method and SSR
-share their first stage, so what is between them is forced rethinking alone. The budget is of sampled tokens, with the
-second passes that are thrown away. A stage ends with the episode that reaches its share; what the first stage sampled
-beyond it is taken from the second.
+the optimizer and replay begin anew in theirs, too. All responses have the second stage's room. A seed is one of the
+warm-up, too: methods that are compared by seed start from the same model, and another seed from another one. The first
+run that needs a model makes it, with all cores, while others that need it wait. A run is known by its settings, its
+seed, its budget and the run it starts from, and the same run is never done twice: the full method and SSR share their
+first stage, so what is between them is forced rethinking alone. The budget is of sampled tokens, with the second passes
+that are thrown away. A stage ends with the episode that reaches its share; what the first stage sampled beyond it is
+taken from the second.
 
 Each run answers the test questions greedily before its first step, after its last, and now and then between, for the
 curve over tokens. Nothing follows from these answers: the policy that counts is the last one, never the best.
@@ -148,7 +150,8 @@ def stages(task: str, method: Method, seed: int, tokens: int, questions: int) ->
     room = max(_resolved(recipe)["rollout.max_new_tokens"] for recipe in recipes)  # for a first and a second answer
     asked = {"data.validation": TASKS[task].test, "validation.size": questions, "rollout.max_new_tokens": room}
     shared = SHARED | asked | method.both
-    first = _stage(task, recipes[0], shared | {"seed": seed, "train.max_generated_tokens": share}, method.both, None)
+    seeds = {"seed": seed, "policy.warmup.seed": seed}
+    first = _stage(task, recipes[0], {**shared, **seeds, "train.max_generated_tokens": share}, method.both, None)
     # Another seed: the second stage is not to begin with the questions of the first.
     own = {**shared, **method.second, "seed": seed + 1000, "train.max_generated_tokens": tokens}
     return first, _stage(task, recipes[1], own, method.both | method.second, first)
@@ -329,13 +332,6 @@ def _write(file: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def warm_up(task: str) -> None:
-    """Make the model that every run starts from, with all cores and once: runs that find none would each make it."""
-    from rethinker.embedded.files import model_folder
-
-    model_folder(resolve_config(TASKS[task].recipes[0], {"run.name": "any"}))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -357,11 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.out / ("cpu" if machine["gpu"] is None else machine["gpu"].replace(" ", "-").lower())
     failed = {}
     if not args.report:
-        missing = [job for job in jobs if not job.done.is_file()]
-        for task in args.tasks:
-            if any(job.after is None and job.name.startswith(f"{task}-") for job in missing):
-                warm_up(task)
-        done = len(jobs) - len(missing)
+        done = sum(job.done.is_file() for job in jobs)
 
         def finished(job: Job) -> None:
             nonlocal done

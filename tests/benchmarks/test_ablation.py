@@ -71,6 +71,13 @@ class TestPlan:
             assert len(before) == 2 and not before & names()
         assert names() == before
 
+    def test_a_seed_has_a_model_of_its_own_that_all_methods_start_from(self):
+        """Two warm-ups of the same settings differ: intervals over seeds have to hold for that, too."""
+        for seed in (0, 4):
+            firsts = [stages("sums", method, seed, 1000, 100)[0] for part in PARTS.values() for method in part.values()]
+            made = {resolve_config(run.recipe, run.settings).policy.warmup.seed for run in firsts}
+            assert made == {seed}
+
     def test_methods_differ_in_what_their_names_say_alone(self):
         """In each stage the same room, questions, seeds and budget; no method but the full one forces rethinking."""
         told = ["algorithm.name", "replay.alpha", "train.episode_queries", "validation.every"]
@@ -129,14 +136,12 @@ for file, lines in (("metrics", rows), ("validation", held_out)):
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """Replaces the trainer; a function that gives the command, the recipe and the settings of each call so far.
-    The warm-up leaves a file, and may not be asked for while that is there."""
+    """Replaces the trainer; a function that gives the command, the recipe and the settings of each call so far."""
     trainer = tmp_path / "python"
     trainer.write_text(TRAINER.format(python=sys.executable, folder=tmp_path, metrics=METRICS, categories=CATEGORIES))
     trainer.chmod(0o755)
     monkeypatch.setattr(ablation.sys, "executable", str(trainer))
     monkeypatch.setattr(ablation, "describe", lambda: {"gpu": None})
-    monkeypatch.setattr(ablation, "warm_up", lambda task: (tmp_path / f"warm-{task}").touch(exist_ok=False))
     answers = {"category": ["2 terms", "3 terms"] * 2, "reward": [1.0, 0.0, 1.0, 1.0], "rethinks": [True, False] * 2}
     pd.DataFrame(answers).to_parquet(tmp_path / "responses.parquet")
     return lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
@@ -197,7 +202,6 @@ class TestWhole:
         stays; so do the figures of the methods."""
         assert self.main(tmp_path, "--parts", "methods") == 0
         (tmp_path / "runs").rename(tmp_path / "elsewhere")
-        (tmp_path / "warm-easy_vqa").unlink()
         figures = {path: path.read_text() for path in (tmp_path / "out" / "cpu").glob("*.svg")}
         monkeypatch.setattr(ablation, "describe", lambda: {"gpu": None, "commit": "another"})
         assert self.main(tmp_path, "--parts", "alpha", "--tokens", "2000") == 0
@@ -218,11 +222,9 @@ class TestWhole:
 
     def test_a_second_time_nothing_is_run(self, tmp_path, calls):
         assert self.main(tmp_path, "--parts", "methods") == 0
-        (tmp_path / "warm-easy_vqa").rename(tmp_path / "warm")
         before = calls()
         assert self.main(tmp_path, "--parts", "methods", "--report") == 0 and calls() == before
         assert self.main(tmp_path, "--parts", "methods") == 0 and calls() == before
-        assert not (tmp_path / "warm-easy_vqa").exists()
         # What another table shares is not run again either: SSR and the full method are there.
         assert self.main(tmp_path, "--parts", "forced") == 0
         new = [settings for _, _, settings in calls()[len(before) :]]
@@ -236,7 +238,6 @@ class TestWhole:
         table = (tmp_path / "out" / "cpu" / "ablation.md").read_text()
         assert "| GRPO |" in table and "| filter |" not in table
         (tmp_path / "broken-filter").unlink()
-        (tmp_path / "warm-easy_vqa").unlink()
         before = len(calls())
         assert self.main(tmp_path, "--parts", "methods") == 0
         assert {settings["--algorithm.name"] for _, _, settings in calls()[before:]} == {"filter"}
@@ -257,7 +258,6 @@ class TestWhole:
         assert "goes on" in capsys.readouterr().err
         before = len(calls())
         assert before == 3
-        (tmp_path / "warm-easy_vqa").unlink()
         assert self.main(tmp_path, "--parts", "methods") == 0
         assert len(calls()) == 3 + 4
 
