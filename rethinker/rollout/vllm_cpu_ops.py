@@ -1,0 +1,81 @@
+"""vLLM's own CPU kernels for layers that it computes on a CPU by several PyTorch operations each.
+
+Its CPU build ships them, but vLLM up to 0.32 takes those of norms and activations on GPUs alone, and has its rotary
+kernel read one position per token where Qwen-VL has three. A small model's time goes by the number of operations: with
+the kernels a rollout of the tiny one takes a sixth less.
+
+Importing this file exchanges the classes, which is vLLM's interface for platforms of others (`register_oot`); a model
+that is built later has them. What a kernel does not take is left to vLLM.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding, apply_interleaved_rope
+
+BLOCK = 32  # numbers: a kernel takes 8 or 16 at a time, of half a head for rotations, and not all check that they fit
+
+
+@RMSNorm.register_oot
+class KernelRMSNorm(RMSNorm):
+    """RMSNorm by one kernel; with a residual in place, as on a GPU."""
+
+    def forward_cpu(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """See RMSNorm: the normalized x [..., hidden], and x + residual where there is one."""
+        whole = self.variance_size_override is None and self.has_weight and x.shape[-1] % BLOCK == 0
+        if not (whole and x.dtype == self.weight.dtype and x.is_contiguous()):
+            return super().forward_cpu(x, residual)
+        weight, kernels = self.weight.data, torch.ops._C
+        if residual is None:
+            out = torch.empty_like(x)
+            kernels.rms_norm(out, x, weight, self.variance_epsilon)
+            return out
+        if not residual.is_contiguous():
+            return super().forward_cpu(x, residual)
+        kernels.fused_add_rms_norm(x, residual, weight, self.variance_epsilon)
+        return x, residual
+
+
+@SiluAndMul.register_oot
+class KernelSiluAndMul(SiluAndMul):
+    """silu(a) * b for x = [a, b] by one kernel."""
+
+    def forward_cpu(self, x: Tensor) -> Tensor:
+        """See SiluAndMul: [..., 2 d] to [..., d]."""
+        half = x.shape[-1] // 2
+        if half % BLOCK or not x.is_contiguous():
+            return super().forward_cpu(x)
+        out = x.new_empty(*x.shape[:-1], half)
+        torch.ops._C.silu_and_mul(out, x)
+        return out
+
+
+@MRotaryEmbedding.register_oot
+class KernelMRotaryEmbedding(MRotaryEmbedding):
+    """Rotation by a token's three positions: a row of cosines and sines per token, made once for all layers."""
+
+    _positions: Tensor | None = None
+    _rows: Tensor  # [T, rotary_dim]
+
+    def forward_cpu(
+        self, positions: Tensor, query: Tensor, key: Tensor | None = None, offsets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See MRotaryEmbedding: query [T, H E] and key [T, K E] are rotated in place; positions [3, T]."""
+        if positions.ndim == 1 or self.rotary_dim % BLOCK or query.dtype != self.cos_sin_cache.dtype:
+            return super().forward_cpu(positions, query, key, offsets)
+        # Every layer of a step asks for the same positions. Those of another step may lie in the same memory.
+        if self._positions is None or not torch.equal(positions, self._positions):
+            self._positions, self._rows = positions.clone(), self._cosines_and_sines(positions)
+        places = torch.arange(len(self._rows))
+        torch.ops._C.rotary_embedding(places, query, key, self.head_size, self._rows, self.is_neox_style)
+        return query, key
+
+    def _cosines_and_sines(self, positions: Tensor) -> Tensor:
+        halves = self.cos_sin_cache[positions].chunk(2, dim=-1)  # [3, T, rotary_dim / 2] each
+        if self.mrope_interleaved:
+            return torch.cat([apply_interleaved_rope(half, self.mrope_section) for half in halves], dim=-1)
+        sections = [half.split(self.mrope_section, dim=-1) for half in halves]
+        return torch.cat([part[axis] for half in sections for axis, part in enumerate(half)], dim=-1)

@@ -1,0 +1,110 @@
+"""vLLM's CPU kernels in place of its layers' PyTorch operations: the same numbers, also where they do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+if torch.cuda.is_available():
+    pytest.skip("vLLM's GPU build has no CPU kernels", allow_module_level=True)
+
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def vllm():
+    """The classes under test, of vLLM and in their place; imported here, since it takes long."""
+    pytest.importorskip("vllm")
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from rethinker.rollout import vllm_cpu_ops
+
+    with set_current_vllm_config(VllmConfig()):
+        torch.manual_seed(0)
+        yield vllm_cpu_ops
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """A function that says of a layer's class that its kernel must take what comes."""
+
+    def must_take(layer: type) -> None:
+        def left_to_vllm(*arguments):
+            raise AssertionError("the kernel was not called")
+
+        monkeypatch.setattr(layer, "forward_cpu", left_to_vllm, raising=False)
+
+    return must_take
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    torch.testing.assert_close(found, expected, atol=BOUND[found.dtype], rtol=BOUND[found.dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("size", [32, 96, 128, 100, 8])
+def test_rms_norm(size, dtype, vllm, whole):
+    if size % 32 == 0:
+        whole(vllm.RMSNorm)
+    layer = vllm.RMSNorm(size, eps=1e-6, dtype=dtype)
+    assert type(layer) is vllm.KernelRMSNorm
+    layer.weight.data.normal_()
+    x, residual = torch.randn(2, 7, size, dtype=dtype)
+    close(layer(x.clone()), layer.forward_native(x.clone()))
+    for found, expected in zip(layer(x.clone(), residual.clone()), layer.forward_native(x, residual), strict=True):
+        close(found, expected)
+
+
+def test_norms_that_the_kernel_does_not_take(vllm):
+    """Queries of a fused projection are a strided view; some models normalize by a part, or without weights."""
+    layer = vllm.RMSNorm(64)
+    view = torch.randn(5, 3 * 64)[:, 64:128]
+    close(layer(view), layer.forward_native(view.clone()))
+    x, residual = torch.randn(5, 64), torch.randn(5, 128)[:, :64]
+    for found, expected in zip(layer(x.clone(), residual.clone()), layer.forward_native(x, residual), strict=True):
+        close(found, expected)
+    for layer in (vllm.RMSNorm(64, var_hidden_size=32), vllm.RMSNorm(64, has_weight=False)):
+        close(layer(x), layer.forward_native(x))
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("size", [32, 384, 100, 8])
+def test_silu_and_mul(size, dtype, vllm, whole):
+    layer = vllm.SiluAndMul()
+    assert type(layer) is vllm.KernelSiluAndMul
+    x = torch.randn(7, 2 * size, dtype=dtype)
+    close(layer(x.expand(3, 7, -1)), layer.forward_native(x.expand(3, 7, -1)))
+    if size % 32 == 0:
+        whole(vllm.SiluAndMul)
+    close(layer(x.clone()), layer.forward_native(x))
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("size", [32, 128, 24])
+def test_rotations(size, interleaved, dtype, vllm, whole):
+    """Of several steps, whose positions may lie in the same memory, and several layers of each."""
+    half = size // 2
+    sections = [half - 2 * (half // 3), half // 3, half // 3]
+    layer = vllm.MRotaryEmbedding(
+        size, size, 64, 1e4, True, dtype, mrope_section=sections, mrope_interleaved=interleaved
+    )
+    assert type(layer) is vllm.KernelMRotaryEmbedding
+    one, pair = torch.arange(5), torch.randn(2, 5, 2 * size, dtype=dtype)
+    for found, wanted in zip(layer(one, *pair), layer.forward_native(one, *pair), strict=True):
+        close(found, wanted)
+    if size % 32 == 0:
+        whole(vllm.MRotaryEmbedding)
+    positions = torch.empty(3, 9, dtype=torch.int64)
+    for tokens in (9, 9, 5):
+        positions.random_(0, 64)
+        for _ in range(2):
+            fused = torch.randn(tokens, 4 * size, dtype=dtype)  # 2 query heads, one key, one value
+            query, key, value = fused.split([2 * size, size, size], dim=1)
+            expected = layer.forward_native(positions[:, :tokens], query.clone(), key.clone())
+            before = value.clone()
+            for found, wanted in zip(layer(positions[:, :tokens], query, key), expected, strict=True):
+                close(found, wanted)
+            assert torch.equal(value, before)
