@@ -6,9 +6,9 @@
 Every method trains in two stages, as the paper does. The first is a share of the budget with the task's recipe, the
 second is a run of its own from the first one's last checkpoint, with the recipe of the second stage, for the rest. In
 the full method the second stage forces rethinking. All others take the same second stage with rethink.fraction=0, so
-the optimizer and replay begin anew in theirs, too. All responses have the second stage's room. A seed is one of the
-warm-up, too: methods that are compared by seed start from the same model, and another seed from another one. The first
-run that needs a model makes it, with all cores, while others that need it wait. A run is known by its settings, its
+the optimizer and replay begin anew in theirs, too. All responses have the second stage's room. A seed is also the
+warm-up's: methods that are compared by seed start from the same model, and another seed from another one. The first
+run that needs a model makes it, and others that need it wait. A run is known by its settings, its
 seed, its budget and the run it starts from, and the same run is never done twice: the full method and SSR share their
 first stage, so what is between them is forced rethinking alone. The budget is of sampled tokens, with the second passes
 that are thrown away. A stage ends with the episode that reaches its share; what the first stage sampled beyond it is

@@ -1,11 +1,14 @@
 """vLLM's own CPU kernels for layers that it computes on a CPU by several PyTorch operations each.
 
 Its CPU build ships them, but vLLM up to 0.32 takes those of norms and activations on GPUs alone, and has its rotary
-kernel read one position per token where Qwen-VL has three. A small model's time goes by the number of operations: with
-the kernels a rollout of the tiny one takes a sixth less.
+kernel read one position per token where Qwen-VL has three. A small model's time depends on the number of operations:
+with the kernels a rollout of the tiny one takes a sixth less.
 
-Importing this file exchanges the classes, which is vLLM's interface for platforms of others (`register_oot`); a model
-that is built later has them. What a kernel does not take is left to vLLM.
+Importing this file registers kernel classes for vLLM's layers (`register_oot`, vLLM's interface for other platforms);
+models that are built later use them. What a kernel does not take is left to vLLM. Compiled models are none of theirs:
+both engines run eagerly on a CPU.
+
+Legend: T tokens, H query heads, K key heads, E head size, D features.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding, apply_interleaved_rope
 
-BLOCK = 32  # numbers: a kernel takes 8 or 16 at a time, of half a head for rotations, and not all check that they fit
+BLOCK = 32  # kernels step by 8 or 16 numbers (of half a head for rotations), some without a check of the remainder
 
 
 @RMSNorm.register_oot
@@ -24,7 +27,7 @@ class KernelRMSNorm(RMSNorm):
     """RMSNorm by one kernel; with a residual in place, as on a GPU."""
 
     def forward_cpu(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """See RMSNorm: the normalized x [..., hidden], and x + residual where there is one."""
+        """See RMSNorm: the normalized x [..., D], and x + residual where there is one."""
         whole = self.variance_size_override is None and self.has_weight and x.shape[-1] % BLOCK == 0
         if not (whole and x.dtype == self.weight.dtype and x.is_contiguous()):
             return super().forward_cpu(x, residual)
@@ -44,7 +47,7 @@ class KernelSiluAndMul(SiluAndMul):
     """silu(a) * b for x = [a, b] by one kernel."""
 
     def forward_cpu(self, x: Tensor) -> Tensor:
-        """See SiluAndMul: [..., 2 d] to [..., d]."""
+        """See SiluAndMul: [..., 2 D] to [..., D]."""
         half = x.shape[-1] // 2
         if half % BLOCK or not x.is_contiguous():
             return super().forward_cpu(x)
@@ -55,22 +58,25 @@ class KernelSiluAndMul(SiluAndMul):
 
 @MRotaryEmbedding.register_oot
 class KernelMRotaryEmbedding(MRotaryEmbedding):
-    """Rotation by a token's three positions: a row of cosines and sines per token, made once for all layers."""
+    """Rotation by a token's three positions. All layers of a model share one instance, which makes the cosines and
+    sines of a step's tokens once."""
 
     _positions: Tensor | None = None
     _rows: Tensor  # [T, rotary_dim]
+    _places: Tensor  # [T]: each token's row is its own
 
     def forward_cpu(
         self, positions: Tensor, query: Tensor, key: Tensor | None = None, offsets: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See MRotaryEmbedding: query [T, H E] and key [T, K E] are rotated in place; positions [3, T]."""
-        if positions.ndim == 1 or self.rotary_dim % BLOCK or query.dtype != self.cos_sin_cache.dtype:
+        fits = self.rotary_dim % BLOCK == 0 and query.dtype == self.cos_sin_cache.dtype and query.ndim == 2
+        if not fits or positions.ndim == 1:
             return super().forward_cpu(positions, query, key, offsets)
-        # Every layer of a step asks for the same positions. Those of another step may lie in the same memory.
+        # Compared by value: those of the next step may lie in the same memory.
         if self._positions is None or not torch.equal(positions, self._positions):
             self._positions, self._rows = positions.clone(), self._cosines_and_sines(positions)
-        places = torch.arange(len(self._rows))
-        torch.ops._C.rotary_embedding(places, query, key, self.head_size, self._rows, self.is_neox_style)
+            self._places = torch.arange(len(self._rows))
+        torch.ops._C.rotary_embedding(self._places, query, key, self.head_size, self._rows, self.is_neox_style)
         return query, key
 
     def _cosines_and_sines(self, positions: Tensor) -> Tensor:

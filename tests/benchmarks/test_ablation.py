@@ -75,8 +75,13 @@ class TestPlan:
         """Two warm-ups of the same settings differ: intervals over seeds have to hold for that, too."""
         for seed in (0, 4):
             firsts = [stages("sums", method, seed, 1000, 100)[0] for part in PARTS.values() for method in part.values()]
-            made = {resolve_config(run.recipe, run.settings).policy.warmup.seed for run in firsts}
-            assert made == {seed}
+            models = [resolve_config(run.recipe, run.settings).policy.warmup for run in firsts]
+            assert models[0].seed == seed and all(model == models[0] for model in models)
+
+    def test_forcing_from_the_start_is_the_same_in_both_stages(self):
+        both = stages("sums", PARTS["forced"]["forced 0.25, from the start"], 0, 1000, 100)
+        first, second = (resolve_config(run.recipe, run.settings).rethink for run in both)
+        assert first == second and first.fraction == 0.25
 
     def test_methods_differ_in_what_their_names_say_alone(self):
         """In each stage the same room, questions, seeds and budget; no method but the full one forces rethinking."""

@@ -255,11 +255,25 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
 def test_the_callers_generator_and_threads_are_left_alone(tmp_path, monkeypatch):
     """The warm-up neither moves torch's generator nor keeps the thread count it borrowed."""
     monkeypatch.setattr(module, "_all_cores", ALL_CORES)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     torch.manual_seed(7)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     brief = WarmupConfig(look_steps=1, steps=1, batch_size=2, data_fraction=0.16)
     warmed_up_tiny(brief, DATA, QUERIES, tmp_path, size=SMALL)
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("ranks", "taken"), [(1, 2), (2, 5)])
+def test_cores_are_borrowed_from_other_ranks_alone(monkeypatch, ranks, taken):
+    """Runs that share a machine as processes of their own were each given their threads."""
+    counts = []
+    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(module.torch, "set_num_threads", counts.append)
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(range(5)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    with ALL_CORES():
+        assert max(counts, default=2) == taken
+    assert counts[-1] == 2
 
 
 def test_other_data_without_descriptions_also_warms_up(tmp_path):

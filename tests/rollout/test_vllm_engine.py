@@ -96,6 +96,19 @@ def test_a_sampled_placeholder_ends_the_response(engine, policy, prompts):
 
 
 @tied_only
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU vLLM has kernels of its own")
+def test_the_engines_layers_use_vllms_cpu_kernels(engine):
+    """Without them it would be as right, and slower."""
+    from rethinker.rollout import vllm_cpu_ops
+
+    layers = list(engine._engine.apply_model(lambda model: model)[0].modules())
+    for name in ("RMSNorm", "SiluAndMul", "MRotaryEmbedding"):
+        kernel = getattr(vllm_cpu_ops, f"Kernel{name}")
+        own = [layer for layer in layers if isinstance(layer, getattr(vllm_cpu_ops, name))]
+        assert own and all(layer._forward_method.__func__ is kernel.forward_cpu for layer in own)
+
+
+@tied_only
 def test_completions_belong_to_their_prompt_whatever_order_they_end_in(engine, policy, prompts, monkeypatch):
     """Law 7: vLLM reports requests as they end; here in reverse order of submission."""
     policy.perturb(seed=6)

@@ -12,14 +12,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
-from vllm.platforms import current_platform
 
 from rethinker.rollout import vllm_weights
 from rethinker.rollout.vllm_settings import SERVED
 
-if current_platform.is_cpu():
-    from rethinker.rollout import vllm_cpu_ops  # noqa: F401  # exchanges layers of the model to come
+if not torch.cuda.is_available():
+    from rethinker.rollout import vllm_cpu_ops  # noqa: F401  # registers its layers
 
 
 class ServerWorker:
