@@ -83,7 +83,7 @@ def _build(folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize,
         for query in queries:
             texts += [query.question, *(text for parts in teacher.responses(query, rng) for text, _ in parts)]
         create_tiny(partial, warmup.seed, texts=texts, size=size)
-        with _all_cores(), torch.random.fork_rng(devices=[]):
+        with _cores_of_idle_ranks(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(warmup.seed)
             processor, model = load_processor(partial), load_model(partial, torch.float32)
             encoder = PromptEncoder(processor, data)
@@ -206,7 +206,7 @@ def _update(
 
 
 @contextmanager
-def _all_cores() -> Iterator[None]:
+def _cores_of_idle_ranks() -> Iterator[None]:
     """Of several ranks, which torchrun leaves one thread each, only this one works now: use the machine's cores, up to
     8. A process of its own has the threads that it was given."""
     threads = torch.get_num_threads()

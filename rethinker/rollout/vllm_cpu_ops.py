@@ -1,12 +1,12 @@
 """vLLM's own CPU kernels for layers that it computes on a CPU by several PyTorch operations each.
 
-Its CPU build ships them, but vLLM up to 0.32 takes those of norms and activations on GPUs alone, and has its rotary
-kernel read one position per token where Qwen-VL has three. A small model's time depends on the number of operations:
+Its CPU build ships them, but vLLM 0.32 takes those of norms and activations on GPUs alone, and has its rotary kernel
+read one position per token where Qwen-VL has three. A small model's time depends on the number of operations:
 with the kernels a rollout of the tiny one takes a sixth less.
 
 Importing this file registers kernel classes for vLLM's layers (`register_oot`, vLLM's interface for other platforms);
-models that are built later use them. What a kernel does not take is left to vLLM. Compiled models are none of theirs:
-both engines run eagerly on a CPU.
+models that are built later use them. What a kernel does not take is left to vLLM. They are for eager models, as both
+engines' are on a CPU.
 
 Legend: T tokens, H query heads, K key heads, E head size, D features.
 """

@@ -134,14 +134,14 @@ def test_a_slip_is_not_taught(tmp_path):
     assert trainable_mask(module._completion(parts[1:], tokenizer)).all()
 
 
-ALL_CORES = module._all_cores
+CORES_OF_IDLE_RANKS = module._cores_of_idle_ranks
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_core():
     """Other tests may hold the other cores, and threads that wait for them burn the time of this one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_all_cores", contextlib.nullcontext)
+        patch.setattr(module, "_cores_of_idle_ranks", contextlib.nullcontext)
         yield
 
 
@@ -254,7 +254,7 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
 
 def test_the_callers_generator_and_threads_are_left_alone(tmp_path, monkeypatch):
     """The warm-up neither moves torch's generator nor keeps the thread count it borrowed."""
-    monkeypatch.setattr(module, "_all_cores", ALL_CORES)
+    monkeypatch.setattr(module, "_cores_of_idle_ranks", CORES_OF_IDLE_RANKS)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     torch.manual_seed(7)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
@@ -271,7 +271,7 @@ def test_cores_are_borrowed_from_other_ranks_alone(monkeypatch, ranks, taken):
     monkeypatch.setattr(module.torch, "set_num_threads", counts.append)
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(range(5)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    with ALL_CORES():
+    with CORES_OF_IDLE_RANKS():
         assert max(counts, default=2) == taken
     assert counts[-1] == 2
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,7 +49,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("size", [32, 96, 128, 100, 8])
 def test_rms_norm(size, dtype, vllm, must_take):
-    if size % 32 == 0:
+    if size % vllm.BLOCK == 0:
         must_take(vllm.RMSNorm)
     layer = vllm.RMSNorm(size, eps=1e-6, dtype=dtype)
     assert layer._forward_method.__func__ is vllm.KernelRMSNorm.forward_cpu
@@ -76,7 +79,7 @@ def test_silu_and_mul(size, dtype, vllm, must_take):
     assert layer._forward_method.__func__ is vllm.KernelSiluAndMul.forward_cpu
     x = torch.randn(7, 2 * size, dtype=dtype)
     close(layer(x.expand(3, 7, -1)), layer.forward_native(x.expand(3, 7, -1)))
-    if size % 32 == 0:
+    if size % vllm.BLOCK == 0:
         must_take(vllm.SiluAndMul)
     close(layer(x.clone()), layer.forward_native(x))
 
@@ -95,7 +98,7 @@ def test_rotations(size, interleaved, dtype, vllm, must_take):
     one, pair = torch.arange(5), torch.randn(2, 5, 2 * size, dtype=dtype)
     for found, wanted in zip(layer(one, *pair), layer.forward_native(one, *pair), strict=True):
         close(found, wanted)
-    if size % 32 == 0:
+    if size % vllm.BLOCK == 0:
         must_take(vllm.MRotaryEmbedding)
     positions = torch.empty(3, 9, dtype=torch.int64)
     for tokens in (9, 9, 5):
@@ -108,3 +111,16 @@ def test_rotations(size, interleaved, dtype, vllm, must_take):
             for found, wanted in zip(layer(positions[:, :tokens], query, key), expected, strict=True):
                 close(found, wanted)
             assert torch.equal(value, before)
+
+
+def test_a_server_has_them_before_its_model_is_built():
+    """A server's worker imports its extension first; this process may have registered the layers already."""
+    code = """
+from rethinker.runtime.torchvision_cpu import make_importable
+make_importable()
+import rethinker.rollout.server.worker
+from vllm.model_executor.custom_op import op_registry_oot
+print(*(layer.__name__ for layer in op_registry_oot.values()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-3:] == ["KernelRMSNorm", "KernelSiluAndMul", "KernelMRotaryEmbedding"]
