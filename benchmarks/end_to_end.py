@@ -119,8 +119,9 @@ def _as_rank(place: dict[str, str], run: Callable[..., None], *arguments: Any) -
 def prepare_model(config: Config) -> Path:
     """The tiny model after its supervised warm-up, where a run of the recipe starts."""
     from rethinker.embedded.files import model_folder
+    from rethinker.runtime.distributed import ALONE
 
-    return Path(model_folder(config))
+    return Path(model_folder(config, ALONE))
 
 
 def measure(

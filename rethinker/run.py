@@ -302,8 +302,8 @@ def load_held_out(config: Config) -> list[Query]:
 
 
 def initial_model(config: Config, ranks: distributed.Ranks) -> Path:
-    """Where training starts: policy.model, or the tiny model that rank 0 builds and warms up."""
-    return Path(ranks.broadcast(model_folder(config) if ranks.is_main else None))
+    """Where training starts: policy.model, or the tiny model that the ranks build and warm up."""
+    return Path(model_folder(config, ranks))
 
 
 @contextmanager

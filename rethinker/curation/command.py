@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     folder, size = options.output.expanduser(), options.size
     with ExitStack() as stack:
         ranks = stack.enter_context(ranks_of_torchrun(config.rollout.timeout_s))
-        name = ranks.broadcast(model_folder(config) if ranks.is_main else None)
+        name = model_folder(config, ranks)
         fitted = fit_model(config, name)
         measured = ranks.broadcast(measure.identity(config, name, queries, samples) if ranks.is_main else None)
         ranks.broadcast(measure.begin(folder, measured) if ranks.is_main else None)  # no rank looks there before

@@ -14,6 +14,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rethinker.config import Config, ConfigError, DataConfig, nearest
 from rethinker.data.datasets import SPLIT, load_queries
@@ -25,6 +26,9 @@ from rethinker.embedded.easy_vqa import easy_vqa
 from rethinker.embedded.sums import sums
 from rethinker.runtime.files import whole_file
 from rethinker.samples import Query
+
+if TYPE_CHECKING:
+    from rethinker.runtime.distributed import Ranks  # imports torch
 
 # By name: the questions of a split, its splits (for training, for validation, others), and the package that they come
 # with: its module and what it is installed as.
@@ -66,18 +70,20 @@ def as_files(data: DataConfig, which: Side) -> DataConfig:
     return replace(data, train=file, fields={}, image_root=data.image_root or "") if file else data
 
 
-def model_folder(config: Config) -> str:
+def model_folder(config: Config, ranks: Ranks) -> str:
     """The folder, or the name on the hub, of `policy.model`; `tiny` is made and warmed up on the training questions.
+
+    Collective over `ranks`, which share that work; the answer is rank 0's.
 
     Raises:
         ConfigError: unusable data, or a cache that cannot be written.
     """
     if config.policy.model != "tiny":
-        return os.path.expanduser(config.policy.model)
+        return ranks.broadcast(os.path.expanduser(config.policy.model))
     from rethinker.embedded.warmup import warmed_up_tiny  # imports torch
 
     queries = load_queries(as_files(config.data, "train"), "train")
-    return str(warmed_up_tiny(config.policy.warmup, config.data, queries, cache_folder()))
+    return str(warmed_up_tiny(config.policy.warmup, config.data, queries, cache_folder(), ranks))
 
 
 def _file(given: str | None, setting: str) -> str | None:

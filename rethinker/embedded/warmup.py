@@ -1,22 +1,22 @@
-"""The embedded default's first words: the tiny model built and trained, supervised, for two minutes or so.
+"""The embedded default's first words: the tiny model built and trained, supervised, for two minutes or less.
 
 It learns to look and to speak, and leaves something to learn. First the vision tower learns to name what an image
 shows, with a linear probe that is thrown away. Then the language model learns responses on part of the training
 questions. What they are like is the data set's own: a teacher beside it says what its images show and how they are
-answered.
+answered. All ranks of a run share each batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from filelock import FileLock
@@ -34,8 +34,13 @@ from rethinker.embedded.tiny import DEFAULT_SIZE, TinySize, create_tiny
 from rethinker.policy.model import Policy, load_model, load_processor
 from rethinker.policy.packing import joined, pack
 from rethinker.runtime.display import progress
+from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Bundle, Completion, Query, Rethought, Sample
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
 Teacher = EasyVqaTeacher | SumsTeacher
 BETAS = (0.9, 0.95)  # Adam's
 MUON = 3.0  # Muon's learning rate over Adam's: in 5 steps it learns as much about sums as Adam in 8
@@ -46,13 +51,14 @@ def warmed_up_tiny(
     data: DataConfig,
     queries: list[Query],
     cache: Path,
+    ranks: Ranks,
     *,
     size: TinySize = DEFAULT_SIZE,
 ) -> Path:
-    """The tiny model after its warm-up, from the cache or made now.
+    """The tiny model after its warm-up, from the cache or made now: rank 0's folder, on all ranks (collective).
 
     The cache is keyed by everything that shapes the model: the settings, the training questions, and this code. It is
-    safe against several processes that want the same model, and against one that is killed while it makes it.
+    safe against several runs that want the same model, and against one that is killed while it makes it.
 
     Raises:
         ConfigError: no question that fits the prompt's limits, or a cache that cannot be written.
@@ -62,41 +68,49 @@ def warmed_up_tiny(
     folder = cache / f"tiny-{_digest(settings, queries)}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                _build(folder, warmup, data, size, queries)
+        with FileLock(f"{folder}.lock") if ranks.is_main else nullcontext():
+            if ranks.broadcast(not folder.is_dir()):
+                _build(folder, warmup, data, size, queries, ranks)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"RETHINKER_CACHE={cache}: the warmed-up model cannot be written there ({error}); "
             "set RETHINKER_CACHE to a folder with 50 MB free"
         ) from error
-    return folder
+    return ranks.broadcast(folder)  # which is there when it arrives
 
 
-def _build(folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize, queries: list[Query]) -> None:
-    """Make the model in a folder beside its place and move it there whole."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+def _build(
+    folder: Path, warmup: WarmupConfig, data: DataConfig, size: TinySize, queries: list[Query], ranks: Ranks
+) -> None:
+    """Make the model in a folder beside its place; rank 0 moves it there whole."""
+    partial, teacher = folder.with_name(f".{folder.name}.partial"), teacher_of(queries)
     try:
-        teacher, rng = teacher_of(queries), random.Random(warmup.seed)
-        texts = []
-        for query in queries:
-            texts += [query.question, *(text for parts in teacher.responses(query, rng) for text, _ in parts)]
-        create_tiny(partial, warmup.seed, texts=texts, size=size)
-        with _cores_of_idle_ranks(), torch.random.fork_rng(devices=[]):
+        ranks.broadcast(_untrained(partial, warmup, size, queries, teacher) if ranks.is_main else None)
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(warmup.seed)
             processor, model = load_processor(partial), load_model(partial, torch.float32)
             encoder = PromptEncoder(processor, data)
             lessons = _lessons(queries, teacher, encoder, warmup)
             model.train()
-            looked = _learn_to_look(model, encoder, lessons, teacher, warmup)
-            _learn_to_answer(model, encoder, lessons, teacher, warmup, freeze_vision=looked)
+            course = Course(model, encoder, lessons, teacher, warmup, ranks)
+            course.learn_to_answer(freeze_vision=course.learn_to_look())
+        if ranks.is_main:
             model.eval()
             model.save_pretrained(partial)
             processor.save_pretrained(partial)
-        partial.rename(folder)
+            partial.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _untrained(folder: Path, warmup: WarmupConfig, size: TinySize, queries: list[Query], teacher: Teacher) -> None:
+    """Write the tiny model as it begins, with a tokenizer for these questions and their responses."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    rng, texts = random.Random(warmup.seed), []
+    for query in queries:
+        texts += [query.question, *(text for parts in teacher.responses(query, rng) for text, _ in parts)]
+    create_tiny(folder, warmup.seed, texts=texts, size=size)
 
 
 def teacher_of(queries: list[Query]) -> Teacher:
@@ -130,49 +144,88 @@ def _stream(lessons: list[Query], warmup: WarmupConfig, data: DataConfig) -> Que
     return QueryStream(lessons, seed=warmup.seed, category_weights=weights)
 
 
-def _learn_to_look(model, encoder: PromptEncoder, lessons: list[Query], teacher: Teacher, warmup: WarmupConfig) -> bool:
-    """Train the vision tower to tell what its tokens show by a linear probe on them; False where nobody knows."""
-    images = list({_image_name(query): query for query in lessons if teacher.sees(query)}.values())
-    if not images or not warmup.look_steps:
-        return False
-    tower = model.model.visual
-    probe = torch.nn.Linear(model.config.text_config.hidden_size, teacher.classes)
-    optimizers = {_adam([*tower.parameters(), *probe.parameters()]): 1.0}
-    rng = random.Random(warmup.seed)
-    for step in progress(range(warmup.look_steps), "warm-up, looking"):
-        batch = rng.sample(images, min(warmup.batch_size, len(images)))
-        seen = joined([encoder.pixels(query) for query in batch])
-        grid = seen["image_grid_thw"]
-        tokens = tower(seen["pixel_values"], grid_thw=grid).pooler_output  # [tokens, hidden]
-        scores = probe(F.rms_norm(tokens, tokens.shape[-1:]))  # [tokens, classes]
-        owner = torch.arange(len(batch)).repeat_interleave(grid.prod(-1) // tower.spatial_merge_unit)  # [tokens]
-        _update(optimizers, teacher.look_loss(scores, owner, batch), warmup, step / warmup.look_steps)
-    return True
+@dataclass(frozen=True)
+class Course:
+    """The lessons of a model; each rank does its part of every batch, and all have the same weights after it."""
 
+    model: PreTrainedModel
+    encoder: PromptEncoder
+    lessons: list[Query]
+    teacher: Teacher
+    warmup: WarmupConfig
+    ranks: Ranks
 
-def _learn_to_answer(
-    model, encoder: PromptEncoder, lessons: list[Query], teacher: Teacher, warmup: WarmupConfig, freeze_vision: bool
-) -> None:
-    """Train the model on the responses; the loss is on those tokens alone that are taught."""
-    policy = Policy(model, PolicyConfig(freeze_vision=freeze_vision))
-    embedding = model.get_input_embeddings().weight
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim == 2 and p is not embedding]
-    others = [p for p in trained if p.ndim != 2 or p is embedding]
-    muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    optimizers = {_adam(others): 1.0, muon: MUON}
-    stream = _stream(lessons, warmup, encoder.config)
-    rng = random.Random(warmup.seed)
-    for step in progress(range(warmup.steps), "warm-up, answering"):
-        bundles = []
-        for query in stream.next(warmup.batch_size):
-            prompt_tokens = len(encoder.encode(query).token_ids)
-            taught = [_completion(parts, encoder.tokenizer) for parts in teacher.responses(query, rng)]
-            samples = [Sample(query, completion, 0.0, 0, prompt_tokens=prompt_tokens) for completion in taught]
-            bundles.append(Bundle(query, tuple(samples)))
-        batch = pack(bundles, encoder.encode, encoder.pixels, policy.positions)
-        logps, _ = policy(batch)  # [R]
-        _update(optimizers, -logps[batch.loss_mask].mean(), warmup, step / warmup.steps)
+    def learn_to_look(self) -> bool:
+        """Train the vision tower to tell what its tokens show by a linear probe on them; False where nobody knows."""
+        teacher, warmup = self.teacher, self.warmup
+        images = list({_image_name(query): query for query in self.lessons if teacher.sees(query)}.values())
+        if not images or not warmup.look_steps:
+            return False
+        tower = self.model.model.visual
+        probe = torch.nn.Linear(self.model.config.text_config.hidden_size, teacher.classes)
+        optimizers = {_adam([*tower.parameters(), *probe.parameters()]): 1.0}
+        rng = random.Random(warmup.seed)
+        for step in self._steps(warmup.look_steps, "warm-up, looking"):
+            batch = self._share(rng.sample(images, min(warmup.batch_size, len(images))))
+            seen = joined([self.encoder.pixels(query) for query in batch])
+            grid = seen["image_grid_thw"]
+            tokens = tower(seen["pixel_values"], grid_thw=grid).pooler_output  # [tokens, hidden]
+            scores = probe(F.rms_norm(tokens, tokens.shape[-1:]))  # [tokens, classes]
+            owner = torch.arange(len(batch)).repeat_interleave(grid.prod(-1) // tower.spatial_merge_unit)  # [tokens]
+            loss = teacher.look_loss(scores, owner, batch)
+            self._update(optimizers, loss, len(tokens), step / warmup.look_steps)
+        return True
+
+    def learn_to_answer(self, freeze_vision: bool) -> None:
+        """Train the model on the responses; the loss is on those tokens alone that are taught."""
+        model, encoder, warmup = self.model, self.encoder, self.warmup
+        policy = Policy(model, PolicyConfig(freeze_vision=freeze_vision))
+        embedding = model.get_input_embeddings().weight
+        trained = [p for p in model.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.ndim == 2 and p is not embedding]
+        others = [p for p in trained if p.ndim != 2 or p is embedding]
+        muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        optimizers = {_adam(others): 1.0, muon: MUON}
+        stream = _stream(self.lessons, warmup, encoder.config)
+        rng = random.Random(warmup.seed)
+        for step in self._steps(warmup.steps, "warm-up, answering"):
+            answered = [(query, self.teacher.responses(query, rng)) for query in stream.next(warmup.batch_size)]
+            bundles = []
+            for query, responses in self._share(answered):
+                prompt_tokens = len(encoder.encode(query).token_ids)
+                taught = [_completion(parts, encoder.tokenizer) for parts in responses]
+                samples = [Sample(query, completion, 0.0, 0, prompt_tokens=prompt_tokens) for completion in taught]
+                bundles.append(Bundle(query, tuple(samples)))
+            batch = pack(bundles, encoder.encode, encoder.pixels, policy.positions)
+            logps, _ = policy(batch)  # [R]
+            loss, tokens = -logps[batch.loss_mask].mean(), int(batch.loss_mask.sum())
+            self._update(optimizers, loss, tokens, step / warmup.steps)
+
+    def _steps(self, number: int, label: str) -> Iterable[int]:
+        return progress(range(number), label) if self.ranks.is_main else range(number)
+
+    def _share(self, batch: Sequence[T]) -> Sequence[T]:
+        """This rank's part of a batch. Where ranks are more than parts, the last ones take the first part, too."""
+        return batch[self.ranks.rank :: self.ranks.world_size] or batch[:1]
+
+    def _update(
+        self, optimizers: dict[torch.optim.Optimizer, float], loss: torch.Tensor, weight: int, done: float
+    ) -> None:
+        """One optimizer step on the mean of the ranks' losses by their weights; the learning rate, of each optimizer by
+        its factor, rises over the first tenth of the stage and falls over the last third."""
+        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        for optimizer, factor in optimizers.items():
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = factor * self.warmup.learning_rate * min(1.0, 0.05 + 10 * done, 3 * (1 - done))
+        (weight * loss).backward()
+        sums = self.ranks.sum(torch.cat([loss.new_tensor([weight]), *(p.grad.flatten() for p in parameters)]))
+        total, *gradients = sums.split([1, *(p.numel() for p in parameters)])
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient.view_as(p) / total
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 def _completion(parts: list[tuple[str, bool]], tokenizer) -> Completion:
@@ -187,35 +240,6 @@ def _completion(parts: list[tuple[str, bool]], tokenizer) -> Completion:
 
 def _adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, betas=BETAS, weight_decay=0.0)
-
-
-def _update(
-    optimizers: dict[torch.optim.Optimizer, float], loss: torch.Tensor, warmup: WarmupConfig, done: float
-) -> None:
-    """One optimizer step; the learning rate, of each optimizer by its factor, rises over the first tenth of the stage
-    and falls over the last third."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for optimizer, factor in optimizers.items():
-        optimizer.zero_grad()
-        for group in optimizer.param_groups:
-            group["lr"] = factor * warmup.learning_rate * min(1.0, 0.05 + 10 * done, 3 * (1 - done))
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-
-
-@contextmanager
-def _cores_of_idle_ranks() -> Iterator[None]:
-    """Of several ranks, which torchrun leaves one thread each, only this one works now: use the machine's cores, up to
-    8. A process of its own has the threads that it was given."""
-    threads = torch.get_num_threads()
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        torch.set_num_threads(max(threads, min(8, len(os.sched_getaffinity(0)))))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _digest(settings: dict, queries: list[Query]) -> str:

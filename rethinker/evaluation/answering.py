@@ -105,7 +105,7 @@ def open_model(config: Config, folder: str, ranks: Ranks, encoder: PromptEncoder
 def ranks_of_torchrun(timeout_s: float) -> Iterator[Ranks]:
     """The ranks that torchrun started, joined until the end of the context; without torchrun a single one."""
     if "RANK" not in os.environ:
-        yield Ranks(0, 1, 0)
+        yield distributed.ALONE
         return
     try:
         yield distributed.start(timeout_s)

@@ -65,6 +65,10 @@ class Ranks:
         return values
 
 
+ALONE = Ranks(0, 1, 0)
+"""A process that works by itself."""
+
+
 def start(timeout_s: float) -> Ranks:
     """Join the process group that torchrun describes (gloo on CPU, NCCL on CUDA); alone, form one of a single rank.
     `timeout_s` is the deadline of every collective, so that a lost rank ends the run instead of hanging it."""

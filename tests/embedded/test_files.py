@@ -18,6 +18,7 @@ from rethinker.embedded.digits import digits
 from rethinker.embedded.easy_vqa import easy_vqa
 from rethinker.embedded.files import as_files, model_folder
 from rethinker.embedded.sums import sums
+from rethinker.runtime.distributed import ALONE
 from rethinker.samples import Query
 from tests.speed import least_cpu_s
 
@@ -133,4 +134,4 @@ def test_a_model_of_ones_own_is_its_folder(tmp_path, monkeypatch):
     config = Config()
     for name, folder in (("~/model", f"{tmp_path}/model"), ("owner/name", "owner/name")):
         config.policy.model = name
-        assert model_folder(config) == folder
+        assert model_folder(config, ALONE) == folder

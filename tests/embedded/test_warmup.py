@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import threading
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rethinker.config import Config, ConfigError, DataConfig, WarmupConfig
@@ -21,7 +22,10 @@ from rethinker.embedded.sums import SumsTeacher, sums
 from rethinker.embedded.tiny import TinySize, create_tiny
 from rethinker.embedded.warmup import warmed_up_tiny
 from rethinker.policy.packing import trainable_mask
+from rethinker.runtime import distributed
+from rethinker.runtime.distributed import ALONE
 from rethinker.samples import Query
+from tests import forked
 
 SMALL = TinySize(
     hidden=64, intermediate=64, layers=1, heads=2, kv_heads=1, vision_hidden=32, vision_heads=1, merges=300
@@ -29,6 +33,10 @@ SMALL = TinySize(
 DATA = DataConfig(prompt="{question}", min_pixels=4096, max_pixels=4096)
 QUERIES = easy_vqa("train")[:3000]  # about 250 images that can be described
 BRIEF = WarmupConfig(look_steps=3, steps=3, batch_size=8, data_fraction=0.16)
+
+
+def made(warmup, data, queries, cache, ranks=ALONE):
+    return warmed_up_tiny(warmup, data, queries, cache, ranks, size=SMALL)
 
 
 def question(text, answer, image="a.png"):
@@ -134,21 +142,10 @@ def test_a_slip_is_not_taught(tmp_path):
     assert trainable_mask(module._completion(parts[1:], tokenizer)).all()
 
 
-CORES_OF_IDLE_RANKS = module._cores_of_idle_ranks
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_core():
-    """Other tests may hold the other cores, and threads that wait for them burn the time of this one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_cores_of_idle_ranks", contextlib.nullcontext)
-        yield
-
-
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
     """A model warmed up for three steps per stage."""
-    return warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path_factory.mktemp("cache"), size=SMALL)
+    return made(BRIEF, DATA, QUERIES, tmp_path_factory.mktemp("cache"))
 
 
 def test_a_brief_warmup_trains_every_part(warm, tmp_path):
@@ -162,27 +159,54 @@ def test_a_brief_warmup_trains_every_part(warm, tmp_path):
         assert torch.isfinite(trained[name]).all() and not torch.equal(trained[name], value), name
 
 
+# A batch that two ranks cannot halve, of sums that differ in length, and one that leaves nothing to the second rank.
+SHARED = [WarmupConfig(look_steps=3, steps=3, batch_size=size, data_fraction=0.05) for size in (7, 1)]
+
+
+def warmups_of_sums(cache, ranks=ALONE):
+    data = DataConfig(prompt="{question}", min_pixels=256, max_pixels=4096)
+    return [made(warmup, data, sums("train")[::40], cache, ranks) for warmup in SHARED]
+
+
+def on_a_rank(cache):
+    warmups_of_sums(cache, distributed.start(60))
+
+
+def test_ranks_share_the_work(tmp_path):
+    """Two ranks make the model of one, but for rounding, though their parts of a batch weigh differently."""
+    forked.run(partial(on_a_rank, tmp_path / "two"), tmp_path / "log", ranks=2)
+    for folder in warmups_of_sums(tmp_path / "one"):
+        one, two = (load_file(tmp_path / cache / folder.name / "model.safetensors") for cache in ("one", "two"))
+        for name, value in one.items():
+            assert (two[name] - value).norm() < 1e-3 * value.norm(), name
+
+
 def test_the_warmup_never_opens_a_test_image(tmp_path, monkeypatch):
     """The test split is held out: neither its questions nor its images are read."""
     read, opened = [], []
     with monkeypatch.context() as patch:
-        patch.setattr(module, "warmed_up_tiny", lambda warmup, data, queries, cache: queries)
+        patch.setattr(module, "warmed_up_tiny", lambda warmup, data, queries, cache, ranks: queries)
         patch.setattr(files, "load_queries", lambda data, which: read.append(which))
-        files.model_folder(Config())
+        files.model_folder(Config(), ALONE)
     assert read == ["train"]
     pixels = PromptEncoder.pixels
     monkeypatch.setattr(PromptEncoder, "pixels", lambda self, q: opened.append(q.images[0]) or pixels(self, q))
-    warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path, size=SMALL)
+    made(BRIEF, DATA, QUERIES, tmp_path)
     assert len(opened) > 40 and all("/train/images/" in image for image in opened)
 
 
 def test_the_loss_falls(tmp_path, monkeypatch):
     """Thirty steps per stage bring both losses well below their start."""
     losses = []
-    update = module._update
-    monkeypatch.setattr(module, "_update", lambda o, loss, *rest: losses.append(loss.item()) or update(o, loss, *rest))
+    update = module.Course._update
+
+    def noted(self, optimizers, loss, *rest):
+        losses.append(loss.item())
+        update(self, optimizers, loss, *rest)
+
+    monkeypatch.setattr(module.Course, "_update", noted)
     brief = WarmupConfig(look_steps=30, steps=30, batch_size=16, data_fraction=0.3)
-    warmed_up_tiny(brief, DATA, QUERIES, tmp_path, size=SMALL)
+    made(brief, DATA, QUERIES, tmp_path)
     look, answer = losses[:30], losses[30:]
     assert sum(look[-5:]) < 0.8 * sum(look[:5])
     assert sum(answer[-5:]) < 0.4 * sum(answer[:5])
@@ -192,17 +216,17 @@ def test_a_finished_model_is_reused_and_another_setting_makes_another(warm, monk
     """The same call builds nothing; a change of any setting that shapes the model does not get the old one."""
     built = []
     monkeypatch.setattr(module, "_build", lambda folder, *rest: built.append(folder))
-    assert warmed_up_tiny(BRIEF, DATA, QUERIES, warm.parent, size=SMALL) == warm and built == []
+    assert made(BRIEF, DATA, QUERIES, warm.parent) == warm and built == []
     for warmup, data in (
         (WarmupConfig(look_steps=3, steps=4, batch_size=8, data_fraction=0.16), DATA),
         (WarmupConfig(look_steps=3, steps=3, batch_size=8, data_fraction=0.16, seed=1), DATA),
         (BRIEF, DataConfig(prompt="{question} ", min_pixels=4096, max_pixels=4096)),
     ):
-        folder = warmed_up_tiny(warmup, data, QUERIES, warm.parent, size=SMALL)
+        folder = made(warmup, data, QUERIES, warm.parent)
         assert built.pop() == folder != warm
     # What only validation reads does not shape the model.
     data = DataConfig(prompt="{question}", min_pixels=4096, max_pixels=4096, validation=None)
-    assert warmed_up_tiny(BRIEF, data, QUERIES, warm.parent, size=SMALL) == warm
+    assert made(BRIEF, data, QUERIES, warm.parent) == warm
 
 
 def test_a_half_written_model_is_not_taken(tmp_path):
@@ -215,12 +239,12 @@ def test_a_half_written_model_is_not_taken(tmp_path):
 
     if not (child := os.fork()):
         module.create_tiny = killed
-        warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path, size=SMALL)
+        made(BRIEF, DATA, QUERIES, tmp_path)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     left = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert [path.name.endswith(".partial") for path in left] == [True]
-    folder = warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path, size=SMALL)
+    folder = made(BRIEF, DATA, QUERIES, tmp_path)
     assert (folder / "model.safetensors").is_file()
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
 
@@ -232,7 +256,7 @@ def test_two_builders_at_once_make_one_model(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_build", lambda folder, *rest: built.append(folder) or build(folder, *rest))
 
     def work():
-        results.append(warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path, size=SMALL))
+        results.append(made(BRIEF, DATA, QUERIES, tmp_path))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -246,39 +270,24 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     """`RETHINKER_CACHE` names it; one that cannot be written is refused by name."""
     monkeypatch.setattr(module, "_build", lambda *rest: None)
     monkeypatch.setenv("RETHINKER_CACHE", str(tmp_path / "here"))
-    assert warmed_up_tiny(BRIEF, DATA, QUERIES, files.cache_folder()).parent == tmp_path / "here"
+    assert warmed_up_tiny(BRIEF, DATA, QUERIES, files.cache_folder(), ALONE).parent == tmp_path / "here"
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="RETHINKER_CACHE"):
-        warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path / "file")
+        warmed_up_tiny(BRIEF, DATA, QUERIES, tmp_path / "file", ALONE)
 
 
-def test_the_callers_generator_and_threads_are_left_alone(tmp_path, monkeypatch):
-    """The warm-up neither moves torch's generator nor keeps the thread count it borrowed."""
-    monkeypatch.setattr(module, "_cores_of_idle_ranks", CORES_OF_IDLE_RANKS)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+def test_the_callers_generator_is_left_alone(tmp_path):
+    """The warm-up does not move torch's generator."""
     torch.manual_seed(7)
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    state = torch.get_rng_state()
     brief = WarmupConfig(look_steps=1, steps=1, batch_size=2, data_fraction=0.16)
-    warmed_up_tiny(brief, DATA, QUERIES, tmp_path, size=SMALL)
-    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
-
-
-@pytest.mark.parametrize(("ranks", "taken"), [(1, 2), (2, 5)])
-def test_cores_are_borrowed_from_other_ranks_alone(monkeypatch, ranks, taken):
-    """Runs that share a machine as processes of their own were each given their threads."""
-    counts = []
-    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(module.torch, "set_num_threads", counts.append)
-    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(range(5)))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    with CORES_OF_IDLE_RANKS():
-        assert max(counts, default=2) == taken
-    assert counts[-1] == 2
+    made(brief, DATA, QUERIES, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_other_data_without_descriptions_also_warms_up(tmp_path):
     """Text-only questions of one's own train the answers alone."""
     sums = [Query(str(i), f"what is {i} + 1?", str(i + 1)) for i in range(20)]
     brief = WarmupConfig(look_steps=2, steps=2, batch_size=4)
-    folder = warmed_up_tiny(brief, DATA, sums, tmp_path, size=SMALL)
+    folder = made(brief, DATA, sums, tmp_path)
     assert (folder / "model.safetensors").is_file()

@@ -54,8 +54,9 @@ def main(arguments: Sequence[str]) -> int:
 
     from rethinker.embedded.files import model_folder
     from rethinker.policy.model import load_processor
+    from rethinker.runtime.distributed import ALONE
 
-    gpu, folder = torch.cuda.is_available(), model_folder(config)
+    gpu, folder = torch.cuda.is_available(), model_folder(config, ALONE)
     load_processor(folder)  # its error, where no hub has this name, is one line
     line, variables = command(config, folder, options.host, options.port, gpu=gpu)
     if options.print_command:

@@ -29,7 +29,7 @@ def test_the_command_of_a_server_can_be_printed(tmp_path):
 @pytest.mark.parametrize("port", ["taken", "0", "65536", "-1"])
 def test_a_port_that_cannot_be_served_at_is_one_line(port, capsys, monkeypatch):
     """Before a model is made: it names the option, the port, and what would work."""
-    monkeypatch.setattr("rethinker.embedded.files.model_folder", lambda config: pytest.fail("it went on"))
+    monkeypatch.setattr("rethinker.embedded.files.model_folder", lambda config, ranks: pytest.fail("it went on"))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1]) if port == "taken" else port
         assert cli.main(["serve", "easy_vqa_cpu", f"--port={port}"]) == 2
