@@ -89,11 +89,11 @@ class Run:
         checkpoint = self.checkpoints.find(config.resume) if config.resume else None
         saved = saved_state(checkpoint, config)
         self.metrics: list[dict[str, Any]] = self.directory.open_logs(saved.get("log", {}))
-        model = checkpoint or initial_model(config, ranks)
+        model = checkpoint or Path(model_folder(config, ranks))
         self.encoder = PromptEncoder(load_processor(model), config.data)
         self.held_out, _ = select_fitting(held_out, self.encoder)
         started_elsewhere = checkpoint and (config.algorithm.kl_coef > 0 or config.policy.lora.rank)
-        initial = initial_model(config, ranks) if started_elsewhere else None
+        initial = Path(model_folder(config, ranks)) if started_elsewhere else None
         budget_file = self.folder / "micro_batch_tokens.json"
         self.policy = PolicyEngine(config, model, self.encoder, ranks, self.total_steps, initial, budget_file)
         self.model = stack.enter_context(open_model(config, str(model), ranks, self.encoder))
@@ -299,11 +299,6 @@ def load_held_out(config: Config) -> list[Query]:
     trained = {name for name, weight in config.data.category_weights.items() if weight > 0}
     queries = [query for query in queries if category_of(query) in trained] or queries
     return queries[: config.validation.size]
-
-
-def initial_model(config: Config, ranks: distributed.Ranks) -> Path:
-    """Where training starts: policy.model, or the tiny model that the ranks build and warm up."""
-    return Path(model_folder(config, ranks))
 
 
 @contextmanager

@@ -100,9 +100,11 @@ class EasyVqaTeacher:
         """Whether it is known what the query's image shows."""
         return self.description(query) is not None
 
-    def look_loss(self, scores: torch.Tensor, owner: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:
-        """Cross-entropy of colour and shape, from scores [tokens, classes] pooled by a learned weight of each token;
-        `owner` [tokens] counts the images."""
+    def look_loss(
+        self, scores: torch.Tensor, owner: torch.Tensor, queries: Sequence[Query]
+    ) -> tuple[torch.Tensor, int]:
+        """Cross-entropy of colour and shape, and of how many images, from scores [tokens, classes] pooled by a learned
+        weight of each token; `owner` [tokens] counts the images."""
         import torch
         from torch.nn import functional as F
 
@@ -112,7 +114,7 @@ class EasyVqaTeacher:
         colors, shapes = zip(*map(self.description, queries), strict=True)
         color_loss = F.cross_entropy(pooled[:, : len(COLORS)], torch.tensor([COLORS.index(c) for c in colors]))
         shape_loss = F.cross_entropy(pooled[:, len(COLORS) : -1], torch.tensor([SHAPES.index(s) for s in shapes]))
-        return color_loss + shape_loss
+        return color_loss + shape_loss, len(queries)
 
     def responses(self, query: Query, rng: random.Random) -> list[list[tuple[str, bool]]]:
         """One response, in one piece that is taught: a look at the image, and the answer."""

@@ -132,8 +132,11 @@ class SumsTeacher:
         symbols, steps = (query.metadata.get(name) for name in ("symbols", "steps"))
         return isinstance(symbols, str) and isinstance(steps, list) and set("0") < set(symbols + "0") <= set(SYMBOLS)
 
-    def look_loss(self, scores: torch.Tensor, owner: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:
-        """Cross-entropy of the symbols, from a score per image token [tokens, classes]: a token is a cell."""
+    def look_loss(
+        self, scores: torch.Tensor, owner: torch.Tensor, queries: Sequence[Query]
+    ) -> tuple[torch.Tensor, int]:
+        """Cross-entropy of the symbols, and how many they are, from a score per image token [tokens, classes]: a token
+        is a cell."""
         import torch
 
         shown = [SYMBOLS.index(symbol) for query in queries for symbol in query.metadata["symbols"]]
@@ -142,7 +145,7 @@ class SumsTeacher:
                 f"data.min_pixels, data.max_pixels: {len(scores)} image tokens show {len(shown)} symbols of sums, and "
                 "must be one each: set data.min_pixels=256 and data.max_pixels=4096"
             )
-        return torch.nn.functional.cross_entropy(scores, torch.tensor(shown))
+        return torch.nn.functional.cross_entropy(scores, torch.tensor(shown)), len(shown)
 
     def responses(self, query: Query, rng: random.Random) -> list[Parts]:
         """Two to every question, so that its prompt is computed once: at once, and with steps.

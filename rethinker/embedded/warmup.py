@@ -1,4 +1,4 @@
-"""The embedded default's first words: the tiny model built and trained, supervised, for two minutes or less.
+"""The embedded default's first words: the tiny model built and trained, supervised, for about two minutes on 2 cores.
 
 It learns to look and to speak, and leaves something to learn. First the vision tower learns to name what an image
 shows, with a linear probe that is thrown away. Then the language model learns responses on part of the training
@@ -55,8 +55,9 @@ def warmed_up_tiny(
     *,
     size: TinySize = DEFAULT_SIZE,
 ) -> Path:
-    """The tiny model after its warm-up, from the cache or made now: rank 0's folder, on all ranks (collective).
+    """The tiny model after its warm-up, from the cache or made now.
 
+    Collective over `ranks`, which share the work and must see rank 0's cache; the answer is rank 0's.
     The cache is keyed by everything that shapes the model: the settings, the training questions, and this code. It is
     safe against several runs that want the same model, and against one that is killed while it makes it.
 
@@ -67,9 +68,10 @@ def warmed_up_tiny(
     settings = {"warmup": asdict(warmup), "size": asdict(size), "data": given}
     folder = cache / f"tiny-{_digest(settings, queries)}"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        if ranks.is_main:
+            cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock") if ranks.is_main else nullcontext():
-            if ranks.broadcast(not folder.is_dir()):
+            if ranks.broadcast(ranks.is_main and not folder.is_dir()):
                 _build(folder, warmup, data, size, queries, ranks)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
@@ -85,7 +87,12 @@ def _build(
     """Make the model in a folder beside its place; rank 0 moves it there whole."""
     partial, teacher = folder.with_name(f".{folder.name}.partial"), teacher_of(queries)
     try:
-        ranks.broadcast(_untrained(partial, warmup, size, queries, teacher) if ranks.is_main else None)
+        ranks.broadcast(_write_untrained(partial, warmup, size, queries, teacher) if ranks.is_main else None)
+        if ranks.any(not partial.is_dir()):
+            raise ConfigError(
+                f"RETHINKER_CACHE={folder.parent}: a rank does not see what rank 0 writes there; "
+                "set RETHINKER_CACHE to a folder that all ranks share"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(warmup.seed)
             processor, model = load_processor(partial), load_model(partial, torch.float32)
@@ -94,6 +101,7 @@ def _build(
             model.train()
             course = Course(model, encoder, lessons, teacher, warmup, ranks)
             course.learn_to_answer(freeze_vision=course.learn_to_look())
+        ranks.gather(None)  # all have read the folder, of which rank 0 now writes over parts
         if ranks.is_main:
             model.eval()
             model.save_pretrained(partial)
@@ -104,7 +112,9 @@ def _build(
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _untrained(folder: Path, warmup: WarmupConfig, size: TinySize, queries: list[Query], teacher: Teacher) -> None:
+def _write_untrained(
+    folder: Path, warmup: WarmupConfig, size: TinySize, queries: list[Query], teacher: Teacher
+) -> None:
     """Write the tiny model as it begins, with a tokenizer for these questions and their responses."""
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
     rng, texts = random.Random(warmup.seed), []
@@ -146,7 +156,7 @@ def _stream(lessons: list[Query], warmup: WarmupConfig, data: DataConfig) -> Que
 
 @dataclass(frozen=True)
 class Course:
-    """The lessons of a model; each rank does its part of every batch, and all have the same weights after it."""
+    """Trains a model on its lessons: every rank does its part of each batch, and all keep the same weights."""
 
     model: PreTrainedModel
     encoder: PromptEncoder
@@ -166,14 +176,14 @@ class Course:
         optimizers = {_adam([*tower.parameters(), *probe.parameters()]): 1.0}
         rng = random.Random(warmup.seed)
         for step in self._steps(warmup.look_steps, "warm-up, looking"):
-            batch = self._share(rng.sample(images, min(warmup.batch_size, len(images))))
+            batch, counts = self._share(rng.sample(images, min(warmup.batch_size, len(images))))
             seen = joined([self.encoder.pixels(query) for query in batch])
             grid = seen["image_grid_thw"]
             tokens = tower(seen["pixel_values"], grid_thw=grid).pooler_output  # [tokens, hidden]
             scores = probe(F.rms_norm(tokens, tokens.shape[-1:]))  # [tokens, classes]
             owner = torch.arange(len(batch)).repeat_interleave(grid.prod(-1) // tower.spatial_merge_unit)  # [tokens]
-            loss = teacher.look_loss(scores, owner, batch)
-            self._update(optimizers, loss, len(tokens), step / warmup.look_steps)
+            loss, number = teacher.look_loss(scores, owner, batch)
+            self._update(optimizers, loss, counts * number, step / warmup.look_steps)
         return True
 
     def learn_to_answer(self, freeze_vision: bool) -> None:
@@ -190,29 +200,31 @@ class Course:
         rng = random.Random(warmup.seed)
         for step in self._steps(warmup.steps, "warm-up, answering"):
             answered = [(query, self.teacher.responses(query, rng)) for query in stream.next(warmup.batch_size)]
+            own, counts = self._share(answered)
             bundles = []
-            for query, responses in self._share(answered):
+            for query, responses in own:
                 prompt_tokens = len(encoder.encode(query).token_ids)
-                taught = [_completion(parts, encoder.tokenizer) for parts in responses]
-                samples = [Sample(query, completion, 0.0, 0, prompt_tokens=prompt_tokens) for completion in taught]
+                completions = [_completion(parts, encoder.tokenizer) for parts in responses]
+                samples = [Sample(query, completion, 0.0, 0, prompt_tokens=prompt_tokens) for completion in completions]
                 bundles.append(Bundle(query, tuple(samples)))
             batch = pack(bundles, encoder.encode, encoder.pixels, policy.positions)
             logps, _ = policy(batch)  # [R]
-            loss, tokens = -logps[batch.loss_mask].mean(), int(batch.loss_mask.sum())
-            self._update(optimizers, loss, tokens, step / warmup.steps)
+            taught = logps[batch.loss_mask]
+            self._update(optimizers, -taught.mean(), counts * len(taught), step / warmup.steps)
 
     def _steps(self, number: int, label: str) -> Iterable[int]:
         return progress(range(number), label) if self.ranks.is_main else range(number)
 
-    def _share(self, batch: Sequence[T]) -> Sequence[T]:
-        """This rank's part of a batch. Where ranks are more than parts, the last ones take the first part, too."""
-        return batch[self.ranks.rank :: self.ranks.world_size] or batch[:1]
+    def _share(self, batch: Sequence[T]) -> tuple[Sequence[T], bool]:
+        """This rank's part of a batch, and whether it counts: a rank that has none repeats the first one's."""
+        own = batch[self.ranks.rank :: self.ranks.world_size]
+        return own or batch[:1], bool(own)
 
     def _update(
         self, optimizers: dict[torch.optim.Optimizer, float], loss: torch.Tensor, weight: int, done: float
     ) -> None:
-        """One optimizer step on the mean of the ranks' losses by their weights; the learning rate, of each optimizer by
-        its factor, rises over the first tenth of the stage and falls over the last third."""
+        """One optimizer step on all ranks' losses together, each of them the mean of `weight` terms; the learning rate,
+        of each optimizer by its factor, rises over the first tenth of the stage and falls over the last third."""
         parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         for optimizer, factor in optimizers.items():
             optimizer.zero_grad()

@@ -13,11 +13,11 @@ import torch
 from rethinker.checkpoint import checkpoint
 from rethinker.checkpoint.checkpoint import Checkpoints
 from rethinker.config import CheckpointConfig, ConfigError
-from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.distributed import ALONE, Ranks
 
 
 def checkpoints(folder: Path, **settings) -> Checkpoints:
-    return Checkpoints(folder, Ranks(0, 1, 0), CheckpointConfig(**settings))
+    return Checkpoints(folder, ALONE, CheckpointConfig(**settings))
 
 
 def model(folder: Path) -> None:

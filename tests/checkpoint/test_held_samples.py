@@ -9,7 +9,7 @@ import pytest
 
 from rethinker.checkpoint.held_samples import Responses, held_responses
 from rethinker.checkpoint.resume import frozen, read_state
-from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.distributed import ALONE, Ranks
 from rethinker.samples import Completion, Group, Query, RemoteCompletion, Rethinking, Rethought
 
 QUERIES = {name: Query(name, f"what is {name}?", name, (f"{name}.png",), {"category": "x"}) for name in "abcd"}
@@ -47,7 +47,7 @@ def test_numbers_of_an_older_release_are_read(tmp_path):
     frozen([[held, wide], groups_on(0, 1)])(tmp_path / "run")
     saved, outlines = read_state(tmp_path / "run")
     for state in saved:
-        responses = Responses(QUERIES, [state], Ranks(0, 1, 0))
+        responses = Responses(QUERIES, [state], ALONE)
         assert [responses.group(outline) for outline in outlines] == groups_on(0, 1)
 
 

@@ -24,7 +24,7 @@ from rethinker.data.mixture import OF_A_SOURCE
 from rethinker.data.query_stream import QueryStream, fingerprint
 from rethinker.embedded.easy_vqa import easy_vqa
 from rethinker.runtime.completions import read_completions
-from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.distributed import ALONE, Ranks
 from rethinker.samples import Query
 from rethinker.settings import flat, resolve_config, settings
 
@@ -38,7 +38,7 @@ def test_other_questions_are_refused(tmp_path):
     for change in ({"id": "c"}, {"question": "what"}, {"answer": "Red"}, {"images": ()}):
         assert fingerprint([dataclasses.replace(QUERIES[0], **change), QUERIES[1]]) != fingerprint(QUERIES)
     episodes = SimpleNamespace(stream=QueryStream(QUERIES[::-1], seed=0))
-    state = RunState(Config(), Ranks(0, 1, 0), Progress(), None, episodes, None, None)
+    state = RunState(Config(), ALONE, Progress(), None, episodes, None, None)
     with pytest.raises(ConfigError, match=r"data.train=easy_vqa: its questions are not those of"):
         state.load(tmp_path, {"data": fingerprint(QUERIES)})
 

@@ -136,8 +136,9 @@ def test_the_probe_learns_the_symbols_in_their_order(test_split):
     shown = torch.tensor(["0123456789+-".index(symbol) for query in queries for symbol in query.metadata["symbols"]])
     scores = 50.0 * torch.nn.functional.one_hot(shown, teacher.classes)
     owner = torch.zeros(len(shown), dtype=torch.int64)
-    assert teacher.look_loss(scores, owner, queries) < 1e-6
-    assert teacher.look_loss(scores.flip(0), owner, queries) > 10
+    loss, symbols = teacher.look_loss(scores, owner, queries)
+    assert loss < 1e-6 and symbols == len(scores)
+    assert teacher.look_loss(scores.flip(0), owner, queries)[0] > 10
     with pytest.raises(ConfigError, match="data.min_pixels=256"):  # enlarged images: more tokens than symbols
         teacher.look_loss(scores.repeat(2, 1), owner.repeat(2), queries)
 

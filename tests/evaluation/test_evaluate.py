@@ -12,7 +12,7 @@ from rethinker.evaluation.answering import AnsweringModel, validate
 from rethinker.evaluation.evaluate import evaluate
 from rethinker.evaluation.results import summarize
 from rethinker.rewards.checker import AnswerChecker
-from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.distributed import ALONE, Ranks
 from rethinker.samples import Completion, Query
 
 SCRIPT = {  # query id: its answer, first response, what follows the trigger
@@ -64,7 +64,7 @@ def ask(encoder, checker, mode: str, queries: list[Query] | None = None, engine:
     engine = engine or Scripted(encoder.tokenizer)
     triggers = make_triggers(encoder.tokenizer, Config().rethink.triggers)
     settings = {"mode": mode, "max_new_tokens": 64, "triggers": triggers, **options}
-    return queries, evaluate(queries, AnsweringModel(engine, encoder, checker), Ranks(0, 1, 0), **settings), engine
+    return queries, evaluate(queries, AnsweringModel(engine, encoder, checker), ALONE, **settings), engine
 
 
 def rights(rows) -> list[bool]:
@@ -173,7 +173,7 @@ def test_categories_of_any_kind(encoder, checker):
     kinds = {"kept": None, "fixed": 3, "broken": "3", "lost": ["a"]}
     queries = [Query(name, f"Say {name}.", SCRIPT[name][0], metadata={"category": kinds[name]}) for name in kinds]
     queries.append(Query("kept", "Say kept.", "1"))
-    accuracy, _ = validate(queries, AnsweringModel(Scripted(encoder.tokenizer), encoder, checker), Ranks(0, 1, 0), 64)
+    accuracy, _ = validate(queries, AnsweringModel(Scripted(encoder.tokenizer), encoder, checker), ALONE, 64)
     assert accuracy.overall == 0.6 and accuracy.questions == 5
     assert accuracy.by_category == {"3": 0.5, "None": 1.0, "['a']": 0.0, "all": 1.0}
 
@@ -197,6 +197,6 @@ def test_the_first_answers_of_a_validation_are_kept(encoder, checker):
         model = AnsweringModel(Scripted(encoder.tokenizer), encoder, checker)
         accuracy, kept[rank] = validate(queries, model, Rank(rank, 2, 0), 64, keep=3)
     assert kept[1] == [] and [group.query for group in kept[0]] == queries[:3]
-    alone, expected = validate(queries, model, Ranks(0, 1, 0), 64, keep=3)
+    alone, expected = validate(queries, model, ALONE, 64, keep=3)
     assert accuracy == alone and kept[0] == expected
     assert [group.completions[0].text for group in expected] == [SCRIPT[query.id][1] for query in queries[:3]]

@@ -81,7 +81,7 @@ def parts(engine: PolicyEngine) -> list[torch.nn.Parameter]:
 
 def mismatch(engine: PolicyEngine, folder: Path, config: Config, encoder: PromptEncoder, samples: list) -> float:
     """Largest difference, in nats, between the policy's log-probs and a synced hf engine's."""
-    rollout = HFEngine(config, config.policy.model, distributed.Ranks(0, 1, 0))
+    rollout = HFEngine(config, config.policy.model, distributed.ALONE)
     rollout.sync(engine.weights, 1)
     for sample in samples:
         sample.owner = engine.ranks.rank

@@ -14,7 +14,7 @@ from rethinker.config import ConfigError, LoraConfig, RethinkConfig
 from rethinker.policy.lora import FullWeights, add_adapters, base_parameters
 from rethinker.policy.model import load_model
 from rethinker.rollout.hf_engine import HFEngine
-from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.distributed import ALONE
 from rethinker.samples import Prompt
 from tests.rollout.helpers import TOLERANCE, check_sampled_placeholders, rollout_config, tied_only
 
@@ -80,7 +80,7 @@ def test_greedy_equals_transformers(engine, policy, prompts, folder):
     """At temperature 0 both backends give the same tokens."""
     policy.perturb(seed=5)
     engine.sync(policy, 1)
-    hf = HFEngine(rollout_config(), str(folder), Ranks(0, 1, 0))
+    hf = HFEngine(rollout_config(), str(folder), ALONE)
     hf.sync(policy, 1)
     greedy = {"n": 1, "max_new_tokens": 24, "temperature": 0.0, "seed": 0}
     ours, theirs = engine.generate(prompts, **greedy), hf.generate(prompts, **greedy)

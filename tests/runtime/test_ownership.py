@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import scipy.stats
 
-from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.distributed import ALONE
 from rethinker.runtime.ownership import collect, share
 from rethinker.samples import Completion, RemoteCompletion
 from tests.runtime.two_owners import PAIRS, QUERIES, REWARDS, STEPS, rolled_out
@@ -85,10 +85,10 @@ def test_the_main_rank_can_write_everything(seen):
 
 def test_groups_are_the_same_everywhere(seen):
     """Order, numbers, owners, rewards and lengths agree on both ranks, and with a single rank's."""
-    alone = share(rolled_out(0, 1), QUERIES, first_number=100, ranks=Ranks(0, 1, 0))
+    alone = share(rolled_out(0, 1), QUERIES, first_number=100, ranks=ALONE)
     for rank in (*(r["groups"] for r in seen), alone):
         assert [g.query for g in rank] == QUERIES and [g.number for g in rank] == list(range(100, 107))
         assert [g.rewards for g in rank] == REWARDS
         assert [[c.tokens for c in g.completions] for g in rank] == [[1, 2, 3, 1, 2]] * 7
     assert [g.owner for g in seen[0]["groups"]] == [0, 1, 0, 1, 0, 1, 0] == [g.owner for g in seen[1]["groups"]]
-    assert collect(alone, Ranks(0, 1, 0)) is alone
+    assert collect(alone, ALONE) is alone
