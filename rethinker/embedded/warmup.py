@@ -204,7 +204,7 @@ class Course:
             bundles = []
             for query, responses in own:
                 prompt_tokens = len(encoder.encode(query).token_ids)
-                completions = [_completion(parts, encoder.tokenizer) for parts in responses]
+                completions = [as_completion(parts, encoder.tokenizer) for parts in responses]
                 samples = [Sample(query, completion, 0.0, 0, prompt_tokens=prompt_tokens) for completion in completions]
                 bundles.append(Bundle(query, tuple(samples)))
             batch = pack(bundles, encoder.encode, encoder.pixels, policy.positions)
@@ -240,7 +240,7 @@ class Course:
             optimizer.step()
 
 
-def _completion(parts: list[tuple[str, bool]], tokenizer) -> Completion:
+def as_completion(parts: list[tuple[str, bool]], tokenizer) -> Completion:
     """A response of these parts, as if it had been sampled; what stands before the first taught part is masked."""
     pieces = tokenizer([text for text, _ in parts], add_special_tokens=False)["input_ids"]
     ids = [*(token for piece in pieces for token in piece), tokenizer.eos_token_id]
