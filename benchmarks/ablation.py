@@ -1,7 +1,7 @@
 """The paper's ablation at small scale, at equal sampled tokens and judged on a test split that nothing is tuned on.
 
-    python -m benchmarks.ablation [--tasks sums easy_vqa] [--parts methods forced alpha groups_of_2 episode_64
-                                  episode_512 rethinking] [--seeds 0 1 2 3 4] [--tokens N] [--jobs 2] [--report]
+    python -m benchmarks.ablation [--tasks sums easy_vqa] [--parts methods alpha ...] [--seeds 0 1 2 3 4] [--tokens N]
+                                  [--jobs 2] [--report]
 
 Every method trains in two stages, as the paper does. The first is a share of the budget with the task's recipe, the
 second is a run of its own from the first one's last checkpoint, with the recipe of the second stage, for the rest. In
@@ -92,9 +92,9 @@ METHODS = {
 """In the order of the paper's table: SSR with forced rethinking, without it, filter only, plain GRPO."""
 
 
-def _ssr_and_grpo(changes: Settings, name: str = "") -> dict[str, Method]:
-    """What replay does under other settings; `name` says which in the methods' names."""
-    return {f"SSR{name}": Method(SSR | changes), f"GRPO{name}": Method(GRPO | changes)}
+def _ssr_and_grpo(changes: Settings) -> dict[str, Method]:
+    """What replay does under other settings."""
+    return {"SSR": Method(SSR | changes), "GRPO": Method(GRPO | changes)}
 
 
 GROUPS_OF_2 = {"rollout.group_size": 2, "train.episode_queries": 512, "train.batch_pairs": 64}
@@ -113,8 +113,8 @@ PARTS: dict[str, dict[str, Method]] = {
     "episode_64": _ssr_and_grpo({"train.episode_queries": 64}),
     "episode_512": _ssr_and_grpo({"train.episode_queries": 512}),
     # Few queries carry an advantage, and a batch holds few of them: what replay is for.
-    "groups_of_2": _ssr_and_grpo(GROUPS_OF_2)
-    | _ssr_and_grpo(GROUPS_OF_2 | {"train.learning_rate": 1e-4}, ", learning rate 1e-4"),
+    "groups_of_2": _ssr_and_grpo(GROUPS_OF_2),
+    "groups_of_2_low_rate": _ssr_and_grpo(GROUPS_OF_2 | {"train.learning_rate": 1e-4}),
 }
 """A table each. Where GRPO is among a table's methods, they are compared with one another, else with METHODS."""
 

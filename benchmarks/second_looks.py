@@ -2,10 +2,10 @@
 
     python -m benchmarks.second_looks CHECKPOINT [CHECKPOINT ...]
 
-Prints for each checkpoint of sums_cpu, over validation questions of 2 to 6 terms, the mean probability that a response
-which works the sum out is right in every step: as a first answer, after a wrong answer (a digit is misread) and a
-trigger, and after the right answer and a trigger. Where the last two are equal, the second look does not use what it
-sees of the first one. It can pay only if they are above the probability of a first answer that is as hard.
+Prints for each checkpoint of sums_cpu, over validation questions of 2 to 6 terms, the mean probability that an answer
+which works the sum out (instead of giving the result at once) is right in every step: as a first answer, after a wrong
+answer (a digit is misread) and a trigger, and after the right answer and a trigger. Where the last two are equal, the
+second look does not use what it sees of the first one.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from torch import Tensor
 
 from rethinker.config import PolicyConfig, RethinkConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded.sums import Parts, answer_text, sums, with_slip
-from rethinker.embedded.warmup import as_completion
+from rethinker.embedded.warmup import as_bundle
 from rethinker.policy.model import Policy, load_model, load_processor
 from rethinker.policy.packing import pack
-from rethinker.samples import Bundle, Query, Sample
+from rethinker.samples import Query
 from rethinker.settings import load_config
 
 LOOKS = ("first answer", "after a wrong one", "after the right one")
@@ -38,31 +39,35 @@ def probabilities(folder: Path, queries: Sequence[Query]) -> dict[str, list[floa
     policy = Policy(load_model(folder, torch.float32).eval(), PolicyConfig())
     rng, found = random.Random(0), {look: [] for look in LOOKS}
     for start in range(0, len(queries), BATCH):
-        bundles = [_answered(query, encoder, rng) for query in queries[start : start + BATCH]]
+        asked = queries[start : start + BATCH]
+        bundles = [as_bundle(query, responses(query, rng), encoder) for query in asked]
         batch = pack(bundles, encoder.encode, encoder.pixels, policy.positions)
         with torch.no_grad():
             logps, _ = policy(batch)  # [R]
         lengths = [len(sample.completion.token_ids) for bundle in bundles for sample in bundle.samples]
-        parts = zip(logps.split(lengths), batch.loss_mask.split(lengths), strict=True)
-        scores = iter([logp[mask].double() for logp, mask in parts])
-        for at_once, first, *seconds in zip(scores, scores, scores, scores, strict=True):
-            # Of the first answers those that work it out: all that do not begin with the box.
-            found[LOOKS[0]].append((first.sum().exp() / (1 - at_once[0].exp())).item())
-            for look, second in zip(LOOKS[1:], seconds, strict=True):
-                found[look].append(second.sum().exp().item())
+        ids, logps, masks = (part.split(lengths) for part in (batch.target_ids, logps.double(), batch.loss_mask))
+        for i in range(0, len(lengths), 2):
+            right, at_once = ((ids[j][masks[j]], logps[j][masks[j]]) for j in (i, i + 1))
+            found[LOOKS[i // 2 % 3]].append(_right_steps(*right, *at_once))
     return found
 
 
-def _answered(query: Query, encoder: PromptEncoder, rng: random.Random) -> Bundle:
-    """The query with an answer at once, the right steps, and these again after a wrong and after the right answer."""
+def responses(query: Query, rng: random.Random) -> list[Parts]:
+    """For each look an answer with the right steps, and one that gives the result at once."""
     right = "\n".join([*query.metadata["steps"], answer_text(query.answer)])
     trigger = rng.choice(list(RethinkConfig().triggers.values()))
-    seen = [with_slip(query.metadata["symbols"], rng), right]
-    responses: list[Parts] = [[(answer_text(query.answer), True)], [(right, True)]]
-    responses += [[(first, False), (trigger, False), ("\n" + right, True)] for first in seen]
-    prompt_tokens = len(encoder.encode(query).token_ids)
-    completions = [as_completion(parts, encoder.tokenizer) for parts in responses]
-    return Bundle(query, tuple(Sample(query, c, 0.0, 0, prompt_tokens=prompt_tokens) for c in completions))
+    answers = (right, answer_text(query.answer))
+    found: list[Parts] = [[(answer, True)] for answer in answers]
+    for first in (with_slip(query.metadata["symbols"], rng), right):
+        found += [[(first, False), (trigger, False), ("\n" + answer, True)] for answer in answers]
+    return found
+
+
+def _right_steps(ids: Tensor, logps: Tensor, at_once_ids: Tensor, at_once_logps: Tensor) -> float:
+    """Probability of an answer's tokens among the answers that do not give the result at once, where these two part.
+    Whether the response ends there or goes on does not count."""
+    shared = int((ids[: len(at_once_ids)] == at_once_ids[: len(ids)]).long().cumprod(0).sum())
+    return (logps[shared:-1].sum().exp() / (1 - at_once_logps[shared].exp())).item()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,8 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path)
     terms = [f"{n} terms" for n in TERMS]
     queries = [query for query in sums("validation") if query.metadata["category"] in terms]
-    print(f"| checkpoint | right steps and answer | {' | '.join(terms)} | all |\n|{'---|' * (len(terms) + 3)}")
-    for folder in parser.parse_args(argv).checkpoints:
+    folders = parser.parse_args(argv).checkpoints
+    for folder in folders:
+        if not folder.is_dir():
+            parser.error(f"{folder}: there is no such checkpoint")
+    print(f"| checkpoint | right steps | {' | '.join(terms)} | all |\n|{'---|' * (len(terms) + 3)}")
+    for folder in folders:
         for look, values in probabilities(folder, queries).items():
             pairs = list(zip(queries, values, strict=True))
             cells = [mean(value for query, value in pairs if query.metadata["category"] == name) for name in terms]

@@ -29,7 +29,7 @@ from rethinker.data.mixture import category_of, check_category_weights
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.query_stream import QueryStream
 from rethinker.embedded.easy_vqa import EasyVqaTeacher
-from rethinker.embedded.sums import SumsTeacher
+from rethinker.embedded.sums import Parts, SumsTeacher
 from rethinker.embedded.tiny import DEFAULT_SIZE, TinySize, create_tiny
 from rethinker.policy.model import Policy, load_model, load_processor
 from rethinker.policy.packing import joined, pack
@@ -58,8 +58,9 @@ def warmed_up_tiny(
     """The tiny model after its warm-up, from the cache or made now.
 
     Collective over `ranks`, which share the work and must see rank 0's cache; the answer is rank 0's.
-    The cache is keyed by everything that shapes the model: the settings, the training questions, and this code. It is
-    safe against several runs that want the same model, and against one that is killed while it makes it.
+    The cache is keyed by everything that shapes the model (but for rounding, which depends on the number of ranks):
+    the settings, the training questions, and this code. It is safe against several runs that want the same model, and
+    against one that is killed while it makes it.
 
     Raises:
         ConfigError: no question that fits the prompt's limits, or a cache that cannot be written.
@@ -87,7 +88,9 @@ def _build(
     """Make the model in a folder beside its place; rank 0 moves it there whole."""
     partial, teacher = folder.with_name(f".{folder.name}.partial"), teacher_of(queries)
     try:
-        ranks.broadcast(_write_untrained(partial, warmup, size, queries, teacher) if ranks.is_main else None)
+        if ranks.is_main:
+            _write_untrained(partial, warmup, size, queries, teacher)
+        ranks.gather(None)  # it is there
         if ranks.any(not partial.is_dir()):
             raise ConfigError(
                 f"RETHINKER_CACHE={folder.parent}: a rank does not see what rank 0 writes there; "
@@ -201,12 +204,7 @@ class Course:
         for step in self._steps(warmup.steps, "warm-up, answering"):
             answered = [(query, self.teacher.responses(query, rng)) for query in stream.next(warmup.batch_size)]
             own, counts = self._share(answered)
-            bundles = []
-            for query, responses in own:
-                prompt_tokens = len(encoder.encode(query).token_ids)
-                completions = [as_completion(parts, encoder.tokenizer) for parts in responses]
-                samples = [Sample(query, completion, 0.0, 0, prompt_tokens=prompt_tokens) for completion in completions]
-                bundles.append(Bundle(query, tuple(samples)))
+            bundles = [as_bundle(query, responses, encoder) for query, responses in own]
             batch = pack(bundles, encoder.encode, encoder.pixels, policy.positions)
             logps, _ = policy(batch)  # [R]
             taught = logps[batch.loss_mask]
@@ -240,7 +238,15 @@ class Course:
             optimizer.step()
 
 
-def as_completion(parts: list[tuple[str, bool]], tokenizer) -> Completion:
+def as_bundle(query: Query, responses: list[Parts], encoder: PromptEncoder) -> Bundle:
+    """A query with these responses, as if they had been sampled; of each, what comes before its first taught part is
+    masked."""
+    prompt_tokens = len(encoder.encode(query).token_ids)
+    completions = [_completion(parts, encoder.tokenizer) for parts in responses]
+    return Bundle(query, tuple(Sample(query, c, 0.0, 0, prompt_tokens=prompt_tokens) for c in completions))
+
+
+def _completion(parts: Parts, tokenizer) -> Completion:
     """A response of these parts, as if it had been sampled; what stands before the first taught part is masked."""
     pieces = tokenizer([text for text, _ in parts], add_special_tokens=False)["input_ids"]
     ids = [*(token for piece in pieces for token in piece), tokenizer.eos_token_id]

@@ -1,8 +1,9 @@
-"""What a second look is worth is read off the right tokens: neither a wrong answer's nor a trigger's."""
+"""What a second look is worth is read off the tokens of the right answer, after the first answer that the row names."""
 
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -16,30 +17,48 @@ from rethinker.policy.model import Policy
 QUERIES = [query for query in sums("validation") if query.metadata["category"] in ("2 terms", "6 terms")][::150]
 
 
-class EveryToken(torch.nn.Module):
-    """A policy to which every token is as likely."""
+class Constant(torch.nn.Module):
+    """A policy that gives every token the probability 0.9."""
 
     def __init__(self, model, config):
         super().__init__()
-        self.known = Policy(model, config)
-
-    def positions(self, *inputs):
-        return self.known.positions(*inputs)
+        self.positions = Policy(model, config).positions
 
     def forward(self, batch):
         return torch.full((len(batch.target_ids),), math.log(0.9)), None
 
 
+def right_steps(query):
+    return "\n".join([*query.metadata["steps"], answer_text(query.answer)])
+
+
 def test_a_probability_is_of_all_steps_of_its_own_answer(tmp_path, monkeypatch):
-    """0.9 to the power of the answer's tokens; of first answers, of those that do not begin with the box."""
+    """0.9 to the power of the answer's tokens, among the answers that do not begin with the box; neither the tokens
+    before them nor the end count."""
     folder = create_tiny(tmp_path, texts=[query.question for query in QUERIES])
-    monkeypatch.setattr(second_looks, "Policy", EveryToken)
+    monkeypatch.setattr(second_looks, "Policy", Constant)
     monkeypatch.setattr(second_looks, "BATCH", 3)
     found = second_looks.probabilities(folder, QUERIES)
     tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
     for number, query in enumerate(QUERIES):
-        right = "\n".join([*query.metadata["steps"], answer_text(query.answer)])
-        first, second = (len(tokenizer(text, add_special_tokens=False).input_ids) + 1 for text in (right, "\n" + right))
-        expected = [0.9**first / 0.1, 0.9**second, 0.9**second]
-        assert [found[look][number] for look in second_looks.LOOKS] == pytest.approx(expected, rel=1e-4)
+        tokens = len(tokenizer(right_steps(query), add_special_tokens=False).input_ids)
+        assert [found[look][number] for look in second_looks.LOOKS] == pytest.approx([0.9**tokens / 0.1] * 3, rel=1e-4)
     assert len(found[second_looks.LOOKS[0]]) == len(QUERIES) == 4
+
+
+def test_the_looks_follow_what_they_say():
+    """Nothing, a wrong answer and a trigger, the right answer and a trigger; only what is asked for is scored."""
+    for query in QUERIES:
+        right, fast = right_steps(query), answer_text(query.answer)
+        *first, after_wrong, _, after_right, _ = second_looks.responses(query, random.Random(0))
+        assert first == [[(right, True)], [(fast, True)]]
+        assert after_wrong[0][0].count("\n") == right.count("\n") and after_wrong[0][0] != right
+        assert after_right == [(right, False), after_wrong[1], ("\n" + right, True)]
+        assert [scored for _, scored in after_wrong] == [False, False, True]
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path, capsys):
+    """One line, before anything is measured."""
+    with pytest.raises(SystemExit):
+        second_looks.main([str(tmp_path / "none")])
+    assert "none: there is no such checkpoint" in capsys.readouterr().err

@@ -138,11 +138,11 @@ def test_a_slip_is_not_taught(tmp_path):
     """Its tokens are masked, those of the trigger, the second answer and the end are not, and none is lost."""
     tokenizer = AutoProcessor.from_pretrained(create_tiny(tmp_path, size=SMALL)).tokenizer
     parts = [("1+1=3\n\\boxed{3}", False), ("\n\nWait, let's double check", True), ("\n\\boxed{2}", True)]
-    completion = module.as_completion(parts, tokenizer)
+    completion = module._completion(parts, tokenizer)
     mask = trainable_mask(completion)
     assert tokenizer.decode(completion.token_ids[~mask]) == parts[0][0]
     assert tokenizer.decode(completion.token_ids[mask]) == parts[1][0] + parts[2][0] + "<|im_end|>"
-    assert trainable_mask(module.as_completion(parts[1:], tokenizer)).all()
+    assert trainable_mask(module._completion(parts[1:], tokenizer)).all()
 
 
 @pytest.fixture(scope="module")
