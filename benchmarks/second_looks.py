@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from rethinker.config import PolicyConfig, RethinkConfig
 from rethinker.data.prompts import PromptEncoder
-from rethinker.embedded.sums import Parts, answer_text, sums, with_slip
+from rethinker.embedded.sums import Parts, answer_text, slow_answer, sums, with_slip
 from rethinker.embedded.warmup import as_bundle
 from rethinker.policy.model import Policy, load_model, load_processor
 from rethinker.policy.packing import pack
@@ -45,16 +46,16 @@ def probabilities(folder: Path, queries: Sequence[Query]) -> dict[str, list[floa
         with torch.no_grad():
             logps, _ = policy(batch)  # [R]
         lengths = [len(sample.completion.token_ids) for bundle in bundles for sample in bundle.samples]
-        ids, logps, masks = (part.split(lengths) for part in (batch.target_ids, logps.double(), batch.loss_mask))
-        for i in range(0, len(lengths), 2):
-            right, at_once = ((ids[j][masks[j]], logps[j][masks[j]]) for j in (i, i + 1))
-            found[LOOKS[i // 2 % 3]].append(_right_steps(*right, *at_once))
+        parts = zip(*(part.split(lengths) for part in (batch.target_ids, logps.double(), batch.loss_mask)), strict=True)
+        scored = [(ids[mask], logp[mask]) for ids, logp, mask in parts]  # [tokens] each, of every response
+        for look, right, at_once in zip(cycle(LOOKS), scored[::2], scored[1::2], strict=False):
+            found[look].append(_right_steps(*right, *at_once))
     return found
 
 
 def responses(query: Query, rng: random.Random) -> list[Parts]:
     """For each look an answer with the right steps, and one that gives the result at once."""
-    right = "\n".join([*query.metadata["steps"], answer_text(query.answer)])
+    right = slow_answer(query.metadata["symbols"])
     trigger = rng.choice(list(RethinkConfig().triggers.values()))
     answers = (right, answer_text(query.answer))
     found: list[Parts] = [[(answer, True)] for answer in answers]
@@ -64,8 +65,8 @@ def responses(query: Query, rng: random.Random) -> list[Parts]:
 
 
 def _right_steps(ids: Tensor, logps: Tensor, at_once_ids: Tensor, at_once_logps: Tensor) -> float:
-    """Probability of an answer's tokens among the answers that do not give the result at once, where these two part.
-    Whether the response ends there or goes on does not count."""
+    """Probability of an answer's tokens [tokens] among the answers that do not give the result at once, where these two
+    part. Whether the response ends there or goes on does not count."""
     shared = int((ids[: len(at_once_ids)] == at_once_ids[: len(ids)]).long().cumprod(0).sum())
     return (logps[shared:-1].sum().exp() / (1 - at_once_logps[shared].exp())).item()
 

@@ -152,12 +152,13 @@ class SumsTeacher:
 
         What is not taught comes first: a slip, and what is thought over not of its own accord.
         """
-        fast, slow = answer_text(query.answer), "\n".join([*query.metadata["steps"], answer_text(query.answer)])
+        symbols = query.metadata["symbols"]
+        fast, slow = answer_text(query.answer), slow_answer(symbols)
         if rng.random() >= THOUGHT_OVER:
             return [[(fast, True)], [(slow, True)]]
         trigger = rng.choice(list(RethinkConfig().triggers.values()))
         own = rng.random() < OF_ITS_OWN
-        first = (with_slip(query.metadata["symbols"], rng), False) if rng.random() < SLIPS else (slow, own)
+        first = (with_slip(symbols, rng), False) if rng.random() < SLIPS else (slow, own)
         return [[(fast, True)], [first, (trigger, own), ("\n" + slow, True)]]
 
 
@@ -166,9 +167,14 @@ def answer_text(answer: str) -> str:
     return f"\\boxed{{{answer}}}"
 
 
+def slow_answer(symbols: str) -> str:
+    """The steps of a sum, a line each, and the answer."""
+    steps = steps_of(symbols)
+    return "\n".join([*steps, answer_text(steps[-1].partition("=")[2])])
+
+
 def with_slip(symbols: str, rng: random.Random) -> str:
     """The slow answer of one who takes a digit for another; the total may then fall below 0."""
     place = 2 * rng.randrange(len(symbols) // 2 + 1)
     misread = rng.choice([digit for digit in "0123456789" if digit != symbols[place]])
-    steps = steps_of(symbols[:place] + misread + symbols[place + 1 :])
-    return "\n".join([*steps, answer_text(steps[-1].partition("=")[2])])
+    return slow_answer(symbols[:place] + misread + symbols[place + 1 :])

@@ -33,8 +33,6 @@ SMALL = TinySize(
 DATA = DataConfig(prompt="{question}", min_pixels=4096, max_pixels=4096)
 QUERIES = easy_vqa("train")[:3000]  # about 250 images that can be described
 BRIEF = WarmupConfig(look_steps=3, steps=3, batch_size=8, data_fraction=0.16)
-
-
 TEXT_ONLY = [Query(str(i), f"what is {i} + 1?", str(i + 1)) for i in range(20)]
 
 
@@ -168,10 +166,10 @@ UNTRAINED = WarmupConfig(look_steps=0, steps=0, data_fraction=0.05)
 
 
 def warmups(cache, ranks=ALONE):
-    data = DataConfig(prompt="{question}", min_pixels=256, max_pixels=4096)
-    asked = [(warmup, sums("train")[::40]) for warmup in (*SHARED, UNTRAINED)]
-    asked += [(SHARED[0], TEXT_ONLY)]  # nothing to look at
-    return [made(warmup, data, queries, cache, ranks) for warmup, queries in asked]
+    cells = DataConfig(prompt="{question}", min_pixels=256, max_pixels=4096)
+    asked = [(warmup, cells, sums("train")[::40]) for warmup in (*SHARED, UNTRAINED)]
+    asked += [(SHARED[0], DATA, QUERIES), (SHARED[0], DATA, TEXT_ONLY)]  # the other teacher; nothing to look at
+    return [made(warmup, data, queries, cache, ranks) for warmup, data, queries in asked]
 
 
 def on_a_rank(cache):
