@@ -46,8 +46,7 @@ def probabilities(folder: Path, queries: Sequence[Query]) -> dict[str, list[floa
         with torch.no_grad():
             logps, _ = policy(batch)  # [R]
         lengths = [len(sample.completion.token_ids) for bundle in bundles for sample in bundle.samples]
-        parts = zip(*(part.split(lengths) for part in (batch.target_ids, logps.double(), batch.loss_mask)), strict=True)
-        scored = [(ids[mask], logp[mask]) for ids, logp, mask in parts]  # [tokens] each, of every response
+        scored = list(zip(batch.target_ids.split(lengths), logps.double().split(lengths), strict=True))  # by response
         for look, right, at_once in zip(cycle(LOOKS), scored[::2], scored[1::2], strict=False):
             found[look].append(_right_steps(*right, *at_once))
     return found
@@ -65,8 +64,9 @@ def responses(query: Query, rng: random.Random) -> list[Parts]:
 
 
 def _right_steps(ids: Tensor, logps: Tensor, at_once_ids: Tensor, at_once_logps: Tensor) -> float:
-    """Probability of an answer's tokens [tokens] among the answers that do not give the result at once, where these two
-    part. Whether the response ends there or goes on does not count."""
+    """Probability of the right steps among the answers that do not give the result at once, from a response with each,
+    [tokens]. What they share comes first and does not count, nor whether a response ends after its answer or goes on.
+    """
     shared = int((ids[: len(at_once_ids)] == at_once_ids[: len(ids)]).long().cumprod(0).sum())
     return (logps[shared:-1].sum().exp() / (1 - at_once_logps[shared].exp())).item()
 
