@@ -1,7 +1,7 @@
 """The paper's ablation at small scale, at equal sampled tokens and judged on a test split that nothing is tuned on.
 
     python -m benchmarks.ablation [--tasks sums easy_vqa] [--parts methods alpha ...] [--seeds 0 1 2 3 4] [--tokens N]
-                                  [--jobs 2] [--report]
+                                  [--jobs 2] [--report] [--out benchmarks/results]
 
 Every method trains in two stages, as the paper does. The first is a share of the budget with the task's recipe, the
 second is a run of its own from the first one's last checkpoint, with the recipe of the second stage, for the rest. In
@@ -17,10 +17,11 @@ taken from the second.
 Each run answers the test questions greedily before its first step, after its last, and now and then between, for the
 curve over tokens. Nothing follows from these answers: the policy that counts is the last one, never the best.
 
-Writes benchmarks/results/<gpu or cpu>/ablation.json and .md after every run, and the paper's figures 2, 5, 6 and 7 at
-the end. Tables that were not asked for stay there, each with its own budget; one that was asked for is replaced by what
-is done of it. An ablation that was interrupted goes on where it stopped; the runs themselves stay in --runs. A run that
-fails stops none but those that start from it; it is reported at the end, and the exit code is then 1.
+Writes <out>/<gpu or cpu>/ablation.json and .md after every run, and the paper's figures 2, 5, 6 and 7 at the end; what
+is published is in benchmarks/results. Tables that were not asked for stay there, each with its own budget; one that was
+asked for is replaced by what is done of it. An ablation that was interrupted goes on where it stopped; the runs
+themselves stay in --runs. A run that fails stops none but those that start from it; it is reported at the end, and the
+exit code is then 1.
 """
 
 from __future__ import annotations
@@ -36,16 +37,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.ablation_figures import draw_figures
+from benchmarks.ablation_figures import draw_figures, rethinking_accuracies
 from benchmarks.ablation_runs import Job, UnfinishedError, run_all
 from benchmarks.ablation_summary import REFERENCES, joined, stage_result, summarise, tables
+from benchmarks.command_line import positive
 from benchmarks.machine import cores, describe
 from rethinker.runtime.files import whole_file
 from rethinker.settings import flat, resolve_config
 
-RESULTS = Path(__file__).parent / "results"
+if TYPE_CHECKING:
+    import pandas as pd
+
 DEMO = Path(find_spec("rethinker.embedded").origin).parent
 
 Settings = Mapping[str, Any]
@@ -178,8 +182,8 @@ def _stage(task: str, recipe: str, settings: Settings, varied: Settings, before:
 
 @functools.cache
 def _demo_code() -> str:
-    """A hash of the code that makes data sets and warm-up: another one makes another model for runs to start from."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(DEMO.glob("*.py")))).hexdigest()
+    """A hash of the code and texts that make data sets and warm-up: others make other models to start from."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(DEMO.glob("*.*")))).hexdigest()
 
 
 @functools.cache
@@ -280,8 +284,8 @@ class Ablation:
                 found.append({"seed": seed, **joined(*(json.loads(file.read_text()) for file in files))})
         return found
 
-    def evaluations(self, task: str) -> list[tuple[str, str, Path]]:
-        """Method, mode and folder of the evaluations of every seed that has them all."""
+    def rethinking(self, task: str) -> pd.DataFrame | None:
+        """Accuracies of figure 7 over the seeds whose evaluations are all done; None without any."""
         asked = [(name, mode) for name, modes in RETHINKING.items() for mode in modes]
         found = []
         for seed in self.seeds:
@@ -289,7 +293,9 @@ class Ablation:
             own = [(name, mode, self.runs / second[name] / f"eval-{mode}") for name, mode in asked]
             if all((folder / "result.json").is_file() for _, _, folder in own):
                 found += own
-        return found
+        if not found:
+            return None
+        return rethinking_accuracies(found, self.results(task, METHODS["SSR"])[0]["by_category"])
 
     def table(self, task: str, part: str, machine: Mapping[str, Any]) -> dict[str, Any]:
         """What is done of one table, and how."""
@@ -313,7 +319,13 @@ class Ablation:
         written = json.loads(file.read_text(encoding="utf-8")).get("tables", []) if file.is_file() else []
         kept = {(table["task"], table["part"]): table for table in written}
         kept |= {key: table for key in asked if (table := self.table(*key, machine))["rows"]}
-        content = [kept[task, part] for task in TASKS for part in PARTS if (task, part) in kept]
+        figure_7 = {task: self.rethinking(task) for task in self.tasks if "rethinking" in self.parts}
+        for task, accuracies in figure_7.items():
+            if accuracies is not None:
+                rows = accuracies.reset_index(names="questions").to_dict("records")
+                own = {"tokens": self.budget(task), "questions": self.questions, "machine": machine, "rows": rows}
+                kept[task, "rethinking"] = {"task": task, "part": "rethinking", **own}
+        content = [kept[task, part] for task in TASKS for part in (*PARTS, "rethinking") if (task, part) in kept]
         text = tables(content)
         folder.mkdir(parents=True, exist_ok=True)
         _write(file, json.dumps({"tables": content}, indent=2) + "\n")
@@ -321,9 +333,7 @@ class Ablation:
         for task in self.tasks if figures else ():
             own = METHODS if "methods" in self.parts else {}
             done = {name: found for name, method in own.items() if (found := self.results(task, method))}
-            answered = self.evaluations(task) if "rethinking" in self.parts else []
-            trained = self.results(task, METHODS["SSR"])[0]["by_category"] if answered else ()
-            draw_figures(task, done, answered, trained, folder)
+            draw_figures(task, done, figure_7.get(task), folder)
         return text
 
 
@@ -340,17 +350,20 @@ def main(argv: list[str] | None = None) -> int:
     add("--parts", nargs="+", choices=parts, default=parts, help="a table each; rethinking is figure 7")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     budgets = ", ".join(f"{name} {task.tokens}" for name, task in TASKS.items())
-    add("--tokens", type=int, help=f"sampled tokens of every method, both stages together [{budgets}]")
-    add("--questions", type=int, default=2000, help="most test questions [%(default)s]")
-    add("--jobs", type=int, default=2, help="runs at a time, which share the cores [%(default)s]")
+    add("--tokens", type=positive, help=f"sampled tokens of every method, both stages together [{budgets}]")
+    add("--questions", type=positive, default=2000, help="most test questions [%(default)s]")
+    add("--jobs", type=positive, default=2, help="runs at a time, which share the cores [%(default)s]")
     add("--report", action="store_true", help="run nothing: write tables and figures of the runs that are done")
     add("--runs", type=Path, default=Path("runs/ablation"))
-    add("--out", type=Path, default=RESULTS)
+    add("--out", type=Path, help="folder of tables and figures [RUNS/results]")
     args = parser.parse_args(argv)
-    ablation = Ablation(args.tasks, args.parts, args.seeds, args.tokens, args.questions, args.runs.absolute())
+    seeds = list(dict.fromkeys(args.seeds))
+    ablation = Ablation(args.tasks, args.parts, seeds, args.tokens, args.questions, args.runs.absolute())
     jobs = ablation.jobs()
     machine = describe()
-    folder = args.out / ("cpu" if machine["gpu"] is None else machine["gpu"].replace(" ", "-").lower())
+    folder = (args.out or args.runs / "results") / (
+        "cpu" if machine["gpu"] is None else machine["gpu"].replace(" ", "-").lower()
+    )
     failed = {}
     if not args.report:
         done = sum(job.done.is_file() for job in jobs)

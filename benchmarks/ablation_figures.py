@@ -22,8 +22,7 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]
 def draw_figures(
     task: str,
     results: Results,
-    evaluations: Sequence[tuple[str, str, Path]],
-    categories: Collection[str],
+    rethinking: pd.DataFrame | None,
     folder: Path,
 ) -> list[Path]:
     """Write ablation_<task>_<figure>.svg of what is there.
@@ -31,16 +30,15 @@ def draw_figures(
     Args:
         task: in the files' names.
         results: of the methods, in the order of the legend.
-        evaluations: method, mode and folder of each result of `rethinker eval`.
-        categories: those of the questions that count in evaluations.
+        rethinking: accuracies of `rethinking_accuracies`.
         folder: where the figures go.
     """
     figures = {}
     if results:
         figures = {"effective_queries": effective_queries(results), "curves": curves(results)}
         figures["advantages"] = in_our_look(advantages)([_as_run(name, own) for name, own in results.items()])
-    if evaluations:
-        figures["rethinking"] = rethinking_analysis(compare(by_category(evaluations, categories))[1])
+    if rethinking is not None:
+        figures["rethinking"] = rethinking_analysis(rethinking)
     return [save_figure(drawn, folder / f"ablation_{task}_{name}.svg") for name, drawn in figures.items() if drawn]
 
 
@@ -89,8 +87,12 @@ def _as_run(name: str, results: Sequence[Mapping[str, Any]]) -> RunRecord:
     return RunRecord(Path(), {}, steps, [], name)
 
 
-def by_category(evaluations: Sequence[tuple[str, str, Path]], categories: Collection[str]) -> pd.DataFrame:
-    """Model, benchmark (each of these categories, and all), mode, accuracy and rethink_ratio: means over the seeds."""
+def rethinking_accuracies(evaluations: Sequence[tuple[str, str, Path]], categories: Collection[str]) -> pd.DataFrame:
+    """Figure 7's accuracies, means over the seeds: a row for each of these categories and for all of them, a column for
+    each way to think again (see `report.rethinking.compare`).
+
+    `evaluations` are method, mode and folder of each result of `rethinker eval`.
+    """
     tables = []
     for name, mode, folder in evaluations:
         answers = pd.read_parquet(folder / "responses.parquet", columns=["category", "reward", "rethinks"])
@@ -99,4 +101,4 @@ def by_category(evaluations: Sequence[tuple[str, str, Path]], categories: Collec
         own = pd.concat([answers, answers.assign(category="all")]).groupby("category").mean().reset_index()
         tables.append(own.assign(model=name, mode=mode))
     found = pd.concat(tables).rename(columns={"category": "benchmark", "rethinks": "rethink_ratio"})
-    return found.groupby(["model", "benchmark", "mode"], sort=False).mean().reset_index()
+    return compare(found.groupby(["model", "benchmark", "mode"], sort=False).mean().reset_index())[1]

@@ -178,9 +178,14 @@ COLUMNS = (
 
 def tables(content: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table for each of `content`, which says its task, part, budget in sampled tokens, and rows: of
-    `summarise`, with the method."""
+    `summarise`, with the method; of figure 7 its own."""
     parts = []
     for table in content:
+        if table["part"] == "rethinking":
+            parts.append(
+                f"## {table['task']}: accuracy of answers that are thought over\n\n{_figure_7(table['rows'])}\n"
+            )
+            continue
         lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         lines += [f"| {' | '.join(_cells(row))} |" for row in table["rows"]]
         before = [row["accuracy_before"] for row in table["rows"]]
@@ -190,6 +195,14 @@ def tables(content: Sequence[Mapping[str, Any]]) -> str:
             said += f", and up to {max(before) - min(before):.3f} apart: these runs did not start from the same model"
         parts.append(f"## {table['task']}: {table['part']}\n\n{said}.\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def _figure_7(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    for row in rows:
+        name, *shares = row.values()
+        lines.append(f"| {name} | {' | '.join(f'{share:.3f}' for share in shares)} |")
+    return "\n".join(lines)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

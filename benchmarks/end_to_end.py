@@ -6,15 +6,15 @@ the same model, questions and machine.
     python -m benchmarks.end_to_end --size 3B --queries 16 --trl-micro-batch 8 --json FILE     # on a GPU
 
 A step is rollout, reward, advantages, one optimizer step on all queries x group-size pairs and, here, the weight sync.
-The learning rate is next to nothing, so that all sides go on sampling what the first weights sample: a side that learnt
-to write more would have more to do. Each side runs in processes of its own, all with as many ranks and threads, and
-does nothing while the other one works; they take turns, after one step each that is not counted. On a GPU, whose
-memory may not hold both, one ends before the other begins.
+All weights are trained, the vision tower's too. The learning rate is next to nothing, so that all sides go on sampling
+what the first weights sample: a side that learnt to write more would have more to do. Each side runs in processes of
+its own, all with as many ranks and threads, and does nothing while the other one works; they take turns, after one step
+each that is not counted. On a GPU, whose memory may not hold both, one ends before the other begins.
 
 Where this side samples with vLLM, a third one does nothing but transformers' generate: the weights that training starts
-from, the same questions, stop tokens and longest response, all responses to a question in one batch, the batch that
-measured fastest. It needs no log-probs, which this trainer's rollout has. What is compared is sampled tokens a second,
-of this trainer's whole rollout, from questions to texts.
+from, the same questions, stop tokens and longest response, all responses to a question in one batch. It needs no
+log-probs, which this trainer's rollout has. What is compared is sampled tokens a second, of this trainer's whole
+rollout, from questions to texts.
 
 With --size the model is Qwen2.5-VL of that size with random weights: bfloat16 with fp32 masters and gradient
 checkpointing on both sides (on a GPU), every image of --image-tokens tokens, every response of --max-new-tokens. Both
@@ -25,7 +25,7 @@ once or each time.
 On the tiny model TRL generates with transformers: on CPU its vLLM integration stops at the first weight sync, as it
 loads weights into layers that vLLM's CPU kernels have packed. Otherwise TRL gets what makes it fastest: one generation
 per optimizer step, so that it needs no old log-probs; no gradient checkpointing; no reference model, evaluation,
-logging or saving; the micro-batch that measured fastest.
+logging or saving. Which --trl-micro-batch and --generate-batch are fastest depends on the machine: try some.
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ from typing import Any
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from benchmarks.command_line import positive
 from benchmarks.machine import cores, describe
 from benchmarks.random_model import write_model
 from benchmarks.sides import PHASES, Step, generate_side, of_all_ranks, rethinker_side, trl_settings, trl_side
-from rethinker.config import Config
+from rethinker.config import Config, ConfigError
+from rethinker.families.model_folder import check_model_folder
 from rethinker.policy.throughput import PEAK_FLOPS
-from rethinker.settings import load_config
+from rethinker.settings import load_config, resolve_config
 
 _COLUMNS = (*PHASES, "total", "cpu")
 _DEADLINE_S = 1800  # of one step or of a side's start
@@ -290,33 +292,48 @@ def training_flop(size: str, layers: int | None) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=5, help="counted steps of each side")
-    parser.add_argument("--queries", type=int, default=64, help="queries per step")
-    parser.add_argument("--group-size", type=int, default=8, help="responses per query")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of each side, which share its queries")
-    parser.add_argument("--threads", type=int, help="threads of each rank; its share of the cores if left out")
+    parser.add_argument("--steps", type=positive, default=5, help="counted steps of each side")
+    parser.add_argument("--queries", type=positive, default=64, help="queries per step")
+    parser.add_argument("--group-size", type=positive, default=8, help="responses per query")
+    parser.add_argument("--ranks", type=positive, default=1, help="processes of each side, which share its queries")
+    parser.add_argument("--threads", type=positive, help="threads of each rank; its share of the cores if left out")
     parser.add_argument("--recipe", default="sums_cpu", help="of the tiny model: sums_cpu or easy_vqa_cpu")
     parser.add_argument("--model", help="a checkpoint of the recipe to sample from, instead of what a run starts from")
-    parser.add_argument("--trl-micro-batch", type=int, default=128, help="pairs per forward pass of a rank of TRL")
-    parser.add_argument("--generate-batch", type=int, default=512, help="most responses per call of a rank of generate")
+    parser.add_argument("--trl-micro-batch", type=positive, default=128, help="pairs per forward pass of a rank of TRL")
+    parser.add_argument(
+        "--generate-batch", type=positive, default=512, help="most responses per call of a rank of generate"
+    )
     parser.add_argument(
         "--size", choices=["3B", "7B", "small", "tiny"], help="random weights, instead of the tiny model"
     )
-    parser.add_argument("--layers", type=int, help="with --size: decoder layers, for a model that would not fit")
-    parser.add_argument("--image-tokens", type=int, default=256, help="with --size: of every image")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="with --size: of every response")
-    parser.add_argument("--micro-batch-tokens", type=int, default=16384, help="with --size: of this trainer")
+    parser.add_argument("--layers", type=positive, help="with --size: decoder layers, for a model that would not fit")
+    parser.add_argument("--image-tokens", type=positive, default=256, help="with --size: of every image")
+    parser.add_argument("--max-new-tokens", type=positive, default=512, help="with --size: of every response")
+    parser.add_argument("--micro-batch-tokens", type=positive, default=16384, help="with --size: of this trainer")
     parser.add_argument("--vllm", action="store_true", help="with --size: both sides sample with vLLM")
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args(arguments)
     options.threads = options.threads or max(1, cores() // options.ranks)
-    pairs, at_once = options.queries * options.group_size, options.trl_micro_batch * options.ranks
-    if pairs % at_once or options.queries % options.ranks:
+    if options.queries % options.ranks:
+        parser.error(f"--queries {options.queries} do not divide into --ranks {options.ranks}")
+    if options.group_size == 1:
+        parser.error("--group-size 1: TRL has no advantage for a single response; set --group-size to 2 or more")
+    pairs = options.queries // options.ranks * options.group_size
+    if pairs % options.trl_micro_batch:
+        fitting = max(n for n in range(1, min(pairs, options.trl_micro_batch) + 1) if pairs % n == 0)
         parser.error(
-            f"--queries {options.queries} x --group-size {options.group_size} pairs do not divide into --ranks "
-            f"{options.ranks} x --trl-micro-batch {options.trl_micro_batch}; set --trl-micro-batch to "
-            f"{max(1, pairs // options.ranks // 4)} or another divisor of a rank's pairs"
+            f"--trl-micro-batch {options.trl_micro_batch} does not divide the {pairs} pairs of a rank (--queries x "
+            f"--group-size / --ranks); set --trl-micro-batch to {fitting}"
         )
+    if options.size is None and (options.layers or options.vllm):
+        parser.error("--layers, --vllm: the tiny model has its own; name a --size")
+    try:
+        if options.model:
+            check_model_folder(Path(options.model), f"--model {options.model}")
+        changes = {"policy.model": options.model} if options.model else {}
+        resolve_config(options.recipe, changes)
+    except ConfigError as error:
+        parser.error(str(error))
     on_gpu = torch.cuda.is_available()
     os.environ.update(
         OMP_NUM_THREADS=str(options.threads),
@@ -334,7 +351,6 @@ def main(arguments: list[str] | None = None) -> int:
                 aside.submit(write_model, model_dir, options.size, options.layers, options.image_tokens).result()
                 config = random_config(options, model_dir, scratch)
             else:
-                changes = {"policy.model": options.model} if options.model else {}
                 config = benchmark_config(options.recipe, options.queries, options.group_size, scratch, changes)
                 model_dir = aside.submit(prepare_model, config).result()
         generate_batch = options.generate_batch if config.rollout.backend == "vllm" else 0

@@ -1,18 +1,20 @@
 """What a second look at a sum is worth: how likely the right steps and answer are, at first and after a trigger.
 
-    python -m benchmarks.second_looks CHECKPOINT [CHECKPOINT ...]
+    python -m benchmarks.second_looks CHECKPOINT [CHECKPOINT ...] [--json FILE]
 
-Prints for each checkpoint of sums_cpu, over validation questions of 2 to 6 terms, the mean probability that an answer
-which works the sum out (instead of giving the result at once) is right in every step: as a first answer, after a wrong
-answer (a digit is misread) and a trigger, and after the right answer and a trigger. Where the last two are equal, the
-second look does not use what it sees of the first one.
+Prints, over validation questions with as many terms as sums_cpu trains on, the mean probability that an answer which
+works the sum out (instead of giving the result at once) is right in every step: as a first answer, after a wrong answer
+(a digit is misread) and a trigger, and after the right answer and a trigger. Where the last two are equal, the second
+look does not use what it sees of the first one. Several checkpoints are those of runs that differ by seed: the table
+has their means with 95% intervals, and that of the difference to the first answer.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
@@ -20,23 +22,25 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from rethinker.config import PolicyConfig, RethinkConfig
+from benchmarks.ablation_summary import interval
+from benchmarks.machine import describe
+from rethinker.config import ConfigError, PolicyConfig, RethinkConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded.sums import Parts, answer_text, slow_answer, sums, with_slip
 from rethinker.embedded.warmup import as_bundle
+from rethinker.families.model_folder import check_model_folder
 from rethinker.policy.model import Policy, load_model, load_processor
 from rethinker.policy.packing import pack
 from rethinker.samples import Query
-from rethinker.settings import load_config
+from rethinker.settings import resolve_config
 
 LOOKS = ("first answer", "after a wrong one", "after the right one")
-TERMS = range(2, 7)
 BATCH = 50
 
 
 def probabilities(folder: Path, queries: Sequence[Query]) -> dict[str, list[float]]:
     """Of each look the probability of the right steps and answer, query by query."""
-    encoder = PromptEncoder(load_processor(folder), load_config("sums_cpu", {"run.name": "any"}).data)
+    encoder = PromptEncoder(load_processor(folder), resolve_config("sums_cpu").data)
     policy = Policy(load_model(folder, torch.float32).eval(), PolicyConfig())
     rng, found = random.Random(0), {look: [] for look in LOOKS}
     for start in range(0, len(queries), BATCH):
@@ -71,22 +75,61 @@ def _right_steps(ids: Tensor, logps: Tensor, at_once_ids: Tensor, at_once_logps:
     return (logps[shared:-1].sum().exp() / (1 - at_once_logps[shared].exp())).item()
 
 
+def shares(folder: Path, queries: Sequence[Query]) -> dict[str, list[float]]:
+    """Of each look the means of `probabilities` by category, in the order of `trained_terms`, and of all."""
+    found = {}
+    for look, values in probabilities(folder, queries).items():
+        pairs = list(zip(queries, values, strict=True))
+        own = [mean(value for query, value in pairs if query.metadata["category"] == name) for name in trained_terms()]
+        found[look] = [*own, mean(values)]
+    return found
+
+
+def trained_terms() -> list[str]:
+    """The categories that sums_cpu trains on."""
+    return list(resolve_config("sums_cpu").data.category_weights)
+
+
+def table(measured: Sequence[Mapping[str, Sequence[float]]]) -> str:
+    """A Markdown row for each look: means over checkpoints of `shares`, and by how much it is above the first."""
+    lines = [
+        f"| right steps | {' | '.join(trained_terms())} | all | minus first |",
+        "|---" * (len(trained_terms()) + 3) + "|",
+    ]
+    for look in LOOKS:
+        own = [found[look] for found in measured]
+        gaps = [values[-1] - found[LOOKS[0]][-1] for values, found in zip(own, measured, strict=True)]
+        means = [mean(values) for values in zip(*own, strict=True)]
+        cells = [f"{value:.2f}" for value in means[:-1]]
+        cells += [_with_interval([values[-1] for values in own], ".2f"), _with_interval(gaps, "+.3f")]
+        lines.append(f"| {look} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _with_interval(values: Sequence[float], form: str) -> str:
+    middle, half = interval(values)
+    return f"{middle:{form}}" + ("" if half is None else f" ± {half:{form.lstrip('+')}}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a row per checkpoint and look."""
+    """Measure all checkpoints, print the table of their means, and write what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", type=Path)
-    terms = [f"{n} terms" for n in TERMS]
-    queries = [query for query in sums("validation") if query.metadata["category"] in terms]
-    folders = parser.parse_args(argv).checkpoints
-    for folder in folders:
-        if not folder.is_dir():
-            parser.error(f"{folder}: there is no such checkpoint")
-    print(f"| checkpoint | right steps | {' | '.join(terms)} | all |\n|{'---|' * (len(terms) + 3)}")
-    for folder in folders:
-        for look, values in probabilities(folder, queries).items():
-            pairs = list(zip(queries, values, strict=True))
-            cells = [mean(value for query, value in pairs if query.metadata["category"] == name) for name in terms]
-            print(f"| {folder} | {look} | {' | '.join(f'{cell:.2f}' for cell in (*cells, mean(values)))} |", flush=True)
+    parser.add_argument("--json", type=Path, help="also write the shares of every checkpoint here")
+    options = parser.parse_args(argv)
+    try:
+        for folder in options.checkpoints:
+            check_model_folder(folder, f"{folder} (a run's model is RUN/checkpoints/best)")
+    except ConfigError as error:
+        parser.error(str(error))
+    queries = [query for query in sums("validation") if query.metadata["category"] in trained_terms()]
+    measured = [shares(folder, queries) for folder in options.checkpoints]
+    print(table(measured))
+    if options.json:
+        names = [*trained_terms(), "all"]
+        found = [{look: dict(zip(names, values, strict=True)) for look, values in own.items()} for own in measured]
+        result = {"machine": describe(), "questions": len(queries), "checkpoints": found}
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The embedded default's model: a tiny Qwen2.5-VL with random weights, in the ordinary Hugging Face format.
 
-The architecture is Qwen2.5-VL's own, only small: transformers, its processor and vLLM load the folder as it is. The
-patches (8 pixels, merged 2 by 2) fit 64-pixel images, which become 16 tokens each.
+The architecture is Qwen2.5-VL's own, only small: transformers, its processor and vLLM load the folder as it is. Patches
+of 8 pixels are merged 2 by 2: an image token is a cell of 16 x 16 pixels, and an image of 64 x 64 has 16 of them.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch.nn import functional as F
 
-from rethinker.config import ConfigError, DataConfig, PolicyConfig, WarmupConfig
+from rethinker.config import ConfigError, DataConfig, PolicyConfig, RethinkConfig, WarmupConfig
 from rethinker.data.images import image_key
 from rethinker.data.mixture import category_of, check_category_weights
 from rethinker.data.prompts import PromptEncoder, select_fitting
@@ -59,8 +59,8 @@ def warmed_up_tiny(
 
     Collective over `ranks`, which share the work and must see rank 0's cache; the answer is rank 0's.
     The cache is keyed by everything that shapes the model (but for rounding, which depends on the number of ranks):
-    the settings, the training questions, and this code. It is safe against several runs that want the same model, and
-    against one that is killed while it makes it.
+    the settings, the training questions, and this folder's files. It is safe against several runs that want the same
+    model, and against one that is killed while it makes it.
 
     Raises:
         ConfigError: no question that fits the prompt's limits, or a cache that cannot be written.
@@ -102,8 +102,8 @@ def _build(
             encoder = PromptEncoder(processor, data)
             lessons = _lessons(queries, teacher, encoder, warmup)
             model.train()
-            course = Course(model, encoder, lessons, teacher, warmup, ranks)
-            course.learn_to_answer(freeze_vision=course.learn_to_look())
+            course, stream = Course(model, encoder, lessons, teacher, warmup, ranks), _stream(lessons, warmup, data)
+            course.learn_to_answer(stream, freeze_vision=course.learn_to_look())
         ranks.gather(None)  # all have read the folder, of which rank 0 now writes over parts
         if ranks.is_main:
             model.eval()
@@ -189,8 +189,8 @@ class Course:
             self._update(optimizers, loss, counts * number, step / warmup.look_steps)
         return True
 
-    def learn_to_answer(self, freeze_vision: bool) -> None:
-        """Train the model on the responses; the loss is on those tokens alone that are taught."""
+    def learn_to_answer(self, stream: QueryStream, freeze_vision: bool) -> None:
+        """Train the model on responses to the stream's lessons; the loss is on those tokens alone that are taught."""
         model, encoder, warmup = self.model, self.encoder, self.warmup
         policy = Policy(model, PolicyConfig(freeze_vision=freeze_vision))
         embedding = model.get_input_embeddings().weight
@@ -199,7 +199,6 @@ class Course:
         others = [p for p in trained if p.ndim != 2 or p is embedding]
         muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         optimizers = {_adam(others): 1.0, muon: MUON}
-        stream = _stream(self.lessons, warmup, encoder.config)
         rng = random.Random(warmup.seed)
         for step in self._steps(warmup.steps, "warm-up, answering"):
             answered = [(query, self.teacher.responses(query, rng)) for query in stream.next(warmup.batch_size)]
@@ -261,10 +260,10 @@ def _adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _digest(settings: dict, queries: list[Query]) -> str:
-    """A short name for everything that shapes the model: settings, questions, and the code that makes it."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    """A short name for everything that shapes the model: settings, questions, triggers, and the code that makes it."""
+    digest = hashlib.sha256(json.dumps([settings, RethinkConfig().triggers], sort_keys=True).encode())
     for query in queries:
         digest.update(f"{query.id}\n{query.question}\n{query.answer}\n".encode())
-    for name in ("easy_vqa", "sums", "tiny", "tokenizer", "warmup"):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    for file in sorted(Path(__file__).parent.glob("*.*")):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:12]

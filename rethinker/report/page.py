@@ -21,7 +21,7 @@ from rethinker.report.drawing import save_figure
 from rethinker.report.figures import FIGURES
 from rethinker.report.rethinking import compare, read_evaluations, rethinking_analysis
 from rethinker.report.runs import all_stages, read_runs
-from rethinker.report.story import STORY, before_and_after
+from rethinker.report.story import STORY, before_and_after, own_rethinking
 from rethinker.report.summary import categories, changed_settings, summary
 
 
@@ -63,11 +63,13 @@ def write_report(
             tables["Accuracies of the rethinking analysis"] = comparison.map("{:.3f}".format, "ignore").fillna("")
         tables["Settings that differ from their defaults"] = changed_settings(runs)
         sample = sample_completions(all_stages(runs))
+        unreadable = sample["unreadable"]
+        found = (tell(runs[0], unreadable) for tell in (before_and_after, own_rethinking) if len(runs) == 1)
         page = _render(
             runs=runs,
             labels=[stage.label for stage in all_stages(runs)],
             story=story,
-            example=before_and_after(runs[0], sample["unreadable"]) if len(runs) == 1 else None,
+            examples=[example for example in found if example],
             figures=figures,
             summary=_html(summary(runs)),
             tables={title: _html(table) for title, table in tables.items() if table is not None},

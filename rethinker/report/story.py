@@ -1,4 +1,5 @@
-"""What one run learned, for the page's first screen: four figures, and one question before and after training.
+"""What one run learned, for the page's first screen: four figures, one question before and after training, and a
+response that rethinks.
 
 A run that goes on from others is one with them.
 """
@@ -11,6 +12,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
+from rethinker.algorithm.rethinking import rethinks
 from rethinker.report.completions import COLUMNS, describe_group, describe_response
 from rethinker.report.drawing import (
     COLORS,
@@ -25,6 +27,7 @@ from rethinker.report.drawing import (
 )
 from rethinker.report.figures import MOST_CATEGORIES, ReportFigure, Runs
 from rethinker.report.runs import RunRecord
+from rethinker.rewards.answers import boxed_span
 
 HEIGHT = 2.9
 IMAGE = 640
@@ -102,8 +105,8 @@ STORY = (
     ReportFigure(
         "kinds",
         "How it answers",
-        "Sampled responses: fast ones are nothing but the answer, slow ones work it out, rethinking ones doubt "
-        "of their own accord and go on.",
+        "Sampled responses, a moving average: fast ones are nothing but the answer, slow ones work it out, rethinking "
+        "ones doubt of their own accord and go on.",
         {},
         kinds,
         of="one",
@@ -130,8 +133,8 @@ STORY = (
 
 
 def before_and_after(run: RunRecord, unreadable: list[str]) -> dict[str, Any] | None:
-    """A held-out question (see `describe_group`) whose greedy answer went from wrong to right, the same one each time;
-    its responses have a `when`, and those of a run in stages show what each stage started from.
+    """A held-out question (see `describe_group`) whose greedy answer went from wrong to right, the same one each time,
+    with a `title`; its responses have a `when`, and those of a run in stages show what each stage started from.
 
     An answer that was fast is preferred, of the last stage then one that rethinks, then the longest. None where nothing
     was recorded or no answer changed so; files that cannot be read are added to `unreadable`.
@@ -157,7 +160,51 @@ def before_and_after(run: RunRecord, unreadable: list[str]) -> dict[str, Any] | 
     chosen = max(changed, key=preference)  # the first one of equals
     shown = [(when, answers[chosen][1]) for when, answers in moments if chosen in answers]
     example = describe_group(run, after[chosen][0], IMAGE)
-    return example | {"responses": [response | {"when": when} for when, response in shown]}
+    responses = [response | {"when": when} for when, response in shown]
+    return example | {
+        "title": "One held-out question, answered greedily before and after training",
+        "responses": responses,
+    }
+
+
+def own_rethinking(run: RunRecord, unreadable: list[str]) -> dict[str, Any] | None:
+    """A response of the run's last recorded episode that doubts of its own accord and is right after it, with its
+    question (see `describe_group`) and a `title`.
+
+    One that had boxed another answer before is preferred, then the shortest. None without any; a file that cannot be
+    read is added to `unreadable`.
+    """
+    files = sorted((run.folder / "completions").glob("episode_*.parquet"))[-1:]
+    try:
+        rows = pq.read_table(files[0], columns=list(COLUMNS)).to_pylist() if files else []
+        found = [(row, describe_response(row, run.settings)) for row in rows if _thinks_again(row["response"])]
+        found = [
+            (row, response) for row, response in found if response["verdict"] == "right" and not response["trigger"]
+        ]
+        if not found:
+            return None
+        row, response = min(found, key=lambda pair: (not _changes_its_answer(pair[0]["response"]), pair[1]["tokens"]))
+        first = next(other for other in rows if other["group"] == row["group"])  # it alone has the group's images
+        return describe_group(run, first, IMAGE) | {
+            "title": "One response of the last episode that rethinks of its own accord",
+            "responses": [response | {"when": "sampled"}],
+        }
+    except Exception:  # of another hand: pyarrow and what reads the rows raise anything
+        unreadable.append(f"{run.name}/{files[0].name}")
+        return None
+
+
+def _thinks_again(text: str) -> bool:
+    """Whether a doubt stands before the last boxed answer."""
+    last = boxed_span(text)
+    return last is not None and rethinks(text[: last[0]])
+
+
+def _changes_its_answer(text: str) -> bool:
+    """Whether the last boxed answer is another one than that before it."""
+    last = boxed_span(text)
+    before = boxed_span(text[: last[0]])
+    return before is not None and text[slice(*before)] != text[slice(*last)]
 
 
 def _answers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -65,10 +66,14 @@ class TestPlan:
             return {stage.name for stage in ablation.stages("sums", METHODS["GRPO"], 0, 1000, 10)}
 
         before = names()
-        (tmp_path / "sums.py").write_text("another")
-        with monkeypatch.context() as patch:
-            patch.setattr(ablation, "DEMO", tmp_path)
-            assert len(before) == 2 and not before & names()
+        for changed in ("sums.py", "common_texts.json"):
+            folder = tmp_path / changed
+            shutil.copytree(ablation.DEMO, folder)
+            with monkeypatch.context() as patch:
+                patch.setattr(ablation, "DEMO", folder)
+                assert names() == before
+                (folder / changed).write_text("another")
+                assert len(before) == 2 and not before & names()
         assert names() == before
 
     def test_a_seed_has_a_model_of_its_own_that_all_methods_start_from(self):
@@ -174,13 +179,17 @@ class TestWhole:
                 own, first = settings["--run.name"], Path(settings["--policy.model"])
                 assert first.parts[-2:] == ("checkpoints", "last") and "stage1" in first.parts[-3]
                 assert first.parts[-3].split("-")[1] == own.split("-")[1] and own.split("-")[-2] in first.parts[-3]
-        (table,) = self.tables(tmp_path)
+        table, figure_7 = self.tables(tmp_path)
+        assert figure_7["part"] == "rethinking" and figure_7["tokens"] == 1000
+        in_all = figure_7["rows"][-1]
+        assert in_all["questions"] == "all" and in_all["baseline"] == in_all["rethinking forced"] == 0.75
         rows = {row["method"]: row for row in table["rows"]}
         assert list(rows) == list(METHODS) and (table["tokens"], table["questions"]) == (1000, 2000)
         assert rows["GRPO"]["accuracies"] == pytest.approx([0.5, 0.5])
         assert rows["full"]["minus"]["GRPO"]["mean"] == pytest.approx(0.1)
         assert rows["full"]["share_of_grpos_tokens"] < rows["GRPO"]["share_of_grpos_tokens"] == pytest.approx(1.0)
-        assert "| filter | 0.550" in (tmp_path / "out" / "cpu" / "ablation.md").read_text()
+        text = (tmp_path / "out" / "cpu" / "ablation.md").read_text()
+        assert "| filter | 0.550" in text and "| all | 0.750 | 0.750 | 0.750 | 0.750 | 0.500 |" in text
         figures = {path.name for path in (tmp_path / "out" / "cpu").glob("*.svg")}
         assert figures == {
             f"ablation_easy_vqa_{name}.svg" for name in ("effective_queries", "curves", "advantages", "rethinking")
@@ -190,6 +199,25 @@ class TestWhole:
         """The other figures would be of those methods alone that it needs."""
         assert self.main(tmp_path, "--parts", "rethinking") == 0
         assert [path.name for path in (tmp_path / "out" / "cpu").glob("*.svg")] == ["ablation_easy_vqa_rethinking.svg"]
+        assert [table["part"] for table in self.tables(tmp_path)] == ["rethinking"]
+
+    @pytest.mark.parametrize("bad", ["--jobs 0", "--jobs -1", "--tokens 0", "--questions 0.5"])
+    def test_numbers_that_cannot_be(self, bad, tmp_path, calls, capsys):
+        with pytest.raises(SystemExit):
+            self.main(tmp_path, *bad.split())
+        assert f"{bad.split()[0]}: '{bad.split()[1]}' is not a whole number" in capsys.readouterr().err
+
+    def test_a_seed_that_is_named_twice_counts_once(self, tmp_path, calls):
+        """Twice the same number has an interval of 0."""
+        assert self.main(tmp_path, "--parts", "alpha", "--seeds", "3", "3") == 0
+        (table,) = self.tables(tmp_path)
+        assert all(row["seeds"] == [3] for row in table["rows"])
+
+    def test_a_try_leaves_the_published_results_alone(self, tmp_path, calls):
+        """Where no folder is named, tables and figures go to the runs."""
+        options = "--tasks easy_vqa --seeds 0 --tokens 1000 --parts alpha --runs".split()
+        assert ablation.main([*options, str(tmp_path / "own")]) == 0
+        assert (tmp_path / "own" / "results" / "cpu" / "ablation.md").is_file()
 
     def test_a_table_with_grpo_of_its_own_is_compared_with_that(self, tmp_path, calls):
         """In groups of 2 SSR is compared with GRPO in groups of 2, of which the methods' table knows nothing."""

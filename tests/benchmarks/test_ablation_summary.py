@@ -132,25 +132,28 @@ class TestFigures:
     def test_rethinking_is_compared_by_category(self, tmp_path):
         """The means over seeds of every category, and of all questions."""
         found = []
-        for seed, rewards in enumerate(([1.0, 0.0, 0.0], [1.0, 1.0, 0.0])):
-            (tmp_path / str(seed)).mkdir()
-            answers = {
-                "category": ["2 terms", "3 terms", "3 terms", "never trained"],
-                "reward": [*rewards, 1.0],
-                "rethinks": [False, True, False, True],
-            }
-            pd.DataFrame(answers).to_parquet(tmp_path / str(seed) / "responses.parquet")
-            found.append(("SSR", "normal", tmp_path / str(seed)))
-        table = ablation_figures.by_category(found, CATEGORIES).set_index("benchmark")
-        assert table.accuracy.to_dict() == pytest.approx({"2 terms": 1.0, "3 terms": 0.25, "all": 0.5})
-        assert table.rethink_ratio.to_dict() == pytest.approx({"2 terms": 0.0, "3 terms": 0.5, "all": 1 / 3})
+        right = {"normal": ([1.0, 0.0, 0.0], [1.0, 1.0, 0.0]), "forced": ([0.0, 1.0, 1.0], [0.0, 1.0, 1.0])}
+        for seed in range(2):
+            for mode, rewards in right.items():
+                answers = {
+                    "category": ["2 terms", "3 terms", "3 terms", "never trained"],
+                    "reward": [*rewards[seed], 1.0],
+                    "rethinks": [False, True, False, True],
+                }
+                found.append(("SSR", mode, tmp_path / f"{seed} {mode}"))
+                found[-1][2].mkdir()
+                pd.DataFrame(answers).to_parquet(found[-1][2] / "responses.parquet")
+        table = ablation_figures.rethinking_accuracies(found, CATEGORIES)
+        assert table.baseline.to_dict() == pytest.approx({"2 terms": 1.0, "3 terms": 0.25, "all": 0.5})
+        assert table["rethinking forced"].to_dict() == pytest.approx({"2 terms": 0.0, "3 terms": 1.0, "all": 2 / 3})
+        assert table["rethinks by itself"].to_dict() == pytest.approx({"2 terms": 0.0, "3 terms": 0.5, "all": 1 / 3})
 
     def test_every_method_is_in_every_figure(self, tmp_path):
         results = {name: [result(seed, 0.5) for seed in range(2)] for name in METHODS}
-        files = ablation_figures.draw_figures("sums", results, [], [], tmp_path)
+        files = ablation_figures.draw_figures("sums", results, None, tmp_path)
         assert [file.name for file in files] == [
             f"ablation_sums_{name}.svg" for name in ("effective_queries", "curves", "advantages")
         ]
         for file in files:
             assert all(f">{name}<" in file.read_text() for name in METHODS)
-        assert ablation_figures.draw_figures("sums", {}, [], [], tmp_path) == []
+        assert ablation_figures.draw_figures("sums", {}, None, tmp_path) == []

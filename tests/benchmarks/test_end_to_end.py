@@ -77,13 +77,23 @@ def test_mfu_counts_every_response_with_its_prompt():
 
 
 @pytest.mark.parametrize(
-    "sizes", ["--queries 16 --ranks 2", "--queries 64 --ranks 3", "--queries 9 --trl-micro-batch 5"]
+    "sizes, said",
+    [
+        ("--queries 16 --ranks 2", "set --trl-micro-batch to 64"),
+        ("--queries 9 --trl-micro-batch 5", "set --trl-micro-batch to 4"),
+        ("--queries 64 --ranks 3", "--queries 64 do not divide into --ranks 3"),
+        ("--group-size 1", "set --group-size to 2"),
+        ("--steps 0", "--steps: '0' is not a whole number"),
+        ("--recipe sums_cp", "recipe 'sums_cp'"),
+        ("--model nowhere", "--model nowhere has no config.json"),
+        ("--vllm", "name a --size"),
+    ],
 )
-def test_pairs_that_do_not_divide_are_refused(sizes, capsys):
-    """TRL would leave out the rest of the pairs, and look faster."""
+def test_options_that_cannot_be_are_refused(sizes, said, capsys):
+    """A line says so before any side starts; of pairs that do not divide, TRL would leave out some and look faster."""
     with pytest.raises(SystemExit):
         main(sizes.split())
-    assert "--trl-micro-batch" in capsys.readouterr().err.splitlines()[-1]
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.soak

@@ -143,7 +143,9 @@ def test_the_probe_learns_the_symbols_in_their_order(test_split):
         teacher.look_loss(scores.repeat(2, 1), owner.repeat(2), queries)
 
 
-@pytest.mark.parametrize("metadata", [{}, {"symbols": "H2O", "steps": []}, {"symbols": None}, {"symbols": "1+1"}])
+@pytest.mark.parametrize(
+    "metadata", [{}, *({"symbols": other} for other in ("H2O", None, "", "7", "++", "1+", "12", "1+1\n", 11))]
+)
 def test_other_data_is_not_taken_for_sums(metadata):
     """Its columns may have the same names."""
     assert not SumsTeacher().sees(Query("q", "?", "!", metadata=metadata))

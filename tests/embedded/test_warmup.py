@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import threading
 from collections import Counter
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,6 +224,13 @@ def test_the_warmup_never_opens_a_test_image(tmp_path, monkeypatch):
     assert len(opened) > 40 and all("/train/images/" in image for image in opened)
 
 
+def test_a_mix_that_cannot_be_is_told_before_anything_is_learned(tmp_path, monkeypatch):
+    """A recipe's mix of sums, given another data set."""
+    monkeypatch.setattr(module.Course, "learn_to_look", None)
+    with pytest.raises(ConfigError, match="policy.warmup.category_weights.2 terms: "):
+        made(replace(BRIEF, category_weights={"2 terms": 1}), DATA, QUERIES, tmp_path)
+
+
 def test_the_loss_falls(tmp_path, monkeypatch):
     """Thirty steps per stage bring both losses well below their start."""
     losses = []
@@ -237,8 +248,8 @@ def test_the_loss_falls(tmp_path, monkeypatch):
     assert sum(answer[-5:]) < 0.4 * sum(answer[:5])
 
 
-def test_a_finished_model_is_reused_and_another_setting_makes_another(warm, monkeypatch):
-    """The same call builds nothing; a change of any setting that shapes the model does not get the old one."""
+def test_a_finished_model_is_reused_and_another_setting_makes_another(warm, monkeypatch, tmp_path):
+    """The same call builds nothing; a change of what shapes the model, setting or text, does not get the old one."""
     built = []
     monkeypatch.setattr(module, "_build", lambda folder, *rest: built.append(folder))
     assert made(BRIEF, DATA, QUERIES, warm.parent) == warm and built == []
@@ -249,6 +260,15 @@ def test_a_finished_model_is_reused_and_another_setting_makes_another(warm, monk
     ):
         folder = made(warmup, data, QUERIES, warm.parent)
         assert built.pop() == folder != warm
+    with monkeypatch.context() as patch:  # the tokenizer learns from the folder's texts, as the teacher from triggers
+        folder = tmp_path / "embedded"
+        shutil.copytree(Path(module.__file__).parent, folder)
+        (folder / "common_texts.json").write_text("[]")
+        patch.setattr(module, "__file__", str(folder / "warmup.py"))
+        assert made(BRIEF, DATA, QUERIES, warm.parent) == built.pop() != warm
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "RethinkConfig", lambda: SimpleNamespace(triggers={"doubt": "\n\nWait"}))
+        assert made(BRIEF, DATA, QUERIES, warm.parent) == built.pop() != warm
     # What only validation reads does not shape the model.
     data = DataConfig(prompt="{question}", min_pixels=4096, max_pixels=4096, validation=None)
     assert made(BRIEF, data, QUERIES, warm.parent) == warm

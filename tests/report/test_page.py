@@ -20,7 +20,8 @@ from rethinker.report.completions import find_trigger
 from rethinker.report.figures import FIGURES
 from rethinker.report.page import report_or_warning, write_report
 from rethinker.report.runs import read_run
-from rethinker.report.story import STORY, before_and_after
+from rethinker.report.story import STORY, before_and_after, own_rethinking
+from rethinker.runtime.completions import write_completions
 from tests.report.examples import (
     FAST,
     RETHINKS,
@@ -185,13 +186,11 @@ def test_the_page_is_bounded(tmp_path, no_figures):
     assert shown == completions.MOST_GROUPS // 2 and f"{shown} questions with" in elements.text  # of the whole file
     assert "characters left out" in elements.text and "\\boxed{end}" in elements.text
     assert "1 image could not be read" in Elements(write_report([lost])).text
-    assert "Could not be read: run/episode_00001.parquet" in elements.text
+    assert elements.text.count("run/episode_00001.parquet") == 1 and "Could not be read: " in elements.text
 
 
 def test_the_sample_covers_the_run(tmp_path):
     """Groups come from the first episode to the last, over all runs alike, and are the same each time."""
-    from rethinker.runtime.completions import write_completions
-
     runs = []
     for name in ("grpo", "ssr"):
         folder = write_run(tmp_path / name, name, groups=[])
@@ -266,6 +265,33 @@ def test_an_example_needs_both_ends(tmp_path):
     assert before_and_after(read_run(run), unreadable) is None and unreadable == ["run/step_000006.parquet"]
 
 
+@pytest.mark.parametrize(
+    ("texts", "chosen"),
+    [
+        ([(SLOW, 1.0), (RETHINKS * 2, 1.0), (RETHINKS, 1.0)], RETHINKS),  # the shorter one
+        ([(f"{SLOW} Wait. {SLOW}", 1.0), (RETHINKS, 1.0)], RETHINKS),  # the one that had another answer
+        ([("Wait, no. \\boxed{1}", 1.0), (SLOW + " Wait,", 1.0)], "Wait, no. \\boxed{1}"),  # the doubt comes first
+        ([(RETHINKS, 0.0), (SLOW + " Wait,", 1.0), ("Wait", 1.0)], None),
+        ([(f"\\boxed{{2}}{TRIGGER} \\boxed{{1}}", 1.0)], None),  # it was forced
+    ],
+)
+def test_the_response_that_rethinks(tmp_path, texts, chosen):
+    """Of the last episode's: unforced, right after its doubt; after another answer where there is one."""
+    rethought = {i: forced(text) for i, (text, _) in enumerate(texts) if TRIGGER in text}
+    run = write_run(tmp_path / "run", groups=[group(0, [(RETHINKS, 1.0)])])
+    write_completions(run / "completions", 1, [group(1, texts, image=picture(), rethought=rethought)])
+    example = own_rethinking(read_run(run), [])
+    assert responses(example or {"responses": []}) == ([("sampled", chosen, "right")] if chosen else [])
+
+
+def test_a_response_that_rethinks_needs_a_file(tmp_path):
+    """No recorded episode is no message; a damaged one is named."""
+    run, unreadable = write_run(tmp_path / "run", groups=[group(0, [(RETHINKS, 1.0)])]), []
+    assert own_rethinking(read_run(write_run(tmp_path / "none")), unreadable) is None and unreadable == []
+    (run / "completions" / "episode_00001.parquet").write_bytes(b"half")
+    assert own_rethinking(read_run(run), unreadable) is None and unreadable == ["run/episode_00001.parquet"]
+
+
 def test_stages_on_the_page(tmp_path, no_figures):
     """The summary says which stage it is, both stages' completions and settings are there, and a stage that is
     given beside the later one is not compared with it."""
@@ -288,8 +314,17 @@ def test_the_story_comes_first(tmp_path):
     places = [elements.text.index(words) for words in ("stage 1 is stage1", "before training wrong", "Stage stage 2")]
     assert places == sorted(places)
     assert elements.text.count("before training wrong") == 1 and "after training right" in elements.text
-    (image,) = elements.all("img", **{"class": "example"})
-    assert Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))).size == (176, 16)
+    assert "rethinks of its own accord" not in elements.text.split("before training wrong")[1]
+    write_completions(two / "completions", 1, [group(0, [(SLOW, 1.0), (RETHINKS, 1.0)], image=picture(112, 16))])
+    again = Elements(write_report([two]))
+    words = ("after training right", "of its own accord how many sides?", "sampled right", "Stage stage 2")
+    places = list(map(again.text.index, words))
+    assert places == sorted(places)
+    images = [
+        Image.open(io.BytesIO(base64.b64decode(a["src"].partition(",")[2])))
+        for a in again.all("img", **{"class": "example"})
+    ]
+    assert [image.size for image in images] == [(176, 16), (112, 16)]
     several = Elements(write_report([two, write_run(tmp_path / "other", "grpo")], tmp_path / "page.html"))
     assert "What it learned" not in several.text and "figure-kinds" not in [a.get("id") for _, a in several.found]
 
