@@ -1,5 +1,6 @@
 # make train   install what training needs into .venv, then train the embedded default on this machine, in two stages;
-#              make train ARGS="--train.max_steps 20" overrides the settings of both, RANKS=1 the number of processes
+#              make train ARGS="--train.max_steps 20" overrides the settings of both, RANKS=1 the number of processes,
+#              RUN=/data/sums where the runs go (/data/sums-stage1 and /data/sums-stage2)
 # make test    install the test tools too, then check style and run the whole test suite, in 9 to 17 minutes on 2 cores
 # make quick   for the edit loop: check style and run the fast tests, in 90 seconds
 # make test-oldest   the tests that depend most on versions, with the oldest ones that work, in .venv-oldest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from statistics import mean
 
 import pyarrow.parquet as pq
 import pytest
@@ -42,12 +43,16 @@ def greedy(run: Path, step: int) -> dict[str, list[int]]:
     return {row["query_id"]: row["token_ids"] for row in rows}
 
 
+def rows_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def test_the_second_stage_begins_with_the_best_model_of_the_first(runs):
-    """Its answers before training are that checkpoint's, token for token."""
+    """Its answers before training are that checkpoint's, token for token, and not those of the model before it."""
     best = (runs[0] / "checkpoints" / "best").resolve().name
     before = greedy(runs[1], 0)
     chosen = greedy(runs[0], int(best[-6:]))
-    assert len(before) == 16 and before == chosen
+    assert len(before) == 16 and before == chosen != greedy(runs[0], 0)
     first, second = (load_file(run / "checkpoints" / "best" / "model.safetensors") for run in runs)
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
@@ -60,7 +65,7 @@ def test_the_second_stage_asks_other_questions(runs):
 
 def test_only_the_second_stage_forces(runs):
     """Second passes are sampled and counted, in the second stage alone."""
-    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    rows = [rows_of(run / "metrics.jsonl") for run in runs]
     forced = [sum(row["rethink_forced"] for row in of) for of in rows]
     assert forced[0] == 0 < forced[1]
     assert all(set(row["queries_by_category"]) == {f"{n} terms" for n in range(2, 7)} for of in rows for row in of)
@@ -70,6 +75,18 @@ def test_one_report_tells_of_both(runs):
     """The second run's page is of two stages."""
     page = (runs[1] / "report.html").read_text()
     assert "stage 2 of 2" in page and 'id="figure-kinds"' in page
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_the_default_learns_to_think(tmp_path):
+    """What `make train` is for, in a quarter of its steps: answers at once die out, and greedy accuracy rises."""
+    options = ["--run.dir", str(tmp_path), "--run.name", "run", "--train.max_steps", "40", "--validation.size", "256"]
+    forked.run(forked.training(["sums_cpu", *options]), tmp_path / "log", ranks=2)
+    fast = [row["fast_ratio"] for row in rows_of(tmp_path / "run" / "metrics.jsonl")]
+    accuracies = [row["val_accuracy"] for row in rows_of(tmp_path / "run" / "validation.jsonl")]
+    assert mean(fast[:8]) > 0.4 and mean(fast[-8:]) < 0.15
+    assert accuracies[-1] > accuracies[0] + 0.2
 
 
 def test_make_train_launches_both_stages_after_a_check():
