@@ -1,7 +1,7 @@
 """The paper's ablation at small scale, at equal sampled tokens and judged on a test split that nothing is tuned on.
 
     python -m benchmarks.ablation [--tasks sums easy_vqa] [--parts methods alpha ...] [--seeds 0 1 2 3 4] [--tokens N]
-                                  [--jobs 2] [--report] [--out benchmarks/results]
+                                  [--jobs 2] [--report] [--out FOLDER]
 
 Every method trains in two stages, as the paper does. The first is a share of the budget with the task's recipe, the
 second is a run of its own from the first one's last checkpoint, with the recipe of the second stage, for the rest. In
@@ -17,11 +17,11 @@ taken from the second.
 Each run answers the test questions greedily before its first step, after its last, and now and then between, for the
 curve over tokens. Nothing follows from these answers: the policy that counts is the last one, never the best.
 
-Writes <out>/<gpu or cpu>/ablation.json and .md after every run, and the paper's figures 2, 5, 6 and 7 at the end; what
-is published is in benchmarks/results. Tables that were not asked for stay there, each with its own budget; one that was
-asked for is replaced by what is done of it. An ablation that was interrupted goes on where it stopped; the runs
-themselves stay in --runs. A run that fails stops none but those that start from it; it is reported at the end, and the
-exit code is then 1.
+Writes <out>/<gpu or cpu>/ablation.json and .md after every run, and the paper's figures 2, 5, 6 and 7 at the end, by
+default below --runs; `--out benchmarks/results` replaces what is published. Tables that were not asked for stay there,
+each with its own budget; one that was asked for is replaced by what is done of it. An ablation that was interrupted
+goes on where it stopped; the runs themselves stay in --runs. A run that fails stops none but those that start from it;
+it is reported at the end, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -35,22 +35,18 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.ablation_figures import draw_figures, rethinking_accuracies
 from benchmarks.ablation_runs import Job, UnfinishedError, run_all
 from benchmarks.ablation_summary import REFERENCES, joined, stage_result, summarise, tables
 from benchmarks.command_line import positive
 from benchmarks.machine import cores, describe
+from rethinker.config import ConfigError
+from rethinker.embedded import own_files
 from rethinker.runtime.files import whole_file
 from rethinker.settings import flat, resolve_config
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-DEMO = Path(find_spec("rethinker.embedded").origin).parent
 
 Settings = Mapping[str, Any]
 
@@ -114,8 +110,8 @@ PARTS: dict[str, dict[str, Method]] = {
             SSR, {"rethink.fraction": 0.5, "rethink.first_answers": "wrong", "rethink.mask_first_answer": True}
         ),
     },
-    "episode_64": _ssr_and_grpo({"train.episode_queries": 64}),
-    "episode_512": _ssr_and_grpo({"train.episode_queries": 512}),
+    # Steps of an episode of sums: 4, 16 (as in the paper) and 32, where the recipe has 8; of easy-VQA 1, 4 and 8 for 2.
+    **{f"episode_{queries}": _ssr_and_grpo({"train.episode_queries": queries}) for queries in (64, 256, 512)},
     # Few queries carry an advantage, and a batch holds few of them: what replay is for.
     "groups_of_2": _ssr_and_grpo(GROUPS_OF_2),
     "groups_of_2_low_rate": _ssr_and_grpo(GROUPS_OF_2 | {"train.learning_rate": 1e-4}),
@@ -183,7 +179,7 @@ def _stage(task: str, recipe: str, settings: Settings, varied: Settings, before:
 @functools.cache
 def _demo_code() -> str:
     """A hash of the code and texts that make data sets and warm-up: others make other models to start from."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(DEMO.glob("*.*")))).hexdigest()
+    return hashlib.sha256(b"".join(file.read_bytes() for file in own_files())).hexdigest()
 
 
 @functools.cache
@@ -284,48 +280,39 @@ class Ablation:
                 found.append({"seed": seed, **joined(*(json.loads(file.read_text()) for file in files))})
         return found
 
-    def rethinking(self, task: str) -> pd.DataFrame | None:
-        """Accuracies of figure 7 over the seeds whose evaluations are all done; None without any."""
+    def rethinking(self, task: str) -> tuple[list[int], list[dict[str, Any]]]:
+        """The seeds whose evaluations are all done, and figure 7's accuracies over them."""
         asked = [(name, mode) for name, modes in RETHINKING.items() for mode in modes]
-        found = []
+        done, found = [], []
         for seed in self.seeds:
             second = {name: self.both(task, METHODS[name], seed)[1].name for name in RETHINKING}
             own = [(name, mode, self.runs / second[name] / f"eval-{mode}") for name, mode in asked]
             if all((folder / "result.json").is_file() for _, _, folder in own):
+                done.append(seed)
                 found += own
-        if not found:
-            return None
-        return rethinking_accuracies(found, self.results(task, METHODS["SSR"])[0]["by_category"])
+        return done, rethinking_accuracies(found, self.results(task, METHODS["SSR"])[0]["by_category"]) if done else []
 
     def table(self, task: str, part: str, machine: Mapping[str, Any]) -> dict[str, Any]:
         """What is done of one table, and how."""
+        shared = {"task": task, "part": part, "tokens": self.budget(task), "first_stage": FIRST_SHARE}
+        shared |= {"questions": self.questions, "machine": machine}
+        if part == "rethinking":
+            seeds, rows = self.rethinking(task)
+            return {**shared, "seeds": seeds, "rows": rows}
         known = PARTS[part] if "GRPO" in PARTS[part] else METHODS
         references = {name: self.results(task, known[name]) for name in REFERENCES if name in known}
         done = {name: self.results(task, method) for name, method in PARTS[part].items()}
-        return {
-            "task": task,
-            "part": part,
-            "tokens": self.budget(task),
-            "first_stage": FIRST_SHARE,
-            "questions": self.questions,
-            "machine": machine,
-            "rows": [{"method": name, **summarise(own, references)} for name, own in done.items() if own],
-        }
+        return {**shared, "rows": [{"method": name, **summarise(own, references)} for name, own in done.items() if own]}
 
     def report(self, machine: Mapping[str, Any], folder: Path, figures: bool) -> str:
         """Write ablation.json and .md, in which a table of which nothing is done stays as it was, and the figures of
         the tables asked for, if asked to; all tables as text."""
-        file, asked = folder / "ablation.json", [(t, p) for t in self.tasks for p in PARTS if p in self.parts]
+        known = [*PARTS, "rethinking"]
+        file, asked = folder / "ablation.json", [(t, p) for t in self.tasks for p in known if p in self.parts]
         written = json.loads(file.read_text(encoding="utf-8")).get("tables", []) if file.is_file() else []
         kept = {(table["task"], table["part"]): table for table in written}
         kept |= {key: table for key in asked if (table := self.table(*key, machine))["rows"]}
-        figure_7 = {task: self.rethinking(task) for task in self.tasks if "rethinking" in self.parts}
-        for task, accuracies in figure_7.items():
-            if accuracies is not None:
-                rows = accuracies.reset_index(names="questions").to_dict("records")
-                own = {"tokens": self.budget(task), "questions": self.questions, "machine": machine, "rows": rows}
-                kept[task, "rethinking"] = {"task": task, "part": "rethinking", **own}
-        content = [kept[task, part] for task in TASKS for part in (*PARTS, "rethinking") if (task, part) in kept]
+        content = [kept[task, part] for task in TASKS for part in known if (task, part) in kept]
         text = tables(content)
         folder.mkdir(parents=True, exist_ok=True)
         _write(file, json.dumps({"tables": content}, indent=2) + "\n")
@@ -333,7 +320,7 @@ class Ablation:
         for task in self.tasks if figures else ():
             own = METHODS if "methods" in self.parts else {}
             done = {name: found for name, method in own.items() if (found := self.results(task, method))}
-            draw_figures(task, done, figure_7.get(task), folder)
+            draw_figures(task, done, self.rethinking(task)[1] if "rethinking" in self.parts else [], folder)
         return text
 
 
@@ -359,7 +346,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     seeds = list(dict.fromkeys(args.seeds))
     ablation = Ablation(args.tasks, args.parts, seeds, args.tokens, args.questions, args.runs.absolute())
-    jobs = ablation.jobs()
+    try:
+        jobs = ablation.jobs()
+    except ConfigError as error:
+        parser.error(str(error))
     machine = describe()
     folder = (args.out or args.runs / "results") / (
         "cpu" if machine["gpu"] is None else machine["gpu"].replace(" ", "-").lower()

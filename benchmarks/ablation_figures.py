@@ -22,7 +22,7 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]
 def draw_figures(
     task: str,
     results: Results,
-    rethinking: pd.DataFrame | None,
+    rethinking: Sequence[Mapping[str, Any]],
     folder: Path,
 ) -> list[Path]:
     """Write ablation_<task>_<figure>.svg of what is there.
@@ -37,8 +37,8 @@ def draw_figures(
     if results:
         figures = {"effective_queries": effective_queries(results), "curves": curves(results)}
         figures["advantages"] = in_our_look(advantages)([_as_run(name, own) for name, own in results.items()])
-    if rethinking is not None:
-        figures["rethinking"] = rethinking_analysis(rethinking)
+    if rethinking:
+        figures["rethinking"] = rethinking_analysis(pd.DataFrame(rethinking).set_index("category"))
     return [save_figure(drawn, folder / f"ablation_{task}_{name}.svg") for name, drawn in figures.items() if drawn]
 
 
@@ -87,9 +87,11 @@ def _as_run(name: str, results: Sequence[Mapping[str, Any]]) -> RunRecord:
     return RunRecord(Path(), {}, steps, [], name)
 
 
-def rethinking_accuracies(evaluations: Sequence[tuple[str, str, Path]], categories: Collection[str]) -> pd.DataFrame:
-    """Figure 7's accuracies, means over the seeds: a row for each of these categories and for all of them, a column for
-    each way to think again (see `report.rethinking.compare`).
+def rethinking_accuracies(
+    evaluations: Sequence[tuple[str, str, Path]], categories: Collection[str]
+) -> list[dict[str, Any]]:
+    """Figure 7's accuracies, means over the seeds: a row for each of these categories in which the baseline is ever
+    right, and for all of them together, with each way to think again (see `report.rethinking.compare`).
 
     `evaluations` are method, mode and folder of each result of `rethinker eval`.
     """
@@ -101,4 +103,7 @@ def rethinking_accuracies(evaluations: Sequence[tuple[str, str, Path]], categori
         own = pd.concat([answers, answers.assign(category="all")]).groupby("category").mean().reset_index()
         tables.append(own.assign(model=name, mode=mode))
     found = pd.concat(tables).rename(columns={"category": "benchmark", "rethinks": "rethink_ratio"})
-    return compare(found.groupby(["model", "benchmark", "mode"], sort=False).mean().reset_index())[1]
+    found = found.groupby(["model", "benchmark", "mode"], sort=False).mean().reset_index()
+    if not found.accuracy[found.model == "SSR"].any():  # nothing to compare with
+        return []
+    return compare(found)[1].rename_axis(index="category", columns=None).reset_index().to_dict("records")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,32 +177,30 @@ COLUMNS = (
 
 
 def tables(content: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table for each of `content`, which says its task, part, budget in sampled tokens, and rows: of
-    `summarise`, with the method; of figure 7 its own."""
-    parts = []
-    for table in content:
-        if table["part"] == "rethinking":
-            parts.append(
-                f"## {table['task']}: accuracy of answers that are thought over\n\n{_figure_7(table['rows'])}\n"
-            )
-            continue
-        lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        lines += [f"| {' | '.join(_cells(row))} |" for row in table["rows"]]
-        before = [row["accuracy_before"] for row in table["rows"]]
-        said = f"Every method samples {table['tokens']:,} tokens, and what ends the episode. "
-        said += f"The accuracy before the first step is {before[0]:.3f}"
-        if max(before) - min(before) > 0.005:  # greedy answers of the same model
-            said += f", and up to {max(before) - min(before):.3f} apart: these runs did not start from the same model"
-        parts.append(f"## {table['task']}: {table['part']}\n\n{said}.\n\n" + "\n".join(lines) + "\n")
-    return "\n".join(parts)
+    """A Markdown table for each of `content`, which says its task, part, budget in sampled tokens, and rows: those of
+    `summarise` with the method's name, or figure 7's accuracies by category."""
+    return "\n".join(_figure_7(table) if table["part"] == "rethinking" else _methods(table) for table in content)
 
 
-def _figure_7(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
-    for row in rows:
-        name, *shares = row.values()
-        lines.append(f"| {name} | {' | '.join(f'{share:.3f}' for share in shares)} |")
-    return "\n".join(lines)
+def _methods(table: Mapping[str, Any]) -> str:
+    before = [row["accuracy_before"] for row in table["rows"]]
+    said = f"Every method samples {table['tokens']:,} tokens, and what ends the episode. "
+    said += f"The accuracy before the first step is {before[0]:.3f}"
+    if max(before) - min(before) > 0.005:  # greedy answers of the same model
+        said += f", and up to {max(before) - min(before):.3f} apart: these runs did not start from the same model"
+    return _section(f"{table['task']}: {table['part']}", said, COLUMNS, map(_cells, table["rows"]))
+
+
+def _figure_7(table: Mapping[str, Any]) -> str:
+    said = f"Accuracies of SSR's policies (and of the full method's) after {table['tokens']:,} tokens; seeds: "
+    said += ", ".join(map(str, table["seeds"]))
+    cells = ([name, *(f"{share:.3f}" for share in shares)] for name, *shares in (row.values() for row in table["rows"]))
+    return _section(f"{table['task']}: rethinking (figure 7)", said, list(table["rows"][0]), cells)
+
+
+def _section(title: str, said: str, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in cells)]
+    return f"## {title}\n\n{said}.\n\n" + "\n".join(lines) + "\n"
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -53,7 +53,7 @@ from benchmarks.sides import PHASES, Step, generate_side, of_all_ranks, rethinke
 from rethinker.config import Config, ConfigError
 from rethinker.families.model_folder import check_model_folder
 from rethinker.policy.throughput import PEAK_FLOPS
-from rethinker.settings import load_config, resolve_config
+from rethinker.settings import load_config
 
 _COLUMNS = (*PHASES, "total", "cpu")
 _DEADLINE_S = 1800  # of one step or of a side's start
@@ -326,14 +326,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"--group-size / --ranks); set --trl-micro-batch to {fitting}"
         )
     if options.size is None and (options.layers or options.vllm):
-        parser.error("--layers, --vllm: the tiny model has its own; name a --size")
-    try:
-        if options.model:
-            check_model_folder(Path(options.model), f"--model {options.model}")
-        changes = {"policy.model": options.model} if options.model else {}
-        resolve_config(options.recipe, changes)
-    except ConfigError as error:
-        parser.error(str(error))
+        parser.error("--layers and --vllm go with --size")
+    if options.size and options.model:
+        parser.error("--model goes without --size")
     on_gpu = torch.cuda.is_available()
     os.environ.update(
         OMP_NUM_THREADS=str(options.threads),
@@ -344,6 +339,14 @@ def main(arguments: list[str] | None = None) -> int:
         PYTHONWARNINGS="ignore",
     )
     with tempfile.TemporaryDirectory() as scratch:
+        if not options.size:
+            try:
+                if options.model:
+                    check_model_folder(Path(options.model), f"--model {options.model}")
+                changes = {"policy.model": options.model} if options.model else {}
+                config = benchmark_config(options.recipe, options.queries, options.group_size, scratch, changes)
+            except ConfigError as error:
+                parser.error(str(error))
         # In a process of its own, so that this one stays small: a child's peak memory starts at its parent's.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as aside:
             if options.size:
@@ -351,7 +354,6 @@ def main(arguments: list[str] | None = None) -> int:
                 aside.submit(write_model, model_dir, options.size, options.layers, options.image_tokens).result()
                 config = random_config(options, model_dir, scratch)
             else:
-                config = benchmark_config(options.recipe, options.queries, options.group_size, scratch, changes)
                 model_dir = aside.submit(prepare_model, config).result()
         generate_batch = options.generate_batch if config.rollout.backend == "vllm" else 0
         batches = (options.trl_micro_batch, generate_batch)

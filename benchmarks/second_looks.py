@@ -75,33 +75,26 @@ def _right_steps(ids: Tensor, logps: Tensor, at_once_ids: Tensor, at_once_logps:
     return (logps[shared:-1].sum().exp() / (1 - at_once_logps[shared].exp())).item()
 
 
-def shares(folder: Path, queries: Sequence[Query]) -> dict[str, list[float]]:
-    """Of each look the means of `probabilities` by category, in the order of `trained_terms`, and of all."""
+def shares(folder: Path, queries: Sequence[Query]) -> dict[str, dict[str, float]]:
+    """Of each look the means of `probabilities` by category, and of all."""
     found = {}
     for look, values in probabilities(folder, queries).items():
-        pairs = list(zip(queries, values, strict=True))
-        own = [mean(value for query, value in pairs if query.metadata["category"] == name) for name in trained_terms()]
-        found[look] = [*own, mean(values)]
+        by_category: dict[str, list[float]] = {}
+        for query, value in zip(queries, values, strict=True):
+            by_category.setdefault(query.metadata["category"], []).append(value)
+        found[look] = {name: mean(own) for name, own in by_category.items()} | {"all": mean(values)}
     return found
 
 
-def trained_terms() -> list[str]:
-    """The categories that sums_cpu trains on."""
-    return list(resolve_config("sums_cpu").data.category_weights)
-
-
-def table(measured: Sequence[Mapping[str, Sequence[float]]]) -> str:
+def table(measured: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
     """A Markdown row for each look: means over checkpoints of `shares`, and by how much it is above the first."""
-    lines = [
-        f"| right steps | {' | '.join(trained_terms())} | all | minus first |",
-        "|---" * (len(trained_terms()) + 3) + "|",
-    ]
+    *names, everything = measured[0][LOOKS[0]]
+    lines = [f"| right steps | {' | '.join(names)} | all | minus first |", "|---" * (len(names) + 3) + "|"]
     for look in LOOKS:
-        own = [found[look] for found in measured]
-        gaps = [values[-1] - found[LOOKS[0]][-1] for values, found in zip(own, measured, strict=True)]
-        means = [mean(values) for values in zip(*own, strict=True)]
-        cells = [f"{value:.2f}" for value in means[:-1]]
-        cells += [_with_interval([values[-1] for values in own], ".2f"), _with_interval(gaps, "+.3f")]
+        cells = [f"{mean(found[look][name] for found in measured):.2f}" for name in names]
+        cells.append(_with_interval([found[look][everything] for found in measured], ".2f"))
+        gaps = [found[look][everything] - found[LOOKS[0]][everything] for found in measured]
+        cells.append("" if look == LOOKS[0] else _with_interval(gaps, "+.3f"))
         lines.append(f"| {look} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -112,23 +105,27 @@ def _with_interval(values: Sequence[float], form: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure all checkpoints, print the table of their means, and write what was measured."""
+    """Measure all checkpoints, print the table of their means, and write what was measured, in their order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--json", type=Path, help="also write the shares of every checkpoint here")
     options = parser.parse_args(argv)
+    folders = list(dict.fromkeys(folder.resolve() for folder in options.checkpoints))
     try:
-        for folder in options.checkpoints:
+        for folder in folders:
             check_model_folder(folder, f"{folder} (a run's model is RUN/checkpoints/best)")
     except ConfigError as error:
         parser.error(str(error))
-    queries = [query for query in sums("validation") if query.metadata["category"] in trained_terms()]
-    measured = [shares(folder, queries) for folder in options.checkpoints]
+    trained = resolve_config("sums_cpu").data.category_weights
+    queries = [query for query in sums("validation") if query.metadata["category"] in trained]
+    measured = []
+    for folder in folders:
+        measured.append(shares(folder, queries))
+        print(f"{folder}: " + ", ".join(f"{look} {own['all']:.3f}" for look, own in measured[-1].items()), flush=True)
     print(table(measured))
     if options.json:
-        names = [*trained_terms(), "all"]
-        found = [{look: dict(zip(names, values, strict=True)) for look, values in own.items()} for own in measured]
-        result = {"machine": describe(), "questions": len(queries), "checkpoints": found}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {"machine": describe(), "questions": len(queries), "checkpoints": measured}
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

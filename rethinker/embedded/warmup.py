@@ -28,6 +28,7 @@ from rethinker.data.images import image_key
 from rethinker.data.mixture import category_of, check_category_weights
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.query_stream import QueryStream
+from rethinker.embedded import own_files
 from rethinker.embedded.easy_vqa import EasyVqaTeacher
 from rethinker.embedded.sums import Parts, SumsTeacher
 from rethinker.embedded.tiny import DEFAULT_SIZE, TinySize, create_tiny
@@ -59,8 +60,8 @@ def warmed_up_tiny(
 
     Collective over `ranks`, which share the work and must see rank 0's cache; the answer is rank 0's.
     The cache is keyed by everything that shapes the model (but for rounding, which depends on the number of ranks):
-    the settings, the training questions, and this folder's files. It is safe against several runs that want the same
-    model, and against one that is killed while it makes it.
+    the settings, the training questions, the default triggers, and this folder's code and texts. It is safe against
+    several runs that want the same model, and against one that is killed while it makes it.
 
     Raises:
         ConfigError: no question that fits the prompt's limits, or a cache that cannot be written.
@@ -264,6 +265,6 @@ def _digest(settings: dict, queries: list[Query]) -> str:
     digest = hashlib.sha256(json.dumps([settings, RethinkConfig().triggers], sort_keys=True).encode())
     for query in queries:
         digest.update(f"{query.id}\n{query.question}\n{query.answer}\n".encode())
-    for file in sorted(Path(__file__).parent.glob("*.*")):
+    for file in own_files():
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]

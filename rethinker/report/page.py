@@ -63,13 +63,13 @@ def write_report(
             tables["Accuracies of the rethinking analysis"] = comparison.map("{:.3f}".format, "ignore").fillna("")
         tables["Settings that differ from their defaults"] = changed_settings(runs)
         sample = sample_completions(all_stages(runs))
-        unreadable = sample["unreadable"]
-        found = (tell(runs[0], unreadable) for tell in (before_and_after, own_rethinking) if len(runs) == 1)
+        tell = (before_and_after, own_rethinking) if len(runs) == 1 else ()
+        examples = [example for one in tell if (example := one(runs[0], sample["unreadable"]))]
         page = _render(
             runs=runs,
             labels=[stage.label for stage in all_stages(runs)],
             story=story,
-            examples=[example for example in found if example],
+            examples=examples,
             figures=figures,
             summary=_html(summary(runs)),
             tables={title: _html(table) for title, table in tables.items() if table is not None},

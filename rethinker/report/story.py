@@ -176,18 +176,19 @@ def own_rethinking(run: RunRecord, unreadable: list[str]) -> dict[str, Any] | No
     """
     files = sorted((run.folder / "completions").glob("episode_*.parquet"))[-1:]
     try:
-        rows = pq.read_table(files[0], columns=list(COLUMNS)).to_pylist() if files else []
-        found = [(row, describe_response(row, run.settings)) for row in rows if _thinks_again(row["response"])]
-        found = [
-            (row, response) for row, response in found if response["verdict"] == "right" and not response["trigger"]
-        ]
+        rows = (
+            pq.read_table(files[0], columns=["group", "response", "reward", "rethought"]).to_pylist() if files else []
+        )
+        right = [row for row in rows if row["rethought"] is None and (row["reward"] or 0) >= 1]
+        found = [row for row in right if _thinks_again(row["response"])]
         if not found:
             return None
-        row, response = min(found, key=lambda pair: (not _changes_its_answer(pair[0]["response"]), pair[1]["tokens"]))
-        first = next(other for other in rows if other["group"] == row["group"])  # it alone has the group's images
-        return describe_group(run, first, IMAGE) | {
-            "title": "One response of the last episode that rethinks of its own accord",
-            "responses": [response | {"when": "sampled"}],
+        chosen = min(found, key=lambda row: (not _changes_its_answer(row["response"]), len(row["response"])))
+        own = pq.read_table(files[0], columns=list(COLUMNS), filters=[("group", "=", chosen["group"])]).to_pylist()
+        response = next(row for row in own if row["response"] == chosen["response"])
+        return describe_group(run, own[0], IMAGE) | {  # a group's first row alone has its images
+            "title": "One sampled response that rethinks of its own accord, in the last episode",
+            "responses": [describe_response(response, run.settings) | {"when": "sampled"}],
         }
     except Exception:  # of another hand: pyarrow and what reads the rows raise anything
         unreadable.append(f"{run.name}/{files[0].name}")
@@ -201,10 +202,12 @@ def _thinks_again(text: str) -> bool:
 
 
 def _changes_its_answer(text: str) -> bool:
-    """Whether the last boxed answer is another one than that before it."""
-    last = boxed_span(text)
-    before = boxed_span(text[: last[0]])
-    return before is not None and text[slice(*before)] != text[slice(*last)]
+    """Whether what is boxed last is not all that is boxed."""
+    answers, span = [], boxed_span(text)
+    while span:
+        answers.append("".join(text[slice(*span)].split()))
+        span = boxed_span(text[: span[0]])
+    return len(set(answers)) > 1
 
 
 def _answers(

@@ -68,9 +68,10 @@ class TestPlan:
         before = names()
         for changed in ("sums.py", "common_texts.json"):
             folder = tmp_path / changed
-            shutil.copytree(ablation.DEMO, folder)
+            folder.mkdir()
+            copies = [Path(shutil.copy(file, folder)) for file in ablation.own_files()]
             with monkeypatch.context() as patch:
-                patch.setattr(ablation, "DEMO", folder)
+                patch.setattr(ablation, "own_files", lambda copies=copies: copies)
                 assert names() == before
                 (folder / changed).write_text("another")
                 assert len(before) == 2 and not before & names()
@@ -180,9 +181,9 @@ class TestWhole:
                 assert first.parts[-2:] == ("checkpoints", "last") and "stage1" in first.parts[-3]
                 assert first.parts[-3].split("-")[1] == own.split("-")[1] and own.split("-")[-2] in first.parts[-3]
         table, figure_7 = self.tables(tmp_path)
-        assert figure_7["part"] == "rethinking" and figure_7["tokens"] == 1000
+        assert figure_7["part"] == "rethinking" and figure_7["tokens"] == 1000 and figure_7["seeds"] == [0, 1]
         in_all = figure_7["rows"][-1]
-        assert in_all["questions"] == "all" and in_all["baseline"] == in_all["rethinking forced"] == 0.75
+        assert in_all["category"] == "all" and in_all["baseline"] == in_all["rethinking forced"] == 0.75
         rows = {row["method"]: row for row in table["rows"]}
         assert list(rows) == list(METHODS) and (table["tokens"], table["questions"]) == (1000, 2000)
         assert rows["GRPO"]["accuracies"] == pytest.approx([0.5, 0.5])
@@ -206,6 +207,11 @@ class TestWhole:
         with pytest.raises(SystemExit):
             self.main(tmp_path, *bad.split())
         assert f"{bad.split()[0]}: '{bad.split()[1]}' is not a whole number" in capsys.readouterr().err
+
+    def test_a_seed_that_cannot_be(self, tmp_path, calls, capsys):
+        with pytest.raises(SystemExit):
+            self.main(tmp_path, "--seeds", "-1")
+        assert "seed=-1" in capsys.readouterr().err.splitlines()[-1]
 
     def test_a_seed_that_is_named_twice_counts_once(self, tmp_path, calls):
         """Twice the same number has an interval of 0."""

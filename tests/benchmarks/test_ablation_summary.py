@@ -143,17 +143,24 @@ class TestFigures:
                 found.append(("SSR", mode, tmp_path / f"{seed} {mode}"))
                 found[-1][2].mkdir()
                 pd.DataFrame(answers).to_parquet(found[-1][2] / "responses.parquet")
-        table = ablation_figures.rethinking_accuracies(found, CATEGORIES)
-        assert table.baseline.to_dict() == pytest.approx({"2 terms": 1.0, "3 terms": 0.25, "all": 0.5})
-        assert table["rethinking forced"].to_dict() == pytest.approx({"2 terms": 0.0, "3 terms": 1.0, "all": 2 / 3})
-        assert table["rethinks by itself"].to_dict() == pytest.approx({"2 terms": 0.0, "3 terms": 0.5, "all": 1 / 3})
+        rows = ablation_figures.rethinking_accuracies(found, CATEGORIES)
+        assert [list(row.values()) for row in rows] == [
+            ["2 terms", 1.0, 0.0, 0.0],
+            ["3 terms", 0.25, 1.0, 0.5],
+            ["all", 0.5, pytest.approx(2 / 3), pytest.approx(1 / 3)],
+        ]
+        assert list(rows[0]) == ["category", "baseline", "rethinking forced", "rethinks by itself"]
+        for _, _, folder in found:
+            answers = pd.read_parquet(folder / "responses.parquet")
+            answers.assign(reward=0.0).to_parquet(folder / "responses.parquet")
+        assert ablation_figures.rethinking_accuracies(found, CATEGORIES) == []
 
     def test_every_method_is_in_every_figure(self, tmp_path):
         results = {name: [result(seed, 0.5) for seed in range(2)] for name in METHODS}
-        files = ablation_figures.draw_figures("sums", results, None, tmp_path)
+        files = ablation_figures.draw_figures("sums", results, [], tmp_path)
         assert [file.name for file in files] == [
             f"ablation_sums_{name}.svg" for name in ("effective_queries", "curves", "advantages")
         ]
         for file in files:
             assert all(f">{name}<" in file.read_text() for name in METHODS)
-        assert ablation_figures.draw_figures("sums", {}, None, tmp_path) == []
+        assert ablation_figures.draw_figures("sums", {}, [], tmp_path) == []

@@ -84,9 +84,10 @@ def test_mfu_counts_every_response_with_its_prompt():
         ("--queries 64 --ranks 3", "--queries 64 do not divide into --ranks 3"),
         ("--group-size 1", "set --group-size to 2"),
         ("--steps 0", "--steps: '0' is not a whole number"),
-        ("--recipe sums_cp", "recipe 'sums_cp'"),
+        ("--recipe sums_cp", "no recipe named 'sums_cp'"),
         ("--model nowhere", "--model nowhere has no config.json"),
-        ("--vllm", "name a --size"),
+        ("--vllm", "--layers and --vllm go with --size"),
+        ("--size 3B --model nowhere", "--model goes without --size"),
     ],
 )
 def test_options_that_cannot_be_are_refused(sizes, said, capsys):

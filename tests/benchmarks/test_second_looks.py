@@ -60,29 +60,30 @@ def test_the_looks_follow_what_they_say():
 def test_the_table_has_means_and_intervals_over_checkpoints():
     """Differences are paired by checkpoint: the second look of each is 0.1 worse here, wherever the first one is."""
     measured = [
-        {look: [one - 0.1 * number] * 6 for number, look in enumerate(second_looks.LOOKS)} for one in (0.5, 0.7)
+        {look: {"2 terms": one, "all": one - 0.1 * number} for number, look in enumerate(second_looks.LOOKS)}
+        for one in (0.5, 0.7)
     ]
-    _, _, first, after_wrong, _ = second_looks.table(measured).splitlines()
-    assert first == "| first answer | 0.60 | 0.60 | 0.60 | 0.60 | 0.60 | 0.60 ± 1.27 | +0.000 ± 0.000 |"
-    assert after_wrong.endswith("| 0.50 ± 1.27 | -0.100 ± 0.000 |")
-    assert second_looks.table(measured[:1]).splitlines()[2].endswith("| 0.50 | +0.000 |")
+    head, _, first, after_wrong, _ = second_looks.table(measured).splitlines()
+    assert head == "| right steps | 2 terms | all | minus first |"
+    assert first == "| first answer | 0.60 | 0.60 ± 1.27 |  |"
+    assert after_wrong == "| after a wrong one | 0.60 | 0.50 ± 1.27 | -0.100 ± 0.000 |"
+    assert second_looks.table(measured[:1]).splitlines()[3].endswith("| 0.40 | -0.100 |")
 
 
 def test_what_is_measured_is_written(tmp_path, monkeypatch, capsys):
-    """The mean of each category and of all, under their names."""
-    folder, file = create_tiny(tmp_path / "model"), tmp_path / "looks.json"
+    """The mean of each category and of all; a checkpoint that is named twice counts once."""
+    folder, file = create_tiny(tmp_path / "model"), tmp_path / "looks" / "looks.json"
     marks = {"2 terms": 0.5, "6 terms": 0.25}
 
     def probabilities(folder, queries):
         return {look: [marks.get(query.metadata["category"], 0.0) for query in queries] for look in second_looks.LOOKS}
 
     monkeypatch.setattr(second_looks, "probabilities", probabilities)
-    second_looks.main([str(folder), "--json", str(file)])
+    second_looks.main([str(folder), f"{folder}/", "--json", str(file)])
     assert "| first answer | 0.50 | 0.00 | 0.00 | 0.00 | 0.25 | 0.15 |" in capsys.readouterr().out
     (found,) = json.loads(file.read_text())["checkpoints"]
-    assert found["after a wrong one"] == pytest.approx(
-        dict.fromkeys(["3 terms", "4 terms", "5 terms"], 0.0) | marks | {"all": 0.15}
-    )
+    expected = dict.fromkeys(["3 terms", "4 terms", "5 terms"], 0.0) | marks | {"all": 0.15}
+    assert found["after a wrong one"] == pytest.approx(expected)
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path, capsys):

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rethinker.config import Config, ConfigError, DataConfig, WarmupConfig
 from rethinker.data.prompts import PromptEncoder
-from rethinker.embedded import files
+from rethinker.embedded import files, own_files
 from rethinker.embedded import warmup as module
 from rethinker.embedded.easy_vqa import EasyVqaTeacher, describe_images, easy_vqa, is_negated
 from rethinker.embedded.sums import SumsTeacher, sums
@@ -261,10 +261,10 @@ def test_a_finished_model_is_reused_and_another_setting_makes_another(warm, monk
         folder = made(warmup, data, QUERIES, warm.parent)
         assert built.pop() == folder != warm
     with monkeypatch.context() as patch:  # the tokenizer learns from the folder's texts, as the teacher from triggers
-        folder = tmp_path / "embedded"
-        shutil.copytree(Path(module.__file__).parent, folder)
-        (folder / "common_texts.json").write_text("[]")
-        patch.setattr(module, "__file__", str(folder / "warmup.py"))
+        copies = [Path(shutil.copy(file, tmp_path)) for file in own_files()]
+        patch.setattr(module, "own_files", lambda: copies)
+        assert made(BRIEF, DATA, QUERIES, warm.parent) == warm and built == []
+        (tmp_path / "common_texts.json").write_text("[]")
         assert made(BRIEF, DATA, QUERIES, warm.parent) == built.pop() != warm
     with monkeypatch.context() as patch:
         patch.setattr(module, "RethinkConfig", lambda: SimpleNamespace(triggers={"doubt": "\n\nWait"}))
@@ -272,6 +272,12 @@ def test_a_finished_model_is_reused_and_another_setting_makes_another(warm, monk
     # What only validation reads does not shape the model.
     data = DataConfig(prompt="{question}", min_pixels=4096, max_pixels=4096, validation=None)
     assert made(BRIEF, data, QUERIES, warm.parent) == warm
+
+
+def test_own_files_are_code_and_texts():
+    """No folder, nothing that an editor leaves."""
+    names = [file.name for file in own_files()]
+    assert {"warmup.py", "common_texts.json", "chat_template.jinja"} < set(names) and "__pycache__" not in names
 
 
 def test_a_half_written_model_is_not_taken(tmp_path):

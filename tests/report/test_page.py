@@ -270,6 +270,10 @@ def test_an_example_needs_both_ends(tmp_path):
     [
         ([(SLOW, 1.0), (RETHINKS * 2, 1.0), (RETHINKS, 1.0)], RETHINKS),  # the shorter one
         ([(f"{SLOW} Wait. {SLOW}", 1.0), (RETHINKS, 1.0)], RETHINKS),  # the one that had another answer
+        (
+            [(f"{RETHINKS} So \\boxed{{1}}", 1.0), ("\\boxed{1} Wait, \\boxed{ 1 }", 1.0)],
+            f"{RETHINKS} So \\boxed{{1}}",
+        ),
         ([("Wait, no. \\boxed{1}", 1.0), (SLOW + " Wait,", 1.0)], "Wait, no. \\boxed{1}"),  # the doubt comes first
         ([(RETHINKS, 0.0), (SLOW + " Wait,", 1.0), ("Wait", 1.0)], None),
         ([(f"\\boxed{{2}}{TRIGGER} \\boxed{{1}}", 1.0)], None),  # it was forced
@@ -317,7 +321,12 @@ def test_the_story_comes_first(tmp_path):
     assert "rethinks of its own accord" not in elements.text.split("before training wrong")[1]
     write_completions(two / "completions", 1, [group(0, [(SLOW, 1.0), (RETHINKS, 1.0)], image=picture(112, 16))])
     again = Elements(write_report([two]))
-    words = ("after training right", "of its own accord how many sides?", "sampled right", "Stage stage 2")
+    words = (
+        "after training right",
+        "of its own accord, in the last episode how many sides?",
+        "sampled right",
+        "Stage stage 2",
+    )
     places = list(map(again.text.index, words))
     assert places == sorted(places)
     images = [
