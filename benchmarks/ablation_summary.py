@@ -183,7 +183,8 @@ def tables(content: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _methods(table: Mapping[str, Any]) -> str:
-    before = [row["accuracy_before"] for row in table["rows"]]
+    first, *_ = table["rows"]  # another one may lack seeds still
+    before = [row["accuracy_before"] for row in table["rows"] if row["seeds"] == first["seeds"]]
     said = f"Every method samples {table['tokens']:,} tokens, and what ends the episode. "
     said += f"The accuracy before the first step is {before[0]:.3f}"
     if max(before) - min(before) > 0.005:  # greedy answers of the same model

@@ -119,7 +119,9 @@ class TestNumbers:
         assert "## sums: methods" in text and "## sums: alpha" in text and "same model" not in text
         assert "| full | 0.600 ± 0.248 | +0.000 ± 0.000 |" in text and "| alpha 0 | 0.500 | +0.000 |" in text
         assert "9,000 tokens" in text and "8,000 tokens" in text
-        assert "same model" in summary.tables([methods | {"rows": [rows[0], rows[1] | {"accuracy_before": 0.6}]}])
+        other = rows[1] | {"accuracy_before": 0.6}
+        assert "same model" in summary.tables([methods | {"rows": [rows[0], other]}])
+        assert "same model" not in summary.tables([methods | {"rows": [rows[0], other | {"seeds": [0]}]}])
 
 
 class TestFigures:
