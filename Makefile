@@ -1,7 +1,7 @@
 # make train   install what training needs into .venv, then train the embedded default on this machine, in two stages;
 #              make train ARGS="--train.max_steps 20" overrides the settings of both, RANKS=1 the number of processes,
 #              RUN=/data/sums where the runs go (/data/sums-stage1 and /data/sums-stage2)
-# make test    install the test tools too, then check style and run the whole test suite, in 9 to 17 minutes on 2 cores
+# make test    install the test tools too, then check style and run the whole test suite, in 9 to 18 minutes on 2 cores
 # make quick   for the edit loop: check style and run the fast tests, in 90 seconds
 # make test-oldest   the tests that depend most on versions, with the oldest ones that work, in .venv-oldest
 # make soak    the long tests: twenty kills, 300 steps, 10,000 fuzzed inputs
@@ -27,7 +27,7 @@ PIP := $(BIN)/python -m pip install -q --no-compile
 .PHONY: help train test quick test-oldest oldest soak gpu lint install clean
 help:
 	@echo 'make train    install into $(VENV), then train a tiny vision-language model on this machine, in two stages'
-	@echo 'make test     install into $(VENV), then check style and run all tests, in 9 to 17 minutes on 2 cores'
+	@echo 'make test     install into $(VENV), then check style and run all tests, in 9 to 18 minutes on 2 cores'
 	@echo 'make quick    for the edit loop: check style and run the fast tests, in 90 seconds'
 	@echo 'make test-oldest   run the tests that depend most on versions, with the oldest ones, in a venv of their own'
 	@echo 'make soak     run the long tests'

@@ -315,7 +315,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.threads = options.threads or max(1, cores() // options.ranks)
     if options.queries % options.ranks:
-        parser.error(f"--queries {options.queries} do not divide into --ranks {options.ranks}")
+        fitting = max(options.ranks, options.queries - options.queries % options.ranks)
+        parser.error(
+            f"--queries {options.queries} do not divide into --ranks {options.ranks}; set --queries to {fitting}"
+        )
     if options.group_size == 1:
         parser.error("--group-size 1: TRL has no advantage for a single response; set --group-size to 2 or more")
     pairs = options.queries // options.ranks * options.group_size

@@ -88,12 +88,12 @@ def shares(folder: Path, queries: Sequence[Query]) -> dict[str, dict[str, float]
 
 def table(measured: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
     """A Markdown row for each look: means over checkpoints of `shares`, and by how much it is above the first."""
-    *names, everything = measured[0][LOOKS[0]]
+    names = [name for name in measured[0][LOOKS[0]] if name != "all"]
     lines = [f"| right steps | {' | '.join(names)} | all | minus first |", "|---" * (len(names) + 3) + "|"]
     for look in LOOKS:
         cells = [f"{mean(found[look][name] for found in measured):.2f}" for name in names]
-        cells.append(_with_interval([found[look][everything] for found in measured], ".2f"))
-        gaps = [found[look][everything] - found[LOOKS[0]][everything] for found in measured]
+        cells.append(_with_interval([found[look]["all"] for found in measured], ".2f"))
+        gaps = [found[look]["all"] - found[LOOKS[0]]["all"] for found in measured]
         cells.append("" if look == LOOKS[0] else _with_interval(gaps, "+.3f"))
         lines.append(f"| {look} | {' | '.join(cells)} |")
     return "\n".join(lines)

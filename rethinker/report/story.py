@@ -160,11 +160,8 @@ def before_and_after(run: RunRecord, unreadable: list[str]) -> dict[str, Any] | 
     chosen = max(changed, key=preference)  # the first one of equals
     shown = [(when, answers[chosen][1]) for when, answers in moments if chosen in answers]
     example = describe_group(run, after[chosen][0], IMAGE)
-    responses = [response | {"when": when} for when, response in shown]
-    return example | {
-        "title": "One held-out question, answered greedily before and after training",
-        "responses": responses,
-    }
+    example["title"] = "One held-out question, answered greedily before and after training"
+    return example | {"responses": [response | {"when": when} for when, response in shown]}
 
 
 def own_rethinking(run: RunRecord, unreadable: list[str]) -> dict[str, Any] | None:
@@ -174,24 +171,24 @@ def own_rethinking(run: RunRecord, unreadable: list[str]) -> dict[str, Any] | No
     One that had boxed another answer before is preferred, then the shortest. None without any; a file that cannot be
     read is added to `unreadable`.
     """
-    files = sorted((run.folder / "completions").glob("episode_*.parquet"))[-1:]
+    files = sorted((run.folder / "completions").glob("episode_*.parquet"))
+    if not files:
+        return None
     try:
-        rows = (
-            pq.read_table(files[0], columns=["group", "response", "reward", "rethought"]).to_pylist() if files else []
-        )
+        rows = pq.read_table(files[-1], columns=["group", "response", "reward", "rethought"]).to_pylist()
         right = [row for row in rows if row["rethought"] is None and (row["reward"] or 0) >= 1]
         found = [row for row in right if _thinks_again(row["response"])]
         if not found:
             return None
         chosen = min(found, key=lambda row: (not _changes_its_answer(row["response"]), len(row["response"])))
-        own = pq.read_table(files[0], columns=list(COLUMNS), filters=[("group", "=", chosen["group"])]).to_pylist()
+        own = pq.read_table(files[-1], columns=list(COLUMNS), filters=[("group", "=", chosen["group"])]).to_pylist()
         response = next(row for row in own if row["response"] == chosen["response"])
         return describe_group(run, own[0], IMAGE) | {  # a group's first row alone has its images
             "title": "One sampled response that rethinks of its own accord, in the last episode",
             "responses": [describe_response(response, run.settings) | {"when": "sampled"}],
         }
     except Exception:  # of another hand: pyarrow and what reads the rows raise anything
-        unreadable.append(f"{run.name}/{files[0].name}")
+        unreadable.append(f"{run.name}/{files[-1].name}")
         return None
 
 

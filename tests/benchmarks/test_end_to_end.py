@@ -81,7 +81,7 @@ def test_mfu_counts_every_response_with_its_prompt():
     [
         ("--queries 16 --ranks 2", "set --trl-micro-batch to 64"),
         ("--queries 9 --trl-micro-batch 5", "set --trl-micro-batch to 4"),
-        ("--queries 64 --ranks 3", "--queries 64 do not divide into --ranks 3"),
+        ("--queries 64 --ranks 3", "--queries 64 do not divide into --ranks 3; set --queries to 63"),
         ("--group-size 1", "set --group-size to 2"),
         ("--steps 0", "--steps: '0' is not a whole number"),
         ("--recipe sums_cp", "no recipe named 'sums_cp'"),

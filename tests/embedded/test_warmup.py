@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from rethinker import embedded
 from rethinker.config import Config, ConfigError, DataConfig, WarmupConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded import files, own_files
@@ -274,10 +275,14 @@ def test_a_finished_model_is_reused_and_another_setting_makes_another(warm, monk
     assert made(BRIEF, data, QUERIES, warm.parent) == warm
 
 
-def test_own_files_are_code_and_texts():
+def test_own_files_are_code_and_texts(tmp_path, monkeypatch):
     """No folder, nothing that an editor leaves."""
-    names = [file.name for file in own_files()]
-    assert {"warmup.py", "common_texts.json", "chat_template.jinja"} < set(names) and "__pycache__" not in names
+    assert {"warmup.py", "common_texts.json", "chat_template.jinja"} < {file.name for file in own_files()}
+    for name in ("a.py", "b.json", ".a.py", "a.py.orig", "a.py~"):
+        (tmp_path / name).touch()
+    (tmp_path / "__pycache__").mkdir()
+    monkeypatch.setattr(embedded, "__file__", str(tmp_path / "__init__.py"))
+    assert [file.name for file in own_files()] == ["a.py", "b.json"]
 
 
 def test_a_half_written_model_is_not_taken(tmp_path):
