@@ -79,7 +79,8 @@ def test_what_is_measured_is_written(tmp_path, monkeypatch, capsys):
         return {look: [marks.get(query.metadata["category"], 0.0) for query in queries] for look in second_looks.LOOKS}
 
     monkeypatch.setattr(second_looks, "probabilities", probabilities)
-    second_looks.main([str(folder), f"{folder}/", "--json", str(file)])
+    (tmp_path / "best").symlink_to(folder)  # as a run's best and last can be
+    second_looks.main([str(folder), str(tmp_path / "best"), "--json", str(file)])
     assert "| first answer | 0.50 | 0.00 | 0.00 | 0.00 | 0.25 | 0.15 |" in capsys.readouterr().out
     (found,) = json.loads(file.read_text())["checkpoints"]
     expected = dict.fromkeys(["3 terms", "4 terms", "5 terms"], 0.0) | marks | {"all": 0.15}
