@@ -1,15 +1,17 @@
 """Measures what `rethinker plan` computes: resident memory of real ZeRO-3 steps on this machine, as JSON.
 
-    python -m tests.plan.measure FOLDER NAME[,NAME ...] [NAME[,NAME ...] for two ranks]
+    python -m tests.plan.measure FOLDER NAME [NAME ...]
 
 The policy engine as it trains. Per case: the memory held after two steps, and the most during the second, both above
 what the process took before the engine was built. For a figure to mean tensors and no more, the caller sets
-MALLOC_MMAP_THRESHOLD_, so that freed memory leaves the process. Each list starts with a case that is not compared:
-libraries grow at their first use. The lists run at the same time, in forks of a process that has imported everything.
+MALLOC_MMAP_THRESHOLD_, so that freed memory leaves the process, and every case has processes of its own, forks of one
+that has imported everything: DeepSpeed keeps some of an engine that was destroyed, and lets it go in the next. A small
+engine that is not compared comes first: libraries grow at their first use.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -48,14 +50,14 @@ class Case:
     sub_group: int | None = None  # elements that the optimizer works on at a time
     settings: PolicyConfig = field(default_factory=lambda: PolicyConfig(dtype="float32"))
     family: str = ""  # a model of tests/families/tiny_models.py instead of `size`
+    ranks: int = 1
 
 
 _WIDE = TinySize(hidden=512, intermediate=1408, layers=4, heads=8, kv_heads=4)
 _NARROW = TinySize(hidden=256, intermediate=704, layers=8, heads=4, kv_heads=2)
 _SEEING = replace(_NARROW, layers=2, vision_hidden=256, vision_intermediate=1024, vision_layers=5, vision_heads=4)
 CASES = {
-    "warm": Case(replace(_NARROW, layers=1), [8] * 2, 1, 64),  # not compared
-    "text": Case(_WIDE, [96] * 8, 2, 0),
+    "text": Case(_WIDE, [96] * 8, 2, 0, ranks=2),
     "checkpointing": Case(
         _NARROW, [170] * 8, 2, 0, settings=PolicyConfig(dtype="float32", gradient_checkpointing=True)
     ),
@@ -69,6 +71,7 @@ FAMILY_CASES = {
     family: Case(_NARROW, [170] * 8, 2, 64, settings=PolicyConfig(dtype="float32"), family=family)
     for family in ("internvl", "qwen3_vl")
 }
+_WARM = Case(replace(_NARROW, layers=1), [8] * 2, 1, 64)
 VOCABULARY = {"vocabulary": 20_000}
 
 
@@ -84,9 +87,8 @@ def config_of(case: Case, folder: Path) -> Config:
     )
 
 
-def model_of(name: str, scratch: Path) -> Path:
+def model_of(name: str, case: Case, scratch: Path) -> Path:
     """The case's model, its vocabulary grown where the case says so."""
-    case = (CASES | FAMILY_CASES)[name]
     if case.family:
         tiny_models.HIDDEN = 256  # large beside what libraries take
         return tiny_models.create(case.family, scratch / name)
@@ -102,6 +104,7 @@ def model_of(name: str, scratch: Path) -> Path:
 
 def resident() -> int:
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -109,9 +112,8 @@ def highest() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def measure(name: str, scratch: Path, ranks: distributed.Ranks) -> dict:
-    case = (CASES | FAMILY_CASES)[name]
-    folder = ranks.broadcast(model_of(name, scratch) if ranks.is_main else None)
+def measure(name: str, case: Case, scratch: Path, ranks: distributed.Ranks) -> dict:
+    folder = ranks.broadcast(model_of(name, case, scratch) if ranks.is_main else None)
     config = config_of(case, folder)
     encoder = PromptEncoder(load_processor(folder), config.data)
     pictures = scratch / f"{name}_pictures"
@@ -125,7 +127,7 @@ def measure(name: str, scratch: Path, ranks: distributed.Ranks) -> dict:
     before = resident()
     engine = PolicyEngine(config, folder, encoder, ranks, total_steps=4)
     engine.train_step(samples[:1])
-    gc.collect()
+    resident()  # what is free leaves before the mark is set
     Path("/proc/self/clear_refs").write_text("5")
     engine.train_step(samples)
     peak = highest() - before
@@ -148,39 +150,38 @@ def measure(name: str, scratch: Path, ranks: distributed.Ranks) -> dict:
     }
 
 
-def _measure_all(scratch: Path, names: str, rank: int, world_size: int, port: str) -> None:
+def _rank(scratch: Path, name: str, case: Case, rank: int, port: str) -> None:
     """A rank's process: its results are printed by rank 0."""
-    if world_size > 1:
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        os.environ |= {name: str(value) for name, value in places.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "LOCAL_WORLD_SIZE": case.ranks}
+    os.environ |= {name: str(value) for name, value in places.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
     ranks = distributed.start(120)
-    own = scratch / f"{world_size}_{rank}"
+    own = scratch / f"{name}_{rank}"
     own.mkdir()
-    for name in names.split(","):
-        found = measure(name, own, ranks)
-        if ranks.is_main:
-            print(json.dumps(found), flush=True)
-        gc.collect()
+    measure("warm", replace(_WARM, settings=PolicyConfig(dtype=case.settings.dtype)), own, ranks)
+    found = measure(name, case, own, ranks)
+    if ranks.is_main:
+        print(json.dumps(found), flush=True)
     distributed.stop()
 
 
-def main(scratch: str, *lists: str) -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+def main(scratch: str, *names: str) -> int:
     gc.freeze()  # what is there now is no garbage, and stays shared by the forks
     fork = multiprocessing.get_context("fork")
-    ranks = [
-        (Path(scratch), names, rank, number, port) for number, names in enumerate(lists, 1) for rank in range(number)
-    ]
-    processes = [fork.Process(target=_measure_all, args=arguments) for arguments in ranks]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return max(abs(process.exitcode) for process in processes)
+    for name in names:
+        case = (CASES | FAMILY_CASES)[name]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        ranks = [fork.Process(target=_rank, args=(Path(scratch), name, case, rank, port)) for rank in range(case.ranks)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        if any(process.exitcode for process in ranks):
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
