@@ -103,6 +103,11 @@ PARTS: dict[str, dict[str, Method]] = {
     # SSR itself is alpha 1.
     "alpha": {f"SSR, alpha {alpha}": Method(SSR | {"replay.alpha": float(alpha)}) for alpha in (0, 2)}
     | _ssr_and_grpo({}),
+    "replay": {
+        "SSR, importance weights": Method(SSR | {"replay.importance_exponent": 1.0}),
+        "SSR, kept for another episode": Method(SSR | {"replay.clear_every_episode": False, "replay.max_age": 1}),
+        **_ssr_and_grpo({}),
+    },
     "forced": {
         **{f"forced {share}": Method(SSR, {"rethink.fraction": share}) for share in (0.0, 0.1, 0.25, 0.5)},
         "forced 0.25, from the start": Method(SSR | {"rethink.fraction": 0.25}, {}),
@@ -215,7 +220,7 @@ def training(stage: Stage, runs: Path, jobs: dict[str, Job]) -> Job:
         result = stage_result(folder)
         if result["generated_tokens"] < left():
             raise UnfinishedError(f"it ended after {result['generated_tokens']} of {left()} sampled tokens")
-        _write(folder / "ablation.json", json.dumps(result))
+        _write(folder / "ablation.json", json.dumps({**result, "machine": describe()}))
 
     jobs[stage.name] = Job(stage.name, folder / "ablation.json", command, finish, before)
     return jobs[stage.name]
@@ -277,7 +282,9 @@ class Ablation:
         for seed in self.seeds:
             files = [self.runs / stage.name / "ablation.json" for stage in self.both(task, method, seed)]
             if all(file.is_file() for file in files):
-                found.append({"seed": seed, **joined(*(json.loads(file.read_text()) for file in files))})
+                both = [json.loads(file.read_text()) for file in files]
+                machines = [result["machine"] for result in both]
+                found.append({"seed": seed, "machines": machines, **joined(*both)})
         return found
 
     def rethinking(self, task: str) -> tuple[list[int], list[dict[str, Any]]]:
@@ -292,26 +299,29 @@ class Ablation:
                 found += own
         return done, rethinking_accuracies(found, self.results(task, METHODS["SSR"])[0]["by_category"]) if done else []
 
-    def table(self, task: str, part: str, machine: Mapping[str, Any]) -> dict[str, Any]:
-        """What is done of one table, and how."""
+    def table(self, task: str, part: str) -> dict[str, Any]:
+        """What is done of one table, how, and on which machines and versions."""
+        methods = PARTS.get(part) or {name: METHODS[name] for name in RETHINKING}
+        done = {name: self.results(task, method) for name, method in methods.items()}
+        trained = [machine for own in done.values() for result in own for machine in result["machines"]]
+        machines = [machine for number, machine in enumerate(trained) if machine not in trained[:number]]
         shared = {"task": task, "part": part, "tokens": self.budget(task), "first_stage": FIRST_SHARE}
-        shared |= {"questions": self.questions, "machine": machine}
+        shared |= {"questions": self.questions, "machines": machines}
         if part == "rethinking":
             seeds, rows = self.rethinking(task)
             return {**shared, "seeds": seeds, "rows": rows}
         known = PARTS[part] if "GRPO" in PARTS[part] else METHODS
         references = {name: self.results(task, known[name]) for name in REFERENCES if name in known}
-        done = {name: self.results(task, method) for name, method in PARTS[part].items()}
         return {**shared, "rows": [{"method": name, **summarise(own, references)} for name, own in done.items() if own]}
 
-    def report(self, machine: Mapping[str, Any], folder: Path, figures: bool) -> str:
+    def report(self, folder: Path, figures: bool) -> str:
         """Write ablation.json and .md, in which a table of which nothing is done stays as it was, and the figures of
         the tables asked for, if asked to; all tables as text."""
         known = [*PARTS, "rethinking"]
         file, asked = folder / "ablation.json", [(t, p) for t in self.tasks for p in known if p in self.parts]
         written = json.loads(file.read_text(encoding="utf-8")).get("tables", []) if file.is_file() else []
         kept = {(table["task"], table["part"]): table for table in written}
-        kept |= {key: table for key in asked if (table := self.table(*key, machine))["rows"]}
+        kept |= {key: table for key in asked if (table := self.table(*key))["rows"]}
         content = [kept[task, part] for task in TASKS for part in known if (task, part) in kept]
         text = tables(content)
         folder.mkdir(parents=True, exist_ok=True)
@@ -350,10 +360,7 @@ def main(argv: list[str] | None = None) -> int:
         jobs = ablation.jobs()
     except ConfigError as error:
         parser.error(str(error))
-    machine = describe()
-    folder = (args.out or args.runs / "results") / (
-        "cpu" if machine["gpu"] is None else machine["gpu"].replace(" ", "-").lower()
-    )
+    folder = (args.out or args.runs / "results") / (describe()["gpu"] or "cpu").replace(" ", "-").lower()
     failed = {}
     if not args.report:
         done = sum(job.done.is_file() for job in jobs)
@@ -362,14 +369,14 @@ def main(argv: list[str] | None = None) -> int:
             nonlocal done
             done += 1
             print(f"{done} of {len(jobs)}: {job.name}", flush=True)
-            ablation.report(machine, folder, figures=False)
+            ablation.report(folder, figures=False)
 
         try:
             failed = run_all(jobs, args.jobs, max(1, cores() // args.jobs), args.runs / "logs", finished)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
             return 130
-    print(ablation.report(machine, folder, figures=True))
+    print(ablation.report(folder, figures=True))
     for name, problem in failed.items():
         print(f"{name}: {problem}", file=sys.stderr)
     return 1 if failed else 0

@@ -91,7 +91,8 @@ class TestPlan:
 
     def test_methods_differ_in_what_their_names_say_alone(self):
         """In each stage the same room, questions, seeds and budget; no method but the full one forces rethinking."""
-        told = ["algorithm.name", "replay.alpha", "train.episode_queries", "validation.every"]
+        told = ["algorithm.name", *(f"replay.{name}" for name in ("alpha", "importance_exponent", "max_age"))]
+        told += ["replay.clear_every_episode", "train.episode_queries", "validation.every"]
         told += ["rollout.group_size", "train.batch_pairs", "train.learning_rate"]
         told += [f"rethink.{name}" for name in ("fraction", "first_answers", "mask_first_answer")]
         for number in (0, 1):
@@ -242,16 +243,28 @@ class TestWhole:
         assert self.main(tmp_path, "--parts", "methods") == 0
         (tmp_path / "runs").rename(tmp_path / "elsewhere")
         figures = {path: path.read_text() for path in (tmp_path / "out" / "cpu").glob("*.svg")}
-        monkeypatch.setattr(ablation, "describe", lambda: {"gpu": None, "commit": "another"})
+        another = {"gpu": None, "commit": "another"}
+        monkeypatch.setattr(ablation, "describe", lambda: another)
         assert self.main(tmp_path, "--parts", "alpha", "--tokens", "2000") == 0
         said = [
-            (table["part"], table["tokens"], table["machine"], len(table["rows"])) for table in self.tables(tmp_path)
+            (table["part"], table["tokens"], table["machines"], len(table["rows"])) for table in self.tables(tmp_path)
         ]
-        now = {"gpu": None, "commit": "another"}
-        assert said == [("methods", 1000, {"gpu": None}, 4), ("alpha", 2000, now, 4)]
+        assert said == [("methods", 1000, [{"gpu": None}], 4), ("alpha", 2000, [another], 4)]
         text = (tmp_path / "out" / "cpu" / "ablation.md").read_text()
         assert text.index("1,000 tokens") < text.index("2,000 tokens")
         assert figures and {path: path.read_text() for path in (tmp_path / "out" / "cpu").glob("*.svg")} == figures
+
+    def test_a_table_names_the_machines_of_its_runs(self, tmp_path, calls, monkeypatch):
+        """Not the one that writes the report, and each once."""
+        assert self.main(tmp_path, "--parts", "alpha") == 0
+        monkeypatch.setattr(ablation, "describe", lambda: {"gpu": None, "commit": "later"})
+        assert self.main(tmp_path, "--parts", "alpha", "episode_512", "--report") == 0
+        assert [table["machines"] for table in self.tables(tmp_path)] == [[{"gpu": None}]]
+        assert self.main(tmp_path, "--parts", "methods", "rethinking") == 0
+        both = [{"gpu": None}, {"gpu": None, "commit": "later"}]
+        said = {table["part"]: table["machines"] for table in self.tables(tmp_path)}
+        assert said["alpha"] == both[:1] and sorted(map(len, said["methods"])) == [1, 2]
+        assert all(machine in both for machine in said["rethinking"])
 
     def test_a_report_of_another_form_is_replaced(self, tmp_path, calls):
         (tmp_path / "out" / "cpu").mkdir(parents=True)
