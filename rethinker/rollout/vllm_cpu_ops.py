@@ -1,11 +1,11 @@
-"""vLLM's own CPU kernels for layers that it computes on a CPU by several PyTorch operations each.
+"""Layers that vLLM computes on a CPU by several PyTorch operations each, by its own kernels or by fewer operations.
 
-Its CPU build ships them, but vLLM 0.32 takes those of norms and activations on GPUs alone, and has its rotary kernel
-read one position per token where Qwen-VL has three. A small model's time depends on the number of operations:
-with the kernels a rollout of the tiny one takes a sixth less.
+Its CPU build ships them, but vLLM 0.32 takes that of norms on GPUs alone, and has its rotary kernel read one position
+per token where Qwen-VL has three. A small model's time depends on the number of operations: with these layers a rollout
+of the tiny one takes a seventh less.
 
-Importing this file registers kernel classes for vLLM's layers (`register_oot`, vLLM's interface for other platforms);
-models that are built later use them. What a kernel does not take is left to vLLM. They are for eager models, as both
+Importing this file registers classes for vLLM's layers (`register_oot`, vLLM's interface for other platforms); models
+that are built later use them. What a kernel does not take is left to vLLM. They are for eager models, as both
 engines' are on a CPU.
 
 Legend: T tokens, H query heads, K key heads, E head size, D features.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding, apply_interleaved_rope
@@ -43,17 +44,14 @@ class KernelRMSNorm(RMSNorm):
 
 
 @SiluAndMul.register_oot
-class KernelSiluAndMul(SiluAndMul):
-    """silu(a) * b for x = [a, b] by one kernel."""
+class InPlaceSiluAndMul(SiluAndMul):
+    """silu(a) * b for x = [a, b], the product in place. vLLM's kernel exponentiates number by number: it takes five
+    times as long for 256 tokens of 384 features."""
 
     def forward_cpu(self, x: Tensor) -> Tensor:
         """See SiluAndMul: [..., 2 D] to [..., D]."""
-        half = x.shape[-1] // 2
-        if half % BLOCK or not x.is_contiguous():
-            return super().forward_cpu(x)
-        out = x.new_empty(*x.shape[:-1], half)
-        torch.ops._C.silu_and_mul(out, x)
-        return out
+        gate, up = x.chunk(2, dim=-1)
+        return silu(gate).mul_(up)
 
 
 @MRotaryEmbedding.register_oot

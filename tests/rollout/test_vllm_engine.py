@@ -97,15 +97,15 @@ def test_a_sampled_placeholder_ends_the_response(engine, policy, prompts):
 
 @tied_only
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU vLLM has kernels of its own")
-def test_the_engines_layers_use_vllms_cpu_kernels(engine):
+def test_the_engines_layers_are_the_quick_ones(engine):
     """Without them it would be as right, and slower."""
     from rethinker.rollout import vllm_cpu_ops
 
     layers = list(engine._engine.apply_model(lambda model: model)[0].modules())
-    for name in ("RMSNorm", "SiluAndMul", "MRotaryEmbedding"):
-        kernel = getattr(vllm_cpu_ops, f"Kernel{name}")
-        own = [layer for layer in layers if isinstance(layer, getattr(vllm_cpu_ops, name))]
-        assert own and all(layer._forward_method.__func__ is kernel.forward_cpu for layer in own)
+    for name in ("KernelRMSNorm", "InPlaceSiluAndMul", "KernelMRotaryEmbedding"):
+        own = getattr(vllm_cpu_ops, name)
+        found = [layer for layer in layers if isinstance(layer, own.__base__)]
+        assert found and all(layer._forward_method.__func__ is own.forward_cpu for layer in found)
 
 
 @tied_only
