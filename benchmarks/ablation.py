@@ -97,14 +97,18 @@ def _ssr_and_grpo(changes: Settings) -> dict[str, Method]:
     return {"SSR": Method(SSR | changes), "GRPO": Method(GRPO | changes)}
 
 
+def _weighted(changes: Settings) -> dict[str, Method]:
+    """SSR's draws with weights that undo their effect on the mean gradient."""
+    return {"SSR, importance weights": Method(SSR | changes | {"replay.importance_exponent": 1.0})}
+
+
 GROUPS_OF_2 = {"rollout.group_size": 2, "train.episode_queries": 512, "train.batch_pairs": 64}
 PARTS: dict[str, dict[str, Method]] = {
     "methods": METHODS,
-    # SSR itself is alpha 1.
-    "alpha": {f"SSR, alpha {alpha}": Method(SSR | {"replay.alpha": float(alpha)}) for alpha in (0, 2)}
-    | _ssr_and_grpo({}),
+    # SSR itself is alpha 1, without weights, and begins every episode with an empty buffer.
     "replay": {
-        "SSR, importance weights": Method(SSR | {"replay.importance_exponent": 1.0}),
+        **{f"SSR, alpha {alpha}": Method(SSR | {"replay.alpha": float(alpha)}) for alpha in (0, 2)},
+        **_weighted({}),
         "SSR, kept for another episode": Method(SSR | {"replay.clear_every_episode": False, "replay.max_age": 1}),
         **_ssr_and_grpo({}),
     },
@@ -116,7 +120,9 @@ PARTS: dict[str, dict[str, Method]] = {
         ),
     },
     # Steps of an episode of sums: 4, 16 (as in the paper) and 32, where the recipe has 8; of easy-VQA 1, 4 and 8 for 2.
-    **{f"episode_{queries}": _ssr_and_grpo({"train.episode_queries": queries}) for queries in (64, 256, 512)},
+    "episode_64": _ssr_and_grpo({"train.episode_queries": 64}),
+    "episode_256": _ssr_and_grpo({"train.episode_queries": 256}),
+    "episode_512": _weighted({"train.episode_queries": 512}) | _ssr_and_grpo({"train.episode_queries": 512}),
     # Few queries carry an advantage, and a batch holds few of them: what replay is for.
     "groups_of_2": _ssr_and_grpo(GROUPS_OF_2),
     "groups_of_2_low_rate": _ssr_and_grpo(GROUPS_OF_2 | {"train.learning_rate": 1e-4}),

@@ -27,12 +27,12 @@ class TestPlan:
         """What tables share is run once, and the full method and SSR part after their first stage."""
         full, ssr = names("easy_vqa", METHODS["full"]), names("easy_vqa", METHODS["SSR"])
         assert full[0] == ssr[0] and full[1] != ssr[1]
-        assert names("easy_vqa", PARTS["alpha"]["SSR"]) == ssr
+        assert names("easy_vqa", PARTS["replay"]["SSR"]) == ssr
         assert names("easy_vqa", PARTS["forced"]["forced 0.0"]) == ssr
         assert names("easy_vqa", PARTS["forced"]["forced 0.25"]) == full
-        different = [names("easy_vqa", method) for method in (*METHODS.values(), PARTS["alpha"]["SSR, alpha 0"])]
+        different = [names("easy_vqa", method) for method in (*METHODS.values(), PARTS["replay"]["SSR, alpha 0"])]
         different += [names("easy_vqa", method) for method in PARTS["episode_512"].values()]
-        assert len({second for _, second in different}) == 7
+        assert len({second for _, second in different}) == 8
 
     def test_seed_budget_and_questions_make_another_run_and_folders_do_not(self, tmp_path):
         base = names("easy_vqa", METHODS["SSR"])
@@ -216,13 +216,13 @@ class TestWhole:
 
     def test_a_seed_that_is_named_twice_counts_once(self, tmp_path, calls):
         """Twice the same number has an interval of 0."""
-        assert self.main(tmp_path, "--parts", "alpha", "--seeds", "3", "3") == 0
+        assert self.main(tmp_path, "--parts", "replay", "--seeds", "3", "3") == 0
         (table,) = self.tables(tmp_path)
         assert all(row["seeds"] == [3] for row in table["rows"])
 
     def test_a_try_leaves_the_published_results_alone(self, tmp_path, calls):
         """Where no folder is named, tables and figures go to the runs."""
-        options = "--tasks easy_vqa --seeds 0 --tokens 1000 --parts alpha --runs".split()
+        options = "--tasks easy_vqa --seeds 0 --tokens 1000 --parts replay --runs".split()
         assert ablation.main([*options, str(tmp_path / "own")]) == 0
         assert (tmp_path / "own" / "results" / "cpu" / "ablation.md").is_file()
 
@@ -245,32 +245,32 @@ class TestWhole:
         figures = {path: path.read_text() for path in (tmp_path / "out" / "cpu").glob("*.svg")}
         another = {"gpu": None, "commit": "another"}
         monkeypatch.setattr(ablation, "describe", lambda: another)
-        assert self.main(tmp_path, "--parts", "alpha", "--tokens", "2000") == 0
+        assert self.main(tmp_path, "--parts", "replay", "--tokens", "2000") == 0
         said = [
             (table["part"], table["tokens"], table["machines"], len(table["rows"])) for table in self.tables(tmp_path)
         ]
-        assert said == [("methods", 1000, [{"gpu": None}], 4), ("alpha", 2000, [another], 4)]
+        assert said == [("methods", 1000, [{"gpu": None}], 4), ("replay", 2000, [another], 6)]
         text = (tmp_path / "out" / "cpu" / "ablation.md").read_text()
         assert text.index("1,000 tokens") < text.index("2,000 tokens")
         assert figures and {path: path.read_text() for path in (tmp_path / "out" / "cpu").glob("*.svg")} == figures
 
     def test_a_table_names_the_machines_of_its_runs(self, tmp_path, calls, monkeypatch):
         """Not the one that writes the report, and each once."""
-        assert self.main(tmp_path, "--parts", "alpha") == 0
+        assert self.main(tmp_path, "--parts", "replay") == 0
         monkeypatch.setattr(ablation, "describe", lambda: {"gpu": None, "commit": "later"})
-        assert self.main(tmp_path, "--parts", "alpha", "episode_512", "--report") == 0
+        assert self.main(tmp_path, "--parts", "replay", "episode_512", "--report") == 0
         assert [table["machines"] for table in self.tables(tmp_path)] == [[{"gpu": None}]]
         assert self.main(tmp_path, "--parts", "methods", "rethinking") == 0
         both = [{"gpu": None}, {"gpu": None, "commit": "later"}]
         said = {table["part"]: table["machines"] for table in self.tables(tmp_path)}
-        assert said["alpha"] == both[:1] and sorted(map(len, said["methods"])) == [1, 2]
+        assert said["replay"] == both[:1] and sorted(map(len, said["methods"])) == [1, 2]
         assert all(machine in both for machine in said["rethinking"])
 
     def test_a_report_of_another_form_is_replaced(self, tmp_path, calls):
         (tmp_path / "out" / "cpu").mkdir(parents=True)
         (tmp_path / "out" / "cpu" / "ablation.json").write_text('{"summary": []}')
-        assert self.main(tmp_path, "--parts", "alpha") == 0
-        assert [table["part"] for table in self.tables(tmp_path)] == ["alpha"]
+        assert self.main(tmp_path, "--parts", "replay") == 0
+        assert [table["part"] for table in self.tables(tmp_path)] == ["replay"]
 
     def test_a_second_time_nothing_is_run(self, tmp_path, calls):
         assert self.main(tmp_path, "--parts", "methods") == 0
