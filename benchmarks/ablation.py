@@ -97,9 +97,13 @@ def _ssr_and_grpo(changes: Settings) -> dict[str, Method]:
     return {"SSR": Method(SSR | changes), "GRPO": Method(GRPO | changes)}
 
 
-def _weighted(changes: Settings) -> dict[str, Method]:
-    """SSR's draws with weights that undo their effect on the mean gradient."""
-    return {"SSR, importance weights": Method(SSR | changes | {"replay.importance_exponent": 1.0})}
+def _balanced(changes: Settings) -> dict[str, Method]:
+    """Replay whose draws keep the mean advantage of a group, 0: |A| alone draws more right answers where few are right,
+    and more wrong ones where few are wrong."""
+    return {
+        "SSR, importance weights": Method(SSR | changes | {"replay.importance_exponent": 1.0}),
+        "SSR, whole groups": Method(SSR | changes | {"replay.unit": "group"}),
+    }
 
 
 GROUPS_OF_2 = {"rollout.group_size": 2, "train.episode_queries": 512, "train.batch_pairs": 64}
@@ -108,7 +112,7 @@ PARTS: dict[str, dict[str, Method]] = {
     # SSR itself is alpha 1, without weights, and begins every episode with an empty buffer.
     "replay": {
         **{f"SSR, alpha {alpha}": Method(SSR | {"replay.alpha": float(alpha)}) for alpha in (0, 2)},
-        **_weighted({}),
+        **_balanced({}),
         "SSR, kept for another episode": Method(SSR | {"replay.clear_every_episode": False, "replay.max_age": 1}),
         **_ssr_and_grpo({}),
     },
@@ -122,7 +126,7 @@ PARTS: dict[str, dict[str, Method]] = {
     # Steps of an episode of sums: 4, 16 (as in the paper) and 32, where the recipe has 8; of easy-VQA 1, 4 and 8 for 2.
     "episode_64": _ssr_and_grpo({"train.episode_queries": 64}),
     "episode_256": _ssr_and_grpo({"train.episode_queries": 256}),
-    "episode_512": _weighted({"train.episode_queries": 512}) | _ssr_and_grpo({"train.episode_queries": 512}),
+    "episode_512": _balanced({"train.episode_queries": 512}) | _ssr_and_grpo({"train.episode_queries": 512}),
     # Few queries carry an advantage, and a batch holds few of them: what replay is for.
     "groups_of_2": _ssr_and_grpo(GROUPS_OF_2),
     "groups_of_2_low_rate": _ssr_and_grpo(GROUPS_OF_2 | {"train.learning_rate": 1e-4}),

@@ -32,13 +32,16 @@ class Batch:
 
     def metrics(self, replay: ReplayBuffer) -> dict[str, Any]:
         """What the step trains on, by its advantages (ADVANTAGE_BINS), and the state of the buffer it drew from."""
-        sizes = np.abs([sample.advantage for sample in self.samples])
+        advantages = np.array([sample.advantage for sample in self.samples])
+        weighted = advantages * [sample.weight for sample in self.samples]
+        sizes = np.abs(advantages)
         return {
             "effective_query_ratio": self.effective_query_ratio,
             "trained_pairs": len(self.samples),
             "replay_fraction": self.replayed / max(1, len(self.samples)),
             "replay_size": len(replay),
             "replay_age_mean": replay.drawn_age_mean,
+            "advantage_mean": float(weighted.mean()) if self.samples else 0.0,
             "advantage_abs_mean": float(sizes.mean()) if self.samples else 0.0,
             "advantage_histogram": [
                 int(((sizes > low) & (sizes <= high)).sum()) for low, high in itertools.pairwise(ADVANTAGE_BINS)

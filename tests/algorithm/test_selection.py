@@ -104,11 +104,29 @@ def test_metrics_of_a_batch(replay):
     sizes = [abs(sample.advantage) for sample in batch.samples]
     assert sum(sizes[:4]) / 4 == pytest.approx(3**0.5 / 2, rel=1e-5)
     assert seen["advantage_abs_mean"] == pytest.approx(sum(sizes) / 8)
+    assert seen["advantage_mean"] == pytest.approx(sum(sample.advantage for sample in batch.draws) / 8)
     assert 0 <= seen["replay_age_mean"] <= 1
     all_of_them = select_batch(step(DIFFER, EQUAL), name="grpo", pairs=8, replay=replay).metrics(replay)
     assert all_of_them["advantage_histogram"] == [4, 0, 4, 0, 0, 0]
     none = select_batch([], name="filter", pairs=8, replay=replay).metrics(replay)
     assert none["advantage_abs_mean"] == 0 == sum(none["advantage_histogram"])
+
+
+@pytest.mark.parametrize("right", [1, 2, 4, 6, 7])
+def test_what_replay_adds_to_the_mean_advantage(right):
+    """Where a share p of 8 is right, draws in proportion to |A| have the mean advantage sqrt(7 / 8) (1 - 2 p) / (2
+    sqrt(p (1 - p))): up for what is rarely right, and down for what is mostly right. Alpha 0, importance weights and
+    whole groups keep the group's own mean, 0."""
+
+    def mean(**settings) -> float:
+        replay = ReplayBuffer(ReplayConfig(capacity=1000, **settings), seed=0)
+        select_batch(step([1.0] * right + [0.0] * (8 - right)), name="ssr", pairs=8, replay=replay)
+        return select_batch([], name="ssr", pairs=8000, replay=replay).metrics(replay)["advantage_mean"]
+
+    p = right / 8
+    assert mean() == pytest.approx((7 / 8) ** 0.5 * (1 - 2 * p) / (2 * (p * (1 - p)) ** 0.5), abs=0.05)
+    for settings in ({"alpha": 0.0}, {"importance_exponent": 1.0}, {"unit": "group"}):
+        assert mean(**settings) == pytest.approx(0, abs=0.05)
 
 
 def test_no_groups(replay):

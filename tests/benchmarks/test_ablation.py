@@ -32,7 +32,7 @@ class TestPlan:
         assert names("easy_vqa", PARTS["forced"]["forced 0.25"]) == full
         different = [names("easy_vqa", method) for method in (*METHODS.values(), PARTS["replay"]["SSR, alpha 0"])]
         different += [names("easy_vqa", method) for method in PARTS["episode_512"].values()]
-        assert len({second for _, second in different}) == 8
+        assert len({second for _, second in different}) == 9
 
     def test_seed_budget_and_questions_make_another_run_and_folders_do_not(self, tmp_path):
         base = names("easy_vqa", METHODS["SSR"])
@@ -91,8 +91,8 @@ class TestPlan:
 
     def test_methods_differ_in_what_their_names_say_alone(self):
         """In each stage the same room, questions, seeds and budget; no method but the full one forces rethinking."""
-        told = ["algorithm.name", *(f"replay.{name}" for name in ("alpha", "importance_exponent", "max_age"))]
-        told += ["replay.clear_every_episode", "train.episode_queries", "validation.every"]
+        told = ["algorithm.name", *(f"replay.{name}" for name in ("alpha", "importance_exponent", "unit"))]
+        told += ["replay.clear_every_episode", "replay.max_age", "train.episode_queries", "validation.every"]
         told += ["rollout.group_size", "train.batch_pairs", "train.learning_rate"]
         told += [f"rethink.{name}" for name in ("fraction", "first_answers", "mask_first_answer")]
         for number in (0, 1):
@@ -249,7 +249,7 @@ class TestWhole:
         said = [
             (table["part"], table["tokens"], table["machines"], len(table["rows"])) for table in self.tables(tmp_path)
         ]
-        assert said == [("methods", 1000, [{"gpu": None}], 4), ("replay", 2000, [another], 6)]
+        assert said == [("methods", 1000, [{"gpu": None}], 4), ("replay", 2000, [another], 7)]
         text = (tmp_path / "out" / "cpu" / "ablation.md").read_text()
         assert text.index("1,000 tokens") < text.index("2,000 tokens")
         assert figures and {path: path.read_text() for path in (tmp_path / "out" / "cpu").glob("*.svg")} == figures
