@@ -1,6 +1,6 @@
 """The paper's ablation at small scale, at equal sampled tokens and judged on a test split that nothing is tuned on.
 
-    python -m benchmarks.ablation [--tasks sums easy_vqa] [--parts methods alpha ...] [--seeds 0 1 2 3 4] [--tokens N]
+    python -m benchmarks.ablation [--tasks sums easy_vqa] [--parts methods replay ...] [--seeds 0 1 2 3 4] [--tokens N]
                                   [--jobs 2] [--report] [--out FOLDER]
 
 Every method trains in two stages, as the paper does. The first is a share of the budget with the task's recipe, the
@@ -33,8 +33,9 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def _ssr_and_grpo(changes: Settings) -> dict[str, Method]:
 
 
 def _balanced(changes: Settings) -> dict[str, Method]:
-    """Replay whose draws keep the mean advantage of a group, 0: |A| alone draws more right answers where few are right,
-    and more wrong ones where few are wrong."""
+    """Replay that keeps a group's mean advantage, 0. By |A| alone half of the draws are right answers, whether few or
+    most are: their mean advantage is above 0 where few are right, and below 0 where most are."""
     return {
         "SSR, importance weights": Method(SSR | changes | {"replay.importance_exponent": 1.0}),
         "SSR, whole groups": Method(SSR | changes | {"replay.unit": "group"}),
@@ -293,7 +294,7 @@ class Ablation:
             files = [self.runs / stage.name / "ablation.json" for stage in self.both(task, method, seed)]
             if all(file.is_file() for file in files):
                 both = [json.loads(file.read_text()) for file in files]
-                machines = [result["machine"] for result in both]
+                machines = [result["machine"] for result in both if "machine" in result]  # older runs do not say
                 found.append({"seed": seed, "machines": machines, **joined(*both)})
         return found
 
@@ -311,18 +312,19 @@ class Ablation:
 
     def table(self, task: str, part: str) -> dict[str, Any]:
         """What is done of one table, how, and on which machines and versions."""
-        methods = PARTS.get(part) or {name: METHODS[name] for name in RETHINKING}
-        done = {name: self.results(task, method) for name, method in methods.items()}
-        trained = [machine for own in done.values() for result in own for machine in result["machines"]]
-        machines = [machine for number, machine in enumerate(trained) if machine not in trained[:number]]
         shared = {"task": task, "part": part, "tokens": self.budget(task), "first_stage": FIRST_SHARE}
-        shared |= {"questions": self.questions, "machines": machines}
+        shared |= {"questions": self.questions}
         if part == "rethinking":
             seeds, rows = self.rethinking(task)
-            return {**shared, "seeds": seeds, "rows": rows}
+            asked = [result for name in RETHINKING for result in self.results(task, METHODS[name])]
+            machines = _machines(result for result in asked if result["seed"] in seeds)
+            return {**shared, "machines": machines, "seeds": seeds, "rows": rows}
         known = PARTS[part] if "GRPO" in PARTS[part] else METHODS
         references = {name: self.results(task, known[name]) for name in REFERENCES if name in known}
-        return {**shared, "rows": [{"method": name, **summarise(own, references)} for name, own in done.items() if own]}
+        done = {name: self.results(task, method) for name, method in PARTS[part].items()}
+        machines = _machines(chain.from_iterable([*done.values(), *references.values()]))
+        rows = [{"method": name, **summarise(own, references)} for name, own in done.items() if own]
+        return {**shared, "machines": machines, "rows": rows}
 
     def report(self, folder: Path, figures: bool) -> str:
         """Write ablation.json and .md, in which a table of which nothing is done stays as it was, and the figures of
@@ -342,6 +344,15 @@ class Ablation:
             done = {name: found for name, method in own.items() if (found := self.results(task, method))}
             draw_figures(task, done, self.rethinking(task)[1] if "rethinking" in self.parts else [], folder)
         return text
+
+
+def _machines(results: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """Each machine and version that trained one of them, once."""
+    found: list[Any] = []
+    for machine in (machine for result in results for machine in result["machines"]):
+        if machine not in found:
+            found.append(machine)
+    return found
 
 
 def _write(file: Path, text: str) -> None:

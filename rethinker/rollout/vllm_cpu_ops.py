@@ -1,4 +1,4 @@
-"""Layers that vLLM computes on a CPU by several PyTorch operations each, by its own kernels or by fewer operations.
+"""Layers that vLLM computes on a CPU by several PyTorch operations each: by its own kernels, or with a tensor less.
 
 Its CPU build ships them, but vLLM 0.32 takes that of norms on GPUs alone, and has its rotary kernel read one position
 per token where Qwen-VL has three. A small model's time depends on the number of operations: with these layers a rollout
@@ -45,8 +45,8 @@ class KernelRMSNorm(RMSNorm):
 
 @SiluAndMul.register_oot
 class InPlaceSiluAndMul(SiluAndMul):
-    """silu(a) * b for x = [a, b], the product in place. vLLM's kernel exponentiates number by number: it takes five
-    times as long for 256 tokens of 384 features."""
+    """silu(a) * b for x = [a, b], the product in place: 4% of a rollout of the tiny model. vLLM's kernel for it takes
+    exponentials one by one, five times as long for 256 tokens of 384 features."""
 
     def forward_cpu(self, x: Tensor) -> Tensor:
         """See SiluAndMul: [..., 2 D] to [..., D]."""

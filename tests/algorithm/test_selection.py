@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from rethinker.algorithm.advantages import assign_advantages
 from rethinker.algorithm.replay import ReplayBuffer
-from rethinker.algorithm.selection import select_batch
+from rethinker.algorithm.selection import Batch, select_batch
 from rethinker.config import ReplayConfig
 from rethinker.samples import Group
 from tests.algorithm.examples import group
@@ -104,19 +106,21 @@ def test_metrics_of_a_batch(replay):
     sizes = [abs(sample.advantage) for sample in batch.samples]
     assert sum(sizes[:4]) / 4 == pytest.approx(3**0.5 / 2, rel=1e-5)
     assert seen["advantage_abs_mean"] == pytest.approx(sum(sizes) / 8)
-    assert seen["advantage_mean"] == pytest.approx(sum(sample.advantage for sample in batch.draws) / 8)
+    pair = [dataclasses.replace(sample, weight=w) for sample, w in zip(batch.samples, (0.5, 3.0), strict=False)]
+    weighted = sum(sample.weight * sample.advantage for sample in pair) / 2
+    assert weighted != 0 and Batch(pair, 0, 1.0).metrics(replay)["advantage_mean"] == pytest.approx(weighted)
     assert 0 <= seen["replay_age_mean"] <= 1
     all_of_them = select_batch(step(DIFFER, EQUAL), name="grpo", pairs=8, replay=replay).metrics(replay)
     assert all_of_them["advantage_histogram"] == [4, 0, 4, 0, 0, 0]
     none = select_batch([], name="filter", pairs=8, replay=replay).metrics(replay)
-    assert none["advantage_abs_mean"] == 0 == sum(none["advantage_histogram"])
+    assert none["advantage_mean"] == none["advantage_abs_mean"] == 0 == sum(none["advantage_histogram"])
 
 
 @pytest.mark.parametrize("right", [1, 2, 4, 6, 7])
 def test_what_replay_adds_to_the_mean_advantage(right):
     """Where a share p of 8 is right, draws in proportion to |A| have the mean advantage sqrt(7 / 8) (1 - 2 p) / (2
-    sqrt(p (1 - p))): up for what is rarely right, and down for what is mostly right. Alpha 0, importance weights and
-    whole groups keep the group's own mean, 0."""
+    sqrt(p (1 - p))): they push rare right answers up, and rare wrong ones down. Alpha 0, importance weights and whole
+    groups keep the group's own mean, 0."""
 
     def mean(**settings) -> float:
         replay = ReplayBuffer(ReplayConfig(capacity=1000, **settings), seed=0)

@@ -1,4 +1,4 @@
-"""vLLM's CPU kernels in place of its layers' PyTorch operations: the same numbers, also where they do not fit."""
+"""Quicker layers in place of vLLM's own on a CPU: the same numbers, also where a kernel does not fit."""
 
 from __future__ import annotations
 
