@@ -260,13 +260,14 @@ class TestWhole:
             return {table["part"]: table["machines"] for table in self.tables(tmp_path)}
 
         first, later = {"gpu": None}, {"gpu": None, "commit": "later"}
-        assert self.main(tmp_path, "--parts", "replay") == 0
+        assert self.main(tmp_path, "--parts", "forced") == 0
         monkeypatch.setattr(ablation, "describe", lambda: later)
-        assert self.main(tmp_path, "--parts", "replay", "--report") == 0 and machines() == {"replay": [first]}
+        assert self.main(tmp_path, "--parts", "forced", "--report") == 0 and machines() == {"forced": [first]}
         assert self.main(tmp_path, "--parts", "methods", "rethinking") == 0
-        # The full method is new from its second stage on.
-        assert machines() == {"methods": [first, later], "replay": [first], "rethinking": [first, later]}
-        assert self.main(tmp_path, "--parts", "forced", "--report") == 0 and machines()["forced"] == [first, later]
+        assert machines()["methods"] == [first, later] and machines()["rethinking"] == [first]
+        assert self.main(tmp_path, "--parts", "forced", "replay") == 0
+        assert machines()["forced"] == [first, later]  # for GRPO
+        assert machines()["replay"] == [later, first]  # SSR is that of the first table
 
     def test_runs_that_do_not_name_their_machine(self, tmp_path, calls):
         """They were made before runs did so."""
