@@ -300,8 +300,8 @@ class ReplayConfig:
     replacement: bool = True
     """Whether one draw may return a sample twice."""
     importance_exponent: ranges.NotNegative = 0.0
-    """Weight draws by (1 / (n P(j)))^exponent, as prioritised experience replay does; 0 is off. Where most responses are
-    right, try 1 (or replay.unit=group): plain draws then have a mean advantage below 0."""
+    """Weight draws by (1 / (n P(j)))^exponent, as prioritised experience replay does; 0 is off. Try 1 (or
+    replay.unit=group) where most responses are right: plain draws then have a mean advantage below 0."""
 
 
 @dataclass
