@@ -102,8 +102,8 @@ def _balanced(changes: Settings) -> dict[str, Method]:
     """Replay that keeps a group's mean advantage, 0. By |A| alone half of the draws are right answers, whether few or
     most are: their mean advantage is above 0 where few are right, and below 0 where most are."""
     return {
-        "SSR, importance weights": Method(SSR | changes | {"replay.importance_exponent": 1.0}),
-        "SSR, whole groups": Method(SSR | changes | {"replay.unit": "group"}),
+        "SSR, importance weights": Method(SSR | {"replay.importance_exponent": 1.0} | changes),
+        "SSR, whole groups": Method(SSR | {"replay.unit": "group"} | changes),
     }
 
 
