@@ -102,9 +102,14 @@ def model_of(name: str, case: Case, scratch: Path) -> Path:
     return folder
 
 
-def resident() -> int:
+def settle() -> None:
+    """Free what is garbage, and give the heap's free pages back."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident() -> int:
+    settle()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -127,7 +132,7 @@ def measure(name: str, case: Case, scratch: Path, ranks: distributed.Ranks) -> d
     before = resident()
     engine = PolicyEngine(config, folder, encoder, ranks, total_steps=4)
     engine.train_step(samples[:1])
-    resident()  # what is free leaves before the mark is set
+    settle()
     Path("/proc/self/clear_refs").write_text("5")
     engine.train_step(samples)
     peak = highest() - before
@@ -174,12 +179,13 @@ def main(scratch: str, *names: str) -> int:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        ranks = [fork.Process(target=_rank, args=(Path(scratch), name, case, rank, port)) for rank in range(case.ranks)]
-        for process in ranks:
+        arguments = [(Path(scratch), name, case, rank, port) for rank in range(case.ranks)]
+        processes = [fork.Process(target=_rank, args=own) for own in arguments]
+        for process in processes:
             process.start()
-        for process in ranks:
+        for process in processes:
             process.join()
-        if any(process.exitcode for process in ranks):
+        if any(process.exitcode for process in processes):
             return 1
     return 0
 
