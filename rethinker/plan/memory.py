@@ -85,7 +85,7 @@ def step_peak(config: Config, shape: Shape, batch: MicroBatch, ranks: int, on_gp
 
 
 def sync_peak(shape: Shape) -> Budget:
-    """What a weight sync adds: a gathered layer or embedding, and full tensors on their way to vLLM."""
+    """What a weight sync adds: gathered weights, and full tensors on their way to vLLM."""
     b = shape.weight_bytes
     return {
         "gathered weights": b * shape.largest_group,

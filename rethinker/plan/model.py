@@ -13,7 +13,7 @@ from rethinker.embedded import tiny
 from rethinker.embedded.tokenizer import train_tokenizer
 from rethinker.families import family_of
 from rethinker.policy.attention import kernel_for
-from rethinker.policy.lora import add_adapters, base_parameters
+from rethinker.policy.lora import GATHERED, add_adapters, base_parameters
 from rethinker.policy.model import Policy
 
 _STRIP = 16  # image tokens from top to bottom of the image that stands for all of a micro-batch's
@@ -27,7 +27,7 @@ class Shape:
     parameters: int  # of the model, without adapters
     adapters: int
     trained: int  # those that have gradients and optimizer state
-    largest_group: int  # what a weight sync gathers at once: a decoder layer, or the embedding
+    largest_group: int  # what a weight sync gathers at once: GATHERED, or the embedding
     merged: int  # the largest weight that adapters are merged into; 0 without adapters
 
     @property
@@ -100,13 +100,13 @@ def shape_of(settings: PolicyConfig, on_gpu: bool = False) -> Shape:
         return sum(parameter.numel() for parameter in parameters)
 
     base = dict(base_parameters(model))
-    layer = count(p for name, p in base.items() if name.startswith("model.language_model.layers.0."))
+    parameters = count(base.values())
     return Shape(
         policy,
-        parameters=count(base.values()),
+        parameters=parameters,
         adapters=count(part for adapter in adapters.values() for part in (adapter.a, adapter.b)),
         trained=count(parameter for parameter in model.parameters() if parameter.requires_grad),
-        largest_group=max(layer, model.lm_head.weight.numel()),
+        largest_group=max(min(GATHERED, parameters), model.lm_head.weight.numel()),
         merged=max((base[name].numel() for name in adapters), default=0),
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,8 @@ from rethinker.config import LoraConfig
 
 FOLDER = "adapter"  # of a checkpoint: the adapters alone, in peft's format
 _NAME = "default"  # peft's, of the only set of adapters
+GATHERED = 2**28
+"""Elements that are gathered at once; a weight that has more is gathered alone, as a 3B model's embedding is."""
 _LAYERS = "model.language_model.layers"
 
 
@@ -57,7 +58,7 @@ class Adapter:
 
 
 class FullWeights:
-    """A policy's weights as (name, full tensor), re-iterable; each pass gathers one decoder layer at a time.
+    """A policy's weights as (name, full tensor), re-iterable; each pass gathers GATHERED elements at a time.
 
     Iterating is collective: every rank must take the whole pass.
     """
@@ -79,8 +80,7 @@ class FullWeights:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         import deepspeed  # takes seconds, and `rethinker plan` needs the adapters alone
 
-        for _, members in itertools.groupby(self._named, key=lambda named: _layer_of(named[0])):
-            weights = dict(members)
+        for weights in self._groups():
             adapters = {name: self._adapters[name] for name in weights if name in self._adapters}
             parts = [part for adapter in adapters.values() for part in (adapter.a, adapter.b)]
             with deepspeed.zero.GatheredParameters([*weights.values(), *parts]):
@@ -88,11 +88,18 @@ class FullWeights:
                     weight = parameter.detach()
                     yield name, adapters[name].merged(weight) if name in adapters else weight
 
-
-def _layer_of(name: str) -> str:
-    """A parameter's name up to its first index, as `model.language_model.layers.3`."""
-    found = re.match(r".*?\.\d+(?=\.|$)", name)
-    return found[0] if found else name
+    def _groups(self) -> Iterator[dict[str, torch.nn.Parameter]]:
+        group: dict[str, torch.nn.Parameter] = {}
+        elements = 0
+        for name, parameter in self._named:
+            more = getattr(parameter, "ds_numel", parameter.numel())
+            if group and elements + more > GATHERED:
+                yield group
+                group, elements = {}, 0
+            group[name] = parameter
+            elements += more
+        if group:
+            yield group
 
 
 def add_adapters(model: nn.Module, lora: LoraConfig, seed: int) -> dict[str, Adapter]:

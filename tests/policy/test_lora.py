@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -74,6 +76,31 @@ def test_merged_weights_are_pefts_own(adapted, dtype):
         assert ((merged[name] - exact).abs() <= unit / 2 * exact.abs() + room).all(), name
         assert ((merged[name].double() - parameter.double()).abs() <= unit * (exact.abs() + update.abs()) + room).all()
         assert not torch.equal(merged[name], before[name])
+
+
+def test_weights_are_gathered_many_at_a_time(adapted, monkeypatch):
+    """A group has as many weights as GATHERED elements allow, or one that is larger, and its adapters' matrices."""
+    import deepspeed
+
+    model, adapters = adapted
+    named = lora.base_parameters(model)
+    gathered: list[list[int]] = []
+    monkeypatch.setattr(lora, "GATHERED", limit := 40_000)
+    monkeypatch.setattr(
+        deepspeed.zero, "GatheredParameters", lambda group: gathered.append([*map(id, group)]) or nullcontext()
+    )
+    names = [name for name, _ in FullWeights(named, adapters)]
+    assert names == [name for name, _ in named]
+    sizes = {id(parameter): parameter.numel() for _, parameter in named}
+    parts = {id(part) for adapter in adapters.values() for part in (adapter.a, adapter.b)}
+    groups = [[sizes[i] for i in group if i not in parts] for group in gathered]
+    assert [size for group in groups for size in group] == [sizes[id(parameter)] for _, parameter in named]
+    assert all(sum(group) <= limit or len(group) == 1 for group in groups)
+    assert all(sum(group) + after[0] > limit for group, after in pairwise(groups))
+    assert max(map(sum, groups)) > limit and max(map(len, groups)) > 1
+    for group in gathered:
+        own = [adapters[name] for name, weight in named if id(weight) in group and name in adapters]
+        assert {id(part) for adapter in own for part in (adapter.a, adapter.b)} == parts & {*group}
 
 
 def test_nothing_changes_before_the_first_step(tiny_folder, adapted, encoder, tmp_path):
