@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rethinker.config import ConfigError, PolicyConfig, one_line
 from rethinker.families import family_of
 from rethinker.policy.attention import ROW, VISION, kernel_for, lay_out
-from rethinker.policy.cpu_linear import use_onednn
+from rethinker.policy.cpu_layers import use_cpu_layers
 from rethinker.policy.segment_attention import moved
 from rethinker.samples import PackedBatch, Prompt
 from rethinker_kernels import linear_policy_loss, linear_selective_log_softmax
@@ -79,7 +79,7 @@ class Policy(nn.Module):
         self.freeze_vision = config.freeze_vision or bool(config.lora.rank)
         self.family = family_of(model.config.model_type)
         model.lm_head = LossHead.around(model.lm_head)
-        use_onednn(model)
+        use_cpu_layers(model)
         if config.compile:
             compile_layers(model)
         text, vision = ("sdpa", "sdpa") if self.kernel == "sdpa" else (ROW, VISION)
