@@ -13,6 +13,7 @@ from rethinker.embedded import tiny
 from rethinker.embedded.tokenizer import train_tokenizer
 from rethinker.families import family_of
 from rethinker.policy.attention import kernel_for
+from rethinker.policy.cpu_layers import use_cpu_layers
 from rethinker.policy.lora import GATHERED, add_adapters, base_parameters
 from rethinker.policy.model import Policy
 
@@ -27,7 +28,7 @@ class Shape:
     parameters: int  # of the model, without adapters
     adapters: int
     trained: int  # those that have gradients and optimizer state
-    largest_group: int  # what a weight sync gathers at once: GATHERED, or the embedding
+    largest_group: int  # what a weight sync gathers at once: GATHERED, or the largest weight
     merged: int  # the largest weight that adapters are merged into; 0 without adapters
 
     @property
@@ -73,7 +74,7 @@ class Shape:
 
 
 def shape_of(settings: PolicyConfig, on_gpu: bool = False) -> Shape:
-    """The policy that `settings` name, as it trains on GPUs or on a CPU; fused or compiled layers are counted as plain.
+    """The policy that `settings` name, as it trains on GPUs or on a CPU; compiled layers are counted as others are.
 
     Raises:
         ConfigError: there is no config.json, no policy of this kind, or no layer that policy.lora.target_modules names.
@@ -94,6 +95,8 @@ def shape_of(settings: PolicyConfig, on_gpu: bool = False) -> Shape:
         except (ValueError, AttributeError, RuntimeError) as error:
             raise ConfigError(f"policy.model={settings.model} cannot be planned: {one_line(error)}") from error
     adapters = add_adapters(model, settings.lora, seed=0) if settings.lora.rank else {}
+    if not on_gpu:
+        use_cpu_layers(model, "meta")
     policy = Policy(model, plain).eval()
 
     def count(parameters: Any) -> int:
@@ -106,7 +109,7 @@ def shape_of(settings: PolicyConfig, on_gpu: bool = False) -> Shape:
         parameters=parameters,
         adapters=count(part for adapter in adapters.values() for part in (adapter.a, adapter.b)),
         trained=count(parameter for parameter in model.parameters() if parameter.requires_grad),
-        largest_group=max(min(GATHERED, parameters), model.lm_head.weight.numel()),
+        largest_group=max(min(GATHERED, parameters), *(weight.numel() for weight in base.values())),
         merged=max((base[name].numel() for name in adapters), default=0),
     )
 

@@ -16,6 +16,8 @@ from rethinker.config import Config, ConfigError, PolicyConfig
 from rethinker.plan.build import ADVICE, Machine, Plan, make_plan
 from rethinker.plan.memory import GIB, rollout_of, total, training_state
 from rethinker.plan.model import Shape, shape_of
+from rethinker.policy import lora
+from rethinker.policy.cpu_layers import RMSNorm
 from rethinker.settings import resolve_config
 from tests.plan.published import write
 
@@ -47,6 +49,28 @@ def shape(**overrides) -> Shape:
 
 def phases(plan) -> dict[str, float]:
     return {phase.name: phase.bytes / GIB for phase in plan.phases}
+
+
+@pytest.mark.parametrize("limit", [2**20, lora.GATHERED, 2**40])
+def test_no_group_of_a_weight_sync_is_larger_than_planned(limit, monkeypatch):
+    """Of a real size, whether the limit holds a single weight, some, or all; and one group is as large as planned, or
+    the planned one is the limit."""
+    for module in ("policy.lora", "plan.model"):
+        monkeypatch.setattr(f"rethinker.{module}.GATHERED", limit)
+    planned = shape(policy__dtype="float32")
+    weights = lora.base_parameters(planned.policy.hf)
+    groups = [sum(weight.numel() for weight in group.values()) for group in lora.FullWeights(weights)._groups()]
+    assert max(groups) <= planned.largest_group in (max(groups), limit)
+
+
+def test_an_fp32_model_keeps_what_its_layers_keep():
+    """On a GPU transformers' norms, on a CPU this project's, which keep less."""
+    norms = {on_gpu: _norms(shape_of(settings(policy__dtype="float32").policy, on_gpu)) for on_gpu in (True, False)}
+    assert RMSNorm in norms[False] and RMSNorm not in norms[True]
+
+
+def _norms(planned: Shape) -> set[type]:
+    return {type(module) for module in planned.policy.modules() if type(module).__name__.endswith("RMSNorm")}
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-
-from rethinker.policy.cpu_layers import OneDNNLinear, RMSNorm, _RMSNorm, use_cpu_layers  # isort: skip  # mends torchvision
 from transformers.models.internvl.modeling_internvl import InternVLVisionRMSNorm
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
+
+from rethinker.policy.cpu_layers import OneDNNLinear, RMSNorm, _RMSNorm, use_cpu_layers
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -76,6 +76,16 @@ def test_rms_norms_gradient_is_that_of_its_values():
     for of in ((True, True), (True, False), (False, True)):
         given = [part.clone().requires_grad_(needs) for part, needs in zip((x, weight), of, strict=True)]
         assert torch.autograd.gradcheck(lambda x, weight: _RMSNorm.apply(x, weight, 1e-3), given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_is_converted_later_is_normalized_in_fp32(dtype):
+    """As transformers' own, also where squares exceed the type's range."""
+    plain = Qwen2_5_VLRMSNorm(128)
+    ours = copy.deepcopy(plain)
+    use_cpu_layers(ours)
+    x = torch.full((3, 128), 300, dtype=dtype)
+    torch.testing.assert_close(ours.to(dtype)(x), plain.to(dtype)(x))
 
 
 def test_every_norm_of_a_model_is_replaced(model):
