@@ -78,6 +78,7 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
     replay = ReplayBuffer(config.replay, config.seed)
     Q = config.train.episode_queries
     with AnswerChecker(config.reward) as checker, no_full_collections():
+        checker.start()
         while _told_to_step(pipe):
             times: dict[str, float] = {}
             start, cpu_start = time.perf_counter(), time.process_time()
@@ -164,6 +165,7 @@ def trl_side(pipe: Connection, config: Config, model_dir: Path, steps: int, micr
             self.start, self.cpu_start = time.perf_counter(), time.process_time()
 
     with tempfile.TemporaryDirectory() as scratch, AnswerChecker(config.reward) as checker:
+        checker.start()
 
         def reward(completions: list[Any], row: list[int], **_: Any) -> list[float]:
             texts = [completion[0]["content"] for completion in completions]

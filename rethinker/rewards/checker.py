@@ -96,6 +96,10 @@ class AnswerChecker(contextlib.AbstractContextManager):
                     self._count(failure, len(requests[key]), *checks[key])
         return scores
 
+    def start(self) -> None:
+        """Start a worker, without waiting for it, so that the first check need not wait for its imports."""
+        self._idle[-1].start()
+
     def close(self) -> None:
         """End the workers; none is left behind."""
         self._closed = True
@@ -146,13 +150,20 @@ class AnswerChecker(contextlib.AbstractContextManager):
 
 
 class Worker:
-    """A process that is started by the first check, and again by the next one after each `kill`."""
+    """A process that `start` or the first check starts, and the next check after each `kill` again."""
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
         self._process: subprocess.Popen | None = None
         self._link: Connection | None = None
+        self._ready = False  # it has said so
         self._closed, self._busy = False, threading.Lock()
+
+    def start(self) -> None:
+        """Start the process without waiting for it; what goes wrong is the first check's to say."""
+        with self._busy:
+            if self._link is None and not self._closed:
+                self._launch()
 
     def check(self, response: str, answer: str, query: Query) -> tuple[float, str]:
         """(reward, "") of a response; or (0.0, failure), the failure as "reason: detail".
@@ -180,7 +191,8 @@ class Worker:
     def _check(self, response: str, answer: str, query: Query) -> tuple[float, str]:
         if self._link is None or self._process.poll() is not None:  # it may have died since its last answer
             self.kill()
-            self._start()
+            self._launch()
+        self._await_ready()
         try:
             self._link.send((response, answer, query))
             if self._link.poll(self.config.timeout_s):
@@ -195,7 +207,7 @@ class Worker:
         """End the process and everything it started, at once, and reap it."""
         if self._link is not None:
             self._link.close()
-            self._link = None
+            self._link, self._ready = None, False
         self._end()
         if self._process is not None:
             self._process.wait()
@@ -207,7 +219,7 @@ class Worker:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-    def _start(self) -> None:
+    def _launch(self) -> None:
         ours, theirs = socket.socketpair()
         # A message longer than the socket's buffer waits for its reader: not for ever.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(START_S), 0))
@@ -227,6 +239,10 @@ class Worker:
         if self._closed:  # meanwhile: `close` did not know this process yet
             self._end()
         self._link = Connection(ours.detach())
+
+    def _await_ready(self) -> None:
+        if self._ready:
+            return
         try:
             said = self._link.recv() if self._link.poll(START_S) else "no sign of life"
         except (EOFError, OSError):
@@ -234,6 +250,7 @@ class Worker:
         if said != READY:
             self.kill()
             raise ConfigError(f"reward.function={self.config.function}: its checking process does not start: {said}")
+        self._ready = True
 
     def _obituary(self) -> str:
         """How a worker that died ended."""

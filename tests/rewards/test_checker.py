@@ -422,6 +422,31 @@ def test_plain_answers_need_no_process_and_are_fast():
         assert all(worker._process is None for worker in checker._workers)
 
 
+def test_a_worker_that_was_started_early_takes_the_first_check():
+    """It is not waited for, nor started twice; the check that needs a process finds it, and `close` ends it."""
+    with AnswerChecker(RewardConfig()) as checker:
+        checker.start()
+        checker.start()
+        assert not any(worker._ready for worker in checker._workers)
+        (early,) = [worker._process for worker in checker._workers if worker._process is not None]
+        query = Query("0", "What is x?", "2\\sqrt{2}")
+        assert checker.score([("0", "\\boxed{\\sqrt{8}}", query)]) == {"0": 1.0}
+        assert [worker._process for worker in checker._workers if worker._process is not None] == [early]
+    assert early.poll() is not None
+
+
+def test_an_early_worker_that_died_is_started_again():
+    """As after any other death between two checks."""
+    with AnswerChecker(RewardConfig(workers=1)) as checker:
+        checker.start()
+        process = checker._workers[0]._process
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        query = Query("0", "What is x?", "2\\sqrt{2}")
+        assert checker.score([("0", "\\boxed{\\sqrt{8}}", query)]) == {"0": 1.0} and not checker.failures
+        assert checker._workers[0]._process not in (None, process)
+
+
 def test_a_verdict_is_of_its_own_answer(boxed_checker):
     """Law 7: a response is right or wrong by its own query's answer and options, in one call and later."""
     two, three = (Query(id="q", question="Which root?", answer=f"2\\sqrt{{{n}}}") for n in (2, 3))
