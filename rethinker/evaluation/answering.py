@@ -96,9 +96,9 @@ def open_model(config: Config, folder: str, ranks: Ranks, encoder: PromptEncoder
     """The engine and the checker of a model (a folder, or a name on the hub) on a rank; see `fit_model`."""
     with ExitStack() as stack:
         checker = stack.enter_context(AnswerChecker(config.reward))
-        checker.start()
         rollout = make_engine(config, folder, **vars(ranks))
         stack.callback(rollout.close)
+        checker.start()  # after an engine that measures what memory is free: a reward may take some
         yield AnsweringModel(rollout, encoder, checker)
 
 

@@ -42,7 +42,8 @@ OUT_OF_MEMORY = 77  # exit code
 
 
 class AnswerChecker(contextlib.AbstractContextManager):
-    """Scores responses in a pool of killable processes. Workers start when first needed and end with `close`.
+    """Scores responses in a pool of killable processes. Workers start with `start`, or when first needed, and end with
+    `close`.
 
     `failures` counts responses scored 0 because their check could not be finished: `timeout`, `crash` (the worker died,
     or ran out of memory), `error` (the reward raised) and `non_finite`.
@@ -97,8 +98,9 @@ class AnswerChecker(contextlib.AbstractContextManager):
         return scores
 
     def start(self) -> None:
-        """Start a worker, without waiting for it, so that the first check need not wait for its imports."""
-        self._idle[-1].start()
+        """Start the workers, without waiting for them, so that no check need wait for their imports."""
+        for worker in self._workers:
+            worker.start()
 
     def close(self) -> None:
         """End the workers; none is left behind."""
@@ -160,7 +162,7 @@ class Worker:
         self._closed, self._busy = False, threading.Lock()
 
     def start(self) -> None:
-        """Start the process without waiting for it; what goes wrong is the first check's to say."""
+        """Start the process without waiting for it: the first check does, and says what went wrong in it."""
         with self._busy:
             if self._link is None and not self._closed:
                 self._launch()

@@ -422,17 +422,17 @@ def test_plain_answers_need_no_process_and_are_fast():
         assert all(worker._process is None for worker in checker._workers)
 
 
-def test_a_worker_that_was_started_early_takes_the_first_check():
-    """It is not waited for, nor started twice; the check that needs a process finds it, and `close` ends it."""
+def test_workers_that_were_started_early_take_the_first_checks():
+    """They are not waited for, nor started twice; checks that need a process find them, and `close` ends them."""
     with AnswerChecker(RewardConfig()) as checker:
         checker.start()
         checker.start()
         assert not any(worker._ready for worker in checker._workers)
-        (early,) = [worker._process for worker in checker._workers if worker._process is not None]
+        early = [worker._process for worker in checker._workers]
         query = Query("0", "What is x?", "2\\sqrt{2}")
-        assert checker.score([("0", "\\boxed{\\sqrt{8}}", query)]) == {"0": 1.0}
-        assert [worker._process for worker in checker._workers if worker._process is not None] == [early]
-    assert early.poll() is not None
+        assert checker.score([(str(i), f"\\boxed{{{i} \\sqrt{{2}}}}", query) for i in (1, 2)]) == {"1": 0.0, "2": 1.0}
+        assert [worker._process for worker in checker._workers] == early
+    assert None not in early and all(process.poll() is not None for process in early)
 
 
 def test_an_early_worker_that_died_is_started_again():
@@ -445,6 +445,22 @@ def test_an_early_worker_that_died_is_started_again():
         query = Query("0", "What is x?", "2\\sqrt{2}")
         assert checker.score([("0", "\\boxed{\\sqrt{8}}", query)]) == {"0": 1.0} and not checker.failures
         assert checker._workers[0]._process not in (None, process)
+
+
+def test_what_went_wrong_in_an_early_worker_is_told_by_the_first_check(tmp_path):
+    """Here the reward loads in the trainer alone. One that is closed while it starts leaves no process behind."""
+    file = tmp_path / "reward.py"
+    file.write_text(f"import os\nif os.getpid() != {os.getpid()}: raise OSError('no table')\ndef f(*_): return 1.0\n")
+    with AnswerChecker(RewardConfig(function=f"{file}:f", workers=1)) as checker:
+        checker.start()
+        with pytest.raises(ConfigError, match="OSError: no table"):
+            checker.score([("0", "a", Query("0", "?", "b"))])
+    with AnswerChecker(RewardConfig()) as checker:
+        checker.start()
+        processes = [worker._process for worker in checker._workers]
+    assert all(process.poll() is not None for process in processes)
+    checker.start()
+    assert all(worker._process is None for worker in checker._workers)
 
 
 def test_a_verdict_is_of_its_own_answer(boxed_checker):
