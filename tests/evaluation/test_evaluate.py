@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from rethinker.algorithm.rethinking import make_triggers
 from rethinker.config import Config, RewardConfig
 from rethinker.data.prompts import PromptEncoder
+from rethinker.evaluation import answering
 from rethinker.evaluation import evaluate as module
 from rethinker.evaluation.answering import AnsweringModel, validate
 from rethinker.evaluation.evaluate import evaluate
@@ -200,3 +203,21 @@ def test_the_first_answers_of_a_validation_are_kept(encoder, checker):
     alone, expected = validate(queries, model, ALONE, 64, keep=3)
     assert accuracy == alone and kept[0] == expected
     assert [group.completions[0].text for group in expected] == [SCRIPT[query.id][1] for query in queries[:3]]
+
+
+def test_the_checkers_processes_start_after_the_engine(monkeypatch):
+    """So that they load while it samples, and take no memory that an engine counts as free."""
+    made: list[AnswerChecker] = []
+    monkeypatch.setattr(answering, "AnswerChecker", lambda config: made.append(AnswerChecker(config)) or made[0])
+
+    def processes() -> list[object]:
+        return [worker._process for worker in made[0]._workers]
+
+    def make_engine(*_: object, **__: object) -> SimpleNamespace:
+        assert processes() == [None, None]
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(answering, "make_engine", make_engine)
+    with answering.open_model(Config(reward=RewardConfig(workers=2)), "folder", ALONE, encoder=None):
+        assert None not in processes()
+    assert processes() == [None, None]
