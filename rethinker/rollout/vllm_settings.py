@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +27,13 @@ Request = tuple[Prompt, dict[str, Any]]
 """A prompt and the arguments of vLLM's SamplingParams."""
 
 
+def cpu_block_size(dtype: str) -> int:
+    """Tokens of a key-value block on a CPU: as few as its attention kernel takes, since the G responses to a prompt
+    share whole blocks of it only. The kernels for 16-bit types and for other processors than x86 take no fewer than 32.
+    """
+    return 16 if dtype == "float32" and platform.machine() in ("x86_64", "AMD64") else 32
+
+
 def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> dict[str, Any]:
     """vLLM's engine arguments, all but the model; `gpu`: whether it runs on CUDA."""
     settings = config.rollout
@@ -35,7 +43,7 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
         device = {
             "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
             "enforce_eager": True,
-            "block_size": 32,  # the least here: the G samples share whole blocks of their prompt only
+            "block_size": cpu_block_size(config.policy.dtype),
             "max_num_seqs": 512,
         }
     return {

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rethinker.rollout.vllm_settings import cpu_block_size
+
 if torch.cuda.is_available():
     pytest.skip("vLLM's GPU build has no CPU kernels", allow_module_level=True)
 
@@ -123,3 +125,22 @@ print(*(layer.__name__ for layer in op_registry_oot.values()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-3:] == ["KernelRMSNorm", "InPlaceSiluAndMul", "KernelMRotaryEmbedding"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "machine", "size"),
+    [("float32", "x86_64", 16), ("float32", "aarch64", 32), ("float32", "arm64", 32), ("bfloat16", "x86_64", 32)],
+)
+def test_block_sizes_are_what_the_attention_kernels_take(dtype, machine, size, vllm, monkeypatch):
+    from vllm.platforms import CpuArchEnum
+    from vllm.v1.attention.backends import cpu_attn
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert cpu_block_size(dtype) == size
+    assert AttentionBackendEnum.CPU_ATTN.get_class() is vllm.SmallBlockAttention
+    arch = CpuArchEnum.X86 if machine == "x86_64" else CpuArchEnum.ARM
+    monkeypatch.setattr(cpu_attn.current_platform, "get_cpu_architecture", lambda: arch)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    kernel = cpu_attn._get_attn_isa(getattr(torch, dtype), size, 128)
+    assert kernel == {16: "vec16", 32: "amx" if machine == "x86_64" else "neon"}[size]

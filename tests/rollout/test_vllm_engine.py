@@ -14,6 +14,7 @@ from rethinker.config import ConfigError, LoraConfig, RethinkConfig
 from rethinker.policy.lora import FullWeights, add_adapters, base_parameters
 from rethinker.policy.model import load_model
 from rethinker.rollout.hf_engine import HFEngine
+from rethinker.rollout.vllm_settings import cpu_block_size
 from rethinker.runtime.distributed import ALONE
 from rethinker.samples import Prompt
 from tests.rollout.helpers import TOLERANCE, check_sampled_placeholders, rollout_config, tied_only
@@ -106,6 +107,29 @@ def test_the_engines_layers_are_the_quick_ones(engine):
         own = getattr(vllm_cpu_ops, name)
         found = [layer for layer in layers if isinstance(layer, own.__base__)]
         assert found and all(layer._forward_method.__func__ is own.forward_cpu for layer in found)
+
+
+@tied_only
+def test_a_prompts_blocks_are_computed_once_for_all_its_responses(engine, policy, prompts, monkeypatch):
+    """Of each further response to a prompt only what follows the prompt's last whole block."""
+    scheduler, computed = engine._engine.engine_core.engine_core.scheduler, []
+    block = engine._engine.vllm_config.cache_config.block_size
+    assert block == cpu_block_size("float32") or torch.cuda.is_available()
+    schedule = scheduler.schedule
+
+    def counted(*arguments):
+        computed.append(scheduled := schedule(*arguments))
+        return scheduled
+
+    monkeypatch.setattr(scheduler, "schedule", counted)
+    for version, prompt in enumerate(prompts, 1):
+        engine.sync(policy, version)  # forgets blocks
+        computed.clear()
+        engine.generate([prompt], n=4, max_new_tokens=1, temperature=1.0, seed=0)
+        tokens = len(prompt.token_ids)
+        assert tokens > block
+        shared = (tokens - 1) // block * block
+        assert sum(scheduled.total_num_scheduled_tokens for scheduled in computed) == tokens + 3 * (tokens - shared)
 
 
 @tied_only
@@ -252,7 +276,8 @@ def test_the_second_pass_reuses_the_first_ones_cache(engine, policy, prompts, fo
         )
     finally:
         engine._read = read
-    for (_, length, cached), y1 in zip(sorted(seen), first, strict=True):
-        whole_blocks = (length - 2 - 1) // 32 * 32  # the last token sampled was never an input
-        assert cached >= whole_blocks - 32 and cached % 32 == 0, (length, cached, len(y1.token_ids))
+    block = engine._engine.vllm_config.cache_config.block_size
+    # Of the first pass the last token sampled was never an input; of the second the last one gives the next token.
+    for _, length, cached in seen:
+        assert cached == (length - 2 - 1) // block * block
     assert sum(cached for *_, cached in seen) > 0
