@@ -6,6 +6,7 @@ the same model, questions and machine.
     python -m benchmarks.end_to_end --size 3B --queries 16 --trl-micro-batch 8 --json FILE     # on a GPU
 
 A step is rollout, reward, advantages, one optimizer step on all queries x group-size pairs and, here, the weight sync.
+Pairs without an advantage, whose gradient is 0, count in the loss's mean on both sides; TRL computes them, too.
 All weights are trained, the vision tower's too. The learning rate is next to nothing, so that all sides go on sampling
 what the first weights sample: a side that learnt to write more would have more to do. Each side runs in processes of
 its own, all with as many ranks and threads, and does nothing while the other one works; they take turns, after one step
@@ -180,9 +181,10 @@ def summarize(taken: dict[str, list[Step]], flop: float | None = None, peak: flo
 
     Returns:
         For each side `<phase>_s` as {median, min, max}, `tokens_per_s` (sampled tokens over the step's seconds),
-        `rollout_tokens_per_s`, `response_tokens`, `prompt_tokens`, `peak_memory_gb`, `mfu` where flop and peak are
-        known; `ratio` of TRL's step time to ours as {median (of the medians), min, max (of the turns)}; in the same
-        form `rollout_ratio`, of our rollout's tokens per second to those of generate, where that was measured.
+        `rollout_tokens_per_s`, `response_tokens`, `prompt_tokens`, `idle_tokens`, `peak_memory_gb`, `mfu` where flop
+        and peak are known; `ratio` of TRL's step time to ours as {median (of the medians), min, max (of the turns)};
+        in the same form `rollout_ratio`, of our rollout's tokens per second to those of generate, where that was
+        measured.
     """
     summary: dict[str, Any] = {}
     for name, steps in taken.items():
@@ -193,10 +195,12 @@ def summarize(taken: dict[str, list[Step]], flop: float | None = None, peak: flo
             "rollout_tokens_per_s": _spread(list(map(_rollout_rate, steps))),
             "prompt_tokens": statistics.fmean(step.prompt_tokens for step in steps),
             "response_tokens": statistics.fmean(step.response_tokens for step in steps),
+            "idle_tokens": statistics.fmean(step.idle_tokens for step in steps),
             "peak_memory_gb": max(step.peak_memory_gb for step in steps),
         }
         if flop and peak and name != "generate":
-            done = [flop * (step.prompt_tokens + step.response_tokens) / step.train_s for step in steps]
+            tokens = [step.prompt_tokens + step.response_tokens - step.idle_tokens for step in steps]
+            done = [flop * trained / step.train_s for trained, step in zip(tokens, steps, strict=True)]
             summary[name]["mfu"] = _spread([rate / peak for rate in done])
     turns = [trl.total_s / ours.total_s for trl, ours in zip(taken["trl"], taken["rethinker"], strict=True)]
     medians = [summary[name]["total_s"]["median"] for name in ("trl", "rethinker")]
@@ -230,7 +234,9 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"{name:<10}" + "".join(f"{cell:>12}" for cell in cells))
         if "mfu" in side:
             lines[-1] += f"   MFU {side['mfu']['median']:.3f}"
-    ratio = summary["ratio"]
+    ours, ratio = summary["rethinker"], summary["ratio"]
+    idle = ours["idle_tokens"] / (ours["prompt_tokens"] + ours["response_tokens"])
+    lines.append(f"{idle:.0%} of the tokens are of pairs without a gradient, which this trainer does not compute.")
     lines.append(
         f"TRL's step takes {ratio['median']:.2f} times as long ({ratio['min']:.2f}-{ratio['max']:.2f} by turn)"
     )

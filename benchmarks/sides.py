@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rethinker.config import Config
-from rethinker.samples import Query
+from rethinker.samples import Query, Sample
 
 PHASES = ("rollout", "reward", "train", "sync")
 
@@ -37,13 +37,14 @@ class Step:
     response_tokens: int
     reward_mean: float | None  # of a side that judges
     peak_memory_gb: float  # resident memory so far, GiB
+    idle_tokens: int = 0  # of both kinds, of pairs without a gradient, which a side's training leaves out
 
 
 def of_all_ranks(steps: Sequence[Step]) -> Step:
     """What the ranks took together: the phases of the one that sampled longest, the longest total, and all of their
     tokens, CPU time and memory (peaks at any time, with the libraries that they share)."""
     rewards = [step.reward_mean for step in steps if step.reward_mean is not None]
-    summed = ("cpu_s", "prompt_tokens", "response_tokens", "peak_memory_gb")
+    summed = ("cpu_s", "prompt_tokens", "response_tokens", "idle_tokens", "peak_memory_gb")
     return replace(
         max(steps, key=lambda step: step.rollout_s),
         total_s=max(step.total_s for step in steps),
@@ -55,6 +56,7 @@ def of_all_ranks(steps: Sequence[Step]) -> Step:
 def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int) -> None:
     """This trainer: the loop of rethinker/train.py with one optimizer step per episode and nothing but the step."""
     from rethinker.algorithm.advantages import assign_advantages
+    from rethinker.algorithm.objective import has_gradient
     from rethinker.algorithm.replay import ReplayBuffer
     from rethinker.algorithm.selection import select_batch
     from rethinker.data.prompts import PromptEncoder
@@ -98,11 +100,11 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
                 policy.version += 1
                 rollout.sync(policy.weights, policy.version)
             total, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-            pairs = [(group, i) for group in groups if group.owner == ranks.rank for i in range(len(group.completions))]
-            prompt_tokens = sum(group.prompt_tokens for group, _ in pairs)
-            response_tokens = sum(len(group.completions[i].token_ids) for group, i in pairs)
-            rewards = [group.rewards[i] for group, i in pairs]
-            pipe.send(_step(times, total, cpu, prompt_tokens, response_tokens, rewards))
+            pairs = [sample for group in groups if group.owner == ranks.rank for sample in group.samples()]
+            prompt_tokens, response_tokens = _tokens(pairs)
+            idle = [pair for pair in pairs if not has_gradient(pair, config.algorithm)]
+            rewards = [pair.reward for pair in pairs]
+            pipe.send(_step(times, total, cpu, prompt_tokens, response_tokens, rewards, sum(_tokens(idle))))
     rollout.close()
     distributed.stop()
 
@@ -328,6 +330,11 @@ def _place() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def _tokens(pairs: list[Sample]) -> tuple[int, int]:
+    """Of prompts, one for each pair, and of responses."""
+    return sum(pair.prompt_tokens for pair in pairs), sum(pair.completion.tokens for pair in pairs)
+
+
 def _told_to_step(pipe: Connection) -> bool:
     """Wait for the next turn; False when there is none."""
     try:
@@ -343,6 +350,7 @@ def _step(
     prompt_tokens: int,
     response_tokens: int,
     rewards: list[float] | None = None,
+    idle_tokens: int = 0,
 ) -> Step:
     from rethinker.policy.throughput import peak_memory_gb
 
@@ -355,4 +363,5 @@ def _step(
         response_tokens=response_tokens,
         reward_mean=statistics.fmean(rewards) if rewards else None,
         peak_memory_gb=peak_memory_gb(),
+        idle_tokens=idle_tokens,
     )

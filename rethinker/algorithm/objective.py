@@ -142,6 +142,16 @@ def loss_inputs(
     }
 
 
+def has_gradient(sample: Sample, config: AlgorithmConfig) -> bool:
+    """Whether a sample can move the policy.
+
+    Without an advantage GRPO's loss is 0 whatever the ratio, and so is its gradient: such a sample counts in the
+    normalizer alone. A KL term, the supervised one, or another loss need no advantage.
+    """
+    others = config.loss != "grpo" or config.kl_coef != 0 or sample.completion.supervised
+    return sample.advantage != 0 or others
+
+
 def loss_normalizer(samples: list[Sample], config: AlgorithmConfig, max_new_tokens: int) -> float:
     """What a step's summed loss is divided by, from all samples of the step over all ranks.
 

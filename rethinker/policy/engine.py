@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from rethinker.algorithm.objective import load_loss, loss_inputs, loss_normalizer, supervised_weight
+from rethinker.algorithm.objective import has_gradient, load_loss, loss_inputs, loss_normalizer, supervised_weight
 from rethinker.config import Config, ConfigError, one_line
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora, optimizer_state
@@ -111,7 +111,7 @@ class PolicyEngine:
         self._base = lora.fingerprint(FullWeights(lora.base_parameters(model))) if self.adapters else None
 
     def train_step(self, samples: list[Sample]) -> dict[str, float]:
-        """One optimizer step on a global batch.
+        """One optimizer step on a global batch, of which samples without a gradient (`has_gradient`) are not computed.
 
         Args:
             samples: the whole batch over all ranks, in the same order on every rank; each rank holds the tokens of
@@ -121,8 +121,9 @@ class PolicyEngine:
             `loss`, `entropy`, `kl`, `clip_fraction_low`, `clip_fraction_high`, `old_kl` (k3 of the current policy from
             the one that the ratio is taken against, on samples no older than rollout.max_staleness), `grad_norm`,
             `learning_rate`, `train_tokens` (processed, over all ranks), `supervised_loss` (the part of `loss` from
-            rethought responses), `skipped` (1 if a non-finite number kept the step from being applied). An empty batch
-            (every query all right or all wrong, and nothing to replay) leaves the weights as they are.
+            rethought responses), `skipped` (1 if a non-finite number kept the step from being applied); means are over
+            the tokens that were computed. An empty batch (every query all right or all wrong, and nothing to replay)
+            leaves the weights as they are.
 
         Raises:
             OutOfMemory: memory ran out on this rank.
@@ -132,7 +133,8 @@ class PolicyEngine:
         if not samples:
             self.steps += 1
             return _metrics(dict.fromkeys(_SUMS, 0.0), grad_norm=0.0, rate=0.0)
-        plan = plan_micro_batches(samples, budget=self.micro_batch_tokens, world_size=self.ranks.world_size)
+        computed = [sample for sample in samples if has_gradient(sample, self.config.algorithm)]
+        plan = plan_micro_batches(computed, budget=self.micro_batch_tokens, world_size=self.ranks.world_size)
         named = f"algorithm.loss={self.config.algorithm.loss}"
         with explained(lambda: self._smaller_next_time(plan)):
             try:

@@ -8,7 +8,14 @@ import math
 import pytest
 import torch
 
-from rethinker.algorithm.objective import load_loss, loss_inputs, loss_normalizer, supervised_weight, trainable_mask
+from rethinker.algorithm.objective import (
+    has_gradient,
+    load_loss,
+    loss_inputs,
+    loss_normalizer,
+    supervised_weight,
+    trainable_mask,
+)
 from rethinker.config import AlgorithmConfig
 from rethinker.samples import RemoteCompletion, Rethought
 from rethinker_kernels import GRPO_STATS, policy_loss
@@ -108,6 +115,26 @@ def test_weight_zero_changes_nothing(aggregation):
     logps = logps_for(batch).detach()
     got = run_loss(torch.cat([logps, torch.zeros(4, dtype=torch.float64)]), padded, config, 4.0)
     torch.testing.assert_close(got, run_loss(logps, batch, config, 4.0))
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("dual_clip", [None, 1.2])
+def test_what_has_no_gradient_is_known_before_it_is_computed(importance, dual_clip):
+    """Without an advantage GRPO's gradient is exactly 0, on and off policy; a KL term's is not, and a loss of the
+    user's, or a supervised term, may need none."""
+    config = AlgorithmConfig(importance=importance, dual_clip=dual_clip)
+    idle = sample(0.0, length=6)
+    batch = packed([sample(1.0, length=3), idle])
+    logps = logps_for(batch)
+    run_loss(logps, batch, config, 4.0)[0].backward()
+    assert not has_gradient(idle, config) and not logps.grad[3:].any() and logps.grad[:3].any()
+    assert has_gradient(sample(-0.5, length=6), config)
+    with_kl = dataclasses.replace(config, kl_coef=0.1)
+    logps.grad = None
+    run_loss(logps, batch, with_kl, 4.0, logps.detach() - 0.1)[0].backward()
+    assert has_gradient(idle, with_kl) and logps.grad[3:].all()
+    assert has_gradient(idle, dataclasses.replace(config, loss="mine.py:loss"))
+    assert has_gradient(sample(0.0, length=6, rethought=TRIGGER), config)
 
 
 def test_importance_weights_scale_their_sample():

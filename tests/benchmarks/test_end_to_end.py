@@ -34,12 +34,16 @@ def test_all_sides_take_the_same_steps(recipe, ranks, tmp_path, monkeypatch):
         assert 0.5 * one.total_s < phases <= one.total_s
         assert 0.2 < one.peak_memory_gb < 20
     assert all(s.sync_s > 0 for s in ours)
+    # Groups of two that are both right or both wrong; a model with random weights is hardly ever right.
+    assert all(0 < s.idle_tokens <= s.prompt_tokens + s.response_tokens for s in ours)
+    assert not any(s.idle_tokens for s in (*trl, *generate))
 
 
 def test_ranks_are_as_slow_as_the_one_that_samples_longest():
     """Phases are those of the rank that samples longest, the total is the longest; the rest is of all."""
     slow, late = replace(step(2.0), reward_mean=0.0, train_s=0.1), replace(step(1.0), total_s=2.5)
-    sums = {"cpu_s": 3.0, "prompt_tokens": 1000, "response_tokens": 200, "peak_memory_gb": 2.0}
+    slow, late = replace(slow, idle_tokens=40), replace(late, idle_tokens=2)
+    sums = {"cpu_s": 3.0, "prompt_tokens": 1000, "response_tokens": 200, "peak_memory_gb": 2.0, "idle_tokens": 42}
     assert of_all_ranks([late, slow]) == replace(slow, total_s=2.5, reward_mean=0.25, **sums)
     assert of_all_ranks([slow]) == slow
 
@@ -54,7 +58,7 @@ def test_the_ratio_is_of_the_median_steps():
     assert summary["rethinker"]["total_s"] == {"median": 1.0, "min": 1.0, "max": 9.0}
     assert summary["rethinker"]["peak_memory_gb"] == 3.0
     assert summary["trl"]["tokens_per_s"] == {"median": 25.0, "min": 25.0, "max": 50.0}
-    assert "4.00 times as long" in table(summary)
+    assert "4.00 times as long" in table(summary) and "\n0% of the tokens are of pairs without" in table(summary)
 
 
 def test_the_rollout_is_compared_in_tokens_per_second():
@@ -68,10 +72,14 @@ def test_the_rollout_is_compared_in_tokens_per_second():
 
 
 def test_mfu_counts_every_response_with_its_prompt():
-    """Arithmetic: the FLOP of both kinds of tokens over the training seconds, as a share of the peak."""
+    """Arithmetic: the FLOP of both kinds of tokens that were computed over the training seconds, as a share of the
+    peak."""
     one = Step(0.5, 0.0, 0.25, 0.0, 1.0, 1.0, 500, 100, 0.5, 1.0)
-    summary = summarize({"rethinker": [one], "trl": [one]}, flop=10.0, peak=1e5)
+    ours = replace(one, idle_tokens=150)
+    summary = summarize({"rethinker": [ours], "trl": [one]}, flop=10.0, peak=1e5)
     assert summary["trl"]["mfu"]["median"] == pytest.approx(600 * 10 / 0.25 / 1e5)
+    assert summary["rethinker"]["mfu"]["median"] == pytest.approx(450 * 10 / 0.25 / 1e5)
+    assert "25% of the tokens are of pairs without a gradient" in table(summary)
     assert "mfu" not in summarize({"rethinker": [one], "trl": [one]})["trl"]
     assert training_flop("7B", None) == pytest.approx(6 * 7.07e9, rel=0.01)  # its text model without the LM head
 

@@ -77,6 +77,16 @@ def test_step_equals_plain_pytorch(runs, tiny_folder, encoder):  # noqa: F811
     assert AlgorithmConfig().aggregation == "token"  # what the formula above assumes
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_samples_without_a_gradient_are_left_out_of_the_computation_alone(ranks, runs):
+    """The same loss and gradients as with their tokens computed, which count in the normalizer either way."""
+    less, more = (runs[ranks, 10_000][name] for name in ("left out", "computed"))
+    assert more["metrics"]["train_tokens"] - less["metrics"]["train_tokens"] == 3 * (12 - 1)  # a last token is no input
+    for key in ("loss", "grad_norm"):
+        assert less["metrics"][key] == pytest.approx(more["metrics"][key], rel=1e-5) != 0
+    assert relative_error(less["gradients"], more["gradients"]) <= 1e-5
+
+
 def test_frozen_comparison_would_notice_a_missed_normaliser(runs):
     """The losses of the scenarios differ, so equality above is not an accident of zeros."""
     losses = {name: runs[1, 10_000][name]["metrics"]["loss"] for name in SCENARIOS}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import unittest.mock
 from pathlib import Path
 
 import torch
 from deepspeed.utils import safe_get_full_grad
 
+from rethinker.algorithm.objective import has_gradient
 from rethinker.config import AlgorithmConfig, Config, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.engine import PolicyEngine
@@ -96,6 +98,12 @@ def steps(model: str, scratch: str, encoder: PromptEncoder, ranks, budget: int, 
     for name in SCENARIOS:
         metrics = engine.train_step(scenario(name, pictures, encoder))
         results[name] = {"metrics": metrics, "gradients": dict(gradients)}
+    idle = scenario("mixed", pictures, encoder)
+    for sample in idle[3::4]:  # the longest response of each query
+        sample.advantage = 0.0
+    for name, rule in {"left out": has_gradient, "computed": lambda *_: True}.items():
+        with unittest.mock.patch("rethinker.policy.engine.has_gradient", rule):
+            results[name] = {"metrics": engine.train_step(idle), "gradients": dict(gradients)}
     engine, gradients = build(1e-3)
     results["partitioned"] = sum(p.ds_tensor.numel() < p.ds_numel for p in engine.policy.parameters())
     results["scored"], results["score_kl"] = scores(engine, pictures, encoder, ranks)
