@@ -20,8 +20,8 @@ rollout, from questions to texts.
 With --size the model is Qwen2.5-VL of that size with random weights: bfloat16 with fp32 masters and gradient
 checkpointing on both sides (on a GPU), every image of --image-tokens tokens, every response of --max-new-tokens. Both
 sides generate with transformers then, unless --vllm gives both vLLM in the trainer's process. MFU is that of training:
-6 FLOP per language model parameter and token, every response with its own prompt, whether a side computes the prompt
-once or each time.
+6 FLOP per language model parameter and token of the pairs that a side computes, every response with its own prompt,
+whether that is computed once or each time.
 
 On the tiny model TRL generates with transformers: on CPU its vLLM integration stops at the first weight sync, as it
 loads weights into layers that vLLM's CPU kernels have packed. Otherwise TRL gets what makes it fastest: one generation

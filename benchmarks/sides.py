@@ -331,7 +331,7 @@ def _place() -> tuple[int, int]:
 
 
 def _tokens(pairs: list[Sample]) -> tuple[int, int]:
-    """Of prompts, one for each pair, and of responses."""
+    """The tokens of the pairs' prompts, and of their responses."""
     return sum(pair.prompt_tokens for pair in pairs), sum(pair.completion.tokens for pair in pairs)
 
 

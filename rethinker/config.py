@@ -259,7 +259,7 @@ class AlgorithmConfig:
     """The learning rule: GRPO, or VL-Rethinker's SSR."""
 
     name: Literal["grpo", "filter", "ssr"] = "ssr"
-    """`grpo` keeps all samples, `filter` drops those without advantage, `ssr` refills the batch from replay."""
+    """`grpo` keeps all samples in its mean, `filter` drops those without advantage, `ssr` fills up from replay."""
     advantage_scale: Literal["std", "none", "batch"] = "std"
     """Divide centred rewards by the group's standard deviation, by nothing, or by the batch's."""
     loss: ranges.PathOrName = "grpo"

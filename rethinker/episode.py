@@ -218,7 +218,8 @@ def score_again(groups: list[Group], policy: PolicyEngine, rethinker: Rethinker 
     Rethought responses that were sampled at another temperature, or whose triggers are trained, get them as behaviour
     log-probs; with `algorithm.rollout_correction` all responses get them beside those of the rollout engine.
 
-    Returns mismatch_kl where it is known before the first step: with `algorithm.rollout_correction`.
+    Returns mismatch_kl where it is known before the first step: with `algorithm.rollout_correction`, and where that
+    step would compute none of its responses, as when weights are lost and every answer is wrong.
 
     Raises:
         MismatchError: it exceeds `rollout.max_mismatch_kl`.
@@ -231,7 +232,10 @@ def score_again(groups: list[Group], policy: PolicyEngine, rethinker: Rethinker 
             if isinstance(sample.completion, Completion):
                 sample.completion.logprobs = sample.completion.trainer_logprobs
     if config.algorithm.rollout_correction is None:
-        return None
+        first = groups[: config.train.batch_pairs // config.rollout.group_size]
+        if any(group.effective for group in first):
+            return None
+        samples = [sample for group in first for sample in group.samples()]
     mismatch = policy.score(samples)
     check_mismatch(mismatch, config)
     return mismatch

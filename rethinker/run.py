@@ -169,7 +169,8 @@ class Run:
         Raises:
             MismatchError: the rollout engine did not sample from the policy.
         """
-        if self.progress.mismatch is None:  # the policy has not moved since the sync: both differ by rounding alone
+        # Until its first step the policy has not moved since the sync: it differs from the rollouts' by rounding alone.
+        if self.progress.mismatch is None:
             self.progress.mismatch = update["old_kl"]
             check_mismatch(self.progress.mismatch, self.config)
         if update["skipped"]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from rethinker.checks import check_geometry
 from rethinker.config import AlgorithmConfig, Config, ConfigError, RethinkConfig, RolloutConfig, TrainConfig
 from rethinker.data.query_stream import QueryStream
-from rethinker.episode import Episodes
+from rethinker.episode import Episodes, MismatchError, score_again
 from rethinker.runtime import signals
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.signals import StopRequested
-from rethinker.samples import Completion, Prompt, Query
+from rethinker.samples import Completion, Group, Prompt, Query
 
 QUERIES = [Query(f"q{i}", "?", "1") for i in range(12)]
 
@@ -189,3 +190,20 @@ def test_staleness_needs_servers_and_a_correction():
         config.rethink = RethinkConfig(fraction=0.5, **change)
         with pytest.raises(ConfigError, match=r"rollout\.max_staleness=1 .* set rethink\.temperature"):
             check_geometry(config)
+
+
+def test_rollouts_that_are_all_wrong_are_scored_for_their_mismatch():
+    """A step computes no response without an advantage, so weights that are lost would never show."""
+    scored = []
+    policy = SimpleNamespace(score=lambda samples: scored.append(len(samples)) or 0.5)
+    config = Config(rollout=RolloutConfig(group_size=2), train=TrainConfig(batch_pairs=4))
+
+    def group(*rewards):
+        answers = [Completion([1], [-0.1], "", "stop") for _ in rewards]
+        return Group(QUERIES[0], answers, 0, rewards=[*rewards], advantages=[0.0] * len(rewards))
+
+    wrong, mixed = group(0.0, 0.0), group(0.0, 1.0)
+    assert score_again([wrong, mixed, wrong], policy, None, config) is None and not scored
+    with pytest.raises(MismatchError, match="mismatch_kl=0.5"):
+        score_again([wrong, wrong, mixed], policy, None, config)
+    assert scored == [4]  # of the first step's two groups

@@ -148,8 +148,8 @@ def has_gradient(sample: Sample, config: AlgorithmConfig) -> bool:
     Without an advantage GRPO's loss is 0 whatever the ratio, and so is its gradient: such a sample counts in the
     normalizer alone. A KL term, the supervised one, or another loss need no advantage.
     """
-    others = config.loss != "grpo" or config.kl_coef != 0 or sample.completion.supervised
-    return sample.advantage != 0 or others
+    needs_no_advantage = config.loss != "grpo" or config.kl_coef != 0 or sample.completion.supervised
+    return needs_no_advantage or sample.advantage != 0
 
 
 def loss_normalizer(samples: list[Sample], config: AlgorithmConfig, max_new_tokens: int) -> float:
@@ -174,7 +174,7 @@ def supervised_weight(samples: list[Sample], weight: float) -> float:
 def trainable_mask(completion: Completion) -> np.ndarray:
     """bool [L]: whether a token carries a policy gradient. Masked tokens (forced ones were not sampled) do not.
 
-    A non-finite log-prob elsewhere is a fault and stays in, to be noticed.
+    A non-finite log-prob elsewhere is a fault and stays in, to be noticed where the sample is computed.
     """
     mask = np.ones(completion.tokens, bool)
     if completion.rethought is not None:

@@ -3,7 +3,7 @@ and key-value blocks of 16 tokens.
 
 vLLM takes its kernel of norms on GPUs alone, and has its rotary one read one position per token where Qwen-VL has
 three. A small model's time depends on the number of operations: with these layers a rollout of the tiny one takes a
-seventh less, and with the smaller blocks, of which the responses to a short prompt share one, a sixth less again.
+seventh less. Of the smaller blocks the responses to a short prompt share one: those to sums take a sixth less again.
 
 Importing this file registers classes in place of vLLM's (`register_oot` and `register_backend`, its interfaces for
 other platforms); models that are built later use them. What a kernel does not take is left to vLLM. They are for eager
@@ -91,7 +91,8 @@ class KernelMRotaryEmbedding(MRotaryEmbedding):
 
 @register_backend(AttentionBackendEnum.CPU_ATTN)
 class SmallBlockAttention(CPUAttentionBackend):
-    """Attention over blocks of 16 tokens, too: a kernel takes them, while vLLM names multiples of 32 only."""
+    """Attention over blocks of 16 tokens, too: a kernel takes them, while vLLM names multiples of 32 only.
+    `cpu_block_size` keeps them from kernels that do not."""
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:

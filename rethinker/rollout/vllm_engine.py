@@ -66,7 +66,7 @@ class VLLMEngine(RolloutEngine):
         for name in set(self._requests.model_config.architectures) & ModelRegistry.models.keys():
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
         if not self._gpu:
-            from rethinker.rollout import vllm_cpu_ops  # noqa: F401  # registers its layers
+            from rethinker.rollout import vllm_cpu_ops  # noqa: F401  # registers its classes
         settings = self.config.rollout
         arguments = engine_arguments(self.config, self._requests, gpu=self._gpu)
         if self._gpu:

@@ -177,6 +177,8 @@ def test_all_equal_rewards_train_nothing_and_harm_nothing(ssr, scratch):
     (scratch / "constant.py").write_text("def one(response, answer, query):\n    return 1.0\n")
     rows = recorded(scratch, "equal", "--reward.function", f"{scratch / 'constant.py'}:one")
     assert all(row["trained_pairs"] == 0 and row["loss"] == 0 and row["effective_query_ratio"] == 0 for row in rows)
+    # Measured all the same: the second episode was recorded by a policy that had moved.
+    assert 0 < rows[0]["mismatch_kl"] < 1e-10 < 1e-6 < rows[-1]["mismatch_kl"]
     before = load_model(scratch / "model", torch.float32).state_dict()
     after = load_model(scratch / "equal" / "checkpoints" / "last", torch.float32).state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

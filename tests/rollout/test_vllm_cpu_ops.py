@@ -1,4 +1,4 @@
-"""Quicker layers in place of vLLM's own on a CPU: the same numbers, also where a kernel does not fit."""
+"""Quicker classes in place of vLLM's own on a CPU: the same numbers, also where a kernel does not fit."""
 
 from __future__ import annotations
 
@@ -114,24 +114,27 @@ def test_rotations(size, interleaved, dtype, vllm, must_take):
             assert torch.equal(value, before)
 
 
-def test_a_server_has_them_before_its_model_is_built():
-    """A server's worker imports its extension first; this process may have registered the layers already."""
+def test_a_server_has_them_before_its_model_is_built(vllm):
+    """A server's worker imports its extension first; this process may have registered the classes already."""
     code = """
 from rethinker.runtime.torchvision_cpu import make_importable
 make_importable()
 import rethinker.rollout.server.worker
 from vllm.model_executor.custom_op import op_registry_oot
-print(*(layer.__name__ for layer in op_registry_oot.values()))
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+print(*(layer.__name__ for layer in op_registry_oot.values()), AttentionBackendEnum.CPU_ATTN.get_path())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-3:] == ["KernelRMSNorm", "InPlaceSiluAndMul", "KernelMRotaryEmbedding"]
+    layers = ["KernelRMSNorm", "InPlaceSiluAndMul", "KernelMRotaryEmbedding"]
+    assert done.stdout.split()[-4:] == [*layers, f"{vllm.__name__}.SmallBlockAttention"]
 
 
 @pytest.mark.parametrize(
     ("dtype", "machine", "size"),
     [("float32", "x86_64", 16), ("float32", "aarch64", 32), ("float32", "arm64", 32), ("bfloat16", "x86_64", 32)],
 )
-def test_block_sizes_are_what_the_attention_kernels_take(dtype, machine, size, vllm, monkeypatch):
+def test_attention_has_a_kernel_for_its_blocks(dtype, machine, size, vllm, monkeypatch):
+    """vLLM chooses the kernel by type, size and processor: that of 16 lanes for 16 tokens, AMX's or ARM's for 32."""
     from vllm.platforms import CpuArchEnum
     from vllm.v1.attention.backends import cpu_attn
     from vllm.v1.attention.backends.registry import AttentionBackendEnum

@@ -19,7 +19,7 @@ from rethinker.rollout import vllm_weights
 from rethinker.rollout.vllm_settings import SERVED
 
 if not torch.cuda.is_available():
-    from rethinker.rollout import vllm_cpu_ops  # noqa: F401  # registers its layers
+    from rethinker.rollout import vllm_cpu_ops  # noqa: F401  # registers its classes
 
 
 class ServerWorker:
