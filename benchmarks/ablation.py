@@ -142,7 +142,7 @@ SHARED: dict[str, Any] = {
     **{"train.max_steps": 4000, "train.warmup_ratio": 0.001},
     **{"checkpoint.every": 20, "checkpoint.keep": 1, "run.trackers": [], "run.save_completions": False},
 }
-VALIDATED_QUERIES = 1024
+VALIDATED_QUERIES = 512
 """The test questions are asked whenever so many queries were trained on, whatever an episode's length is."""
 NOT_LEARNED = ("run.", "checkpoint.", "resume", "policy.model", "validation.every")
 """Settings that do not say what a run learns; the run that a second stage starts from stands for its model."""

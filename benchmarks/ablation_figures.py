@@ -64,7 +64,7 @@ def curves(results: Results) -> Figure:
     figure = new_figure(5.2)
     panes = figure.subplots(2, 1, sharex=True)
     for number, (name, own) in enumerate(results.items()):
-        accuracy = over_tokens([np.transpose(result["curve"]) for result in own], points=9)
+        accuracy = over_tokens([np.transpose(result["curve"]) for result in own])
         draw_line(panes[0], accuracy, name, points=True, **style_of(number))
         steps = [(result["per_step"]["generated_tokens"], result["per_step"]["reward_mean"]) for result in own]
         draw_line(panes[1], over_tokens(steps, points=100), name, **style_of(number))
@@ -75,9 +75,17 @@ def curves(results: Results) -> Figure:
     return figure
 
 
-def over_tokens(curves: Sequence[Any], points: int) -> pd.DataFrame:
-    """Curves of (tokens, values) at the same thousands of tokens, as far as all of them go: [points, curves]."""
-    tokens = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), points)
+def over_tokens(curves: Sequence[Any], points: int | None = None) -> pd.DataFrame:
+    """Curves of (tokens, values) at the same thousands of tokens, as far as all of them go: [points, curves].
+
+    Without `points` where they have values themselves: at the mean of the curves' first tokens, of their second, ...
+    """
+    first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    if points is None:
+        shortest = min(len(x) for x, _ in curves)
+        tokens = np.mean([[*x[: shortest - 1], x[-1]] for x, _ in curves], axis=0).clip(first, last)
+    else:
+        tokens = np.linspace(first, last, points)
     return pd.DataFrame({i: np.interp(tokens, x, y) for i, (x, y) in enumerate(curves)}, index=tokens / 1000)
 
 

@@ -29,7 +29,7 @@ from rethinker.report.figures import MOST_CATEGORIES, ReportFigure, Runs
 from rethinker.report.runs import RunRecord
 from rethinker.rewards.answers import boxed_span
 
-HEIGHT = 2.9
+HEIGHT = 2.1
 IMAGE = 640
 """Longest side of the example's image, in pixels."""
 KINDS = {"fast": "#b4bac2", "slow": COLORS[0], "rethinking": COLORS[1]}

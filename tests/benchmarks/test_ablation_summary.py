@@ -131,6 +131,12 @@ class TestFigures:
         assert table.index.tolist() == [1.0, 2.0, 3.0, 4.0]
         assert table[0].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4]) == table[1].tolist()
 
+    def test_accuracies_are_drawn_where_they_were_measured(self):
+        """The marks of figure 5 are no points between two measurements."""
+        table = ablation_figures.over_tokens([([0, 3000, 5000], [0.0, 0.6, 0.8]), ([0, 1000, 4000], [0.0, 0.2, 0.4])])
+        assert table.index.tolist() == [0.0, 2.0, 4.0]
+        assert table[0].tolist() == pytest.approx([0.0, 0.4, 0.7])
+
     def test_rethinking_is_compared_by_category(self, tmp_path):
         """The means over seeds of every category, and of all questions."""
         found = []

@@ -9,7 +9,7 @@ from rethinker.report.figures import FIGURES
 from rethinker.report.page import write_report
 from rethinker.report.story import STORY
 from tests import forked
-from tests.report.conftest import PHONE
+from tests.report.conftest import DESKTOP, PHONE
 from tests.report.examples import TRIGGER, forced, group, picture, write_evaluation, write_run, write_stages
 
 OF_ONE = [figure for figure in (*STORY, *FIGURES) if figure.of != "several"]
@@ -159,16 +159,19 @@ def test_print(browser, page):
 
 
 def test_the_story_fits_both_screens(browser, tmp_path):
-    """Four figures in two rows of two, on a phone one below the other, without a message; the example's image is as
-    wide as its row on a phone and its answers are there."""
+    """Four figures in two rows of two, above the example, which begins on a laptop's first screen; on a phone one below
+    the other, without a message; the example's image is as wide as its row on a phone and its answers are there."""
     _, two = write_stages(tmp_path)
     page = write_report([two])
     boxes = (
         "return [...document.querySelectorAll('h2#learned + .figures figure')].map(f => f.getBoundingClientRect().x)"
     )
-    browser.open(page)
+    browser.open(page, DESKTOP)
     left, right, *below = browser.run(boxes)
     assert left < right and below == [left, right]
+    example = browser.run("return document.querySelector('h3.example').getBoundingClientRect()")
+    lowest = browser.run(boxes.replace(".x)", ".bottom)"))
+    assert max(lowest) < example["top"] < example["bottom"] <= DESKTOP[1]
     browser.open(page, PHONE)
     assert browser.run(boxes) == [16] * 4
     assert browser.run("return document.documentElement.scrollWidth") == PHONE[0]
