@@ -78,7 +78,7 @@ def curves(results: Results) -> Figure:
 def over_tokens(curves: Sequence[Any], points: int | None = None) -> pd.DataFrame:
     """Curves of (tokens, values) at the same thousands of tokens, as far as all of them go: [points, curves].
 
-    Without `points` where they have values themselves: at the mean of the curves' first tokens, of their second, ...
+    Without `points` about where they have values themselves: at the mean of their first tokens, of their second, ...
     """
     first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
     if points is None:

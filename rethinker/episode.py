@@ -6,6 +6,7 @@ with the weights of the last sync; it has ended before the next sync, so that no
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -218,11 +219,11 @@ def score_again(groups: list[Group], policy: PolicyEngine, rethinker: Rethinker 
     Rethought responses that were sampled at another temperature, or whose triggers are trained, get them as behaviour
     log-probs; with `algorithm.rollout_correction` all responses get them beside those of the rollout engine.
 
-    Returns mismatch_kl where it is known before the first step: with `algorithm.rollout_correction`, and where that
-    step would compute none of its responses, as when weights are lost and every answer is wrong.
+    Returns mismatch_kl where it is known before the first step: with `algorithm.rollout_correction`, and where none of
+    that step's responses has an advantage, as when weights are lost and every answer is wrong.
 
     Raises:
-        MismatchError: it exceeds `rollout.max_mismatch_kl`.
+        MismatchError: it exceeds `rollout.max_mismatch_kl`; or it is NaN, and no step would show that.
     """
     samples = [sample for group in groups for sample in group.samples()]
     if rethinker and rethinker.needs_scores:
@@ -231,13 +232,14 @@ def score_again(groups: list[Group], policy: PolicyEngine, rethinker: Rethinker 
         for sample in rethought:
             if isinstance(sample.completion, Completion):
                 sample.completion.logprobs = sample.completion.trainer_logprobs
+    first = groups[: config.train.batch_pairs // config.rollout.group_size]
+    idle = not any(group.effective for group in first)
     if config.algorithm.rollout_correction is None:
-        first = groups[: config.train.batch_pairs // config.rollout.group_size]
-        if any(group.effective for group in first):
+        if not idle:
             return None
         samples = [sample for group in first for sample in group.samples()]
     mismatch = policy.score(samples)
-    check_mismatch(mismatch, config)
+    check_mismatch(math.inf if idle and math.isnan(mismatch) else mismatch, config)
     return mismatch
 
 
@@ -254,7 +256,7 @@ def check_mismatch(value: float, config: Config) -> None:
     0.02 to 0.05 and did not arrive. A single small update that is lost shows in rollout.check_sync alone.
 
     Args:
-        value: `mismatch_kl`, nats per token, the same on all ranks. NaN passes: its step was skipped and counted.
+        value: `mismatch_kl`, nats per token, the same on all ranks. NaN passes: its step is skipped and counted.
 
     Raises:
         MismatchError: above rollout.max_mismatch_kl.

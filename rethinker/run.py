@@ -142,6 +142,7 @@ class Run:
         self.policy.budget_spent = progress.generated / (config.train.max_generated_tokens or math.inf)
         progress.generated += sum(group.sampled_tokens for group in groups)
         progress.failed_checks = sum(self.ranks.gather(self.checker.failures.total()))
+        self.rollout.sleep()  # scoring needs its memory
         progress.mismatch = score_again(groups, self.policy, self.episodes.rethinker, config)
         if config.run.save_completions:
             self.directory.write_completions(progress.episode, collect(groups, self.ranks))

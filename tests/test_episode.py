@@ -194,8 +194,8 @@ def test_staleness_needs_servers_and_a_correction():
 
 def test_rollouts_that_are_all_wrong_are_scored_for_their_mismatch():
     """A step computes no response without an advantage, so weights that are lost would never show."""
-    scored = []
-    policy = SimpleNamespace(score=lambda samples: scored.append(len(samples)) or 0.5)
+    scored, kl = [], 0.5
+    policy = SimpleNamespace(score=lambda samples: scored.append(len(samples)) or kl)
     config = Config(rollout=RolloutConfig(group_size=2), train=TrainConfig(batch_pairs=4))
 
     def group(*rewards):
@@ -207,3 +207,8 @@ def test_rollouts_that_are_all_wrong_are_scored_for_their_mismatch():
     with pytest.raises(MismatchError, match="mismatch_kl=0.5"):
         score_again([wrong, wrong, mixed], policy, None, config)
     assert scored == [4]  # of the first step's two groups
+    kl = float("nan")
+    with pytest.raises(MismatchError):  # no step would be skipped for it
+        score_again([wrong, wrong, mixed], policy, None, config)
+    kl = 1e-12
+    assert score_again([wrong, wrong, mixed], policy, None, config) == kl

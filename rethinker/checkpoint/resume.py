@@ -60,7 +60,7 @@ class Progress:
     generated: int = 0
     """Tokens sampled so far, over all ranks."""
     mismatch: float | None = None
-    """mismatch_kl of the running episode, once its first step is done."""
+    """mismatch_kl of the running episode, once it is known."""
     failed_checks: int = 0
     """Answer checks that could not be finished, up to this episode."""
     before: Accuracy | None = None

@@ -27,7 +27,7 @@ from rethinker.policy.zero3 import deepspeed_config, without_optimizer
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.ownership import fetch
 from rethinker.runtime.profiling import phase
-from rethinker.samples import Bundle, PackedBatch, Sample
+from rethinker.samples import Bundle, Completion, PackedBatch, Sample
 from rethinker_kernels import LINEAR_GRPO_STATS
 from rethinker_kernels.losses import LossError
 
@@ -177,9 +177,9 @@ class PolicyEngine:
             for completion in (sample.completion for bundle in bundles for sample in bundle.samples):
                 completion.trainer_logprobs = part[start : start + completion.tokens].numpy().copy()
                 start += completion.tokens
-        held = [np.zeros((2, 0)), *((s.completion.logprobs, s.completion.trainer_logprobs) for s in mine)]
+        held = [np.zeros((2, 0)), *(_sampled(sample.completion) for sample in mine)]
         behaviour, own = np.concatenate(held, axis=1, dtype=np.float64)
-        gap = (behaviour - own)[~np.isnan(behaviour)]  # without the forced tokens, which were not sampled
+        gap = behaviour - own
         sums = torch.tensor([(np.expm1(gap) - gap).sum(), len(gap)], dtype=torch.float64, device=self.ranks.device)
         kl, tokens = self.ranks.sum(sums).tolist()
         return kl / max(tokens, 1.0)
@@ -291,6 +291,13 @@ class PolicyEngine:
         processed = torch.full((), float(batch.tokens), device=loss.device)
         nll = kl.new_zeros(()) if batch.nll_weights is None else -(batch.nll_weights * logps).sum()
         return torch.stack([x.double() for x in (loss.detach(), kl, fresh.sum(), processed, nll)])
+
+
+def _sampled(completion: Completion) -> np.ndarray:
+    """Behaviour's and trainer's log-probs [2, tokens] without a forced trigger, which nobody sampled."""
+    both = np.stack([completion.logprobs, completion.trainer_logprobs])
+    forced = completion.rethought
+    return both if forced is None else np.delete(both, slice(forced.trigger_start, forced.trigger_end), axis=1)
 
 
 def learning_rate(step: int, total_steps: int, config: Config, budget_spent: float = 0.0) -> float:

@@ -15,6 +15,7 @@ from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
 from rethinker.runtime import distributed
+from rethinker.samples import Rethought
 from tests.policy.helpers import queries_of_every_kind, samples_for
 
 SCENARIOS = ("mixed", "text only", "one image among text", "one sample", "equal rewards", "empty responses")
@@ -62,11 +63,13 @@ def scores(engine: PolicyEngine, pictures: Path, encoder: PromptEncoder, ranks) 
     samples = scenario("mixed", pictures, encoder) + scenario("empty responses", pictures, encoder)[:1]
     for i, sample in enumerate(samples):
         sample.owner = i % ranks.world_size
-    forced = samples[0].completion.logprobs
-    sampled, forced[0] = forced[0], float("nan")  # a token of a trigger: nobody sampled it
+    forced = samples[0].completion
+    sampled, forced.logprobs[0] = forced.logprobs[0], float("nan")
+    assert math.isnan(engine.score(samples[:-1]))
+    forced.rethought = Rethought(0, 1, "x", 0, 1)  # a trigger: nobody sampled it
     kl = engine.score(samples[:-1])
     behaviour = {(s.group, s.index): s.completion.logprobs.tolist() for s in samples[:-1]}
-    forced[0] = sampled
+    forced.logprobs[0], forced.rethought = sampled, None
     assert engine.score(samples[-1:]) == 0.0
     mine = [(s.group, s.index, s.completion) for s in samples if s.owner == ranks.rank]
     shares = ranks.gather({(group, index, c.tokens): c.trainer_logprobs.tolist() for group, index, c in mine})
