@@ -213,14 +213,21 @@ def note_kinds(groups: list[Group], config: Config) -> None:
         group.fast = [c.rethought is None and answers_at_once(c.text) for c in group.completions]
 
 
-def score_again(groups: list[Group], policy: PolicyEngine, rethinker: Rethinker | None, config: Config) -> float | None:
+def score_again(
+    groups: list[Group], first: list[Group], policy: PolicyEngine, rethinker: Rethinker | None, config: Config
+) -> float | None:
     """Give responses the log-probs of the policy's own forward, where the settings need them (collective).
 
     Rethought responses that were sampled at another temperature, or whose triggers are trained, get them as behaviour
     log-probs; with `algorithm.rollout_correction` all responses get them beside those of the rollout engine.
 
-    Returns mismatch_kl where it is known before the first step: with `algorithm.rollout_correction`, and where none of
-    that step's responses has an advantage, as when weights are lost and every answer is wrong.
+    Args:
+        groups: of an episode, with rewards.
+        first: those of its first step.
+
+    Returns:
+        mismatch_kl where it is known before the first step: with `algorithm.rollout_correction`, and where none of that
+        step's responses has an advantage, as when weights are lost and every answer is wrong.
 
     Raises:
         MismatchError: it exceeds `rollout.max_mismatch_kl`; or it is NaN, and no step would show that.
@@ -232,13 +239,13 @@ def score_again(groups: list[Group], policy: PolicyEngine, rethinker: Rethinker 
         for sample in rethought:
             if isinstance(sample.completion, Completion):
                 sample.completion.logprobs = sample.completion.trainer_logprobs
-    first = groups[: config.train.batch_pairs // config.rollout.group_size]
     idle = not any(group.effective for group in first)
     if config.algorithm.rollout_correction is None:
         if not idle:
             return None
         samples = [sample for group in first for sample in group.samples()]
     mismatch = policy.score(samples)
+    # NaN passes where the step that computes it is skipped; here none does.
     check_mismatch(math.inf if idle and math.isnan(mismatch) else mismatch, config)
     return mismatch
 

@@ -142,11 +142,11 @@ class Run:
         self.policy.budget_spent = progress.generated / (config.train.max_generated_tokens or math.inf)
         progress.generated += sum(group.sampled_tokens for group in groups)
         progress.failed_checks = sum(self.ranks.gather(self.checker.failures.total()))
+        per_step = config.train.batch_pairs // config.rollout.group_size
         self.rollout.sleep()  # scoring needs its memory
-        progress.mismatch = score_again(groups, self.policy, self.episodes.rethinker, config)
+        progress.mismatch = score_again(groups, groups[:per_step], self.policy, self.episodes.rethinker, config)
         if config.run.save_completions:
             self.directory.write_completions(progress.episode, collect(groups, self.ranks))
-        per_step = config.train.batch_pairs // config.rollout.group_size
         steps_left = self.total_steps - self.policy.steps
         progress.groups = groups[: steps_left * per_step]
         another = len(progress.groups) // per_step < steps_left and self._may_sample()

@@ -196,19 +196,18 @@ def test_rollouts_that_are_all_wrong_are_scored_for_their_mismatch():
     """A step computes no response without an advantage, so weights that are lost would never show."""
     scored, kl = [], 0.5
     policy = SimpleNamespace(score=lambda samples: scored.append(len(samples)) or kl)
-    config = Config(rollout=RolloutConfig(group_size=2), train=TrainConfig(batch_pairs=4))
 
     def group(*rewards):
         answers = [Completion([1], [-0.1], "", "stop") for _ in rewards]
         return Group(QUERIES[0], answers, 0, rewards=[*rewards], advantages=[0.0] * len(rewards))
 
     wrong, mixed = group(0.0, 0.0), group(0.0, 1.0)
-    assert score_again([wrong, mixed, wrong], policy, None, config) is None and not scored
+    assert score_again([wrong, mixed, wrong], [wrong, mixed], policy, None, Config()) is None and not scored
     with pytest.raises(MismatchError, match="mismatch_kl=0.5"):
-        score_again([wrong, wrong, mixed], policy, None, config)
+        score_again([wrong, wrong, mixed], [wrong, wrong], policy, None, Config())
     assert scored == [4]  # of the first step's two groups
     kl = float("nan")
     with pytest.raises(MismatchError):  # no step would be skipped for it
-        score_again([wrong, wrong, mixed], policy, None, config)
+        score_again([wrong, wrong, mixed], [wrong, wrong], policy, None, Config())
     kl = 1e-12
-    assert score_again([wrong, wrong, mixed], policy, None, config) == kl
+    assert score_again([wrong, wrong, mixed], [wrong, wrong], policy, None, Config()) == kl

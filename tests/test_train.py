@@ -19,6 +19,7 @@ from rethinker.config import Config, ConfigError, DataConfig, RethinkConfig, Rol
 from rethinker.episode import judge, note_kinds
 from rethinker.policy.engine import PolicyEngine, learning_rate
 from rethinker.run import Run, load_held_out, no_full_collections
+from rethinker.runtime.distributed import ALONE
 from rethinker.samples import Accuracy, Completion, Group, Query, Rethought
 from rethinker.settings import resolve_config
 
@@ -60,6 +61,19 @@ def test_a_forced_response_is_not_a_fast_one():
     one.completions[0].rethought = Rethought(1, 2, "doubt", 1, 2)
     note_kinds([one], config)
     assert one.fast == [False, True, False, True] and one.rethinks == [False, False, True, False]
+
+
+def test_the_engine_sleeps_before_the_policy_scores(monkeypatch):
+    """On a GPU scoring is sized for the memory that vLLM leaves while it sleeps, as a step is."""
+    config = Config(rollout=RolloutConfig(group_size=2), train=TrainConfig(batch_pairs=4))
+    config.run.save_completions = False
+    run, calls, groups = Run(config), [], [group(name, "a", "b") for name in "xyz"]
+    run.policy, run.progress, run.ranks, run.total_steps = SimpleNamespace(steps=0), Progress(), ALONE, 1
+    run.rollout = SimpleNamespace(sleep=lambda: calls.append("sleep"))
+    run.episodes, run.checker = SimpleNamespace(rethinker=None), SimpleNamespace(failures=Counter())
+    monkeypatch.setattr("rethinker.run.score_again", lambda *given: calls.append(given[:2]))
+    run.begin_episode(groups)
+    assert calls == ["sleep", (groups, groups[:2])]
 
 
 def trained_row(fresh: list[Group], batch: Batch) -> dict:

@@ -30,6 +30,7 @@ from rethinker.report.runs import RunRecord
 from rethinker.rewards.answers import boxed_span
 
 HEIGHT = 2.1
+"""Of a figure, in inches: two rows of them and the example's heading fit a window of 1200 x 900 pixels."""
 IMAGE = 640
 """Longest side of the example's image, in pixels."""
 KINDS = {"fast": "#b4bac2", "slow": COLORS[0], "rethinking": COLORS[1]}

@@ -32,7 +32,7 @@ def cpu_block_size(dtype: str) -> int:
     pay where prompts are short; attention over 500 tokens and more takes a tenth to a fifth longer with 16 than with 32
     (an Intel Xeon core). AMX's kernel for bfloat16 and ARM's take no fewer than 32; others are not measured.
     """
-    return 16 if dtype == "float32" and platform.machine() in ("x86_64", "AMD64") else 32
+    return 16 if dtype == "float32" and platform.machine() == "x86_64" else 32
 
 
 def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> dict[str, Any]:
