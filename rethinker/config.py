@@ -252,6 +252,13 @@ class RewardConfig:
     """Deadline of one check; a check that exceeds it is killed, scores 0 and is counted."""
     memory_gb: ranges.Positive = 4.0
     """Most memory, GiB, that the checks of one process may take; a check that wants more scores 0 and is counted."""
+    rounding: ranges.Share = 1e-4
+    """`boxed`: a decimal equals the fraction or root that it is the rounding of, if their relative distance is smaller.
+    A question that asks to round accepts any number of digits; two decimals, or whole numbers, are equal or not."""
+    percent: bool = True
+    """`boxed`: 60% equals 0.6."""
+    degrees: bool = True
+    """`boxed`: 30 degrees equal pi/6."""
 
 
 @dataclass

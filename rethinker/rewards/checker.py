@@ -1,12 +1,12 @@
 """The checker of answers: rewards by request id, from processes that can be killed.
 
-A check can loop for ever (sympy), eat all memory, or crash the interpreter. So every check that is not plain string
-work runs in a worker process with a deadline; a worker that misses it, or dies, is replaced, and that check scores 0
-and is counted. No signal is used in this process, so any thread may ask.
+A reward can loop for ever, eat all memory, or crash the interpreter. So every check that is not plain string work runs
+in a worker process with a deadline; a worker that misses it, or dies, is replaced, and that check scores 0 and is
+counted. No signal is used in this process, so any thread may ask.
 
 A worker is a fresh interpreter, not a fork (the trainer has threads) and not multiprocessing's spawn (which imports the
-trainer's main module again). `Worker` is its handle in the trainer, `serve` what runs inside: it loads math-verify or
-the custom reward, not torch. It has one check at a time, so the trainer knows which check a dead worker was at.
+trainer's main module again). `Worker` is its handle in the trainer, `serve` what runs inside: it loads the reward,
+not torch. It has one check at a time, so the trainer knows which check a dead worker was at.
 """
 
 from __future__ import annotations
@@ -28,15 +28,20 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+from cachetools import LRUCache
+
 from rethinker.config import ConfigError, RewardConfig
 from rethinker.rewards.answers import compare, extract_boxed, undecided
 from rethinker.rewards.functions import context_of, load_reward
+from rethinker.rewards.rules import Rules
 from rethinker.samples import Query
 
 log = logging.getLogger(__name__)
 
 # Until a worker has imported what it needs; far beyond any healthy start, since a loaded machine is slow.
 START_S = 120.0
+# Verdicts that are kept: the responses of an episode often end in the same few answers, and so do those of the next.
+KEPT_VERDICTS = 16_384
 READY = "ready"
 OUT_OF_MEMORY = 77  # exit code
 
@@ -58,7 +63,8 @@ class AnswerChecker(contextlib.AbstractContextManager):
     def __init__(self, config: RewardConfig) -> None:
         load_reward(config.function)  # a mistake is reported now, not in the first episode
         self.failures: Counter[str] = Counter()
-        self._boxed = config.function == "boxed"
+        self._boxed, self._rules = config.function == "boxed", rules_of(config)
+        self._verdicts: LRUCache[Any, float] = LRUCache(KEPT_VERDICTS)
         self._workers = [Worker(config) for _ in range(config.workers)]
         self._idle = list(self._workers)
         self._named: set[str] = set()
@@ -88,11 +94,15 @@ class AnswerChecker(contextlib.AbstractContextManager):
                 scores[request] = 0.0
                 if self._boxed:
                     scores[request], key, check = self._decide(response, query)
-                if check:
+                if key in self._verdicts:
+                    scores[request] = self._verdicts[key]
+                elif check:
                     checks[key] = check
                     requests.setdefault(key, []).append(request)
             for key, (score, failure) in self._run(checks).items():
                 scores.update(dict.fromkeys(requests[key], score))
+                if self._boxed and not failure:
+                    self._verdicts[key] = score
                 if failure:
                     self._count(failure, len(requests[key]), *checks[key])
         return scores
@@ -117,7 +127,9 @@ class AnswerChecker(contextlib.AbstractContextManager):
         if predicted is None:
             return 0.0, None, None
         try:
-            verdict = compare(predicted, query.answer, question=question, choices=choices, equal=undecided)
+            verdict = compare(
+                predicted, query.answer, question=question, choices=choices, rules=self._rules, equal=undecided
+            )
         except Exception:  # a worker will fail on it in the same way, and there it is counted and named
             verdict = None
         if verdict is not None:
@@ -228,8 +240,9 @@ class Worker:
         with theirs:
             reward = self.config
             code = (
-                f"import sys; sys.path[:] = {sys.path!r}; from rethinker.rewards.checker import serve; "
-                f"serve({theirs.fileno()}, {reward.function!r}, {reward.timeout_s!r}, {reward.memory_gb!r})"
+                f"import sys; sys.path[:] = {sys.path!r}; from rethinker.rewards.checker import Rules, serve; "
+                f"serve({theirs.fileno()}, {reward.function!r}, {rules_of(reward)!r}, {reward.timeout_s!r}, "
+                f"{reward.memory_gb!r})"
             )
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code],
@@ -268,13 +281,16 @@ class Worker:
         return f"exit code {code}"
 
 
-def serve(fd: int, function: str, timeout_s: float, memory_gb: float) -> None:
+def rules_of(config: RewardConfig) -> Rules:
+    """What the settings say of rounded numbers, percent and degrees."""
+    return Rules(config.rounding, config.percent, config.degrees)
+
+
+def serve(fd: int, function: str, rules: Rules, timeout_s: float, memory_gb: float) -> None:
     """Answer checks until the trainer closes the connection or dies."""
     link = Connection(fd)
     try:
-        reward = load_reward(function)
-        if function == "boxed":
-            import math_verify  # noqa: F401  (a second of imports belongs to the start, not to a check's deadline)
+        reward = load_reward(function, rules)
         _limit_memory(memory_gb)
     except BaseException as error:
         link.send(_described(error))

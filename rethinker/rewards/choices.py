@@ -12,26 +12,34 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from rethinker.rewards.spelling import FULL_WIDTH, same_words
+
 LETTER = re.compile(
     r"^(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:?\s*)?[(\[]?([A-Z])[)\]]?[.:]?$", re.IGNORECASE
 )
-_LETTER_AND_TEXT = re.compile(r"^(?:[(\[]([A-Z])[)\]]|([A-Z])[.:)])[.:]?\s*([\w\\$\"'-].*)$", re.IGNORECASE | re.DOTALL)
+_LETTER_AND_TEXT = re.compile(
+    r"^(?:[(\[]([A-Z])[)\]]|([A-Z])[.:)])(?:[.:](?!\d))?\s*(\S.*)$", re.IGNORECASE | re.DOTALL
+)
 _SEVERAL_LETTERS = re.compile(r"^[(\[]?[A-Z](?:(?:[,;&/]|,?\s*and\s*|\s*)[A-Z])+[)\]]?$")
 _MARKERS = [
-    re.compile(r"(?m)^[ \t]*(?:[-*][ \t]+)?\**([A-Z])\**[ \t]*[.):、：][ \t]*"),  # A. / A) / A: at the start of lines
-    re.compile(r"(?<![A-Za-z\\])[(（]([A-Z])[)）]\s*"),  # (A) anywhere
+    re.compile(r"(?m)^[ \t]*(?:[-*][ \t]+)?\**([A-Z])\**[ \t]*[.):、][ \t]*"),  # A. / A) / A: at the start of lines
+    re.compile(r"(?<![A-Za-z\\])[(]([A-Z])[)]\s*"),  # (A) anywhere
     re.compile(r"(?:(?<=\s)|^)([A-Z])[.):]\s+"),  # A. or A) within a line
+    re.compile(r"(?:(?<=[\s;,.?!])|^)([A-Z])[.):、](?=\S)"),  # A.dog B.cat
+    re.compile(r"(?:(?<=\s)|^)([a-z])[.)]\s*(?=\S)"),  # a) dog b) cat
 ]
 # Python's parser takes time and memory for every character of the text.
 LONGEST_CHOICES = 20_000
 _DRESSED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|bf)\s*\{\s*(\([A-Z]\))\s*\}")
 _SPACES = re.compile(r"\\q?quad(?![A-Za-z])|\\ ")
+_GLUED = re.compile(r"(-?\d+(?:\.\d+)?)([A-Za-z])")
+_RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
 # Letters that stand for a choice even if the options are in the image; X or N is rather a variable.
 _LIKELY = "ABCDEFGHIJ"
 
 
 def options_of(question: str, choices: Any, clean: Callable[[str], str]) -> dict[str, str]:
-    """Letter to cleaned text of each option; empty for an open question.
+    """Letter to cleaned text of each option, "" where the option is its letter alone; empty for an open question.
 
     Args:
         question: searched for `(A) ...` or `A. ...` where `choices` says nothing.
@@ -41,16 +49,28 @@ def options_of(question: str, choices: Any, clean: Callable[[str], str]) -> dict
     if isinstance(choices, str):
         choices = _read(choices)
     if isinstance(choices, Mapping):
-        return {str(k).upper(): clean(str(v)) for k, v in choices.items() if len(str(k)) == 1 and str(k).isalpha()}
-    if isinstance(choices, Sequence) and not isinstance(choices, bytes) and 1 < len(choices) <= 26:
+        options = {str(k).upper(): clean(str(v)) for k, v in choices.items() if len(str(k)) == 1 and str(k).isalpha()}
+    elif isinstance(choices, Sequence) and not isinstance(choices, bytes) and 1 < len(choices) <= 26:
         options = {}
         for i, text in enumerate(choices):
             letter = chr(ord("A") + i)
             labelled = _LETTER_AND_TEXT.match(str(text).strip())
             own_label = labelled and (labelled[1] or labelled[2]).upper() == letter
             options[letter] = clean(labelled[3] if own_label else str(text))
-        return options
-    return {letter: clean(text) for letter, text in _in_question(question)}
+    else:
+        options = {letter: clean(text) for letter, text in _in_question(question)}
+    return {
+        letter: "" if (bare := LETTER.match(text)) and bare[1].upper() == letter else text
+        for letter, text in options.items()
+    }
+
+
+def labelled_option(answer: str) -> dict[str, str]:
+    """The one option that is known from an answer such as `B. Paris`; empty for any other answer."""
+    found = _LETTER_AND_TEXT.match(answer)
+    if found is None or (found[1] or found[2]) not in _LIKELY:
+        return {}
+    return {found[1] or found[2]: found[3]}
 
 
 def _read(choices: str) -> Any:
@@ -66,14 +86,14 @@ def _read(choices: str) -> Any:
 @lru_cache(maxsize=4096)
 def _in_question(question: str) -> tuple[tuple[str, str], ...]:
     """The longest run A, B, C, ... of option marks in a question, each with the text that follows it."""
-    question = _SPACES.sub(" ", _DRESSED.sub(r"\1", question))
+    question = _SPACES.sub(" ", _DRESSED.sub(r"\1", question.translate(FULL_WIDTH)))
     best: list[re.Match[str]] = []
     for marker in _MARKERS:
         run: list[re.Match[str]] = []
         for mark in marker.finditer(question):
-            if ord(mark[1]) == ord("A") + len(run):
+            if ord(mark[1].upper()) == ord("A") + len(run):
                 run.append(mark)
-            elif mark[1] == "A":
+            elif mark[1].upper() == "A":
                 run = [mark]
             if len(run) > max(len(best), 1):
                 best = list(run)
@@ -83,7 +103,7 @@ def _in_question(question: str) -> tuple[tuple[str, str], ...]:
     texts = [question[mark.end() : end].strip() for mark, end in zip(best, ends, strict=True)]
     if texts:  # what follows the last option on later lines is not part of it
         texts[-1] = texts[-1].split("\n")[0]
-    return tuple((mark[1], text.strip().rstrip(",;")) for mark, text in zip(best, texts, strict=True))
+    return tuple((mark[1].upper(), text.strip().rstrip(",;")) for mark, text in zip(best, texts, strict=True))
 
 
 def chosen(text: str, options: dict[str, str], same: Callable[[str, str], bool | None]) -> frozenset[str] | None:
@@ -101,6 +121,11 @@ def chosen(text: str, options: dict[str, str], same: Callable[[str, str], bool |
 
 
 def _letters(text: str, options: dict[str, str], same: Callable[[str, str], bool | None]) -> set[str] | None:
+    relabelled = {a for a, option in options.items() if (label := LETTER.match(option)) and label[1].upper() in options}
+    if relabelled:  # options such as (c), (a), (b): what is written like one is that one
+        written = {letter for letter in relabelled if options[letter] == text}
+        if written:
+            return written
     letter = LETTER.match(text)
     if letter and (letter[1].upper() in options or (not options and letter[1].upper() in _LIKELY)):
         return {letter[1].upper()}
@@ -111,16 +136,34 @@ def _letters(text: str, options: dict[str, str], same: Callable[[str, str], bool
         if expected == "" or (not options and letter in _LIKELY):  # the options' texts are in the image
             return {letter}
         if expected is not None:
-            verdict = same(labelled[3], expected)
+            verdict = _verdicts(labelled[3], {letter: expected}, same)[letter]
             return None if verdict is None else {letter} if verdict else set()
     if options and _SEVERAL_LETTERS.match(text):
         letters = [c for c in text if c.isupper()]
         if len(set(letters)) == len(letters) and set(letters) <= options.keys():
             return set(letters)
-    verbatim = {letter for letter, option in options.items() if option.casefold() == text.casefold()}
+    verbatim = {letter for letter, option in options.items() if option == text} or {
+        letter for letter, option in options.items() if same_words(option, text)
+    }
     if verbatim:
         return verbatim
-    verdicts = {letter: same(text, option) for letter, option in options.items()}
+    verdicts = _verdicts(text, options, same)
     if None in verdicts.values():
         return None
     return {letter for letter, verdict in verdicts.items() if verdict}
+
+
+def _verdicts(text: str, options: dict[str, str], same: Callable[[str, str], bool | None]) -> dict[str, bool | None]:
+    """Which options a text equals. Where it equals none as it stands, a letter glued to a number may be its unit (34m),
+    and among ratios alone a fraction is one (1/3 for 1:3)."""
+    verdicts = {letter: same(text, option) for letter, option in options.items()}
+    if any(verdict is not False for verdict in verdicts.values()):
+        return verdicts
+    for readable in (_GLUED, _RATIO):
+        found = {letter: readable.fullmatch(option) for letter, option in options.items()}
+        if all(found.values()):
+            plain = {
+                letter: f"{match[1]}/{match[2]}" if readable is _RATIO else match[1] for letter, match in found.items()
+            }
+            return {letter: same(text, option) for letter, option in plain.items()}
+    return verdicts

@@ -7,30 +7,46 @@ name (cm = centimeters), never converted: 5 cm is not 0.05 m, as the question as
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
-# A fraction such as 1/3 equals a decimal such as 0.333333 within this relative difference.
-RATIO_TOLERANCE = Fraction(2, 10**6)
+from rethinker.rewards.rules import Rules
+from rethinker.rewards.spelling import UNIT_MARK
+
+# What a float holds for certain; digits beyond are the noise of its arithmetic.
+FLOAT_DIGITS = 15
+# A decimal may be cut off instead of rounded (0.666666) within this relative distance.
+TRUNCATED = Fraction(2, 10**6)
+
 # Beyond this power of ten an exact value is a memory bomb, not an answer.
 LARGEST_EXPONENT = 400
 
 # Units by the name that all their spellings share, which comes first.
 _UNITS = """
-mm millimeter millimetre; cm centimeter centimetre; dm decimeter decimetre; m meter metre; km kilometer kilometre;
-in inch inches; ft foot feet; yd yard; mi mile; mph; ml mL milliliter millilitre; L l liter litre;
-mg milligram; g gram; kg kilogram; t ton tonne; lb lbs pound; oz ounce; mol mole;
-ms millisecond; s sec second; min minute; h hr hour; day; week; month; year yr; Hz hertz; kHz; MHz; GHz;
-N newton; J joule; kJ; W watt; mW; kW; MW; V volt; A amp ampere; mA; Ω ohm; Pa pascal; kPa; MPa;
-K kelvin; °C celsius; °F fahrenheit; ° deg degree; rad radian;
-$ dollar USD; ¢ cent; € euro EUR; £ GBP; ¥ yen yuan RMB; % percent pct percentage; unit
+mm millimeter millimetre 毫米; cm centimeter centimetre 厘米 公分; dm decimeter decimetre 分米; m meter metre 米;
+km kilometer kilometre 千米 公里; in inch inches; ft foot feet; yd yard; mi mile; mph;
+ml mL milliliter millilitre 毫升; L l liter litre 升; mg milligram 毫克; g gram 克;
+kg kilogram 千克 公斤; t ton tonne 吨;
+lb lbs pound; oz ounce; mol mole; ms millisecond; s sec second 秒; min minute 分钟; h hr hour 小时; day 天; week 周;
+month 个月; year yr 年; Hz hertz; kHz; MHz; GHz; N newton; J joule; kJ; W watt; mW; kW; MW; V volt; A amp ampere; mA;
+Ω ohm; Pa pascal; kPa; MPa; K kelvin; °C celsius 摄氏度; °F fahrenheit; ° deg degree 度; rad radian;
+$ dollar USD 美元; ¢ cent; € euro EUR 欧元; £ GBP 英镑; ¥ yen yuan RMB 元; % percent pct percentage; unit
 """
 _EXACT = {name: names.split()[0] for names in _UNITS.split(";") for name in names.split()}
-# Without regard to case, but not where case is the prefix: mW and MW.
-_FOLDED = {name.casefold(): unit for name, unit in _EXACT.items() if len(name) > 1 and unit not in ("mW", "MW")}
+# Words in any case, but of symbols only those whose case is no prefix: mg is not Mg.
+_CASELESS = frozenset(
+    "cm dm km kg in ft yd mi mph hr min sec lb lbs oz mol deg rad pct usd eur rmb gbp amp ohm yen ton".split()
+)
+_FOLDED = {name.casefold(): unit for name, unit in _EXACT.items() if len(name) > 3 or name.casefold() in _CASELESS}
+# Glued to a number these may as well be a product, as in 3mg for a weight.
+_PRODUCTS = frozenset("mg ml mL ms mA ft in mi at".split())
+# After a fraction or a root, a letter that is rather a variable than hours, tons or litres.
+_RATHER_VARIABLES = frozenset("h t l".split())
 _TEMPERATURES = dict.fromkeys(("degrees c", "degree celsius", "degrees celsius", "° c", "°celsius"), "°C")
 _TEMPERATURES |= dict.fromkeys(("degrees f", "degree fahrenheit", "degrees fahrenheit", "° f"), "°F")
+_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CURRENCIES = "$€£¥"
 _NO_UNIT = frozenset("pi sqrt sin cos tan log ln exp and or to by not times plus minus over per from is".split())
@@ -48,10 +64,13 @@ _VALUE = re.compile(
     )(?![\d.,/^])""",
     re.VERBOSE,
 )
-_UNIT_TEXT = re.compile(r"[A-Za-zµμΩ°%$€£¥¢][A-Za-zµμΩ°%$€£¥¢ /^0-9{}.\-]*")
+_UNIT_TEXT = re.compile(r"[A-Za-zµμΩ°%$€£¥¢\u4e00-\u9fff][A-Za-zµμΩ°%$€£¥¢\u4e00-\u9fff /^0-9{}.\-]*")
 _TRAILING_UNIT = re.compile(
-    r"^(?P<body>.*(?:[\d)}]|\\pi|\\infty))(?P<gap>\s*)(?P<unit>[A-Za-z°%Ω][A-Za-z°%Ω/^0-9 ]*)$", re.DOTALL
+    r"^(?P<body>.*(?:[\d)}]|\\pi|\\infty))(?P<gap>\s*\x01?)"  # see UNIT_MARK
+    r"(?P<unit>[A-Za-z°%Ω\u4e00-\u9fff][A-Za-z°%Ω\u4e00-\u9fff/^0-9{} ]*)$",
+    re.DOTALL,
 )
+_SUM = re.compile(r"(?<=[\w)}])[+\-]")
 _ASKS_FOR_PERCENT = re.compile(r"percent|%", re.IGNORECASE)
 
 
@@ -59,70 +78,106 @@ _ASKS_FOR_PERCENT = re.compile(r"percent|%", re.IGNORECASE)
 class Quantity:
     """A number with its unit.
 
-    `ratio` marks a written fraction (1/3) rather than a decimal. `unit` is a canonical name, "" without one. `loose`
-    marks a unit that may as well be a variable (5m) or a noun (5 apples): it is not simply left out of a comparison.
+    `ratio` marks a written fraction (1/3). `step` is the value of the last digit of a decimal, which may be a rounding;
+    0 of all other numbers. `unit` is a canonical name, "" without one; `product` marks one that may as well be
+    variables (5m), `noun` one that is no unit (5 apples).
     """
 
     value: Fraction
     ratio: bool
+    step: Fraction
     unit: str
-    loose: bool = False
+    product: bool = False
+    noun: bool = False
 
 
 @lru_cache(maxsize=16384)
 def parse_quantity(text: str) -> Quantity | None:
     """The quantity that the whole of a cleaned text stands for, or None."""
+    if text.casefold() in _WORDS:
+        return Quantity(Fraction(_WORDS.index(text.casefold())), False, Fraction(0), "")
     found = _VALUE.match(text)
     if found is None or len(text) > LARGEST_EXPONENT:
         return None
     part = found.groupdict()
-    value = _value(part)
-    if value is None:
+    value, step = _value(part)
+    if value is None or (part["sign"] and part["sign2"]):
         return None
     value = -value if "-" in (part["sign"], part["sign2"]) else value
     gap, rest = text[found.end() :], text[found.end() :].strip()
     first, _, others = rest.partition(" ")
     if first.casefold() in _SCALES:
-        value, rest = value * _SCALES[first.casefold()], others.strip()
-        gap = " "
+        scale, rest = _SCALES[first.casefold()], others.strip()
+        value, step, gap = value * scale, step * scale, " "
     ratio, currency = part["number"] is None, part["currency"]
+    marked, rest = rest.startswith(UNIT_MARK), rest.removeprefix(UNIT_MARK)
     if currency or not rest:
-        return None if currency and rest and canonical_unit(rest)[0] != currency else Quantity(value, ratio, currency)
+        other = currency and rest and canonical_unit(rest)[0] != currency
+        return None if other else Quantity(value, ratio, step, currency)
     if not _UNIT_TEXT.fullmatch(rest):
         return None
     unit, known = canonical_unit(rest)
-    glued = not gap.startswith(" ")
-    noun = re.fullmatch(r"[A-Za-z]+(?: [A-Za-z]+)*", rest) and _NO_UNIT.isdisjoint(rest.casefold().split())
-    if not known and (glued or len(unit) < 2 or not noun):
+    glued = not gap.startswith(" ") and rest.isascii()
+    if not known and (glued or not _is_noun(rest)):
         return None  # 5x and 5 sin are expressions, 5 and 6 are two numbers
-    return Quantity(value, ratio, unit, loose=not known or (glued and len(rest) == 1 and rest.isalpha()))
+    product = not marked and ((glued and _may_be_product(rest)) or (ratio and rest in _RATHER_VARIABLES))
+    return Quantity(value, ratio, step, unit, product, noun=not known)
 
 
-def quantities_match(predicted: Quantity, answer: Quantity, question: str) -> bool:
+def _may_be_product(unit: str) -> bool:
+    """Whether a unit that is glued to its number may be variables: a letter, a power of one, or letters such as mg."""
+    return unit in _PRODUCTS or bool(re.fullmatch(r"[A-Za-z]|[A-Za-ln-z]\^?\{?[23]\}?", unit))
+
+
+def _is_noun(text: str) -> bool:
+    """Whether a text may be what is counted: words, none of them mathematics or a product of variables."""
+    words = text.casefold().split()
+    return _NO_UNIT.isdisjoint(words) and all(
+        word.isalpha() and (not word.isascii() or (len(word) > 2 and not set(word).isdisjoint("aeiouy")))
+        for word in words
+    )
+
+
+def quantities_match(predicted: Quantity, answer: Quantity, question: str, rules: Rules) -> bool:
     """Whether a predicted quantity is the expected one; the percent and unit rules are those of `answers`."""
-    if answer.unit == "%" and predicted.unit in ("", "%"):
-        if _same(predicted, answer.value, answer.ratio):
+    percent = answer.unit == "%"
+    if percent and predicted.unit in ("", "%"):
+        if _same(predicted, answer, rules):
             return True
-        return not predicted.unit and _same(predicted, answer.value / 100, answer.ratio)
-    if predicted.unit == "%" and not (answer.unit == "" and _ASKS_FOR_PERCENT.search(question)):
-        return False
+        return not predicted.unit and _same(predicted, _hundredth(answer), rules)
+    if predicted.unit == "%" and not answer.unit:
+        if _ASKS_FOR_PERCENT.search(question):
+            return _same(predicted, answer, rules)
+        return rules.percent and _same(_hundredth(predicted), answer, rules)
     if predicted.unit and answer.unit:
         agree = predicted.unit == answer.unit
     elif answer.unit:  # the prediction leaves it out: fine, unless 5m may be an expression
-        agree = not (answer.loose and len(answer.unit) == 1)
-    else:  # the prediction adds one: a known unit, or the noun that the question counts
-        agree = not predicted.loose or (len(predicted.unit) > 1 and predicted.unit in question.casefold())
-    return agree and _same(predicted, answer.value, answer.ratio)
+        agree = not answer.product
+    elif predicted.noun:  # the prediction adds the noun that the question counts
+        agree = predicted.unit in question.casefold()
+    else:
+        agree = not predicted.product
+    return agree and _same(predicted, answer, rules)
 
 
 def split_unit(text: str) -> tuple[str, str] | None:
-    r"""Split an expression from its known unit: `10\sqrt{2} cm` to (`10\sqrt{2}`, `cm`); None without one."""
+    r"""Split an expression from its known unit: `10\sqrt{2} cm` to (`10\sqrt{2}`, `cm`); None without one.
+
+    A unit is apart from its expression, or longer than a letter and after a single term: 1+4t and 5-3 t have none.
+    """
     found = _TRAILING_UNIT.match(text)
     if found is None:
         return None
     unit, known = canonical_unit(found["unit"])
-    if not known or (not found["gap"] and len(found["unit"]) == 1 and found["unit"].isalpha()):
+    named, marked = found["unit"], UNIT_MARK in found["gap"]
+    if not known:
         return None
+    if not marked and named.isascii():
+        body, letter = found["body"], _may_be_product(named) and named not in _PRODUCTS
+        glued = not found["gap"] or body.endswith(("\\pi", "\\infty"))  # a command's name ends with a space
+        product = (glued and _may_be_product(named)) or named in _RATHER_VARIABLES
+        if product or ((letter or glued) and _SUM.search(body)):
+            return None
     return found["body"], unit
 
 
@@ -143,6 +198,7 @@ def canonical_unit(text: str) -> tuple[str, bool]:
 def _single_unit(text: str) -> str | None:
     """cm, cm^2, cm2, square centimeters, centimeters squared; None if it is no unit known here."""
     power = ""
+    text = text.replace("平方", "square ").replace("立方", "cubic ")
     words = text.replace("µ", "μ").split()
     for names, exponent in ((("square", "sq", "sq.", "squared"), "^2"), (("cubic", "cu", "cu.", "cubed"), "^3")):
         kept = [word for word in words if word.casefold() not in names]
@@ -162,28 +218,53 @@ def _single_unit(text: str) -> str | None:
     return None
 
 
-def _value(part: dict[str, str | None]) -> Fraction | None:
+def _value(part: dict[str, str | None]) -> tuple[Fraction | None, Fraction]:
+    """The value, None for what has none, and the step of its last digit."""
+    exact = Fraction(0)
     if part["whole"]:
-        top, bottom = part["mixed_top"] or part["mixed_top2"], part["mixed_bottom"] or part["mixed_bottom2"]
-        return Fraction(part["whole"]) + Fraction(int(top), int(bottom)) if int(bottom) else None
+        top, bottom = int(part["mixed_top"] or part["mixed_top2"]), int(part["mixed_bottom"] or part["mixed_bottom2"])
+        # 1 3/2 is no mixed number, and may as well be a product.
+        return Fraction(part["whole"]) + Fraction(top, bottom) if top < bottom else None, exact
     for top, bottom in (("latex_top", "latex_bottom"), ("digit_top", "digit_bottom"), ("top", "bottom")):
         if part[top] is not None:
             over, under = _decimal(part[top]), _decimal(part[bottom])
-            return over / under if under else None
+            return over / under if under else None, exact
     exponent = int(part["exponent"] or part["power"] or part["power2"] or 0)
     if abs(exponent) > LARGEST_EXPONENT:
-        return None
-    return _decimal(part["number"]) * Fraction(10) ** exponent
+        return None, exact
+    places = len(part["number"].partition(".")[2])
+    step = Fraction(10) ** (exponent - places) if places else exact
+    return _decimal(part["number"]) * Fraction(10) ** exponent, step
 
 
 def _decimal(text: str) -> Fraction:
-    return Fraction(text.replace(",", ""))
+    """A number as written, but for the noise of binary arithmetic: 0.30000000000000004 is 0.3."""
+    text = text.replace(",", "")
+    value = Fraction(text)
+    if "." in text and len(text.replace(".", "").lstrip("0")) > FLOAT_DIGITS:
+        return Fraction(f"{float(value):.{FLOAT_DIGITS}g}")
+    return value
 
 
-def _same(predicted: Quantity, expected: Fraction, ratio: bool) -> bool:
-    """Equal values, up to the rounding of a fraction that one side writes as a decimal."""
-    if predicted.value == expected:
+def _hundredth(quantity: Quantity) -> Quantity:
+    return replace(quantity, value=quantity.value / 100, step=quantity.step / 100, unit="")
+
+
+def _same(predicted: Quantity, answer: Quantity, rules: Rules) -> bool:
+    """Equal values; or a fraction on one side, and on the other a decimal that it rounds to."""
+    if predicted.value == answer.value:
         return True
-    if predicted.ratio == ratio:
-        return False
-    return abs(predicted.value - expected) <= RATIO_TOLERANCE * abs(expected)
+    fraction, decimal = (predicted, answer) if predicted.ratio else (answer, predicted)
+    return fraction.ratio and not decimal.ratio and rounds_to(fraction.value, decimal, rules)
+
+
+def rounds_to(exact: Any, decimal: Quantity, rules: Rules) -> bool:
+    """Whether a decimal is what a number rounds to, and near enough to it for the rules.
+
+    Args:
+        exact: the number, of any type that fractions can be compared with.
+        decimal: the decimal.
+    """
+    distance, size = abs(exact - decimal.value), abs(exact)
+    cut_off = distance < decimal.step and distance < TRUNCATED * size
+    return (2 * distance <= decimal.step or cut_off) and distance < Fraction(str(rules.rounding)) * size

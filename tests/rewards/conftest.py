@@ -9,7 +9,7 @@ from rethinker.samples import Query
 
 @pytest.fixture(scope="session")
 def boxed_checker():
-    """The built-in check; one worker, since math-verify takes seconds to import."""
+    """The built-in check, in one worker."""
     with AnswerChecker(RewardConfig(timeout_s=2.0, workers=1)) as checker:
         yield checker
 

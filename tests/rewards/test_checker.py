@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -17,7 +18,7 @@ from dataclasses import replace
 import pytest
 
 from rethinker.config import ConfigError, RewardConfig
-from rethinker.rewards import answers, choices, quantities
+from rethinker.rewards import answers, choices, mathematics, quantities
 from rethinker.rewards import checker as module
 from rethinker.rewards.checker import AnswerChecker
 from rethinker.rewards.functions import load_reward
@@ -212,7 +213,7 @@ def test_a_request_id_given_twice_is_refused(checker):
 
 @pytest.mark.parametrize("function", ["boxed", "custom"])
 def test_scoring_off_the_main_thread(checker, boxed_checker, function):
-    """Law 11: checks that use a process, a deadline and math-verify give the same scores in any thread."""
+    """Law 11: checks that use a process and a deadline give the same scores in any thread."""
     right = {"a": "value 1", "b": "raise"}
     if function == "boxed":
         checker, right = boxed_checker, {"a": "\\boxed{x^2-1}", "b": "\\boxed{\\sqrt{2}}"}
@@ -361,14 +362,41 @@ def test_an_interrupted_call_does_not_answer_the_next(checker):
     assert checker.score(ask({f"r{i}": f"value {i}" for i in range(8)})) == {f"r{i}": float(i) for i in range(8)}
 
 
-def test_hard_mathematics_times_out_in_the_boxed_reward(boxed_checker):
-    """Law 11: an answer that sympy never finishes is killed and scores 0; identical answers share the check."""
-    query = Query(id="q", question="", answer="10^{10^{10}}+1")
-    bomb = "\\boxed{9^{9^{9^{9}}} + \\sqrt{2}}"
-    failed, start = boxed_checker.failures.total(), time.monotonic()
-    items = [(f"r{i}", bomb, query) for i in range(8)] + [("ok", "\\boxed{10^{10^{10}} + 1}", query)]
+HARD = [  # pairs that a solver would not finish
+    ("9^{9^{9^{9}}} + \\sqrt{2}", "10^{10^{10}}+1"),
+    ("x^{\\sin x} = \\cos(e^x)", "\\ln(x) = \\tan(x^2+1)"),
+    ("\\tan(\\tan(\\tan(x)))", "\\sin(\\sin(\\sin(x)))"),
+    ("e^{e^{e^{e^{e}}}}", "e^{e^{e^{e^{e+1}}}}"),
+    ("((((9!)!)!)!)!", "((((8!)!)!)!)!"),
+    ("1/2006!", "1/2004!"),
+    ("\\binom{4000}{2000}", "\\binom{4000}{2001}"),
+    ("(x+1)^{99999}", "(x+1)^{99998}(x+1)"),
+    ("+".join(f"\\sin({i}x)" for i in range(150)), "+".join(f"\\sin({i}x)" for i in range(1, 150))),
+    ("(" * 400 + "x" + ")" * 400, "x+1"),
+    (
+        "\\{" + ",".join(f"\\sqrt{{{i}}}x" for i in range(60)) + "\\}",
+        "\\{" + ",".join(f"{i}^{{0.5}}x" for i in range(1, 61)) + "\\}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("predicted", "answer"), HARD)
+def test_hard_mathematics_ends_by_itself(predicted, answer):
+    """Law 11: no pair takes 2 s, on a core of its own, whatever it asks to compute."""
+
+    def judge() -> None:
+        with contextlib.suppress(mathematics.BudgetError):
+            answers.compare(predicted, answer, equal=answers.math_equal)
+
+    assert least_cpu_s(judge, times=2) < 2.0
+
+
+def test_a_check_that_costs_too_much_is_counted(boxed_checker):
+    """Law 11: an answer beyond the budget of operations scores 0 and is counted; identical answers share the check."""
+    predicted, answer = HARD[-1]
+    query, failed = Query(id="q", question="", answer=answer), boxed_checker.failures.total()
+    items = [(f"r{i}", f"\\boxed{{{predicted}}}", query) for i in range(8)] + [("ok", f"\\boxed{{{answer}}}", query)]
     assert boxed_checker.score(items) == {**{f"r{i}": 0.0 for i in range(8)}, "ok": 1.0}
-    assert time.monotonic() - start < 15
     assert boxed_checker.failures.total() == failed + 8
 
 

@@ -1,0 +1,145 @@
+r"""Equations, inequalities and intervals: what an answer says of a variable, and the sets of numbers that it names."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from rethinker.rewards.spelling import closing
+
+_SIGNS = re.compile(r"\\(?:leq|geq|neq|approx|equiv|sim)(?![A-Za-z])|[=<>]")
+_SUBSCRIPT = r"(?:_(?:\{[^{}]*(?:\{[^{}]*\})?[^{}]*\}|\\?\w+?(?![A-Za-z]\w)|\w))?"
+_LETTER = rf"(?:\\Delta |d)?(?:[A-Za-z]|\\(?!frac|sqrt|pi\b|infty)[A-Za-z]+(?![A-Za-z])|[\u0391-\u03c9])'*{_SUBSCRIPT}"
+_ARGUMENTS = r"(?: ?\([^()=]*(?:\([^()]*\))?[^()=]*\))"
+_POINTS = r"(?:[A-Z][A-Z']{0,5}|[a-z])"
+NAME = re.compile(
+    rf"(?:{_LETTER}(?:\^\{{-1\}})?{_ARGUMENTS}?"  # x, x_1, S_{{\triangle ABC}}, f(x), P(A)
+    rf"|(?:m\s*)?\\angle ?{_POINTS}\d?|\\(?:triangle|odot) ?{_POINTS}|[A-Z]{{2,4}}'?|\|[A-Z]{{2}}\|"
+    rf"|\\(?:vec|hat|bar|overline|overrightarrow|widehat|mathcal)\{{[^{{}}]*\}}{_SUBSCRIPT}"
+    r"|\\frac\{d\w?\}\{d\w\}"
+    r"|(?:(?:the|length|area|perimeter|volume|value|angle|measure|total|answer|number|probability|ratio|sum|of|in|is"
+    r"|triangle|circle|square|rectangle|side|radius|diameter|height|width|distance|time|speed|cost|price|age"
+    r"|[A-Z]{1,4}|面积|周长|体积) ?)+)"
+)
+_QUOTIENT = re.compile(r"\\frac\{([^{}]+)\}\{([^{}]+)\}|([^/:]+)[/:]([^/:]+)")
+LONGEST_ASKED = 100
+_TUPLE = re.compile(r"\(([^()]+)\)")
+_FLIPPED = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq", "\\neq": "\\neq"}
+_BUILDER = re.compile(r"\\\{\s*(\w+)\s*(?:\\in ?\\reals\s*)?(?:\||:|\\mid(?![a-z]))(.*)\\\}", re.DOTALL)
+_MEMBER = re.compile(rf"(?:{_LETTER})\s*\\in(?![a-z])\s*(.*)", re.DOTALL)
+_OR = re.compile(r"\s+or\s+|\s*\\(?:lor|vee)(?![a-z])\s*")
+_CUP = re.compile(r"\\cup(?![a-z])")
+
+Interval = tuple[str, str, str, str]
+"""Bracket, lower end, upper end, bracket: ("(", "-\\infty", "5", "]")."""
+
+
+def split_relation(text: str) -> tuple[list[str], list[str]]:
+    """The sides of a cleaned text and the relation signs between them, which stand in no bracket."""
+    sides, signs, depth, start, i = [], [], 0, 0, 0
+    while i < len(text):
+        if text[i] in "([{":
+            depth += 1
+        elif text[i] in ")]}":
+            depth -= 1
+        elif depth == 0 and (sign := _SIGNS.match(text, i)):
+            sides.append(text[start:i].strip())
+            signs.append(sign.group())
+            start = i = sign.end()
+            continue
+        i += 1 + (text[i] == "\\" and text[i + 1 : i + 2] in ("{", "}"))
+    return [*sides, text[start:].strip()], signs
+
+
+def is_name(text: str, question: str) -> bool:
+    """Whether the left side of an equation only names its right one: x, S_{ABC}, f(x), (x,y), or what is asked for."""
+    text = text.strip()
+    if NAME.fullmatch(text):
+        return True
+    names, ratio = _TUPLE.fullmatch(text), _QUOTIENT.fullmatch(text)
+    parts = names[1].split(",") if names else [part for part in ratio.groups() if part] if ratio else []
+    if parts and all(NAME.fullmatch(part.strip()) for part in parts):
+        return True
+    bare = re.sub(r"\s", "", text)
+    if not 2 < len(bare) <= LONGEST_ASKED:
+        return False
+    asked = r"\s*".join(map(re.escape, bare))
+    return re.search(rf"(?<![\w.+\-*/^]){asked}(?!\w|\s*[.^*/]\w)", question.replace("$", "")) is not None
+
+
+def as_intervals(text: str) -> tuple[str | None, list[Interval]] | None:
+    r"""The variable, if it is named, and the intervals of a set of numbers; None for what is none.
+
+    Reads (a,b], unions, a<x<b, x\neq a, `x<a or x>b`, {x | ...}, x \in ..., and the real numbers.
+    """
+    builder = _BUILDER.fullmatch(text)
+    if builder:
+        inside = as_intervals(builder[2].strip())
+        return None if inside is None or inside[0] not in (None, builder[1]) else (None, inside[1])
+    member = _MEMBER.fullmatch(text)
+    if member:
+        inside = as_intervals(member[1].strip())
+        return inside and (None, inside[1])
+    if text in ("\\reals", "\\reals "):
+        return None, [("(", "-\\infty", "\\infty", ")")]
+    parts = [part.strip() for part in _CUP.split(text)]
+    if len(parts) > 1:
+        found = [_bracketed(part) for part in parts]
+        return None if None in found else (None, found)
+    alternatives = _OR.split(text)
+    if len(alternatives) > 1:
+        found = [as_intervals(part.strip()) for part in alternatives]
+        if None in found or len({variable for variable, _ in found}) > 1:
+            return None
+        return found[0][0], [interval for _, intervals in found for interval in intervals]
+    bracketed = _bracketed(text)
+    if bracketed:
+        return None, [bracketed]
+    return _of_relation(text)
+
+
+def _bracketed(text: str) -> Interval | None:
+    if text[:1] not in ("(", "[") or text[-1:] not in (")", "]") or closing(text) != len(text) - 1:
+        return None
+    inner, depth, commas = text[1:-1], 0, []
+    for i, char in enumerate(inner):
+        depth += (char in "([{") - (char in ")]}")
+        if char in ",;" and depth == 0:
+            commas.append(i)
+    if len(commas) != 1:
+        return None
+    low, high = inner[: commas[0]].strip(), inner[commas[0] + 1 :].strip().removeprefix("+")
+    return (text[0], low, high, text[-1]) if low and high else None
+
+
+def _of_relation(text: str) -> tuple[str, list[Interval]] | None:
+    """The intervals of an inequality, or a chain of two, about a variable that stands alone."""
+    sides, signs = split_relation(text)
+    if not signs or any(sign not in _FLIPPED for sign in signs) or len(sides) > 3:
+        return None
+    if len(sides) == 2:
+        alone = [bool(_VARIABLE.fullmatch(side)) for side in sides]
+        if alone == [False, True]:
+            sides, signs = sides[::-1], [_FLIPPED[signs[0]]]
+        elif alone != [True, False]:
+            return None
+        (variable, end), sign = sides, signs[0]
+        below, above = ("(", "-\\infty", end, ")"), ("(", end, "\\infty", ")")
+        closed = {"\\leq": ("(", "-\\infty", end, "]"), "\\geq": ("[", end, "\\infty", ")")}
+        return variable, [below, above] if sign == "\\neq" else [{"<": below, ">": above}.get(sign) or closed[sign]]
+    low, variable, high = sides
+    if not NAME.fullmatch(variable) or "\\neq" in signs or (signs[0] in "<\\leq") != (signs[1] in "<\\leq"):
+        return None
+    if signs[0] not in ("<", "\\leq"):
+        low, high, signs = high, low, [_FLIPPED[sign] for sign in signs[::-1]]
+    brackets = "(" if signs[0] == "<" else "[", ")" if signs[1] == "<" else "]"
+    return variable, [(brackets[0], low, high, brackets[1])]
+
+
+_VARIABLE = re.compile(_LETTER)
+
+
+@lru_cache(maxsize=4096)
+def names_a_set(text: str) -> bool:
+    """Whether a text can only be a set of numbers, and not a pair such as (1,2)."""
+    return as_intervals(text) is not None and _bracketed(text) is None
