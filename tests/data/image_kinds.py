@@ -6,10 +6,13 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin
+
+from rethinker.samples import Prompt
 
 ORIENTATIONS = range(1, 9)
 # What Pillow writes an orientation to, each without its own loss where it can be.
@@ -48,6 +51,14 @@ def oriented(orientation: int, kind: str = "JPEG", image: Image.Image | None = N
     if kind == "MPO":
         options["append_images"] = [photo(10, 10)]
     return saved(image or photo(), kind, exif=exif, **options)
+
+
+def tagged(prompt: Prompt, orientation: int = 6) -> Prompt:
+    """A prompt as it must not be handed to an engine: its upright images still ask to be turned."""
+    images = [image.copy() for image in prompt.images]
+    for image in images:
+        image.getexif()[0x0112] = orientation
+    return replace(prompt, images=images)
 
 
 def oriented_by_xmp(orientation: int, kind: str = "JPEG") -> bytes:

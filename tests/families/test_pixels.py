@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unittest.mock import patch
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,12 +14,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 import rethinker.families
 from rethinker.config import DataConfig
-from rethinker.data import images
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded.tiny import create_tiny
 from rethinker.policy.model import load_processor
-from rethinker.samples import Query
-from tests.data.image_kinds import KINDS, noise, oriented, saved
+from rethinker.samples import Prompt, Query
+from tests.data.image_kinds import KINDS, noise, oriented, saved, tagged
 from tests.families.tiny_models import create
 
 LIMITS = DataConfig(min_pixels=1024, max_pixels=8192)
@@ -43,9 +42,9 @@ class Sides:
         )
         self.vllm = MULTIMODAL_REGISTRY.create_processor(config)
 
-    def differences(self, query: Query) -> list[str]:
-        """What of a query is not the same: its tokens, or tensors by their name."""
-        prompt, ours = self.encoder.encode(query), self.encoder.pixels(query)
+    def differences(self, query: Query, fault: Callable[[Prompt], Prompt] = lambda prompt: prompt) -> list[str]:
+        """What of a query is not the same, its tokens or tensors by their name, once a `fault` has befallen it."""
+        prompt, ours = fault(self.encoder.encode(query)), self.encoder.pixels(query)
         items = self.vllm.info.parse_mm_data({"image": prompt.images})
         seen = self.vllm(prompt.compact_ids, mm_items=items, hf_processor_mm_kwargs={})
         theirs = seen["mm_kwargs"].get_data()
@@ -72,14 +71,7 @@ def test_both_sides_see_the_same_pixels(sides, kind):
 
 @pytest.mark.parametrize("size", [(75, 30), (64, 64)])
 def test_an_orientation_that_stays_is_seen(sides, size):
-    """The comparison above is able to fail: a tag that stays on the image turns vLLM's pixels once more."""
-    plain = images._plain
-
-    def tagged(image):
-        made = plain(image)
-        made.getexif()[0x0112] = 6
-        return made
-
-    content = oriented(6, "PNG", Image.fromarray(noise(*size)))
-    with patch.object(images, "_plain", tagged):
-        assert sides.differences(Query("q", "?", "", ({"bytes": content},)))
+    """The comparison above is able to fail: vLLM turns the pixels once more if their tag is left."""
+    query = Query("q", "?", "", ({"bytes": oriented(6, "PNG", Image.fromarray(noise(*size)))},))
+    assert sides.differences(query) == []
+    assert sides.differences(query, tagged)
