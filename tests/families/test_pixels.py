@@ -11,12 +11,15 @@ from transformers import AutoConfig
 from vllm.config import ModelConfig
 from vllm.model_executor.models import ModelRegistry
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.media import ImageMediaIO
 
 import rethinker.families
 from rethinker.config import DataConfig
+from rethinker.data.images import open_image
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded.tiny import create_tiny
 from rethinker.policy.model import load_processor
+from rethinker.rollout.server.engine import _as_url
 from rethinker.samples import Prompt, Query
 from tests.data.image_kinds import KINDS, noise, oriented, saved, tagged
 from tests.families.tiny_models import create
@@ -67,6 +70,14 @@ def test_both_sides_see_the_same_pixels(sides, kind):
     assert sides.encoder.misfit(query) == ("image shape" if strip else None)
     if not strip:
         assert sides.differences(query) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_sees_the_same_pixels(kind):
+    """What vLLM's own reader makes of an image that a rollout server is sent is that image, to the bit."""
+    image = open_image({"bytes": KINDS[kind]()}, kind)
+    seen = ImageMediaIO().load_base64("image/png", _as_url(image).partition(",")[2]).media
+    assert (seen.mode, seen.size, seen.tobytes()) == ("RGB", image.size, image.tobytes())
 
 
 @pytest.mark.parametrize("size", [(75, 30), (64, 64)])
