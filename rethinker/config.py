@@ -198,11 +198,18 @@ class RolloutConfig:
     max_staleness: ranges.ZeroOrOne = 0
     """Episodes by which rollouts may lag behind the policy: 0, or 1 to sample the next episode while this one trains
     (`server` only, with algorithm.rollout_correction). mismatch_kl then holds what an episode's steps changed, too."""
-    max_mismatch_kl: ranges.Positive | None = 0.1
+    max_mismatch_kl: ranges.PositiveOrAuto | None = "auto"
     """The run stops when mismatch_kl (k3 in nats per token between rollout and trainer, first step after a sync)
-    exceeds this: rounding stays far below (1e-4 in bf16), large moves that did not arrive do not. null: never."""
+    exceeds this, and warns from a tenth of it: rounding stays below, images that are read differently and large moves
+    that did not arrive do not. auto: 1e-3 in float32, 1e-2 in bfloat16, 0.1 with max_staleness=1. null: never."""
     timeout_s: ranges.Seconds = 1800.0
     """Deadline of one rollout or one weight sync; after it the run stops and says what hung."""
+
+    def mismatch_ceiling(self, dtype: str) -> float | None:
+        """What max_mismatch_kl comes to with `policy.dtype`; None: no ceiling."""
+        if self.max_mismatch_kl != "auto":
+            return self.max_mismatch_kl
+        return 0.1 if self.max_staleness else {"float32": 1e-3, "bfloat16": 1e-2}[dtype]
 
 
 @dataclass

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, WrapValidator
 
 MOST_IMAGE_PIXELS = 178_956_970  # above twice its own threshold Pillow opens no image
 
@@ -47,6 +48,13 @@ def _address(url: str) -> str:
     return url
 
 
+def _or_auto(value: Any, number: Callable[[Any], float]) -> Any:
+    """Not a union: of a value that none of its types takes pydantic would name the first alone."""
+    if isinstance(value, str) and value != "auto":
+        raise ValueError("must be auto or a number")
+    return value if value == "auto" else number(value)
+
+
 Count = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]  # NumPy's
@@ -56,6 +64,7 @@ ZeroOrOne = Annotated[int, Field(strict=True, ge=0, le=1)]
 ImagePixels = Annotated[int, Field(strict=True, ge=1, le=MOST_IMAGE_PIXELS)]
 Seconds = Annotated[float, Field(strict=True, gt=0, le=1e9)]  # what timers take
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+PositiveOrAuto = Annotated[Positive, WrapValidator(_or_auto)]
 NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 AboveOne = Annotated[float, Field(strict=True, gt=1)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]

@@ -43,7 +43,8 @@ runtime/test_torchvision_cpu.py report/test_browser.py rewards/test_checker.py i
 report/test_page.py rollout/test_faults.py kernels/test_csrc.py rollout/test_weight_sync.py test_wheel.py
 rollout/server/test_serve.py kernels/test_precision.py families/test_rollout.py kernels/test_csrc_cuda_on_host.py
 kernels/test_merge_attention.py embedded/test_tiny.py integration/test_virl39k.py kernels/test_memory.py
-fuzz/test_fuzz.py families/test_packing.py kernels/test_sum_tree.py kernels/test_compile.py benchmarks/test_kernels.py
+fuzz/test_fuzz.py families/test_packing.py families/test_pixels.py kernels/test_sum_tree.py kernels/test_compile.py
+benchmarks/test_kernels.py
 benchmarks/test_replay_benchmark.py kernels/test_sum_tree_agreement.py rollout/test_hf_engine.py
 runtime/test_ownership.py embedded/test_files.py plan/test_families.py test_cli.py curation/test_curate.py
 policy/test_packing.py policy/test_lora.py data/test_streaming.py families/test_prompts.py policy/test_foreign_models.py

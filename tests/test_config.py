@@ -289,6 +289,7 @@ def test_batches_must_hold_whole_groups_and_episodes_whole_batches():
         ("replay.importance_exponent", -1.0, "greater than or equal to 0"),
         ("replay.max_age", -1, "greater than or equal to 0"),
         ("rollout.max_mismatch_kl", 0.0, "greater than 0"),
+        ("rollout.max_mismatch_kl", "automatic", "must be auto or a number"),
         ("rollout.max_staleness", 2, "less than or equal to 1"),
         ("data.min_pixels", 10**9, "must not exceed data.max_pixels"),
         ("data.prompt", "What?", "must hold {question} exactly once"),

@@ -1,4 +1,7 @@
-"""Image references opened: upright RGB pixels, and sizes without decoding, whatever the file turns out to be.
+"""Image references opened: upright RGB pixels and nothing else, and sizes without decoding, whatever the file is.
+
+What else a file says of its pixels (EXIF, XMP, a colour profile, a transparent colour) ends here: the rollout engine
+would follow it once more, and the trainer would not.
 
 A data set names files and holds bytes from anywhere, so only regular files are opened (a pipe would never end), only by
 decoders that decode (Pillow's EPS would start Ghostscript), and only up to a number of pixels.
@@ -35,6 +38,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]
 
 
 class UnreadableImageError(ConfigError):
@@ -42,19 +46,24 @@ class UnreadableImageError(ConfigError):
 
 
 def image_size(reference: Any, query_id: str, max_pixels: int = DataConfig.max_image_pixels) -> tuple[int, int]:
-    """(height, width) as stored, from the file's header alone. EXIF rotation may swap the two.
+    """(height, width) of the image that `open_image` returns, from what stands before the pixels alone.
 
     Raises:
         UnreadableImageError: naming the query and the file that is no readable image.
     """
     with _opened(reference, query_id, max_pixels) as image:
-        return image.height, image.width
+        turned = image.format == "TIFF" and _ORIENTATION in image.tag_v2  # by Pillow; its size says so already
+        sideways = not turned and _turn(image) in _SIDEWAYS
+        return (image.width, image.height) if sideways else (image.height, image.width)
 
 
 def open_image(reference: Any, query_id: str, max_pixels: int = DataConfig.max_image_pixels) -> Image.Image:
-    """The decoded image: upright by its EXIF orientation, RGB, transparency on white, 16 bits per channel scaled to 8.
+    """The decoded image as plain RGB pixels, without any metadata, the same for whoever reads them.
 
-    Of an animation it is the first frame.
+    They are turned upright as EXIF says, or XMP where EXIF does not; transparency is white; of an animation or a
+    stereo photo they are the first frame. 16 bits become 8; deep grey by the least of the ranges [0, 1] (floats),
+    [0, 255] and [0, 65535] that holds all values, else by their own, from 0 or the least if that is below. Colour
+    profiles are not applied: neither transformers nor vLLM do, and models were trained without.
 
     Args:
         reference: a path, `{"bytes"}` or `{"path"}`.
@@ -65,7 +74,7 @@ def open_image(reference: Any, query_id: str, max_pixels: int = DataConfig.max_i
         UnreadableImageError: naming the query and the file that cannot be decoded.
     """
     with _opened(reference, query_id, max_pixels) as image:
-        return _rgb(_upright(image))
+        return _plain(image)
 
 
 def check_image(reference: Any, query_id: str, max_pixels: int = DataConfig.max_image_pixels) -> None:
@@ -77,7 +86,7 @@ def check_image(reference: Any, query_id: str, max_pixels: int = DataConfig.max_
     with _opened(reference, query_id, max_pixels) as image:
         if image.format in ("JPEG", "MPO"):
             image.draft(None, (1, 1))  # every bit is still read, but only an eighth of each side computed
-        _rgb(_upright(image))
+        _plain(image)
 
 
 def image_key(reference: Any) -> Hashable:
@@ -124,19 +133,41 @@ def _file(path: str | os.PathLike[str], max_pixels: int) -> BinaryIO:
     raise ValueError(f"{status.st_size} bytes are too many for data.max_image_pixels={max_pixels}")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF says. Pillow's exif_transpose also writes the other tags anew, and fails on odd ones."""
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION))
-    return image if turn is None else image.transpose(turn)
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the stored pixels upright; None if nothing does, or if what would say so is damaged."""
+    try:
+        # Not PngImageFile's own, which decodes the pixels to look behind them.
+        return _TURNS.get(Image.Image.getexif(image).get(_ORIENTATION))
+    except Exception:  # parsers of metadata raise anything, too; the image is not the worse for it
+        return None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # Pillow would clip these at 255
-        values = np.asarray(image)
-        values = values >> 8 if values.max(initial=0) > 255 else values
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+def _plain(image: Image.Image) -> Image.Image:
+    """A new image that knows nothing but its pixels: see `open_image`."""
+    turn = _turn(image)
+    image.load()
+    if image.format == "TIFF":  # Pillow has turned it by now
+        turn = None
+    if image.mode.startswith(("I", "F")):  # Pillow would clip these at 255
+        image = _eight_bits(image)
+    plain = Image.new("RGB", image.size, "white")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        plain.paste(image, mask=image)
+    else:
+        plain.paste(image)
+    return plain if turn is None else plain.transpose(turn)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Deep grey, integers or floats, by the rule of `open_image`; what is not finite becomes 0."""
+    values = np.asarray(image).astype(np.float32)
+    values[~np.isfinite(values)] = 0
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    tops = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+    top = min((top for top in tops if high <= top), default=high) if low == 0 else high
+    scale = 255 / (top - low)
+    levels = np.rint(values * scale - low * scale).astype(np.uint8)
+    if "transparency" in image.info:
+        levels[values == image.info["transparency"]] = 255
+    return Image.fromarray(levels)

@@ -26,6 +26,8 @@ PLACEHOLDERS = (
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw")  # [patches, channels * patch area], [images, 3]
 MROPE = True
 
+LONGEST_STRIP = 200  # times as long as wide: what transformers' smart_resize takes
+
 
 def image_settings(image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
     """See Family."""
@@ -33,7 +35,7 @@ def image_settings(image_processor: Any, min_pixels: int, max_pixels: int) -> di
 
 
 def image_ids(processor: Any, height: int, width: int) -> list[int]:
-    """See Family. An image that is 200 times longer than wide raises ValueError."""
+    """See Family. An image that is more than LONGEST_STRIP times as long as wide raises ValueError."""
     images = processor.image_processor
     patches = images.get_number_of_image_patches(height, width)
     return [processor.image_token_id] * (patches // images.merge_size**2)
@@ -47,8 +49,10 @@ def reduced(image_processor: Any, image: Image.Image) -> Image.Image:
     factor = image_processor.patch_size * image_processor.merge_size
     pixels = image_processor.process_image(image)[None]
     small = image_processor.resize(pixels, limits, image_processor.resample, factor)[0]
-    # Only if the processor will leave the reduced image alone; it may not where the limits are close together.
-    if not limits.shortest_edge <= small.shape[1] * small.shape[2] <= limits.longest_edge:
+    # Only if the processor will leave the reduced image alone; it may not where the limits are close together, and it
+    # refuses a strip that rounding to whole patches has made too long.
+    short, long = sorted(small.shape[1:])
+    if not limits.shortest_edge <= short * long <= limits.longest_edge or long > LONGEST_STRIP * short:
         return image
     return Image.fromarray(small.permute(1, 2, 0).contiguous().numpy())
 

@@ -7,16 +7,26 @@ import os
 import socket
 import struct
 
+import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from rethinker.data.images import UnreadableImageError, check_image, image_size, open_image
+from tests.data import image_kinds
+from tests.data.image_kinds import (
+    KINDS,
+    ORIENTATIONS,
+    ORIENTED,
+    behind_the_pixels,
+    damaged_exif,
+    oriented,
+    oriented_by_xmp,
+    photo,
+)
 
 
 def saved(image: Image.Image, kind: str, **options) -> dict[str, bytes]:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return {"bytes": buffer.getvalue()}
+    return {"bytes": image_kinds.saved(image, kind, **options)}
 
 
 @pytest.mark.timeout(20)
@@ -115,19 +125,84 @@ def test_whatever_a_decoder_raises_is_the_images_fault(kind):
     assert refusals > 5
 
 
-@pytest.mark.parametrize("turn", range(1, 9))
-def test_every_exif_orientation(turn):
-    """As Pillow's own exif_transpose, for all eight."""
-    image = Image.effect_noise((40, 24), 90)
+@pytest.mark.parametrize("kind", ORIENTED)
+@pytest.mark.parametrize("turn", ORIENTATIONS)
+@pytest.mark.parametrize("by", ["EXIF", "XMP"])
+def test_every_orientation(by, turn, kind):
+    """Turned once as EXIF says, or XMP where EXIF says nothing, in every format; the header alone tells the size."""
+    reference = {"bytes": oriented(turn, kind) if by == "EXIF" else oriented_by_xmp(turn, kind)}
+    tag = Image.Exif()
+    tag[0x0112] = turn
+    with Image.open(io.BytesIO(saved(photo(), "PNG", exif=tag)["bytes"])) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image), np.int16)
+    made = open_image(reference, "q")
+    assert image_size(reference, "q") == expected.shape[:2] == made.size[::-1]
+    assert np.abs(np.asarray(made) - expected).max() <= (20 if kind in ("JPEG", "MPO", "AVIF") else 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_becomes_its_pixels_alone(kind):
+    """Plain RGB, of the size that the header says: nothing that anybody could turn, blend or correct it by again."""
+    reference = {"bytes": KINDS[kind]()}
+    made = open_image(reference, "q")
+    check_image(reference, "q")
+    assert type(made) is Image.Image and made.mode == "RGB" and made.palette is None
+    assert not made.info and not made.getexif()
+    assert image_size(reference, "q") == made.size[::-1]
+
+
+def test_a_size_is_read_without_pixels():
+    """Of a PNG too, although Pillow decodes it to look for EXIF behind its pixels; what stands there turns nothing."""
     exif = Image.Exif()
-    exif[0x0112] = turn
-    reference = saved(image, "PNG", exif=exif)
-    with Image.open(io.BytesIO(reference["bytes"])) as stored:
-        expected = ImageOps.exif_transpose(stored).convert("RGB")
-    assert open_image(reference, "q").tobytes() == expected.tobytes()
+    exif[0x0112] = 6
+    late = behind_the_pixels(saved(photo(), "PNG")["bytes"], b"eXIf", exif.tobytes()[6:])
+    with Image.open(io.BytesIO(late)) as image:
+        assert image.getexif()[0x0112] == 6  # so it is one
+    assert image_size({"bytes": late}, "q") == (30, 75)
+    assert open_image({"bytes": late}, "q").tobytes() == photo().tobytes()
+    cut = saved(Image.effect_noise((200, 100), 90), "PNG")["bytes"][:300]
+    assert image_size({"bytes": cut}, "q") == (100, 200)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_does_not_cost_the_image(kind):
+    """An EXIF block without a header that can be read says nothing, and nothing is lost by it."""
+    reference = {"bytes": damaged_exif(kind)}
+    assert open_image(reference, "q").size == (75, 30) and image_size(reference, "q") == (30, 75)
+    check_image(reference, "q")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "seen"),
+    [
+        (np.uint16, [0, 257, 32896, 65535], [0, 1, 128, 255]),
+        (np.uint16, [0, 1, 128, 255], [0, 1, 128, 255]),
+        (np.int32, [0, 257, 32896, 65535], [0, 1, 128, 255]),
+        (np.int32, [0, 2**23, 2**30, 2**31 - 1], [0, 1, 128, 255]),
+        (np.int32, [-100, 0, 0, 100], [0, 128, 128, 255]),
+        (np.float32, [0, 0.25, 0.5, 1], [0, 64, 128, 255]),
+        (np.float32, [0, 1, 128, 254.6], [0, 1, 128, 255]),
+        (np.float32, [0, 257, 32896, 65535], [0, 1, 128, 255]),
+        (np.float32, [-1, 0, 0.5, 1], [0, 128, 191, 255]),
+        (np.float32, [0, 1e38, 2e38, 3e38], [0, 85, 170, 255]),
+        (np.float32, [np.nan, np.inf, -np.inf, 1], [0, 0, 0, 255]),
+    ],
+)
+def test_deep_grey_is_scaled(dtype, values, seen):
+    """By the least of [0, 1] (floats), [0, 255] and [0, 65535] that holds all values, otherwise by their own range."""
+    reference = saved(Image.fromarray(np.array([values], dtype)), "TIFF")
+    assert [level for level, *_ in np.asarray(open_image(reference, "q"))[0].tolist()] == seen
 
 
 def test_deep_pixels_are_scaled():
-    """32-bit integers beyond 16 bits are cut off at white instead of wrapping round to black."""
+    """32-bit integers beyond 16 bits become white instead of wrapping round to black."""
     image = Image.new("I", (4, 4), 2**20)
     assert open_image(saved(image, "TIFF"), "q").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "I;16", "RGB"])
+def test_transparency_becomes_white(mode):
+    """By an alpha channel, a palette, or a colour that is named transparent."""
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert("L" if mode == "I;16" else mode).convert(mode)
+    options = {} if mode in ("RGBA", "LA") else {"transparency": (0, 0, 0) if mode == "RGB" else 0}
+    assert open_image(saved(clear, "PNG", **options), "q").getpixel((0, 0)) == (255, 255, 255)

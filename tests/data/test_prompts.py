@@ -188,6 +188,19 @@ def test_large_images_are_reduced_once_and_for_all(make):
                 assert image.width * image.height <= high
 
 
+def test_a_strip_that_is_taken_stays_one(make):
+    """An image just short of 200 times as long as wide, which the processor takes: rounding to whole patches must not
+    make it a longer one, which it refuses, between the check and the step."""
+    encoder = make(min_pixels=1024, max_pixels=100_000)
+    original = picture(6000, 31)
+    query = Query("strip", "q", "", (as_bytes(original),))
+    assert encoder.misfit(query) is None
+    expected = encoder.processor.image_processor(images=[original], return_tensors="pt")
+    again = encoder.processor.image_processor(images=encoder.encode(query).images, return_tensors="pt")
+    for made in (again, encoder.pixels(query)):
+        assert all(torch.equal(made[name], expected[name]) for name in ("pixel_values", "image_grid_thw"))
+
+
 def test_damaged_images_name_the_query_and_the_file(make, tmp_path):
     """An image that cannot be decoded stops the run with the row's id and the file, in one line."""
     broken, cut, text = tmp_path / "broken.png", tmp_path / "cut.png", tmp_path / "text.png"

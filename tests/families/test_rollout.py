@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
-from rethinker.config import PolicyConfig
+from rethinker.config import Config, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
+from rethinker.episode import MismatchError, check_mismatch
 from rethinker.policy.model import Policy, load_model, load_processor
 from rethinker.policy.packing import pack
 from rethinker.rollout.engine import make_engine
-from rethinker.samples import Bundle, Sample
+from rethinker.samples import Bundle, Prompt, Query, Sample
+from tests.data.image_kinds import noise, oriented, tagged
 from tests.policy.helpers import queries_of_every_kind
 from tests.rollout.helpers import rollout_config
 
@@ -51,16 +54,20 @@ class Setting:
                 if part in name:
                     parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
 
-    @torch.no_grad()
     def error(self, seed: int) -> float:
         """Largest difference between behaviour log-probs and the policy's packed forward, in nats."""
-        sampled = self.engine.generate(self.prompts, seed=seed, **PLAIN)
+        return self.gaps(self.queries, self.prompts, seed).abs().max().item()
+
+    @torch.no_grad()
+    def gaps(self, queries: list[Query], prompts: list[Prompt], seed: int) -> torch.Tensor:
+        """Behaviour log-probs of what the engine samples for the prompts, less the policy's own for the queries."""
+        sampled = self.engine.generate(prompts, seed=seed, **PLAIN)
         bundles = []
-        for query, prompt, group in zip(self.queries, self.prompts, sampled, strict=True):
+        for query, prompt, group in zip(queries, prompts, sampled, strict=True):
             shared = {"advantage": 1.0, "policy_version": 0, "prompt_tokens": len(prompt.token_ids)}
             bundles.append(Bundle(query, tuple(Sample(query, completion, **shared) for completion in group)))
         batch = pack(bundles, self.encoder.encode, self.encoder.pixels, self.policy.positions)
-        return (self.policy(batch)[0] - batch.old_logps).abs().max().item()
+        return batch.old_logps.double() - self.policy(batch)[0].double()
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +98,20 @@ def test_a_missed_sync_is_seen(vllm, part):
     assert vllm.error(seed=3) > 1e-3
     vllm.engine.sync(Weights(vllm.policy), 4)
     assert vllm.error(seed=3) < TOLERANCE
+
+
+def test_turned_photos_agree_and_a_tag_that_stays_trips_the_ceiling(vllm):
+    """Law 1 for photos that EXIF turns. Had the engine got them with their tag, mismatch_kl would be above the default
+    ceilings of both types."""
+    photos = [oriented(6, "JPEG", Image.fromarray(noise(64, 64, seed=seed))) for seed in range(4)]
+    queries = [Query(f"{n}", f"what is shape {n}?", "", ({"bytes": photo},)) for n, photo in enumerate(photos)]
+    prompts = [vllm.encoder.encode(query) for query in queries]
+    vllm.engine.sync(Weights(vllm.policy), 5)
+    assert vllm.gaps(queries, prompts, seed=0).abs().max() < TOLERANCE
+    gaps = vllm.gaps(queries, list(map(tagged, prompts)), seed=0)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(MismatchError, match="sees other images"):
+            check_mismatch(float((gaps.expm1() - gaps).mean()), Config(policy=PolicyConfig(dtype=dtype)))
 
 
 def test_transformers_rollouts_agree_too(folder, tmp_path):

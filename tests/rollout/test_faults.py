@@ -11,11 +11,16 @@ import traceback
 
 import pytest
 import torch
+from PIL import Image
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from rethinker.data.prompts import PromptEncoder
 from rethinker.episode import MismatchError, check_mismatch
+from rethinker.policy.model import load_processor
 from rethinker.rollout import deadline, vllm_weights
-from tests.rollout.helpers import rollout_config, tied_only
+from rethinker.samples import Query
+from tests.data.image_kinds import noise, oriented, tagged
+from tests.rollout.helpers import TOLERANCE, rollout_config, tied_only
 
 SAMPLED = {"n": 2, "max_new_tokens": 12, "temperature": 1.0, "seed": 0}
 RAISED = 77  # exit code of a child whose work raised
@@ -74,13 +79,57 @@ def test_a_stale_engine_trips_the_ceiling(engine, policy, prompts, scale):
     policy.perturb(seed=1, scale=scale)
     start = time.perf_counter()
     stale = mismatch(policy, prompts, engine.generate(prompts, **SAMPLED))
-    with pytest.raises(MismatchError, match=r"rollout\.max_mismatch_kl=0\.1.*rollout\.check_sync=true"):
+    with pytest.raises(MismatchError, match=r"rollout\.max_mismatch_kl=0\.001.*rollout\.check_sync=true"):
         check_mismatch(stale, rollout_config())
     print(f"stale weights, {stale:.2g} nats: rollout to the stop {time.perf_counter() - start:.2f} s")
     engine.sync(policy, 2)
     fresh = mismatch(policy, prompts, engine.generate(prompts, **SAMPLED))
     assert 0 <= fresh < 1e-9
     check_mismatch(fresh, rollout_config())
+
+
+@tied_only
+def test_a_photo_that_is_turned_twice_trips_the_ceiling(engine, policy, folder):
+    """Log-probs agree (law 1) for a photo that EXIF turns; if the engine gets its tag, too, and so turns it once more,
+    mismatch_kl exceeds the default ceilings of both types."""
+    encoder = PromptEncoder(load_processor(folder), rollout_config().data)
+    photos = [oriented(6, "JPEG", Image.fromarray(noise(64, 64, seed=seed))) for seed in range(4)]
+    prompts = [encoder.encode(Query("q", "What shape?", "", ({"bytes": photo},))) for photo in photos]
+    engine.sync(policy, 1)
+    assert policy.error(prompts, engine.generate(prompts, **SAMPLED)) < TOLERANCE
+    turned = mismatch(policy, prompts, engine.generate(list(map(tagged, prompts)), **SAMPLED))
+    for dtype in ("float32", "bfloat16"):
+        config = rollout_config()
+        config.policy.dtype = dtype
+        with pytest.raises(MismatchError, match="sees other images"):
+            check_mismatch(turned, config)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "ceiling"),
+    [
+        ("float32", {}, 1e-3),
+        ("bfloat16", {}, 1e-2),
+        ("float32", {"max_staleness": 1}, 0.1),
+        ("bfloat16", {"max_staleness": 1}, 0.1),
+        ("bfloat16", {"max_mismatch_kl": 3.0}, 3.0),
+    ],
+)
+def test_the_ceiling_follows_the_settings(caplog, dtype, settings, ceiling):
+    """By default that of the type, with room for the steps of an episode where rollouts lag behind; from a tenth of it
+    a warning in one line names what may be the matter."""
+    config = rollout_config(**settings)
+    config.policy.dtype = dtype
+    check_mismatch(0.09 * ceiling, config)
+    assert not caplog.records
+    check_mismatch(0.99 * ceiling, config)
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert record.levelname == "WARNING" and f"rollout.max_mismatch_kl={ceiling:g}" in told and "\n" not in told
+    assert all(cause in told for cause in ("images", "weights", "precision"))
+    assert ("max_staleness" in told) == ("max_staleness" in settings)
+    with pytest.raises(MismatchError, match=f"rollout.max_mismatch_kl={ceiling:g}"):
+        check_mismatch(1.01 * ceiling, config)
 
 
 def test_the_ceiling_can_be_moved_and_switched_off():

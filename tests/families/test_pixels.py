@@ -1,0 +1,88 @@
+"""Trainer and rollout engine see the same pixels, whatever an image is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig
+from vllm.config import ModelConfig
+from vllm.model_executor.models import ModelRegistry
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.media import ImageMediaIO
+
+import rethinker.families
+from rethinker.config import DataConfig
+from rethinker.data.images import open_image
+from rethinker.data.prompts import PromptEncoder
+from rethinker.embedded.tiny import create_tiny
+from rethinker.policy.model import load_processor
+from rethinker.rollout.server.engine import _as_url
+from rethinker.samples import Prompt, Query
+from tests.data.image_kinds import KINDS, noise, oriented, saved, tagged
+from tests.families.tiny_models import create
+
+LIMITS = DataConfig(min_pixels=1024, max_pixels=8192)
+
+
+class Sides:
+    """One model's prompts and pixels as the trainer computes them, and as vLLM does from what it is handed."""
+
+    def __init__(self, family: str, folder):
+        folder = create_tiny(folder) if family == "qwen2_5_vl" else create(family, folder)
+        self.encoder = PromptEncoder(load_processor(folder), LIMITS)
+        settings = self.encoder.family.image_settings(self.encoder.processor.image_processor, 1024, 8192)
+        for name in AutoConfig.from_pretrained(folder).architectures:  # vLLM would inspect it in a subprocess
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+        config = ModelConfig(
+            model=str(folder),
+            dtype="float32",
+            limit_mm_per_prompt={"image": 8, "video": 0},
+            mm_processor_kwargs=settings,
+            mm_device_do_normalize=False,  # of the numbers alone: by default vLLM's model does it, on its device
+        )
+        self.vllm = MULTIMODAL_REGISTRY.create_processor(config)
+
+    def differences(self, query: Query, fault: Callable[[Prompt], Prompt] = lambda prompt: prompt) -> list[str]:
+        """What of a query is not the same, its tokens or tensors by their name, once a `fault` has befallen it."""
+        prompt, ours = fault(self.encoder.encode(query)), self.encoder.pixels(query)
+        items = self.vllm.info.parse_mm_data({"image": prompt.images})
+        seen = self.vllm(prompt.compact_ids, mm_items=items, hf_processor_mm_kwargs={})
+        theirs = seen["mm_kwargs"].get_data()
+        different = ["tokens"] * (seen["prompt_token_ids"] != prompt.token_ids)
+        return different + [name for name, tensor in ours.items() if not torch.equal(theirs[name], tensor)]
+
+
+@pytest.fixture(scope="module", params=list(rethinker.families.FAMILIES))
+def sides(request, tmp_path_factory):
+    return Sides(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_sides_see_the_same_pixels(sides, kind):
+    """Pixels, grids, tiles and image tokens are equal to the bit, or the query is left out with a reason before it is
+    sampled: a strip more than 200 times as long as wide is, which the Qwen families' processor refuses."""
+    one, another = KINDS[kind](), saved(Image.new("RGB", (9, 9)))
+    query = Query(kind, "<image> or <image>?", "", ({"bytes": one}, {"bytes": another}))
+    strip = kind in ("400 x 1", "1 x 400") and sides.encoder.family.MROPE
+    assert sides.encoder.misfit(query) == ("image shape" if strip else None)
+    if not strip:
+        assert sides.differences(query) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_sees_the_same_pixels(kind):
+    """What vLLM's own reader makes of an image that a rollout server is sent is that image, to the bit."""
+    image = open_image({"bytes": KINDS[kind]()}, kind)
+    seen = ImageMediaIO().load_base64("image/png", _as_url(image).partition(",")[2]).media
+    assert (seen.mode, seen.size, seen.tobytes()) == ("RGB", image.size, image.tobytes())
+
+
+@pytest.mark.parametrize("size", [(75, 30), (64, 64)])
+def test_an_orientation_that_stays_is_seen(sides, size):
+    """The comparison above is able to fail: vLLM turns the pixels once more if their tag is left."""
+    query = Query("q", "?", "", ({"bytes": oriented(6, "PNG", Image.fromarray(noise(*size)))},))
+    assert sides.differences(query) == []
+    assert sides.differences(query, tagged)
