@@ -31,6 +31,7 @@ from typing import Any
 from rethinker.config import ConfigError, RewardConfig
 from rethinker.rewards.answers import compare, extract_boxed, undecided
 from rethinker.rewards.functions import context_of, load_reward
+from rethinker.rewards.published import published_verdict
 from rethinker.samples import Query
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,9 @@ class AnswerChecker(contextlib.AbstractContextManager):
         predicted, (question, choices) = extract_boxed(response), context_of(query)
         if predicted is None:
             return 0.0, None, None
+        verdict = published_verdict(predicted, query.answer, query)
+        if verdict is not None:
+            return float(verdict), None, None
         try:
             verdict = compare(predicted, query.answer, question=question, choices=choices, equal=undecided)
         except Exception:  # a worker will fail on it in the same way, and there it is counted and named

@@ -8,6 +8,7 @@ from typing import Any
 
 from rethinker.config import ConfigError
 from rethinker.rewards.answers import compare, extract_boxed, math_equal
+from rethinker.rewards.published import published_verdict
 from rethinker.runtime.user_code import user_function
 from rethinker.samples import Query
 
@@ -23,7 +24,8 @@ def boxed_reward(response: str, answer: str, query: Query) -> float:
     r"""1.0 if the last `\boxed{}` of the response holds the answer, else 0.0; a response without a box scores 0.
 
     It may take arbitrarily long on hard mathematics, and raise whatever sympy raises on odd input: training asks an
-    AnswerChecker, which bounds and counts both.
+    AnswerChecker, which bounds and counts both. A question of a benchmark with a rule of its own is judged by that
+    (`published`).
 
     Args:
         response: what the model wrote.
@@ -33,6 +35,9 @@ def boxed_reward(response: str, answer: str, query: Query) -> float:
     predicted, (question, choices) = extract_boxed(response), context_of(query)
     if predicted is None:
         return 0.0
+    verdict = published_verdict(predicted, answer, query)
+    if verdict is not None:
+        return float(verdict)
     return float(compare(predicted, answer, question=question, choices=choices, equal=math_equal))
 
 
