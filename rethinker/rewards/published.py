@@ -19,7 +19,8 @@ from rethinker.rewards.answers import clean, extract_boxed
 from rethinker.rewards.quantities import parse_quantity
 from rethinker.samples import Query
 
-Metric = Callable[[str, str], bool]
+Metric = Callable[[str, str], "bool | None"]
+"""Whether a prediction is the answer; None where the rule takes more than is here, so the boxed check decides."""
 
 # Beyond this a text is right only to the letter.
 LONGEST = 2000
@@ -38,6 +39,7 @@ _LETTER = re.compile(r"\(?([A-Za-z])")
 _ASSIGNED = re.compile(r"(?:=|≈|\\approx)\s*(.+)")
 _MATH_BRACKETS = re.compile(r"\\[()\[\]]")
 _UNITS = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)\s*C?|°C?| C|[$¥]")
+_PI = re.compile(r"\\pi(?![A-Za-z])|π")
 _SPELLINGS = [
     (re.compile(r"\\(?:left|right)(?![A-Za-z])"), ""),
     (re.compile(r"\\[dtc]?frac(?![A-Za-z])\s*(\d)\s*(\d)"), r"\\frac(\1)(\2)"),
@@ -47,8 +49,6 @@ _SPELLINGS = [
     (re.compile(r"\\div(?![A-Za-z])|÷"), "/"),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"[−–]"), "-"),
-    (re.compile(r"π"), r"\\pi "),
-    (re.compile(r"%"), "/100"),
     (re.compile(r"\{"), "("),
     (re.compile(r"\}"), ")"),
 ]
@@ -61,7 +61,8 @@ _TRIVIAL = ("", *":,.!?;'")
 
 
 def published_verdict(predicted: str, answer: str, query: Query) -> bool | None:
-    """The verdict of the metric that the query's benchmark names in `metadata["published_metric"]`; None without one.
+    """The verdict of the metric that the query's benchmark names in `metadata["published_metric"]`, or None: no metric,
+    or one that leaves this to the boxed check.
 
     Args:
         predicted: the content of the response's box.
@@ -110,7 +111,10 @@ def numerical_match(predicted: str, answer: str) -> bool:
     Source: TIGER-AI-Lab/MEGA-Bench, megabench/metrics/scoring/general_numerical_match.py (`general_` and `boxed_`).
     """
     predicted, answer = (_assigned(_MATH_BRACKETS.sub("", side)) for side in (predicted, answer))
-    number, expected = _number(predicted), _number(answer)
+    number, expected = (
+        None if "\\sqrt" in side else _number(_UNITS.sub("", side).replace("%", "/100"), PI)
+        for side in (predicted, answer)
+    )
     if number is None or expected is None:
         return simple_str_match(predicted, answer)
     margin = WITHIN * abs(expected)
@@ -156,6 +160,17 @@ def mmmu_open(predicted: str, answer: str) -> bool:
     return any(expected in part for part in found if not isinstance(_two_decimals(part), float))
 
 
+def two_decimals(predicted: str, answer: str) -> bool | None:
+    """Two numbers are equal at two decimals, where numbers are those of `numerical_match` and roots of them.
+
+    The published scorers also work out functions, and compare texts and expressions, which the boxed check does here.
+
+    Source: mathllm/MATH-V, evaluation/utils.py, is_equal; hychaochao/EMMA, evaluation/utils.py, is_equal.
+    """
+    number, expected = _number(predicted, math.pi), _number(answer, math.pi)
+    return None if number is None or expected is None else round(number, 2) == round(expected, 2)
+
+
 def _plain(text: str) -> str:
     """The text without LaTeX's dressing of text, and without quotes or dollar signs around the whole."""
     text = text.strip()
@@ -191,9 +206,9 @@ def _two_decimals(text: str) -> float | str:
         return text.strip().lower()
 
 
-def _number(text: str) -> float | None:
+def _number(text: str, pi: float) -> float | None:
     """The value of an expression of numbers alone, or None."""
-    text = _UNITS.sub("", text).strip()
+    text = _PI.sub(f"({pi})", text.strip())
     for pattern, spelling in _SPELLINGS:
         text = pattern.sub(spelling, text)
     if len(text) > LONGEST_NUMBER:
@@ -224,7 +239,7 @@ def _sum(tokens: list[str]) -> float:
 
 def _product(tokens: list[str]) -> float:
     value = _signed(tokens)
-    while tokens and (tokens[0] in "*/(" or tokens[0][0] == "\\"):  # 2\pi and 2(3) are products
+    while tokens and (tokens[0] in "*/(" or tokens[0][0] == "\\"):  # 2\sqrt{3} and 2(3) are products
         sign = tokens.pop(0) if tokens[0] in "*/" else "*"
         factor = _signed(tokens)
         value = value * factor if sign == "*" else value / factor
@@ -249,22 +264,23 @@ def _atom(tokens: list[str]) -> float:
         if tokens.pop(0) != {"(": ")", "[": "]"}[token]:
             raise ValueError("a bracket that is not closed")
         return value
-    if token == "\\pi":
-        return PI
     if token == "\\frac":
         return _atom(tokens) / _atom(tokens)
+    if token == "\\sqrt":
+        degree = _atom(tokens) if tokens[0] == "[" else 2.0
+        return _atom(tokens) ** (1 / degree)
     return float(token.replace(",", ""))  # ValueError for any other token
 
 
 def _on_boxes(rule: Metric) -> Metric:
     """The rule on plain texts; an empty box is never right, and a long text only to the letter."""
 
-    def metric(predicted: str, answer: str) -> bool:
+    def metric(predicted: str, answer: str) -> bool | None:
         answer = extract_boxed(answer) or answer
         if max(len(predicted), len(answer)) > LONGEST:
             return predicted.strip() == answer.strip()
         predicted, answer = _plain(predicted), _plain(answer)
-        return bool(predicted) and rule(predicted, answer)
+        return rule(predicted, answer) if predicted else False
 
     return metric
 
@@ -282,4 +298,5 @@ METRICS: dict[str, Metric] = {
     "mathvista_integer": _on_boxes(mathvista_integer),
     **{f"mathvista_float_{n}": _on_boxes(partial(mathvista_float, decimals=n)) for n in range(10)},
     "mmmu_open": _on_boxes(mmmu_open),
+    "two_decimals": _on_boxes(two_decimals),
 }

@@ -97,6 +97,8 @@ def test_mathvision(load, right):
     assert right(queries["4"], "B") and not right(queries["4"], "C")
     assert queries["5"].question == "How many? <image>" and "choices" not in queries["5"].metadata
     assert right(queries["5"], "0.5") and queries["5"].metadata["category"] == "counting"
+    said = ("0.496", "\\frac{2}{4}", "x = \\frac{1}{2}", "0.51", "0.49")
+    assert [right(queries["5"], given) for given in said] == [True, True, True, False, False]
 
 
 def test_mmmu(load, right):
@@ -131,6 +133,7 @@ def test_emma(load, right):
     assert queries["math_1"].question == "Which completes <image>?\n(A) <image>\n(B) <image>"
     assert colors(queries["math_1"]) == ["red", "blue", "green"] and right(queries["math_1"], "B")
     assert queries["code_1"].question == "A chart.\nHow many bars? <image>" and right(queries["code_1"], "3")
+    assert [right(queries["code_1"], given) for given in ("3.004", "3 bars", "3.01")] == [True, True, False]
     assert {q.metadata["category"] for q in queries.values()} == {"Math", "Coding"}
 
 

@@ -63,6 +63,12 @@ RIGHT = [  # metric, box, answer
     ("mathvista_float_1", "x = 1.16", "1.2"),
     ("mathvista_float_2", "0.6", "0.60"),
     ("mathvista_float_2", "\\frac{1}{3}", "0.33"),
+    ("two_decimals", "0.333", "\\frac{1}{3}"),
+    ("two_decimals", "3.46", "2\\sqrt{3}"),
+    ("two_decimals", "\\sqrt[3]{8}", "2"),
+    ("two_decimals", "6.28", "2\\pi"),
+    ("two_decimals", "2π + 1", "7.28"),
+    ("two_decimals", "0.004", "0"),  # as published
     ("mmmu_open", "3.43", "3.429"),
     ("mmmu_open", "1,000.001", "1000"),
     ("mmmu_open", "V = 3.43 \\text{ m/s}", "3.429"),
@@ -112,6 +118,11 @@ WRONG = [
     ("mathvista_float_1", "1.14", "1.2"),
     ("mathvista_float_2", "1.24", "1.2"),
     ("mathvista_float_1", "1e400", "1.2"),
+    ("two_decimals", "0.34", "\\frac{1}{3}"),
+    ("two_decimals", "3.47", "2\\sqrt{3}"),
+    ("two_decimals", "6.29", "2\\pi"),
+    ("two_decimals", "-0.5", "0.5"),
+    ("two_decimals", "0.006", "0"),
     ("mmmu_open", "3.42", "3.429"),
     ("mmmu_open", "\\frac{24}{7}", "3.43"),  # as published: no fraction is worked out
     ("mmmu_open", "3.43 = 5", "3.429"),  # what follows the sign counts
@@ -139,6 +150,17 @@ def test_wrong(metric, box, answer):
     assert boxed_reward(f"\\boxed{{{box}}}", answer, query) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("box", "answer", "reward"), [("x + 1", "1 + x", 1.0), ("5 cm", "5", 1.0), ("x", "2x", 0.0), ("\\sin{0}", "0", 1.0)]
+)
+def test_what_two_decimals_leaves_open(box, answer, reward, boxed_checker):
+    """Where a side is no number the boxed check decides, in a worker too."""
+    query = Query("q", "?", answer, metadata={"published_metric": "two_decimals"})
+    assert METRICS["two_decimals"](box, answer) is None
+    assert boxed_reward(f"\\boxed{{{box}}}", answer, query) == reward
+    assert boxed_checker.score([("x", f"\\boxed{{{box}}}", query)]) == {"x": reward}
+
+
 @pytest.mark.parametrize("name", [None, "no_such_metric", ["exact_str_match"], 3])
 def test_other_metadata_changes_nothing(name, boxed_checker):
     """A name that is no metric, or no name at all, leaves the boxed check as it is."""
@@ -164,9 +186,9 @@ TEXTS = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES), max_si
 @settings(max_examples=300, deadline=None)
 @given(predicted=TEXTS, answer=TEXTS)
 def test_no_text_raises(predicted, answer):
-    """Every metric says true or false of any two texts, and an empty box is never right."""
-    for metric in METRICS.values():
-        assert metric(predicted, answer) in (True, False)
+    """Every metric says true or false of any two texts (one of them may leave it open), and an empty box is wrong."""
+    for name, metric in METRICS.items():
+        assert metric(predicted, answer) in ((True, False, None) if name == "two_decimals" else (True, False))
         assert metric("  ", answer) is False
 
 
