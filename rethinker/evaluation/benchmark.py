@@ -10,11 +10,16 @@ The shipped files are in `benchmarks/`; `--benchmark path/to/mine.yaml` takes an
     answer_kind: given         the answer is a value, or the letter of a choice
                  option        the answer of a multiple-choice question is a choice's text
                  alternatives  the answer of an open question may be a list, any of which counts
-                 exact_field   MEGA-Bench: a mapping of one field, judged by equality; other rows are left out
+                 exact_field   MEGA-Bench: a mapping of one field, judged by its metric; other rows are left out
+    metric: of open questions: a name of `rewards/published.py`, or `mathvista` (by the columns answer_type and
+        precision); without one they are judged as in training
     folder: of its data in $RETHINKER_DATA; by default the benchmark's name
     fields: {id, answer, choices, images: [columns], category}   ("metadata.task" is an entry of a column)
     category_pattern: what to take of the category: a regular expression with one group
 or `parts: [names of other benchmarks]`, whose names then are the categories.
+
+A row without an answer is left out and counted. Choices may be a list, or one written as text, however quoted. Of
+choices with the same text only the letter counts that is the answer, but each of them if the answer is that text.
 
 The instruction to box the answer is not part of this: `data.prompt` adds it, as in training.
 """
@@ -34,7 +39,11 @@ from rethinker.config import ConfigError, nearest, one_line
 from rethinker.data.sources import hub_answers
 from rethinker.embedded.files import DATA_SETS
 from rethinker.ranges import FolderName
+from rethinker.rewards.published import METRICS
 from rethinker.settings import read_yaml_file
+
+# A metric by the columns answer_type and precision.
+MATHVISTA = "mathvista"
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class Benchmark:
     questions: int | None = None
     prompt: str = "{question}\n{choices}"
     answer_kind: Literal["given", "option", "alternatives", "exact_field"] = "given"
+    metric: str | None = None
     fields: Fields = field(default_factory=Fields)
     category_pattern: re.Pattern[str] | None = None
     folder: str | None = None
@@ -100,6 +110,8 @@ def _fault(benchmark: Benchmark) -> str | None:
         return "files and folder must lie below the data's folder"
     if benchmark.category_pattern and benchmark.category_pattern.groups != 1:
         return f"category_pattern={benchmark.category_pattern.pattern!r} must have one group"
+    if benchmark.metric not in (None, MATHVISTA, *METRICS):
+        return f"metric={benchmark.metric!r} is none of {', '.join(sorted([MATHVISTA, *METRICS]))}"
     described = benchmark.data and benchmark.files and benchmark.fields.answer
     if not (described or benchmark.parts or benchmark.data.partition(":")[0] in DATA_SETS):
         return "it needs data, files and fields.answer"

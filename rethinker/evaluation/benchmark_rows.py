@@ -19,34 +19,36 @@ from rethinker.config import ConfigError, DataConfig
 from rethinker.data.datasets import IMAGE_MARK, Reader, load_queries
 from rethinker.data.sources import Row, Table, open_table
 from rethinker.embedded.files import DATA_SETS, as_files
-from rethinker.evaluation.benchmark import Benchmark, data_files, load_benchmark
+from rethinker.evaluation.benchmark import MATHVISTA, Benchmark, data_files, load_benchmark
+from rethinker.rewards.answers import clean
+from rethinker.rewards.choices import options_of
+from rethinker.rewards.published import MEGABENCH
 from rethinker.samples import Query
 
-# MEGA-Bench's metrics that say right or wrong of one text or number.
-EXACT_METRICS = frozenset(
-    "exact_str_match exact_str_match_case_insensitive simple_str_match general_single_numerical_match "
-    "boxed_single_numerical_match".split()
-)
+NO_ANSWER = "no answer"
+# Lists within texts within texts: more quotes than anyone puts around them.
+DEEPEST_NESTING = 8
 _COLUMN = re.compile(r"\{(\w+)\}")
 _NUMBERED = re.compile(r"<image[ _]?(\d+)>")
 
 
 class NotCoveredError(Exception):
-    """A row that a benchmark leaves out by design; the message is the reason."""
+    """A row that a benchmark leaves out, by design or for want of an answer; the message is the reason."""
 
 
 def benchmark_queries(benchmark: Benchmark, data: str | None = None) -> tuple[list[Query], Counter[str]]:
     """All questions of a benchmark in the order of its files, and how many rows it does not cover, by reason.
 
-    Metadata holds `category`, `choices` for multiple-choice questions and `answers` where several are accepted.
+    Metadata holds `category`, `choices` for multiple-choice questions, `answers` where several are accepted, and
+    `published_metric` where a rule of the benchmark judges them.
 
     Args:
         benchmark: from `load_benchmark`.
         data: where its data lies; see `benchmark.data_files`.
 
     Raises:
-        ConfigError: data that is not there, saying what to fetch and where to put it; a column that is missing; a row
-            without an answer; an image that is not there.
+        ConfigError: data that is not there, saying what to fetch and where to put it; a column that is missing; no row
+            with an answer; an image that is not there.
     """
     left_out: Counter[str] = Counter()
     if benchmark.parts:
@@ -80,6 +82,11 @@ def benchmark_queries(benchmark: Benchmark, data: str | None = None) -> tuple[li
 
     where = f"benchmark {benchmark.name}, whose image paths start from {folder}"
     covered = list(rows())
+    if not covered and left_out[NO_ANSWER]:
+        raise ConfigError(
+            f"benchmark {benchmark.name}: no question in {folder} has an answer in column {benchmark.fields.answer!r}; "
+            f"is it a split without answers? (left out: {dict(left_out)})"
+        )
     columns = ["id", "question", "answer", "images"]
     table = Table(where, columns, len(covered), folder, lambda start, stop: covered[start:stop])
     queries = list(Reader(DataConfig(max_bad_rows=0.0), table, "validation").queries())
@@ -92,19 +99,20 @@ def _row(benchmark: Benchmark, place: str, row: Mapping[str, Any]) -> dict[str, 
     """The row as `data/` reads it; without a column of ids its place is its id. A KeyError names a missing column."""
     fields = benchmark.fields
     name = str(row[fields.id]) if fields.id else place
-    choices = _list_of(row[fields.choices]) if fields.choices else []
-    answers = _answers(benchmark, row, choices)
-    if not answers[0].strip():
-        raise ConfigError(
-            f"benchmark {benchmark.name}: question {name} has no answer in column {fields.answer!r}; is it a split "
-            "without answers?"
-        )
+    choices = _choices(row[fields.choices]) if fields.choices else []
+    answers, metric = _answers(benchmark, row, choices)
+    if not answers:
+        raise NotCoveredError(NO_ANSWER)
     # The images' places are marked in the whole text: choices may be images too.
     images = [image for column in fields.images for image in images_of(row[column])]
     question, shown = mark_images(_fill(benchmark.prompt, row, choices), images)
     query = {"id": name, "question": question, "answer": answers[0], "images": shown}
     query["category"] = _category(benchmark, row)
-    return query | ({"choices": choices} if choices else {}) | ({"answers": answers} if len(answers) > 1 else {})
+    if choices:
+        query["choices"] = choices if benchmark.answer_kind == "option" else _without_doubles(choices, answers[0])
+    if len(answers) > 1:
+        query["answers"] = answers
+    return query | ({"published_metric": metric} if metric else {})
 
 
 def _fill(prompt: str, row: Mapping[str, Any], choices: list[str]) -> str:
@@ -126,30 +134,77 @@ def _category(benchmark: Benchmark, row: Mapping[str, Any]) -> str:
     return found[1] if found else "all" if value in (None, "") else str(value)
 
 
-def _answers(benchmark: Benchmark, row: Mapping[str, Any], choices: list[str]) -> list[str]:
-    """The accepted answers, as the checker takes them; [""] for none."""
-    value = row[benchmark.fields.answer]
+def _answers(benchmark: Benchmark, row: Mapping[str, Any], choices: list[str]) -> tuple[list[str], str | None]:
+    """The accepted answers, as the checker takes them, [] for none; and the published metric that judges them."""
+    value, metric = row[benchmark.fields.answer], None if choices else benchmark.metric
     if benchmark.answer_kind == "exact_field":
-        value = _only_field(value, row["metric_info"])
-    answer = "" if value is None else str(value)
-    if benchmark.answer_kind == "option" and answer in choices:
-        return [chr(ord("A") + choices.index(answer))]
-    return (not choices and benchmark.answer_kind == "alternatives" and _list_of(answer)) or [answer]
+        value, metric = _only_field(value, row["metric_info"])
+    if metric == MATHVISTA:
+        metric = _mathvista_metric(row["answer_type"], row["precision"])
+    answer = "" if value is None or value != value else str(value)  # NaN, as data frames write nothing
+    if benchmark.answer_kind == "option" and answer.strip() and answer in choices:
+        return [chr(ord("A") + choices.index(answer))], metric
+    several = _list_of(answer) if benchmark.answer_kind == "alternatives" and not choices else []
+    return [answer for answer in several or [answer] if answer.strip()], metric
 
 
-def _only_field(answer: Any, metrics: Any) -> Any:
-    """MEGA-Bench: the value of the one field, if equality judges it."""
+def _mathvista_metric(answer_type: Any, precision: Any) -> str | None:
+    """Of a question without choices; its texts and lists have no rule but equality, which the boxed check has too."""
+    if answer_type == "float" and isinstance(precision, (int, float)):
+        return f"mathvista_float_{precision:g}"
+    return "mathvista_integer" if answer_type == "integer" else None
+
+
+def _only_field(answer: Any, metrics: Any) -> tuple[Any, str]:
+    """MEGA-Bench: the value of the one field and its metric, if that says right or wrong."""
     metrics, answer = _literal(metrics), _literal(answer)
     functions = metrics.get("field_score_function", {}) if isinstance(metrics, Mapping) else {}
     if len(functions) != 1 or not isinstance(answer, Mapping) or functions.keys() - answer.keys():
         raise NotCoveredError("not one answer field")
     ((name, function),) = functions.items()
-    if function not in EXACT_METRICS:
+    if function not in MEGABENCH:
         raise NotCoveredError(f"metric {function}")
     value = answer[name]
     if isinstance(value, (list, Mapping)):
         raise NotCoveredError("an answer that is no single value")
-    return value
+    return value, function
+
+
+def _choices(value: Any) -> list[str]:
+    """The choices of a question: a list, or one written as text, also within quotes or as the one item of a list."""
+    for _ in range(DEEPEST_NESTING):
+        listed = _list_of(value)
+        if len(listed) > 1 or (listed and not _list_of(listed[0])):
+            return listed
+        inner = listed[0] if listed else _unquoted(value)
+        if inner == value:
+            break
+        value = inner
+    return []
+
+
+def _unquoted(text: Any) -> Any:
+    """A text without one layer of quotes around it, or else of backslashes before the quotes in it."""
+    if not isinstance(text, str):
+        return text
+    try:
+        inner = ast.literal_eval(text.strip()) if text.strip()[:1] in ("'", '"') else None
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        inner = None
+    return inner if isinstance(inner, str) else re.sub(r"\\(\\*[\"'])", r"\1", text)
+
+
+def _without_doubles(choices: list[str], answer: str) -> list[str]:
+    """The choices as the checker sees them where the answer is a letter: the others of the same text have none.
+
+    The checker lets each of several choices with one text stand for all; a published scorer that compares letters does
+    not. A choice without a text is named by its letter alone.
+    """
+    texts, letter = options_of("", choices, clean), answer.strip().upper()
+    if not texts.get(letter):
+        return choices
+    doubles = {other for other, text in texts.items() if text == texts[letter] and other != letter}
+    return ["" if other in doubles else choice for other, choice in zip(texts, choices, strict=True)]
 
 
 def _list_of(value: Any) -> list[str]:

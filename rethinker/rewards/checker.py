@@ -33,6 +33,7 @@ from cachetools import LRUCache
 from rethinker.config import ConfigError, RewardConfig
 from rethinker.rewards.answers import compare, extract_boxed, undecided
 from rethinker.rewards.functions import context_of, load_reward
+from rethinker.rewards.published import published_verdict
 from rethinker.rewards.rules import Rules
 from rethinker.samples import Query
 
@@ -126,6 +127,9 @@ class AnswerChecker(contextlib.AbstractContextManager):
         predicted, (question, choices) = extract_boxed(response), context_of(query)
         if predicted is None:
             return 0.0, None, None
+        verdict = published_verdict(predicted, query.answer, query)
+        if verdict is not None:
+            return float(verdict), None, None
         try:
             verdict = compare(
                 predicted, query.answer, question=question, choices=choices, rules=self._rules, equal=undecided

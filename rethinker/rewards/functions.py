@@ -9,6 +9,7 @@ from typing import Any
 
 from rethinker.config import ConfigError
 from rethinker.rewards.answers import compare, extract_boxed, math_equal
+from rethinker.rewards.published import published_verdict
 from rethinker.rewards.rules import DEFAULT_RULES, Rules
 from rethinker.runtime.user_code import user_function
 from rethinker.samples import Query
@@ -24,6 +25,8 @@ def context_of(query: Query) -> tuple[str, Any]:
 def boxed_reward(response: str, answer: str, query: Query, rules: Rules = DEFAULT_RULES) -> float:
     r"""1.0 if the last `\boxed{}` of the response holds the answer, else 0.0; a response without a box scores 0.
 
+    A question of a benchmark with a rule of its own is judged by that (`published`).
+
     Args:
         response: what the model wrote.
         answer: the expected answer, boxed or not; the rules are those of `answers`.
@@ -33,6 +36,9 @@ def boxed_reward(response: str, answer: str, query: Query, rules: Rules = DEFAUL
     predicted, (question, choices) = extract_boxed(response), context_of(query)
     if predicted is None:
         return 0.0
+    verdict = published_verdict(predicted, answer, query)
+    if verdict is not None:
+        return float(verdict)
     return float(compare(predicted, answer, question=question, choices=choices, rules=rules, equal=math_equal))
 
 

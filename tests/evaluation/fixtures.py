@@ -51,6 +51,20 @@ def mathvista(folder: Path) -> None:
             "query": "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the "
             "end.\nQuestion: Angle?\nChoices:\n(A) 135°\n(B) 140°\n(C) 145°",
         },
+        {
+            **{"pid": "3", "question": "How many?", "image": "images/3.jpg", "decoded_image": image("red")},
+            **{"choices": None, "unit": None, "precision": None, "answer": "1200", "question_type": "free_form"},
+            **{"answer_type": "integer", "metadata": meta | {"split": "testmini", "task": "figure question answering"}},
+            "query": "Hint: Please answer the question requiring an integer answer and provide the final value, e.g., "
+            "1, 2, 3, at the end.\nQuestion: How many?",
+        },
+        {
+            **{"pid": "4", "question": "Which?", "image": "images/4.jpg", "decoded_image": image("red")},
+            **{"choices": None, "unit": None, "precision": None, "answer": "[1, 2]", "question_type": "free_form"},
+            **{"answer_type": "list", "metadata": meta | {"split": "testmini", "task": "figure question answering"}},
+            "query": "Hint: Please answer the question requiring a Python list as an answer and provide the final "
+            "list, e.g., [1, 2, 3], [1.2, 1.3, 1.4], at the end.\nQuestion: Which?",
+        },
     ]
     _write(folder / "data/testmini-00000-of-00001-725687bf7a18d64b.parquet", rows, decoded_image=IMAGE)
     _write(folder / "data/test-00000-of-00002.parquet", [rows[0] | {"pid": "9", "answer": ""}], decoded_image=IMAGE)
@@ -163,6 +177,9 @@ def megabench(folder: Path) -> None:
         row("q2", "{'name': 'x', 'year': '1'}", "{'name': 'exact_str_match', 'year': 'exact_str_match'}", media),
         row("q3", "{'solution': 'Up'}", "{'solution': 'normalized_similarity_damerau_levenshtein'}", media),
         row("q4", "{'solution': 'Up'}", one, "['./data/maze/clip.mp4']"),
+        row("q5", "{'solution': 'New York-City.'}", "{'solution': 'simple_str_match'}", media),
+        row("q6", "{'length': '\\\\boxed{200}'}", "{'length': 'boxed_single_numerical_match'}", media),
+        row("q7", "{'solution': 'Up'}", "{'solution': 'exact_str_match'}", media),
     ]
     _write(folder / "core/test-00000-of-00001.parquet", rows)
     (folder / "data/maze").mkdir(parents=True)

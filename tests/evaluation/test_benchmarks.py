@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -60,13 +62,23 @@ def colors(query: Query) -> list[str]:
 def test_mathvista(load, right):
     """The published prompt and nothing else of the data; a choice's text as answer is asked for by its letter."""
     queries, _ = load("mathvista")
-    assert set(queries) == {"1", "2"}  # testmini only
+    assert set(queries) == {"1", "2", "3", "4"}  # testmini only
     assert queries["1"].question.endswith("Question: How wide? (Unit: cm)") and colors(queries["1"]) == ["red"]
-    assert queries["1"].answer == "1.2" and queries["1"].metadata == {"category": "math word problem"}
+    assert queries["1"].answer == "1.2" and queries["1"].metadata["category"] == "math word problem"
     assert right(queries["1"], "1.2 cm") and not right(queries["1"], "1.3")
     angle = queries["2"]
     assert angle.answer == "C" and angle.metadata["choices"] == ["135°", "140°", "145°"]
     assert [right(angle, given) for given in ("C", "145", "(C) 145°", "B", "140°")] == [True, True, True, False, False]
+
+
+def test_mathvista_rounds_as_published(load, right):
+    """A decimal number to the question's precision, a whole number by cutting; lists are left to the boxed check."""
+    queries, _ = load("mathvista")
+    one_decimal, whole, listed = queries["1"], queries["3"], queries["4"]
+    assert [right(one_decimal, given) for given in ("1.24", "1.16 cm", "1.26", "1.14")] == [True, True, False, False]
+    assert [right(whole, given) for given in ("1200.7", "1,200", "1201", "1199.9")] == [True, True, False, False]
+    assert right(listed, "[1, 2]") and not right(listed, "[1, 3]")
+    assert "published_metric" not in listed.metadata | queries["2"].metadata
 
 
 def test_mathverse(load, right):
@@ -85,6 +97,8 @@ def test_mathvision(load, right):
     assert right(queries["4"], "B") and not right(queries["4"], "C")
     assert queries["5"].question == "How many? <image>" and "choices" not in queries["5"].metadata
     assert right(queries["5"], "0.5") and queries["5"].metadata["category"] == "counting"
+    said = ("0.496", "\\frac{2}{4}", "x = \\frac{1}{2}", "0.51", "0.49")
+    assert [right(queries["5"], given) for given in said] == [True, True, True, False, False]
 
 
 def test_mmmu(load, right):
@@ -95,6 +109,9 @@ def test_mmmu(load, right):
     assert colors(art) == ["blue", "red", "green"] and art.metadata["category"] == "Art_Theory"
     assert right(art, "B") and right(art, "it's b")
     assert accepted_answers(several) == ["24/7", "3.429"]
+    several = dataclasses.replace(several, answer="3.429")  # as each accepted answer is asked
+    said = ("3.43", "\\approx 3.4286", "3.42", "3.44")
+    assert [right(several, given) for given in said] == [True, True, False, False]
     assert text.images == () and text.answer == "2" and text.question == "1 + 1?" and len(queries) == 3
 
 
@@ -116,13 +133,14 @@ def test_emma(load, right):
     assert queries["math_1"].question == "Which completes <image>?\n(A) <image>\n(B) <image>"
     assert colors(queries["math_1"]) == ["red", "blue", "green"] and right(queries["math_1"], "B")
     assert queries["code_1"].question == "A chart.\nHow many bars? <image>" and right(queries["code_1"], "3")
+    assert [right(queries["code_1"], given) for given in ("3.004", "3 bars", "3.01")] == [True, True, False]
     assert {q.metadata["category"] for q in queries.values()} == {"Math", "Coding"}
 
 
 def test_megabench(load, right, tmp_path):
     """Only tasks of one field judged by equality on images are asked; the others are counted by reason."""
     queries, uncovered = load("megabench")
-    assert set(queries) == {"q1"} and colors(queries["q1"]) == ["red", "blue", "green"]
+    assert set(queries) == {"q1", "q5", "q6", "q7"} and colors(queries["q1"]) == ["red", "blue", "green"]
     assert queries["q1"].question.count(IMAGE_MARK) == 3 and queries["q1"].metadata["category"] == "Planning"
     assert right(queries["q1"], "up") and not right(queries["q1"], "left")
     metric = "metric normalized_similarity_damerau_levenshtein"
@@ -130,6 +148,14 @@ def test_megabench(load, right, tmp_path):
     (tmp_path / "megabench/data/maze/query.png").unlink()
     with pytest.raises(ConfigError, match=r"image paths start from .*: row q1: no image file .*query.png"):
         load("megabench")
+
+
+def test_megabench_judges_by_the_metric_of_the_row(load, right):
+    """Its strings, without spaces, hyphens and periods where it says so, and its numbers, within 1%."""
+    queries, _ = load("megabench")
+    assert right(queries["q5"], "newyork city") and not right(queries["q5"], "new york")
+    assert [right(queries["q6"], given) for given in ("198", "202", "197", "203")] == [True, True, False, False]
+    assert right(queries["q7"], "Up") and not right(queries["q7"], "up")
 
 
 @pytest.mark.parametrize(("name", "questions"), [("digits", 2520), ("easy_vqa", 9673), ("sums", 1800)])
@@ -161,7 +187,7 @@ def test_data_that_is_nowhere(tmp_path, monkeypatch):
     assert "`hf download AI4Math/MathVista --repo-type dataset --include 'data/testmini-*.parquet'" in message
     assert f"--local-dir {tmp_path}/mathvista`" in message
     fixtures.mathvista(tmp_path / "mathvista")
-    assert len(benchmark_queries(benchmark)[0]) == 2
+    assert len(benchmark_queries(benchmark)[0]) == 4
 
 
 def test_a_cached_download_is_found_offline(tmp_path, monkeypatch):
@@ -224,6 +250,102 @@ def test_a_number_in_a_prompt(tmp_path):
     )
     queries, _ = benchmark_queries(load_benchmark(str(file)), str(tmp_path))
     assert [query.question for query in queries] == ["Round 0.", "Round 2.5."]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """The queries of a benchmark of one's own, made of rows with question, options and answer; and those left out."""
+
+    def build(*rows: dict, **changes):
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        described = {"title": "Mine", "data": "me/mine", "files": ["*.jsonl"], "prompt": "{q}\n{choices}"}
+        described["fields"] = {"answer": "answer", "choices": "options"}
+        (tmp_path / "mine.yaml").write_text(json.dumps(described | changes))
+        return benchmark_queries(load_benchmark(str(tmp_path / "mine.yaml")), str(tmp_path))
+
+    return build
+
+
+def row(answer, options=(), question="Which?"):
+    return {"q": question, "options": options, "answer": answer}
+
+
+@pytest.mark.parametrize("kind", ["given", "option", "alternatives"])
+@pytest.mark.parametrize("nothing", [None, "", "  ", math.nan])
+def test_a_row_without_an_answer_costs_itself(own, kind, nothing):
+    """It is left out and counted; the others are asked. Without any answer the split is taken for a hidden one."""
+    queries, left_out = own(row("1"), row(nothing), row("3"), answer_kind=kind)
+    assert [query.answer for query in queries] == ["1", "3"] and left_out == {"no answer": 1}
+    with pytest.raises(ConfigError, match="no question .* has an answer in column 'answer'; is it a split without"):
+        own(row(nothing), row(None), answer_kind=kind)
+
+
+def test_an_empty_alternative_is_no_answer(own):
+    """Of several accepted answers the empty ones are dropped: an empty first one takes no other away."""
+    queries, left_out = own(row("['', '24/7', '3.429']"), row("['', ' ']"), answer_kind="alternatives")
+    assert accepted_answers(queries[0]) == ["24/7", "3.429"] and left_out == {"no answer": 1}
+    assert own(row("x", ["", "x"]), row("", ["", "x"]), answer_kind="option")[1] == {"no answer": 1}  # nor is a choice
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["a, b", "it's"],
+        "['a, b', \"it's\"]",
+        '["a, b", "it\'s"]',
+        json.dumps("['a, b', \"it's\"]"),  # a text within a text
+        json.dumps(json.dumps(json.dumps(["a, b", "it's"]))),
+        ["['a, b', \"it's\"]"],  # a text within a list
+        json.dumps(["['a, b', \"it's\"]"]),
+        [["a, b", "it's"]],
+        '[\\"a, b\\", \\"it\'s\\"]',  # escaped quotes that nothing surrounds
+        '[\\\\\\"a, b\\\\\\", \\\\\\"it\'s\\\\\\"]',
+    ],
+)
+def test_options_are_read_however_they_are_nested(own, right, options):
+    """A list, a list as text, that text quoted again or alone in a list: the same two choices."""
+    queries, _ = own(row("B", options))
+    assert queries[0].question == "Which?\n(A) a, b\n(B) it's"
+    assert right(queries[0], "B") and right(queries[0], "it's") and not right(queries[0], "A")
+
+
+@pytest.mark.parametrize("options", [None, "", "[]", [], '"[]"', "none", "[1", '"'])
+def test_no_options_are_none(own, options):
+    """A question without choices stays open, whatever says so."""
+    queries, _ = own(row("5", options))
+    assert queries[0].question == "Which?" and "choices" not in queries[0].metadata
+
+
+def test_one_option_is_one(own):
+    """A single choice is no nested list, and an accepted answer that looks like a list in a list stays one."""
+    assert own(row("A", ["only"]))[0][0].question == "Which?\n(A) only"
+    assert own(row("['[1, 2]']"), answer_kind="alternatives")[0][0].answer == "[1, 2]"
+
+
+def test_equal_options_whose_letter_is_the_answer(own, right):
+    """As MMMU, MATH-Vision and EMMA score it: the answer's own letter counts, and the letter of the equal text not.
+    The text itself counts, as it is the answer's."""
+    queries, _ = own(row("C", ["x", "Paris", "Paris.", "y"]), row("B", ["<image>"] * 3, "Which? <image>"))
+    said = ("C", "(C) Paris", "Paris", "B", "(B) Paris", "A", "D")
+    assert [right(queries[0], given) for given in said] == [True, True, True, False, False, False, False]
+    assert queries[0].question == "Which?\n(A) x\n(B) Paris\n(C) Paris.\n(D) y"  # the model sees them all
+    assert [right(queries[1], given) for given in "ABC"] == [False, True, False]  # choices that are images alone
+
+
+def test_equal_options_whose_text_is_the_answer(own, right):
+    """As MathVista scores it: a letter stands for its text, so either letter of an equal text counts."""
+    queries, _ = own(row("Paris", ["x", "Paris", "y", "Paris"]), answer_kind="option")
+    said = ("B", "D", "Paris", "(D) Paris", "A", "C", "y")
+    assert [right(queries[0], given) for given in said] == [True, True, True, True, False, False, False]
+
+
+def test_a_metric_of_a_benchmark_of_ones_own(own, right):
+    """It judges the open questions; choices are judged by letter or text; a name that is none is refused."""
+    queries, _ = own(row("New York"), row("A", ["New York", "x"]), metric="simple_str_match")
+    assert right(queries[0], "newyork") and not right(queries[0], "york")
+    assert right(queries[1], "A") and not right(queries[1], "newyork")
+    with pytest.raises(ConfigError, match="metric='simple_match' is none of .*mmmu_open, .*simple_str_match"):
+        own(row("1"), metric="simple_match")
 
 
 PLAIN = {"title": "t", "data": "a/b", "files": ["*.parquet"], "fields": {"answer": "answer"}}
