@@ -46,7 +46,6 @@ _PRODUCTS = frozenset("mg ml mL ms mA ft in mi at".split())
 _RATHER_VARIABLES = frozenset("h t l".split())
 _TEMPERATURES = dict.fromkeys(("degrees c", "degree celsius", "degrees celsius", "° c", "°celsius"), "°C")
 _TEMPERATURES |= dict.fromkeys(("degrees f", "degree fahrenheit", "degrees fahrenheit", "° f"), "°F")
-_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CURRENCIES = "$€£¥"
 _NO_UNIT = frozenset("pi sqrt sin cos tan log ln exp and or to by not times plus minus over per from is".split())
@@ -94,8 +93,6 @@ class Quantity:
 @lru_cache(maxsize=16384)
 def parse_quantity(text: str) -> Quantity | None:
     """The quantity that the whole of a cleaned text stands for, or None."""
-    if text.casefold() in _WORDS:
-        return Quantity(Fraction(_WORDS.index(text.casefold())), False, Fraction(0), "")
     found = _VALUE.match(text)
     if found is None or len(text) > LARGEST_EXPONENT:
         return None

@@ -102,7 +102,9 @@ MATH_WORDS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp lim max min sqrt gcd lcm det mod inf".split()
 )
 _SHORT_WORDS = frozenset("no on in up to of or at it is us we he me my by if so as an do go am pm ok".split())
-_SAME_WORDS = {"true": "yes", "false": "no", "对": "yes", "错": "no", "是": "yes", "否": "no"}
+_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_SAME_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS)}
+_SAME_WORDS |= {"true": "yes", "false": "no", "对": "yes", "错": "no", "是": "yes", "否": "no"}
 _RUNS = re.compile(r"(\\?[A-Za-z]+)")
 _ENVIRONMENTS = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}")
 _LINKED = re.compile(r"(?<=[A-Za-z)])_(?:\{(\w+)\}|(\w))")  # H_2O is H2O
@@ -164,8 +166,8 @@ def same_words(left: str, right: str) -> bool:
     left, right = (_LINKED.sub(r"\1\2", side) for side in (left, right))
     if left == right:
         return True
-    ours, theirs = (_SAME_WORDS.get(side.casefold(), side.casefold()) for side in (left, right))
-    if ours == theirs in ("yes", "no"):
+    meant = [_SAME_WORDS.get(side.casefold()) for side in (left, right)]
+    if (meant[0] or left.casefold()) == (meant[1] or right.casefold()) and any(meant):
         return True
     if left.casefold() != right.casefold():
         return False
