@@ -44,6 +44,10 @@ SPLIT = "split"
 # Bytes of embedded images of one data set in the memory of a process, beyond which a warning says so.
 MUCH_HELD = 2 * 2**30
 
+LONGEST_PATH = 4096  # Linux's; a longer text is an image itself
+
+_SAID: set[tuple[str, str]] = set()  # what `_say_once` has said
+
 
 def load_queries(config: DataConfig, which: Side, most: int | None = None) -> list[Query]:
     """All questions that `data.train` or `data.validation` names; of `data.train: sources` those of all sources.
@@ -125,14 +129,9 @@ def find_columns(config: DataConfig, present: list[str], where: str) -> dict[str
     given = {noun: path for noun, path in config.fields.items() if path != defaults.get(noun)}
     used = format_of(config.format, present, given)
     fields = {**defaults, **format_columns(used, present), **given}
-    if config.format is not None:
-        _on_one_rank(
-            logging.INFO,
-            "%s: data.format=%s reads %s",
-            where,
-            f"auto, found {used or 'none of other trainers'}," if config.format == "auto" else config.format,
-            ", ".join(f"the {noun} from {fields[noun]}" for noun in ("question", "answer", "images")),
-        )
+    if config.format == "auto" and used is not None:
+        read = ", ".join(f"the {noun} from {fields[noun]}" for noun in ("question", "answer", "images"))
+        _say_once(where, "data.format=auto found %s", f"{used or 'plain columns'}, and reads {read}")
     for noun, column in fields.items():
         if column in present or column.partition(".")[0] in present:
             continue
@@ -208,7 +207,6 @@ class Reader:
         self.bad: dict[int, str] = {}
         """The reason why a row, by its number, cannot be used."""
         self._first_bad: ConfigError | None = None
-        self._said: set[str] = set()
         self._left_out: Counter[str] = Counter()
         self._ids: dict[str, int] = {}
         self._embedded: dict[bytes, dict[str, bytes]] = {}
@@ -316,16 +314,11 @@ class Reader:
     def _say_what_is_not_read(self, system: str | None, answer: str) -> None:
         """One warning each about a chat's system message, and about an answer that `data.format` would undress."""
         if system and system != self.config.system:
-            advice = "system messages in the data are left out, as %s; data.system gives one to all questions"
-            self._say_once(advice, system)
+            advice = "system messages in the data are left out, as %r; data.system gives one to all questions"
+            _say_once(self.where, advice, system)
         if self.config.format is None and dressed(answer):
-            self._say_once("answers such as %s are compared whole; data.format=auto takes the answer out", answer)
-
-    def _say_once(self, message: str, text: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            shown = repr(text if len(text) <= 200 else f"{text[:100]} [...] {text[-100:]}")
-            _on_one_rank(logging.WARNING, f"%s: {message}", self.where, shown)
+            advice = "answers such as %r are compared whole; data.format=auto takes the answer out"
+            _say_once(self.where, advice, answer[-80:])
 
     def _images(self, called: str, given: Any) -> Iterator[Any]:
         """The references of all images that a cell holds, in any of the forms of images; lists are flattened."""
@@ -339,14 +332,16 @@ class Reader:
             elif isinstance(item, (bytes, bytearray)):
                 yield self._embedded_image(bytes(item))
             elif isinstance(item, (str, Path)) and str(item):
-                path = str(self._root / os.path.expanduser(str(item).removeprefix("file://")))
-                if os.path.isfile(path) or in_archive(path):  # through links; no pipe, no device
-                    yield path
-                elif (content := image_text(str(item))) is not None:
-                    rest.append(content)
-                else:
+                path = str(item)
+                if len(path) <= LONGEST_PATH:
+                    path = str(self._root / os.path.expanduser(path.removeprefix("file://")))
+                    if os.path.isfile(path) or in_archive(path):  # through links; no pipe, no device
+                        yield path
+                        continue
+                if (content := image_text(str(item))) is None:
                     hint = "data.image_root says where paths start, and nothing is downloaded"
                     raise BadRowError("no image", f"{called}: no image file {path}; {hint}")
+                rest.append(content)
             elif item is not None:
                 raise BadRowError(
                     "no image",
@@ -378,6 +373,13 @@ def _on_one_rank(level: int, message: str, *arguments: Any) -> None:
     """Log on rank 0, since every rank reads the same rows."""
     if os.environ.get("RANK", "0") == "0":
         log.log(level, message, *arguments)
+
+
+def _say_once(where: str, message: str, text: str) -> None:
+    """A warning about a data set that is not said again for further rows, nor when the data is read again."""
+    if (where, message) not in _SAID:
+        _SAID.add((where, message))
+        _on_one_rank(logging.WARNING, f"%s: {message}", where, text if len(text) <= 300 else f"{text[:300]}...")
 
 
 def _counts(reasons: Counter[str]) -> str:

@@ -30,12 +30,12 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "r1v": {
         "question": ("problem", "conversations"),
-        "answer": ("solution", "answer", "conversations"),
+        "answer": ("answer", "solution", "conversations"),
         "images": ("image", "images"),
     },
     "trl": {
         "question": ("prompt", "problem"),
-        "answer": ("solution", "answer", "ground_truth", "completion"),
+        "answer": ("answer", "ground_truth", "solution", "completion"),
         "images": ("images", "image"),
     },
 }
@@ -44,7 +44,7 @@ _PLAIN = {"question": ("question",), "answer": ("answer",), "images": ("images",
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_BEHIND_MARKS = re.compile(r"^####[ \t]*(\S[^\n]*)\Z", re.MULTILINE)  # GSM8K's last line
+_BEHIND_MARKS = re.compile(r"(?:^|\s)####[ \t]*(\S[^\n]*)\Z")  # GSM8K's last line
 _OPEN_BOX = re.compile(r"\\boxed\s*\{")
 # A backslash that JSON or YAML took for an escape: \b of \boxed, \f of \frac, \t of \text, \r of \right, \n of \nabla.
 _ESCAPED = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|\t(?=ext|frac|imes|heta)|\r(?=ight)|\n(?=abla)")
@@ -128,7 +128,7 @@ def question_of(value: Any, column: str) -> tuple[str, list[Any], str | None]:
     if not asked:
         raise BadValueError("no question", f"has no question text in column {column!r}")
     if [role for role, _ in asked] != ["user"]:
-        roles = ", ".join(str(role)[:20] for role, _ in asked[:8])
+        roles = ", ".join(role[:20] for role, _ in asked[:8])
         raise BadValueError(
             "several turns",
             f"has a chat of {roles} in column {column!r}; a question is one message of the user, before it at most a "
@@ -137,12 +137,14 @@ def question_of(value: Any, column: str) -> tuple[str, list[Any], str | None]:
     return *_content(asked[0][1]), _content(system[0])[0] if system else None
 
 
-def _turns(value: Any) -> list[tuple[Any, Any]]:
+def _turns(value: Any) -> list[tuple[str, Any]]:
     """The messages of a chat, each its role and its content; [] of anything else."""
     if not isinstance(value, (list, tuple)) or not all(isinstance(message, Mapping) for message in value):
         return []
-    keys = ("from", "value") if value and "from" in value[0] else ("role", "content")
-    return [(_ROLES.get(role, role), content) for role, content in ([m.get(key) for key in keys] for m in value)]
+    role, content = ("from", "value") if value and "from" in value[0] else ("role", "content")
+    if not all(isinstance(message.get(role), str) for message in value):
+        return []
+    return [(_ROLES.get(message[role], message[role]), message.get(content)) for message in value]
 
 
 def _content(content: Any) -> tuple[str, list[Any]]:
@@ -196,8 +198,7 @@ def answer_of(value: Any, column: str, undress: bool) -> str:
 
 
 def _text_of(value: Any, column: str, undress: bool) -> str:
-    turns = _turns(value)
-    if turns and any(role is not None for role, _ in turns):
+    if turns := _turns(value):
         role, content = turns[-1]
         if role != "assistant":
             raise BadValueError("no answer", f"has no reply at the end of the chat in column {column!r}")
@@ -206,7 +207,7 @@ def _text_of(value: Any, column: str, undress: bool) -> str:
         return _undressed(value, column) if undress else value
     if isinstance(value, (list, tuple)):
         return _listed(value, column, undress)
-    if isinstance(value, (int, float, Decimal)) and math.isfinite(value):
+    if isinstance(value, (int, float, Decimal)) and _finite(value):
         return f"{value:f}" if isinstance(value, Decimal) else str(value)
     fix = "an answer is a text or a number"
     if isinstance(value, Mapping) and value:
@@ -226,8 +227,10 @@ def _undressed(text: str, column: str) -> str:
         return tags[-1].strip()
     if found := _BEHIND_MARKS.search(text.rstrip()):
         return found[1]
-    spelled = _read_list(text)
-    if spelled and all(isinstance(item, str) for item in spelled):  # [3, 4] is a list, or an interval, as it stands
+    spelled = _read_json(text)
+    if (
+        isinstance(spelled, list) and spelled and all(isinstance(item, str) for item in spelled)
+    ):  # [3, 4] is a list, or an interval, as it stands
         return _listed(spelled, column, False)
     return text
 
@@ -256,8 +259,8 @@ def with_choices(metadata: dict[str, Any], answer: str) -> tuple[dict[str, Any],
     """
     given = metadata.get("choices") or metadata.get("options")
     given = given if given is not None else {letter: metadata.get(letter) for letter in _LETTERS}
-    given = _read_list(given) or given if isinstance(given, str) else given
-    if isinstance(given, (list, tuple)) and given and all(isinstance(item, Mapping) for item in given):
+    given = _read_json(given) if isinstance(given, str) else given
+    if isinstance(given, (list, tuple)) and all(isinstance(item, Mapping) and "text" in item for item in given):
         given = {key: [item.get(key) for item in given] for key in ("text", "label")}
     if isinstance(given, Mapping) and isinstance(given.get("text"), list) and isinstance(given.get("label"), list):
         texts, labels = given["text"], [str(label) for label in given["label"]]
@@ -266,7 +269,7 @@ def with_choices(metadata: dict[str, Any], answer: str) -> tuple[dict[str, Any],
         if not lettered and answer.strip() in labels:
             answer = chr(ord("A") + labels.index(answer.strip()))
     if isinstance(given, Mapping):
-        given = {letter: text for letter, text in given.items() if text is not None and text != ""}
+        given = {letter: text for letter, text in given.items() if isinstance(text, (str, int, float)) and text != ""}
         given = list(given.values()) if list(given) == _LETTERS[: len(given)] else given
     usable = isinstance(given, (list, tuple, Mapping)) and len(given) > 1
     return {**metadata, "choices": given} if usable else metadata, answer
@@ -282,8 +285,8 @@ def image_in(value: Mapping[str, Any]) -> Any:
     return next((value[key] for key in ("path", "image", "image_url", "url") if value.get(key)), None)
 
 
-def image_text(text: str) -> bytes | list[Any] | None:
-    """The image of a data URI or of base64, or the list of images that a text spells in JSON; None of other texts.
+def image_text(text: str) -> Any:
+    """The image of a data URI or of base64, or the images that a text spells in JSON; None of other texts.
 
     Raises:
         BadValueError: an address, or a data URI that is not base64.
@@ -300,7 +303,7 @@ def image_text(text: str) -> bytes | list[Any] | None:
             f"has the address {text[:200]} as an image, and nothing is downloaded; fetch the images first, and name "
             "their files, or embed their bytes",
         )
-    return _decoded(text) or _read_list(text)
+    return _decoded(text) or _read_json(text)
 
 
 def _decoded(text: str, any_start: bool = False) -> bytes | None:
@@ -314,9 +317,9 @@ def _decoded(text: str, any_start: bool = False) -> bytes | None:
         return None
 
 
-def _read_list(text: str) -> list[Any] | None:
-    """The list that a text spells in JSON."""
-    if not text.lstrip().startswith("["):
+def _read_json(text: str) -> Any:
+    """The list or mapping that a text spells; None of any other text."""
+    if not text.lstrip().startswith(("[", "{")):
         return None
     try:
         return json.loads(text)
@@ -324,8 +327,13 @@ def _read_list(text: str) -> list[Any] | None:
         return None
 
 
+def _finite(value: Any) -> bool:
+    """Whether a value is no NaN and no infinity."""
+    return value.is_finite() if isinstance(value, Decimal) else not isinstance(value, float) or math.isfinite(value)
+
+
 def kind_of(value: Any) -> str:
     """What a value is, for messages."""
-    if isinstance(value, (float, Decimal)) and not math.isfinite(value):
+    if not _finite(value):
         return str(value)
     return "nothing" if value is None else f"a {type(value).__name__}"

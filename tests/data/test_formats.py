@@ -6,7 +6,6 @@ import base64
 import datetime
 import io
 import json
-import logging
 import re
 from decimal import Decimal
 from pathlib import Path
@@ -201,6 +200,11 @@ FORMS: dict[str, tuple[dict, dict, tuple]] = {
         {"question": "How many?", "answer": "He has 3 #1s and 4.\nIn all 3+4=<<3+4=7>>1,007\n#### 1,007"},
         ("How many?", "1,007", (), None),
     ),
+    "an answer beside its long solution": (
+        ANY,
+        {"problem": "How many?", "solution": "Well, it is clear.", "answer": "7"},
+        ("How many?", "7", (), None),
+    ),
     "plain columns, one image": (
         ANY,
         {"question": "Color?", "answer": "red", "image": FILE},
@@ -239,6 +243,11 @@ FORMS: dict[str, tuple[dict, dict, tuple]] = {
     "choices, JSON text": (
         ANY,
         {"question": "Color?", "answer": "B", "choices": '["red", "blue"]'},
+        ("Color?", "B", (), ["red", "blue"]),
+    ),
+    "choices, JSON text of a mapping": (
+        ANY,
+        {"question": "Color?", "answer": "B", "options": '{"A": "red", "B": "blue"}'},
         ("Color?", "B", (), ["red", "blue"]),
     ),
     "choices, columns": (
@@ -375,14 +384,15 @@ def test_auto_finds_the_format_and_says_so(folder, form, caplog):
     """Of every form of a named format, by its columns alone, in one line."""
     settings, row, expected = FORMS[form]
     path = write(folder / "d.jsonl", [row])
-    with caplog.at_level(logging.INFO):
-        (query,) = load(path, **settings | {"format": "auto"})
+    (query,) = load(path, **settings | {"format": "auto"})
     assert seen(query, folder) == expected
     (said,) = [record.message for record in caplog.records if "data.format" in record.message]
-    found = settings["format"] if settings["format"] != "auto" else "none of other trainers"
-    assert f"{path}: data.format=auto, found " in said and "the question from " in said
+    assert f"{path}: data.format=auto found " in said and ", and reads the question from " in said
+    load(path, **settings | {"format": "auto"})  # again, as for validation
+    assert len([record for record in caplog.records if "data.format" in record.message]) == 1
     if form in ("verl", "swift", "r1v", "trl, a text", "GSM8K"):  # others have the columns of two
-        assert f"found {found}," in said
+        found = settings["format"] if settings["format"] != "auto" else "plain columns"
+        assert f"found {found}, and" in said
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -421,7 +431,7 @@ def test_a_curated_subset_says_the_same(folder, form):
 def test_a_column_beside_that_of_a_format_does_not_replace_it(folder):
     """A column `question` or `images` next to `prompt`: metadata of the query, and not what a curated subset asks."""
     config = resolve_config("easy_vqa_cpu")
-    row = {"prompt": "asked?", "question": "another?", "solution": "1", "answer": "2"}
+    row = {"prompt": "asked?", "question": "another?", "solution": "2", "answer": "1"}
     config.data.train, config.data.format = write(folder / "d.jsonl", [row]), "trl"
     (query,) = load_queries(config.data, "train")
     assert (query.question, query.answer) == ("asked?", "1") and query.metadata["question"] == "another?"
@@ -436,7 +446,10 @@ def test_a_byte_order_mark_costs_no_row(folder):
     row = json.dumps({"question": "é?", "answer": "1"}, ensure_ascii=False)
     for name, content in (("d.jsonl", f"{row}\n{row}"), ("l.json", f"{row}\n{row}"), ("d.json", f"[{row}, {row}]")):
         (folder / name).write_bytes(content.encode("utf-8-sig"))
-        assert [query.question for query in load(str(folder / name))] == ["é?", "é?"]
+        path = str(folder / name)
+        assert [query.question for query in load(path)] == ["é?", "é?"]
+        drawn = StreamedQueries(DataConfig(train=path, streaming=True), 0).next(2)
+        assert sorted(query.id for query in drawn) == ["0", "1"] and drawn[0].question == "é?"
 
 
 @pytest.mark.parametrize("content", ["utf-16", "utf-16-le", "utf-16-be"])
@@ -511,14 +524,15 @@ def test_the_system_message_of_a_chat_is_left_out_with_one_warning(folder, caplo
 
 def test_answers_that_are_compared_whole_are_said_once(folder, caplog):
     """Without data.format a text stays as it is; where that can hardly be meant, one warning names the setting."""
-    rows = [{"question": "?", "answer": answer} for answer in ("7", "so\n#### 7", "<answer>7</answer>")]
+    rows = [{"question": "?", "answer": answer} for answer in ("7", "so " * 99 + "\n#### 7", "<answer>7</answer>")]
     path = write(folder / "d.jsonl", rows)
-    assert [query.answer for query in load(path)] == ["7", "so\n#### 7", "<answer>7</answer>"]
+    assert [query.answer for query in load(path)] == [row["answer"] for row in rows]
     (record,) = caplog.records
-    assert "answers such as 'so\\n#### 7' are compared whole; data.format=auto takes the answer out" in record.message
+    assert " so \\n#### 7' are compared whole; data.format=auto takes the answer out" in record.message
     caplog.clear()
     assert [query.answer for query in load(path, format="auto")] == ["7", "7", "7"]
-    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    (record,) = caplog.records
+    assert "found plain columns, and reads the question from question, the answer from answer" in record.message
 
 
 @pytest.mark.parametrize("answer", ["a\tb", "x\r\ny", "#### 3 ####\nthen 4", "a\nu", "\\text{\n}", "5 \\%"])
@@ -559,6 +573,7 @@ REFUSED = [
     ({"question": user([{"type": "video", "video": "a.mp4"}])}, {}, r"row 0 has video in its chat, not text or image$"),
     ({"question": [*user("1?"), *user("2?")]}, {}, r"row 0 has a chat of user, user in column 'question'; a que"),
     ({"question": [{"role": "assistant", "content": "hm"}]}, {}, r"row 0 has no question text in column 'question'$"),
+    ({"question": [{"text": "?"}]}, {}, r"row 0 has no question text in column 'question'$"),
     ({"answer": user("hm")}, {}, r"row 0 has no reply at the end of the chat in column 'answer'$"),
     ({}, {"fields": {"answer": "info.solution"}}, r"no such entry, but info\.solutions; .* is info\.solutions: set --"),
     ({}, {"fields": {"answer": "info.solutions.x"}}, r"no such entry, and info\.solutions has no entries$"),
@@ -597,11 +612,12 @@ def test_a_missing_column_names_the_format_that_has_these(folder, name):
         load(path, format=other)
 
 
-def test_auto_without_a_known_format(folder):
-    """It says which formats there are."""
+def test_auto_without_a_known_format(folder, caplog):
+    """It says which formats there are, and does not say that it found one."""
     path = write(folder / "d.jsonl", [{"q": "?", "a": "1"}])
     with pytest.raises(ConfigError, match=r"no such column, but q, a; no format \(verl, swift, r1v, trl\) has these"):
         load(path, format="auto")
+    assert not caplog.records
 
 
 def test_the_format_of_a_source_is_checked():
