@@ -131,7 +131,7 @@ def question_of(value: Any, column: str) -> tuple[str, list[Any], str | None]:
         roles = ", ".join(role[:20] for role, _ in asked[:8])
         raise BadValueError(
             "several turns",
-            f"has a chat of {roles} in column {column!r}; a question is one message of the user, before it at most a "
+            f"has a chat of {roles!r} in column {column!r}; a question is one message of the user, before it at most a "
             "system message, behind it at most a reply",
         )
     return *_content(asked[0][1]), _content(system[0])[0] if system else None
@@ -161,9 +161,8 @@ def _content(content: Any) -> tuple[str, list[Any]]:
             text += IMAGE_MARK
             images += [given] if image_in(given) is not None else []  # else it stands in the column of images
         else:
-            raise BadValueError(
-                "no question", f"has {given.get('type') or kind_of(part)} in its chat, not text or image"
-            )
+            what = repr(given["type"])[:40] if given.get("type") else kind_of(part)
+            raise BadValueError("no question", f"has {what} in its chat, not text or image")
     return text, images
 
 
@@ -228,11 +227,9 @@ def _undressed(text: str, column: str) -> str:
     if found := _BEHIND_MARKS.search(text.rstrip()):
         return found[1]
     spelled = _read_json(text)
-    if (
-        isinstance(spelled, list) and spelled and all(isinstance(item, str) for item in spelled)
-    ):  # [3, 4] is a list, or an interval, as it stands
-        return _listed(spelled, column, False)
-    return text
+    # Of texts alone: [3, 4] is a list, or an interval, as it stands.
+    listed = isinstance(spelled, list) and spelled and all(isinstance(item, str) for item in spelled)
+    return _listed(spelled, column, False) if listed else text
 
 
 def _listed(items: Collection[Any], column: str, undress: bool) -> str:
@@ -300,7 +297,7 @@ def image_text(text: str) -> Any:
     if re.match(r"(?!file:)[a-zA-Z][a-zA-Z0-9+.-]+://", text):
         raise BadValueError(
             "image URL",
-            f"has the address {text[:200]} as an image, and nothing is downloaded; fetch the images first, and name "
+            f"has the address {text[:200]!r} as an image, and nothing is downloaded; fetch the images first, and name "
             "their files, or embed their bytes",
         )
     return _decoded(text) or _read_json(text)

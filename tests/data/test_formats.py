@@ -552,8 +552,8 @@ def test_what_is_read_can_be_rewarded():
 
 
 REFUSED = [
-    ({"images": "https://a.b/c.png"}, {}, r"row 0 has the address https://a\.b/c\.png as an image, and nothing is"),
-    ({"images": [{"image_url": {"url": "s3://a/b"}}]}, {}, r"row 0 has the address s3://a/b .* fetch the images first"),
+    ({"images": "https://a.b/c.png"}, {}, r"row 0 has the address 'https://a\.b/c\.png' as an image, and nothing is"),
+    ({"images": [{"image_url": {"url": "s3://a/b"}}]}, {}, r"row 0 has the address 's3://a/b' .* fetch the images"),
     ({"images": "data:image/svg+xml,<svg/>"}, {}, r"row 0 has a data URI that is no base64: 'data:image/svg"),
     ({"images": "iVBORw0KGgo" * 40 + "?"}, {}, r"row 0: no image file"),
     ({"images": '["a.png"'}, {}, r"row 0: no image file"),
@@ -570,8 +570,8 @@ REFUSED = [
     ({"answer": "\\boxed{\\frac{1}{2}"}, {}, r"row 0 has an unclosed box as answer"),
     ({"answer": "\boxed{3}"}, {}, r"row 0 has a control character .*: '.x08oxed.3.'; .* double the back"),
     ({"question": "", "images": []}, {}, r"row 0 has an empty question in column 'question'$"),
-    ({"question": user([{"type": "video", "video": "a.mp4"}])}, {}, r"row 0 has video in its chat, not text or image$"),
-    ({"question": [*user("1?"), *user("2?")]}, {}, r"row 0 has a chat of user, user in column 'question'; a que"),
+    ({"question": user([{"type": "video", "video": "a.mp4"}])}, {}, r"row 0 has 'video' in its chat, not text or"),
+    ({"question": [*user("1?"), *user("2?")]}, {}, r"row 0 has a chat of 'user, user' in column 'question'; a que"),
     ({"question": [{"role": "assistant", "content": "hm"}]}, {}, r"row 0 has no question text in column 'question'$"),
     ({"question": [{"text": "?"}]}, {}, r"row 0 has no question text in column 'question'$"),
     ({"answer": user("hm")}, {}, r"row 0 has no reply at the end of the chat in column 'answer'$"),
