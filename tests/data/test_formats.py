@@ -11,6 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_args
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -307,7 +308,7 @@ FORMS: dict[str, tuple[dict, dict, tuple]] = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     (tmp_path / FILE).write_bytes(PNG)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path
 
 
@@ -484,8 +485,6 @@ def test_numbers_of_arrow_are_what_they_say(folder):
 @pytest.mark.parametrize("kind", ["parquet", "folder", "saved"])
 def test_a_class_label_is_its_name(folder, kind):
     """In a file that `datasets` wrote and in its own folders, also with the numbers beside it in 32 bits."""
-    import datasets
-
     features = datasets.Features(
         {
             "question": datasets.Value("string"),
