@@ -35,6 +35,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
+FormatName = Literal["verl", "trl", "swift", "r1v", "auto"]
+
+
 @dataclass
 class RunConfig:
     """Where a run lives and who watches it."""
@@ -57,12 +60,12 @@ class DataConfig:
     """The questions: which data set, which columns, which prompt."""
 
     train: ranges.PathOrName = "easy_vqa"
-    """`sums`, `easy_vqa` or `digits` (embedded), a Hugging Face data set name or folder, or a .parquet / .jsonl file;
-    `sources` mixes those of data.sources."""
+    """`sums`, `easy_vqa` or `digits` (embedded), a Hugging Face data set name or folder, or a .parquet, .jsonl
+    or .json file; `sources` mixes those of data.sources."""
     sources: dict[str, dict] = field(default_factory=dict)
     """Data sets to mix: `{geometry: {train: a.parquet, weight: 2}, charts: {train: b.jsonl, weight: 1}}`. Weights are
     shares of the questions drawn, given for all or for none (then by size). An entry may have its own train_split,
-    fields, image_root, pass_rate, max_bad_rows and category_weights."""
+    format, fields, image_root, pass_rate, max_bad_rows and category_weights."""
     streaming: bool = False
     """Read a row of data.train when it is drawn, for a data set that does not fit in memory: `datasets` keeps an
     uncompressed copy in its cache on disk. Needs train.max_steps, and no data.category_weights."""
@@ -77,10 +80,15 @@ class DataConfig:
     """Column of a model's pass rates: train only on questions with 0 < pass rate < 1. -1 is not measured: left out."""
     validation_split: str = "test"
     """Split of a Hugging Face data set to validate on."""
+    format: FormatName | None = None
+    """Whose columns the data has: `verl`, `trl`, `swift` (ms-swift), `r1v` (R1-V, EasyR1, LLaVA), or `auto` to tell by
+    their names, plain `question` and `answer` too. Any of them also takes answers out of <answer></answer> and from
+    behind GSM8K's `####`, and options from columns A, B, C. null: the columns of data.fields, and texts as they are."""
     fields: dict[str, str] = field(
         default_factory=lambda: {"question": "question", "answer": "answer", "images": "images", "id": "id"}
     )
-    """Which column holds the question, the answer, the images (a path, a list, or bytes) and the id."""
+    """Which column holds the question, the answer, the images (a path, a list, or bytes) and the id, or which entry of
+    a column, as `reward_model.ground_truth`. With data.format those that differ from these go before the format's."""
     max_bad_rows: ranges.Share = 0.01
     """Share of the rows that may be unusable (no question, odd answer, broken image): they are left out and counted.
     Beyond it, and at any such row of a data set too small for a share, the run stops."""

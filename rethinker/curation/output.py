@@ -42,7 +42,8 @@ def write_subset(folder: Path, queries: Sequence[Query], rates: Sequence[PassRat
     }
     for key in dict.fromkeys(key for query in queries for key in query.metadata):
         name = key if key in ("question", "answer", "images", "id") else columns.get(key, key)
-        table[name] = [query.metadata.get(key) for query in queries]
+        if name not in (*table, columns["images"]):  # as a column `question` beside the one of a format
+            table[name] = [query.metadata.get(key) for query in queries]
     table["pass_rate"] = [rate.rate for rate in rates]
     texts = pa.table({name: _column(values) for name, values in table.items()})
     images = [image for query in queries for image in query.images]
@@ -57,7 +58,10 @@ def write_subset(folder: Path, queries: Sequence[Query], rates: Sequence[PassRat
 
 
 def _columns(data: DataConfig) -> dict[str, str]:
-    return {**DataConfig().fields, **({} if data.train == SOURCES else data.fields)}
+    """The names of the subset's columns: those of the data, where a noun has a column to itself."""
+    defaults = DataConfig().fields
+    own = {**defaults, **({} if data.train == SOURCES else data.fields)}
+    return own if data.format is None and len(set(own.values())) == len(own) else defaults
 
 
 def _root(data: DataConfig) -> str | None:
@@ -85,6 +89,7 @@ def write_recipe(folder: Path, config: Config, model: str) -> None:
     """The recipe as it was, but for the data: `rethinker train FOLDER/recipe.yaml` trains on the subset as it is."""
     own = {
         "train": str((folder / SUBSET).absolute()),
+        "format": None,
         "fields": _columns(config.data),
         "image_root": _root(config.data),
     }

@@ -6,7 +6,6 @@ What is wrong with the data is said before a model is loaded: the setting, the r
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,14 +16,27 @@ from typing import Any
 
 from rethinker.config import ConfigError, DataConfig, nearest
 from rethinker.data.archives import in_archive
+from rethinker.data.formats import (
+    FORMATS,
+    IMAGE_MARK,
+    BadValueError,
+    answer_of,
+    cell,
+    dressed,
+    format_columns,
+    format_of,
+    image_in,
+    image_text,
+    kind_of,
+    question_of,
+    with_choices,
+)
 from rethinker.data.mixture import of_source, source_configs
-from rethinker.data.sources import Row, Table, open_table
+from rethinker.data.sources import PEEKED, SUFFIXES, Row, Table, open_table
 from rethinker.data.subsets import Side, content_name, side_of, why_not
 from rethinker.samples import Query
 
 log = logging.getLogger(__name__)
-
-IMAGE_MARK = "<image>"
 
 # As data.validation: a part of data.train.
 SPLIT = "split"
@@ -32,15 +44,22 @@ SPLIT = "split"
 # Bytes of embedded images of one data set in the memory of a process, beyond which a warning says so.
 MUCH_HELD = 2 * 2**30
 
+LONGEST_PATH = 4096  # Linux's; a longer text is an image itself
+
+_SAID: set[tuple[str, str]] = set()  # what `_say_once` has said
+
 
 def load_queries(config: DataConfig, which: Side, most: int | None = None) -> list[Query]:
     """All questions that `data.train` or `data.validation` names; of `data.train: sources` those of all sources.
 
     Columns that `data.fields` does not name become metadata under their own names; a further entry of `data.fields`
-    (`choices: options`) renames one. Without an id column, ids are the row numbers.
+    (`choices: options`) renames one, or an entry of one (`choices: extra_info.options`). With `data.format` the columns
+    are those of another trainer, as far as `data.fields` does not name others. Without an id column, ids are the row
+    numbers.
 
-    A row without question or answer, an id that occurs again, an image that is not there, `<image>` marks that do not
-    match the images, text that is no Unicode: such rows are left out, and one warning counts them and names the first.
+    A row without question or answer, an answer that no response can give, an id that occurs again, an image that is not
+    there, `<image>` marks that do not match the images, text that is no Unicode: such rows are left out, and one
+    warning counts them and names the first.
     With `data.validation: split` both sides are parts of `data.train`, and `data.pass_rate` leaves some out of
     training. With `data.streaming` the first `most` held-out questions of a split are taken, and no more is read.
 
@@ -74,7 +93,7 @@ def image_root(config: DataConfig) -> str | None:
     if config.image_root is not None:
         return config.image_root or None
     path = Path(os.path.expanduser(config.train))
-    return str(path.parent if path.suffix in (".parquet", ".jsonl") else path)
+    return str(path.parent if path.suffix in SUFFIXES else path)
 
 
 class BadRowError(ConfigError):
@@ -104,20 +123,58 @@ def check_bad_rows(error: ConfigError, bad: int, rows: int, share: float) -> Non
 
 
 def find_columns(config: DataConfig, present: list[str], where: str) -> dict[str, str]:
-    """Noun to column; a missing one is an error unless it is optional and not asked for."""
+    """Noun to column, or to an entry of one (`extra_info.question`), as `data.format` and `data.fields` say; a missing
+    one is an error unless it is optional and not asked for."""
     defaults = DataConfig().fields
-    fields = {**defaults, **config.fields}
+    given = {noun: path for noun, path in config.fields.items() if path != defaults.get(noun)}
+    used = format_of(config.format, present, given)
+    fields = {**defaults, **format_columns(used, present), **given}
+    if config.format == "auto" and used is not None:
+        read = ", ".join(f"the {noun} from {fields[noun]}" for noun in ("question", "answer", "images"))
+        _say_once(where, "data.format=auto found %s", f"{used or 'plain columns'}, and reads {read}")
     for noun, column in fields.items():
-        if column in present:
+        if column in present or column.partition(".")[0] in present:
             continue
-        close = nearest(column, present)
+        close = nearest(column, [other for other in present if other not in fields.values()])
         optional = noun in ("images", "id") and column == defaults[noun]
         # A data set without images may be text-only, but `image` beside a wanted `images` is an oversight.
         if optional and not (noun == "images" and close):
             continue
         near = f"; the nearest is {close}: set --data.fields.{noun} {close}" if close else ""
-        raise ConfigError(f"data.fields.{noun}={column}: {where} has no such column, but {', '.join(present)}{near}")
+        known = format_of("auto", present, ())
+        if noun in ("question", "answer") and known and known != config.format:
+            near = f"; these are the columns of {known}: set --data.format {known}"
+        elif noun in ("question", "answer") and used is None and config.format == "auto":
+            near = f"; no format ({', '.join(FORMATS)}) has these: name the columns in data.fields"
+        asked = f" (data.format={used})" if used and noun not in given else ""
+        raise ConfigError(
+            f"data.fields.{noun}={column}{asked}: {where} has no such column, but {', '.join(present)}{near}"
+        )
     return fields
+
+
+def check_entries(columns: dict[str, str], table: Table) -> None:
+    """Check that what is named within a column (`reward_model.ground_truth`) is there in one of the first rows.
+
+    Raises:
+        ConfigError: the column has no such entry.
+    """
+    for noun, path in columns.items():
+        if path in table.columns or path.partition(".")[0] not in table.columns:
+            continue
+        parent, _, _ = path.rpartition(".")
+        entries: dict[str, None] = {}
+        for row in islice(table.rows(), PEEKED):
+            inside = None if isinstance(row, ConfigError) else cell(row, parent)
+            entries |= dict.fromkeys(inside) if isinstance(inside, dict) else {}
+            if path.removeprefix(f"{parent}.") in entries:
+                break
+        else:
+            named = [f"{parent}.{entry}" for entry in entries]
+            close = nearest(path, named)
+            near = f"; the nearest is {close}: set --data.fields.{noun} {close}" if close else ""
+            has = f"but {', '.join(named)}" if named else f"and {parent} has no entries"
+            raise ConfigError(f"data.fields.{noun}={path}: {table.where} has no such entry, {has}{near}")
 
 
 class Reader:
@@ -136,11 +193,14 @@ class Reader:
         self.config, self.table, self.which, self.where = config, table, which, table.where
         self.streaming = config.streaming and which == "train"
         self.columns = find_columns(config, table.columns, self.where)
+        check_entries(self.columns, table)
         self._root = Path(config.image_root) if config.image_root else table.folder or Path()
         self._main = {self.columns[noun] for noun in ("question", "answer", "images", "id")}
         self._nouns = {column: noun for noun, column in self.columns.items() if column not in self._main}
+        self._inner = {column: noun for column, noun in self._nouns.items() if column not in table.columns}
         self._rate = config.pass_rate if which == "train" else None
         others = [str(self._nouns.get(column, column)) for column in table.columns if column not in self._main]
+        others += self._inner.values()
         if self._rate is not None and self._rate not in others:
             known = ", ".join(others) or "none besides question, answer, images and id"
             raise ConfigError(f"data.pass_rate={self._rate}: {self.where} has no such column, but {known}")
@@ -219,21 +279,23 @@ class Reader:
         """
         if isinstance(row, ConfigError):
             raise BadRowError("damaged row", str(row))
-        given = row.get(self.columns["id"])
+        given = cell(row, self.columns["id"])
         name = str(number if given is None else given)
         called = f"{self.where}: row {name if len(name) <= 80 else f'{name[:80]}...'}"
-        question, answer = row.get(self.columns["question"]), row.get(self.columns["answer"])
-        if not isinstance(question, str):
-            raise BadRowError("no question", f"{called} has no question text in column {self.columns['question']!r}")
-        if not isinstance(answer, (str, int, float)) or (isinstance(answer, float) and not math.isfinite(answer)):
-            raise BadRowError(
-                "no answer",
-                f"{called} has {_kind(answer)} as answer in column {self.columns['answer']!r}; "
-                "an answer is a text or a number",
-            )
-        images = row.get(self.columns["images"])
-        images = images if isinstance(images, (list, tuple)) else [] if images in (None, "") else [images]
-        images = tuple(self._image(called, item) for item in images)
+        metadata = {self._nouns.get(column, column): value for column, value in row.items() if column not in self._main}
+        metadata |= {noun: cell(row, column) for column, noun in self._inner.items()}
+        asked, wanted = self.columns["question"], self.columns["answer"]
+        try:
+            question, shown, system = question_of(cell(row, asked), asked)
+            answer = answer_of(cell(row, wanted), wanted, undress=self.config.format is not None)
+            images = tuple(self._images(called, shown or cell(row, self.columns["images"])))
+        except BadValueError as error:
+            raise BadRowError(error.reason, f"{called} {error}") from error
+        if self.config.format is not None:
+            metadata, answer = with_choices(metadata, answer)
+        if not question.strip() and not images:  # with an image, the question may stand in it
+            raise BadRowError("no question", f"{called} has an empty question in column {asked!r}")
+        self._say_what_is_not_read(system, answer)
         marks = question.count(IMAGE_MARK)
         if marks and marks != len(images):
             raise BadRowError(
@@ -241,8 +303,7 @@ class Reader:
                 f"{called} has {marks} {IMAGE_MARK} marks in its question but {len(images)} images; "
                 "mark every image once, or none",
             )
-        metadata = {self._nouns.get(column, column): value for column, value in row.items() if column not in self._main}
-        query = Query(name, question, str(answer), images, metadata)
+        query = Query(name, question, answer, images, metadata)
         _check_text(query, called)
         if self._ids.setdefault(name, number) != number:
             message = f"data.fields.id={self.columns['id']}: the id {name!r} occurs more than once; ids must be unique"
@@ -250,26 +311,48 @@ class Reader:
             raise ConfigError(f"{self.where}: {message}") if self.streaming else BadRowError("repeated id", message)
         return query
 
-    def _image(self, called: str, item: Any) -> Any:
-        """A reference from a path, `{"bytes", "path"}` or raw bytes."""
-        if isinstance(item, Mapping) and (item.get("bytes") or item.get("path")):
-            item = item.get("bytes") if isinstance(item.get("bytes"), (bytes, bytearray)) else item.get("path")
-        if isinstance(item, (bytes, bytearray)):
-            content = bytes(item)
-            if self.streaming:  # with a name: as keys of a cache, bytes would stay
-                return {"bytes": content, "name": content_name(content)}
-            return self._hold(content)
-        if not isinstance(item, (str, Path)) or not str(item):
-            raise BadRowError(
-                "no image",
-                f"{called} has {_kind(item)} in the image column {self.columns['images']!r}; "
-                "images are paths, bytes or a list of these",
-            )
-        path = str(self._root / os.path.expanduser(item))
-        if not (os.path.isfile(path) or in_archive(path)):  # through links; no pipe, no device
-            hint = "data.image_root says where paths start, and nothing is downloaded"
-            raise BadRowError("no image", f"{called}: no image file {path}; {hint}")
-        return path
+    def _say_what_is_not_read(self, system: str | None, answer: str) -> None:
+        """One warning each about a chat's system message, and about an answer that `data.format` would undress."""
+        if system and system != self.config.system:
+            advice = "system messages in the data are left out, as %r; data.system gives one to all questions"
+            _say_once(self.where, advice, system)
+        if self.config.format is None and dressed(answer):
+            advice = "answers such as %r are compared whole; data.format=auto takes the answer out"
+            _say_once(self.where, advice, answer[-80:])
+
+    def _images(self, called: str, given: Any) -> Iterator[Any]:
+        """The references of all images that a cell holds, in any of the forms of images; lists are flattened."""
+        rest = [] if given == "" else [given]
+        while rest:
+            item = rest.pop()
+            if isinstance(item, Mapping) and (held := image_in(item)) is not None:
+                rest.append(held)
+            elif isinstance(item, (list, tuple)):
+                rest += reversed(item)
+            elif isinstance(item, (bytes, bytearray)):
+                yield self._embedded_image(bytes(item))
+            elif isinstance(item, (str, Path)) and str(item):
+                path = str(item)
+                if len(path) <= LONGEST_PATH:
+                    path = str(self._root / os.path.expanduser(path.removeprefix("file://")))
+                    if os.path.isfile(path) or in_archive(path):  # through links; no pipe, no device
+                        yield path
+                        continue
+                if (content := image_text(str(item))) is None:
+                    hint = "data.image_root says where paths start, and nothing is downloaded"
+                    raise BadRowError("no image", f"{called}: no image file {path}; {hint}")
+                rest.append(content)
+            elif item is not None:
+                raise BadRowError(
+                    "no image",
+                    f"{called} has {kind_of(item)} in the image column {self.columns['images']!r}; "
+                    "images are paths, bytes or a list of these",
+                )
+
+    def _embedded_image(self, content: bytes) -> dict[str, Any]:
+        if self.streaming:  # with a name: as keys of a cache, bytes would stay
+            return {"bytes": content, "name": content_name(content)}
+        return self._hold(content)
 
     def _hold(self, content: bytes) -> dict[str, bytes]:
         """The image's reference; equal images are held once."""
@@ -292,6 +375,13 @@ def _on_one_rank(level: int, message: str, *arguments: Any) -> None:
         log.log(level, message, *arguments)
 
 
+def _say_once(where: str, message: str, text: str) -> None:
+    """A warning about a data set that is not said again for further rows, nor when the data is read again."""
+    if (where, message) not in _SAID:
+        _SAID.add((where, message))
+        _on_one_rank(logging.WARNING, f"%s: {message}", where, text if len(text) <= 300 else f"{text[:300]}...")
+
+
 def _counts(reasons: Counter[str]) -> str:
     """`no answer 2, no question 1`."""
     return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
@@ -303,9 +393,3 @@ def _check_text(query: Query, called: str) -> None:
     for text in (query.id, query.question, query.answer, *words):
         if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
             raise BadRowError("no Unicode", f"{ascii(called)[1:-1]} has a lone surrogate in {ascii(text)[:80]}")
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return "nothing" if value is None else f"a {type(value).__name__}"

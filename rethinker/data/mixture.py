@@ -17,13 +17,22 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
-from rethinker.config import ConfigError, DataConfig, nearest
+from rethinker.config import ConfigError, DataConfig, FormatName, nearest
 from rethinker.samples import Query
 
 SOURCES = "sources"
-OF_A_SOURCE = ("train", "train_split", "fields", "image_root", "pass_rate", "max_bad_rows", "category_weights")
+OF_A_SOURCE = (
+    "train",
+    "train_split",
+    "format",
+    "fields",
+    "image_root",
+    "pass_rate",
+    "max_bad_rows",
+    "category_weights",
+)
 
 
 def source_configs(config: DataConfig) -> dict[str, DataConfig]:
@@ -71,6 +80,10 @@ def _source(name: str, entry: Any, config: DataConfig) -> DataConfig:
         if not isinstance(entry.get(field, kind()), kind):
             words = "a mapping" if kind is dict else "a text"
             raise ConfigError(f"{key}.{field}={entry[field]!r} must be {words}")
+    if entry.get("format") not in (None, *(known := get_args(FormatName))):
+        close = nearest(str(entry["format"]), known)
+        hint = f"did you mean {close}?" if close else f"it is one of {', '.join(known)}"
+        raise ConfigError(f"{key}.format={entry['format']!r}: no such format; {hint}")
     own = {field: value for field, value in entry.items() if field != "weight"}
     own["fields"] = {**config.fields, **entry.get("fields", {})}
     return dataclasses.replace(config, sources={}, **own)

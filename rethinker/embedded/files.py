@@ -57,17 +57,17 @@ def as_files(data: DataConfig, which: Side) -> DataConfig:
     """
     if which == "validation" and data.validation != SPLIT:
         file = _file(data.validation, "data.validation")
-        return replace(data, validation=file, fields={}) if file else data
+        return replace(data, validation=file, fields={}, format=None) if file else data
     sources = {name: as_files(own, "train") for name, own in source_configs(data).items()}
     if sources:
         entries = {
             name: data.sources[name] | {field: v for field in OF_A_SOURCE if (v := getattr(own, field)) is not None}
             for name, own in sources.items()
         }
-        return replace(data, sources=entries, fields={})
+        return replace(data, sources=entries, fields={}, format=None)
     file = _file(data.train, "data.train")
     # An image_root of "": images are told apart by their own names, wherever the package is installed.
-    return replace(data, train=file, fields={}, image_root=data.image_root or "") if file else data
+    return replace(data, train=file, fields={}, format=None, image_root=data.image_root or "") if file else data
 
 
 def model_folder(config: Config, ranks: Ranks) -> str:

@@ -18,12 +18,27 @@ from rethinker.data.query_stream import QueryStream
 from rethinker.embedded.tiny import create_tiny
 from rethinker.policy.model import load_processor
 from rethinker.samples import Query
+from tests.data.virl39k import SCHEMA, write_fixture
 
 BAD = [
     ({"question": None}, "no question"),
     ({"answer": None}, "no answer"),
     ({"answer": float("nan")}, "no answer"),
-    ({"answer": [1]}, "no answer"),
+    ({"answer": {"a": 1}}, "no answer"),
+    ({"answer": [1, [2]]}, "no answer"),
+    ({"answer": []}, "empty answer"),
+    ({"answer": " "}, "empty answer"),
+    ({"answer": "\\boxed{ }"}, "empty box"),
+    ({"answer": "so it is \\boxed{}"}, "empty box"),
+    ({"answer": "\\boxed{3"}, "unclosed box"),
+    ({"answer": "\boxed{3}"}, "control character"),
+    ({"answer": "\frac{1}{2}"}, "control character"),
+    ({"answer": "3 \times 4"}, "control character"),
+    ({"question": " "}, "no question"),
+    ({"question": []}, "no question"),
+    ({"question": [{"role": "user", "content": "1?"}, {"role": "user", "content": "2?"}]}, "several turns"),
+    ({"images": "http://a.b/c.png"}, "image URL"),
+    ({"images": ["data:image/png;base64,?"]}, "no image"),
     ({"images": ["none.png"]}, "no image"),
     ({"images": [3]}, "no image"),
     ({"images": "x" * 5000}, "no image"),
@@ -59,6 +74,19 @@ def test_every_kind_of_bad_row_is_left_out(tmp_path, caplog, change, reason):
     with pytest.raises(ConfigError) as small:  # of 99 rows none may be
         load_queries(DataConfig(train=write(tmp_path, 99, {57: change})), "train")
     assert str(small.value) in message
+
+
+def test_boxes_of_virl39k_that_hold_nothing(tmp_path, caplog):
+    """Rows whose box is empty or never closed: left out, counted each by its reason, and the first is named."""
+    path = write_fixture(tmp_path)
+    rows = parquet.read_table(path).to_pylist()
+    for number, answer in ((11, "\\boxed{}"), (50, "\\boxed{\\frac{1}{2}"), (51, "\\boxed{ }")):
+        rows[number]["answer"] = answer
+    parquet.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+    config = DataConfig(train=str(path), fields={"images": "image", "id": "qid"}, max_bad_rows=0.02)
+    assert len(load_queries(config, "train")) == 197
+    said = "of 200 rows left out 3 unusable ones (empty box 2, unclosed box 1); the first: "
+    assert said in caplog.text and "row Processed-00011 has an empty box as answer in column 'answer'" in caplog.text
 
 
 def test_reasons_are_counted_apart_and_the_limit_is_a_share(tmp_path, caplog):

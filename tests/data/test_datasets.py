@@ -190,7 +190,7 @@ def change(number: int, **values):
         (change(1, id="one"), {}, r"data\.fields\.id=id: the id 'one' occurs more than once"),
         (change(1, question=None), {}, r"row two has no question text in column 'question'"),
         (change(1, answer=None), {}, r"row two has nothing as answer in column 'answer'"),
-        (change(1, answer=["a", "b"]), {}, r"row two has a list as answer"),
+        (change(1, answer={"a": "b"}), {}, r"row two has a dict as answer .*as data\.fields\.answer=answer\.a$"),
         (change(1, images=[3]), {}, r"row two has a int in the image column 'images'"),
     ],
 )
@@ -206,9 +206,9 @@ def test_mistakes_in_the_rows(folder, rows, settings, message):
     [
         ("data.jsonl", b'{"question": "q", "answer": "a"}\n{"question"', r"line 2 is not JSON"),
         ("data.jsonl", b"[1]", r"line 1 is not a JSON object"),
-        ("data.jsonl", b"\xff\xfe", r"line 1 is not JSON"),
+        ("data.jsonl", b"\xff\xfe", r"the file is UTF-16, .*: iconv -f UTF-16 -t UTF-8 data\.jsonl > utf8\.jsonl"),
         ("data.parquet", b"PAR1 nothing", r"not a readable \.parquet file"),
-        ("data.csv", b"a,b", r"files are read as \.parquet or \.jsonl"),
+        ("data.csv", b"a,b", r"files are read as \.parquet, \.jsonl or \.json"),
         ("dota.jsonl", None, r"no such file; did you mean .*data\.jsonl"),
         ("no/such/data.jsonl", None, r"no such file"),
         ("empty_folder", None, r"cannot load it"),

@@ -90,21 +90,34 @@ YAML_LINES = [
 ]
 
 
+CHAT = [{"role": "user", "content": "2 + 2?"}]
+# By data.format: the columns of a question and its answer.
+FORMATS: dict[str | None, dict[str, Any]] = {
+    "auto": {"question": "2 + 2?", "answer": "4"},
+    "verl": {"prompt": CHAT, "reward_model": {"style": "rule", "ground_truth": "4"}},
+    "swift": {"messages": CHAT, "solution": "<answer>4</answer>"},
+    "r1v": {"problem": "2 + 2?", "solution": "<answer>4</answer>"},
+    "trl": {"prompt": CHAT, "ground_truth": "2 + 2 = 4\n#### 4"},
+}
+
+
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     """Rows of a data set, most of them good, and settings of `data`."""
-    good = {"question": "2 + 2?", "answer": "4", "id": None, "images": [], "choices": ["4", "5"]}
+    whose = draw(st.sampled_from([None, None, *FORMATS]))
+    good = {"id": None, "images": [], "choices": ["4", "5"], **FORMATS.get(whose, FORMATS["auto"])}
     rows: list[Any] = []
     for number in range(draw(st.integers(1, 8))):
         row = {**good, "id": f"row {number}"}
         for _ in range(draw(st.sampled_from([0, 0, 1, 1, 2]))):
-            row[draw(st.sampled_from([*good, "category", ""]))] = draw(IMAGE_CELLS | nested)
+            row[draw(st.sampled_from([*good, "category", "A", "B", ""]))] = draw(IMAGE_CELLS | CHATS | nested)
         rows.append(row)
     options = {
         "max_bad_rows": draw(st.sampled_from([0.0, 0.5, 1.0, 1.0])),
         "max_prompt_tokens": draw(st.sampled_from([30, 256, 256])),
         "max_images": draw(st.sampled_from([1, 8, 8])),
         "image_root": draw(st.sampled_from([None, "/", "."])),
+        "format": whose and draw(st.sampled_from([whose, "auto"])),
     }
     return rows, options
 
@@ -115,6 +128,17 @@ IMAGE_CELLS = st.sampled_from(
         *(["a.png", "a.png"], ["a.png", 3], [["a.png"]], {"path": "a.png"}, {"path": "pipe"}, {"bytes": "x"}),
         *({"bytes": [1]}, {"bytes": None, "path": None}, {"path": {"path": "a.png"}}, ["a.png"] * 20, "/dev/zero"),
     ]
+)
+
+
+_PARTS = st.sampled_from([{"type": "text", "text": "?"}, {"type": "image", "image": "a.png"}, {"type": "video"}, "x"])
+CHATS = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "system", "assistant", "tool", None]), "content": st.lists(_PARTS) | nested}
+    ),
+    max_size=3,
+) | st.sampled_from(
+    [{"text": ["4", "5"], "label": ["1", 2]}, [{"text": "4"}], "[[", "####", "<answer>", "data:,", [[]]]
 )
 
 
