@@ -195,9 +195,10 @@ class _Comparison:
             ours, theirs = as_intervals(predicted), as_intervals(answer)
             if ours and theirs:
                 return self._sets(ours, theirs, depth + 1)
-        ours, theirs = _after_name(predicted, self.question), _after_name(answer, self.question)
-        if (ours, theirs) != (predicted, answer):
-            return self.values(ours, theirs, depth + 1)
+        (our_name, ours), (their_name, theirs) = (_named_list(side, self.question) for side in (predicted, answer))
+        if our_name or their_name:
+            same = not (our_name and their_name) or our_name == their_name
+            return same and self.values(ours, theirs, depth + 1)
         if len(_split(predicted)) == len(_split(answer)) == 1 and (_is_relation(predicted) or _is_relation(answer)):
             return self._relations(split_relation(predicted), split_relation(answer), predicted, answer, depth + 1)
         predicted, answer = (_POINT.sub("", side) for side in (predicted, answer))
@@ -331,12 +332,12 @@ def _is_point_name(text: str) -> bool:
     return len(text) > 1 and text.isascii() and text.isalpha() and text.isupper()
 
 
-def _after_name(text: str, question: str) -> str:
-    """A list such as x = 1, 2 without the name; anything else as it is."""
+def _named_list(text: str, question: str) -> tuple[str, str]:
+    """The name and the rest of a list such as x = 1, 2; without a name the whole text is the rest."""
     name, equals, rest = text.partition("=")
-    if len(_split(text)) == 1:
-        return text
-    return rest.strip() if equals and "=" not in rest and "," not in name and is_name(name, question) else text
+    if not equals or "=" in rest or "," in name or len(_split(text)) == 1 or not is_name(name, question):
+        return "", text
+    return name.strip(), rest.strip()
 
 
 def _both_signs(text: str) -> str:

@@ -2,6 +2,9 @@ r"""What counts as the right answer: a table of pairs, and laws that hold for an
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -184,6 +187,22 @@ def test_a_quick_verdict_is_the_final_one(predicted, answer):
     """What the trainer decides without mathematics is what the worker would have decided."""
     quick = compare(predicted, answer, equal=undecided)
     assert quick in (None, (predicted, answer) in SAME)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "answers.md"
+ROWS = [
+    [re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split(" | ")[:3]]
+    for line in PAGE.read_text().splitlines()
+    if line.startswith("| `")
+]
+
+
+@pytest.mark.parametrize(("expected", "right", "wrong"), ROWS, ids=lambda cell: cell[0])
+def test_the_page_about_answers_is_true(expected, right, wrong, query):
+    """docs/answers.md: what stands under right is right, and what stands under wrong is wrong."""
+    (answer,) = expected
+    assert [text for text in right if not answers_match(text, answer, query(answer=answer))] == []
+    assert [text for text in wrong if answers_match(text, answer, query(answer=answer))] == []
 
 
 IN_LINES = "What is the capital of France?\nA. London\nB. Paris\nC. Rome\nAnswer with the letter."
