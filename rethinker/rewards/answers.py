@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from rethinker.rewards.choices import LETTER, chosen, labelled_option, options_of
+from rethinker.rewards.choices import LETTER, chosen, implied_options, options_of
 from rethinker.rewards.mathematics import plain, same_equation, same_expression, start_budget
 from rethinker.rewards.quantities import parse_quantity, quantities_match, split_unit
 from rethinker.rewards.relations import as_intervals, is_name, names_a_set, split_relation
@@ -142,7 +142,7 @@ def compare(
         rules = replace(rules, rounding=1.0)
     final = _Comparison(question, rules, equal)
     options = options_of(question, choices, lambda text: clean(text) if len(text) <= LONGEST_TEXT else text.strip())
-    options = options or labelled_option(answer)
+    options = options or implied_options(answer, question)
     letter = LETTER.match(answer)
     if options or (letter and letter[1].isupper()):
         wanted = chosen(answer, options, _Comparison(question, rules, undecided).values)

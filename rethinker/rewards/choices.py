@@ -32,6 +32,7 @@ _MARKERS = [
 LONGEST_CHOICES = 20_000
 _DRESSED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|bf)\s*\{\s*(\([A-Z]\))\s*\}")
 _SPACES = re.compile(r"\\q?quad(?![A-Za-z])|\\ ")
+_ABOUT_OPTIONS = re.compile(r"\boptions?\b|\bchoices?\b|\bselect all\b|\bwhich of the\b|多选|选项", re.IGNORECASE)
 _GLUED = re.compile(r"(-?\d+(?:\.\d+)?)([A-Za-z])")
 _RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
 # Letters that stand for a choice even if the options are in the image; X or N is rather a variable.
@@ -65,8 +66,10 @@ def options_of(question: str, choices: Any, clean: Callable[[str], str]) -> dict
     }
 
 
-def labelled_option(answer: str) -> dict[str, str]:
-    """The one option that is known from an answer such as `B. Paris`; empty for any other answer."""
+def implied_options(answer: str, question: str) -> dict[str, str]:
+    """The options that an answer tells of: `B. Paris` of one, and AC of letters where the question is about options."""
+    if _SEVERAL_LETTERS.match(answer) and _ABOUT_OPTIONS.search(question):
+        return dict.fromkeys(_LIKELY, "")
     found = _LETTER_AND_TEXT.match(answer)
     if found is None or (found[1] or found[2]) not in _LIKELY:
         return {}

@@ -491,6 +491,21 @@ def test_what_went_wrong_in_an_early_worker_is_told_by_the_first_check(tmp_path)
     assert all(worker._process is None for worker in checker._workers)
 
 
+def test_a_verdict_is_kept(boxed_checker, monkeypatch):
+    """An answer that a worker has judged is not asked again in a later episode, whoever gives it to the same question."""
+    query = Query(id="q", question="Which root?", answer="3\\sqrt{5}")
+    assert boxed_checker.score([("a", "so \\boxed{\\sqrt{45}}", query), ("b", "\\boxed{\\sqrt{46}}", query)]) == {
+        "a": 1.0,
+        "b": 0.0,
+    }
+    monkeypatch.setattr(boxed_checker, "_run", lambda checks: pytest.fail(f"asked again: {checks}") if checks else {})
+    again = replace(query, id="p")
+    assert boxed_checker.score([("c", "or \\boxed{\\sqrt{45}}", again), ("d", "\\boxed{\\sqrt{46}}", again)]) == {
+        "c": 1.0,
+        "d": 0.0,
+    }
+
+
 def test_a_verdict_is_of_its_own_answer(boxed_checker):
     """Law 7: a response is right or wrong by its own query's answer and options, in one call and later."""
     two, three = (Query(id="q", question="Which root?", answer=f"2\\sqrt{{{n}}}") for n in (2, 3))
