@@ -492,7 +492,7 @@ def test_what_went_wrong_in_an_early_worker_is_told_by_the_first_check(tmp_path)
 
 
 def test_a_verdict_is_kept(boxed_checker, monkeypatch):
-    """An answer that a worker has judged is not asked again in a later episode, whoever gives it to the same question."""
+    """An answer that a worker has judged is not asked again in a later episode for the same question."""
     query = Query(id="q", question="Which root?", answer="3\\sqrt{5}")
     assert boxed_checker.score([("a", "so \\boxed{\\sqrt{45}}", query), ("b", "\\boxed{\\sqrt{46}}", query)]) == {
         "a": 1.0,
