@@ -24,11 +24,12 @@ from functools import partial
 from typing import Any
 
 from rethinker.rewards.choices import LETTER, chosen, implied_options, options_of
+from rethinker.rewards.lists import both_signs, list_items, matrix_rows, named_list, paired, split_list
 from rethinker.rewards.mathematics import plain, same_equation, same_expression, start_budget
 from rethinker.rewards.quantities import parse_quantity, quantities_match, split_unit
 from rethinker.rewards.relations import as_intervals, is_name, names_a_set, split_relation
 from rethinker.rewards.rules import DEFAULT_RULES, Rules
-from rethinker.rewards.spelling import UNIT_MARK, clean, closing, is_prose, same_words
+from rethinker.rewards.spelling import UNIT_MARK, clean, is_prose, same_words
 
 # A longer prediction is an essay: it is right only if it is the answer to the letter.
 LONGEST_PREDICTION = 1000
@@ -59,10 +60,6 @@ _ASKS_FOR_SEGMENT = re.compile(r"\b(?:segment|line)s?\b", re.IGNORECASE)
 _IN_BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?_(?:\{(\d+)\}|(\d+))")
 _APPROXIMATELY = re.compile(r"^(?:\\approx ?|\\sim ?|about |approximately )")
 _POINT = re.compile(r"[A-Z]'?(?=\([^()]*,[^()]*\)$)")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_SEPARATORS = re.compile(r"[,;]\s*(?:(?:and|or)(?![A-Za-z])\s*)?|\s+(?:and|or)(?![A-Za-z])\s*|(?<=\))(?:and|or)(?=\()")
-_MATRIX = re.compile(r"\\begin\{([a-z]*matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
-_PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-z])\s*")
 
 
 def extract_boxed(text: str) -> str | None:
@@ -195,17 +192,19 @@ class _Comparison:
             ours, theirs = as_intervals(predicted), as_intervals(answer)
             if ours and theirs:
                 return self._sets(ours, theirs, depth + 1)
-        (our_name, ours), (their_name, theirs) = (_named_list(side, self.question) for side in (predicted, answer))
+        (our_name, ours), (their_name, theirs) = (named_list(side, self.question) for side in (predicted, answer))
         if our_name or their_name:
             same = not (our_name and their_name) or our_name == their_name
             return same and self.values(ours, theirs, depth + 1)
-        if len(_split(predicted)) == len(_split(answer)) == 1 and (_is_relation(predicted) or _is_relation(answer)):
+        if len(split_list(predicted)) == len(split_list(answer)) == 1 and (
+            split_relation(predicted)[1] or split_relation(answer)[1]
+        ):
             return self._relations(split_relation(predicted), split_relation(answer), predicted, answer, depth + 1)
         predicted, answer = (_POINT.sub("", side) for side in (predicted, answer))
-        ours, theirs = (_listed(_both_signs(side)) for side in (predicted, answer))
+        ours, theirs = (list_items(both_signs(side)) for side in (predicted, answer))
         if ours or theirs:
             return self._lists(ours or ("", [predicted]), theirs or ("", [answer]), depth + 1)
-        ours, theirs = _matrix(predicted), _matrix(answer)
+        ours, theirs = matrix_rows(predicted), matrix_rows(answer)
         if ours or theirs:
             return bool(ours and theirs) and self._lists(ours, theirs, depth + 1)
 
@@ -282,7 +281,7 @@ class _Comparison:
                 return False
             return self._all(self.values(clean(left[i]), clean(right[i]), depth) for i in (1, 2))
 
-        return _matched(ours[1], theirs[1], same)
+        return paired(ours[1], theirs[1], same)
 
     @staticmethod
     def _all(verdicts: Iterable[bool | None]) -> bool | None:
@@ -309,7 +308,7 @@ class _Comparison:
             nested = [side for side in (predicted, answer) if any("\\{" in item for item in side)]
             if any(sum(map(",".join(side).count, ",;")) > MOST_PAIRED for side in nested):
                 return False
-            return _matched(predicted, answer, partial(self.values, depth=depth))
+            return paired(predicted, answer, partial(self.values, depth=depth))
         return self._all(self.values(p, a, depth) for p, a in zip(predicted, answer, strict=True))
 
     def _in_order(self, answer: list[str]) -> bool:
@@ -323,102 +322,6 @@ class _Comparison:
         return values in (sorted(values), sorted(values, reverse=True))
 
 
-def _is_relation(text: str) -> bool:
-    return bool(split_relation(text)[1])
-
-
 def _is_point_name(text: str) -> bool:
     """Whether a text is a name of points such as AD: as a whole it is compared to the letter."""
     return len(text) > 1 and text.isascii() and text.isalpha() and text.isupper()
-
-
-def _named_list(text: str, question: str) -> tuple[str, str]:
-    """The name and the rest of a list such as x = 1, 2; without a name the whole text is the rest."""
-    name, equals, rest = text.partition("=")
-    if not equals or "=" in rest or "," in name or len(_split(text)) == 1 or not is_name(name, question):
-        return "", text
-    return name.strip(), rest.strip()
-
-
-def _both_signs(text: str) -> str:
-    r"""\pm 2 as -2, 2: every item of a bare list is written once with each sign."""
-    if not _PLUS_MINUS.search(text):
-        return text
-    signed = []
-    for item in _split(text):
-        if _PLUS_MINUS.search(item):
-            upper = _PLUS_MINUS.sub(lambda found: "+" if found[1] == "pm" else "-", item)
-            lower = _PLUS_MINUS.sub(lambda found: "-" if found[1] == "pm" else "+", item)
-            signed += [upper.removeprefix("+"), lower.removeprefix("+")]
-        else:
-            signed.append(item)
-    return ",".join(signed)
-
-
-def _matrix(text: str) -> tuple[str, list[str]] | None:
-    """The kind and the rows of a matrix, each row as an ordered list."""
-    if text[:1] in "([" and closing(text) == len(text) - 1:  # \left[\begin{array}...
-        text = text[1:-1]
-    found = _MATRIX.fullmatch(text)
-    if found is None:
-        return None
-    rows = [row for row in re.split(r"\\\\|\\cr(?![a-z])", found[2]) if row.strip()]
-    kind = "||" if found[1] == "vmatrix" else "[]"
-    return kind, ["[" + ",".join(clean(entry) for entry in row.split("&")) + "]" for row in rows]
-
-
-def _listed(text: str) -> tuple[str, list[str]] | None:
-    r"""A list's brackets ("", "()", "[)", "{}", ...) and items, or None for anything else."""
-    if "\\begin" in text or parse_quantity(text) is not None:
-        return None
-    brackets, inner = "", text
-    if text[:2] == "\\{" and text[-2:] == "\\}" and closing(text) == len(text) - 1:
-        brackets, inner = "{}", text[2:-2]
-    elif text[:1] in ("(", "[") and closing(text) == len(text) - 1:
-        brackets, inner = text[0] + text[-1], text[1:-1]
-    items = _split(inner)
-    if brackets == "()" and len(items) == 1:
-        return "", items
-    return (brackets, items) if brackets or len(items) > 1 else None
-
-
-def _split(text: str) -> list[str]:
-    """The parts of a text between commas, semicolons, "and" and "or" that stand in no bracket."""
-    if ", " in text:  # then a bare comma within digits separates thousands
-        text = _THOUSANDS.sub("", text)
-    parts, depth, start, i = [], 0, 0, 0
-    while i < len(text):
-        if text[i] in "([{":
-            depth += 1
-        elif text[i] in ")]}":
-            depth -= 1
-        elif depth == 0 and (separator := _SEPARATORS.match(text, i)):
-            parts.append(text[start:i])
-            start = i = separator.end()
-            continue
-        i += 1
-    parts.append(text[start:])
-    return [part.strip() for part in parts if part.strip() not in ("", "and", "or")]
-
-
-def _matched(predicted: list[Any], answer: list[Any], same: Callable[[Any, Any], bool | None]) -> bool | None:
-    """Whether the two lists pair up in some order; None if that hangs on open comparisons."""
-    verdicts = [[same(p, a) for a in answer] for p in predicted]
-
-    def pairs_up(accepted: tuple[bool | None, ...]) -> bool:
-        partner: dict[int, int] = {}
-
-        def place(i: int, tried: set[int]) -> bool:
-            for j, verdict in enumerate(verdicts[i]):
-                if verdict in accepted and j not in tried:
-                    tried.add(j)
-                    if j not in partner or place(partner[j], tried):
-                        partner[j] = i
-                        return True
-            return False
-
-        return all(place(i, set()) for i in range(len(verdicts)))
-
-    if pairs_up((True,)):
-        return True
-    return None if pairs_up((True, None)) else False

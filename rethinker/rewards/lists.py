@@ -1,0 +1,108 @@
+r"""Lists, sets and matrices: the parts of an answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from rethinker.rewards.quantities import parse_quantity
+from rethinker.rewards.relations import is_name
+from rethinker.rewards.spelling import clean, closing
+
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_SEPARATORS = re.compile(r"[,;]\s*(?:(?:and|or)(?![A-Za-z])\s*)?|\s+(?:and|or)(?![A-Za-z])\s*|(?<=\))(?:and|or)(?=\()")
+_MATRIX = re.compile(r"\\begin\{([a-z]*matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-z])\s*")
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of a text between commas, semicolons, "and" and "or" that stand in no bracket."""
+    if ", " in text:  # then a bare comma within digits separates thousands
+        text = _THOUSANDS.sub("", text)
+    parts, depth, start, i = [], 0, 0, 0
+    while i < len(text):
+        if text[i] in "([{":
+            depth += 1
+        elif text[i] in ")]}":
+            depth -= 1
+        elif depth == 0 and (separator := _SEPARATORS.match(text, i)):
+            parts.append(text[start:i])
+            start = i = separator.end()
+            continue
+        i += 1
+    parts.append(text[start:])
+    return [part.strip() for part in parts if part.strip() not in ("", "and", "or")]
+
+
+def list_items(text: str) -> tuple[str, list[str]] | None:
+    r"""A list's brackets ("", "()", "[)", "{}", ...) and items, or None for anything else."""
+    if "\\begin" in text or parse_quantity(text) is not None:
+        return None
+    brackets, inner = "", text
+    if text[:2] == "\\{" and text[-2:] == "\\}" and closing(text) == len(text) - 1:
+        brackets, inner = "{}", text[2:-2]
+    elif text[:1] in ("(", "[") and closing(text) == len(text) - 1:
+        brackets, inner = text[0] + text[-1], text[1:-1]
+    items = split_list(inner)
+    if brackets == "()" and len(items) == 1:
+        return "", items
+    return (brackets, items) if brackets or len(items) > 1 else None
+
+
+def named_list(text: str, question: str) -> tuple[str, str]:
+    """The name and the rest of a list such as x = 1, 2; without a name the whole text is the rest."""
+    name, equals, rest = text.partition("=")
+    if not equals or "=" in rest or "," in name or len(split_list(text)) == 1 or not is_name(name, question):
+        return "", text
+    return name.strip(), rest.strip()
+
+
+def both_signs(text: str) -> str:
+    r"""\pm 2 as -2, 2: every item of a bare list is written once with each sign."""
+    if not _PLUS_MINUS.search(text):
+        return text
+    signed = []
+    for item in split_list(text):
+        if _PLUS_MINUS.search(item):
+            upper = _PLUS_MINUS.sub(lambda found: "+" if found[1] == "pm" else "-", item)
+            lower = _PLUS_MINUS.sub(lambda found: "-" if found[1] == "pm" else "+", item)
+            signed += [upper.removeprefix("+"), lower.removeprefix("+")]
+        else:
+            signed.append(item)
+    return ",".join(signed)
+
+
+def matrix_rows(text: str) -> tuple[str, list[str]] | None:
+    """The kind and the rows of a matrix, each row as an ordered list."""
+    if text[:1] in "([" and closing(text) == len(text) - 1:  # \left[\begin{array}...
+        text = text[1:-1]
+    found = _MATRIX.fullmatch(text)
+    if found is None:
+        return None
+    rows = [row for row in re.split(r"\\\\|\\cr(?![a-z])", found[2]) if row.strip()]
+    kind = "||" if found[1] == "vmatrix" else "[]"
+    return kind, ["[" + ",".join(clean(entry) for entry in row.split("&")) + "]" for row in rows]
+
+
+def paired(predicted: list[Any], answer: list[Any], same: Callable[[Any, Any], bool | None]) -> bool | None:
+    """Whether the two lists pair up in some order; None if that hangs on open comparisons."""
+    verdicts = [[same(p, a) for a in answer] for p in predicted]
+
+    def pairs_up(accepted: tuple[bool | None, ...]) -> bool:
+        partner: dict[int, int] = {}
+
+        def place(i: int, tried: set[int]) -> bool:
+            for j, verdict in enumerate(verdicts[i]):
+                if verdict in accepted and j not in tried:
+                    tried.add(j)
+                    if j not in partner or place(partner[j], tried):
+                        partner[j] = i
+                        return True
+            return False
+
+        return all(place(i, set()) for i in range(len(verdicts)))
+
+    if pairs_up((True,)):
+        return True
+    return None if pairs_up((True, None)) else False
