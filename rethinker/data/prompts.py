@@ -240,12 +240,13 @@ class PromptEncoder:
             raise ConfigError(f"policy.model: its processor cannot read query {query.id}: {one_line(error)}") from error
         theirs, ours = list(own["input_ids"][0]), made.token_ids
         if theirs != ours:
-            place = next((n for n, pair in enumerate(zip(theirs, ours, strict=False)) if len(set(pair)) > 1), -1)
-            there, here = (self.tokenizer.decode(ids[place:][:8]) for ids in (theirs, ours))
+            place = next((n for n, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), len(ours))
+            with self._one_at_a_time:
+                there, here = (self.tokenizer.decode(ids[place:][:8]) for ids in (theirs, ours))
             raise ConfigError(
-                f"policy.model: its chat template depends on what a message says: query {query.id} has {len(theirs)} "
-                f"tokens to the processor, with {there!r} where its parts filled in have {here!r} (of {len(ours)}); "
-                f"{_FIX}"
+                f"policy.model: its processor reads query {query.id} as {len(theirs)} tokens, and its chat template "
+                f"with the query's texts and images put in is {len(ours)}: {there!r} there is {here!r} here; the "
+                "template must not depend on what a message says, and the tokenizer not add tokens to it"
             )
 
     def _tokenize(self, query: Query) -> tuple[list[int], list[int]]:
@@ -292,8 +293,10 @@ class PromptEncoder:
                     f"data.system={self.config.system!r}: the model's chat template does not write a system message "
                     "once; set data.system to null, and put the text into data.prompt"
                 )
-            if wrong := [n for n in range(texts) if numbers[n] != 1]:
-                raise self._unfit(f"writes a text of a message {numbers[wrong[0]]} times, or not as it is")
+            for times in (numbers[number] for number in range(texts)):
+                if times != 1:
+                    what = f"writes a text of a message {times} times" if times else "leaves out or changes a text"
+                    raise self._unfit(what)
             to_id, pieces = self.tokenizer.convert_tokens_to_ids, []
             for n, text in enumerate(self._added.split(rendered)):  # every second one is an added token
                 pieces += [to_id(text)] if n % 2 else [text] if _SLOT.search(text) else self._text_ids(text)

@@ -215,9 +215,7 @@ def test_templates_that_depend_on_what_is_said_are_refused(make):
     the processor takes for these, are not."""
     odd = template("{{ part['text'] if 'red' not in part['text'] else 'RED' }}")
     encoder, image = make(chat_template=odd, prompt="{question}"), (as_bytes(picture(64, 64)),)
-    with pytest.raises(
-        ConfigError, match=r"its chat template depends on what .*: query a .*'RED.* 'red <.*must"
-    ) as error:
+    with pytest.raises(ConfigError, match=r"its processor reads query a as .*RED.* there is .*red <.* here") as error:
         encoder.encode(Query("a", "red <", "", ()))
     assert "\n" not in str(error.value)
     encoder = make(chat_template=odd, prompt="{question}")
