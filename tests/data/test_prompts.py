@@ -256,20 +256,20 @@ def test_a_template_of_the_tokenizer_alone(folder, tmp_path):
 
 @pytest.mark.parametrize("command", ["train", "eval", "curate"])
 def test_a_template_is_refused_before_a_model_is_loaded(folder, tmp_path, command, monkeypatch, capsys):
-    """By every command, at its first questions: here a template without images."""
+    """By every command, at its first questions: here a template that changes what is asked."""
     model = shutil.copytree(folder, tmp_path / "model")
-    (model / "chat_template.jinja").write_text(template(image=""))
+    (model / "chat_template.jinja").write_text(template("{{ part['text'].split('?')[0] }}"))
     for loader in ("run.PolicyEngine", "evaluation.evaluate.open_model", "evaluation.answering.open_model"):
         monkeypatch.setattr(f"rethinker.{loader}", lambda *_: pytest.fail("a model was loaded"))
-    output = ["--output", str(tmp_path / "output")]
+    recipe, output = ["easy_vqa_cpu", "--policy.model", str(model)], ["--output", str(tmp_path / "output")]
     arguments = {
-        "train": ["easy_vqa_cpu", "--policy.model", str(model), "--run.dir", str(tmp_path), "--run.name", "x"],
+        "train": [*recipe, "--run.dir", str(tmp_path), "--run.name", "x", "--data.validation", "null"],
         "eval": [str(model), "--benchmark", "easy_vqa", *output],
-        "curate": ["easy_vqa_cpu", "--policy.model", str(model), *output],
+        "curate": [*recipe, *output],
     }[command]
     assert cli.main([command, *arguments]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
-    assert line.startswith("error: policy.model: its chat template writes 0 image placeholders for 1 images; ")
+    assert line.startswith("error: policy.model: its processor reads query ")
 
 
 SPECIAL = [
