@@ -231,17 +231,18 @@ class Checkpoints:
         """Write the model alone, which takes a fraction of a checkpoint. Returns what to add to the error."""
         partial = self.folder / f".{name}.partial"
         error = self._write_own(partial, write)[1]
-        try:
-            if error is None:
+        older = sum(path.stat().st_size for path in self.folder.glob("model_*/*"))
+        if error and shutil.disk_usage(self.folder).free < older:  # the newest one is to have that one's room
+            self._remove_models()
+            error = self._write_own(partial, write)[1]
+        if error is None:
+            with suppress(OSError):
                 _replace(partial, self.folder / name)
                 _sync_folder(self.folder)
-        except OSError as problem:
-            error = one_line(problem)
-        if error:
-            shutil.rmtree(partial, ignore_errors=True)
-            return f"; nor its model alone: {error}"
-        self._remove_models(but=name)
-        return f"; its model alone is in {name}"
+                self._remove_models(but=name)
+                return f"; its model alone is in {name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        return f"; nor its model alone: {error or 'its folder cannot be named'}"
 
     def _remove_models(self, but: str = "") -> None:
         for path in self.folder.glob("model_*"):

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,6 +256,26 @@ def test_a_failed_save_never_loses_the_weights(tmp_path, caplog):
     written.save(5, model, state)
     written.wait()
     assert names(tmp_path) == ["last", "step_000001", "step_000005"] and written.failed == 3
+
+
+def test_the_newest_model_takes_the_room_of_an_older_one(tmp_path, monkeypatch):
+    """Where the disk is too full for both, the weights of the run's end are those that stay."""
+
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    def large(folder: Path) -> None:
+        if list(tmp_path.glob("model_*")):
+            full(folder)
+        model(folder)
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=3))
+    written = checkpoints(tmp_path)
+    for step in (1, 2):
+        written.save(step, large, full)
+    with pytest.raises(ConfigError, match=r"; its model alone is in model_000002$"):
+        written.wait()
+    assert names(tmp_path) == ["model_000002"]
 
 
 def test_a_rank_on_a_full_disk_makes_room_for_its_note(tmp_path, monkeypatch):
