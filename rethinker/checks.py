@@ -188,7 +188,8 @@ def _check_run_folder(config: Config, needed: int) -> None:
     existing = check_folder(folder, f"run.dir={config.run.dir}")
     check_new(config)
     free = shutil.disk_usage(existing).free
-    if free < needed:
+    written = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    if free + written < needed:  # a continued run's checkpoints make room for its next ones
         raise ConfigError(
             f"run.dir={config.run.dir} has {free / 2**30:.2f} GB of disk free and the run needs about "
             f"{needed / 2**30:.2f} GB; free some space, choose a run.dir on a larger disk, or lower checkpoint.keep "

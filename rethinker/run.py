@@ -25,7 +25,7 @@ from rethinker.checks import schedule_length
 from rethinker.config import Config
 from rethinker.data.datasets import load_queries
 from rethinker.data.mixture import category_of
-from rethinker.data.prompts import PromptEncoder, select_fitting
+from rethinker.data.prompts import FIRST, PromptEncoder, select_fitting
 from rethinker.data.streaming import open_stream
 from rethinker.embedded.files import as_files, model_folder
 from rethinker.episode import Episodes, check_mismatch, score_again
@@ -92,6 +92,7 @@ class Run:
         model = checkpoint or Path(model_folder(config, ranks))
         self.encoder = PromptEncoder(load_processor(model), config.data)
         self.held_out, _ = select_fitting(held_out, self.encoder)
+        self.encoder.check([*stream.peek(FIRST), *self.held_out[:FIRST]])
         started_elsewhere = checkpoint and (config.algorithm.kl_coef > 0 or config.policy.lora.rank)
         initial = Path(model_folder(config, ranks)) if started_elsewhere else None
         budget_file = self.folder / "micro_batch_tokens.json"
@@ -105,6 +106,8 @@ class Run:
         self._state = RunState(config, ranks, self.progress, self.policy, self.episodes, self.replay, self.directory)
         if checkpoint:
             self._state.load(checkpoint, saved)
+        write_state = lambda folder: self._state.snapshot(optimizer=False)(folder)  # noqa: E731  (its faults are told)
+        self.checkpoints.rehearse(self.policy.save_files, write_state, self.policy.checkpoint_bytes())
         if config.rollout.backend == "server":  # now: an episode may be sampled in a thread, without collectives
             self.rollout.sync(self.policy.weights, self.policy.version)
         self.display = Display(self.total_steps, enabled=ranks.is_main, done=self.policy.steps)

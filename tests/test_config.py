@@ -392,6 +392,12 @@ def test_full_disks(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 100 * 2**20))
     message = refused("--run.dir", "big/runs")
     assert message.startswith("run.dir=big/runs has 0.10 GB of disk free and the run needs about 0.20 GB")
+    checkpoint = tmp_path / "runs" / "x" / "checkpoints" / "step_000001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "config.yaml").write_text("")
+    with (checkpoint / "model.safetensors").open("wb") as file:
+        file.truncate(120 * 2**20)  # sparse
+    assert load_config("easy_vqa_cpu", {"run.name": "x", "resume": "auto"})  # it makes room for the next ones
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 400 * 2**20))
     assert load_config("easy_vqa_cpu")
     model = model_folder(tmp_path / "model", config__json=MODEL)

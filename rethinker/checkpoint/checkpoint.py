@@ -7,6 +7,7 @@ checkpoints/
     COMPLETE             written last: size and SHA-256 of every file
   last -> step_000040    the newest one
   best -> best_000024    the model with the best validation accuracy; without one, as last
+  model_000060/          the model alone, where a checkpoint could not be written; the next whole one removes it
 
 Every rank writes its own files, so all need to see the same folder. What is being written stands in `.<name>.partial`.
 """
@@ -22,6 +23,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +60,47 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: str | None = None
 
+    def rehearse(self, write_files: Write, write_state: Write, size: int) -> None:
+        """Write what stands beside the weights of a checkpoint and its optimizer, as `save` does, and remove it again.
+
+        Every rank calls it before the first step.
+
+        Args:
+            write_files, write_state: as of `save`, without the large parts.
+            size: of a whole checkpoint, in bytes.
+
+        Raises:
+            ConfigError: on every rank, if one of them cannot write, or the disk has no room for one checkpoint.
+        """
+        partial = self.folder / ".rehearsal.partial"
+        fault = self._write_own(partial, self._parts(write_files, write_state))[1]
+        free = shutil.disk_usage(self.folder).free
+        if fault is None and free < size:
+            fault = f"a checkpoint takes {size / 2**30:.2f} GB and {free / 2**30:.2f} GB of the disk are free"
+        faults = self._ranks.gather(fault)
+        if self._ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        for rank, fault in enumerate(faults):
+            if fault:
+                raise ConfigError(
+                    f"run.dir: no checkpoint can be written in {self.folder} (rank {rank}: {fault}); free some space, "
+                    "or choose another run.dir"
+                )
+
     def save(self, step: int, write_model: Write, write_state: Write) -> None:
         """Start writing step_<step>, when the one before is done. Every rank calls it.
 
         On rank 0 `write_model` writes the model into a folder, and on each `write_state` the rank's state into its
-        trainer/. Both are called in a thread, so they must hold copies of what training changes.
+        trainer/. Both are called in a thread, so they must hold copies of what training changes. If the checkpoint
+        cannot be written, `write_model` is called again, to keep the model alone.
         """
-
-        def write(folder: Path) -> None:
-            if self._ranks.is_main:
-                write_model(folder)
-            (folder / "trainer").mkdir(exist_ok=True)
-            write_state(folder / "trainer")
-
-        self._start(f"step_{step:06d}", "last", write, self._ranks.world_size)
+        write = self._parts(write_model, write_state)
+        self._start(f"step_{step:06d}", "last", write, self._ranks.world_size, write_model)
 
     def save_best(self, step: int, write_model: Write) -> None:
         """Start writing the model alone, as the best so far. Every rank may call it; rank 0 writes."""
         if self._ranks.is_main:
-            self._start(f"best_{step:06d}", "best", write_model, writers=1)
+            self._start(f"best_{step:06d}", "best", write_model, 1, None)
 
     def settle_best(self, improved: bool) -> None:
         """The last checkpoint is the best, unless a model has `improved` on the first one and is there."""
@@ -154,21 +178,26 @@ class Checkpoints:
             mine = f"it cannot be read: {one_line(error)}"
         return next(filter(None, self._ranks.gather(mine)), None)
 
-    def _start(self, name: str, link: str, write: Write, writers: int) -> None:
+    def _parts(self, write_model: Write, write_state: Write) -> Write:
+        """This rank's parts of a checkpoint in one."""
+
+        def write(folder: Path) -> None:
+            if self._ranks.is_main:
+                write_model(folder)
+            (folder / "trainer").mkdir(exist_ok=True)
+            write_state(folder / "trainer")
+
+        return write
+
+    def _start(self, name: str, link: str, write: Write, writers: int, model: Write | None) -> None:
         self.close()
-        self._thread = threading.Thread(target=self._write, args=(name, link, write, writers), name=f"write {name}")
+        arguments = (name, link, write, writers, model)
+        self._thread = threading.Thread(target=self._write, args=arguments, name=f"write {name}")
         self._thread.start()
 
-    def _write(self, name: str, link: str, write: Write, writers: int) -> None:
+    def _write(self, name: str, link: str, write: Write, writers: int, model: Write | None) -> None:
         partial, rank = self.folder / f".{name}.partial", self._ranks.rank
-        files, error = {}, None
-        try:
-            partial.mkdir(exist_ok=True)
-            write(partial)
-            mine = (path for path in partial.rglob("*") if path.is_file() and _writer(path, partial) == rank)
-            files = {str(path.relative_to(partial)): _secured(path) for path in mine}
-        except Exception as problem:  # a full disk, a lost mount, whatever the model's library raises
-            error = one_line(problem)
+        files, error = self._write_own(partial, write)
         try:
             _write_json(partial / f".rank_{rank:05d}", {"files": files, "error": error})
             if self._ranks.is_main:
@@ -177,8 +206,48 @@ class Checkpoints:
         except Exception as problem:
             self.failed += 1
             self._error = f"checkpoint {name} could not be written in {self.folder}: {problem}"
+            if self._ranks.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                self._error += self._keep_model(name.replace("step", "model"), model) if model else ""
             log.warning("%s; training goes on", self._error)
-            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write_own(self, partial: Path, write: Write) -> tuple[dict[str, list[Any]], str | None]:
+        """Write this rank's files: their names, sizes and checksums; or none of them and what is wrong."""
+
+        def own() -> list[Path]:
+            return [p for p in partial.rglob("*") if p.is_file() and _writer(p, partial) == self._ranks.rank]
+
+        try:
+            partial.mkdir(exist_ok=True)
+            write(partial)
+            return {str(path.relative_to(partial)): _secured(path) for path in own()}, None
+        except Exception as problem:  # a full disk, a lost mount, whatever a library raises
+            with suppress(OSError):
+                for path in own():  # or a full disk would not even take the note to rank 0
+                    path.unlink()
+            return {}, one_line(problem)
+
+    def _keep_model(self, name: str, write: Write) -> str:
+        """Write the model alone, which takes a fraction of a checkpoint. Returns what to add to the error."""
+        partial = self.folder / f".{name}.partial"
+        error = self._write_own(partial, write)[1]
+        older = sum(path.stat().st_size for path in self.folder.glob("model_*/*"))
+        if error and shutil.disk_usage(self.folder).free < older:  # the newest one is to have that one's room
+            self._remove_models()
+            error = self._write_own(partial, write)[1]
+        if error is None:
+            with suppress(OSError):
+                _replace(partial, self.folder / name)
+                _sync_folder(self.folder)
+                self._remove_models(but=name)
+                return f"; its model alone is in {name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        return f"; nor its model alone: {error or 'its folder cannot be named'}"
+
+    def _remove_models(self, but: str = "") -> None:
+        for path in self.folder.glob("model_*"):
+            if path.name != but:
+                _remove(path)
 
     def _publish(self, name: str, link: str, partial: Path, writers: int) -> None:
         """Give the folder its name, once every rank's files are on the disk, then mark it, then drop old ones."""
@@ -207,6 +276,8 @@ class Checkpoints:
         best = self.folder / "best"
         if link == "last" and best.is_symlink() and os.readlink(best).startswith("step_"):
             _link(best, name)  # as `settle_best` left it, of a run that has gone on since
+        if link == "last":
+            self._remove_models()
         self._prune()
 
     def _prune(self) -> None:

@@ -83,8 +83,9 @@ class RunState:
     replay: ReplayBuffer
     run: RunDirectory
 
-    def snapshot(self) -> Callable[[Path], None]:
-        """Everything as it is now; what comes back writes it into trainer/, while training goes on."""
+    def snapshot(self, optimizer: bool = True) -> Callable[[Path], None]:
+        """Everything as it is now, with or without the optimizer; what comes back writes it into trainer/, while
+        training goes on."""
         replay, stream = self.replay.state_dict(), self.episodes.stream
         replayed = [sample for _, samples, _ in replay["entries"] for sample in samples]
         responses = held_responses(self.progress.groups, replayed)
@@ -103,10 +104,11 @@ class RunState:
                 "log": self.run.state_dict(),
             }
             write_run = frozen(run)
-        write_optimizer = self.policy.optimizer_snapshot()
+        write_optimizer = self.policy.optimizer_snapshot() if optimizer else None
 
         def write(folder: Path) -> None:
-            write_optimizer(folder)
+            if write_optimizer:
+                write_optimizer(folder)
             frozen(own)(folder / f"rank_{self.ranks.rank:05d}")
             if write_run:
                 write_run(folder / "run")

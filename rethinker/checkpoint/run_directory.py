@@ -54,10 +54,17 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         if self.enabled:
             self._continues = (self.folder / "config.yaml").is_file()
-            for name in ("completions", "checkpoints"):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            # Every line is one write at the file's end; a reader takes what ends with a line break.
-            self._logs = {name: (self.folder / name).open("ab", buffering=0) for name in LOGS}
+            try:
+                for name in ("completions", "checkpoints"):
+                    (self.folder / name).mkdir(parents=True, exist_ok=True)
+                # Every line is one write at the file's end; a reader takes what ends with a line break.
+                self._logs = {name: (self.folder / name).open("ab", buffering=0) for name in LOGS}
+            except OSError as error:
+                if not self._continues:
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                raise ConfigError(
+                    f"run.dir={self._config.run.dir}: the run's folder cannot be written ({error}); choose another"
+                ) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:

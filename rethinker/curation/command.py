@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from rethinker.curation import measure, output
     from rethinker.data.datasets import load_queries
-    from rethinker.data.prompts import PromptEncoder
+    from rethinker.data.prompts import FIRST, PromptEncoder
     from rethinker.embedded.files import as_files, model_folder
     from rethinker.evaluation.answering import fit_model, open_model, ranks_of_torchrun, sample
     from rethinker.policy.model import load_processor
@@ -70,6 +70,7 @@ def main(arguments: Sequence[str]) -> int:
             if ranks.any(not (folder / measure.MANIFEST).is_file()):
                 raise ConfigError(f"--output {folder}: a rank does not see it; choose a folder that all ranks share")
             encoder = PromptEncoder(load_processor(name), fitted.data)
+            encoder.check(queries[:FIRST])
             model = stack.enter_context(open_model(fitted, name, ranks, encoder))
             measure.measure(queries, samples, folder, model, ranks, fitted)
         if not ranks.is_main:

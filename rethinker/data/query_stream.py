@@ -84,6 +84,12 @@ class QueryStream:
         drawn = map(self.queries.__getitem__, iter(self._next_place, None))
         return list(islice(filter(None, drawn), n))
 
+    def peek(self, n: int) -> list[Query]:
+        """The next n queries, which stay the next ones."""
+        drawn, queries = dict(self._drawn), self.next(n)
+        self._drawn = drawn
+        return queries
+
     def _next_place(self) -> int:
         turn = sum(self._drawn.values()) + 1  # the label furthest behind: exact shares in every stretch of the order
         name = max(self._shares, key=lambda name: self._shares[name] * turn - self._drawn[name])

@@ -18,7 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from rethinker.algorithm.objective import has_gradient, load_loss, loss_inputs, loss_normalizer, supervised_weight
 from rethinker.config import Config, ConfigError, one_line
 from rethinker.data.prompts import PromptEncoder
-from rethinker.policy import lora, optimizer_state
+from rethinker.policy import lora, optimizer_state, saved_model
 from rethinker.policy.lora import FullWeights
 from rethinker.policy.model import Policy, gather_by_layer, load_model
 from rethinker.policy.out_of_memory import Plan, explained, noted_budget, reduce_budget
@@ -107,6 +107,7 @@ class PolicyEngine:
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=self.policy.eval(), optimizer=optimizer, config=settings, model_parameters=trained
         )
+        self._files = self._files_beside_weights()
         # Resumed adapters need the very weights that they were trained beside.
         self._base = lora.fingerprint(FullWeights(lora.base_parameters(model))) if self.adapters else None
 
@@ -200,12 +201,19 @@ class PolicyEngine:
         trained = {name: tensor.to("cpu", copy=True) for name, tensor in adapters if self.ranks.is_main}
 
         def write(folder: Path) -> None:
-            self.policy.hf.save_pretrained(folder, state_dict=state)
-            self.encoder.processor.save_pretrained(folder)
-            if trained:
-                lora.save(folder / lora.FOLDER, self.policy.hf, trained, self.base_dir)
+            saved_model.save_weights(folder, self.policy.hf, state, trained)
+            self.save_files(folder)
 
         return write
+
+    def save_files(self, folder: Path) -> None:
+        """Write what a saved model has beside its weights, on rank 0."""
+        saved_model.save_files(folder, self._files)
+
+    def checkpoint_bytes(self) -> int:
+        """The size of a checkpoint: the model, and fp32 weights and AdamW's two moments of what is trained."""
+        model = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in self.weights.metadata())
+        return model + sum(3 * 4 * p.ds_numel for p in self.policy.parameters() if p.requires_grad)
 
     def optimizer_snapshot(self) -> Callable[[Path], None]:
         """This rank's part of the optimizer as it is now; what comes back writes it into a folder."""
@@ -238,6 +246,18 @@ class PolicyEngine:
             )
         self.steps, self.version = state["steps"], state["version"]
         self.budget_spent = state.get("budget_spent", 0.0)  # 0.1.0 did not note it
+
+    def _files_beside_weights(self) -> dict[str, bytes]:
+        """All that a checkpoint's model has but its weights, on rank 0, which writes it; a fault is every rank's."""
+        files, fault = {}, None
+        if self.ranks.is_main:
+            try:
+                files = saved_model.files_beside_weights(self.policy.hf, self.encoder.processor, self.base_dir)
+            except (ConfigError, OSError) as error:  # OSError: no folder for temporary files
+                fault = str(error)
+        if fault := self.ranks.broadcast(fault):
+            raise ConfigError(fault)
+        return files
 
     def _smaller_next_time(self, plan: Plan) -> str:
         """Note a smaller budget for the next start, and say so; the other ranks wait for this one in a collective."""

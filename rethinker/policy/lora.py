@@ -159,17 +159,22 @@ def adapters_off(adapters: dict[str, Adapter]) -> Iterator[None]:
             adapter.layer._disable_adapters = False
 
 
-def save(folder: Path, model: nn.Module, state: dict[str, torch.Tensor], base: str | Path) -> None:
-    """Write a model's adapters (`adapter_parameters`, whole) for `peft.PeftModel.from_pretrained`, beside `base`."""
+def save_config(folder: Path, model: nn.Module, base: str | Path) -> None:
+    """Write what `peft.PeftModel.from_pretrained` must know of a model's adapters, beside `base`."""
     config = copy.copy(model.peft_config[_NAME])
     config.base_model_name_or_path = str(Path(base).resolve() if Path(base).is_dir() else base)
     config.inference_mode = True
     config.save_pretrained(folder)
+
+
+def save_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Write a model's adapters (`adapter_parameters`, whole), beside `save_config`'s file."""
+    folder.mkdir(exist_ok=True)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def load(adapters: dict[str, Adapter], folder: Path) -> None:
-    """Take A and B from a folder of `save`, before ZeRO-3 partitions them."""
+    """Take A and B from a folder of `save_weights`, before ZeRO-3 partitions them."""
     saved = load_file(folder / "adapter_model.safetensors")
     for name, parameter in adapter_parameters(adapters):
         parameter.data.copy_(saved[name])

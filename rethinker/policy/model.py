@@ -225,6 +225,7 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     named = f"policy.model={str(folder)!r}"
+    load_generation_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family_of(config.model_type, named)
@@ -248,11 +249,29 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def load_generation_config(folder: str | Path):
+    """Load a model's own generation settings, of which a run takes the end tokens; None where it has no such file.
+
+    Raises:
+        ConfigError: transformers refuses it.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return None
+    except Exception as error:  # a file may hold anything
+        raise ConfigError(
+            f"policy.model={str(folder)!r}: its generation_config.json is refused ({one_line(error)}); correct the file"
+        ) from error
+
+
 def load_processor(folder: str | Path):
     """Load the tokenizer, chat template and image processor that belong to a model; none of its own code is run.
 
     Raises:
-        ConfigError: there is none, or none for images and texts.
+        ConfigError: there is none, or none for images and texts, or no chat template.
     """
     from transformers import AutoProcessor
 
@@ -264,4 +283,8 @@ def load_processor(folder: str | Path):
     for part in ("tokenizer", "image_processor", "image_token_id"):
         if getattr(processor, part, None) is None:
             raise ConfigError(f"{named} has no processor for images and texts: a {type(processor).__name__}, no {part}")
+    if processor.chat_template is None:
+        processor.chat_template = processor.tokenizer.chat_template
+    if processor.chat_template is None:
+        raise ConfigError(f"{named} has no chat template; put its chat_template.jinja into the folder")
     return processor

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import platform
-from contextlib import suppress
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from rethinker.config import Config, ConfigError
 from rethinker.families import family_of
@@ -78,13 +77,12 @@ class VLLMRequests:
 
     def __init__(self, config: Config, model_dir: str):
         """Read the model's folder."""
+        from rethinker.policy.model import load_generation_config
+
         self.config = config
         self.model_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-        generation = None
-        with suppress(OSError):  # optional in a model's folder
-            generation = GenerationConfig.from_pretrained(model_dir)
-        self.stop_ids = stop_token_ids(self.tokenizer, self.model_config, generation)
+        self.stop_ids = stop_token_ids(self.tokenizer, self.model_config, load_generation_config(model_dir))
         self.max_length = min(
             config.data.max_prompt_tokens + config.rollout.max_new_tokens,
             self.model_config.get_text_config().max_position_embeddings,

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,6 +194,109 @@ def test_a_full_disk_is_counted_and_the_run_goes_on(tmp_path, caplog):
         written.wait()
 
 
+def test_a_rehearsal_leaves_nothing(tmp_path):
+    """What stands beside the weights and the run's state are written where checkpoints are, and gone again."""
+    written, seen = checkpoints(tmp_path), []
+    written.rehearse(lambda folder: (model(folder), seen.append(folder)), state, size=1)
+    assert seen[0].parent == tmp_path and names(tmp_path) == []
+    written.save(1, model, state)
+    written.wait()
+
+
+@pytest.mark.parametrize("part", ["the files", "the state", "the disk", "another rank"])
+def test_a_rehearsal_tells_every_rank(tmp_path, part, monkeypatch):
+    """Whichever rank cannot write, or has no room for a checkpoint, all ranks end with that in one line."""
+
+    def fails(folder: Path) -> None:
+        raise OSError(28, "No space left on device", str(folder))
+
+    size = 2**60 if part == "the disk" else 1
+    faults = [None, "OSError: full"] if part == "another rank" else None
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: faults if faults and value is None else [value])
+    written = Checkpoints(tmp_path, ALONE, CheckpointConfig()) if not faults else checkpoints_of_two(tmp_path)
+    words = {
+        "the files": r"rank 0: OSError: .*No space left",
+        "the state": r"rank 0: OSError: .*No space left",
+        "the disk": r"rank 0: a checkpoint takes 1073741824\.00 GB and .* GB of the disk are free",
+        "another rank": "rank 1: OSError: full",
+    }
+    with pytest.raises(ConfigError, match=rf"^run\.dir: no checkpoint can be written in .*{words[part]}") as error:
+        written.rehearse(fails if part == "the files" else model, fails if part == "the state" else state, size)
+    assert "\n" not in str(error.value) and names(tmp_path) == []
+
+
+def checkpoints_of_two(folder: Path) -> Checkpoints:
+    """Rank 0's, whose peers are not asked."""
+    made = checkpoints(folder)
+    made._ranks = Ranks(0, 2, 0)
+    return made
+
+
+def test_a_failed_save_never_loses_the_weights(tmp_path, caplog):
+    """If what resuming needs cannot be written, the model alone stays, named, until a whole checkpoint is there; the
+    one before is what a resumed run takes."""
+
+    def full(folder: Path) -> None:
+        (folder / "run.json").write_text("{}")
+        raise OSError(28, "No space left on device")
+
+    written = checkpoints(tmp_path)
+    written.save(1, model, state)
+    for step in (2, 3):
+        written.save(step, model, full)
+    with pytest.raises(ConfigError, match=r"step_000003 could .*No space left.*; its model alone is in model_000003$"):
+        written.wait()
+    assert names(tmp_path) == ["last", "model_000003", "step_000001"]
+    assert names(tmp_path / "model_000003") == ["config.json", "model.safetensors"]
+    assert checkpoints(tmp_path).find("auto") == tmp_path / "step_000001"
+    written.save(4, full, state)  # not even the model
+    with pytest.raises(ConfigError, match=r"step_000004 could .*; nor its model alone: OSError: .*No space left"):
+        written.wait()
+    assert names(tmp_path) == ["last", "model_000003", "step_000001"]
+    written.save(5, model, state)
+    written.wait()
+    assert names(tmp_path) == ["last", "step_000001", "step_000005"] and written.failed == 3
+
+
+def test_the_newest_model_takes_the_room_of_an_older_one(tmp_path, monkeypatch):
+    """Where the disk is too full for both, the weights of the run's end are those that stay."""
+
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    def large(folder: Path) -> None:
+        if list(tmp_path.glob("model_*")):
+            full(folder)
+        model(folder)
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=3))
+    written = checkpoints(tmp_path)
+    for step in (1, 2):
+        written.save(step, large, full)
+    with pytest.raises(ConfigError, match=r"; its model alone is in model_000002$"):
+        written.wait()
+    assert names(tmp_path) == ["model_000002"]
+
+
+def test_a_rank_on_a_full_disk_makes_room_for_its_note(tmp_path, monkeypatch):
+    """Rank 0 would wait for a note that does not fit on the disk: what a failing rank has written goes first."""
+    there, real = [], checkpoint._write_json
+
+    def note(path: Path, content: object) -> None:
+        there.append([p.name for p in path.parent.rglob("*") if p.is_file()])
+        real(path, content)
+
+    def full(folder: Path) -> None:
+        (folder / "optimizer_00000.safetensors").write_bytes(b"as much as fits")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_json", note)
+    written = checkpoints(tmp_path)
+    written.save(1, model, full)
+    written.close()
+    assert there[0] == []
+
+
 def test_a_checkpoint_needs_the_files_of_every_rank(tmp_path, monkeypatch):
     """Rank 0 publishes when all have written; one that fails, or never writes, fails the checkpoint."""
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [value] * self.world_size)
@@ -224,7 +328,7 @@ def test_a_checkpoint_needs_the_files_of_every_rank(tmp_path, monkeypatch):
     main.save(3, model, part(0))
     with pytest.raises(ConfigError, match="nothing from rank 1"):
         main.wait()
-    assert names(tmp_path) == ["last", "step_000001"]
+    assert names(tmp_path) == ["last", "model_000003", "step_000001"]
 
 
 def test_a_rank_that_sees_another_disk_is_told(tmp_path, monkeypatch):

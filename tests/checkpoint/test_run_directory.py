@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -155,6 +156,22 @@ def test_a_run_that_never_started_leaves_nothing(config, tmp_path):
         run.write_completions(0, groups())
         raise ConfigError("algorithm.loss=...: in step 1")
     assert read_completions(run.folder / "completions", 0)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(config):
+    """A file where a folder should be, when a run is continued, or a disk that takes none (here /proc): run.dir is
+    named, and of a new run nothing is left."""
+    with RunDirectory(config) as run:
+        run.open_logs({})
+        run.log({"step": 1})
+    (run.folder / "checkpoints").rmdir()
+    (run.folder / "checkpoints").write_text("")
+    elsewhere = Config(run=RunConfig(dir="/proc/runs", name="x", trackers=[]))
+    for settings in (dataclasses.replace(config, resume="auto"), elsewhere):
+        with pytest.raises(ConfigError, match=r"^run\.dir=.*: the run's folder cannot be written .*choose") as error:
+            RunDirectory(settings).__enter__()
+        assert "\n" not in str(error.value)
+    assert (run.folder / "metrics.jsonl").is_file()
 
 
 def test_a_run_with_steps_is_kept_whatever_happens(config):

@@ -277,6 +277,15 @@ def test_a_draw_larger_than_the_data_wraps():
     assert stream.state_dict()["drawn"] == {"": 10}
 
 
+@pytest.mark.parametrize("weights", [{}, {"a": 3, "b": 1}])
+def test_peeking_takes_nothing(weights):
+    """The next queries, into another epoch too, stay the next ones."""
+    stream = QueryStream(made(10, "ab"), seed=0, category_weights=weights)
+    stream.next(7)
+    state, seen = stream.state_dict(), ids(stream.peek(9))
+    assert stream.state_dict() == state and ids(stream.next(9)) == seen
+
+
 @pytest.mark.parametrize("weights", [{}, {"a": 0.5, "b": 0.25, "c": 0.25}])
 def test_a_saved_stream_continues_exactly(weights):
     """Law 10's part: the state, through JSON, gives the same queries as if nothing had happened."""

@@ -51,6 +51,13 @@ def prepare(folder: Path, questions: int = 64) -> None:
     create_tiny(folder / "model", seed=0)
 
 
+def arguments_of(folder: Path, name: str, *options: str) -> list[str]:
+    """The arguments of `rethinker train` for a run in a folder."""
+    arguments = ["easy_vqa_cpu", "--run.dir", str(folder), "--run.name", name, "--policy.model", str(folder / "model")]
+    arguments += ["--data.train", str(folder / "questions.jsonl"), "--data.category_weights", "{}"]
+    return [*arguments, "--reward.function", f"{folder / 'reward.py'}:parity", *OPTIONS, *options]
+
+
 def start(
     folder: Path, name: str, *options: str, ranks: int = 1, torchrun: tuple[str, ...] | None = None
 ) -> Forked | subprocess.Popen:
@@ -59,9 +66,7 @@ def start(
     Args:
         torchrun: start the ranks with it and these options, in processes that share nothing with this one.
     """
-    arguments = ["easy_vqa_cpu", "--run.dir", str(folder), "--run.name", name, "--policy.model", str(folder / "model")]
-    arguments += ["--data.train", str(folder / "questions.jsonl"), "--data.category_weights", "{}"]
-    arguments += ["--reward.function", f"{folder / 'reward.py'}:parity", *OPTIONS, *options]
+    arguments = arguments_of(folder, name, *options)
     log = folder / f"{name}.log"
     if torchrun is None:
         return Forked(training(arguments), log, ranks)

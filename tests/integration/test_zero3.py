@@ -121,6 +121,13 @@ def test_scoring_tells_how_far_the_policy_is_from_the_behaviour(runs, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+def test_the_size_of_a_checkpoint_is_known_before_it_is_written(ranks, runs):
+    """Weights, and the optimizer's pieces over all ranks: within a hundredth, headers and padding are the rest."""
+    results = runs[ranks, 10_000]
+    assert results["expected bytes"] == pytest.approx(results["written bytes"], rel=0.01)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_saved_checkpoint_loads_in_transformers(ranks, runs):
     """A checkpoint written from shards loads with transformers, weights and processor, and equals the live weights."""
     from rethinker.policy.model import load_processor

@@ -122,9 +122,16 @@ def steps(model: str, scratch: str, encoder: PromptEncoder, ranks, budget: int, 
     moved = any(not torch.equal(t, weights[n]) for n, t in engine.weights)
     results["poisoned"] = {"metrics": metrics, "unchanged": unchanged, "recovered": recovered}
     results["poisoned"] |= {"finite": finite, "moved": moved}
-    save = engine.model_snapshot()
+    save, save_optimizer = engine.model_snapshot(), engine.optimizer_snapshot()
+    folder, optimizer = (Path(scratch) / f"{what}_{ranks.world_size}" for what in ("saved", "optimizer"))
+    optimizer.mkdir(exist_ok=True)
+    save_optimizer(optimizer)
     if ranks.is_main:
-        save(Path(scratch) / f"saved_{ranks.world_size}")
+        save(folder)
+    ranks.gather(None)  # all have written
+    results["expected bytes"] = engine.checkpoint_bytes()
+    written = (path.stat().st_size for made in (folder, optimizer) for path in made.glob("*.safetensors"))
+    results["written bytes"] = sum(written)
     return results
 
 

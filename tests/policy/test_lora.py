@@ -146,10 +146,10 @@ def test_every_rank_draws_the_same(tiny_folder):
 
 def test_saved_adapters_come_back(adapted, tiny_folder, tmp_path):
     """A and B read back bit for bit."""
-    model, adapters = adapted
+    adapters = adapted[1]
     train(adapters)
     state = {name: p.detach() for name, p in lora.adapter_parameters(adapters)}
-    lora.save(tmp_path / "adapter", model, state, tiny_folder)
+    lora.save_weights(tmp_path / "adapter", state)
     again = lora.add_adapters(load_model(tiny_folder, torch.float32), LoraConfig(rank=4), seed=1)
     lora.load(again, tmp_path / "adapter")
     assert all(torch.equal(p, state[name]) for name, p in lora.adapter_parameters(again))
