@@ -24,10 +24,19 @@ from functools import partial
 from typing import Any
 
 from rethinker.rewards.choices import LETTER, chosen, implied_options, options_of
-from rethinker.rewards.lists import both_signs, list_items, matrix_rows, named_list, paired, split_list
+from rethinker.rewards.lists import assignments, both_signs, list_items, matrix_rows, named_list, paired, split_list
 from rethinker.rewards.mathematics import plain, same_equation, same_expression, start_budget
 from rethinker.rewards.quantities import parse_quantity, quantities_match, split_unit
-from rethinker.rewards.relations import as_intervals, is_name, names_a_set, split_relation
+from rethinker.rewards.questions import asks_for, asks_for_base
+from rethinker.rewards.relations import (
+    Intervals,
+    as_intervals,
+    is_name,
+    names_a_set,
+    names_answer,
+    same_name,
+    split_relation,
+)
 from rethinker.rewards.rules import DEFAULT_RULES, Rules
 from rethinker.rewards.spelling import UNIT_MARK, clean, is_prose, same_words
 
@@ -43,22 +52,13 @@ Equal = Callable[[str, str, Rules], "bool | None"]
 Relation = tuple[list[str], list[str]]
 
 _BOXED = re.compile(r"\\boxed\s*\{")
-_ASKS_FOR_ORDER = re.compile(
-    r"\b(?:arrange|rank|sort|list the steps)\b(?! of)|\border (?:the|these|them|from|by)\b"
-    r"|\bin (?:an? |the )?(?:(?:\w+ing|alphabetical|chronological|numerical|correct|right|reverse) )?order\b(?! to)"
-    r"|\bfrom (?:the )?(?:least|greatest|smallest|largest|lowest|highest|shortest|longest|lightest|heaviest|oldest"
-    r"|youngest|first|left|top)\b.{0,40}\bto\b|\bsequence of (?:steps|events|letters|moves)\b|排序|排列|顺序",
-    re.IGNORECASE,
+_SEPARATING = re.compile(
+    r"(?:\s|[,;.$&、，。和或与]|\\\\|\\q?quad(?![a-z])|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)+"
 )
-_ASKS_FOR_PLACE = re.compile(r"\b(?:box|bbox|bounding|coordinates?|points?|position|pixels?|locat\w+|vector)\b", re.I)
-_ASKS_FOR_BASE = re.compile(r"\bbase\b|\bbinary\b|\bhexadecimal\b|\boctal\b|进制", re.IGNORECASE)
-_ASKS_FOR_ROUNDING = re.compile(
-    r"\bround|\bnearest\b|\bdecimal places?\b|\bsignificant\b|\bapproximat|保留", re.IGNORECASE
-)
-_ASKS_FOR_RATIO = re.compile(r"\bratios?\b|\bproportion|比", re.IGNORECASE)
-_ASKS_FOR_SEGMENT = re.compile(r"\b(?:segment|line)s?\b", re.IGNORECASE)
-_IN_BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?_(?:\{(\d+)\}|(\d+))")
-_APPROXIMATELY = re.compile(r"^(?:\\approx ?|\\sim ?|about |approximately )")
+_IN_BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?_\{?\(?(\d+|two|three|five|eight|ten)\)?\}?")
+_BASE_WORDS = {"two": "2", "three": "3", "five": "5", "eight": "8", "ten": "10"}
+_SPACED_CAPITALS = re.compile(r"[A-Z](?: [A-Z])+")
+_APPROXIMATELY = re.compile(r"^(?:=|\\approx ?|\\sim ?|about |approximately |约|大约)\s*|左右$")
 _POINT = re.compile(r"[A-Z]'?(?=\([^()]*,[^()]*\)$)")
 
 
@@ -94,6 +94,13 @@ def math_equal(predicted: str, answer: str, rules: Rules) -> bool:
     """Whether two cleaned texts are equal as formulas, or say the same as equations or inequalities."""
     if plain(predicted) == plain(answer):
         return True
+    try:
+        return _equal_formulas(predicted, answer, rules)
+    except RecursionError:  # of a formula that is nested too deep
+        return False
+
+
+def _equal_formulas(predicted: str, answer: str, rules: Rules) -> bool:
     ours, theirs = split_relation(predicted), split_relation(answer)
     if not ours[1] and not theirs[1]:
         return same_expression(predicted, answer, rules)
@@ -135,7 +142,7 @@ def compare(
     if not predicted or not answer:
         return False
 
-    if _ASKS_FOR_ROUNDING.search(question):  # to the digits that are given
+    if asks_for("rounding", question):  # to the digits that are given
         rules = replace(rules, rounding=1.0)
     final = _Comparison(question, rules, equal)
     options = options_of(question, choices, lambda text: clean(text) if len(text) <= LONGEST_TEXT else text.strip())
@@ -149,17 +156,25 @@ def compare(
     return final.values(predicted, answer)
 
 
-def _unboxed(answer: str) -> str:
-    r"""What a boxed answer holds; \boxed{1},\boxed{2} as the list of both."""
-    if "\\boxed" not in answer:
-        return answer
-    contents, rest = [], answer
-    while span := boxed_span(rest):
-        contents.insert(0, rest[_BOXED.match(rest, span[0]).end() : span[1] - 1])
-        rest = rest[: span[0]] + "\0" + rest[span[1] :]
-    if len(contents) > 1 and re.fullmatch(r"[\s\0,;.$、，和]*(?:(?:and|or)?[\s\0,;.$、，和]*)*", rest):
+def _unboxed(text: str) -> str:
+    r"""The text with what its boxes hold in their places, as 1/2 of \boxed{1}/\boxed{2}; of boxes among words, or with
+    nothing between them but commas, the list of them."""
+    if "\\boxed" not in text or len(text) > LONGEST_TEXT:
+        return text
+    contents, around = [], text  # "\0" in the place of each box
+    while span := boxed_span(around):
+        content = around[_BOXED.match(around, span[0]).end() : span[1] - 1]
+        nested = content.count("\0")
+        for inner in contents[:nested]:
+            content = content.replace("\0", inner, 1)
+        contents = [content, *contents[nested:]]
+        around = f"{around[: span[0]]}\0{around[span[1] :]}"
+    between = _SEPARATING.sub("", around.replace("\0", " "))
+    if contents and (not between or is_prose(clean(between))):
         return ", ".join(contents)
-    return contents[-1] if contents else answer
+    for content in contents:
+        around = around.replace("\0", content, 1)
+    return around
 
 
 @dataclass(frozen=True)
@@ -185,28 +200,11 @@ class _Comparison:
         bases = _IN_BASE.fullmatch(predicted), _IN_BASE.fullmatch(answer)
         if any(bases):
             return self._bases(predicted, answer, *bases)
-        if depth > 3:
-            return False
-
-        if names_a_set(predicted) or names_a_set(answer):
-            ours, theirs = as_intervals(predicted), as_intervals(answer)
-            if ours and theirs:
-                return self._sets(ours, theirs, depth + 1)
-        (our_name, ours), (their_name, theirs) = (named_list(side, self.question) for side in (predicted, answer))
-        if our_name or their_name:
-            same = not (our_name and their_name) or our_name == their_name
-            return same and self.values(ours, theirs, depth + 1)
-        if len(split_list(predicted)) == len(split_list(answer)) == 1 and (
-            split_relation(predicted)[1] or split_relation(answer)[1]
-        ):
-            return self._relations(split_relation(predicted), split_relation(answer), predicted, answer, depth + 1)
-        predicted, answer = (_POINT.sub("", side) for side in (predicted, answer))
-        ours, theirs = (list_items(both_signs(side)) for side in (predicted, answer))
-        if ours or theirs:
-            return self._lists(ours or ("", [predicted]), theirs or ("", [answer]), depth + 1)
-        ours, theirs = matrix_rows(predicted), matrix_rows(answer)
-        if ours or theirs:
-            return bool(ours and theirs) and self._lists(ours, theirs, depth + 1)
+        if depth > 3 or (_SPACED_CAPITALS.fullmatch(predicted) and _SPACED_CAPITALS.fullmatch(answer)):
+            return False  # A B C is a sequence of names, not their product
+        structured, verdict = self._parts(predicted, answer, depth + 1)
+        if structured:
+            return verdict
 
         predicted, unit = split_unit(predicted) or (predicted, "")
         answer, expected_unit = split_unit(answer) or (answer, "")
@@ -217,34 +215,74 @@ class _Comparison:
         if ":" in predicted or ":" in answer:
             return self._ratios(predicted, answer, depth + 1)
         if is_prose(predicted) or is_prose(answer) or _is_point_name(predicted) or _is_point_name(answer):
-            turned = predicted == answer[::-1] and len(answer) == 2 and _ASKS_FOR_SEGMENT.search(self.question)
-            return predicted == answer or bool(turned and _is_point_name(answer))
+            turned = predicted == answer[::-1] and len(answer) == 2 and asks_for("segment", self.question)
+            return predicted == answer or (turned and _is_point_name(answer))
         if "°" in (unit, expected_unit) and unit != expected_unit:  # the unit is a factor when compared with radians
             predicted, answer = predicted + "°" * (unit == "°"), answer + "°" * (expected_unit == "°")
         return self.equal(predicted.replace(UNIT_MARK, ""), answer.replace(UNIT_MARK, ""), self.rules)
 
+    def _parts(self, predicted: str, answer: str, depth: int) -> tuple[bool, bool | None]:
+        """Whether one of the two has parts (a set, a list, a relation, a matrix), and then the verdict on these."""
+        if names_a_set(predicted) or names_a_set(answer):
+            ours, theirs = as_intervals(predicted), as_intervals(answer)
+            if ours and theirs:
+                return True, self._sets(ours, theirs, depth)
+        (our_name, ours), (their_name, theirs) = named_list(predicted, self._is_name), named_list(answer, is_name)
+        if our_name or their_name:
+            same = not (our_name and their_name) or our_name == their_name
+            return True, same and self.values(ours, theirs, depth)
+        ours, theirs = assignments(predicted, self._is_name), assignments(answer, is_name)
+        if ours or theirs:
+            return True, self._assignments(ours, theirs, predicted, answer, depth)
+        relations = split_relation(predicted), split_relation(answer)
+        if any(signs for _, signs in relations) and len(split_list(predicted)) == len(split_list(answer)) == 1:
+            return True, self._relations(*relations, predicted, answer, depth)
+        predicted, answer = (_POINT.sub("", side) for side in (predicted, answer))
+        ours, theirs = (list_items(both_signs(side)) for side in (predicted, answer))
+        if ours or theirs:
+            return True, self._lists(ours or ("", [predicted]), theirs or ("", [answer]), depth)
+        ours, theirs = matrix_rows(predicted), matrix_rows(answer)
+        if ours or theirs:
+            return True, bool(ours and theirs) and self._lists(ours, theirs, depth)
+        return False, None
+
+    def _assignments(
+        self, ours: list[tuple[str, str]], theirs: list[tuple[str, str]], predicted: str, answer: str, depth: int
+    ) -> bool | None:
+        """x=1, y=2 against the same in any order, or against values alone, which are in the order of the names."""
+        if ours and theirs:
+            by_name = dict(theirs)
+            if by_name.keys() != dict(ours).keys():
+                return False
+            return self._all(self.values(value, by_name[name], depth) for name, value in ours)
+        ours = ("()", [value for _, value in sorted(ours)]) if ours else list_items(predicted)
+        theirs = ("()", [value for _, value in theirs]) if theirs else list_items(answer)
+        return bool(ours and theirs) and self._lists(ours, theirs, depth)
+
     def _ratios(self, predicted: str, answer: str, depth: int) -> bool | None:
         """2:3 is no fraction, and no 4:6, unless the question asks for a ratio."""
         ours, theirs = (re.sub(r"(?<=\d) to (?=\d)", ":", side).split(":") for side in (predicted, answer))
-        if not _ASKS_FOR_RATIO.search(self.question):
-            return len(ours) == len(theirs) and self._all(map(partial(self.values, depth=depth), ours, theirs))
+        by_parts = partial(self._all, map(partial(self.values, depth=depth), ours, theirs))
+        if not asks_for("ratio", self.question):
+            return len(ours) == len(theirs) and by_parts()
         if {len(ours), len(theirs)} == {1, 2}:
-            ours, theirs = (
-                side[0] if len(side) == 1 else f"\\frac{{{side[0]}}}{{{side[1]}}}" for side in (ours, theirs)
-            )
-            return self.values(ours, theirs, depth)
+            fractions = (side[0] if len(side) == 1 else f"\\frac{{{side[0]}}}{{{side[1]}}}" for side in (ours, theirs))
+            return self.values(*fractions, depth)
         if len(ours) != len(theirs):
             return False
+        if any(quantity and quantity.value == 0 for quantity in map(parse_quantity, (*ours, *theirs))):
+            return by_parts()
         products = ((f"({ours[0]})({b})", f"({theirs[0]})({a})") for a, b in zip(ours[1:], theirs[1:], strict=True))
         return self._all(self.values(left, right, depth) for left, right in products)
 
     def _bases(self, predicted: str, answer: str, ours: re.Match[str] | None, theirs: re.Match[str] | None) -> bool:
         """101_2: digits and base; the base may be left out if the question names it, and 10 at any time."""
         if ours and theirs:
-            return ours[1].casefold() == theirs[1].casefold() and (ours[2] or ours[3]) == (theirs[2] or theirs[3])
-        based, plain = (ours, answer) if ours else (theirs, predicted)
-        named = (based[2] or based[3]) == "10" or (theirs is not None and _ASKS_FOR_BASE.search(self.question))
-        return bool(named) and based[1] == plain
+            same = _BASE_WORDS.get(ours[2], ours[2]) == _BASE_WORDS.get(theirs[2], theirs[2])
+            return same and ours[1].casefold() == theirs[1].casefold()
+        based, other = (ours, answer) if ours else (theirs, predicted)
+        base = _BASE_WORDS.get(based[2], based[2])
+        return based[1] == other and (base == "10" or asks_for_base(base, self.question))
 
     def _relations(self, ours: Relation, theirs: Relation, predicted: str, answer: str, depth: int) -> bool | None:
         """Rule 6 on the sides and signs of both, at least one of them a relation."""
@@ -252,28 +290,31 @@ class _Comparison:
         if {*signs, *expected_signs} - {"=", "\\approx"}:
             return self.equal(predicted, answer, self.rules) if signs and expected_signs else False
         if not signs:
-            if not is_name(expected[0], self.question) and "\\approx" not in expected_signs:
+            approximate = "\\approx" in expected_signs
+            if not is_name(expected[0]) and not approximate:
                 return False
-            accepted = expected if "\\approx" in expected_signs else expected[-1:]
-            verdicts = [self.values(predicted, side, depth) for side in accepted]
+            verdicts = [self.values(predicted, side, depth) for side in (expected if approximate else expected[-1:])]
             return True if True in verdicts else None if None in verdicts else False
         if expected_signs:
-            if "".join(sides[0].split()) == "".join(expected[0].split()) and is_name(sides[0], self.question):
+            if same_name(sides[0], expected[0]):
                 return self.values(sides[-1], expected[-1], depth)
             return self.equal(predicted, answer, self.rules)
-        # Every step of the prediction that is no name must be the answer: x = 3*4 = 12, but not 2x = 10.
+        # Every step of the prediction that is no name must be the answer: x = 3*4 = 12, but not 2x = 10. Of steps with
+        # approximations among them one must be it, and the others be its roundings.
+        steps = [side for side in sides if not self._is_name(side)] or sides[-1:]
+        exact = [self.values(side, answer, depth) for side in steps]
+        if "\\approx" not in signs or True not in exact:
+            return self._all(exact)
         loose = replace(self, rules=replace(self.rules, rounding=1.0))
-        values = [
-            (sign, side) for sign, side in zip(("=", *signs), sides, strict=True) if not is_name(side, self.question)
-        ]
-        (_, first), *others = values or [("=", sides[-1])]
-        further = ((loose if sign == "\\approx" else self).values(side, answer, depth) for sign, side in others)
-        return self._all((self.values(first, answer, depth), *further))
+        return self._all(loose.values(side, answer, depth) for side in steps)
 
-    def _sets(self, ours: Any, theirs: Any, depth: int) -> bool | None:
-        if ours[0] and theirs[0] and ours[0] != theirs[0]:
-            return False
-        if len(ours[1]) != len(theirs[1]):
+    def _is_name(self, text: str) -> bool:
+        """Whether a side of the prediction's equation only names the answer, and not another quantity."""
+        return names_answer(text, self.question)
+
+    def _sets(self, ours: Intervals, theirs: Intervals, depth: int) -> bool | None:
+        """Rule 6 on the variables, where they are named, and the intervals of both."""
+        if (ours[0] and theirs[0] and ours[0] != theirs[0]) or len(ours[1]) != len(theirs[1]):
             return False
 
         def same(left: tuple[str, ...], right: tuple[str, ...]) -> bool | None:
@@ -283,22 +324,13 @@ class _Comparison:
 
         return paired(ours[1], theirs[1], same)
 
-    @staticmethod
-    def _all(verdicts: Iterable[bool | None]) -> bool | None:
-        """Whether all hold; None if that hangs on open ones."""
-        undecided_ones = False
-        for verdict in verdicts:
-            if verdict is False:
-                return False
-            undecided_ones |= verdict is None
-        return None if undecided_ones else True
-
     def _lists(self, ours: tuple[str, list[str]], theirs: tuple[str, list[str]], depth: int) -> bool | None:
         """Rule 4 on the prediction's and the answer's brackets and items."""
         (our_brackets, predicted), (brackets, answer) = ours, theirs
         if len(predicted) != len(answer) or len(answer) > LONGEST_LIST:
             return False
-        if {our_brackets, brackets} == {"()", "[]"} and (len(answer) != 2 or _ASKS_FOR_PLACE.search(self.question)):
+        place = asks_for("place", self.question) and not asks_for("interval", self.question)
+        if {our_brackets, brackets} == {"()", "[]"} and (len(answer) != 2 or place):
             our_brackets = brackets  # coordinates, not an interval
         if our_brackets and our_brackets not in ((brackets,) if brackets else ("()", "[]", "{}")):
             return False
@@ -312,14 +344,29 @@ class _Comparison:
         return self._all(self.values(p, a, depth) for p, a in zip(predicted, answer, strict=True))
 
     def _in_order(self, answer: list[str]) -> bool:
-        """Whether the order of a bare list counts: the question asks for one, and the numbers expected are in one."""
-        if not _ASKS_FOR_ORDER.search(self.question):
+        """Whether the order of a bare list counts: the question asks for one, and the numbers expected are in one.
+
+        What was put in order may have numbers itself: those are in any.
+        """
+        if asks_for("places", self.question) or asks_for("arrangement", self.question):
+            return True
+        if not asks_for("order", self.question):
             return False
         numbers = [parse_quantity(item) for item in answer]
         if None in numbers:
             return True
         values = [number.value for number in numbers]
         return values in (sorted(values), sorted(values, reverse=True))
+
+    @staticmethod
+    def _all(verdicts: Iterable[bool | None]) -> bool | None:
+        """Whether all hold; None if that hangs on open ones."""
+        undecided_ones = False
+        for verdict in verdicts:
+            if verdict is False:
+                return False
+            undecided_ones |= verdict is None
+        return None if undecided_ones else True
 
 
 def _is_point_name(text: str) -> bool:

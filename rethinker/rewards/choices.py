@@ -15,32 +15,45 @@ from typing import Any
 from rethinker.rewards.spelling import FULL_WIDTH, same_words
 
 LETTER = re.compile(
-    r"^(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:?\s*)?[(\[]?([A-Z])[)\]]?[.:]?$", re.IGNORECASE
+    r"^(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:?\s*|故?选(?:择|项)?:?\s*)?[(\[<]?([A-Z])[)\]>]?[.:]?"
+    r"(?: is (?:correct|right|the (?:correct )?answer))?$",
+    re.IGNORECASE,
 )
 _LETTER_AND_TEXT = re.compile(
     r"^(?:[(\[]([A-Z])[)\]]|([A-Z])[.:)])(?:[.:](?!\d))?\s*(\S.*)$", re.IGNORECASE | re.DOTALL
 )
-_SEVERAL_LETTERS = re.compile(r"^[(\[]?[A-Z](?:(?:[,;&/]|,?\s*and\s*|\s*)[A-Z])+[)\]]?$")
+_LETTER_SPACE_TEXT = re.compile(r"^([A-Z]) +(\S.*)$", re.DOTALL)
+# A further label in the text after one: (A) or (B), A: 5, B: 6.
+_FURTHER_LABEL = re.compile(
+    r"(?<![A-Za-z])(?:[(\[][A-J][)\]]|[A-J][.:)]|(?:or|and)\s*[A-J](?![A-Za-z]))|[,;/]\s*[A-J](?![A-Za-z])"
+)
+_SEVERAL_LETTERS = re.compile(r"^[(\[]?[A-Z][)\]]?(?:(?:[,;/]|\\?&|,?\s*and\s*|\s*)[(\[]?[A-Z][)\]]?)+[)\]]?$")
 _MARKERS = [
     re.compile(r"(?m)^[ \t]*(?:[-*][ \t]+)?\**([A-Z])\**[ \t]*[.):、][ \t]*"),  # A. / A) / A: at the start of lines
     re.compile(r"(?<![A-Za-z\\])[(]([A-Z])[)]\s*"),  # (A) anywhere
     re.compile(r"(?:(?<=\s)|^)([A-Z])[.):]\s+"),  # A. or A) within a line
-    re.compile(r"(?:(?<=[\s;,.?!])|^)([A-Z])[.):、](?=\S)"),  # A.dog B.cat
+    re.compile(r"(?<![A-Za-z])([A-Z])[.):、](?=\S)"),  # A.dog B.cat
+    re.compile(r"(?<![A-Za-z\\])\[([A-Z])\]\s*"),  # [A] dog [B] cat
+    re.compile(r"(?<![A-Za-z\\])\(([a-z])\)\s*"),  # (a) dog (b) cat
     re.compile(r"(?:(?<=\s)|^)([a-z])[.)]\s*(?=\S)"),  # a) dog b) cat
+    re.compile(r"(?m)^([A-Z])[ \t]+(?=\S)"),  # A dog at the start of lines
 ]
 # Python's parser takes time and memory for every character of the text.
 LONGEST_CHOICES = 20_000
-_DRESSED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|bf)\s*\{\s*(\([A-Z]\))\s*\}")
+_DRESSED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|bf)\s*\{\s*(\([A-Z]\))(?:\s|\\ )*\}")
 _SPACES = re.compile(r"\\q?quad(?![A-Za-z])|\\ ")
 _ABOUT_OPTIONS = re.compile(r"\boptions?\b|\bchoices?\b|\bselect all\b|\bwhich of the\b|多选|选项", re.IGNORECASE)
 _GLUED = re.compile(r"(-?\d+(?:\.\d+)?)([A-Za-z])")
+_AS_UNITS = frozenset("mgshLNJWVAK")
 _RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
+# As in `spelling`, but for the mark that stands behind a letter in Chinese.
+_MARKS = {code: char for code, char in FULL_WIDTH.items() if char != ","} | {ord("、"): "."}
 # Letters that stand for a choice even if the options are in the image; X or N is rather a variable.
 _LIKELY = "ABCDEFGHIJ"
 
 
 def options_of(question: str, choices: Any, clean: Callable[[str], str]) -> dict[str, str]:
-    """Letter to cleaned text of each option, "" where the option is its letter alone; empty for an open question.
+    """Letter to cleaned text of each option, "" if all are their letters alone; empty for an open question.
 
     Args:
         question: searched for `(A) ...` or `A. ...` where `choices` says nothing.
@@ -55,15 +68,15 @@ def options_of(question: str, choices: Any, clean: Callable[[str], str]) -> dict
         options = {}
         for i, text in enumerate(choices):
             letter = chr(ord("A") + i)
-            labelled = _LETTER_AND_TEXT.match(str(text).strip())
+            labelled = _LETTER_AND_TEXT.match(str(text).translate(_MARKS).strip())
             own_label = labelled and (labelled[1] or labelled[2]).upper() == letter
             options[letter] = clean(labelled[3] if own_label else str(text))
     else:
         options = {letter: clean(text) for letter, text in _in_question(question)}
-    return {
-        letter: "" if (bare := LETTER.match(text)) and bare[1].upper() == letter else text
-        for letter, text in options.items()
-    }
+    labels = {letter: LETTER.match(text) for letter, text in options.items()}
+    if all(label and label[1].upper() == letter for letter, label in labels.items()):
+        return dict.fromkeys(options, "")
+    return options
 
 
 def implied_options(answer: str, question: str) -> dict[str, str]:
@@ -71,7 +84,7 @@ def implied_options(answer: str, question: str) -> dict[str, str]:
     if _SEVERAL_LETTERS.match(answer) and _ABOUT_OPTIONS.search(question):
         return dict.fromkeys(_LIKELY, "")
     found = _LETTER_AND_TEXT.match(answer)
-    if found is None or (found[1] or found[2]) not in _LIKELY:
+    if found is None or (found[1] or found[2]) not in _LIKELY or _FURTHER_LABEL.search(found[3]):
         return {}
     return {found[1] or found[2]: found[3]}
 
@@ -89,7 +102,7 @@ def _read(choices: str) -> Any:
 @lru_cache(maxsize=4096)
 def _in_question(question: str) -> tuple[tuple[str, str], ...]:
     """The longest run A, B, C, ... of option marks in a question, each with the text that follows it."""
-    question = _SPACES.sub(" ", _DRESSED.sub(r"\1", question.translate(FULL_WIDTH)))
+    question = _SPACES.sub(" ", _DRESSED.sub(r"\1", question.translate(_MARKS)))
     best: list[re.Match[str]] = []
     for marker in _MARKERS:
         run: list[re.Match[str]] = []
@@ -130,21 +143,29 @@ def _letters(text: str, options: dict[str, str], same: Callable[[str, str], bool
         if written:
             return written
     letter = LETTER.match(text)
-    if letter and (letter[1].upper() in options or (not options and letter[1].upper() in _LIKELY)):
+    bare = len(text) == 1 and text.islower()  # without options rather a variable
+    if letter and (letter[1].upper() in options or (not options and not bare and letter[1].upper() in _LIKELY)):
         return {letter[1].upper()}
-    labelled = _LETTER_AND_TEXT.match(text)
-    if labelled:
-        letter = (labelled[1] or labelled[2]).upper()
-        expected = options.get(letter)
-        if expected == "" or (not options and letter in _LIKELY):  # the options' texts are in the image
-            return {letter}
-        if expected is not None:
-            verdict = _verdicts(labelled[3], {letter: expected}, same)[letter]
-            return None if verdict is None else {letter} if verdict else set()
     if options and _SEVERAL_LETTERS.match(text):
         letters = [c for c in text if c.isupper()]
         if len(set(letters)) == len(letters) and set(letters) <= options.keys():
             return set(letters)
+    labelled = _LETTER_AND_TEXT.match(text)
+    if labelled:
+        letter, rest = (labelled[1] or labelled[2]).upper(), labelled[3]
+        expected = options.get(letter)
+        if expected == "" or (not options and letter in _LIKELY):  # the options' texts are in the image
+            hedged = _FURTHER_LABEL.search(rest) or (LETTER.match(rest) and not rest.islower())
+            return set() if hedged else {letter}
+        if expected is not None:
+            verdict = _verdicts(rest, {letter: expected}, same)[letter]
+            return None if verdict is None else {letter} if verdict else set()
+    spaced = _LETTER_SPACE_TEXT.match(text)
+    if spaced and (expected := options.get(spaced[1])) is not None:  # (unless A is an article)
+        if expected == "" and re.fullmatch(r"[\d(\\.+-].*", spaced[2]) and not _FURTHER_LABEL.search(spaced[2]):
+            return {spaced[1]}
+        if expected and same(spaced[2], expected):
+            return {spaced[1]}
     verbatim = {letter for letter, option in options.items() if option == text} or {
         letter for letter, option in options.items() if same_words(option, text)
     }
@@ -164,9 +185,13 @@ def _verdicts(text: str, options: dict[str, str], same: Callable[[str, str], boo
         return verdicts
     for readable in (_GLUED, _RATIO):
         found = {letter: readable.fullmatch(option) for letter, option in options.items()}
-        if all(found.values()):
-            plain = {
-                letter: f"{match[1]}/{match[2]}" if readable is _RATIO else match[1] for letter, match in found.items()
-            }
-            return {letter: same(text, option) for letter, option in plain.items()}
+        if not all(found.values()):
+            continue
+        if readable is _RATIO:
+            plain = {letter: f"{match[1]}/{match[2]}" for letter, match in found.items()}
+        elif re.fullmatch(r"-?\d+(?:\.\d+)?", text) and {match[2] for match in found.values()} <= _AS_UNITS:
+            plain = {letter: match[1] for letter, match in found.items()}
+        else:
+            continue
+        return {letter: same(text, option) for letter, option in plain.items()}
     return verdicts

@@ -32,7 +32,8 @@ _TOKEN = re.compile(
 )
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _RAISED_FIRST = re.compile(r"([A-Za-z])\^(\{[^{}]*\}|\w)_(\{[^{}]*\}|\w)")  # v^2_0 is v_0^2
-DEEPEST = 40
+# Brackets within brackets, and tokens: Python's stack bears what these let grow.
+DEEPEST, LONGEST = 40, 300
 
 
 class UnreadableError(ValueError):
@@ -64,6 +65,8 @@ class _Reader:
     def __init__(self, text: str, split_names: bool) -> None:
         text = _RAISED_FIRST.sub(r"\1_\3^\2", _THOUSANDS.sub("", text))
         self._tokens = list(_tokens(text, split_names))
+        if len(self._tokens) > LONGEST:
+            raise UnreadableError
         self._at, self._depth, self._bars = -1, 0, 0
         self._next()
 
@@ -198,7 +201,7 @@ class _Reader:
             if text in ("e", "i") and self.text not in ("_", "'"):
                 return ("constant", text)
             # A product of lengths does not tell AB from BA.
-            return self._symbol("".join(sorted(text)) if len(text) > 1 else text)
+            return self._symbol("".join(sorted(text)) if len(text) > 1 and self.text != "^" else text)
         if text in ("(", "[", "{"):
             return self._group()
         if text == "|" and kind:
@@ -221,6 +224,8 @@ class _Reader:
             return ("/", top, self._argument(single_digit=True))
         if name == "sqrt":
             index = self._group() if self.text == "[" else ("number", Fraction(2))
+            if self.kind == "number" and len(self.text) > 1:
+                raise UnreadableError  # \sqrt23 has two readings
             return ("root", self._argument(), index)
         if name == "binom":
             top = self._argument(single_digit=True)

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from rethinker.rewards.quantities import parse_quantity
-from rethinker.rewards.relations import is_name
 from rethinker.rewards.spelling import clean, closing
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_SEPARATORS = re.compile(r"[,;]\s*(?:(?:and|or)(?![A-Za-z])\s*)?|\s+(?:and|or)(?![A-Za-z])\s*|(?<=\))(?:and|or)(?=\()")
+_SEPARATORS = re.compile(
+    r"[,;]\s*(?:(?:and|or)(?![A-Za-z])\s*)?|\s+(?:and|or)(?![A-Za-z])\s*|(?<=\))(?:and|or)(?=\()"
+    r"|(?<=[\d)}])\s*[和或与]\s*"
+)
+_TUPLES = re.compile(r"\(([^()=]+)\)=\(([^=]+)\)")
 _MATRIX = re.compile(r"\\begin\{([a-z]*matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-z])\s*")
 
@@ -39,6 +42,8 @@ def list_items(text: str) -> tuple[str, list[str]] | None:
     r"""A list's brackets ("", "()", "[)", "{}", ...) and items, or None for anything else."""
     if "\\begin" in text or parse_quantity(text) is not None:
         return None
+    if numbered := _numbered_parts(text):
+        return "()", numbered
     brackets, inner = "", text
     if text[:2] == "\\{" and text[-2:] == "\\}" and closing(text) == len(text) - 1:
         brackets, inner = "{}", text[2:-2]
@@ -50,12 +55,33 @@ def list_items(text: str) -> tuple[str, list[str]] | None:
     return (brackets, items) if brackets or len(items) > 1 else None
 
 
-def named_list(text: str, question: str) -> tuple[str, str]:
+def _numbered_parts(text: str) -> list[str]:
+    """The answers to the parts of a question, `(1) 3; (2) 4`; [] without such numbers."""
+    marks = [f"({number})" for number in range(1, 6)]
+    count = next((i for i, mark in enumerate(marks) if mark not in text), len(marks))
+    if count < 2 or not text.startswith(marks[0]):
+        return []
+    found = re.fullmatch("".join(rf"{re.escape(mark)}\s*([^;]+?)[\s,;]*" for mark in marks[:count]), text)
+    return list(found.groups()) if found else []
+
+
+def named_list(text: str, names: Callable[[str], bool]) -> tuple[str, str]:
     """The name and the rest of a list such as x = 1, 2; without a name the whole text is the rest."""
     name, equals, rest = text.partition("=")
-    if not equals or "=" in rest or "," in name or len(split_list(text)) == 1 or not is_name(name, question):
+    if not equals or "=" in rest or "," in name or len(split_list(text)) == 1 or not names(name):
         return "", text
     return name.strip(), rest.strip()
+
+
+def assignments(text: str, names: Callable[[str], bool]) -> list[tuple[str, str]]:
+    """The names and values of `x=1, y=2`, or of (x,y)=(1,2); [] of anything else, and where a name has several."""
+    if pair := _TUPLES.fullmatch(text):
+        sides = [split_list(side) for side in pair.groups()]
+        found = list(zip(*sides, strict=True)) if len(sides[0]) == len(sides[1]) else []
+    else:
+        found = [(name.strip(), value.strip()) for name, _, value in (part.partition("=") for part in split_list(text))]
+    distinct = len({name for name, _ in found}) == len(found) > 1
+    return found if distinct and all(value and "=" not in value and names(name) for name, value in found) else []
 
 
 def both_signs(text: str) -> str:

@@ -37,6 +37,7 @@ LARGEST_ANGLE = 10**60
 DIGITS, MORE_DIGITS, MOST_DIGITS = 60, 400, 5_000
 
 _MP = MPContext()
+_NEAR = _MP.mpf(10) ** (10 - DIGITS)  # of two numbers that are equal
 _SPENT = threading.local()
 _BUSY = threading.Lock()  # the context's precision is one for all threads
 
@@ -82,16 +83,16 @@ def same_equation(left: tuple[str, str], right: tuple[str, str], ordered: bool) 
     names = sorted(set().union(*map(symbols_of, differences)))
     with _BUSY:
         try:
-            ratios = []
-            for point in _points(names):
-                first, second = (_value(node, point, DIGITS) for node in differences)
-                if _is_zero(first) or _is_zero(second):
-                    return False
-                ratios.append(_lifted(first) / _lifted(second))
+            points = [[_lifted(_value(node, point, DIGITS)) for node in differences] for point in _points(names)]
+            if any(_is_zero(value) for point in points for value in point):
+                return False
+            if any(abs(point[0] - points[0][0]) <= _NEAR * abs(point[0]) for point in points[1:]):
+                return False  # without its variables, as x+1=x
+            ratios = [first / second for first, second in points]
         except (UnreadableError, ArithmeticError, ValueError):
             return False
         positive = not ordered or (ratios[0].imag == 0 and ratios[0].real > 0)
-        return positive and all(abs(r - ratios[0]) <= abs(ratios[0]) * _MP.mpf(10) ** (10 - DIGITS) for r in ratios)
+        return positive and all(abs(ratio - ratios[0]) <= _NEAR * abs(ratios[0]) for ratio in ratios)
 
 
 def plain(text: str) -> str:
@@ -144,9 +145,27 @@ def _equal_everywhere(left: Node, right: Node) -> bool:
     names = sorted(symbols_of(left) | symbols_of(right))
     with _BUSY:
         try:
-            return all(_equal_at(left, right, point) for point in _points(names))
-        except (UnreadableError, ArithmeticError, ValueError, RecursionError):
+            if not all(_equal_at(left, right, point) for point in _points(names)):
+                return False
+        except (UnreadableError, ArithmeticError, ValueError):
             return False
+        if not names or not (_has_branches(left) or _has_branches(right)):
+            return True
+        # |x-5| is 5-x for small x: such formulas are compared at large ones as well, where they have a value.
+        for point in (far for scale in (40, 4_000) for far in _points(names, scale)):
+            try:
+                if not _equal_at(left, right, point):
+                    return False
+            except (UnreadableError, ArithmeticError, ValueError):
+                continue
+        return True
+
+
+@lru_cache(maxsize=16384)
+def _has_branches(node: Node) -> bool:
+    """Whether a formula may be one thing here and another there."""
+    branches = node[0] in ("abs", "root", "floor", "ceil", "log", "ln", "^") or str(node[0]).startswith("arc")
+    return branches or any(_has_branches(operand) for operand in node[1:] if isinstance(operand, tuple))
 
 
 def _equal_at(left: Node, right: Node, point: dict[str, Fraction]) -> bool:
@@ -165,13 +184,13 @@ def _equal_at(left: Node, right: Node, point: dict[str, Fraction]) -> bool:
     return nearer <= max(apart * _MP.mpf(10) ** (-DIGITS // 2), size * _MP.mpf(10) ** (10 - more))
 
 
-def _points(names: list[str]) -> Iterator[dict[str, Fraction]]:
+def _points(names: list[str], scale: int = 1) -> Iterator[dict[str, Fraction]]:
     """Values of the variables: first all positive, then of both signs. One point is enough without variables."""
     for number in range(4 if names else 1):
         draws = {name: zlib.crc32(f"{name} {number}".encode()) for name in names}
         # +++, +-+, -+-, ---
         signs = {name: (1, (-1) ** i, -((-1) ** i), -1)[number] for i, name in enumerate(names)}
-        yield {name: Fraction(signs[name] * (200 + draw % 3989), 997) for name, draw in draws.items()}
+        yield {name: Fraction(signs[name] * scale * (200 + draw % 3989), 997) for name, draw in draws.items()}
 
 
 @lru_cache(maxsize=4096)

@@ -12,6 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from rethinker.rewards.questions import asks_for
 from rethinker.rewards.rules import Rules
 from rethinker.rewards.spelling import UNIT_MARK
 
@@ -43,12 +44,20 @@ _FOLDED = {name.casefold(): unit for name, unit in _EXACT.items() if len(name) >
 # Glued to a number these may as well be a product, as in 3mg for a weight.
 _PRODUCTS = frozenset("mg ml mL ms mA ft in mi at".split())
 # After a fraction or a root, a letter that is rather a variable than hours, tons or litres.
-_RATHER_VARIABLES = frozenset("h t l".split())
+_RATHER_VARIABLES = frozenset("htl")
+# Even after a number alone.
+_ALWAYS_VARIABLES = frozenset("tl")
 _TEMPERATURES = dict.fromkeys(("degrees c", "degree celsius", "degrees celsius", "° c", "°celsius"), "°C")
 _TEMPERATURES |= dict.fromkeys(("degrees f", "degree fahrenheit", "degrees fahrenheit", "° f"), "°F")
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CURRENCIES = "$€£¥"
-_NO_UNIT = frozenset("pi sqrt sin cos tan log ln exp and or to by not times plus minus over per from is".split())
+_NO_UNIT = frozenset(
+    "pi sqrt sin cos tan log ln exp and or to by not times plus minus over per from is dozen dozens tens hundreds "
+    "thousands half halves third thirds quarter quarters fourth fifth tenth tenths squared cubed factorial below above "
+    "fifths sixth sixths seventh sevenths eighth eighths ninth ninths hundredth hundredths north south east west left "
+    "right up down base remainder modulo choose short more less than at about".split()
+)
+_COUNTERS = frozenset("个只人名本条张块件次种支枝棵辆台家间套组页题岁层颗枚盒箱袋瓶杯朵头匹户")
 
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 _VALUE = re.compile(
@@ -65,12 +74,12 @@ _VALUE = re.compile(
 )
 _UNIT_TEXT = re.compile(r"[A-Za-zµμΩ°%$€£¥¢\u4e00-\u9fff][A-Za-zµμΩ°%$€£¥¢\u4e00-\u9fff /^0-9{}.\-]*")
 _TRAILING_UNIT = re.compile(
-    r"^(?P<body>.*(?:[\d)}]|\\pi|\\infty))(?P<gap>\s*\x01?)"  # see UNIT_MARK
+    r"^(?P<body>.*(?:[\d)}]|\\pi|\\infty|(?<![A-Za-z])pi))(?P<gap>\s*\x01?)"  # see UNIT_MARK
     r"(?P<unit>[A-Za-z°%Ω\u4e00-\u9fff][A-Za-z°%Ω\u4e00-\u9fff/^0-9{} ]*)$",
     re.DOTALL,
 )
-_SUM = re.compile(r"(?<=[\w)}])[+\-]")
-_ASKS_FOR_PERCENT = re.compile(r"percent|%", re.IGNORECASE)
+# A sum, a variable or a function: what has these and a letter behind it is rather their product.
+_NO_FACTOR = re.compile(r"(?<=[\w)}])[+\-]|(?<![A-Za-z\\])[A-Za-z]|\\(?!frac|sqrt|pi|cdot|times)[A-Za-z]")
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,9 @@ def parse_quantity(text: str) -> Quantity | None:
     glued = not gap.startswith(" ") and rest.isascii()
     if not known and (glued or not _is_noun(rest)):
         return None  # 5x and 5 sin are expressions, 5 and 6 are two numbers
-    product = not marked and ((glued and _may_be_product(rest)) or (ratio and rest in _RATHER_VARIABLES))
+    product = not marked and (
+        (glued and _may_be_product(rest)) or rest in (_RATHER_VARIABLES if ratio else _ALWAYS_VARIABLES)
+    )
     return Quantity(value, ratio, step, unit, product, noun=not known)
 
 
@@ -130,7 +141,8 @@ def _is_noun(text: str) -> bool:
     """Whether a text may be what is counted: words, none of them mathematics or a product of variables."""
     words = text.casefold().split()
     return _NO_UNIT.isdisjoint(words) and all(
-        word.isalpha() and (not word.isascii() or (len(word) > 2 and not set(word).isdisjoint("aeiouy")))
+        word in _COUNTERS
+        or (word.isascii() and word.isalpha() and len(word) > 2 and not set(word).isdisjoint("aeiouy"))
         for word in words
     )
 
@@ -143,7 +155,7 @@ def quantities_match(predicted: Quantity, answer: Quantity, question: str, rules
             return True
         return not predicted.unit and _same(predicted, _hundredth(answer), rules)
     if predicted.unit == "%" and not answer.unit:
-        if _ASKS_FOR_PERCENT.search(question):
+        if asks_for("percent", question):
             return _same(predicted, answer, rules)
         return rules.percent and _same(_hundredth(predicted), answer, rules)
     if predicted.unit and answer.unit:
@@ -173,7 +185,7 @@ def split_unit(text: str) -> tuple[str, str] | None:
         body, letter = found["body"], _may_be_product(named) and named not in _PRODUCTS
         glued = not found["gap"] or body.endswith(("\\pi", "\\infty"))  # a command's name ends with a space
         product = (glued and _may_be_product(named)) or named in _RATHER_VARIABLES
-        if product or ((letter or glued) and _SUM.search(body)):
+        if product or ((letter or glued) and _NO_FACTOR.search(body)):
             return None
     return found["body"], unit
 
@@ -230,7 +242,8 @@ def _value(part: dict[str, str | None]) -> tuple[Fraction | None, Fraction]:
     if abs(exponent) > LARGEST_EXPONENT:
         return None, exact
     places = len(part["number"].partition(".")[2])
-    step = Fraction(10) ** (exponent - places) if places else exact
+    noise = max(0, len(re.sub("[.,]", "", part["number"]).lstrip("0")) - FLOAT_DIGITS)
+    step = Fraction(10) ** (exponent - places + noise) if places else exact
     return _decimal(part["number"]) * Fraction(10) ** exponent, step
 
 

@@ -5,33 +5,45 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from rethinker.rewards.questions import asks_for, asks_for_expression, contains, unknown
 from rethinker.rewards.spelling import closing
 
 _SIGNS = re.compile(r"\\(?:leq|geq|neq|approx|equiv|sim)(?![A-Za-z])|[=<>]")
 _SUBSCRIPT = r"(?:_(?:\{[^{}]*(?:\{[^{}]*\})?[^{}]*\}|\\?\w+?(?![A-Za-z]\w)|\w))?"
-_LETTER = rf"(?:\\Delta |d)?(?:[A-Za-z]|\\(?!frac|sqrt|pi\b|infty)[A-Za-z]+(?![A-Za-z])|[\u0391-\u03c9])'*{_SUBSCRIPT}"
-_ARGUMENTS = r"(?: ?\([^()=]*(?:\([^()]*\))?[^()=]*\))"
+_LETTER = rf"(?:\\Delta )?(?:[A-Za-z]|\\(?!frac|sqrt|pi\b|infty)[A-Za-z]+(?![A-Za-z])|[\u0391-\u03c9])'*{_SUBSCRIPT}"
+# A letter before a bracket is a function where it is one by custom: x(x+1) is a product, f(x+1) and V(r) are none.
+_CALL = (
+    r"(?:[fgFG](?:\^\{-1\})?'*|\\(?:phi|Phi|varphi|psi|Psi)) ?\([^()]*(?:\([^()]*\))?[^()]*\)"
+    r"|[hHEVSTuvpyWQ] ?\((?:\d+|[a-zA-Z]|n[+-]1)\)|P ?\([^()]*\)|n ?\([A-Z](?: ?\\c[au]p ?[A-Z])?\)"
+    r"|\\(?:sin|cos|tan) ?(?:\\?[A-Za-z]+|\(\\?[A-Za-z]+\))"
+)
 _POINTS = r"(?:[A-Z][A-Z']{0,5}|[a-z])"
 NAME = re.compile(
-    rf"(?:{_LETTER}(?:\^\{{-1\}})?{_ARGUMENTS}?"  # x, x_1, S_{{\triangle ABC}}, f(x), P(A)
+    rf"(?:{_LETTER}|{_CALL}"  # x, x_1, S_{{\triangle ABC}}, f(x), P(A)
     rf"|(?:m\s*)?\\angle ?{_POINTS}\d?|\\(?:triangle|odot) ?{_POINTS}|[A-Z]{{2,4}}'?|\|[A-Z]{{2}}\|"
     rf"|\\(?:vec|hat|bar|overline|overrightarrow|widehat|mathcal)\{{[^{{}}]*\}}{_SUBSCRIPT}"
     r"|\\frac\{d\w?\}\{d\w\}"
-    r"|(?:(?:the|length|area|perimeter|volume|value|angle|measure|total|answer|number|probability|ratio|sum|of|in|is"
+    r")"
+)
+_WORDS = re.compile(
+    r"(?:(?:the|length|area|perimeter|volume|value|angle|measure|total|answer|number|probability|ratio|sum|of|in|is"
     r"|triangle|circle|square|rectangle|side|radius|diameter|height|width|distance|time|speed|cost|price|age"
-    r"|[A-Z]{1,4}|面积|周长|体积) ?)+)"
+    r"|[A-Z]{1,4}|面积|周长|体积) ?)+"
 )
 _QUOTIENT = re.compile(r"\\frac\{([^{}]+)\}\{([^{}]+)\}|([^/:]+)[/:]([^/:]+)")
-LONGEST_ASKED = 100
 _TUPLE = re.compile(r"\(([^()]+)\)")
 _FLIPPED = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq", "\\neq": "\\neq"}
-_BUILDER = re.compile(r"\\\{\s*(\w+)\s*(?:\\in ?\\reals\s*)?(?:\||:|\\mid(?![a-z]))(.*)\\\}", re.DOTALL)
+_BUILDER = re.compile(
+    r"\\\{\s*(\w+)\s*(?:\\in ?\\reals\s*)?(?:\||:|\\mid(?![a-z]))(.*)\\\}|(\w+)(?:\||\\mid(?![a-z]))(\3.*)", re.DOTALL
+)
 _MEMBER = re.compile(rf"(?:{_LETTER})\s*\\in(?![a-z])\s*(.*)", re.DOTALL)
 _OR = re.compile(r"\s+or\s+|\s*\\(?:lor|vee)(?![a-z])\s*")
 _CUP = re.compile(r"\\cup(?![a-z])")
 
 Interval = tuple[str, str, str, str]
 """Bracket, lower end, upper end, bracket: ("(", "-\\infty", "5", "]")."""
+Intervals = tuple["str | None", list[Interval]]
+"""The variable, if it is named, and its intervals."""
 
 
 def split_relation(text: str) -> tuple[list[str], list[str]]:
@@ -51,31 +63,56 @@ def split_relation(text: str) -> tuple[list[str], list[str]]:
     return [*sides, text[start:].strip()], signs
 
 
-def is_name(text: str, question: str) -> bool:
-    """Whether the left side of an equation only names its right one: x, S_{ABC}, f(x), (x,y), or what is asked for."""
+def is_name(text: str) -> bool:
+    """Whether a side of an equation only names the other: x, S_{ABC}, f(x), (x,y), AB/CD, words."""
     text = text.strip()
-    if NAME.fullmatch(text):
+    if NAME.fullmatch(text) or _WORDS.fullmatch(text):
         return True
     names, ratio = _TUPLE.fullmatch(text), _QUOTIENT.fullmatch(text)
     parts = names[1].split(",") if names else [part for part in ratio.groups() if part] if ratio else []
-    if parts and all(NAME.fullmatch(part.strip()) for part in parts):
+    return bool(parts) and all(NAME.fullmatch(part.strip()) for part in parts)
+
+
+def names_answer(text: str, question: str) -> bool:
+    """Whether a side of a prediction's equation names what the question asks for, rather than something else.
+
+    Any expression does that the question asks for; else a quotient of names does where the question has it, words do
+    where it has them, and a letter does unless the question asks for another.
+    """
+    text = text.strip()
+    if asks_for_expression(text, question):
         return True
-    bare = re.sub(r"\s", "", text)
-    if not 2 < len(bare) <= LONGEST_ASKED:
+    if not is_name(text):
         return False
-    asked = r"\s*".join(map(re.escape, bare))
-    return re.search(rf"(?<![\w.+\-*/^]){asked}(?!\w|\s*[.^*/]\w)", question.replace("$", "")) is not None
+    if text.startswith(("\\sin", "\\cos", "\\tan")):
+        return False  # of some angle
+    if ratio := _QUOTIENT.fullmatch(text):
+        parts = [part for part in ratio.groups() if part]
+        others = [
+            form.format(*pair) for form in ("\\frac{{{}}}{{{}}}", "{}:{}", "{}/{}") for pair in (parts, parts[::-1])
+        ]
+        clear = asks_for("ratio", question) and not any(contains(other, question) for other in others)
+        return contains(text, question) or clear
+    if _WORDS.fullmatch(text) and not NAME.fullmatch(text):
+        return not question or all(word in question.casefold() for word in text.casefold().split() if len(word) > 3)
+    return len(text) > 1 or (unknown(question) or text) == text
 
 
-def as_intervals(text: str) -> tuple[str | None, list[Interval]] | None:
-    r"""The variable, if it is named, and the intervals of a set of numbers; None for what is none.
+def same_name(left: str, right: str) -> bool:
+    """Whether two left sides name the same: spaces do not count, and y is f(x)."""
+    left, right = ("".join(side.split()) for side in (left, right))
+    return is_name(left) and (left == right or {"y", "f(x)"} == {left, right})
+
+
+def as_intervals(text: str) -> Intervals | None:
+    r"""The intervals of a set of numbers; None for what is none.
 
     Reads (a,b], unions, a<x<b, x\neq a, `x<a or x>b`, {x | ...}, x \in ..., and the real numbers.
     """
     builder = _BUILDER.fullmatch(text)
     if builder:
-        inside = as_intervals(builder[2].strip())
-        return None if inside is None or inside[0] not in (None, builder[1]) else (None, inside[1])
+        inside = as_intervals((builder[2] or builder[4]).strip())
+        return None if inside is None or inside[0] not in (None, builder[1] or builder[3]) else (None, inside[1])
     member = _MEMBER.fullmatch(text)
     if member:
         inside = as_intervals(member[1].strip())

@@ -18,7 +18,8 @@ _WRAPPERS = re.compile(
 # Stands before a letter that was set as text after a space, as units are: \text{ m} is a metre, m a variable.
 UNIT_MARK = "\1"
 _SET_AS_UNIT = re.compile(
-    r"(?:(?:\\[ ,;:]|~)\s*\\(?:text|textrm|mathrm|mbox)\s*\{\s*|\\(?:text|textrm|mbox)\s*\{(?:\s|\\[ ,])+)"
+    r"(?:(?:\\[ ,;:]|~)\s*\\(?:text|textrm|mathrm|mbox)\s*\{\s*|\\(?:text|textrm|mbox)\s*\{(?:\s|\\[ ,])+"
+    r"|(?:(?<=[\d)}])|(?<=\\pi))\\text\s*\{)"
     r"([A-Za-z])(\s*\^\s*(?:[23]|\{[23]\}))?\s*\}"
 )
 # An escape in a string that was no raw one: \frac with a form feed, \boxed with a backspace, \text with a tab.
@@ -36,7 +37,10 @@ _SPELLINGS = [
     (re.compile(r"\\\\(?=[a-z]{2})"), r"\\"),  # escaped twice, where no line can end
     (re.compile(r"\*\*(?=\S)"), "^"),
     (re.compile(r"\.\.\.+|…|\\(?:ldots|cdots|dotsc?)(?![A-Za-z])"), r"\\dots "),
-    (re.compile(r"(\d*\.\d*?)(\d{1,3}?)\2{2,}\\dots "), r"\1\\overline{\2}"),  # 0.333...
+    (re.compile(r"(?<!\d)(\d{0,9}\.\d{0,9}?)(\d{1,3}?)\2{2,}\\dots "), r"\1\\overline{\2}"),  # 0.333...
+    (re.compile(r"\{([^{}\\]{1,40})\\over(?![A-Za-z])([^{}\\]{1,40})\}"), r"\\frac{\1}{\2}"),
+    (re.compile(r"(?<!\w)(\w{1,10})\\over(?![A-Za-z]) ?(\w{1,10})"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\[lr]brace(?![A-Za-z])"), lambda found: "\\{" if found[0] == "\\lbrace" else "\\}"),
     (re.compile(r"\\[lr]angle(?![A-Za-z])"), lambda found: "(" if found[0] == "\\langle" else ")"),
     (re.compile(r"\{([^{}]+)\\choose(?![A-Za-z])([^{}]+)\}"), r"\\binom{\1}{\2}"),
     (re.compile(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![A-Za-z]))|[’′]"), "'"),
@@ -56,7 +60,8 @@ _SPELLINGS = [
     (
         re.compile(
             r"(?:\s*(?:\*|\\cdot))?\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z])|\{\s*\\degree\s*\})"
-            r"|\\degrees?(?![A-Za-z])|(?<=\d)\^\s*(?:\{\s*o\s*\}|o(?![A-Za-z])))"
+            r"|\\degrees?(?![A-Za-z])|(?<=\d)\s*\{?\\circ(?![A-Za-z])\}?"
+            r"|\^\s*\{?\s*(?:\\text\s*\{\s*o\s*\}|circ(?![a-z]))\s*\}?|(?<=\d)\^\s*(?:\{\s*o\s*\}|o(?![A-Za-z])))"
         ),
         "°",
     ),
@@ -73,7 +78,7 @@ _SPELLINGS = [
     (re.compile(r"÷|\\div(?![A-Za-z])"), "/"),
     (re.compile(r"π"), r"\\pi "),
     (re.compile(r"∞|(?<![A-Za-z\\])infinity(?![A-Za-z])"), r"\\infty "),
-    (re.compile(r"±|\+/-|\+-"), r"\\pm "),
+    (re.compile(r"±|\+/-"), r"\\pm "),
     (re.compile(r"∠"), r"\\angle "),
     (re.compile(r"△"), r"\\triangle "),
     (re.compile(r"∪"), r"\\cup "),
@@ -89,13 +94,14 @@ _SPELLINGS = [
     (re.compile(r"([₀₁₂₃₄₅₆₇₈₉]+)"), lambda found: f"_{{{found[1].translate(_SUBSCRIPTS)}}}"),
     (re.compile(r"(\d?)([¼½¾⅐-⅞])"), lambda found: f"{found[1]} {_vulgar(found[2])}"),
 ]
+_ROWS = re.compile(r"\\begin\{((?:cases|aligned|align|gathered)\*?)\}(.*?)\\end\{\1\}", re.DOTALL)
 _OPTION_MARK = re.compile(r"^([A-ZＡ-Ｚ])、")
 _ANSWER_IS = re.compile(
     r"^(?:答案|答)\s*(?:是|为|:)?\s*|^(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|:)\s*:?\s*", re.IGNORECASE
 )
 _IDLE_SPACES = re.compile(r"\s*([=+\-*/^:;<>|_])\s*|([(\[{])\s+|\s+([)\]}])|\s+(\{)")
 _COMMA_SPACES = re.compile(r"\s+,\s*|(?<!\d),\s+|,\s+(?!\d)")  # but "1, 234" are two numbers and "1,234" is one
-_SPACED_THOUSANDS = re.compile(r"(?<![\d.,] )(?<![\d.,)}])\b(\d{1,3})((?: \d{3})+)(?![\d ]*\d)(?![/.,]\d)")
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.,] )(?<![\d.,)}])\b([1-9]\d{0,2})((?: \d{3})+)(?![\d ]*\d)(?![/,]\d)")
 
 # Words that mathematics is written with; any other word of three letters or more is prose.
 MATH_WORDS = frozenset(
@@ -104,10 +110,20 @@ MATH_WORDS = frozenset(
 _SHORT_WORDS = frozenset("no on in up to of or at it is us we he me my by if so as an do go am pm ok".split())
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _SAME_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS)}
-_SAME_WORDS |= {"true": "yes", "false": "no", "对": "yes", "错": "no", "是": "yes", "否": "no"}
+_SAME_WORDS |= {
+    "true": "yes",
+    "false": "no",
+    "对": "yes",
+    "正确": "yes",
+    "错": "no",
+    "错误": "no",
+    "是": "yes",
+    "否": "no",
+}
+_FORMULA = re.compile(r"(?=[A-Z]*[a-z])(?:[A-Z][a-z]?){2,}")  # of chemistry, as NaCl
 _RUNS = re.compile(r"(\\?[A-Za-z]+)")
 _ENVIRONMENTS = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}")
-_LINKED = re.compile(r"(?<=[A-Za-z)])_(?:\{(\w+)\}|(\w))")  # H_2O is H2O
+_LINKED = re.compile(r"(?:(?<=[A-Z)])|(?<=[A-Z][a-z]))_(?:\{(\w+)\}|(\w))")  # H_2O is H2O
 
 
 @lru_cache(maxsize=65536)
@@ -117,6 +133,7 @@ def clean(text: str) -> str:
     for escape, meant in _ESCAPES.items():
         text = text.replace(escape, meant)
     text = _OPTION_MARK.sub(r"\1.", _LOST_TAB.sub(r"\\t", text).strip()).translate(FULL_WIDTH)
+    text = " ".join(text.split())
     if len(text) > 4 and text.startswith("**") and text.endswith("**"):
         text = text[2:-2]
     text = text.replace("\\$", "\0")
@@ -124,6 +141,7 @@ def clean(text: str) -> str:
         text = text.replace("$", "")
     text = text.replace("\0", "$")
     text = _SET_AS_UNIT.sub(rf" {UNIT_MARK}\1\2", text)
+    text = _ROWS.sub(lambda found: re.sub(r"\s*\\\\\s*", ", ", found[2].replace("&", "")).strip(", "), text)
     for pattern, spelling in _SPELLINGS if "\\begin" not in text else _SPELLINGS[1:]:
         text = pattern.sub(spelling, text)
     for _ in range(3):  # wrappers nest, as in \textbf{\text{B}}
@@ -176,7 +194,7 @@ def same_words(left: str, right: str) -> bool:
         return False
     words = any(map(_is_word, (*ours, *theirs)))
     return all(
-        mine == yours or (_is_word(mine) or _is_word(yours)) or (words and mine.casefold() == "a")
+        mine == yours or _is_word(mine) or _is_word(yours) or (words and mine.casefold() == "a")
         for mine, yours in zip(ours, theirs, strict=True)
     )
 
@@ -184,6 +202,8 @@ def same_words(left: str, right: str) -> bool:
 def _is_word(run: str) -> bool:
     """Whether a run of letters is a word, rather than a command, a product such as abc, or a name such as ABC."""
     low = run.casefold()
+    if re.search("[a-z][A-Z]", run):
+        return False  # NaCl
     if not run.isalpha() or low in MATH_WORDS:
         return not run.isascii() and run.isalpha()
     if len(run) < 3:
@@ -197,6 +217,6 @@ def is_prose(text: str) -> bool:
     if any(c.isalpha() and not c.isascii() and not "\u0370" <= c <= "\u03ff" for c in text):  # Greek is mathematics
         return True
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]+", _ENVIRONMENTS.sub("", text))
-    if any(len(word) > 2 and _is_word(word) for word in words):
+    if any(len(word) > 2 and (_is_word(word) or _FORMULA.fullmatch(word)) for word in words):
         return True
     return bool(words) and all(word.casefold() in _SHORT_WORDS for word in words) and not re.search(r"[\d\\=^+]", text)

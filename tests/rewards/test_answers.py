@@ -189,6 +189,136 @@ def test_a_quick_verdict_is_the_final_one(predicted, answer):
     assert quick in (None, (predicted, answer) in SAME)
 
 
+LETTERS = ["A", "B", "C", "D", "E"]
+WRONG_IN_CONTEXT = [  # predicted, answer, question, choices
+    # of several boxes one, and what stands beside a box
+    *[
+        ("2", answer, "", None)
+        for answer in (
+            "\\boxed{1}\\text{ and }\\boxed{2}",
+            "\\boxed{1}\\quad\\boxed{2}",
+            "\\boxed{1} \\\\ \\boxed{2}",
+            "\\boxed{1}/\\boxed{2}",
+            "\\boxed{1}或\\boxed{2}",
+            "x=\\boxed{1}, y=\\boxed{2}",
+            "The values are \\boxed{1} and \\boxed{2}.",
+            "(1) \\boxed{1} (2) \\boxed{2}",
+        )
+    ],
+    ("-\\boxed{5}", "5", "", None),
+    ("1/\\boxed{5}", "5", "", None),
+    # equations that hold never, or always
+    ("x+1=x", "x+3=x", "", None),
+    ("y-y=3", "x-x=5", "", None),
+    ("\\sin^2x+\\cos^2x=2", "x+1=x", "", None),
+    # only the right side
+    ("x(x+1)=6", "6", "", None),
+    ("n(n+1)=6", "6", "", None),
+    ("a(b+c)=3", "3", "", None),
+    ("x(40)=120", "120", "", None),
+    ("x/y=2", "2", "", None),
+    ("b:a=3:4", "3:4", "Find the ratio a:b", None),
+    ("\\frac{BC}{AB}=3", "3", "Find \\frac{AB}{BC}", None),
+    ("\\cos A = 1/2", "1/2", "Find sin A", None),
+    ("x+5=10", "10", "If x+5=15, what is x?", None),
+    ("3x+5=60", "60", "The angles are 3x+5 and 2x. Solve for x", None),
+    ("x^2=16", "16", "x^2=256. Find positive x", None),
+    ("a+b=5", "5", "What is a+b+c?", None),
+    ("a+b=5", "5", "What is 2(a+b)?", None),
+    ("diameter=5", "5", "What is the radius?", None),
+    ("x=5", "5", "What is y?", None),
+    # values in the order of other names
+    ("1,2", "a=2,b=1", "", None),
+    ("y=5,x=3", "(5,3)", "", None),
+    ("(y,x)=(5,3)", "(5,3)", "", None),
+    ("60,30", "∠A = 30°, ∠B = 60°", "", None),
+    # orders
+    ("3,1,2", "2,3,1", "Arrange the steps in the correct order", None),
+    ("B,A", "A,B", "In which order do they finish?", None),
+    ("2,1", "1,2", "Find the values of a and b, respectively", None),
+    ("2,1", "1,2", "从小到大写出", None),
+    ("B A C", "A B C", "", None),
+    # several options
+    ("(C) or (D)", "C", "", LETTERS),
+    ("C. D", "C", "", LETTERS),
+    ("(C)49, (D)50", "C", "", LETTERS),
+    ("A: no, B", "A", "", LETTERS),
+    ("(A) is wrong, (B) is right", "A", "", LETTERS),
+    ("A: 5 or B: 6", "A", "", None),
+    ("A", "(A) 5 (B) 6", "", None),
+    ("(C) \\frac{3}{4}", "C", "Which one?\nA、\\frac{3}{4}\nB、\\frac{1}{2}\nC、\\frac{1}{3}", None),
+    ("34 cm", "B", "", ["13m", "34m"]),
+    ("2", "B", "", ["1a", "2a"]),
+    ("h", "H", "Which height?", None),
+    ("c", "C", "Find the constant C", None),
+    # what only looks like a unit or a counted thing
+    ("v_0", "v_0 s", "", None),
+    ("2^{n}", "2^{n} L", "", None),
+    ("\\frac{a}{b}", "\\frac{a}{b} m", "", None),
+    ("5", "5 dozen", "", None),
+    ("5", "5 factorial", "", None),
+    ("5", "5万", "", None),
+    # words of the question that ask for nothing
+    ("0.7", "\\frac{2}{3}", "The round table seats 6; find the exact probability.", None),
+    ("5%", "5", "The shop gives a 20% discount; how many dollars does he save?", None),
+    ("11", "11_5", "the base of the triangle", None),
+    ("[1,2]", "(1,2)", "At which points is f increasing? Give the interval.", None),
+    ("0:1:2", "0:3:4", "What is the ratio?", None),
+    # branches
+    ("|x-5|", "5-x", "", None),
+    ("|x+100|", "x+100", "", None),
+    ("\\sqrt{(x+10)^2}", "x+10", "", None),
+    ("2+-3", "-1,5", "", None),
+    ("0 500", "500", "", None),
+    ("x2", "x_2", "", None),
+    ("NaCL", "NaCl", "", None),
+    ("IR^2", "RI^2", "", None),
+]
+RIGHT_IN_CONTEXT = [
+    ("1,2", "The values are \\boxed{1} and \\boxed{2}.", "", None),
+    ("x=1,y=2", "x=\\boxed{1}, y=\\boxed{2}", "", None),
+    ("0.3333333333333333", "1/3", "", None),
+    ("1.4142135623730951", "\\sqrt{2}", "", None),
+    ("33.333333333333336\\%", "1/3", "", None),
+    ("60%", "0.6", "After a 20% increase, what is the probability?", None),
+    ("\\sqrt{28}\\approx 5.3", "5.3", "", None),
+    ("y=3,x=5", "(5,3)", "", None),
+    ("(x,y)=(5,3)", "x=5,y=3", "", None),
+    ("x+5=10", "10", "Find the value of $x + 5$.", None),
+    ("2a=5", "5", "What is 2a?", None),
+    ("\\sin A = 3/5", "3/5", "Find sin A", None),
+    ("a:b=3:4", "3:4", "Find the ratio a:b", None),
+    ("3,4", "(1) 3; (2) 4", "", None),
+    ("101_2", "101", "Write it in base 2.", None),
+    ("101_{(2)}", "101_2", "", None),
+    ("2\\pi\\text{m}", "2\\pi", "", None),
+    ("\\begin{cases}x=1\\\\y=2\\end{cases}", "x=1,y=2", "", None),
+    ("{1\\over2}", "0.5", "", None),
+    ("60^{\\text{o}}", "60", "", None),
+    ("5", "B", "", ["A．4", "B．5"]),
+    ("5", "B", "", ["A、4", "B、5"]),
+    ("5", "B", "Which?\n(a) 4 (b) 5 (c) 6", None),
+    ("5", "B", "Which? A．4B．5C．6D．7", None),
+    ("故选B", "B", "", ["4", "5"]),
+    ("B is correct", "B", "", ["4", "5"]),
+    ("B (6,2,1)", "B", "", ["(6,1,1)", "(6,2,1)"]),
+    ("C 49", "C", "", LETTERS),
+    ("(A)(B)", "AB", "", ["x", "y", "z"]),
+]
+
+
+@pytest.mark.parametrize(("predicted", "answer", "question", "choices"), RIGHT_IN_CONTEXT)
+def test_right_in_its_context(predicted, answer, question, choices, query):
+    """What a person would accept, the question and the options being what they are."""
+    assert answers_match(predicted, answer, query(question, answer, choices=choices))
+
+
+@pytest.mark.parametrize(("predicted", "answer", "question", "choices"), WRONG_IN_CONTEXT)
+def test_wrong_in_its_context(predicted, answer, question, choices, query):
+    """What looks like the answer, or was it under another question."""
+    assert not answers_match(predicted, answer, query(question, answer, choices=choices))
+
+
 PAGE = Path(__file__).parents[2] / "docs" / "answers.md"
 ROWS = [
     [re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split(" | ")[:3]]

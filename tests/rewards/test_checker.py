@@ -372,6 +372,8 @@ HARD = [  # pairs that a solver would not finish
     ("\\binom{4000}{2000}", "\\binom{4000}{2001}"),
     ("(x+1)^{99999}", "(x+1)^{99998}(x+1)"),
     ("+".join(f"\\sin({i}x)" for i in range(150)), "+".join(f"\\sin({i}x)" for i in range(1, 150))),
+    ("x" + "%" * 999, "5"),
+    ("5", "A B " * 500),
     ("(" * 400 + "x" + ")" * 400, "x+1"),
     (
         "\\{" + ",".join(f"\\sqrt{{{i}}}x" for i in range(60)) + "\\}",
@@ -414,6 +416,9 @@ def test_string_work_is_bounded(monkeypatch):
         ("\\boxed{x}", Query("q", "", "x y", metadata={"choices": "{[]: 1}"})),
         ("\\boxed{x}", Query("q", "", "x y", metadata={"choices": "-" * 1_000_000 + "1"})),
         ("\\boxed{x}", Query("q", "A. " * 300_000, "B")),
+        ("\\boxed{" + "\\boxed{1}" * 26 + "x}", Query("q", "", "5")),
+        ("\\boxed{5}", Query("q", "", "$\\boxed{3}$, $\\boxed{4}$, $\\boxed{5}$, $\\boxed{6}$, $\\boxed{7}$ cm")),
+        ("\\boxed{5}", Query("q", "", "\\boxed{1} \\boxed{2}" + " " * 1000 + "cm")),
     ]
     # What is left to a worker is not asked here.
     monkeypatch.setattr(AnswerChecker, "_run", lambda self, checks: {key: (0.0, "") for key in checks})
