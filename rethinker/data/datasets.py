@@ -38,6 +38,8 @@ from rethinker.samples import Query
 
 log = logging.getLogger(__name__)
 
+VIDEO_MARK = "<video>"
+
 # As data.validation: a part of data.train.
 SPLIT = "split"
 
@@ -130,7 +132,8 @@ def find_columns(config: DataConfig, present: list[str], where: str) -> dict[str
     used = format_of(config.format, present, given)
     fields = {**defaults, **format_columns(used, present), **given}
     if config.format == "auto" and used is not None:
-        read = ", ".join(f"the {noun} from {fields[noun]}" for noun in ("question", "answer", "images"))
+        nouns = [noun for noun in ("question", "answer", "images") if fields[noun].partition(".")[0] in present]
+        read = ", ".join(f"the {noun} from {fields[noun]}" for noun in nouns)
         _say_once(where, "data.format=auto found %s", f"{used or 'plain columns'}, and reads {read}")
     for noun, column in fields.items():
         if column in present or column.partition(".")[0] in present:
@@ -292,7 +295,14 @@ class Reader:
         except BadValueError as error:
             raise BadRowError(error.reason, f"{called} {error}") from error
         if self.config.format is not None:
-            metadata, answer = with_choices(metadata, answer)
+            given = cell(row, wanted)
+            index = isinstance(given, int) and not isinstance(given, bool)
+            try:
+                metadata, answer = with_choices(metadata, answer, index)
+            except BadValueError as error:
+                raise BadRowError(error.reason, f"{called} {error}") from error
+        if VIDEO_MARK in question or row.get("videos") or row.get("video"):
+            raise BadRowError("a video", f"{called} has a video, and only images are shown; leave it out")
         if not question.strip() and not images:  # with an image, the question may stand in it
             raise BadRowError("no question", f"{called} has an empty question in column {asked!r}")
         self._say_what_is_not_read(system, answer)

@@ -25,7 +25,7 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     "verl": {"question": ("prompt",), "answer": ("reward_model.ground_truth",), "images": ("images", "image")},
     "swift": {
         "question": ("messages", "conversations", "query"),
-        "answer": ("solution", "response", "messages", "conversations"),
+        "answer": ("solution", "answer", "response", "messages", "conversations"),
         "images": ("images", "image"),
     },
     "r1v": {
@@ -248,11 +248,19 @@ def _listed(items: Collection[Any], column: str, undress: bool) -> str:
     return ", ".join(texts)
 
 
-def with_choices(metadata: dict[str, Any], answer: str) -> tuple[dict[str, Any], str]:
+def with_choices(metadata: dict[str, Any], answer: str, index: bool = False) -> tuple[dict[str, Any], str]:
     """The metadata with `choices` as a list of texts or a mapping from letters to texts, and the answer.
 
     Options may be a list, a mapping, texts with labels (`{"text": [...], "label": [...]}`, or a list of such), any of
     these as JSON, or columns A, B, C, ... An answer that is a label but no letter becomes the letter of its place.
+
+    Args:
+        metadata: of the row.
+        answer: its text.
+        index: whether it is a whole number, which may be an option's place.
+
+    Raises:
+        BadValueError: such a number, from 0 to that of the options.
     """
     given = metadata.get("choices") or metadata.get("options")
     given = given if given is not None else {letter: metadata.get(letter) for letter in _LETTERS}
@@ -266,9 +274,16 @@ def with_choices(metadata: dict[str, Any], answer: str) -> tuple[dict[str, Any],
         if not lettered and answer.strip() in labels:
             answer = chr(ord("A") + labels.index(answer.strip()))
     if isinstance(given, Mapping):
-        given = {letter: text for letter, text in given.items() if isinstance(text, (str, int, float)) and text != ""}
+        shown = ((letter, text) for letter, text in given.items() if isinstance(text, (str, int, float)))
+        given = {letter: text for letter, text in shown if text != "" and _finite(text)}
         given = list(given.values()) if list(given) == _LETTERS[: len(given)] else given
     usable = isinstance(given, (list, tuple, Mapping)) and len(given) > 1
+    if usable and index and 0 <= int(answer) <= len(given):
+        raise BadValueError(
+            "option number",
+            f"has the number {answer} as answer beside {len(given)} options: the place of one, counted from 0 or from "
+            "1, or its text; write the option's letter, or its text as text",
+        )
     return {**metadata, "choices": given} if usable else metadata, answer
 
 

@@ -61,7 +61,8 @@ def as_files(data: DataConfig, which: Side) -> DataConfig:
     sources = {name: as_files(own, "train") for name, own in source_configs(data).items()}
     if sources:
         entries = {
-            name: data.sources[name] | {field: v for field in OF_A_SOURCE if (v := getattr(own, field)) is not None}
+            name: {k: v for k, v in data.sources[name].items() if k != "format"}
+            | {field: v for field in OF_A_SOURCE if (v := getattr(own, field)) is not None}
             for name, own in sources.items()
         }
         return replace(data, sources=entries, fields={}, format=None)

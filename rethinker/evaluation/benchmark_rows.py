@@ -159,10 +159,15 @@ def _only_field(answer: Any, metrics: Any) -> tuple[Any, str]:
     """MEGA-Bench: the value of the one field and its metric, if that says right or wrong."""
     metrics, answer = _literal(metrics), _literal(answer)
     functions = metrics.get("field_score_function", {}) if isinstance(metrics, Mapping) else {}
-    if len(functions) != 1 or not isinstance(answer, Mapping) or functions.keys() - answer.keys():
+    if (
+        not isinstance(functions, Mapping)
+        or len(functions) != 1
+        or not isinstance(answer, Mapping)
+        or functions.keys() - answer.keys()
+    ):
         raise NotCoveredError("not one answer field")
     ((name, function),) = functions.items()
-    if function not in MEGABENCH:
+    if not isinstance(function, str) or function not in MEGABENCH:
         raise NotCoveredError(f"metric {function}")
     value = answer[name]
     if isinstance(value, (list, Mapping)):

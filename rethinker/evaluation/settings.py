@@ -22,9 +22,11 @@ CHUNK = 256
 # How a model is asked.
 ASKED = ("data.prompt", "data.system", "data.min_pixels", "data.max_pixels", "policy.dtype", "rollout.backend")
 ASKED += ("rollout.max_new_tokens",)
+# How its answers are judged.
+JUDGED = ("reward.rounding", "reward.percent", "reward.degrees")
 # What a checkpoint inherits from the run's config.yaml, and what a result records, since its answers depend on it.
-INHERITED = (*ASKED, "rollout.kv_cache_gb")
-RECORDED = (*ASKED, "data.max_images", "reward.function")
+INHERITED = (*ASKED, *JUDGED, "rollout.kv_cache_gb")
+RECORDED = (*ASKED, *JUDGED, "data.max_images", "reward.function")
 
 
 def eval_config(checkpoint: str, overrides: Sequence[str]) -> Config:

@@ -258,10 +258,14 @@ def load_generation_config(folder: str | Path):
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(folder)
-    except OSError:
-        return None
+        loaded = GenerationConfig.from_pretrained(folder)
+        tokens = loaded.eos_token_id if isinstance(loaded.eos_token_id, list) else [loaded.eos_token_id]
+        if not all(token is None or isinstance(token, int) for token in tokens):
+            raise ValueError(f"eos_token_id={loaded.eos_token_id!r} is no token id, and no list of such")
+        return loaded
     except Exception as error:  # a file may hold anything
+        if isinstance(error, OSError) and not (Path(folder) / "generation_config.json").is_file():
+            return None
         raise ConfigError(
             f"policy.model={str(folder)!r}: its generation_config.json is refused ({one_line(error)}); correct the file"
         ) from error

@@ -25,9 +25,9 @@ from typing import Any
 
 from rethinker.rewards.choices import LETTER, chosen, implied_options, options_of
 from rethinker.rewards.lists import assignments, both_signs, list_items, matrix_rows, named_list, paired, split_list
-from rethinker.rewards.mathematics import plain, same_equation, same_expression, start_budget
+from rethinker.rewards.mathematics import plain, same_equation, same_expression, spend, start_budget
 from rethinker.rewards.quantities import parse_quantity, quantities_match, split_unit
-from rethinker.rewards.questions import asks_for, asks_for_base
+from rethinker.rewards.questions import asks_for, asks_for_base, in_order_of
 from rethinker.rewards.relations import (
     Intervals,
     as_intervals,
@@ -47,6 +47,8 @@ LONGEST_TEXT = 2000
 LONGEST_LIST = 64
 # Items in all of sets within sets: every one is compared with every other.
 MOST_PAIRED = 128
+# What it takes to compare two texts, in operations of `mathematics`.
+COST = 10
 
 Equal = Callable[[str, str, Rules], "bool | None"]
 Relation = tuple[list[str], list[str]]
@@ -55,10 +57,12 @@ _BOXED = re.compile(r"\\boxed\s*\{")
 _SEPARATING = re.compile(
     r"(?:\s|[,;.$&、，。和或与]|\\\\|\\q?quad(?![a-z])|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)+"
 )
-_IN_BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?_\{?\(?(\d+|two|three|five|eight|ten)\)?\}?")
+_IN_BASE = re.compile(r"\(?([0-9][0-9A-Fa-f]*|[A-Fa-f]+(?=\)?_\{?16))\)?_\{?\(?(\d+|two|three|five|eight|ten)\)?\}?")
 _BASE_WORDS = {"two": "2", "three": "3", "five": "5", "eight": "8", "ten": "10"}
 _SPACED_CAPITALS = re.compile(r"[A-Z](?: [A-Z])+")
-_APPROXIMATELY = re.compile(r"^(?:=|\\approx ?|\\sim ?|about |approximately |约|大约)\s*|左右$")
+_APPROXIMATELY = re.compile(
+    r"^(?:=|\\approx ?|\\sim ?(?=\d)|about |approximately |约|大约)\s*|(?<=[\d\u4e00-\u9fff])(?<!上下)左右$"
+)
 _POINT = re.compile(r"[A-Z]'?(?=\([^()]*,[^()]*\)$)")
 
 
@@ -187,6 +191,7 @@ class _Comparison:
 
     def values(self, predicted: str, answer: str, depth: int = 0) -> bool | None:
         """Whether two values are equal."""
+        spend(COST)
         predicted, answer = (_APPROXIMATELY.sub("", side) for side in (predicted, answer))
         if predicted == answer:
             return True
@@ -255,7 +260,8 @@ class _Comparison:
             if by_name.keys() != dict(ours).keys():
                 return False
             return self._all(self.values(value, by_name[name], depth) for name, value in ours)
-        ours = ("()", [value for _, value in sorted(ours)]) if ours else list_items(predicted)
+        given = dict(ours)
+        ours = ("()", [given[n] for n in in_order_of(list(given), self.question)]) if ours else list_items(predicted)
         theirs = ("()", [value for _, value in theirs]) if theirs else list_items(answer)
         return bool(ours and theirs) and self._lists(ours, theirs, depth)
 
@@ -291,13 +297,14 @@ class _Comparison:
             return self.equal(predicted, answer, self.rules) if signs and expected_signs else False
         if not signs:
             approximate = "\\approx" in expected_signs
-            if not is_name(expected[0]) and not approximate:
-                return False
+            if not approximate and (not is_name(expected[0]) or re.fullmatch("[A-Za-z]", expected[-1])):
+                return False  # a=b says that two are equal
             verdicts = [self.values(predicted, side, depth) for side in (expected if approximate else expected[-1:])]
             return True if True in verdicts else None if None in verdicts else False
         if expected_signs:
             if same_name(sides[0], expected[0]):
-                return self.values(sides[-1], expected[-1], depth)
+                steps = [side for side in sides[1:-1] if not self._is_name(side)]
+                return self._all(self.values(side, expected[-1], depth) for side in (*steps, sides[-1]))
             return self.equal(predicted, answer, self.rules)
         # Every step of the prediction that is no name must be the answer: x = 3*4 = 12, but not 2x = 10. Of steps with
         # approximations among them one must be it, and the others be its roundings.
@@ -305,8 +312,16 @@ class _Comparison:
         exact = [self.values(side, answer, depth) for side in steps]
         if "\\approx" not in signs or True not in exact:
             return self._all(exact)
-        loose = replace(self, rules=replace(self.rules, rounding=1.0))
-        return self._all(loose.values(side, answer, depth) for side in steps)
+        others = [side for side, verdict in zip(steps, exact, strict=True) if verdict is not True]
+        return self._all(self._rounds(side, answer, depth) for side in others)
+
+    def _rounds(self, side: str, answer: str, depth: int) -> bool | None:
+        """Whether a number is one of which the answer is the rounding, or the other way round."""
+        numbers = parse_quantity(side), parse_quantity(answer)
+        if None not in numbers:
+            step = max(number.step or (number.value.denominator == 1) for number in numbers)
+            return 2 * abs(numbers[0].value - numbers[1].value) <= step
+        return replace(self, rules=replace(self.rules, rounding=1.0)).values(side, answer, depth)
 
     def _is_name(self, text: str) -> bool:
         """Whether a side of the prediction's equation only names the answer, and not another quantity."""

@@ -27,6 +27,8 @@ _LETTER_SPACE_TEXT = re.compile(r"^([A-Z]) +(\S.*)$", re.DOTALL)
 _FURTHER_LABEL = re.compile(
     r"(?<![A-Za-z])(?:[(\[][A-J][)\]]|[A-J][.:)]|(?:or|and)\s*[A-J](?![A-Za-z]))|[,;/]\s*[A-J](?![A-Za-z])"
 )
+_OTHER_LETTER = re.compile(r"(?<![A-Za-z\\])[A-HJ](?![A-Za-z])")
+_DENIED = re.compile(r"\b(?:not|wrong|incorrect|false|maybe)\b", re.IGNORECASE)
 _SEVERAL_LETTERS = re.compile(r"^[(\[]?[A-Z][)\]]?(?:(?:[,;/]|\\?&|,?\s*and\s*|\s*)[(\[]?[A-Z][)\]]?)+[)\]]?$")
 _MARKERS = [
     re.compile(r"(?m)^[ \t]*(?:[-*][ \t]+)?\**([A-Z])\**[ \t]*[.):、][ \t]*"),  # A. / A) / A: at the start of lines
@@ -142,6 +144,8 @@ def _letters(text: str, options: dict[str, str], same: Callable[[str, str], bool
         written = {letter for letter in relabelled if options[letter] == text}
         if written:
             return written
+    if len(text) > 1 and text.isalpha() and text in options.values():
+        return {letter for letter, option in options.items() if option == text}  # AB, where options are names of points
     letter = LETTER.match(text)
     bare = len(text) == 1 and text.islower()  # without options rather a variable
     if letter and (letter[1].upper() in options or (not options and not bare and letter[1].upper() in _LIKELY)):
@@ -155,14 +159,15 @@ def _letters(text: str, options: dict[str, str], same: Callable[[str, str], bool
         letter, rest = (labelled[1] or labelled[2]).upper(), labelled[3]
         expected = options.get(letter)
         if expected == "" or (not options and letter in _LIKELY):  # the options' texts are in the image
-            hedged = _FURTHER_LABEL.search(rest) or (LETTER.match(rest) and not rest.islower())
+            hedged = _FURTHER_LABEL.search(rest) or _OTHER_LETTER.search(rest) or _DENIED.search(rest)
             return set() if hedged else {letter}
         if expected is not None:
             verdict = _verdicts(rest, {letter: expected}, same)[letter]
             return None if verdict is None else {letter} if verdict else set()
     spaced = _LETTER_SPACE_TEXT.match(text)
     if spaced and (expected := options.get(spaced[1])) is not None:  # (unless A is an article)
-        if expected == "" and re.fullmatch(r"[\d(\\.+-].*", spaced[2]) and not _FURTHER_LABEL.search(spaced[2]):
+        plain = re.fullmatch(r"(?:[\d(.+-]|\\(?:frac|sqrt|pi)).*", spaced[2])
+        if expected == "" and plain and not _OTHER_LETTER.search(spaced[2]):
             return {spaced[1]}
         if expected and same(spaced[2], expected):
             return {spaced[1]}

@@ -14,6 +14,7 @@ _SEPARATORS = re.compile(
     r"[,;]\s*(?:(?:and|or)(?![A-Za-z])\s*)?|\s+(?:and|or)(?![A-Za-z])\s*|(?<=\))(?:and|or)(?=\()"
     r"|(?<=[\d)}])\s*[和或与]\s*"
 )
+_STATEMENTS = re.compile(r"(?:\(\d\)){2,}")  # (1)(3): those that are true
 _TUPLES = re.compile(r"\(([^()=]+)\)=\(([^=]+)\)")
 _MATRIX = re.compile(r"\\begin\{([a-z]*matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-z])\s*")
@@ -42,6 +43,8 @@ def list_items(text: str) -> tuple[str, list[str]] | None:
     r"""A list's brackets ("", "()", "[)", "{}", ...) and items, or None for anything else."""
     if "\\begin" in text or parse_quantity(text) is not None:
         return None
+    if _STATEMENTS.fullmatch(text):
+        return "", re.findall(r"\(\d\)", text)
     if numbered := _numbered_parts(text):
         return "()", numbered
     brackets, inner = "", text

@@ -46,6 +46,17 @@ class BudgetError(Exception):
     """An answer that takes more operations than one may."""
 
 
+def spend(operations: int) -> None:
+    """Count operations of the answer under way.
+
+    Raises:
+        BudgetError: there have been more than one answer may take.
+    """
+    _SPENT.left = getattr(_SPENT, "left", BUDGET) - operations
+    if _SPENT.left < 0:
+        raise BudgetError(f"the answer takes more than {BUDGET} operations")
+
+
 def start_budget() -> None:
     """Let the next answer cost what one may; see BUDGET."""
     _SPENT.left = BUDGET
@@ -91,6 +102,12 @@ def same_equation(left: tuple[str, str], right: tuple[str, str], ordered: bool) 
             ratios = [first / second for first, second in points]
         except (UnreadableError, ArithmeticError, ValueError):
             return False
+        for point in _far_points(names) if any(map(_has_branches, differences)) else ():
+            try:
+                first, second = (_lifted(_value(node, point, DIGITS)) for node in differences)
+                ratios.append(first / second)
+            except (UnreadableError, ArithmeticError, ValueError):
+                continue
         positive = not ordered or (ratios[0].imag == 0 and ratios[0].real > 0)
         return positive and all(abs(ratio - ratios[0]) <= _NEAR * abs(ratios[0]) for ratio in ratios)
 
@@ -142,6 +159,8 @@ def _rounded(text: str, node: Node, rules: Rules) -> bool:
 
 def _equal_everywhere(left: Node, right: Node) -> bool:
     """Whether two formulas have the same value at every point that is tried."""
+    if left == right:
+        return True
     names = sorted(symbols_of(left) | symbols_of(right))
     with _BUSY:
         try:
@@ -151,8 +170,8 @@ def _equal_everywhere(left: Node, right: Node) -> bool:
             return False
         if not names or not (_has_branches(left) or _has_branches(right)):
             return True
-        # |x-5| is 5-x for small x: such formulas are compared at large ones as well, where they have a value.
-        for point in (far for scale in (40, 4_000) for far in _points(names, scale)):
+        # |x-5| is 5-x for small x: such formulas are compared elsewhere as well, where they have a value.
+        for point in _far_points(names):
             try:
                 if not _equal_at(left, right, point):
                     return False
@@ -178,13 +197,18 @@ def _equal_at(left: Node, right: Node, point: dict[str, Fraction]) -> bool:
         return False
     more = MORE_DIGITS + (max(0, int(_MP.log10(size))) if size else 0)
     if more > MOST_DIGITS:
-        return False
+        raise UnreadableError
     first, second = _value(left, point, more), _value(right, point, more)
     nearer = abs(_lifted(first) - _lifted(second))
     return nearer <= max(apart * _MP.mpf(10) ** (-DIGITS // 2), size * _MP.mpf(10) ** (10 - more))
 
 
-def _points(names: list[str], scale: int = 1) -> Iterator[dict[str, Fraction]]:
+def _far_points(names: list[str]) -> Iterator[dict[str, Fraction]]:
+    """Points where a formula with branches may be on another of them."""
+    return (point for scale in (40, 4_000, 10**6, Fraction(1, 1_000)) for point in _points(names, scale))
+
+
+def _points(names: list[str], scale: int | Fraction = 1) -> Iterator[dict[str, Fraction]]:
     """Values of the variables: first all positive, then of both signs. One point is enough without variables."""
     for number in range(4 if names else 1):
         draws = {name: zlib.crc32(f"{name} {number}".encode()) for name in names}
@@ -215,9 +239,7 @@ def _value(node: Node, point: dict[str, Fraction], digits: int) -> Any:
 
 def _computed(node: Node, point: dict[str, Fraction]) -> Any:
     operation = node[0]
-    _SPENT.left = getattr(_SPENT, "left", BUDGET) - max(1, _MP.dps // DIGITS)
-    if _SPENT.left < 0:
-        raise BudgetError(f"the answer takes more than {BUDGET} operations")
+    spend(max(1, _MP.dps // DIGITS))
     if operation == "number":
         return node[1]
     if operation == "symbol":

@@ -32,7 +32,8 @@ ml mL milliliter millilitre 毫升; L l liter litre 升; mg milligram 毫克; g 
 kg kilogram 千克 公斤; t ton tonne 吨;
 lb lbs pound; oz ounce; mol mole; ms millisecond; s sec second 秒; min minute 分钟; h hr hour 小时; day 天; week 周;
 month 个月; year yr 年; Hz hertz; kHz; MHz; GHz; N newton; J joule; kJ; W watt; mW; kW; MW; V volt; A amp ampere; mA;
-Ω ohm; Pa pascal; kPa; MPa; K kelvin; °C celsius 摄氏度; °F fahrenheit; ° deg degree 度; rad radian;
+Ω ohm; Pa pascal; kPa; MPa; μm um micrometer micrometre micron; nm nanometer nanometre; μs; μF; eV;
+kWh; dB; rpm; atm; K kelvin; °C celsius 摄氏度; °F fahrenheit; ° deg degree 度; rad radian;
 $ dollar USD 美元; ¢ cent; € euro EUR 欧元; £ GBP 英镑; ¥ yen yuan RMB 元; % percent pct percentage; unit
 """
 _EXACT = {name: names.split()[0] for names in _UNITS.split(";") for name in names.split()}
@@ -42,7 +43,9 @@ _CASELESS = frozenset(
 )
 _FOLDED = {name.casefold(): unit for name, unit in _EXACT.items() if len(name) > 3 or name.casefold() in _CASELESS}
 # Glued to a number these may as well be a product, as in 3mg for a weight.
-_PRODUCTS = frozenset("mg ml mL ms mA ft in mi at".split())
+_PRODUCTS = frozenset("nm um mg ml mL ms mA ft in mi at".split())
+_SQUARED = re.compile(r"[A-Za-ln-z]\^?\{?[23]\}?")  # s^2 is a square of side s; m^2 is an area
+_INVERSE = re.compile(r"\s*(?<![a-z])([a-zA-Z]+)\^\{?-(\d)\}?$")  # m s^{-1} is m/s
 # After a fraction or a root, a letter that is rather a variable than hours, tons or litres.
 _RATHER_VARIABLES = frozenset("htl")
 # Even after a number alone.
@@ -53,9 +56,9 @@ _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10*
 _CURRENCIES = "$€£¥"
 _NO_UNIT = frozenset(
     "pi sqrt sin cos tan log ln exp and or to by not times plus minus over per from is dozen dozens tens hundreds "
-    "thousands half halves third thirds quarter quarters fourth fifth tenth tenths squared cubed factorial below above "
-    "fifths sixth sixths seventh sevenths eighth eighths ninth ninths hundredth hundredths north south east west left "
-    "right up down base remainder modulo choose short more less than at about".split()
+    "thousands millions billions trillions quadrillion lakh crore mil score mod fold double root half halves third "
+    "thirds quarter quarters squared cubed factorial below above north south east west left right up down base "
+    "remainder modulo choose short more less than at about".split()
 )
 _COUNTERS = frozenset("个只人名本条张块件次种支枝棵辆台家间套组页题岁层颗枚盒箱袋瓶杯朵头匹户")
 
@@ -126,20 +129,21 @@ def parse_quantity(text: str) -> Quantity | None:
     glued = not gap.startswith(" ") and rest.isascii()
     if not known and (glued or not _is_noun(rest)):
         return None  # 5x and 5 sin are expressions, 5 and 6 are two numbers
-    product = not marked and (
-        (glued and _may_be_product(rest)) or rest in (_RATHER_VARIABLES if ratio else _ALWAYS_VARIABLES)
-    )
-    return Quantity(value, ratio, step, unit, product, noun=not known)
+    variables = _RATHER_VARIABLES if ratio else _ALWAYS_VARIABLES
+    product = (glued and _may_be_product(rest)) or rest in variables or bool(_SQUARED.fullmatch(rest))
+    return Quantity(value, ratio, step, unit, product and not marked, noun=not known)
 
 
 def _may_be_product(unit: str) -> bool:
     """Whether a unit that is glued to its number may be variables: a letter, a power of one, or letters such as mg."""
-    return unit in _PRODUCTS or bool(re.fullmatch(r"[A-Za-z]|[A-Za-ln-z]\^?\{?[23]\}?", unit))
+    return unit in _PRODUCTS or bool(re.fullmatch("[A-Za-z]", unit) or _SQUARED.fullmatch(unit))
 
 
 def _is_noun(text: str) -> bool:
     """Whether a text may be what is counted: words, none of them mathematics or a product of variables."""
     words = text.casefold().split()
+    if any(_single_unit(word) for word in words) or any(re.fullmatch(r"\w{2,}ths?", word) for word in words):
+        return False  # 5 hours thirty minutes, 3 twelfths
     return _NO_UNIT.isdisjoint(words) and all(
         word in _COUNTERS
         or (word.isascii() and word.isalpha() and len(word) > 2 and not set(word).isdisjoint("aeiouy"))
@@ -163,7 +167,8 @@ def quantities_match(predicted: Quantity, answer: Quantity, question: str, rules
     elif answer.unit:  # the prediction leaves it out: fine, unless 5m may be an expression
         agree = not answer.product
     elif predicted.noun:  # the prediction adds the noun that the question counts
-        agree = predicted.unit in question.casefold()
+        counted = question.casefold().rpartition("how many")[2]
+        agree = re.search(rf"(?<![a-z]){re.escape(predicted.unit)}", counted) is not None
     else:
         agree = not predicted.product
     return agree and _same(predicted, answer, rules)
@@ -184,7 +189,7 @@ def split_unit(text: str) -> tuple[str, str] | None:
     if not marked and named.isascii():
         body, letter = found["body"], _may_be_product(named) and named not in _PRODUCTS
         glued = not found["gap"] or body.endswith(("\\pi", "\\infty"))  # a command's name ends with a space
-        product = (glued and _may_be_product(named)) or named in _RATHER_VARIABLES
+        product = (glued and _may_be_product(named)) or named in _RATHER_VARIABLES or bool(_SQUARED.fullmatch(named))
         if product or ((letter or glued) and _NO_FACTOR.search(body)):
             return None
     return found["body"], unit
@@ -194,6 +199,7 @@ def split_unit(text: str) -> tuple[str, str] | None:
 def canonical_unit(text: str) -> tuple[str, bool]:
     """The name that all spellings of a unit share, and whether it is a unit known here (rather than a counted noun)."""
     text = re.sub(r"\^?\{(\d)\}", r"^\1", text.strip()).rstrip(".")
+    text = _INVERSE.sub(lambda found: f"/{found[1]}^{found[2]}".removesuffix("^1"), text)
     parts = re.split(r"\s*/\s*|\s+per\s+", text)
     names = [_single_unit(part) for part in parts]
     if all(name is not None for name in names):
@@ -251,7 +257,8 @@ def _decimal(text: str) -> Fraction:
     """A number as written, but for the noise of binary arithmetic: 0.30000000000000004 is 0.3."""
     text = text.replace(",", "")
     value = Fraction(text)
-    if "." in text and len(text.replace(".", "").lstrip("0")) > FLOAT_DIGITS:
+    whole, _, places = text.partition(".")
+    if places.strip("0") and len(whole) <= FLOAT_DIGITS < len((whole + places).lstrip("0")):
         return Fraction(f"{float(value):.{FLOAT_DIGITS}g}")
     return value
 

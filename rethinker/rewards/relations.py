@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from rethinker.rewards.questions import asks_for, asks_for_expression, contains, unknown
+from rethinker.rewards.questions import asked_name, asks_for, asks_for_expression, asks_for_word, contains
 from rethinker.rewards.spelling import closing
 
 _SIGNS = re.compile(r"\\(?:leq|geq|neq|approx|equiv|sim)(?![A-Za-z])|[=<>]")
@@ -20,7 +20,8 @@ _CALL = (
 _POINTS = r"(?:[A-Z][A-Z']{0,5}|[a-z])"
 NAME = re.compile(
     rf"(?:{_LETTER}|{_CALL}"  # x, x_1, S_{{\triangle ABC}}, f(x), P(A)
-    rf"|(?:m\s*)?\\angle ?{_POINTS}\d?|\\(?:triangle|odot) ?{_POINTS}|[A-Z]{{2,4}}'?|\|[A-Z]{{2}}\|"
+    rf"|(?:m\s*)?\\angle ?(?:{_POINTS})?\d?|\[[A-Z]{{3,4}}\]|\\(?:triangle|odot) ?{_POINTS}"
+    rf"|[A-Z]{{2,4}}'?|\|[A-Z]{{2}}\|"
     rf"|\\(?:vec|hat|bar|overline|overrightarrow|widehat|mathcal)\{{[^{{}}]*\}}{_SUBSCRIPT}"
     r"|\\frac\{d\w?\}\{d\w\}"
     r")"
@@ -28,7 +29,7 @@ NAME = re.compile(
 _WORDS = re.compile(
     r"(?:(?:the|length|area|perimeter|volume|value|angle|measure|total|answer|number|probability|ratio|sum|of|in|is"
     r"|triangle|circle|square|rectangle|side|radius|diameter|height|width|distance|time|speed|cost|price|age"
-    r"|[A-Z]{1,4}|面积|周长|体积) ?)+"
+    r"|[A-Z]{1,4}(?![A-Z])|面积|周长|体积) ?)+"
 )
 _QUOTIENT = re.compile(r"\\frac\{([^{}]+)\}\{([^{}]+)\}|([^/:]+)[/:]([^/:]+)")
 _TUPLE = re.compile(r"\(([^()]+)\)")
@@ -36,8 +37,9 @@ _FLIPPED = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq", "\\neq": "\\
 _BUILDER = re.compile(
     r"\\\{\s*(\w+)\s*(?:\\in ?\\reals\s*)?(?:\||:|\\mid(?![a-z]))(.*)\\\}|(\w+)(?:\||\\mid(?![a-z]))(\3.*)", re.DOTALL
 )
-_MEMBER = re.compile(rf"(?:{_LETTER})\s*\\in(?![a-z])\s*(.*)", re.DOTALL)
+_MEMBER = re.compile(rf"({_LETTER})\s*\\in(?![a-z])\s*(.*)", re.DOTALL)
 _OR = re.compile(r"\s+or\s+|\s*\\(?:lor|vee)(?![a-z])\s*")
+_AND = re.compile(r"([^,]+?)(?:\s+and\s*|\s*\\land(?![a-z])\s*)([^,]+)")
 _CUP = re.compile(r"\\cup(?![a-z])")
 
 Interval = tuple[str, str, str, str]
@@ -94,8 +96,28 @@ def names_answer(text: str, question: str) -> bool:
         clear = asks_for("ratio", question) and not any(contains(other, question) for other in others)
         return contains(text, question) or clear
     if _WORDS.fullmatch(text) and not NAME.fullmatch(text):
-        return not question or all(word in question.casefold() for word in text.casefold().split() if len(word) > 3)
-    return len(text) > 1 or (unknown(question) or text) == text
+        nouns = [word for word in text.casefold().split() if word not in ("the", "of", "in", "is")]
+        return not question or (bool(nouns) and asks_for_word(nouns[0], question))
+    asked = asked_name(question)
+    return asked is None or _kind(text) != _kind(asked) or _canonical(text) == _canonical(asked)
+
+
+def _kind(name: str) -> str:
+    """What a name is of: an angle, points, a value of a function, an element of a sequence, a letter."""
+    name = name.removeprefix("m")
+    if name.startswith("\\angle"):
+        return "angle"
+    found = re.match(r"[A-Za-z](?=[(_])|[A-Z]{2}", name)
+    return found[0] if found and len(found[0]) == 1 else "points" if found else "letter"
+
+
+def _canonical(name: str) -> str:
+    """The name as it is compared: an angle by its vertex, a segment without its direction."""
+    bare = re.sub(r"[\s{}]", "", name.removeprefix("m"))
+    if bare.startswith("\\angle"):
+        points = bare.removeprefix("\\angle")
+        return points[1] if len(points) == 3 else points
+    return "".join(sorted(bare)) if re.fullmatch("[A-Z]{2}", bare) else bare
 
 
 def same_name(left: str, right: str) -> bool:
@@ -115,8 +137,8 @@ def as_intervals(text: str) -> Intervals | None:
         return None if inside is None or inside[0] not in (None, builder[1] or builder[3]) else (None, inside[1])
     member = _MEMBER.fullmatch(text)
     if member:
-        inside = as_intervals(member[1].strip())
-        return inside and (None, inside[1])
+        inside = as_intervals(member[2].strip())
+        return inside and (member[1], inside[1])
     if text in ("\\reals", "\\reals "):
         return None, [("(", "-\\infty", "\\infty", ")")]
     parts = [part.strip() for part in _CUP.split(text)]
@@ -132,7 +154,19 @@ def as_intervals(text: str) -> Intervals | None:
     bracketed = _bracketed(text)
     if bracketed:
         return None, [bracketed]
+    if both := _AND.fullmatch(text):
+        return _between(*(_of_relation(side.strip()) for side in both.groups()))
     return _of_relation(text)
+
+
+def _between(left: Intervals | None, right: Intervals | None) -> Intervals | None:
+    """x>a and x<b as the interval between."""
+    if left is None or right is None or left[0] != right[0] or len(left[1]) != 1 or len(right[1]) != 1:
+        return None
+    (above,), (below,) = (left[1], right[1]) if left[1][0][2] == "\\infty" else (right[1], left[1])
+    if above[2] != "\\infty" or below[1] != "-\\infty":
+        return None
+    return left[0], [(above[0], above[1], below[2], below[3])]
 
 
 def _bracketed(text: str) -> Interval | None:

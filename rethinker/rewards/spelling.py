@@ -19,7 +19,7 @@ _WRAPPERS = re.compile(
 UNIT_MARK = "\1"
 _SET_AS_UNIT = re.compile(
     r"(?:(?:\\[ ,;:]|~)\s*\\(?:text|textrm|mathrm|mbox)\s*\{\s*|\\(?:text|textrm|mbox)\s*\{(?:\s|\\[ ,])+"
-    r"|(?:(?<=[\d)}])|(?<=\\pi))\\text\s*\{)"
+    r"|(?:(?<=[\d)}])(?<!circ\})|(?<=\\pi))\\text\s*\{)"
     r"([A-Za-z])(\s*\^\s*(?:[23]|\{[23]\}))?\s*\}"
 )
 # An escape in a string that was no raw one: \frac with a form feed, \boxed with a backspace, \text with a tab.
@@ -33,13 +33,14 @@ FULL_WIDTH = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | {
 }
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_PART = r"(?:[^{}]|\{[^{}]*\}){1,40}?"  # of {a \over b}
 _SPELLINGS = [
     (re.compile(r"\\\\(?=[a-z]{2})"), r"\\"),  # escaped twice, where no line can end
     (re.compile(r"\*\*(?=\S)"), "^"),
     (re.compile(r"\.\.\.+|…|\\(?:ldots|cdots|dotsc?)(?![A-Za-z])"), r"\\dots "),
     (re.compile(r"(?<!\d)(\d{0,9}\.\d{0,9}?)(\d{1,3}?)\2{2,}\\dots "), r"\1\\overline{\2}"),  # 0.333...
-    (re.compile(r"\{([^{}\\]{1,40})\\over(?![A-Za-z])([^{}\\]{1,40})\}"), r"\\frac{\1}{\2}"),
-    (re.compile(r"(?<!\w)(\w{1,10})\\over(?![A-Za-z]) ?(\w{1,10})"), r"\\frac{\1}{\2}"),
+    (re.compile(rf"\{{({_PART})\\over(?![A-Za-z])({_PART})\}}"), r"\\frac{\1}{\2}"),
+    (re.compile(rf"^({_PART})\\over(?![A-Za-z])({_PART})$"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\[lr]brace(?![A-Za-z])"), lambda found: "\\{" if found[0] == "\\lbrace" else "\\}"),
     (re.compile(r"\\[lr]angle(?![A-Za-z])"), lambda found: "(" if found[0] == "\\langle" else ")"),
     (re.compile(r"\{([^{}]+)\\choose(?![A-Za-z])([^{}]+)\}"), r"\\binom{\1}{\2}"),
@@ -53,7 +54,7 @@ _SPELLINGS = [
     (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
     (re.compile(r"\\(?:lvert|rvert|vert)(?![A-Za-z])"), "|"),
     (re.compile(r"(?<=\d)(?:\s*\{\s*,\s*\}|,\\!)\s*(?=\d)"), ","),
-    (re.compile(r"(?<=\d)\\[,!;](?=\d)"), ""),
+    (re.compile(r"(?<=\d)\\[,!;](?=\d{3}(?!\d))"), ""),
     (re.compile(r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![A-Za-z])|\\(?:hspace|hskip)\s*\{[^{}]*\}"), " "),
     (re.compile(r"(?<!\\)\\[()\[\]]"), ""),
     (re.compile(r"\\%"), "%"),
@@ -66,7 +67,10 @@ _SPELLINGS = [
         "°",
     ),
     (re.compile(r"º|˚"), "°"),
-    (re.compile(r"(?<=\d)\s*\{\s*([A-Za-z][A-Za-z ]+)\}"), r" \1"),  # 69{degrees}
+    (re.compile(r"℃"), "°C"),
+    (re.compile(r"(?<=\d)\s*\\mu(?![A-Za-z])\s*(?=[A-Za-z])"), " μ"),
+    (re.compile(r"(?<=\d)\s*(?:\\[,; ]\s*)?\\Omega(?![A-Za-z])$"), " Ω"),
+    (re.compile(r"(?<!frac\d)(?<!frac \d)(?<=\d)\s*\{\s*([A-Za-z][A-Za-z ]+)\}"), r" \1"),  # 69{degrees}
     (re.compile(r"\\leqslant(?![A-Za-z])|\\le(?![A-Za-z])|≤|⩽|<="), r"\\leq "),
     (re.compile(r"\\geqslant(?![A-Za-z])|\\ge(?![A-Za-z])|≥|⩾|>="), r"\\geq "),
     (re.compile(r"\\lt(?![A-Za-z])"), "<"),
@@ -87,7 +91,7 @@ _SPELLINGS = [
     (re.compile(r"ℝ|\\(?:mathbb|Bbb|mathbf)\s*(?:\{\s*R\s*\}|R(?![A-Za-z]))"), r"\\reals "),
     (re.compile(r"≈|\\(?:thickapprox|approxeq|simeq)(?![A-Za-z])"), r"\\approx "),
     (re.compile(r"√\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
-    (re.compile(r"√\s*(\d+(?:\.\d+)?|[A-Za-z])"), r"\\sqrt{\1}"),
+    (re.compile(r"√\s*(\d+(?:\.\d+)?|[A-Za-z])(?![A-Za-z])"), r"\\sqrt{\1}"),
     (re.compile(r"√\s*(?=\{)"), r"\\sqrt"),
     (re.compile(r"∛\s*(\d+|[A-Za-z])"), r"\\sqrt[3]{\1}"),
     (re.compile(r"([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+)"), lambda found: f"^{{{found[1].translate(_SUPERSCRIPTS)}}}"),
@@ -97,7 +101,8 @@ _SPELLINGS = [
 _ROWS = re.compile(r"\\begin\{((?:cases|aligned|align|gathered)\*?)\}(.*?)\\end\{\1\}", re.DOTALL)
 _OPTION_MARK = re.compile(r"^([A-ZＡ-Ｚ])、")
 _ANSWER_IS = re.compile(
-    r"^(?:答案|答)\s*(?:是|为|:)?\s*|^(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|:)\s*:?\s*", re.IGNORECASE
+    r"^答案\s*(?:是|为|:)?\s*|^答\s*(?:是|为|:)\s*|^(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|:)\s*:?\s*",
+    re.IGNORECASE,
 )
 _IDLE_SPACES = re.compile(r"\s*([=+\-*/^:;<>|_])\s*|([(\[{])\s+|\s+([)\]}])|\s+(\{)")
 _COMMA_SPACES = re.compile(r"\s+,\s*|(?<!\d),\s+|,\s+(?!\d)")  # but "1, 234" are two numbers and "1,234" is one
@@ -120,6 +125,8 @@ _SAME_WORDS |= {
     "是": "yes",
     "否": "no",
 }
+_ARTICLE = re.compile(r"^(?:an?|the) (?=[a-z]{3})", re.IGNORECASE)
+_CAMEL = re.compile(r"[a-z][A-Z]|[A-Z]{2}[a-z]")  # NaCl, AABb
 _FORMULA = re.compile(r"(?=[A-Z]*[a-z])(?:[A-Z][a-z]?){2,}")  # of chemistry, as NaCl
 _RUNS = re.compile(r"(\\?[A-Za-z]+)")
 _ENVIRONMENTS = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}")
@@ -141,7 +148,7 @@ def clean(text: str) -> str:
         text = text.replace("$", "")
     text = text.replace("\0", "$")
     text = _SET_AS_UNIT.sub(rf" {UNIT_MARK}\1\2", text)
-    text = _ROWS.sub(lambda found: re.sub(r"\s*\\\\\s*", ", ", found[2].replace("&", "")).strip(", "), text)
+    text = _ROWS.sub(lambda found: re.sub(r"\s*\\\\\s*", ", ", found[2].replace("&", " ")).strip(", "), text)
     for pattern, spelling in _SPELLINGS if "\\begin" not in text else _SPELLINGS[1:]:
         text = pattern.sub(spelling, text)
     for _ in range(3):  # wrappers nest, as in \textbf{\text{B}}
@@ -181,7 +188,7 @@ def closing(text: str) -> int:
 
 def same_words(left: str, right: str) -> bool:
     """Whether two cleaned texts say the same: the case of words does not count, that of symbols does."""
-    left, right = (_LINKED.sub(r"\1\2", side) for side in (left, right))
+    left, right = (_ARTICLE.sub("", _LINKED.sub(r"\1\2", side)) for side in (left, right))
     if left == right:
         return True
     meant = [_SAME_WORDS.get(side.casefold()) for side in (left, right)]
@@ -194,7 +201,9 @@ def same_words(left: str, right: str) -> bool:
         return False
     words = any(map(_is_word, (*ours, *theirs)))
     return all(
-        mine == yours or _is_word(mine) or _is_word(yours) or (words and mine.casefold() == "a")
+        mine == yours
+        or ((_is_word(mine) or _is_word(yours)) and not (_CAMEL.search(mine) or _CAMEL.search(yours)))
+        or (words and mine.casefold() == "a")
         for mine, yours in zip(ours, theirs, strict=True)
     )
 
@@ -202,8 +211,8 @@ def same_words(left: str, right: str) -> bool:
 def _is_word(run: str) -> bool:
     """Whether a run of letters is a word, rather than a command, a product such as abc, or a name such as ABC."""
     low = run.casefold()
-    if re.search("[a-z][A-Z]", run):
-        return False  # NaCl
+    if _CAMEL.search(run):
+        return False
     if not run.isalpha() or low in MATH_WORDS:
         return not run.isascii() and run.isalpha()
     if len(run) < 3:

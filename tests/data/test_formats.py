@@ -577,6 +577,9 @@ REFUSED = [
     ({}, {"fields": {"answer": "info.solution"}}, r"no such entry, but info\.solutions; .* is info\.solutions: set --"),
     ({}, {"fields": {"answer": "info.solutions.x"}}, r"no such entry, and info\.solutions has no entries$"),
     ({}, {"fields": {"answer": "inof.solutions"}}, r"data\.fields\.answer=inof\.solutions: .* no such column"),
+    ({"question": "<video>?"}, {}, r"row 0 has a video, and only images are shown"),
+    ({"videos": ["a.mp4"]}, {}, r"row 0 has a video, and only images are shown"),
+    ({"choices": ["1", "4", "2"], "answer": 1}, ANY, r"row 0 has the number 1 as answer beside 3 options: .* letter"),
     ({}, {"format": "verl"}, r"data\.fields\.question=prompt \(data\.format=verl\): .* no such column"),
 ]  # fmt: skip
 

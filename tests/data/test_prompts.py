@@ -20,6 +20,7 @@ from rethinker.data.query_stream import QueryStream
 from rethinker.embedded.files import as_files
 from rethinker.embedded.tiny import create_tiny
 from rethinker.policy.model import load_processor
+from rethinker.runtime.distributed import ALONE
 from rethinker.samples import Query
 from tests.speed import least_cpu_s
 
@@ -261,6 +262,9 @@ def test_a_template_is_refused_before_a_model_is_loaded(folder, tmp_path, comman
     (model / "chat_template.jinja").write_text(template("{{ part['text'].split('?')[0] }}"))
     for loader in ("run.PolicyEngine", "evaluation.evaluate.open_model", "evaluation.answering.open_model"):
         monkeypatch.setattr(f"rethinker.{loader}", lambda *_: pytest.fail("a model was loaded"))
+    # This process may hold a vLLM engine of other tests, whose process group a run would end.
+    monkeypatch.setattr("rethinker.runtime.distributed.start", lambda timeout_s: ALONE)
+    monkeypatch.setattr("rethinker.runtime.distributed.stop", lambda: None)
     recipe, output = ["easy_vqa_cpu", "--policy.model", str(model)], ["--output", str(tmp_path / "output")]
     arguments = {
         "train": [*recipe, "--run.dir", str(tmp_path), "--run.name", "x", "--data.validation", "null"],

@@ -94,16 +94,23 @@ def test_generation_settings_are_saved_as_they_were(folder, tmp_path, values):
 
 
 def test_a_model_without_generation_settings(folder, tmp_path):
-    """No such file, or a damaged one: transformers' defaults for the model, which it can read."""
-    for content in (None, "{"):
-        (folder / "generation_config.json").unlink(missing_ok=True)
-        if content:
-            (folder / "generation_config.json").write_text(content)
-        saved(folder, tmp_path / "ours")
-        assert GenerationConfig.from_pretrained(tmp_path / "ours").eos_token_id is not None
+    """No such file: transformers' defaults for the model, which it can read."""
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    saved(folder, tmp_path / "ours")
+    assert GenerationConfig.from_pretrained(tmp_path / "ours").eos_token_id is not None
 
 
-@pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"num_return_sequences": 4}, {"compile_config": {"a": 1}}])
+def test_damaged_generation_settings_are_refused(folder):
+    """A file that cannot be read is not taken for none: its end tokens would be lost."""
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"its generation_config\.json is refused \("):
+        load_model(folder, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"max_new_tokens": 0}, {"num_return_sequences": 4}, {"compile_config": {"a": 1}}, {"eos_token_id": ["x"]}],
+)
 def test_generation_settings_that_transformers_refuses_are_named(folder, values):
     """In one line with the file, before the weights are read."""
     write_json(folder / "generation_config.json", ("do_sample",), **values)

@@ -402,6 +402,9 @@ def test_a_check_that_costs_too_much_is_counted(boxed_checker):
     assert boxed_checker.failures.total() == failed + 8
 
 
+MANY = ",".join(f"a_{{{{{i}}}}}+b{{0}}" for i in range(64))
+
+
 def test_string_work_is_bounded(monkeypatch):
     """Law 11: what is compared without a worker, and so without a deadline, ends at once: an answer that is a book, a
     quadratic trap for a pattern, sets within sets, options without text."""
@@ -416,6 +419,13 @@ def test_string_work_is_bounded(monkeypatch):
         ("\\boxed{x}", Query("q", "", "x y", metadata={"choices": "{[]: 1}"})),
         ("\\boxed{x}", Query("q", "", "x y", metadata={"choices": "-" * 1_000_000 + "1"})),
         ("\\boxed{x}", Query("q", "A. " * 300_000, "B")),
+        (
+            "\\boxed{" + MANY.format("") + "}",
+            Query("q", "", "B", metadata={"choices": [MANY.format(i) for i in range(8)]}),
+        ),
+        ("\\boxed{" + "A" * 28 + "1=5}", Query("q", "", "5")),
+        ("\\boxed{" + "AB AC " * 160 + "1=5}", Query("q", "", "5")),
+        ("\\boxed{" + "1" * 320 + ".5}", Query("q", "", "5")),
         ("\\boxed{" + "\\boxed{1}" * 26 + "x}", Query("q", "", "5")),
         ("\\boxed{5}", Query("q", "", "$\\boxed{3}$, $\\boxed{4}$, $\\boxed{5}$, $\\boxed{6}$, $\\boxed{7}$ cm")),
         ("\\boxed{5}", Query("q", "", "\\boxed{1} \\boxed{2}" + " " * 1000 + "cm")),

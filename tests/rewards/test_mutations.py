@@ -149,7 +149,7 @@ def numbered_parts(draw: random.Random) -> Case:
 @of_class
 def brackets_multiply(draw: random.Random) -> Case:
     a, b = draw.randint(2, 9), draw.randint(2, 9)
-    right = [f"{a}({b})", f"({a})({b})", f"{a} \\cdot {b}", f"{a}\\times {b}"]
+    right = [f"{a}({b})", f"{a} \\cdot {b}", f"{a}\\times {b}"]
     return Case(str(a * b), right, [f"{a}({b + 1})", f"{a}+{b}" if a + b != a * b else f"{a}-{b}", f"({a}){b}"])
 
 
