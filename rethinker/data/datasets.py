@@ -289,7 +289,9 @@ class Reader:
         metadata |= {noun: cell(row, column) for column, noun in self._inner.items()}
         asked, wanted = self.columns["question"], self.columns["answer"]
         try:
-            question, shown, system = question_of(cell(row, asked), asked)
+            question, shown, system = question_of(cell(row, asked), asked, spelled=self.config.format is not None)
+            if self.config.format == "swift" and row.get("history"):
+                raise BadValueError("several turns", "has earlier turns in column 'history'; a question is one message")
             answer = answer_of(cell(row, wanted), wanted, undress=self.config.format is not None)
             images = tuple(self._images(called, shown or cell(row, self.columns["images"])))
         except BadValueError as error:

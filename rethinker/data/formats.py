@@ -107,17 +107,20 @@ def cell(row: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def question_of(value: Any, column: str) -> tuple[str, list[Any], str | None]:
+def question_of(value: Any, column: str, spelled: bool = False) -> tuple[str, list[Any], str | None]:
     """A question's text with a mark for every image, the images that a chat holds itself, and its system message.
 
     Args:
         value: a text, or a chat: messages of `role` and `content`, or of `from` and `value`, whose content is a text or
             a list of texts and images. The question is its one message of the user; a reply behind it is left out.
         column: that it stands in, for messages.
+        spelled: whether to look for a chat written as JSON.
 
     Raises:
         BadValueError: nothing of the kind, or a chat of several turns.
     """
+    if spelled and isinstance(value, str) and _turns(chat := _read_json(value)):
+        value = chat
     if isinstance(value, str):
         return value, [], None
     turns = _turns(value)
@@ -267,12 +270,14 @@ def with_choices(metadata: dict[str, Any], answer: str, index: bool = False) -> 
     given = _read_json(given) if isinstance(given, str) else given
     if isinstance(given, (list, tuple)) and all(isinstance(item, Mapping) and "text" in item for item in given):
         given = {key: [item.get(key) for item in given] for key in ("text", "label")}
+    if isinstance(given, Mapping) and given and all(str(key).isdigit() for key in given):
+        given = {"text": list(given.values()), "label": list(given)}
     if isinstance(given, Mapping) and isinstance(given.get("text"), list) and isinstance(given.get("label"), list):
         texts, labels = given["text"], [str(label) for label in given["label"]]
         lettered = all(len(label) == 1 and label.isalpha() for label in labels)
         given = dict(zip(labels, texts, strict=False)) if lettered else texts
         if not lettered and answer.strip() in labels:
-            answer = chr(ord("A") + labels.index(answer.strip()))
+            answer, index = chr(ord("A") + labels.index(answer.strip())), False
     if isinstance(given, Mapping):
         shown = ((letter, text) for letter, text in given.items() if isinstance(text, (str, int, float)))
         given = {letter: text for letter, text in shown if text != "" and _finite(text)}

@@ -309,6 +309,11 @@ class _Comparison:
         # Every step of the prediction that is no name must be the answer: x = 3*4 = 12, but not 2x = 10. Of steps with
         # approximations among them one must be it, and the others be its roundings.
         steps = [side for side in sides if not self._is_name(side)] or sides[-1:]
+        letters = [side for side in sides if len(side) == 1 and side not in steps]
+        if any(
+            re.search(rf"(?<![A-Za-z\\]){re.escape(letter)}(?![A-Za-z])", step) for letter in letters for step in steps
+        ):
+            return False  # x = 2x+3 is an equation
         exact = [self.values(side, answer, depth) for side in steps]
         if "\\approx" not in signs or True not in exact:
             return self._all(exact)

@@ -93,7 +93,7 @@ def both_signs(text: str) -> str:
         return text
     signed = []
     for item in split_list(text):
-        if _PLUS_MINUS.search(item):
+        if len(_PLUS_MINUS.findall(item)) == 1:
             upper = _PLUS_MINUS.sub(lambda found: "+" if found[1] == "pm" else "-", item)
             lower = _PLUS_MINUS.sub(lambda found: "-" if found[1] == "pm" else "+", item)
             signed += [upper.removeprefix("+"), lower.removeprefix("+")]

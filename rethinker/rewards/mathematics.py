@@ -115,7 +115,7 @@ def same_equation(left: tuple[str, str], right: tuple[str, str], ordered: bool) 
 def plain(text: str) -> str:
     """The text without spaces that separate nothing, and with one sign for products."""
     text = re.sub(r"\\cdot(?![A-Za-z])|\\times(?![A-Za-z])", "*", text)
-    return re.sub(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])", "", text)
+    return re.sub(r"(?<![A-Za-z0-9.])\s+|\s+(?![A-Za-z0-9.])", "", text)
 
 
 def _same(left: str, right: str, rules: Rules) -> bool:

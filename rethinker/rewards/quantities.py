@@ -114,10 +114,8 @@ def parse_quantity(text: str) -> Quantity | None:
         return None
     value = -value if "-" in (part["sign"], part["sign2"]) else value
     gap, rest = text[found.end() :], text[found.end() :].strip()
-    first, _, others = rest.partition(" ")
-    if first.casefold() in _SCALES:
-        scale, rest = _SCALES[first.casefold()], others.strip()
-        value, step, gap = value * scale, step * scale, " "
+    while (scale := _SCALES.get(rest.partition(" ")[0].casefold())) is not None:
+        value, step, gap, rest = value * scale, step * scale, " ", rest.partition(" ")[2].strip()
     ratio, currency = part["number"] is None, part["currency"]
     marked, rest = rest.startswith(UNIT_MARK), rest.removeprefix(UNIT_MARK)
     if currency or not rest:
@@ -130,7 +128,12 @@ def parse_quantity(text: str) -> Quantity | None:
     if not known and (glued or not _is_noun(rest)):
         return None  # 5x and 5 sin are expressions, 5 and 6 are two numbers
     variables = _RATHER_VARIABLES if ratio else _ALWAYS_VARIABLES
-    product = (glued and _may_be_product(rest)) or rest in variables or bool(_SQUARED.fullmatch(rest))
+    product = (
+        (glued and _may_be_product(rest))
+        or rest in variables
+        or (ratio and rest in _PRODUCTS)
+        or bool(_SQUARED.fullmatch(rest))
+    )
     return Quantity(value, ratio, step, unit, product and not marked, noun=not known)
 
 

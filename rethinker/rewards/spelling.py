@@ -55,7 +55,7 @@ _SPELLINGS = [
     (re.compile(r"\\(?:lvert|rvert|vert)(?![A-Za-z])"), "|"),
     (re.compile(r"(?<=\d)(?:\s*\{\s*,\s*\}|,\\!)\s*(?=\d)"), ","),
     (re.compile(r"(?<=\d)\\[,!;](?=\d{3}(?!\d))"), ""),
-    (re.compile(r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![A-Za-z])|\\(?:hspace|hskip)\s*\{[^{}]*\}"), " "),
+    (re.compile(r"(?<!\\)\\[,;:! ]|(?<=\S)~|\\q?quad(?![A-Za-z])|\\(?:hspace|hskip)\s*\{[^{}]*\}"), " "),
     (re.compile(r"(?<!\\)\\[()\[\]]"), ""),
     (re.compile(r"\\%"), "%"),
     (

@@ -101,6 +101,16 @@ FORMS: dict[str, tuple[dict, dict, tuple]] = {
         {"messages": user("<image>What color?"), "images": [FILE], "solution": "red"},
         ("<image>What color?", "red", (FILE,), None),
     ),
+    "swift, a chat as JSON text beside an answer": (
+        {"format": "swift"},
+        {"messages": json.dumps([*user("What color?"), {"role": "assistant", "content": "so red"}]), "answer": "red"},
+        ("What color?", "red", (), None),
+    ),
+    "options by numbers": (
+        {"format": "auto"},
+        {"question": "What color?", "choices": {"1": "red", "2": "blue"}, "answer": 2},
+        ("What color?", "B", (), ["red", "blue"]),
+    ),
     "swift, the reply is the answer": (
         {"format": "swift"},
         {"messages": [*user("What color?"), {"role": "assistant", "content": "<answer>red</answer>"}], "images": FILE},
@@ -580,6 +590,7 @@ REFUSED = [
     ({"question": "<video>?"}, {}, r"row 0 has a video, and only images are shown"),
     ({"videos": ["a.mp4"]}, {}, r"row 0 has a video, and only images are shown"),
     ({"choices": ["1", "4", "2"], "answer": 1}, ANY, r"row 0 has the number 1 as answer beside 3 options: .* letter"),
+    ({"query": "?", "response": "1", "history": [["q", "r"]]}, {"format": "swift"}, r"row 0 has earlier turns in"),
     ({}, {"format": "verl"}, r"data\.fields\.question=prompt \(data\.format=verl\): .* no such column"),
 ]  # fmt: skip
 

@@ -313,6 +313,12 @@ WRONG_IN_CONTEXT = [  # predicted, answer, question, choices
     ("y \\in (1,2)", "x \\in (1,2)", "", None),
     ("5-x=3", "|x-5|=3", "", None),
     ("|x-20000|", "20000-x", "", None),
+    ("500", "5 hundred thousand", "", None),
+    ("1 .5", "1.5", "", None),
+    ("x=2x+3", "2x+3", "", None),
+    ("\\pm1\\pm2", "3,-3", "", None),
+    ("p", "~p", "", None),
+    ("\\frac{1}{2}", "\\frac{1}{2} mg", "", None),
 ]
 RIGHT_IN_CONTEXT = [
     ("1,2", "The values are \\boxed{1} and \\boxed{2}.", "", None),
