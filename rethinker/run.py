@@ -106,8 +106,11 @@ class Run:
         self._state = RunState(config, ranks, self.progress, self.policy, self.episodes, self.replay, self.directory)
         if checkpoint:
             self._state.load(checkpoint, saved)
-        write_state = lambda folder: self._state.snapshot(optimizer=False)(folder)  # noqa: E731  (its faults are told)
-        self.checkpoints.rehearse(self.policy.save_files, write_state, self.policy.checkpoint_bytes())
+        self.checkpoints.rehearse(
+            self.policy.save_files,
+            lambda folder: self._state.snapshot(optimizer=False)(folder),  # within it, where all ranks hear of a fault
+            self.policy.checkpoint_bytes(),
+        )
         if config.rollout.backend == "server":  # now: an episode may be sampled in a thread, without collectives
             self.rollout.sync(self.policy.weights, self.policy.version)
         self.display = Display(self.total_steps, enabled=ranks.is_main, done=self.policy.steps)

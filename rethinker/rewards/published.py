@@ -3,7 +3,7 @@ r"""Right or wrong by a benchmark's own published rule, where that rule is mecha
 A metric compares what the response's box holds with the expected answer. The published scorers find the answer in free
 text (some ask GPT-4 to); here the box takes that step's place, so both sides are first freed of what only LaTeX and the
 box need: `\text{}`, `\%`, dollar signs and quotes around the whole. The rule itself is the published one, with its
-leniencies. The rules are told here in our own words and cite the file they come from; docs/evaluation.md compares.
+leniencies. Each docstring cites the file that its rule comes from; docs/evaluation.md compares.
 
 Everything is string work and arithmetic on floats of short texts: no check of these needs a process of its own.
 """
