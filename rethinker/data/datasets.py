@@ -22,6 +22,7 @@ from rethinker.data.formats import (
     BadValueError,
     answer_of,
     cell,
+    check_shown,
     dressed,
     format_columns,
     format_of,
@@ -37,8 +38,6 @@ from rethinker.data.subsets import Side, content_name, side_of, why_not
 from rethinker.samples import Query
 
 log = logging.getLogger(__name__)
-
-VIDEO_MARK = "<video>"
 
 # As data.validation: a part of data.train.
 SPLIT = "split"
@@ -282,29 +281,24 @@ class Reader:
         """
         if isinstance(row, ConfigError):
             raise BadRowError("damaged row", str(row))
-        given = cell(row, self.columns["id"])
-        name = str(number if given is None else given)
+        own = cell(row, self.columns["id"])
+        name = str(number if own is None else own)
         called = f"{self.where}: row {name if len(name) <= 80 else f'{name[:80]}...'}"
         metadata = {self._nouns.get(column, column): value for column, value in row.items() if column not in self._main}
         metadata |= {noun: cell(row, column) for column, noun in self._inner.items()}
         asked, wanted = self.columns["question"], self.columns["answer"]
+        named = self.config.format is not None
         try:
-            question, shown, system = question_of(cell(row, asked), asked, spelled=self.config.format is not None)
-            if self.config.format == "swift" and row.get("history"):
-                raise BadValueError("several turns", "has earlier turns in column 'history'; a question is one message")
-            answer = answer_of(cell(row, wanted), wanted, undress=self.config.format is not None)
+            question, shown, system = question_of(cell(row, asked), asked, spelled=named)
+            check_shown(row, question, self.config.format)
+            given = cell(row, wanted)
+            answer = answer_of(given, wanted, undress=named)
             images = tuple(self._images(called, shown or cell(row, self.columns["images"])))
+            if named:
+                index = isinstance(given, int) and not isinstance(given, bool)
+                metadata, answer = with_choices(metadata, answer, index)
         except BadValueError as error:
             raise BadRowError(error.reason, f"{called} {error}") from error
-        if self.config.format is not None:
-            given = cell(row, wanted)
-            index = isinstance(given, int) and not isinstance(given, bool)
-            try:
-                metadata, answer = with_choices(metadata, answer, index)
-            except BadValueError as error:
-                raise BadRowError(error.reason, f"{called} {error}") from error
-        if VIDEO_MARK in question or row.get("videos") or row.get("video"):
-            raise BadRowError("a video", f"{called} has a video, and only images are shown; leave it out")
         if not question.strip() and not images:  # with an image, the question may stand in it
             raise BadRowError("no question", f"{called} has an empty question in column {asked!r}")
         self._say_what_is_not_read(system, answer)

@@ -18,7 +18,7 @@ from typing import Any
 
 from rethinker.rewards.answers import extract_boxed
 
-IMAGE_MARK = "<image>"
+IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 
 # By format and noun: the columns that may hold it, the first that is there. A chat as answer is its last reply.
 FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -138,6 +138,23 @@ def question_of(value: Any, column: str, spelled: bool = False) -> tuple[str, li
             "system message, behind it at most a reply",
         )
     return *_content(asked[0][1]), _content(system[0])[0] if system else None
+
+
+def check_shown(row: Mapping[str, Any], question: str, name: str | None) -> None:
+    """Check that all of a question is shown to the model, as far as a row says.
+
+    Args:
+        row: of the data set.
+        question: its text.
+        name: `data.format`.
+
+    Raises:
+        BadValueError: a video; earlier turns, which ms-swift has in a column.
+    """
+    if VIDEO_MARK in question or row.get("videos") or row.get("video"):
+        raise BadValueError("a video", "has a video, and only images are shown; leave it out")
+    if name == "swift" and row.get("history"):
+        raise BadValueError("several turns", "has earlier turns in column 'history'; a question is one message")
 
 
 def _turns(value: Any) -> list[tuple[str, Any]]:
@@ -276,7 +293,7 @@ def with_choices(metadata: dict[str, Any], answer: str, index: bool = False) -> 
         texts, labels = given["text"], [str(label) for label in given["label"]]
         lettered = all(len(label) == 1 and label.isalpha() for label in labels)
         given = dict(zip(labels, texts, strict=False)) if lettered else texts
-        if not lettered and answer.strip() in labels:
+        if not lettered and answer.strip() in labels[:26]:
             answer, index = chr(ord("A") + labels.index(answer.strip())), False
     if isinstance(given, Mapping):
         shown = ((letter, text) for letter, text in given.items() if isinstance(text, (str, int, float)))

@@ -213,9 +213,7 @@ class _Comparison:
 
         predicted, unit = split_unit(predicted) or (predicted, "")
         answer, expected_unit = split_unit(answer) or (answer, "")
-        if unit and expected_unit and unit != expected_unit:
-            return False
-        if "%" in (unit, expected_unit) and unit != expected_unit:
+        if unit != expected_unit and ((unit and expected_unit) or "%" in (unit, expected_unit)):
             return False
         if ":" in predicted or ":" in answer:
             return self._ratios(predicted, answer, depth + 1)

@@ -34,7 +34,7 @@ from rethinker.config import ConfigError, RewardConfig
 from rethinker.rewards.answers import compare, extract_boxed, undecided
 from rethinker.rewards.functions import context_of, load_reward
 from rethinker.rewards.published import published_verdict
-from rethinker.rewards.rules import Rules
+from rethinker.rewards.rules import Rules, rules_of
 from rethinker.samples import Query
 
 log = logging.getLogger(__name__)
@@ -283,11 +283,6 @@ class Worker:
             with contextlib.suppress(ValueError):
                 return signal.Signals(-code).name
         return f"exit code {code}"
-
-
-def rules_of(config: RewardConfig) -> Rules:
-    """What the settings say of rounded numbers, percent and degrees."""
-    return Rules(config.rounding, config.percent, config.degrees)
 
 
 def serve(fd: int, function: str, rules: Rules, timeout_s: float, memory_gb: float) -> None:

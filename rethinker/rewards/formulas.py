@@ -12,10 +12,11 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from rethinker.rewards.spelling import FUNCTIONS, THOUSANDS
+
 Node = tuple[Any, ...]
 """(operation, operands...); leaves are ("number", Fraction), ("symbol", name) and ("constant", name)."""
 
-FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp".split())
 _LETTERS = frozenset(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau "
     "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega infty ell hbar nabla "
@@ -30,7 +31,6 @@ _TOKEN = re.compile(
     r"|(?P<command>\\[A-Za-z]+|\\[{}|])|(?P<letters>[A-Za-z]+)|(?P<space>\s+)|(?P<other>.)",
     re.DOTALL,
 )
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _RAISED_FIRST = re.compile(r"([A-Za-z])\^(\{[^{}]*\}|\w)_(\{[^{}]*\}|\w)")  # v^2_0 is v_0^2
 # Brackets within brackets, and tokens: Python's stack bears what these let grow.
 DEEPEST, LONGEST = 40, 300
@@ -63,7 +63,7 @@ class _Reader:
     """Recursive descent over the tokens of a text. `kind` and `text` are those of the next token, "" at the end."""
 
     def __init__(self, text: str, split_names: bool) -> None:
-        text = _RAISED_FIRST.sub(r"\1_\3^\2", _THOUSANDS.sub("", text))
+        text = _RAISED_FIRST.sub(r"\1_\3^\2", THOUSANDS.sub("", text))
         self._tokens = list(_tokens(text, split_names))
         if len(self._tokens) > LONGEST:
             raise UnreadableError

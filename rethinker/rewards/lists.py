@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rethinker.rewards.quantities import parse_quantity
-from rethinker.rewards.spelling import clean, closing
+from rethinker.rewards.spelling import THOUSANDS, clean, closing, split_outside
 
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SEPARATORS = re.compile(
     r"[,;]\s*(?:(?:and|or)(?![A-Za-z])\s*)?|\s+(?:and|or)(?![A-Za-z])\s*|(?<=\))(?:and|or)(?=\()"
     r"|(?<=[\d)}])\s*[和或与]\s*"
@@ -23,20 +22,8 @@ _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-z])\s*")
 def split_list(text: str) -> list[str]:
     """The parts of a text between commas, semicolons, "and" and "or" that stand in no bracket."""
     if ", " in text:  # then a bare comma within digits separates thousands
-        text = _THOUSANDS.sub("", text)
-    parts, depth, start, i = [], 0, 0, 0
-    while i < len(text):
-        if text[i] in "([{":
-            depth += 1
-        elif text[i] in ")]}":
-            depth -= 1
-        elif depth == 0 and (separator := _SEPARATORS.match(text, i)):
-            parts.append(text[start:i])
-            start = i = separator.end()
-            continue
-        i += 1
-    parts.append(text[start:])
-    return [part.strip() for part in parts if part.strip() not in ("", "and", "or")]
+        text = THOUSANDS.sub("", text)
+    return [part for part in split_outside(text, _SEPARATORS)[0] if part not in ("", "and", "or")]
 
 
 def list_items(text: str) -> tuple[str, list[str]] | None:

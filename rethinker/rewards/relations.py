@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 
 from rethinker.rewards.questions import asked_name, asks_for, asks_for_expression, asks_for_word, contains
-from rethinker.rewards.spelling import closing
+from rethinker.rewards.spelling import closing, split_outside
 
 _SIGNS = re.compile(r"\\(?:leq|geq|neq|approx|equiv|sim)(?![A-Za-z])|[=<>]")
 _SUBSCRIPT = r"(?:_(?:\{[^{}]*(?:\{[^{}]*\})?[^{}]*\}|\\?\w+?(?![A-Za-z]\w)|\w))?"
@@ -40,6 +40,7 @@ _BUILDER = re.compile(
 _MEMBER = re.compile(rf"({_LETTER})\s*\\in(?![a-z])\s*(.*)", re.DOTALL)
 _OR = re.compile(r"\s+or\s+|\s*\\(?:lor|vee)(?![a-z])\s*")
 _AND = re.compile(r"([^,]+?)(?:\s+and\s*|\s*\\land(?![a-z])\s*)([^,]+)")
+_COMMA = re.compile("[,;]")
 _CUP = re.compile(r"\\cup(?![a-z])")
 
 Interval = tuple[str, str, str, str]
@@ -50,19 +51,7 @@ Intervals = tuple["str | None", list[Interval]]
 
 def split_relation(text: str) -> tuple[list[str], list[str]]:
     """The sides of a cleaned text and the relation signs between them, which stand in no bracket."""
-    sides, signs, depth, start, i = [], [], 0, 0, 0
-    while i < len(text):
-        if text[i] in "([{":
-            depth += 1
-        elif text[i] in ")]}":
-            depth -= 1
-        elif depth == 0 and (sign := _SIGNS.match(text, i)):
-            sides.append(text[start:i].strip())
-            signs.append(sign.group())
-            start = i = sign.end()
-            continue
-        i += 1 + (text[i] == "\\" and text[i + 1 : i + 2] in ("{", "}"))
-    return [*sides, text[start:].strip()], signs
+    return split_outside(text, _SIGNS)
 
 
 def is_name(text: str) -> bool:
@@ -172,15 +161,10 @@ def _between(left: Intervals | None, right: Intervals | None) -> Intervals | Non
 def _bracketed(text: str) -> Interval | None:
     if text[:1] not in ("(", "[") or text[-1:] not in (")", "]") or closing(text) != len(text) - 1:
         return None
-    inner, depth, commas = text[1:-1], 0, []
-    for i, char in enumerate(inner):
-        depth += (char in "([{") - (char in ")]}")
-        if char in ",;" and depth == 0:
-            commas.append(i)
-    if len(commas) != 1:
+    ends, _ = split_outside(text[1:-1], _COMMA)
+    if len(ends) != 2 or not all(ends):
         return None
-    low, high = inner[: commas[0]].strip(), inner[commas[0] + 1 :].strip().removeprefix("+")
-    return (text[0], low, high, text[-1]) if low and high else None
+    return (text[0], ends[0], ends[1].removeprefix("+"), text[-1])
 
 
 def _of_relation(text: str) -> tuple[str, list[Interval]] | None:

@@ -1,21 +1,24 @@
-"""What may be settled about when two answers are equal; the defaults are those of the field's graders."""
+"""What may be settled about when two answers are equal."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rethinker.config import RewardConfig
+
 
 @dataclass(frozen=True)
 class Rules:
-    """How far a right answer may be from the expected one.
+    """How far a right answer may be from the expected one: the settings `reward.rounding`, `percent`, `degrees`."""
 
-    `rounding`: a decimal equals a fraction or a root that it is the rounding of, if the relative distance is smaller; 0
-    for exact ones only. `percent`: 60% equals 0.6. `degrees`: 30° equals pi/6.
-    """
-
-    rounding: float = 1e-4
-    percent: bool = True
-    degrees: bool = True
+    rounding: float = RewardConfig.rounding
+    percent: bool = RewardConfig.percent
+    degrees: bool = RewardConfig.degrees
 
 
 DEFAULT_RULES = Rules()
+
+
+def rules_of(config: RewardConfig) -> Rules:
+    """The rules that the settings name."""
+    return Rules(config.rounding, config.percent, config.degrees)

@@ -108,10 +108,10 @@ _IDLE_SPACES = re.compile(r"\s*([=+\-*/^:;<>|_])\s*|([(\[{])\s+|\s+([)\]}])|\s+(
 _COMMA_SPACES = re.compile(r"\s+,\s*|(?<!\d),\s+|,\s+(?!\d)")  # but "1, 234" are two numbers and "1,234" is one
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,] )(?<![\d.,)}])\b([1-9]\d{0,2})((?: \d{3})+)(?![\d ]*\d)(?![/,]\d)")
 
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp".split())
 # Words that mathematics is written with; any other word of three letters or more is prose.
-MATH_WORDS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp lim max min sqrt gcd lcm det mod inf".split()
-)
+_MATH_WORDS = FUNCTIONS | frozenset("lim max min sqrt gcd lcm det mod inf".split())
 _SHORT_WORDS = frozenset("no on in up to of or at it is us we he me my by if so as an do go am pm ok".split())
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _SAME_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS)}
@@ -186,6 +186,23 @@ def closing(text: str) -> int:
     return -1
 
 
+def split_outside(text: str, separators: re.Pattern[str]) -> tuple[list[str], list[str]]:
+    """The parts of a text between separators that stand in no bracket, and these separators."""
+    parts, found, depth, start, i = [], [], 0, 0, 0
+    while i < len(text):
+        if text[i] in "([{":
+            depth += 1
+        elif text[i] in ")]}":
+            depth -= 1
+        elif depth == 0 and (separator := separators.match(text, i)):
+            parts.append(text[start:i].strip())
+            found.append(separator.group())
+            start = i = separator.end()
+            continue
+        i += 1
+    return [*parts, text[start:].strip()], found
+
+
 def same_words(left: str, right: str) -> bool:
     """Whether two cleaned texts say the same: the case of words does not count, that of symbols does."""
     left, right = (_ARTICLE.sub("", _LINKED.sub(r"\1\2", side)) for side in (left, right))
@@ -213,7 +230,7 @@ def _is_word(run: str) -> bool:
     low = run.casefold()
     if _CAMEL.search(run):
         return False
-    if not run.isalpha() or low in MATH_WORDS:
+    if not run.isalpha() or low in _MATH_WORDS:
         return not run.isascii() and run.isalpha()
     if len(run) < 3:
         return low in _SHORT_WORDS
