@@ -40,7 +40,8 @@ integration/test_saving.py integration/test_out_of_memory.py integration/test_lo
 rollout/test_vllm_engine.py rollout/test_vllm_cpu_ops.py benchmarks/test_ablation.py
 evaluation/test_command.py integration/test_zero3.py test_recipes.py embedded/test_warmup.py plan/test_plan.py
 runtime/test_torchvision_cpu.py report/test_browser.py rewards/test_checker.py integration/test_loss_head.py
-report/test_page.py rollout/test_faults.py kernels/test_csrc.py rollout/test_weight_sync.py test_wheel.py
+rewards/test_mutations.py report/test_page.py rollout/test_faults.py kernels/test_csrc.py rollout/test_weight_sync.py
+test_wheel.py rewards/test_published.py
 rollout/server/test_serve.py kernels/test_precision.py families/test_rollout.py kernels/test_csrc_cuda_on_host.py
 kernels/test_merge_attention.py embedded/test_tiny.py integration/test_virl39k.py kernels/test_memory.py
 fuzz/test_fuzz.py families/test_packing.py families/test_pixels.py kernels/test_sum_tree.py kernels/test_compile.py
@@ -48,7 +49,8 @@ benchmarks/test_kernels.py
 benchmarks/test_replay_benchmark.py kernels/test_sum_tree_agreement.py rollout/test_hf_engine.py
 runtime/test_ownership.py embedded/test_files.py plan/test_families.py test_cli.py curation/test_curate.py
 policy/test_packing.py policy/test_lora.py data/test_streaming.py families/test_prompts.py policy/test_foreign_models.py
-report/test_figures.py data/test_prompts.py policy/test_saved_model.py test_export.py
+report/test_figures.py data/test_formats.py data/test_templates.py data/test_prompts.py rewards/test_bounds.py
+policy/test_saved_model.py test_export.py
 """.split()
 """Files that take about 3 seconds or more, the longest first, so that no long one begins when the others end. They
 start vLLM, ranks, compilers or Triton's interpreter; `make quick` leaves them out, and shows which others belong here.
