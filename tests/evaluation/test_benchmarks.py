@@ -13,6 +13,7 @@ from PIL import Image
 
 from rethinker.config import ConfigError, RewardConfig
 from rethinker.data.datasets import IMAGE_MARK
+from rethinker.evaluation import benchmark_rows
 from rethinker.evaluation.benchmark import load_benchmark, shipped_benchmarks
 from rethinker.evaluation.benchmark_rows import benchmark_queries
 from rethinker.evaluation.results import accepted_answers
@@ -148,6 +149,13 @@ def test_megabench(load, right, tmp_path):
     (tmp_path / "megabench/data/maze/query.png").unlink()
     with pytest.raises(ConfigError, match=r"image paths start from .*: row q1: no image file .*query.png"):
         load("megabench")
+
+
+@pytest.mark.parametrize("functions", [None, [], {"a": ["x"]}, {"a": {"x": 1}}, "x"])
+def test_a_metric_of_no_known_shape_leaves_its_row_out(functions):
+    """MEGA-Bench's answers are judged by one metric by name; whatever else stands there is not covered."""
+    with pytest.raises(benchmark_rows.NotCoveredError):
+        benchmark_rows._only_field({"a": "1"}, {"field_score_function": functions})
 
 
 def test_megabench_judges_by_the_metric_of_the_row(load, right):

@@ -224,6 +224,7 @@ WRONG_IN_CONTEXT = [  # predicted, answer, question, choices
     ("500", "5 hundred thousand", "", None),
     ("1 .5", "1.5", "", None),
     ("x=2x+3", "2x+3", "", None),
+    ("\\sqrt23", "\\sqrt{23}", "", None),
     ("\\pm1\\pm2", "3,-3", "", None),
     ("p", "~p", "", None),
     ("\\frac{1}{2}", "\\frac{1}{2} mg", "", None),
