@@ -35,24 +35,28 @@ def scratch(tmp_path_factory):
     return folder
 
 
-def faulty(target: str, rank: int, after: int, arguments: list[str]) -> int:
-    """`rethinker train` in which a function fails on one rank after so many good calls."""
+def faulty(target: str, rank: int, after: int, result: int | None, arguments: list[str]) -> int:
+    """`rethinker train` in which a function fails on one rank after so many good calls, or returns a number then."""
     real, calls = pkgutil.resolve_name(target), []
 
     def fails(*args, **kwargs):
         calls.append(1)
         if os.environ["RANK"] == str(rank) and len(calls) > after:
-            raise OSError(28, "No space left on device")
+            if result is None:
+                raise OSError(28, "No space left on device")
+            return result
         return real(*args, **kwargs)
 
     with mock.patch(target, fails):
         return cli.main(["train", *arguments])
 
 
-def run_with(scratch: Path, name: str, target: str, rank: int = 0, after: int = 0) -> tuple[int, str]:
+def run_with(
+    scratch: Path, name: str, target: str, rank: int = 0, after: int = 0, result: int | None = None
+) -> tuple[int, str]:
     """A run on two ranks with a fault: its exit code, within a minute, and what it said."""
     log = scratch / f"{name}.log"
-    process = Forked(partial(faulty, target, rank, after, arguments_of(scratch, name, *SHORT)), log, ranks=2)
+    process = Forked(partial(faulty, target, rank, after, result, arguments_of(scratch, name, *SHORT)), log, ranks=2)
     try:
         return process.wait(60), log.read_text()
     finally:
@@ -75,17 +79,18 @@ def test_a_model_that_transformers_would_not_save(scratch):
 
 
 @pytest.mark.parametrize(
-    ("target", "words"),
+    ("target", "result", "words"),
     [
-        ("transformers.Qwen2_5_VLProcessor.save_pretrained", "a saved model's processor cannot be written there"),
-        ("rethinker.policy.saved_model.save_files", "run.dir: no checkpoint can be written in"),
-        ("rethinker.checkpoint.resume.random_state", "run.dir: no checkpoint can be written in"),
+        ("transformers.Qwen2_5_VLProcessor.save_pretrained", None, "a saved model's processor cannot be written there"),
+        ("rethinker.policy.saved_model.save_files", None, "run.dir: no checkpoint can be written in"),
+        ("rethinker.checkpoint.resume.random_state", None, "run.dir: no checkpoint can be written in"),
+        ("rethinker.policy.engine.PolicyEngine.checkpoint_bytes", 2**60, "GB of the disk are free"),
     ],
 )
-def test_what_saving_needs_is_tried_before_the_first_step(scratch, target, words):
+def test_what_saving_needs_is_tried_before_the_first_step(scratch, target, result, words):
     """A fault of rank 0 alone ends both ranks, each with one line, with nothing trained and nothing left."""
     name = target.rpartition(".")[2]
-    code, log = run_with(scratch, name, target)
+    code, log = run_with(scratch, name, target, result=result)
     assert code != 0 and "Traceback" not in log and not (scratch / name).exists()
     assert len([line for line in log.splitlines() if line.startswith("error: ") and words in line]) == 2
 
