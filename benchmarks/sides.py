@@ -92,7 +92,7 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
             with phase("reward", times):  # and waiting for the slowest rank
                 judge(groups, checker, config)
                 groups = share(groups, asked, policy.steps * Q, ranks)
-            assign_advantages(groups, config.algorithm.advantage_scale)
+            assign_advantages(groups, config.algorithm, {})
             batch = select_batch(groups, name=config.algorithm.name, pairs=config.train.batch_pairs, replay=replay)
             with phase("train", times):
                 policy.train_step(batch.samples)

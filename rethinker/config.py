@@ -282,18 +282,29 @@ class AlgorithmConfig:
 
     name: Literal["grpo", "filter", "ssr"] = "ssr"
     """`grpo` keeps all samples in its mean, `filter` drops those without advantage, `ssr` fills up from replay."""
+    advantage_baseline: Literal["group", "leave_one_out", "batch"] = "group"
+    """What a reward is compared with: the mean of its group, of the others in its group (RLOO), or of all responses of
+    the episode (REINFORCE++: responses of equal reward to a query then have an advantage, too)."""
     advantage_scale: Literal["std", "none", "batch"] = "std"
-    """Divide centred rewards by the group's standard deviation, by nothing, or by the batch's."""
+    """Divide centred rewards by the group's standard deviation (with advantage_baseline=batch the episode's), by
+    nothing, or by their own over all responses of the episode."""
+    advantages_per_reward: bool = False
+    """Several reward functions: an advantage by each one's values alone, then their weighted sum over its standard
+    deviation over the episode (GDPO); false: one by the weighted sum of the values."""
     loss: ranges.PathOrName = "grpo"
-    """The loss of a token: `grpo`, or your own as `path/to/file.py:function` (docs/losses.md)."""
+    """The loss of a token: `grpo`, `cispo`, `sapo`, `gmpo`, or your own as `path/to/file.py:function` (docs/losses.md)."""
     clip_low: ranges.Fraction = 0.2
-    """The ratio is clipped below 1 - clip_low."""
+    """The ratio is clipped below 1 - clip_low; `gmpo`: its logarithm below -clip_low."""
     clip_high: ranges.Positive = 0.2
-    """The ratio is clipped above 1 + clip_high."""
+    """The ratio is clipped above 1 + clip_high; `gmpo`: its logarithm above clip_high."""
     dual_clip: ranges.AboveOne | None = None
     """Bound c > 1 on the surrogate of negative advantages (dual-clip PPO)."""
+    tau_positive: ranges.Positive = 1.0
+    """`sapo`: how fast a token's gradient fades as its ratio leaves 1, where the advantage is positive."""
+    tau_negative: ranges.Positive = 1.05
+    """`sapo`: the same where it is negative."""
     kl_coef: ranges.NotNegative = 0.0
-    """Weight of the KL to the reference policy, the model where training started; 0 loads no reference model, and
+    """Weight of the KL to the reference policy, the model where training started, in any loss; 0 loads none, and
     policy.lora needs none: its frozen weights are the reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that KL."""

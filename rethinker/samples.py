@@ -145,6 +145,7 @@ class Group:
     policy_version: int
     prompt_tokens: int = 0  # length of the prompt's token_ids: what packing plans with
     rewards: list[float] = field(default_factory=list)
+    scores: dict[str, list[float]] = field(default_factory=dict)  # per reward function its values, one per completion
     advantages: list[float] = field(default_factory=list)
     rethinks: list[bool] = field(default_factory=list)  # per completion: does it rethink of its own accord
     fast: list[bool] = field(default_factory=list)  # per completion: is it nothing but the answer
@@ -155,7 +156,10 @@ class Group:
 
     @property
     def effective(self) -> bool:
-        """Whether the rewards differ: only then does the query carry a gradient."""
+        """Whether a response has an advantage: only then does the query carry a gradient. Before the advantages are
+        known, whether the rewards differ."""
+        if self.advantages:
+            return any(advantage != 0 for advantage in self.advantages)
         return bool(self.rewards) and max(self.rewards) != min(self.rewards)
 
     def samples(self) -> list[Sample]:

@@ -16,13 +16,13 @@ def group_advantages(
     rewards: Tensor,
     group_offsets: Tensor,
     *,
-    scale: Literal["std", "none", "batch"] = "std",
+    scale: Literal["std", "none"] = "std",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """Rewards relative to their group's mean, scaled (GRPO).
 
         centred = rewards - mean_of_group
-        advantages = centred / (std_of_group + eps)     # "batch": std of all rewards; "none": centred
+        advantages = centred / (std_of_group + eps)     # "none": centred
 
     The standard deviation is the sample one (divided by n - 1). A group is degenerate when its largest and smallest
     reward are equal, by comparison and not by a small std; its advantages are exactly 0. A group of one is degenerate.
@@ -43,7 +43,7 @@ def group_advantages(
         ValueError: a shape, type, device or option that does not fit, naming it.
     """
     check("rewards", rewards, (rewards.numel(),))
-    check_choice("scale", scale, "std", "none", "batch")
+    check_choice("scale", scale, "std", "none")
     if not eps >= 0:
         raise ValueError(f"eps={eps}: must be at least 0")
     check_offsets("group_offsets", group_offsets, rewards)
@@ -64,6 +64,4 @@ def group_advantages(
         advantages = centred / (variance.sqrt() + eps / span)[group]
     else:
         advantages = centred * span[group]
-        if scale == "batch" and rewards.numel() > 1:
-            advantages = advantages / (rewards.std() + eps)
     return torch.where(degenerate[group], 0.0, advantages), degenerate

@@ -19,7 +19,7 @@ from rethinker.algorithm import losses
 from rethinker.config import AlgorithmConfig, ConfigError, one_line
 from rethinker.runtime.user_code import user_function
 from rethinker.samples import Completion, PackedBatch, Sample
-from rethinker_kernels.losses import SURROGATE_OPTIONS, NeedsSequences, Objective, Surrogate
+from rethinker_kernels.losses import SURROGATE_OPTIONS, NeedsSequences, Objective, Surrogate, kl_estimate
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ def shipped_losses() -> dict[str, Callable[..., Tensor]]:
 
 
 def load_loss(config: AlgorithmConfig, device: torch.device | str = "cpu") -> PolicyLoss:
-    """The loss that `algorithm.loss` names, tried on a few tokens on a device.
+    """The loss that `algorithm.loss` names, tried on a few tokens on a device, and with `algorithm.kl_coef` the KL term
+    beside it: a loss that has a parameter `kl_coef` adds its own.
 
     Raises:
         ConfigError: it does not exist, takes a parameter that is no setting, or does not return a finite number per
@@ -60,7 +61,7 @@ def load_loss(config: AlgorithmConfig, device: torch.device | str = "cpu") -> Po
                 f"{', '.join(sorted(settings))}"
             )
     defaults = vars(AlgorithmConfig())
-    for name in ("kl_coef", "dual_clip", "importance"):
+    for name in ("dual_clip", "importance", "tau_positive", "tau_negative"):
         if name not in given and settings[name] != defaults[name]:
             default = "null" if defaults[name] is None else defaults[name]
             raise ConfigError(
@@ -69,11 +70,24 @@ def load_loss(config: AlgorithmConfig, device: torch.device | str = "cpu") -> Po
             )
     loss = partial(function, **given)
     try:
-        return PolicyLoss(loss, _tried(loss, config, device))
+        whole_sequences = _tried(loss, config, device)
     except ConfigError as error:
         raise ConfigError(f"{named}: {error}") from error
     except (Exception, SystemExit) as error:  # the user's code raises anything
         raise ConfigError(f"{named}: it fails on a batch of 9 tokens ({one_line(error.__cause__ or error)})") from error
+    if config.kl_coef != 0 and "kl_coef" not in given:
+        loss = partial(_with_kl, loss=loss, kl_coef=config.kl_coef, kl_estimator=config.kl_estimator)
+    return PolicyLoss(loss, whole_sequences)
+
+
+def _with_kl(
+    logps: Tensor, rows: losses.Rows, loss: Callable[[Tensor, losses.Rows], Tensor], kl_coef: float, kl_estimator: str
+) -> Tensor:
+    """A loss with `grpo`'s KL term."""
+    found = loss(logps, rows)
+    if not isinstance(found, Tensor) or found.shape != logps.shape:  # the op says what is wrong with it
+        return found
+    return found + kl_coef * kl_estimate(logps, rows.ref_logps, kl_estimator)
 
 
 def _tried(loss: Callable[[Tensor, losses.Rows], Tensor], config: AlgorithmConfig, device: torch.device | str) -> bool:
@@ -145,11 +159,16 @@ def loss_inputs(
 def has_gradient(sample: Sample, config: AlgorithmConfig) -> bool:
     """Whether a sample can move the policy.
 
-    Without an advantage GRPO's loss is 0 whatever the ratio, and so is its gradient: such a sample counts in the
-    normalizer alone. A KL term, the supervised one, or another loss need no advantage.
+    Without an advantage the loss of every shipped function is 0 whatever the ratio, and so is its gradient: such a
+    sample counts in the normalizer alone. A KL term, the supervised one, or a loss of the user's own need no advantage.
     """
-    needs_no_advantage = config.loss != "grpo" or config.kl_coef != 0 or sample.completion.supervised
+    needs_no_advantage = is_users(config) or config.kl_coef != 0 or sample.completion.supervised
     return needs_no_advantage or sample.advantage != 0
+
+
+def is_users(config: AlgorithmConfig) -> bool:
+    """Whether `algorithm.loss` is a function of the user's own, of which nothing is known."""
+    return ":" in config.loss
 
 
 def loss_normalizer(samples: list[Sample], config: AlgorithmConfig, max_new_tokens: int) -> float:

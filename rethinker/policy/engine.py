@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from rethinker.algorithm.objective import has_gradient, load_loss, loss_inputs, loss_normalizer, supervised_weight
+from rethinker.algorithm.objective import (
+    has_gradient,
+    is_users,
+    load_loss,
+    loss_inputs,
+    loss_normalizer,
+    supervised_weight,
+)
 from rethinker.config import Config, ConfigError, one_line
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora, optimizer_state, saved_model
@@ -149,7 +156,7 @@ class PolicyEngine:
             self.engine.step()
         self.steps += 1
         sums = dict(zip(_SUMS, self.ranks.sum(sums).tolist(), strict=True))
-        if not (math.isfinite(sums["loss"]) or sums["nonfinite"] or self.config.algorithm.loss == "grpo"):
+        if is_users(self.config.algorithm) and not (math.isfinite(sums["loss"]) or sums["nonfinite"]):
             raise ConfigError(
                 f"{named}: it is {sums['loss']} in step {self.steps}, though every log-prob of the "
                 "batch is finite; it must be finite for any finite logps, old_logps and advantages"

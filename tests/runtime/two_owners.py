@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from rethinker.algorithm.advantages import assign_advantages
 from rethinker.algorithm.replay import ReplayBuffer
-from rethinker.config import ReplayConfig
+from rethinker.config import AlgorithmConfig, ReplayConfig
 from rethinker.policy.packing import plan_micro_batches
 from rethinker.runtime import distributed
 from rethinker.runtime.ownership import collect, fetch, share
@@ -45,7 +45,7 @@ def rolled_out(rank: int, world_size: int) -> list[Group]:
 def main(folder: str) -> None:
     ranks = distributed.start(60)
     groups = share(rolled_out(ranks.rank, ranks.world_size), QUERIES, first_number=100, ranks=ranks)
-    assign_advantages(groups, "std")
+    assign_advantages(groups, AlgorithmConfig(), {})
     replay = ReplayBuffer(ReplayConfig(), seed=5)
     replay.add([sample for group in groups for sample in group.samples()])
     held = sum(isinstance(c, Completion) for group in groups for c in group.completions)
