@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,12 @@ import torch
 from rethinker.algorithm import losses, objective
 from rethinker.algorithm.objective import load_loss, loss_inputs, shipped_losses
 from rethinker.config import AlgorithmConfig, ConfigError
-from rethinker_kernels import grpo_loss, policy_loss
-from rethinker_kernels.losses import SURROGATE_OPTIONS
+from rethinker_kernels import GRPO_STATS, grpo_loss, policy_loss
+from rethinker_kernels.losses import SURROGATE_OPTIONS, LossError
 from tests.algorithm.examples import packed, sample
 
-CISPO = """
-def cispo(logps, rows, clip_high):
-    ratio = (logps.detach() - rows.old_logps).exp()
-    return -ratio.clamp(max=1 + clip_high) * rows.advantages * logps
-"""
+PAGE = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+SPO = re.findall(r"```python\n(.+?)```", PAGE, flags=re.S)[0]  # the whole file that the page shows
 
 
 @pytest.fixture
@@ -53,16 +51,17 @@ def _without_nll(inputs):
 
 
 def test_a_loss_of_the_users_own(named):
-    """Three lines of CISPO get the setting that their parameter is named like."""
+    """The page's example, SPO, gets the setting that its parameter is named like; its gradient is the one by hand."""
     batch = packed([sample(1.0, length=3), sample(-0.5, length=6)])
     logps = (batch.old_logps + torch.linspace(-1, 1, 9, dtype=torch.float64)).requires_grad_()
     for clip_high in (0.1, 0.5):
-        config = named(CISPO, "cispo", clip_high=clip_high)
+        config = named(SPO, "spo", clip_high=clip_high)
         loss, _ = policy_loss(logps, **_without_nll(loss_inputs(load_loss(config), batch, config, 9.0)))
         (gradient,) = torch.autograd.grad(loss, logps)
         advantages = torch.tensor([1.0] * 3 + [-0.5] * 6, dtype=torch.float64)
         ratio = (logps.detach() - batch.old_logps).exp()
-        torch.testing.assert_close(gradient, -ratio.clamp(max=1 + clip_high) * advantages / 9)
+        slope = advantages.abs() * (ratio - 1) / clip_high - advantages  # in the ratio
+        torch.testing.assert_close(gradient, slope * ratio / 9)
 
 
 def test_a_file_may_hold_what_looks_up_its_module(named):
@@ -87,7 +86,7 @@ def f(logps, rows, scale=2.0):
     return -scale * rows.sequence_mean(logps - rows.old_logps).exp() * rows.advantages
 """
     assert load_loss(named(source)).whole_sequences
-    assert not load_loss(named(CISPO, "cispo")).whole_sequences
+    assert not load_loss(named(SPO, "spo")).whole_sequences
 
 
 def test_a_new_shipped_loss_is_named_by_its_name(monkeypatch):
@@ -106,8 +105,7 @@ def test_a_new_shipped_loss_is_named_by_its_name(monkeypatch):
 def test_every_shipped_loss_passes_its_trial_and_is_explained(name):
     """What a user's own is tried on, shipped ones are, too; each has its row in the page about losses."""
     assert load_loss(AlgorithmConfig(loss=name))
-    page = Path(__file__).parents[2] / "docs" / "losses.md"
-    assert f"| `{name}` |" in page.read_text().partition("## The shipped losses")[2]
+    assert f"| `{name}` |" in PAGE.partition("## The shipped losses")[2]
 
 
 RAISES = "def f(logps, rows): raise KeyError('no such thing')"
@@ -158,19 +156,61 @@ def test_a_loss_is_tried_where_it_will_run(named):
         load_loss(config, "meta")  # for a GPU: tensors on another device
 
 
-def test_a_setting_that_would_change_nothing(named):
-    """A reference model is not loaded for a loss that does not take the KL's weight."""
-    config = named("def f(logps, rows): return -logps * rows.advantages")
-    config.kl_coef = 0.1
-    with pytest.raises(ConfigError, match=r"no parameter kl_coef.* set algorithm\.kl_coef=0\.0"):
-        load_loss(config)
+@pytest.mark.parametrize(
+    ("loss", "name", "value", "default"),
+    [
+        ("cispo", "dual_clip", 3.0, "null"),
+        ("sapo", "importance", "sequence", "token"),
+        ("grpo", "tau_positive", 2.0, "1.0"),
+        ("gmpo", "tau_negative", 2.0, "1.05"),
+    ],
+)
+def test_a_setting_that_would_change_nothing(loss, name, value, default):
+    """What only some losses take is refused with the others, with what to set instead."""
+    with pytest.raises(ConfigError, match=rf"algorithm\.loss={loss}: it has no parameter {name}.*={default}"):
+        load_loss(AlgorithmConfig(loss=loss, **{name: value}))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_kl_term_beside_the_users_loss(named, estimator):
+    """algorithm.kl_coef adds the KL's estimate to a loss that has no parameter for it, at every token that counts; a
+    loss that has one adds its own, and gets nothing more."""
+    batch = packed([sample(1.0, length=3), sample(0.0, length=6)])
+    logps = batch.old_logps + torch.linspace(-1, 1, 9, dtype=torch.float64)
+    ref = batch.old_logps + 0.3
+    d = ref - logps
+    kl = {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[estimator]
+    plain, own = "def f(logps, rows): return -logps * rows.advantages", "def f(logps, rows, kl_coef): return -logps"
+    options = {"kl_coef": 0.3, "kl_estimator": estimator}
+    for source, expected in ((plain, (0.3 * kl).sum() - logps[:3].sum()), (own, -logps.sum())):
+        config = named(source, **options)
+        got, stats = policy_loss(logps, **_without_nll(loss_inputs(load_loss(config), batch, config, 9.0, ref)))
+        torch.testing.assert_close(got, expected / 9)
+        torch.testing.assert_close(stats[GRPO_STATS.index("kl_sum")], kl.sum())
+
+
+def test_a_kl_term_hides_no_fault_of_the_loss(named):
+    """With a KL term beside it, a loss without a gradient, or of another shape, is still one clear line."""
+    for source, message in (
+        ("def f(logps, rows): return -logps.detach() * rows.advantages", "no gradient; compute it from logps"),
+        ("def f(logps, rows): return logps[:, None]", "must return a number per token"),
+        ("def f(logps, rows): return 1.0", "must return a number per token, .* not float"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_loss(named(source, kl_coef=0.1))
+    changes = "def f(logps, rows): return -logps * rows.advantages if len(logps) != 4 else logps.sum()"
+    config = named(changes, kl_coef=0.1)
+    batch = packed([sample(1.0, length=4)])
+    with pytest.raises(LossError, match="must return a number per token"):
+        inputs = loss_inputs(load_loss(config), batch, config, 4.0, batch.old_logps)
+        policy_loss(batch.old_logps, **_without_nll(inputs))
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("grpoo", "give grpo, or path/to/file.py:function"),
-        ("losses.py", "give grpo, or path/to/file.py:function"),
+        ("grpoo", "give cispo, gmpo, grpo, sapo, or path/to/file.py:function"),
+        ("losses.py", "give cispo, gmpo, grpo, sapo, or path/to/file.py:function"),
         ("/no/such/file.py:f", "there is no file /no/such/file.py"),
     ],
 )

@@ -13,6 +13,7 @@ from rethinker.algorithm.objective import (
     load_loss,
     loss_inputs,
     loss_normalizer,
+    shipped_losses,
     supervised_weight,
     trainable_mask,
 )
@@ -28,6 +29,8 @@ SAMPLES = [
     sample(2.0, length=0),
     sample(-2.0, length=5),
 ]
+# Every shipped loss, and those options of grpo that make another of it.
+LOSSES = [{"loss": name} for name in shipped_losses()] + [{"importance": "sequence"}, {"dual_clip": 1.2}]
 
 
 def logps_for(batch) -> torch.Tensor:
@@ -44,10 +47,10 @@ def run_loss(logps, batch, config, normalizer, ref_logps=None):
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("importance", ["token", "sequence"])
-def test_any_split_and_order_gives_the_same_loss(aggregation, importance):
+@pytest.mark.parametrize("settings", LOSSES, ids=str)
+def test_any_split_and_order_gives_the_same_loss(aggregation, settings):
     """Law 3: loss and gradients do not depend on how samples are divided into micro-batches, nor on their order."""
-    config = AlgorithmConfig(aggregation=aggregation, importance=importance)
+    config = AlgorithmConfig(aggregation=aggregation, **settings)
     normalizer = loss_normalizer(SAMPLES, config, max_new_tokens=8)
     whole = packed(SAMPLES)
     logps = logps_for(whole)
@@ -94,13 +97,13 @@ def test_forced_tokens_carry_no_gradient():
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
-@pytest.mark.parametrize("importance", ["token", "sequence"])
-def test_a_broken_behaviour_log_prob_is_not_masked(bad, importance):
+@pytest.mark.parametrize("settings", LOSSES, ids=str)
+def test_a_broken_behaviour_log_prob_is_not_masked(bad, settings):
     """Law 12: a sampled token with a non-finite log-prob makes the loss NaN, so that the step is skipped."""
     batch = packed(SAMPLES)
     logps = logps_for(batch)
     batch.old_logps[1] = bad
-    assert run_loss(logps, batch, AlgorithmConfig(importance=importance), 4.0)[0].isnan()
+    assert run_loss(logps, batch, AlgorithmConfig(**settings), 4.0)[0].isnan()
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
@@ -117,21 +120,25 @@ def test_weight_zero_changes_nothing(aggregation):
     torch.testing.assert_close(got, run_loss(logps, batch, config, 4.0))
 
 
-@pytest.mark.parametrize("importance", ["token", "sequence"])
-@pytest.mark.parametrize("dual_clip", [None, 1.2])
-def test_what_has_no_gradient_is_known_before_it_is_computed(importance, dual_clip):
-    """Without an advantage GRPO's gradient is exactly 0, on and off policy; a KL term's is not, and a loss of the
-    user's, or a supervised term, may need none."""
-    config = AlgorithmConfig(importance=importance, dual_clip=dual_clip)
+@pytest.mark.parametrize("settings", LOSSES, ids=str)
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_what_has_no_gradient_is_known_before_it_is_computed(settings, aggregation):
+    """Without an advantage loss and gradient of every shipped loss are exactly 0, on policy and far off it; a KL
+    term's are not, and a loss of the user's, or a supervised term, may need none."""
+    config = AlgorithmConfig(**settings, aggregation=aggregation)
     idle = sample(0.0, length=6)
     batch = packed([sample(1.0, length=3), idle])
     logps = logps_for(batch)
-    run_loss(logps, batch, config, 4.0)[0].backward()
+    with torch.no_grad():
+        logps[3:] += torch.tensor([0.0, 30.0, -30.0, 0.2, -0.2, 1.0])
+    loss = run_loss(logps, batch, config, 4.0)[0]
+    loss.backward()
     assert not has_gradient(idle, config) and not logps.grad[3:].any() and logps.grad[:3].any()
+    assert loss == run_loss(logps[:3], packed([sample(1.0, length=3)]), config, 4.0)[0]
     assert has_gradient(sample(-0.5, length=6), config)
     with_kl = dataclasses.replace(config, kl_coef=0.1)
     logps.grad = None
-    run_loss(logps, batch, with_kl, 4.0, logps.detach() - 0.1)[0].backward()
+    run_loss(logps, batch, with_kl, 4.0, logps.detach() - 0.1)[0].backward()  # the KL's, and of an advantage of 0
     assert has_gradient(idle, with_kl) and logps.grad[3:].all()
     assert has_gradient(idle, dataclasses.replace(config, loss="mine.py:loss"))
     assert has_gradient(sample(0.0, length=6, rethought=TRIGGER), config)

@@ -9,7 +9,7 @@ import pytest
 from rethinker.algorithm.advantages import assign_advantages
 from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.algorithm.selection import Batch, select_batch
-from rethinker.config import ReplayConfig
+from rethinker.config import AlgorithmConfig, ReplayConfig
 from rethinker.samples import Group
 from tests.algorithm.examples import group
 
@@ -18,7 +18,7 @@ DIFFER, EQUAL = [1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]
 
 def step(*rewards: list[float], tag: str = "") -> list[Group]:
     groups = [group(r, name=f"{tag}{i}") for i, r in enumerate(rewards)]
-    assign_advantages(groups, "std")
+    assign_advantages(groups, AlgorithmConfig(), {})
     return groups
 
 
