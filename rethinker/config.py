@@ -292,7 +292,7 @@ class AlgorithmConfig:
     """Several reward functions: an advantage by each one's values alone, then their weighted sum over its standard
     deviation over the episode (GDPO); false: one by the weighted sum of the values."""
     loss: ranges.PathOrName = "grpo"
-    """The loss of a token: `grpo`, `cispo`, `sapo`, `gmpo`, or your own as `path/to/file.py:function` (docs/losses.md)."""
+    """The loss of a token: `grpo`, `cispo`, `sapo`, `gmpo`, or yours as `path/to/file.py:function` (docs/losses.md)."""
     clip_low: ranges.Fraction = 0.2
     """The ratio is clipped below 1 - clip_low; `gmpo`: its logarithm below -clip_low."""
     clip_high: ranges.Positive = 0.2

@@ -19,12 +19,14 @@ SCALES = {
     "qwen2_5_vl_72b": (64, 80),
     "qwen3_vl_8b": (8, 80),
 }
+# Presets of a published method, whose formulas are held in tests/algorithm/test_formulas.py.
+METHODS = {"dapo", "dr_grpo", "gspo", "cispo", "sapo", "gmpo", "rloo", "reinforce_pp"}
 
 
 def test_every_recipe_is_listed():
     """A new recipe joins the table above, and with it these tests."""
     assert set(SCALES) == {name for name in shipped_recipes() if "_cpu" not in name}
-    assert set(presets()) == {"virl39k", "released_code", "stage2", "offload", "zeropp"}
+    assert set(presets()) == {"virl39k", "released_code", "stage2", "offload", "zeropp"} | METHODS
 
 
 @pytest.mark.parametrize("name", SCALES)
@@ -48,6 +50,17 @@ def test_paper_and_released_code_in_both_stages(name):
     assert re.fullmatch(rf"{name}-released_code-stage2-\d{{8}}-\d{{6}}", both.run.name)
 
 
+@pytest.mark.parametrize("recipe", shipped_recipes())
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_goes_with_every_recipe(recipe, method):
+    """A method's preset resolves and passes its checks on each recipe, changes the algorithm alone, and a setting that
+    is given still wins."""
+    plain, config = resolve_config(recipe), resolve_config(f"{recipe}+{method}", {"algorithm.clip_low": 0.11})
+    assert config.algorithm != plain.algorithm and config.algorithm.clip_low == 0.11
+    config.algorithm, config.run.name = plain.algorithm, plain.run.name
+    assert config == plain
+
+
 @pytest.mark.parametrize("name", SCALES)
 def test_it_fits_the_gpus_it_names(name, tmp_path):
     """`rethinker plan` says so, for the first stage; the second differs in its prompt alone."""
@@ -61,10 +74,10 @@ def test_parts_that_do_not_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="no recipe named 'stage2': give a shipped one"):
         resolve_config("stage2")
-    with pytest.raises(ConfigError, match=r"no recipe named 'stage3': give a shipped one \(offload, released_code, "):
+    with pytest.raises(ConfigError, match=r"no recipe named 'stage3': give a shipped one \(cispo, dapo, "):
         resolve_config("qwen2_5_vl_7b+stage3")
     (tmp_path / "mine.yaml").write_text("base: stage9\n")
-    with pytest.raises(ConfigError, match="base='stage9' must be one of offload, released_code, stage2, virl39k"):
+    with pytest.raises(ConfigError, match="base='stage9' must be one of cispo, dapo, dr_grpo, gmpo, gspo, "):
         resolve_config("mine.yaml")
     (tmp_path / "mine.yaml").write_text("base: virl39k\npolicy: {model: /m}\n")
     config = resolve_config("mine.yaml+stage2")

@@ -199,6 +199,27 @@ def test_options_of_the_objective_train(ssr, scratch):
     assert moved and not any("visual" in name for name in moved)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("gmpo", ["--algorithm.advantage_baseline", "leave_one_out", "--algorithm.kl_coef", "0.01"]),
+        ("cispo", ["--algorithm.advantage_baseline", "batch", "--algorithm.advantage_scale", "batch"]),
+    ],
+)
+def test_losses_and_advantages_of_other_methods_train(ssr, scratch, method, options):
+    """A loss of whole responses with a KL term and RLOO's baseline, and one of tokens with REINFORCE++'s advantages:
+    the policy moves, and who has an advantage follows from the baseline."""
+    rows = recorded(scratch, method, "--algorithm.loss", method, *options, "--train.max_steps", "2")
+    assert all(row["grad_norm"] > 0 and row["skipped"] == 0 for row in rows)
+    assert (rows[-1]["kl"] > 0) == (method == "gmpo")
+    for row, first in zip(rows, ssr, strict=False):
+        assert row["reward_mean"] == first["reward_mean"] and row["trained_pairs"] == N
+        if method == "cispo":  # every response but one at the episode's mean has an advantage: replay has nothing to do
+            assert row["effective_query_ratio"] == 1 and row["replay_fraction"] == 0
+        else:
+            assert row["effective_query_ratio"] == first["effective_query_ratio"]
+
+
 def test_forced_rethinking_trains_on_two_ranks_from_a_checkpoint(ssr, scratch):
     """A saved checkpoint is a model folder: vLLM and ZeRO-3 on two ranks start from it as from any other.
 
