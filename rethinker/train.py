@@ -58,9 +58,8 @@ def train(
             while run.unfinished():
                 if not run.groups:  # a new episode: rollout, reward, forced rethinking
                     groups = run.episodes.take(run.progress.episode, policy.version, run.times)
-                    assign_advantages(
-                        groups, config.algorithm, {}, run.ranks.device
-                    )  # MERGE: reward_weights(config.reward)
+                    # MERGE: reward_weights(config.reward) in place of {}
+                    assign_advantages(groups, config.algorithm, {}, run.ranks.device)
                     run.begin_episode(groups)
 
                 rollout.sleep()
