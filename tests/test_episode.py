@@ -199,7 +199,8 @@ def test_rollouts_that_are_all_wrong_are_scored_for_their_mismatch():
 
     def group(*rewards):
         answers = [Completion([1], [-0.1], "", "stop") for _ in rewards]
-        return Group(QUERIES[0], answers, 0, rewards=[*rewards], advantages=[0.0] * len(rewards))
+        advantages = [reward - sum(rewards) / len(rewards) for reward in rewards]
+        return Group(QUERIES[0], answers, 0, rewards=[*rewards], advantages=advantages)
 
     wrong, mixed = group(0.0, 0.0), group(0.0, 1.0)
     assert score_again([wrong, mixed, wrong], [wrong, mixed], policy, None, Config()) is None and not scored
