@@ -216,7 +216,7 @@ class ReplayBuffer:
         _, exponent = math.frexp(max(weights))
         scaled *= 2.0 ** min(SumTree.WEIGHT_BITS - 1 - exponent, 1023)  # a power of 2 rounds nothing
         scaled[scaled < 0.5 * 2.0**-self._tree.fraction_bits] = 0.0
-        self._weigh(list(self._entries), scaled.tolist())
+        self._weigh(list(self._entries), scaled)
         return int(scaled.count_nonzero())
 
     def _check(self, entries: list[_Entry]) -> None:
@@ -237,9 +237,9 @@ class ReplayBuffer:
             self._size -= len(self._entries.pop(slot).samples)
         self._free.extend(slots)
 
-    def _weigh(self, slots: list[int], priorities: list[float]) -> None:
+    def _weigh(self, slots: list[int], priorities: list[float] | torch.Tensor) -> None:
         if slots:
-            self._tree.update(torch.tensor(slots), torch.tensor(priorities, dtype=torch.float64))
+            self._tree.update(torch.tensor(slots), torch.as_tensor(priorities, dtype=torch.float64))
 
 
 def _size(samples: list[Sample]) -> float:

@@ -71,7 +71,9 @@ def select_batch(
     draws: list[Sample] = []
     dropped = 0.0
     if name != "grpo":
-        below = [s for s in samples if max_advantage is None or abs(s.advantage) < max_advantage]
+        below = samples
+        if max_advantage is not None:
+            below = [sample for sample in samples if not abs(sample.advantage) >= max_advantage]  # replay refuses NaN
         dropped = (len(samples) - len(below)) / max(1, sum(sample.advantage != 0 for sample in samples))
         samples = [sample for sample in below if sample.advantage != 0]
         if name == "ssr":
