@@ -198,8 +198,8 @@ def p_value(seen: Counter, weights: dict, bias: float = 1.0, biased: object = No
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("start", [0, 100_000])
 def test_old_samples_are_drawn_less(alpha, start):
-    """FreshPER: P(j) in proportion to |A_j|^alpha exp(-age_j / tau), age in adds, also where alpha is 0, and however many
-    adds there were before; a 5% error in one probability would be noticed."""
+    """FreshPER: P(j) in proportion to |A_j|^alpha exp(-age_j / tau), age in adds, also where alpha is 0, and however
+    many adds there were before; a 5% error in one probability would be noticed."""
     replay = buffer(alpha=alpha, age_decay=2.0)
     replay._adds = start
     kept = {}
