@@ -67,14 +67,11 @@ def test_how_probable_a_response_was_is_noted():
     """`nlls` are the mean -log p of the sampled tokens, as the rollout gave them: forced ones, which are NaN, do not
     count, an empty response has 0, and scoring a response again later changes nothing."""
     one = group("x", "a", "b", "c")
-    one.completions[0].logprobs = np.array([-1.0, np.nan, -2.0], np.float32)
-    one.completions[1].logprobs = np.zeros(0, np.float32)
+    one.completions[0] = Completion([1, 2, 3], [-1.0, float("nan"), -2.0], "a", "stop")
+    one.completions[1] = Completion([], [], "b", "stop")
     note_kinds([one], Config())
-    one.completions[0].logprobs, one.rewards, one.advantages = (
-        np.zeros(3, np.float32),
-        [1.0, 0.0, 1.1],
-        [1.0, -1.0, 1.0],
-    )
+    one.completions[0].logprobs = one.completions[2].logprobs  # as if scored by the trainer
+    one.rewards, one.advantages = [1.0, 0.0, 1.1], [1.0, -1.0, 1.0]
     assert one.nlls == [1.5, 0.0, 1.0] == [sample.nll for sample in one.samples()]
     assert [sample.right for sample in one.samples()] == [True, False, True]
     assert {sample.correctness for sample in one.samples()} == {2 / 3}

@@ -177,14 +177,13 @@ def test_a_solved_question_leaves_replay():
     assert batch.effective_query_ratio == 1.0 and {s.query.id for s in replay.draw(200)} == {"b"}
 
 
-@pytest.mark.parametrize(("unit", "mean"), [("sample", 3**0.5), ("group", 0.0)])
+@pytest.mark.parametrize(("unit", "mean"), [("sample", 1.5), ("group", 0.0)])
 def test_draws_by_correctness_push_up(unit, mean):
-    """Draws of right responses alone have a mean advantage of sqrt((1 - p) / p), above 0; whole groups keep 0."""
+    """Draws of right responses alone have a mean advantage of sqrt((G - 1) / G (1 - p) / p); whole groups keep 0."""
     replay = ReplayBuffer(ReplayConfig(capacity=1000, priority="correctness", unit=unit), seed=0)
     select_batch(numbered([1.0, 0.0, 0.0, 0.0]), name="ssr", pairs=4, replay=replay)
     draws = select_batch([], name="ssr", pairs=800, replay=replay)
-    size = abs(mean * 3**0.5 / 2)  # the deviation is of n - 1
-    assert draws.metrics(replay)["advantage_mean"] == pytest.approx(size, abs=1e-5)
+    assert draws.metrics(replay)["advantage_mean"] == pytest.approx(mean, abs=1e-5)
 
 
 def test_progress_reaches_the_importance_exponent():
@@ -194,7 +193,7 @@ def test_progress_reaches_the_importance_exponent():
     for progress in (0.0, 0.5):
         batch = select_batch([], name="ssr", pairs=100, replay=replay, progress=progress)
         for sample in batch.samples:
-            chance = abs(sample.advantage) / (4 * 0.75 * 3**0.5 / 2 * 2 / 3**0.5)  # 1.5 + 3 * 0.5 = 3
+            chance = abs(sample.advantage) / 3  # of 1.5, and 0.5 three times
             assert sample.weight == pytest.approx((4 * chance) ** -progress, rel=1e-4)
 
 
