@@ -48,6 +48,16 @@ def check_geometry(config: Config) -> None:
         )
     if policy.lora.target_modules and not policy.lora.rank:
         raise ConfigError(f"policy.lora.target_modules={policy.lora.target_modules} needs policy.lora.rank, as 16")
+    if config.algorithm.max_advantage is not None and config.algorithm.name == "grpo":
+        raise ConfigError(
+            f"algorithm.max_advantage={config.algorithm.max_advantage} drops samples, and algorithm.name=grpo keeps "
+            "all; set algorithm.name to filter or ssr"
+        )
+    if config.replay.priority == "correctness" and config.replay.alpha != 1:
+        raise ConfigError(
+            f"replay.alpha={config.replay.alpha} is for advantages, and replay.priority=correctness does not draw by "
+            "them; leave it at 1.0"
+        )
     if not rethink.triggers or not all(rethink.triggers.values()):
         raise ConfigError(f"rethink.triggers={rethink.triggers} needs at least one name with a text that is not empty")
     if rethink.fraction > 0 and rollout.backend == "recorded":

@@ -314,14 +314,21 @@ class AlgorithmConfig:
     """Mean over all tokens, mean of per-sequence means, or sum over a constant length (Dr. GRPO)."""
     rollout_correction: ranges.Positive | None = None
     """Cap of the truncated importance weight between rollout and trainer log-probs; null switches it off."""
+    max_advantage: ranges.Positive | None = None
+    """`filter` and `ssr`: also drop samples whose |advantage| is this or more, before replay (the upper threshold of
+    PAD)."""
 
 
 @dataclass
 class ReplayConfig:
     """Selective Sample Replay."""
 
+    priority: Literal["advantage", "correctness"] = "advantage"
+    """Draw by advantages, or by the share of a query's responses that are right (ExGRPO; docs/how_it_works.md)."""
     alpha: ranges.NotNegative = 1.0
     """Draw with probability proportional to |advantage|^alpha; 0 is uniform."""
+    age_decay: ranges.Positive | None = None
+    """Also in proportion to exp(-age / age_decay), age in training steps since the sample was added (FreshPER)."""
     unit: Literal["sample", "group"] = "sample"
     """Draw single samples, or all effective samples of a query at once, with the sum of their |advantage|."""
     capacity: ranges.Capacity = 65536
@@ -335,6 +342,8 @@ class ReplayConfig:
     importance_exponent: ranges.NotNegative = 0.0
     """Weight draws by (1 / (n P(j)))^exponent, as prioritised experience replay does; 0 is off. Try 1 (or
     replay.unit=group) where most responses are right: plain draws then have a mean advantage below 0."""
+    importance_exponent_end: ranges.NotNegative | None = None
+    """Where importance_exponent gets to, linearly over the run (0.4 to 1 in prioritised replay); null: it stays."""
 
 
 @dataclass

@@ -209,11 +209,13 @@ def judge(groups: list[Group], checker: AnswerChecker, config: Config) -> None:
 
 
 def note_kinds(groups: list[Group], config: Config) -> None:
-    """Set `group.rethinks` and `group.fast`: which responses rethink of their own accord, and which answer at once."""
+    """Set `group.rethinks` and `group.fast`, which responses rethink of their own accord and which answer at once, and
+    `group.nlls`."""
     for group in groups:
         forced = [c.rethought and config.rethink.triggers.get(c.rethought.name) for c in group.completions]
         group.rethinks = [rethinks(c.text, phrase or "") for c, phrase in zip(group.completions, forced, strict=True)]
         group.fast = [c.rethought is None and answers_at_once(c.text) for c in group.completions]
+        group.nlls = [c.mean_nll for c in group.completions]
 
 
 def score_again(

@@ -135,6 +135,11 @@ class Run:
         """Whether there is another step to do."""
         return self.policy.steps < self.total_steps and (bool(self.groups) or self._may_sample())
 
+    @property
+    def done(self) -> float:
+        """How far the run is, 0 to 1: its steps, or its budget of tokens if that is further, as the learning rate."""
+        return min(1.0, max(self.policy.steps / self.total_steps, self.policy.budget_spent))
+
     def _may_sample(self) -> bool:
         return self.progress.generated < (self.config.train.max_generated_tokens or math.inf)
 

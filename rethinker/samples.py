@@ -123,6 +123,14 @@ class Completion:
         """Whether the supervised term applies: to rethought responses, which are kept only if they are right."""
         return self.rethought is not None
 
+    @property
+    def mean_nll(self) -> float:
+        """Mean -log p of the tokens that were sampled (nats per token), an estimate of their entropy; 0 without any."""
+        import numpy as np
+
+        sampled = self.logprobs[~np.isnan(self.logprobs)]
+        return -float(sampled.mean(dtype=np.float64)) if sampled.size else 0.0
+
 
 @dataclass(frozen=True)
 class RemoteCompletion:
@@ -149,6 +157,7 @@ class Group:
     advantages: list[float] = field(default_factory=list)
     rethinks: list[bool] = field(default_factory=list)  # per completion: does it rethink of its own accord
     fast: list[bool] = field(default_factory=list)  # per completion: is it nothing but the answer
+    nlls: list[float] = field(default_factory=list)  # per completion: `Completion.mean_nll` as it was sampled
     rethinking: Rethinking = field(default_factory=Rethinking)
     sampled_tokens: int = 0  # by the policy for this query, discarded second passes included
     number: int = 0
@@ -164,11 +173,16 @@ class Group:
 
     def samples(self) -> list[Sample]:
         """One sample per completion; rewards and advantages must be known."""
+        right = [reward >= 1 for reward in self.rewards]
         shared = {"prompt_tokens": self.prompt_tokens, "group": self.number, "owner": self.owner}
-        known = zip(self.completions, self.advantages, self.rewards, strict=True)
+        shared["correctness"] = sum(right) / max(1, len(right))
+        nlls = self.nlls or [0.0] * len(self.completions)
+        known = zip(self.completions, self.advantages, self.rewards, right, nlls, strict=True)
         return [
-            Sample(self.query, completion, advantage, self.policy_version, reward, index=index, **shared)
-            for index, (completion, advantage, reward) in enumerate(known)
+            Sample(
+                self.query, completion, advantage, self.policy_version, reward, index=i, right=good, nll=nll, **shared
+            )
+            for i, (completion, advantage, reward, good, nll) in enumerate(known)
         ]
 
 
@@ -179,6 +193,8 @@ class Sample:
     `policy_version` counts weight syncs: the version whose log-probs `completion.logprobs` are.
     `weight` multiplies the sample's loss (1, or an importance weight of prioritised replay).
     (`group`, `index`) name the response on every rank; only `owner` holds its tokens until the sample is trained.
+    `right` (a reward of 1 or more), `correctness` (the share of its group's responses that are right) and `nll`
+    (`Completion.mean_nll` as it was sampled) are what replay.priority=correctness draws by.
     """
 
     query: Query
@@ -191,6 +207,9 @@ class Sample:
     group: int = 0
     index: int = 0
     owner: int = 0
+    right: bool = False
+    correctness: float = 0.0
+    nll: float = 0.0
 
     @property
     def input_tokens(self) -> int:

@@ -65,7 +65,8 @@ def train(
                 rollout.sleep()
                 fresh = run.next_groups(pairs // config.rollout.group_size)
                 # Zero advantages are dropped, the rest enters replay, and draws from it fill the batch.
-                batch = select_batch(fresh, name=config.algorithm.name, pairs=pairs, replay=replay)
+                limits = {"pairs": pairs, "max_advantage": config.algorithm.max_advantage}
+                batch = select_batch(fresh, name=config.algorithm.name, replay=replay, progress=run.done, **limits)
                 with run.step():  # packing, forward, fused loss, backward, optimizer
                     update = policy.train_step(batch.samples)
                 run.trained(fresh, batch, update)

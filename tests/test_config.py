@@ -288,6 +288,9 @@ def test_batches_must_hold_whole_groups_and_episodes_whole_batches():
         ("replay.alpha", float("nan"), "a finite number"),
         ("replay.importance_exponent", -1.0, "greater than or equal to 0"),
         ("replay.max_age", -1, "greater than or equal to 0"),
+        ("replay.age_decay", 0.0, "greater than 0"),
+        ("replay.importance_exponent_end", -0.1, "greater than or equal to 0"),
+        ("algorithm.max_advantage", 0.0, "greater than 0"),
         ("rollout.max_mismatch_kl", 0.0, "greater than 0"),
         ("rollout.max_mismatch_kl", "automatic", "must be auto or a number"),
         ("rollout.max_staleness", 2, "less than or equal to 1"),
@@ -308,6 +311,22 @@ def test_values_out_of_range(key, value, needed):
     with pytest.raises(ConfigError, match=key) as error:
         resolve_config("easy_vqa_cpu", {key: value})
     assert needed in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [
+        ({"algorithm.max_advantage": 2.0, "algorithm.name": "grpo"}, "algorithm.name to filter or ssr"),
+        ({"replay.priority": "correctness", "replay.alpha": 0.5}, "leave it at 1.0"),
+    ],
+)
+def test_replay_rules_that_exclude_each_other(given, needed):
+    """A threshold that would drop what grpo keeps, and an exponent of advantages where they do not count, are refused,
+    each named with its value; what would work is taken."""
+    key, value = next(item for item in given.items() if isinstance(item[1], float))
+    with pytest.raises(ConfigError, match=f"{key}={value}.*{needed}"):
+        resolve_config("easy_vqa_cpu", given)
+    assert resolve_config("easy_vqa_cpu", {"algorithm.max_advantage": 2.0, "replay.priority": "correctness"})
 
 
 def test_defaults_are_in_range():

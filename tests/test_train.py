@@ -63,6 +63,31 @@ def test_a_forced_response_is_not_a_fast_one():
     assert one.fast == [False, True, False, True] and one.rethinks == [False, False, True, False]
 
 
+def test_how_probable_a_response_was_is_noted():
+    """`nlls` are the mean -log p of the sampled tokens, as the rollout gave them: forced ones, which are NaN, do not
+    count, an empty response has 0, and scoring a response again later changes nothing."""
+    one = group("x", "a", "b", "c")
+    one.completions[0] = Completion([1, 2, 3], [-1.0, float("nan"), -2.0], "a", "stop")
+    one.completions[1] = Completion([], [], "b", "stop")
+    note_kinds([one], Config())
+    one.completions[0].logprobs = one.completions[2].logprobs  # as if scored by the trainer
+    one.rewards, one.advantages = [1.0, 0.0, 1.1], [1.0, -1.0, 1.0]
+    assert one.nlls == [1.5, 0.0, 1.0] == [sample.nll for sample in one.samples()]
+    assert [sample.right for sample in one.samples()] == [True, False, True]
+    assert {sample.correctness for sample in one.samples()} == {2 / 3}
+    one.nlls = []  # of a group that an older release saved
+    assert [sample.nll for sample in one.samples()] == [0.0] * 3
+
+
+def test_how_far_a_run_is():
+    """`done` is the share of its steps, or of its budget of tokens if that is further, and at most 1."""
+    run = Run(Config())
+    run.total_steps = 8
+    for steps, spent, done in ((0, 0.0, 0.0), (2, 0.0, 0.25), (2, 0.5, 0.5), (6, 0.5, 0.75), (8, 1.2, 1.0)):
+        run.policy = SimpleNamespace(steps=steps, budget_spent=spent)
+        assert run.done == done
+
+
 def test_the_engine_sleeps_before_the_policy_scores(monkeypatch):
     """On a GPU scoring is sized for the memory that vLLM leaves while it sleeps, as a step is."""
     config = Config(rollout=RolloutConfig(group_size=2), train=TrainConfig(batch_pairs=4))

@@ -24,6 +24,7 @@ class Batch:
     samples: list[Sample]
     replayed: int
     effective_query_ratio: float
+    dropped_by_advantage: float = 0.0
 
     @property
     def draws(self) -> list[Sample]:
@@ -37,6 +38,7 @@ class Batch:
         sizes = np.abs(advantages)
         return {
             "effective_query_ratio": self.effective_query_ratio,
+            "dropped_by_advantage": self.dropped_by_advantage,
             "trained_pairs": len(self.samples),
             "replay_fraction": self.replayed / max(1, len(self.samples)),
             "replay_size": len(replay),
@@ -50,22 +52,35 @@ class Batch:
 
 
 def select_batch(
-    groups: list[Group], *, name: Literal["grpo", "filter", "ssr"], pairs: int, replay: ReplayBuffer
+    groups: list[Group],
+    *,
+    name: Literal["grpo", "filter", "ssr"],
+    pairs: int,
+    replay: ReplayBuffer,
+    max_advantage: float | None = None,
+    progress: float = 0.0,
 ) -> Batch:
     """Choose the samples of one step (VL-Rethinker: Vanishing advantages, Selective Sample Replay).
 
-    Of the step's groups, over all ranks, `grpo` keeps every sample, `filter` those with |A| > 0; `ssr` puts these into
-    `replay` and then draws max(0, pairs - their number) from it; an empty buffer leaves the batch smaller.
+    Of the step's groups, over all ranks, `grpo` keeps every sample, `filter` those with |A| > 0 and, where it is given,
+    |A| < max_advantage (PAD, arXiv 2506.04207); `ssr` puts these into `replay` and then draws max(0, pairs - their
+    number) from it; an empty buffer leaves the batch smaller. `progress`, the share of the run that is done, is for
+    replay.importance_exponent_end.
     """
     samples = [sample for group in groups for sample in group.samples()]
-    if name != "grpo":
-        samples = [sample for sample in samples if sample.advantage != 0]
     draws: list[Sample] = []
-    if name == "ssr":
-        replay.add(samples)
-        draws = replay.draw(max(0, pairs - len(samples)))
+    dropped = 0.0
+    if name != "grpo":
+        below = samples
+        if max_advantage is not None:
+            below = [sample for sample in samples if not abs(sample.advantage) >= max_advantage]  # replay refuses NaN
+        dropped = (len(samples) - len(below)) / max(1, sum(sample.advantage != 0 for sample in samples))
+        samples = [sample for sample in below if sample.advantage != 0]
+        if name == "ssr":
+            replay.add(below)  # which drops zero advantages, too, but learns from them which queries are solved
+            draws = replay.draw(max(0, pairs - len(samples)), progress)
     effective = sum(group.effective for group in groups) / max(1, len(groups))
-    return Batch(samples + draws, replayed=len(draws), effective_query_ratio=effective)
+    return Batch(samples + draws, len(draws), effective, dropped)
 
 
 def category_metrics(fresh: list[Group], draws: list[Sample]) -> dict[str, dict[str, float]]:

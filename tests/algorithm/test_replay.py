@@ -1,9 +1,11 @@
-"""ReplayBuffer: law 9, eviction, importance weights, and exact checkpoints."""
+"""ReplayBuffer: law 9 under every rule, eviction, importance weights, and exact checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.config import ConfigError, ReplayConfig
+from rethinker.samples import Sample
 from tests.algorithm.examples import sample
 
 ALARM = 1e-6
@@ -182,6 +185,200 @@ def test_the_same_seed_draws_the_same_on_every_rank():
     assert results[0] == results[1] != results[2]
 
 
+def p_value(seen: Counter, weights: dict, bias: float = 1.0, biased: object = None) -> float:
+    """Of the counts under probabilities in proportion to `weights`, one of them times `bias`."""
+    expected = {name: weight * (bias if name == biased else 1) for name, weight in weights.items()}
+    scale = seen.total() / sum(expected.values())
+    assert set(seen) <= set(weights)
+    return scipy.stats.power_divergence(
+        [seen[name] for name in weights], [scale * e for e in expected.values()], lambda_="log-likelihood"
+    ).pvalue
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("start", [0, 100_000])
+def test_old_samples_are_drawn_less(alpha, start):
+    """FreshPER: P(j) in proportion to |A_j|^alpha exp(-age_j / tau), age in adds, also where alpha is 0, and however
+    many adds there were before; a 5% error in one probability would be noticed."""
+    replay = buffer(alpha=alpha, age_decay=2.0)
+    replay._adds = start
+    kept = {}
+    for number, advantages in enumerate([[4.0, -1.0], [], [-2.0], [0.5, 1.0, -3.0]]):
+        samples = [sample(a, f"{number}.{i}") for i, a in enumerate(advantages)]
+        kept |= {each.query.id: (abs(each.advantage), 3 - number) for each in samples}
+        replay.add(samples)
+    weights = {name: size**alpha * math.exp(-age / 2.0) for name, (size, age) in kept.items()}
+    seen = Counter(drawn(replay, 100_000))
+    assert p_value(seen, weights) > ALARM > p_value(seen, weights, 1.05, "3.2")
+    assert p_value(seen, {name: size**alpha for name, (size, _) in kept.items()}) < ALARM
+
+
+def test_weights_are_the_formula_to_the_trees_precision():
+    """Law 9, without chance: whatever was drawn before, every P(j) is the formula's, up to ages of 20 tau: to 1e-6, or
+    1e-12 of 1."""
+    replay = buffer(capacity=1000, age_decay=3.0, alpha=0.7)
+    for number in range(60):
+        replay.add([sample((-1) ** i * 10.0 ** (i - 4), f"{number}.{i}") for i in range(8)])
+        replay.draw(3)
+    formula = [(10.0 ** (i - 4)) ** 0.7 * math.exp(-(59 - number) / 3.0) for number in range(60) for i in range(8)]
+    exact = torch.tensor(formula, dtype=torch.float64)
+    found = replay._tree.probability(torch.tensor(list(replay._entries)))
+    assert torch.allclose(found, exact / exact.sum(), rtol=1e-6, atol=1e-12)
+
+
+def test_a_sample_of_weight_zero_is_never_drawn():
+    """An entry so old that it weighs less than half of the tree's unit cannot be drawn, is not asked for without
+    replacement, and does not count in importance weights; it comes back where the younger ones have left."""
+    for replacement in (True, False):
+        replay = buffer(age_decay=1.0, importance_exponent=1.0, replacement=replacement, clear_every_episode=False)
+        replay.add([sample(1e3, "ancient", version=1)])
+        for _ in range(100):
+            replay.add([])
+        replay.add([sample(1e-3, "new", version=0), sample(3e-3, "other", version=0)])
+        draws = replay.draw(500)
+        assert {each.query.id for each in draws} == {"new", "other"} and len(replay) == 3
+        assert len(draws) == (500 if replacement else 2)
+        weights = {"new": 2.0, "other": 2 / 3}  # 1 / (2 P): of two entries
+        assert all(each.weight == pytest.approx(weights[each.query.id]) for each in draws)
+        replay._config.max_age = 0
+        replay.end_episode(1)
+        assert drawn(replay, 1) == ["ancient"]
+
+
+def test_ages_beyond_any_float_draw_evenly():
+    """A buffer whose samples are all ancient is drawn from as if they were new: only differences of age count."""
+    replay = buffer(age_decay=1e-3)
+    replay.add([sample(1.0, "a"), sample(3.0, "b")])
+    for _ in range(50):
+        replay.add([])
+    assert p_value(Counter(drawn(replay, 20_000)), {"a": 1.0, "b": 3.0}) > ALARM
+
+
+def question(name: str, right: int, group: int, nlls: list[float] | None = None, of: int = 4) -> list[Sample]:
+    """A group's samples, the first `right` of them right; the lower `nll` are the more probable ones."""
+    share = right / of
+    return [
+        dataclasses.replace(
+            sample((1 - share) if i < right else -share, name),
+            group=group,
+            index=i,
+            right=i < right,
+            reward=float(i < right),
+            correctness=share,
+            nll=(nlls or [0.5] * of)[i],
+        )
+        for i in range(of)
+    ]
+
+
+@pytest.mark.parametrize("unit", ["sample", "group"])
+def test_questions_are_drawn_by_their_bucket(unit):
+    """ExGRPO: a bucket of questions that are equally often right is drawn in proportion to exp(-(share - 1/2)^2 / 2),
+    and its questions evenly; those never or always right are not kept. A 15% error in one would be noticed."""
+    replay = buffer(priority="correctness", unit=unit)
+    buckets = {"a": 1, "b": 1, "c": 1, "d": 2, "e": 3, "f": 3, "never": 0, "always": 4}
+    samples = [question(name, right, number) for number, (name, right) in enumerate(buckets.items())]
+    replay.add(list(itertools.chain(*samples)))
+    sizes = Counter(buckets.values())
+    weights = {
+        name: math.exp(-((right / 4 - 0.5) ** 2) / 2) / sizes[right] for name, right in buckets.items() if 0 < right < 4
+    }
+    draws = replay.draw(100_000)
+    seen = Counter(each.query.id for each in draws)
+    if unit == "group":
+        assert all(count % 4 == 0 for count in seen.values())  # 4 x 25,000 draws: whole groups
+        seen = Counter({name: count // 4 for name, count in seen.items()})
+    assert p_value(seen, weights) > ALARM > p_value(seen, weights, 1.15, "d")
+    assert p_value(seen, {name: weights[name] * sizes[buckets[name]] for name in weights}) < ALARM  # per question
+    assert len(replay) == (6 if unit == "sample" else 24)
+
+
+def test_the_most_probable_right_response_stands_for_its_question():
+    """With unit=sample a draw is the right response of the lowest mean -log p, never a wrong one, however probable, nor
+    a right one that is pushed down; the first of equals."""
+    replay = buffer(priority="correctness")
+    replay.add(question("a", 2, 0, nlls=[0.9, 0.3, 0.1, 0.2]) + question("b", 3, 1, nlls=[0.4, 0.4, 0.5, 0.1]))
+    pushed = question("c", 2, 2, nlls=[0.1, 0.7, 0.0, 0.0])
+    pushed[0].advantage = -0.2
+    replay.add([*pushed, dataclasses.replace(question("d", 1, 3)[0], advantage=0.0)])
+    assert {(each.query.id, each.index) for each in replay.draw(2000)} == {("a", 1), ("b", 0), ("c", 1)}
+
+
+def test_a_question_is_kept_as_it_was_answered_last():
+    """Its latest group takes an earlier one's place, also within one add, and one that is all right or all wrong just
+    removes it; other questions stay."""
+    replay = buffer(priority="correctness", unit="group", clear_every_episode=False)
+    replay.add(question("a", 1, 0) + question("b", 2, 1) + question("c", 3, 2) + question("b", 3, 3))
+    assert {(each.query.id, each.group) for each in replay.draw(500)} == {("a", 0), ("b", 3), ("c", 2)}
+    solved = [dataclasses.replace(each, advantage=0.0) for each in question("c", 4, 4)]
+    lost = [dataclasses.replace(each, advantage=0.0) for each in question("b", 0, 5)]
+    replay.add(solved + lost + question("a", 2, 6))
+    assert {(each.query.id, each.group) for each in replay.draw(500)} == {("a", 6)} and len(replay) == 4
+
+
+def test_buckets_decay_too():
+    """Both rules together: the bucket's weight, over its size, times exp(-age / tau)."""
+    replay = buffer(priority="correctness", age_decay=1.5)
+    replay.add(question("old", 1, 0) + question("older", 3, 1))
+    replay.add(question("new", 1, 2))
+    bell = math.exp(-1 / 32)
+    weights = {"old": bell / 2 * math.exp(-1 / 1.5), "older": bell * math.exp(-1 / 1.5), "new": bell / 2}
+    seen = Counter(drawn(replay, 50_000))
+    assert p_value(seen, weights) > ALARM > p_value(seen, weights, 1.1, "older")
+
+
+def test_the_importance_exponent_rises_over_the_run():
+    """At progress p it is exponent + p (end - exponent); without an end it stays, whatever the progress."""
+    advantages = {"a": 1.0, "b": -3.0}
+    expected = [(1.0, 0.0, 0.4), (1.0, 0.25, 0.55), (1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (None, 1.0, 0.4)]
+    for end, progress, exponent in expected:
+        replay = buffer(importance_exponent=0.4, importance_exponent_end=end)
+        replay.add([sample(a, name) for name, a in advantages.items()])
+        for each in replay.draw(50, progress):
+            chance = abs(advantages[each.query.id]) / 4
+            assert each.weight == pytest.approx((2 * chance) ** -exponent)
+
+
+RULES = (
+    {"age_decay": 1.5},
+    {"age_decay": 1.5, "alpha": 0.6, "unit": "group"},
+    {"priority": "correctness"},
+    {"priority": "correctness", "unit": "group", "age_decay": 2.0},
+    {"importance_exponent": 0.4, "importance_exponent_end": 1.0},
+)
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+@pytest.mark.parametrize("replacement", [True, False])
+def test_every_rule_goes_on_from_a_checkpoint(rules, replacement):
+    """Law 10: draws, weights, ages and sizes of a restored buffer are those of the one that went on, bit for bit."""
+    settings = {"capacity": 30, "replacement": replacement, "clear_every_episode": False, "max_age": 3} | rules
+
+    def feed(replay: ReplayBuffer, step: int) -> list:
+        members = []
+        for i in range(3):
+            number = (3 * step + i) % 11  # some come again
+            nlls = [0.1 * ((number + j) % 4) for j in range(4)]
+            members += question(f"q{number}", (step + number) % 5, 3 * step + i, nlls)
+        for each in members:
+            each.policy_version = step // 2
+        replay.add(members)
+        draws = replay.draw(7, progress=step / 12)
+        replay.end_episode(step // 2)
+        return [(d.group, d.index, d.weight) for d in draws] + [len(replay), replay.drawn_age_mean]
+
+    replay, restored = buffer(**settings), buffer(seed=9, **settings)
+    for step in range(6):
+        feed(replay, step)
+    restored.add(question("stale", 2, 99))
+    file = io.BytesIO()
+    torch.save(replay.state_dict(), file)
+    file.seek(0)
+    restored.load_state_dict(torch.load(file, weights_only=False))
+    for step in range(6, 12):
+        assert feed(replay, step) == feed(restored, step)
+
+
 @pytest.mark.parametrize("replacement", [True, False])
 @pytest.mark.parametrize("capacity", [12, 40])  # with 12 samples leave by capacity, with 40 by age
 def test_a_checkpoint_continues_the_stream(replacement, capacity):
@@ -226,10 +423,11 @@ def test_a_saved_state_is_a_copy():
     assert set(drawn(replay, 100)) == {"old"}
 
 
+@pytest.mark.parametrize("rules", [{}, {"age_decay": 2.0}])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 2.0**27])
-def test_an_advantage_that_cannot_be_weighed_names_its_query(bad):
+def test_an_advantage_that_cannot_be_weighed_names_its_query(bad, rules):
     """A non-finite or enormous advantage is refused with the setting and the query; the buffer stays as it was."""
-    replay = buffer()
+    replay = buffer(**rules)
     replay.add([sample(1.0, "fine")])
     with pytest.raises(ConfigError, match=r"replay\.alpha=1\.0.*'broken'"):
         replay.add([sample(1.0), sample(bad, "broken")])

@@ -9,7 +9,7 @@ import pytest
 from rethinker.algorithm.advantages import assign_advantages
 from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.algorithm.selection import Batch, select_batch
-from rethinker.config import AlgorithmConfig, ReplayConfig
+from rethinker.config import AlgorithmConfig, ConfigError, ReplayConfig
 from rethinker.samples import Group
 from tests.algorithm.examples import group
 
@@ -131,6 +131,70 @@ def test_what_replay_adds_to_the_mean_advantage(right):
     assert mean() == pytest.approx((7 / 8) ** 0.5 * (1 - 2 * p) / (2 * (p * (1 - p)) ** 0.5), abs=0.05)
     for settings in ({"alpha": 0.0}, {"importance_exponent": 1.0}, {"unit": "group"}):
         assert mean(**settings) == pytest.approx(0, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["filter", "ssr"])
+def test_too_large_advantages_are_dropped(replay, name):
+    """PAD's upper threshold: samples with |A| >= max_advantage are neither trained nor kept, on either side of 0; their
+    share of those with an advantage is logged. grpo knows no threshold, and none drops nothing."""
+    groups = step([1.0, 0.0, 0.0, 0.0], DIFFER, EQUAL, [0.0, 1.0, 1.0, 1.0])  # |A|: 1.5 and 0.5, 0.87, 0, 0.5 and 1.5
+    limit = abs(groups[0].advantages[0])
+    for most, left, dropped in ((limit, 10, 2 / 12), (limit + 1e-9, 12, 0.0), (None, 12, 0.0), (0.1, 0, 1.0)):
+        buffer = ReplayBuffer(ReplayConfig(capacity=1000), seed=0)
+        batch = select_batch(groups, name=name, pairs=12, replay=buffer, max_advantage=most)
+        fresh = batch.samples[: len(batch.samples) - batch.replayed]
+        assert len(fresh) == left and all(most is None or abs(s.advantage) < most for s in batch.samples)
+        assert batch.metrics(buffer)["dropped_by_advantage"] == dropped
+        assert len(buffer) == (left if name == "ssr" else 0)
+        assert most is None or all(abs(s.advantage) < most for s in buffer.draw(200))
+    plain = select_batch(groups, name="grpo", pairs=12, replay=replay)
+    assert len(plain.samples) == 16 and plain.metrics(replay)["dropped_by_advantage"] == 0.0
+
+
+def test_an_advantage_that_is_no_number_is_not_dropped_in_silence(replay):
+    """A threshold takes no NaN away: replay still refuses it by the query's name."""
+    (one,) = step(DIFFER)
+    one.advantages[2] = float("nan")
+    with pytest.raises(ConfigError, match="'0'"):
+        select_batch([one], name="ssr", pairs=4, replay=replay, max_advantage=2.0)
+
+
+def numbered(*rewards: list[float], names: str = "abcdefgh", first: int = 0) -> list[Group]:
+    groups = [group(r, name) for r, name in zip(rewards, names, strict=False)]
+    for number, one in enumerate(groups, start=first):
+        one.number, one.nlls = number, [0.1 * (i + 1) for i in range(len(one.completions))]
+    assign_advantages(groups, "std")
+    return groups
+
+
+def test_a_solved_question_leaves_replay():
+    """ExGRPO's retired set: a question whose latest responses are all right is not drawn any more, though none of these
+    has an advantage; what right means is a reward of 1 or more."""
+    replay = ReplayBuffer(ReplayConfig(capacity=1000, priority="correctness"), seed=0)
+    select_batch(numbered(DIFFER, [0.0, 1.0, 0.9, 0.0]), name="ssr", pairs=8, replay=replay)
+    assert {(s.query.id, s.index) for s in replay.draw(200)} == {("a", 0), ("b", 1)}
+    batch = select_batch(numbered([1.0, 1.0, 1.0, 1.1], first=2), name="ssr", pairs=8, replay=replay)
+    assert batch.effective_query_ratio == 1.0 and {s.query.id for s in replay.draw(200)} == {"b"}
+
+
+@pytest.mark.parametrize(("unit", "mean"), [("sample", 1.5), ("group", 0.0)])
+def test_draws_by_correctness_push_up(unit, mean):
+    """Draws of right responses alone have a mean advantage of sqrt((G - 1) / G (1 - p) / p); whole groups keep 0."""
+    replay = ReplayBuffer(ReplayConfig(capacity=1000, priority="correctness", unit=unit), seed=0)
+    select_batch(numbered([1.0, 0.0, 0.0, 0.0]), name="ssr", pairs=4, replay=replay)
+    draws = select_batch([], name="ssr", pairs=800, replay=replay)
+    assert draws.metrics(replay)["advantage_mean"] == pytest.approx(mean, abs=1e-5)
+
+
+def test_progress_reaches_the_importance_exponent():
+    """What a step is told of the run's progress is what its draws are weighted by."""
+    replay = ReplayBuffer(ReplayConfig(importance_exponent_end=1.0), seed=0)
+    select_batch(step([1.0, 0.0, 0.0, 0.0]), name="ssr", pairs=4, replay=replay)
+    for progress in (0.0, 0.5):
+        batch = select_batch([], name="ssr", pairs=100, replay=replay, progress=progress)
+        for sample in batch.samples:
+            chance = abs(sample.advantage) / 3  # of 1.5, and 0.5 three times
+            assert sample.weight == pytest.approx((4 * chance) ** -progress, rel=1e-4)
 
 
 def test_no_groups(replay):

@@ -97,7 +97,8 @@ def test_what_cannot_go_on_is_refused(scratch, reference):
     assert len(rows(reference)) == STEPS
 
 
-ONE_EPISODE = ("--train.max_steps", "4", "--rollout.backend", "hf")  # whose ranks start without vLLM
+# Its ranks start without vLLM, and draw by what each knows of the other's responses.
+ONE_EPISODE = ("--train.max_steps", "4", "--rollout.backend", "hf", "--replay.priority", "correctness")
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,14 @@ def test_both_ranks_draw_the_same_sequence(seen):
     assert seen[0]["drawn"][0] != seen[0]["drawn"][1]
 
 
+def test_both_ranks_prefer_the_same_responses(seen):
+    """Law 3: by correctness and age, too, both draw alike: of each question the right response that was most probable,
+    also where the other rank holds it."""
+    assert seen[0]["questions"] == seen[1]["questions"]
+    probable = {(100 + i, min(range(3), key=lambda j: (i + 3 * j) % 5)) for i in range(len(QUERIES))}
+    assert set(seen[0]["questions"][-1]) == probable and {index for _, index in probable} == {0, 1, 2}
+
+
 def test_the_union_of_the_batches_follows_the_advantages(seen):
     """Law 9 over ranks: together they train exactly the draws, in proportion to |A_j| over all ranks' samples; the test
     has the power to see one probability off by a third."""

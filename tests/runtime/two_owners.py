@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -37,6 +38,7 @@ def rolled_out(rank: int, world_size: int) -> list[Group]:
             prompt_tokens=4 + i,
             rewards=REWARDS[i],
             rethinks=[False] * 5,
+            nlls=[(i + 3 * j) % 5 / 7 for j in range(5)],
         )
         for i in range(rank, len(QUERIES), world_size)
     ]
@@ -66,10 +68,18 @@ def main(folder: str) -> None:
         for bundles in fetch(plan, ranks):
             trained += [(s.group, s.index, s.advantage, s.completion) for b in bundles for s in b.samples]
     in_steps = collectives[0]
+    partly = [replace(group, rewards=[1.0, 1.0, 1.0, 0.0, 0.0]) for group in groups]
+    assign_advantages(partly, "std")
+    by_correctness = ReplayBuffer(ReplayConfig(priority="correctness", age_decay=3.0), seed=6)
+    questions = []
+    for group in partly:
+        by_correctness.add(group.samples())
+        questions.append([(s.group, s.index) for s in by_correctness.draw(PAIRS)])
     fetch([[[b for b in bundles if b.samples[0].owner == r] for bundles in plan[r]] for r in (0, 1)], ranks)
     whole = collect(groups, ranks)
     seen = {
         "drawn": drawn,
+        "questions": questions,
         "trained": trained,
         "held": held,
         "elsewhere": sum(isinstance(c, RemoteCompletion) for group in groups for c in group.completions),
