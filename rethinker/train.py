@@ -57,9 +57,9 @@ def train(
         with suppress(StopRequested):
             while run.unfinished():
                 if not run.groups:  # a new episode: rollout, reward, forced rethinking
-                    groups = run.episodes.take(run.progress.episode, policy.version, run.times)
-                    assign_advantages(groups, config.algorithm.advantage_scale, run.ranks.device)
-                    run.begin_episode(groups)
+                    episode = run.episodes.take(run.progress.episode, policy.version, run.times, run.groups_left)
+                    assign_advantages(episode.groups, config.algorithm.advantage_scale, run.ranks.device)
+                    run.begin_episode(episode)
 
                 rollout.sleep()
                 fresh = run.next_groups(pairs // config.rollout.group_size)

@@ -116,6 +116,8 @@ def test_an_old_checkpoint_is_read_and_written_back_to_the_bit(tmp_path, rank):
             old.get("replay", {}).pop(setting, None)
         for group in new.get("progress", {}).get("groups", []):
             assert group.pop("fast") == []  # that release did not note which responses answer at once
+        for count in ("sampled_queries", "sampled_effective", "refill_rounds"):  # nor what was sampled for an episode
+            assert new.get("progress", {}).pop(count, 0) == 0
         assert repr(new) == repr(old)
 
 
