@@ -115,8 +115,8 @@ class Episodes:
         if more and rounds and self.ranks.is_main and not self._warned:
             self._warned = True  # further ones show in effective_query_ratio
             log.warning(
-                "algorithm.refill_rounds=%d: after the last round %d of %d queries of episode %d have no advantage; more "
-                "rounds may fill it, or other questions (data.draw=variance, rethinker curate)",
+                "algorithm.refill_rounds=%d: after the last round %d of %d queries of episode %d have no advantage; "
+                "more rounds may fill it, or other questions (data.draw=variance, rethinker curate)",
                 *(rounds, wanted - sum(group.effective for group in groups), wanted, number),
             )
         return Episode(*fill(groups, wanted), rounds=work.round)

@@ -180,7 +180,7 @@ def test_sources_keep_their_shares():
 
 
 def test_a_resumed_order_is_the_same():
-    """Law 10: a stream that goes on from any episode's end, or is given an episode back, draws the very same queries."""
+    """Law 10: a stream that goes on from an episode's end, or is given an episode back, draws the very same queries."""
     settings = {"draw": "variance", "draw_uniform": 0.3, "category_weights": {"a": 2, "b": 1}}
     queries = made(40, "ab")
     stream, whole, states = opened(queries, **settings), [], []
