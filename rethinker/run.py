@@ -162,6 +162,7 @@ class Run:
         progress.mismatch = score_again(groups, groups[:per_step], self.policy, self.episodes.rethinker, config)
         if config.run.save_completions:
             self.directory.write_completions(progress.episode, collect(sampled, self.ranks))
+        episode.dropped.clear()  # the loop holds the episode while it trains
         progress.groups = groups[: self.groups_left]
         another = len(progress.groups) < self.groups_left and self._may_sample()
         if config.rollout.max_staleness and another:

@@ -8,6 +8,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rethinker.algorithm.refill import fill
@@ -89,6 +90,8 @@ def test_an_episode_is_full_of_effective_groups():
         assert all(size <= SIZE for size, _ in engine.asked)
         assert all(group.sampled_tokens == 4 for group in episode.dropped)
         numbers += [group.number for group in episode.sampled]
+        known = episodes.stream.state_dict()["weights"]  # of the dropped ones, too
+        assert all(known[int(group.query.id[1:])] == np.var(group.rewards) for group in episode.sampled)
     assert numbers == sorted(set(numbers))
     assert len({seed for _, seed in engine.asked}) == len(engine.asked)
 
