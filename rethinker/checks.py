@@ -41,6 +41,11 @@ def check_geometry(config: Config) -> None:
         raise ConfigError(
             "data.streaming=true does not know how many questions train.epochs is about; set train.max_steps"
         )
+    if data.streaming and data.draw != "uniform":
+        raise ConfigError(
+            f"data.draw={data.draw} weighs all questions, which data.streaming=true does not hold; set "
+            "data.draw=uniform, or data.streaming=false"
+        )
     if data.streaming and policy.model == "tiny":
         raise ConfigError(
             "policy.model=tiny is warmed up on all questions, which data.streaming=true does not hold; give a model "
@@ -118,6 +123,11 @@ def _check_backend(config: Config) -> None:
         raise ConfigError(
             "rollout.max_staleness=1 needs algorithm.rollout_correction, as 2.0: without it the older policy's "
             "responses would count as the newer one's"
+        )
+    if config.algorithm.refill_rounds:
+        raise ConfigError(
+            f"algorithm.refill_rounds={config.algorithm.refill_rounds} needs rollout.max_staleness=0: which queries to "
+            "sample again the ranks decide together, and an episode that is sampled ahead leaves them apart"
         )
     second = rethink.second_temperature(rollout.temperature)
     if rethink.fraction and (second != rollout.temperature or not rethink.mask_trigger_tokens):

@@ -113,6 +113,11 @@ class DataConfig:
     category_weights: dict[str, ranges.NotNegative] = field(default_factory=dict)
     """Share of each `metadata["category"]` in the order of training; by default as the data has them. A category
     without one is neither trained on nor validated on."""
+    draw: Literal["uniform", "variance", "difficulty"] = "uniform"
+    """Which queries come: each once in every pass (`uniform`), or more often those whose latest responses had rewards
+    of a large `variance`, or a low mean (`difficulty`); see docs/data.md. Not with data.streaming."""
+    draw_uniform: ranges.Share = 0.5
+    """With another data.draw: share of the queries that still come in the order of `uniform`."""
 
 
 @dataclass
@@ -285,6 +290,9 @@ class AlgorithmConfig:
     advantage_baseline: Literal["group", "leave_one_out", "batch"] = "group"
     """What a reward is compared with: the mean of its group, of the others in its group (RLOO), or of all responses of
     the episode (REINFORCE++: responses of equal reward to a query then have an advantage, too)."""
+    refill_rounds: ranges.Natural = 0
+    """DAPO's dynamic sampling: drop an episode's queries whose responses all have one reward and sample others in their
+    place, in at most so many further rounds; what is missing then is filled up with dropped ones. 0 is off."""
     advantage_scale: Literal["std", "none", "batch"] = "std"
     """Divide centred rewards by the group's standard deviation (with advantage_baseline=batch the episode's), by
     nothing, or by their own over all responses of the episode."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from rethinker.algorithm.refill import fill, next_round
 from rethinker.algorithm.rethinking import Rethinker, answers_at_once, make_triggers, released_reward, rethinks
 from rethinker.config import Config
 from rethinker.data.prompts import PromptEncoder
@@ -36,15 +37,33 @@ from rethinker.samples import Completion, Group, Prompt, Query
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Episode:
+    """What was sampled for an episode, rewarded: this rank's groups whole, those of others in outline."""
+
+    groups: list[Group]
+    """To be trained on, in the order of sampling."""
+    dropped: list[Group] = field(default_factory=list)
+    """Others were sampled in place of these, or filled the episode before them."""
+    rounds: int = 0
+    """In which the episode was refilled."""
+
+    @property
+    def sampled(self) -> list[Group]:
+        """All groups, in the order of sampling."""
+        return sorted([*self.groups, *self.dropped], key=lambda group: group.number)
+
+
 @dataclass
 class _Work:
-    """An episode's rollouts on this rank, under way or done."""
+    """The rollouts of an episode, or of one round of its refill, on this rank, under way or done."""
 
-    number: int
+    number: int  # of the episode
     version: int  # of the policy that samples
+    round: int  # of refill; 0: the episode's first
     queries: list[Query]  # of all ranks
     prompts: list[Prompt]  # of this rank's share: every world_size-th
-    before: dict[str, Any]  # where the data stood
+    before: dict[str, Any]  # where the data stood when the episode began
     thread: threading.Thread | None = None
     abandoned: threading.Event = field(default_factory=threading.Event)
     groups: list[Group] | None = None  # of this rank; None: broken off because the run is to stop
@@ -71,34 +90,40 @@ class Episodes:
             lengths = {"max_new_tokens": config.rollout.max_new_tokens, "temperature": config.rollout.temperature}
             self.rethinker = Rethinker(config.rethink, triggers, encoder.decode, **lengths)
         self._begun: _Work | None = None
+        self._warned = False
 
-    def take(self, number: int, version: int, times: dict[str, float]) -> list[Group]:
-        """The groups of episode `number`, rewarded: this rank's whole, those of others in outline (collective).
+    def take(self, number: int, version: int, times: dict[str, float], needed: int | None = None) -> Episode:
+        """Episode `number` (collective), of train.episode_queries groups; refilled as algorithm.refill_rounds says, and
+        then of no more than `needed`.
 
-        They carry the `version` of the policy that sampled them: of an episode begun ahead, that of its `begin`, and
-        then only the wait for it is added to `times`, as rollout.
+        The groups carry the `version` of the policy that sampled them: of an episode begun ahead, that of its `begin`,
+        and then only the wait for it is added to `times`, as rollout.
 
         Raises:
             StopRequested: on every rank, if one broke its rollout off because the run is to stop; the data then stands
-                where it stood before.
+                where it stood before the episode.
         """
-        if self._begun:
-            self.wait(times)
-            work, self._begun = self._begun, None
-            if work.error:
-                raise work.error
-            stopped = self.ranks.any(work.groups is None)
-        else:
-            work = self._prepare(number, version, times)
-            stopped = not self._produce(work, times, any_stopped=self.ranks.any)
-        if stopped:
-            self.load_state_dict(work.before)
-            raise StopRequested
-        return share(work.groups, work.queries, first_number=work.number * len(work.queries), ranks=self.ranks)
+        rounds, wanted = self.config.algorithm.refill_rounds, self.config.train.episode_queries
+        if rounds and needed:
+            wanted = min(wanted, needed)
+        work = self._begun or self._prepare(number, version, times, wanted)
+        groups = self._rewarded(work, times)
+        while (more := next_round(groups, wanted)) and work.round < rounds:
+            work = self._prepare(number, version, times, more, after=work)
+            groups += self._rewarded(work, times)
+        self.stream.end_episode(groups)
+        if more and rounds and self.ranks.is_main and not self._warned:
+            self._warned = True  # further ones show in effective_query_ratio
+            log.warning(
+                "algorithm.refill_rounds=%d: after the last round %d of %d queries of episode %d have no advantage; "
+                "more rounds may fill it, or other questions (data.draw=variance, rethinker curate)",
+                *(rounds, wanted - sum(group.effective for group in groups), wanted, number),
+            )
+        return Episode(*fill(groups, wanted), rounds=work.round)
 
     def begin(self, number: int, version: int, times: dict[str, float]) -> None:
         """Start on episode `number` in a thread; the next `take` returns it. Until `wait` the engine is busy."""
-        work = self._prepare(number, version, times)
+        work = self._prepare(number, version, times, self.config.train.episode_queries)
 
         def produce() -> None:
             try:
@@ -149,12 +174,32 @@ class Episodes:
             "rollout": self.rollout.state_dict(),
         }
 
-    def _prepare(self, number: int, version: int, times: dict[str, float]) -> _Work:
-        before = self._position()
+    def _prepare(
+        self, number: int, version: int, times: dict[str, float], size: int, after: _Work | None = None
+    ) -> _Work:
+        """The next `size` queries for an episode; its refill's round `after` another."""
+        round, before = (after.round + 1, after.before) if after else (0, self._position())
         with phase("rollout", times):
-            queries = [self.encoder.fitting(self.stream) for _ in range(self.config.train.episode_queries)]
+            queries = [self.encoder.fitting(self.stream) for _ in range(size)]
             prompts = [self.encoder.encode(query) for query in queries[self.ranks.rank :: self.ranks.world_size]]
-        return _Work(number, version, queries, prompts, before)
+        return _Work(number, version, round, queries, prompts, before)
+
+    def _rewarded(self, work: _Work, times: dict[str, float]) -> list[Group]:
+        """The groups of a round, of all ranks (collective); raises as `take`."""
+        if work is self._begun:
+            self.wait(times)
+            self._begun = None
+            if work.error:
+                raise work.error
+            stopped = self.ranks.any(work.groups is None)
+        else:
+            stopped = not self._produce(work, times, any_stopped=self.ranks.any)
+        if stopped:
+            self.load_state_dict(work.before)
+            raise StopRequested
+        most = self.config.train.episode_queries  # of a round
+        first = (work.number * (1 + self.config.algorithm.refill_rounds) + work.round) * most
+        return share(work.groups, work.queries, first_number=first, ranks=self.ranks)
 
     def _produce(self, work: _Work, times: dict[str, float], any_stopped: Callable[[bool], bool]) -> bool:
         """Queries to rewarded groups; False if a rank broke its rollout off because the run is to stop.
@@ -178,8 +223,10 @@ class Episodes:
         return True
 
     def _seed(self, work: _Work, stream: int = 0) -> int:
-        """A seed of its own for every episode, rank and stream of random numbers."""
-        streams = [self.config.seed, work.number, self.ranks.rank] + [stream] * (stream > 0)
+        """A seed of its own for every episode, rank, stream of random numbers and round."""
+        streams = [self.config.seed, work.number, self.ranks.rank, stream, work.round]
+        while streams[-1] == 0 and len(streams) > 3:
+            streams.pop()
         return int(np.random.SeedSequence(streams).generate_state(1)[0])
 
 

@@ -28,7 +28,7 @@ from rethinker.data.mixture import category_of
 from rethinker.data.prompts import FIRST, PromptEncoder, select_fitting
 from rethinker.data.streaming import open_stream
 from rethinker.embedded.files import as_files, model_folder
-from rethinker.episode import Episodes, check_mismatch, score_again
+from rethinker.episode import Episode, Episodes, check_mismatch, score_again
 from rethinker.evaluation.answering import open_model, validate
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.model import load_processor
@@ -131,6 +131,12 @@ class Run:
         """The episode's groups that are rewarded and not trained on yet; empty between two episodes."""
         return self.progress.groups
 
+    @property
+    def groups_left(self) -> int:
+        """Groups that the remaining steps train on."""
+        per_step = self.config.train.batch_pairs // self.config.rollout.group_size
+        return (self.total_steps - self.policy.steps) * per_step
+
     def unfinished(self) -> bool:
         """Whether there is another step to do."""
         return self.policy.steps < self.total_steps and (bool(self.groups) or self._may_sample())
@@ -143,7 +149,7 @@ class Run:
     def _may_sample(self) -> bool:
         return self.progress.generated < (self.config.train.max_generated_tokens or math.inf)
 
-    def begin_episode(self, groups: list[Group]) -> None:
+    def begin_episode(self, episode: Episode) -> None:
         """Take over an episode's groups, with rewards and advantages, to be trained on (collective).
 
         Raises:
@@ -151,16 +157,19 @@ class Run:
         """
         config, progress = self.config, self.progress
         self.policy.budget_spent = progress.generated / (config.train.max_generated_tokens or math.inf)
-        progress.generated += sum(group.sampled_tokens for group in groups)
+        groups, sampled = episode.groups, episode.sampled
+        progress.generated += sum(group.sampled_tokens for group in sampled)
+        progress.sampled_queries, progress.refill_rounds = len(sampled), episode.rounds
+        progress.sampled_effective = sum(group.effective for group in sampled)
         progress.failed_checks = sum(self.ranks.gather(self.checker.failures.total()))
         per_step = config.train.batch_pairs // config.rollout.group_size
         self.rollout.sleep()  # scoring needs its memory
         progress.mismatch = score_again(groups, groups[:per_step], self.policy, self.episodes.rethinker, config)
         if config.run.save_completions:
-            self.directory.write_completions(progress.episode, collect(groups, self.ranks))
-        steps_left = self.total_steps - self.policy.steps
-        progress.groups = groups[: steps_left * per_step]
-        another = len(progress.groups) // per_step < steps_left and self._may_sample()
+            self.directory.write_completions(progress.episode, collect(sampled, self.ranks))
+        episode.dropped.clear()  # the loop holds the episode while it trains
+        progress.groups = groups[: self.groups_left]
+        another = len(progress.groups) < self.groups_left and self._may_sample()
         if config.rollout.max_staleness and another:
             self.episodes.begin(progress.episode + 1, self.policy.version, self.times)
 
@@ -205,6 +214,9 @@ class Run:
             "generated_tokens": self.progress.generated,
             **update,
             **batch.metrics(self.replay),
+            "sampled_queries": self.progress.sampled_queries,
+            "sampled_effective_ratio": self.progress.sampled_effective / max(1, self.progress.sampled_queries),
+            "refill_rounds": self.progress.refill_rounds,
             **category_metrics(fresh, batch.draws),
             "left_out_queries": self.encoder.dropped.total(),
             "failed_checkpoints": self.checkpoints.failed,

@@ -57,10 +57,10 @@ def train(
         with suppress(StopRequested):
             while run.unfinished():
                 if not run.groups:  # a new episode: rollout, reward, forced rethinking
-                    groups = run.episodes.take(run.progress.episode, policy.version, run.times)
+                    episode = run.episodes.take(run.progress.episode, policy.version, run.times, run.groups_left)
                     # MERGE: reward_weights(config.reward) in place of {}
-                    assign_advantages(groups, config.algorithm, {}, run.ranks.device)
-                    run.begin_episode(groups)
+                    assign_advantages(episode.groups, config.algorithm, {}, run.ranks.device)
+                    run.begin_episode(episode)
 
                 rollout.sleep()
                 fresh = run.next_groups(pairs // config.rollout.group_size)

@@ -86,11 +86,11 @@ def make(**settings) -> tuple[Episodes, Engine]:
     ), engine
 
 
-def told(groups):
-    """What training sees of groups."""
+def told(episode):
+    """What training sees of an episode's groups."""
     return [
         (group.query.id, group.number, group.rewards, [c.token_ids.tolist() for c in group.completions])
-        for group in groups
+        for group in episode.groups
     ]
 
 
@@ -104,8 +104,8 @@ def test_an_episode_begun_ahead_is_the_one_sampled_at_once():
         ahead.begin(number, number - 1, {})
         ahead.wait({})
         got.append(ahead.take(number, number, {}))
-    assert [told(groups) for groups in got] == [told(groups) for groups in expected]
-    assert [{group.policy_version for group in groups} for groups in got] == [{0}, {0}, {1}]
+    assert list(map(told, got)) == list(map(told, expected))
+    assert [{group.policy_version for group in episode.groups} for episode in got] == [{0}, {0}, {1}]
 
 
 def test_it_runs_beside_the_training():
@@ -116,7 +116,7 @@ def test_it_runs_beside_the_training():
     assert engine.started.wait(10)
     threading.Timer(1, engine.gate.set).start()
     times = {}
-    assert len(episodes.take(0, 1, times)) == 3
+    assert len(episodes.take(0, 1, times).groups) == 3
     assert times["time_rollout_s"] > 0.1
     assert "time_reward_s" not in times
 

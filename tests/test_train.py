@@ -16,7 +16,7 @@ from rethinker.algorithm.selection import Batch
 from rethinker.checkpoint.resume import Progress
 from rethinker.checks import schedule_length
 from rethinker.config import Config, ConfigError, DataConfig, RethinkConfig, RolloutConfig, TrainConfig
-from rethinker.episode import judge, note_kinds
+from rethinker.episode import Episode, judge, note_kinds
 from rethinker.policy.engine import PolicyEngine, learning_rate
 from rethinker.run import Run, load_held_out, no_full_collections
 from rethinker.runtime.distributed import ALONE
@@ -97,7 +97,7 @@ def test_the_engine_sleeps_before_the_policy_scores(monkeypatch):
     run.rollout = SimpleNamespace(sleep=lambda: calls.append("sleep"))
     run.episodes, run.checker = SimpleNamespace(rethinker=None), SimpleNamespace(failures=Counter())
     monkeypatch.setattr("rethinker.run.score_again", lambda *given: calls.append(given[:2]))
-    run.begin_episode(groups)
+    run.begin_episode(Episode(groups))
     assert calls == ["sleep", (groups, groups[:2])]
 
 

@@ -59,6 +59,12 @@ class Progress:
     """Of the running episode, rewarded and not trained on yet."""
     generated: int = 0
     """Tokens sampled so far, over all ranks."""
+    sampled_queries: int = 0
+    """Of the running episode, dropped ones included."""
+    sampled_effective: int = 0
+    """Those of them whose rewards differ."""
+    refill_rounds: int = 0
+    """Rounds in which the running episode was filled up."""
     mismatch: float | None = None
     """mismatch_kl of the running episode, once it is known."""
     failed_checks: int = 0

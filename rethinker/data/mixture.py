@@ -152,6 +152,13 @@ def stream_weights(queries: list[Query], config: DataConfig) -> dict[str, Any]:
     return {"category_weights": shares, "label": label}
 
 
+def pass_rates(queries: list[Query], config: DataConfig) -> list[float]:
+    """Each query's value in the column that `data.pass_rate` names, its source's own with sources; NaN without one."""
+    columns = {name: part.pass_rate for name, part in source_configs(config).items()}
+    named = [columns[_source_of(query)] if columns else config.pass_rate for query in queries]
+    return [math.nan if name is None else query.metadata[name] for name, query in zip(named, queries, strict=True)]
+
+
 def category_of(query: Query) -> str:
     """What `category_weights` are about."""
     return str(query.metadata.get("category"))

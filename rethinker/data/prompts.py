@@ -188,6 +188,7 @@ class PromptEncoder:
                 if fault is None:
                     return query
                 self._misfits.add(query.id)
+                stream.leave_out(query)
         raise _none_fits(fault, self.dropped)
 
     def leave_out(self, query: Query, dropped: Counter[str], of: int) -> BadRowError | None:

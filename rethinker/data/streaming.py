@@ -15,6 +15,7 @@ from itertools import accumulate
 
 from rethinker.config import ConfigError, DataConfig
 from rethinker.data.datasets import Reader, load_queries
+from rethinker.data.draw import open_draw
 from rethinker.data.mixture import of_source, source_configs, source_weights, stream_weights
 from rethinker.data.query_stream import QueryStream, fingerprint
 from rethinker.data.sources import open_table
@@ -32,7 +33,8 @@ def open_stream(config: DataConfig, seed: int) -> tuple[QueryStream, int | None]
     if config.streaming:
         return StreamedQueries(config, seed), None
     queries = load_queries(config, "train")
-    return QueryStream(queries, seed=seed, **stream_weights(queries, config)), len(queries)
+    draw = open_draw(queries, config, seed)
+    return QueryStream(queries, seed=seed, draw=draw, **stream_weights(queries, config)), len(queries)
 
 
 class Unread(Sequence[Query | None]):

@@ -32,7 +32,7 @@ ADVANTAGES = ("0", "0 to 0.5", "0.5 to 1", "1 to 1.5", "1.5 to 2", "above 2")
 """The bins of `advantage_histogram` in words (algorithm/selection.py: ADVANTAGE_BINS)."""
 MOST_CATEGORIES = 8
 """Lines of one panel: the first ones by name."""
-SHARES = ("effective_query_ratio", "replay_fraction")  # drawn from 0 to 1
+SHARES = ("effective_query_ratio", "sampled_effective_ratio", "replay_fraction")  # drawn from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,14 @@ def advantages(runs: Runs) -> Figure | None:
     axes.set_ylabel("trained pairs, %")
     legend(figure)
     return figure
+
+
+def refill(runs: Runs) -> Figure | None:
+    """What episodes sampled to be full; None where no run refilled."""
+    if not any(run.series("refill_rounds").any() for run in runs):
+        return None
+    panels = {"sampled_effective_ratio": "effective among all sampled (0 to 1)", "sampled_queries": "queries sampled"}
+    return curves(runs, panels)
 
 
 def phase_times(runs: Runs) -> Figure | None:
@@ -176,6 +184,14 @@ FIGURES = (
         "share falls, plain GRPO trains on less and less.",
         {"effective_query_ratio": "effective queries (0 to 1)"},
         of="several",
+    ),
+    ReportFigure(
+        "refill",
+        "Refill",
+        "Share of the queries sampled for an episode whose rewards differ, and how many were sampled until it was "
+        "full. Runs with algorithm.refill_rounds drop the others.",
+        {},
+        refill,
     ),
     ReportFigure(
         "advantages",

@@ -43,7 +43,7 @@ class RecordedEngine(RolloutEngine):
         if not recorded:
             raise ConfigError(
                 f"rollout.recording={str(self.folder)!r} holds no (further) completions of query {query_id!r}; use the "
-                "recorded run's data, seed and train.episode_queries, and data.validation=null"
+                "recorded run's data, seed, train.episode_queries and algorithm.refill_rounds, and data.validation=null"
             )
         if len(recorded[0]) != n:
             raise ConfigError(

@@ -119,6 +119,8 @@ def test_an_old_checkpoint_is_read_and_written_back_to_the_bit(tmp_path, rank):
             assert group.pop("fast") == group.pop("nlls") == []
         for _, unit, _ in new.get("replay", {}).get("entries", []):  # nor what its own rule does not draw by.
             assert [(s.pop("right"), s.pop("correctness"), s.pop("nll")) for s in unit] == [(False, 0.0, 0.0)]
+        for count in ("sampled_queries", "sampled_effective", "refill_rounds"):  # nor what was sampled for an episode
+            assert new.get("progress", {}).pop(count, 0) == 0
         assert repr(new) == repr(old)
 
 

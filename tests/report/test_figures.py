@@ -103,6 +103,14 @@ def test_replay_is_of_the_runs_that_replay(three):
     assert draw("replay", three[:2]) is None
 
 
+def test_refill_is_of_the_runs_that_refill(three, tmp_path):
+    """Share and number of the sampled queries; without refill no such figure."""
+    assert draw("refill", three) is None
+    counts = {"refill_rounds": 2, "sampled_queries": 40, "sampled_effective_ratio": 0.25}
+    share, number = draw("refill", read_runs([write_run(tmp_path / "dapo", "grpo", **counts)])).axes
+    assert [y[0] for axes in (share, number) for _, y in lines(axes).values()] == [0.25, 40]
+
+
 def test_lengths_and_policy_metrics(three):
     """Response length with the rethinking ratio below; entropy, clipping, KL, mismatch, gradient norm and loss."""
     length, rethinking = draw("response_length", three).axes
