@@ -48,6 +48,12 @@ def check_geometry(config: Config) -> None:
         )
     if policy.lora.target_modules and not policy.lora.rank:
         raise ConfigError(f"policy.lora.target_modules={policy.lora.target_modules} needs policy.lora.rank, as 16")
+    algorithm = config.algorithm
+    for name in ("correction_low", "correction_high"):
+        if algorithm.rollout_correction is None and (bound := getattr(algorithm, name)) is not None:
+            raise ConfigError(
+                f"algorithm.{name}={bound} needs algorithm.rollout_correction, as token_truncate, or must be null"
+            )
     if not rethink.triggers or not all(rethink.triggers.values()):
         raise ConfigError(f"rethink.triggers={rethink.triggers} needs at least one name with a text that is not empty")
     if rethink.fraction > 0 and rollout.backend == "recorded":
@@ -106,8 +112,8 @@ def _check_backend(config: Config) -> None:
         )
     if config.algorithm.rollout_correction is None:
         raise ConfigError(
-            "rollout.max_staleness=1 needs algorithm.rollout_correction, as 2.0: without it the older policy's "
-            "responses would count as the newer one's"
+            "rollout.max_staleness=1 needs algorithm.rollout_correction, as token_truncate: without it the older "
+            "policy's responses would count as the newer one's"
         )
     second = rethink.second_temperature(rollout.temperature)
     if rethink.fraction and (second != rollout.temperature or not rethink.mask_trigger_tokens):

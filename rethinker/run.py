@@ -150,7 +150,8 @@ class Run:
         progress.failed_checks = sum(self.ranks.gather(self.checker.failures.total()))
         per_step = config.train.batch_pairs // config.rollout.group_size
         self.rollout.sleep()  # scoring needs its memory
-        progress.mismatch = score_again(groups, groups[:per_step], self.policy, self.episodes.rethinker, config)
+        scored = score_again(groups, groups[:per_step], self.policy, self.episodes.rethinker, config)
+        progress.mismatch, progress.weighed = scored
         if config.run.save_completions:
             self.directory.write_completions(progress.episode, collect(groups, self.ranks))
         steps_left = self.total_steps - self.policy.steps
@@ -196,6 +197,7 @@ class Run:
             },
             "val_accuracy": None,
             "mismatch_kl": self.progress.mismatch,
+            **self.progress.weighed,
             "failed_checks": self.progress.failed_checks,
             "generated_tokens": self.progress.generated,
             **update,
