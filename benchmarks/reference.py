@@ -64,7 +64,7 @@ def linear_policy_loss(
     value = objective.total(logps)
     if nll_weights is not None:
         value = value - (nll_weights * torch.where(nll_weights != 0, logps, 0.0)).sum()
-    counted = objective.rows.mask & entropies.isfinite()
+    counted = objective.measured.mask & entropies.isfinite()
     entropy_sum = torch.where(counted, entropies, 0.0).detach().sum(dtype=torch.float64)
     return value, logps.detach(), torch.cat([objective.statistics(logps), entropy_sum[None]])
 

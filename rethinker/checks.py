@@ -63,6 +63,12 @@ def check_geometry(config: Config) -> None:
             f"replay.alpha={config.replay.alpha} is for advantages, and replay.priority=correctness does not draw by "
             "them; leave it at 1.0"
         )
+    algorithm = config.algorithm
+    for name in ("correction_low", "correction_high"):
+        if algorithm.rollout_correction is None and (bound := getattr(algorithm, name)) is not None:
+            raise ConfigError(
+                f"algorithm.{name}={bound} needs algorithm.rollout_correction, as token_truncate, or must be null"
+            )
     if not rethink.triggers or not all(rethink.triggers.values()):
         raise ConfigError(f"rethink.triggers={rethink.triggers} needs at least one name with a text that is not empty")
     if rethink.fraction > 0 and rollout.backend == "recorded":
@@ -121,8 +127,8 @@ def _check_backend(config: Config) -> None:
         )
     if config.algorithm.rollout_correction is None:
         raise ConfigError(
-            "rollout.max_staleness=1 needs algorithm.rollout_correction, as 2.0: without it the older policy's "
-            "responses would count as the newer one's"
+            "rollout.max_staleness=1 needs algorithm.rollout_correction, as token_truncate: without it the older "
+            "policy's responses would count as the newer one's"
         )
     if config.algorithm.refill_rounds:
         raise ConfigError(

@@ -320,8 +320,17 @@ class AlgorithmConfig:
     """Ratio per token (GRPO) or per sequence (GSPO)."""
     aggregation: Literal["token", "sequence", "constant"] = "token"
     """Mean over all tokens, mean of per-sequence means, or sum over a constant length (Dr. GRPO)."""
-    rollout_correction: ranges.Positive | None = None
-    """Cap of the truncated importance weight between rollout and trainer log-probs; null switches it off."""
+    rollout_correction: ranges.RolloutCorrection | None = None
+    """What a token is weighted by for the mismatch of rollout engine and trainer (docs/losses.md): the ratio of their
+    probabilities, of the token or of its whole response, cut to the bounds (truncate) or 0 outside of them (mask);
+    geometric_mask: 1, or 0 where the response's mean ratio is outside. It costs a forward of every episode."""
+    correction_low: ranges.BelowOne | None = None
+    """Lower bound of that ratio; null: none for truncation, 1 / correction_high for masks; 0: none."""
+    correction_high: ranges.AboveOne | None = None
+    """Upper bound of that ratio; null: 2.0, for geometric_mask, whose ratio is near 1, 1.01."""
+    top_entropy: ranges.PositiveShare | None = None
+    """Share of an episode's tokens, those with the highest entropy, that carries the policy gradient (0.2 in the paper,
+    docs/losses.md); null: all. It costs the same forward."""
     max_advantage: ranges.Positive | None = None
     """`filter` and `ssr`: also drop samples whose |advantage| is this or more, before replay (the upper threshold of
     PAD)."""

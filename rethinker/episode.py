@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from rethinker.algorithm.corrections import METRICS, weigh
 from rethinker.algorithm.refill import fill, next_round
 from rethinker.algorithm.rethinking import Rethinker, answers_at_once, make_triggers, released_reward, rethinks
 from rethinker.config import Config
@@ -267,19 +268,20 @@ def note_kinds(groups: list[Group], config: Config) -> None:
 
 def score_again(
     groups: list[Group], first: list[Group], policy: PolicyEngine, rethinker: Rethinker | None, config: Config
-) -> float | None:
+) -> tuple[float | None, dict[str, float | None]]:
     """Give responses the log-probs of the policy's own forward, where the settings need them (collective).
 
     Rethought responses that were sampled at another temperature, or whose triggers are trained, get them as behaviour
-    log-probs; with `algorithm.rollout_correction` all responses get them beside those of the rollout engine.
+    log-probs; with `algorithm.rollout_correction` all responses get them beside those of the rollout engine, and with
+    `algorithm.top_entropy` the mask of the tokens that carry the policy gradient.
 
     Args:
         groups: of an episode, with rewards.
         first: those of its first step.
 
     Returns:
-        mismatch_kl where it is known before the first step: with `algorithm.rollout_correction`, and where none of that
-        step's responses has an advantage, as when weights are lost and every answer is wrong.
+        mismatch_kl where it is known before the first step: with these two settings, and where none of that step's
+        responses has an advantage, as when weights are lost and every answer is wrong; and `corrections.METRICS`.
 
     Raises:
         MismatchError: it exceeds `rollout.max_mismatch_kl`; or it is NaN, and no step would show that.
@@ -292,14 +294,18 @@ def score_again(
             if isinstance(sample.completion, Completion):
                 sample.completion.logprobs = sample.completion.trainer_logprobs
     idle = not any(group.effective for group in first)
-    if config.algorithm.rollout_correction is None:
+    weighs = config.algorithm.rollout_correction is not None or config.algorithm.top_entropy is not None
+    if not weighs:
         if not idle:
-            return None
+            return None, dict.fromkeys(METRICS)
         samples = [sample for group in first for sample in group.samples()]
-    mismatch = policy.score(samples)
+    scores = policy.score(samples)
     # NaN passes where the step that computes it is skipped; here none does.
-    check_mismatch(math.inf if idle and math.isnan(mismatch) else mismatch, config)
-    return mismatch
+    check_mismatch(math.inf if idle and math.isnan(scores.mismatch) else scores.mismatch, config)
+    if not weighs:
+        return scores.mismatch, dict.fromkeys(METRICS)
+    mine = [sample.completion for sample in samples if sample.owner == policy.ranks.rank]
+    return scores.mismatch, weigh(mine, scores.entropies, config.algorithm, policy.ranks)
 
 
 class MismatchError(RuntimeError):

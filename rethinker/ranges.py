@@ -7,9 +7,9 @@ import re
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, WrapValidator
+from pydantic import AfterValidator, BeforeValidator, Field, WrapValidator
 
 MOST_IMAGE_PIXELS = 178_956_970  # above twice its own threshold Pillow opens no image
 
@@ -55,6 +55,16 @@ def _or_auto(value: Any, number: Callable[[Any], float]) -> Any:
     return value if value == "auto" else number(value)
 
 
+def _correction(value: Any) -> Any:
+    """A number was the cap of what is now called token_truncate."""
+    if isinstance(value, int | float):
+        raise ValueError(
+            f"is the number of an older release: write algorithm.rollout_correction=token_truncate with "
+            f"algorithm.correction_high={float(value)}"
+        )
+    return value
+
+
 Count = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]  # NumPy's
@@ -66,7 +76,8 @@ Seconds = Annotated[float, Field(strict=True, gt=0, le=1e9)]  # what timers take
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 PositiveOrAuto = Annotated[Positive, WrapValidator(_or_auto)]
 NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-AboveOne = Annotated[float, Field(strict=True, gt=1)]
+AboveOne = Annotated[float, Field(strict=True, gt=1, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 PositiveShare = Annotated[float, Field(strict=True, gt=0, le=1)]
 Fraction = Annotated[float, Field(strict=True, gt=0, lt=1)]
@@ -76,3 +87,7 @@ Folder = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 PathOrName = Annotated[str, AfterValidator(_path)]
 Address = Annotated[str, AfterValidator(_address)]
 Steps = Annotated[str, AfterValidator(_steps)]
+RolloutCorrection = Annotated[
+    Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"],
+    BeforeValidator(_correction),
+]

@@ -164,7 +164,8 @@ class Run:
         progress.failed_checks = sum(self.ranks.gather(self.checker.failures.total()))
         per_step = config.train.batch_pairs // config.rollout.group_size
         self.rollout.sleep()  # scoring needs its memory
-        progress.mismatch = score_again(groups, groups[:per_step], self.policy, self.episodes.rethinker, config)
+        scored = score_again(groups, groups[:per_step], self.policy, self.episodes.rethinker, config)
+        progress.mismatch, progress.weighed = scored
         if config.run.save_completions:
             self.directory.write_completions(progress.episode, collect(sampled, self.ranks))
         episode.dropped.clear()  # the loop holds the episode while it trains
@@ -210,6 +211,7 @@ class Run:
             },
             "val_accuracy": None,
             "mismatch_kl": self.progress.mismatch,
+            **self.progress.weighed,
             "failed_checks": self.progress.failed_checks,
             "generated_tokens": self.progress.generated,
             **update,

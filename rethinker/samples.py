@@ -92,6 +92,8 @@ class Completion:
     rethought: Rethought | None = None
     trainer_logprobs: np.ndarray | None = None  # [L] fp32
     """The same from the trainer's forward, when algorithm.rollout_correction."""
+    kept: np.ndarray | None = None  # [L] bool
+    """Whether a token is among those that carry the policy gradient, when algorithm.top_entropy."""
 
     def __post_init__(self) -> None:
         import numpy as np
@@ -100,6 +102,8 @@ class Completion:
         self.logprobs = np.asarray(self.logprobs, np.float32)
         if self.trainer_logprobs is not None:
             self.trainer_logprobs = np.asarray(self.trainer_logprobs, np.float32)
+        if self.kept is not None:
+            self.kept = np.asarray(self.kept, bool)
 
     def __eq__(self, other: object) -> bool:
         """Field by field; a NaN equals a NaN."""
@@ -245,9 +249,9 @@ class PackedBatch:
     target_ids: torch.Tensor  # [R] int64: the response tokens
     old_logps: torch.Tensor  # [R] fp32: behaviour log-probs
     advantages: torch.Tensor  # [S] fp32
-    weights: torch.Tensor  # [R] fp32: sample weight (times the rollout correction); 0 in a row that only keeps step
+    weights: torch.Tensor  # [R] fp32: the sample's times the token's (corrections.py); 0 in a row that only keeps step
     age: torch.Tensor  # [S] int64: policy versions since the response was sampled
-    loss_mask: torch.Tensor  # [R] bool: False where a token carries no policy gradient
+    loss_mask: torch.Tensor  # [R] bool: False where a token counts nowhere: forced, or its sample's weight is 0
     cu_seqlens: torch.Tensor  # [S + 1] int32: response boundaries within [R]
     image_inputs: dict[str, torch.Tensor]  # pixels and kin by the model's names for them; empty without images
     nll_weights: torch.Tensor | None = None  # [R] fp32: factor of the supervised term -log p, where there is one

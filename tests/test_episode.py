@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from rethinker.algorithm.corrections import METRICS
 from rethinker.checks import check_geometry
 from rethinker.config import AlgorithmConfig, Config, ConfigError, RethinkConfig, RolloutConfig, TrainConfig
 from rethinker.data.query_stream import QueryStream
 from rethinker.episode import Episodes, MismatchError, score_again
+from rethinker.policy.engine import Scores
 from rethinker.runtime import signals
-from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.distributed import ALONE, Ranks
 from rethinker.runtime.signals import StopRequested
 from rethinker.samples import Completion, Group, Prompt, Query
 
@@ -180,9 +182,9 @@ def test_staleness_needs_servers_and_a_correction():
     with pytest.raises(ConfigError, match=r"rollout\.max_staleness=1 needs rollout\.backend=server"):
         check_geometry(config)
     config.rollout.backend, config.rollout.servers = "server", ["http://127.0.0.1:1"]
-    with pytest.raises(ConfigError, match=r"rollout\.max_staleness=1 needs algorithm\.rollout_correction, as 2\.0"):
+    with pytest.raises(ConfigError, match=r"max_staleness=1 needs algorithm\.rollout_correction, as token_truncate"):
         check_geometry(config)
-    config.algorithm = AlgorithmConfig(rollout_correction=2.0)
+    config.algorithm = AlgorithmConfig(rollout_correction="token_truncate")
     check_geometry(config)
     config.rethink = RethinkConfig(fraction=0.5)
     check_geometry(config)
@@ -195,7 +197,8 @@ def test_staleness_needs_servers_and_a_correction():
 def test_rollouts_that_are_all_wrong_are_scored_for_their_mismatch():
     """A step computes no response without an advantage, so weights that are lost would never show."""
     scored, kl = [], 0.5
-    policy = SimpleNamespace(score=lambda samples: scored.append(len(samples)) or kl)
+    policy = SimpleNamespace(score=lambda samples: scored.append(len(samples)) or Scores(kl, []), ranks=ALONE)
+    off = dict.fromkeys(METRICS)
 
     def group(*rewards):
         answers = [Completion([1], [-0.1], "", "stop") for _ in rewards]
@@ -203,7 +206,7 @@ def test_rollouts_that_are_all_wrong_are_scored_for_their_mismatch():
         return Group(QUERIES[0], answers, 0, rewards=[*rewards], advantages=advantages)
 
     wrong, mixed = group(0.0, 0.0), group(0.0, 1.0)
-    assert score_again([wrong, mixed, wrong], [wrong, mixed], policy, None, Config()) is None and not scored
+    assert score_again([wrong, mixed, wrong], [wrong, mixed], policy, None, Config()) == (None, off) and not scored
     with pytest.raises(MismatchError, match="mismatch_kl=0.5"):
         score_again([wrong, wrong, mixed], [wrong, wrong], policy, None, Config())
     assert scored == [4]  # of the first step's two groups
@@ -211,4 +214,4 @@ def test_rollouts_that_are_all_wrong_are_scored_for_their_mismatch():
     with pytest.raises(MismatchError):  # no step would be skipped for it
         score_again([wrong, wrong, mixed], [wrong, wrong], policy, None, Config())
     kl = 1e-12
-    assert score_again([wrong, wrong, mixed], [wrong, wrong], policy, None, Config()) == kl
+    assert score_again([wrong, wrong, mixed], [wrong, wrong], policy, None, Config()) == (kl, off)

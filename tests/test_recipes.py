@@ -39,6 +39,7 @@ def test_paper_and_released_code_in_both_stages(name):
     assert (paper.algorithm.name, paper.algorithm.kl_coef, paper.rollout.temperature) == ("ssr", 0.0, 1.0)
     assert (paper.data.max_prompt_tokens, paper.rollout.max_new_tokens, paper.data.max_images) == (2048, 2048, 8)
     assert (paper.algorithm.clip_high, paper.algorithm.advantage_scale, paper.rethink.fraction) == (0.2, "std", 0.0)
+    assert (paper.policy.dtype, paper.algorithm.rollout_correction) == ("bfloat16", "token_truncate")
     code = resolve_config(f"{name}+released_code")
     assert (code.algorithm.clip_low, code.algorithm.clip_high, code.algorithm.advantage_scale) == (0.2, 0.35, "none")
     second = resolve_config(f"{name}+stage2")

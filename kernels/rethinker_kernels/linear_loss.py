@@ -152,7 +152,7 @@ def _outcome(
     loss = objective.total(logps)
     if nll_weights is not None:
         loss = loss - (nll_weights * torch.where(nll_weights != 0, logps, 0.0)).sum()
-    counted = objective.rows.mask & entropies.isfinite()
+    counted = objective.measured.mask & entropies.isfinite()
     entropy_sum = torch.where(counted, entropies, 0.0).detach().sum(dtype=torch.float64)
     return loss, logps.detach(), torch.cat([objective.statistics(logps), entropy_sum[None]])
 

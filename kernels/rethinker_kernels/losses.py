@@ -216,6 +216,7 @@ class Objective:
         normalizer: float | Tensor,
         surrogate: Surrogate | None = None,
         whole_sequences: bool = False,
+        count_weightless: bool = False,
     ) -> None:
         """`like` is [R], of the rows' number, type and device; the rest is explained in `policy_loss`."""
         self.loss, self.aggregation = loss, aggregation
@@ -255,28 +256,32 @@ class Objective:
 
         active = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
         factors = torch.ones_like(like, dtype=dtype) if weights is None else per_row("weights", weights, True)
-        active = active & (factors != 0)
-        factors = torch.where(active, factors, 0.0)
-        tokens = None
-        if sequence is not None:
-            tokens = segment_sum(active.to(dtype), sequence, sequences).clamp(min=1)[sequence]
 
-        def counted(values: Tensor) -> Tensor:
+        def rows_of(counts: Tensor) -> Rows:
             # Rows that do not count become harmless before any arithmetic: a 0 gradient times NaN would still be NaN.
-            return torch.where(active, values.detach().to(dtype), 0.0)
+            def counted(values: Tensor) -> Tensor:
+                return torch.where(counts, values.detach().to(dtype), 0.0)
 
-        self.rows = Rows(
-            old_logps=counted(old_logps),
-            advantages=counted(per_row("advantages", advantages, False)),
-            ref_logps=None if ref_logps is None else counted(ref_logps),
-            mask=active,
-            weights=factors,
-            sequence=sequence,
-            tokens=tokens,
-            sequences=sequences,
-        )
+            tokens = None
+            if sequence is not None:
+                tokens = segment_sum(counts.to(dtype), sequence, sequences).clamp(min=1)[sequence]
+            return Rows(
+                old_logps=counted(old_logps),
+                advantages=counted(per_row("advantages", advantages, False)),
+                ref_logps=None if ref_logps is None else counted(ref_logps),
+                mask=counts,
+                weights=counted(factors),
+                sequence=sequence,
+                tokens=tokens,
+                sequences=sequences,
+            )
+
+        self.rows = rows_of(active & (factors != 0))
+        self.measured = rows_of(active) if count_weightless else self.rows
+        """The rows that the statistics and a sequence's mean count."""
         self.normalizer = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
-        self.factors = (factors / tokens if aggregation == "sequence" else factors) / self.normalizer
+        factors = self.rows.weights
+        self.factors = (factors / self.measured.tokens if aggregation == "sequence" else factors) / self.normalizer
         """[R]: what each row's loss is multiplied by in the sum."""
 
     def per_token(self, logps: Tensor, rows: Rows) -> Tensor:
@@ -300,7 +305,7 @@ class Objective:
         """The scalar loss of all rows."""
         token_loss = self.per_token(logps, self.rows) * self.rows.weights
         if self.aggregation == "sequence":
-            token_loss = self.rows.sequence_means(token_loss)
+            token_loss = self.measured.sequence_means(token_loss)
         return token_loss.sum() / self.normalizer
 
     def slopes(self, logps: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -318,7 +323,7 @@ class Objective:
 
     def statistics(self, logps: Tensor) -> Tensor:
         """[len(GRPO_STATS)] fp64."""
-        rows, options = self.rows, self.surrogate
+        rows, options = self.measured, self.surrogate
         logps = torch.where(rows.mask, logps.detach().to(rows.weights.dtype), 0.0)
         ratio = importance_ratio(logps, rows, options.importance)
         low, high, dual = clips(ratio, rows.advantages, options)
@@ -366,6 +371,8 @@ def policy_loss(logps: Tensor, loss: Loss, old_logps: Tensor, advantages: Tensor
         normalizer: what the sum is divided by; > 0; a number or a tensor of one.
         surrogate: where the statistics say that GRPO's clips act; `grpo`'s own options if that is the loss.
         whole_sequences: whether the loss calls `Rows.sequence_mean`; `grpo` says it itself.
+        count_weightless: whether unmasked tokens of weight 0 count in the statistics and in the mean of a sequence that
+            `aggregation` takes, though not in the loss: as those that a correction has masked.
 
     Returns:
         loss: scalar, in the type of logps (at least fp32); 0 for an empty batch, still attached to logps.

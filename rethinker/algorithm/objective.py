@@ -151,6 +151,7 @@ def loss_inputs(
         "aggregation": config.aggregation,
         "weights": batch.weights,
         "mask": batch.loss_mask,
+        "count_weightless": config.rollout_correction is not None or config.top_entropy is not None,
         "nll_weights": batch.nll_weights,
         "normalizer": normalizer,
     }

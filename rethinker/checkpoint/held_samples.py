@@ -34,6 +34,8 @@ def held_responses(groups: Iterable[Group], samples: Iterable[Sample]) -> dict[s
         "logprobs": _joined([c.logprobs for c in completions], np.float32),  # [T]
         "scored": [c.trainer_logprobs is not None for c in completions],
         "trainer_logprobs": _joined([c.trainer_logprobs for c in completions], np.float32),  # [T of the scored ones]
+        "ranked": [c.kept is not None for c in completions],
+        "kept": _joined([c.kept for c in completions], np.bool_),  # [T of the ranked ones]
         "texts": [c.text for c in completions],
         "finish_reasons": [c.finish_reason for c in completions],
         "rethought": [c.rethought for c in completions],
@@ -79,6 +81,9 @@ def _completions(saved: dict[str, Any]) -> dict[Key, Completion]:
     token_ids, logprobs = (saved[name].split(lengths) for name in ("token_ids", "logprobs"))
     scored = [length for length, is_scored in zip(lengths, saved["scored"], strict=True) if is_scored]
     scores = iter(saved["trainer_logprobs"].split(scored))
+    ranked = saved.get("ranked", [False] * len(lengths))  # an older release ranked no tokens
+    of_ranked = [length for length, is_ranked in zip(lengths, ranked, strict=True) if is_ranked]
+    kept = iter(saved["kept"].split(of_ranked)) if of_ranked else None
     return {
         (group, index): Completion(
             # Copies: one response that is kept would keep them all. An older release wrote int64 and fp64.
@@ -88,6 +93,7 @@ def _completions(saved: dict[str, Any]) -> dict[Key, Completion]:
             saved["finish_reasons"][i],
             saved["rethought"][i] and Rethought(**saved["rethought"][i]),
             np.array(next(scores), np.float32) if saved["scored"][i] else None,
+            np.array(next(kept), bool) if ranked[i] else None,
         )
         for i, (group, index) in enumerate(saved["keys"].tolist())
     }

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rethinker.algorithm.corrections import METRICS
 from rethinker.checkpoint.held_samples import Responses, held_responses
 from rethinker.config import Config, ConfigError
 from rethinker.runtime.distributed import Ranks
@@ -67,6 +68,8 @@ class Progress:
     """Rounds in which the running episode was filled up."""
     mismatch: float | None = None
     """mismatch_kl of the running episode, once it is known."""
+    weighed: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(METRICS))
+    """`corrections.METRICS` of the running episode."""
     failed_checks: int = 0
     """Answer checks that could not be finished, up to this episode."""
     before: Accuracy | None = None
@@ -165,6 +168,8 @@ def saved_state(checkpoint: Path | None, config: Config) -> dict[str, Any]:
         return {}
     state, own = read_state(checkpoint / "trainer" / "run"), flat(config)
     saved = state["settings"]
+    if isinstance(cap := saved.get("algorithm.rollout_correction"), float):  # of an older release: truncation of tokens
+        saved |= {"algorithm.rollout_correction": "token_truncate", "algorithm.correction_high": cap}
     differing = [
         f"{key}={own[key]} (was {saved[key]})"
         for key in own

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rethinker.algorithm.objective import (
     loss_normalizer,
     supervised_weight,
 )
-from rethinker.config import Config, ConfigError, one_line
+from rethinker.config import AlgorithmConfig, Config, ConfigError, one_line
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora, optimizer_state, saved_model
 from rethinker.policy.lora import FullWeights
@@ -44,6 +45,16 @@ _OPTIMIZER_IS_FULL = (
     "rollout.gpu_memory_utilization, take more ranks, or put the optimizer on the host (train.deepspeed), and resume "
     "from the last checkpoint"
 )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `PolicyEngine.score` finds."""
+
+    mismatch: float
+    """k3 of the policy from the behaviour policy, nats per sampled token, over the samples of all ranks."""
+    entropies: list[np.ndarray]
+    """Of the policy at each token, fp32 [L], nats: of the samples that this rank holds, in their order."""
 
 
 class PolicyEngine:
@@ -164,33 +175,31 @@ class PolicyEngine:
         return _metrics(sums, float(self.engine.get_global_grad_norm()), rate)
 
     @torch.no_grad()
-    def score(self, samples: list[Sample]) -> float:
-        """Set `completion.trainer_logprobs` of the samples that this rank holds, from the current policy's forward.
-
-        Returns:
-            k3 of the policy from the behaviour policy, nats per sampled token, over the samples of all ranks.
-        """
+    def score(self, samples: list[Sample]) -> Scores:
+        """Set `completion.trainer_logprobs` of the samples that this rank holds, from the current policy's forward."""
         mine = [sample for sample in samples if sample.owner == self.ranks.rank]
         (plan,) = plan_micro_batches(mine, budget=self.micro_batch_tokens, world_size=1)
         # ZeRO-3 gathers weights by collectives: the ranks run equally many forwards, some of them on nothing.
         plan += [[]] * (max(self.ranks.gather(len(plan))) - len(plan))
-        scores = []  # [R] per micro-batch, on the device: the host waits for them once
+        scores = []  # [2, R] per micro-batch, on the device: the host waits for them once
         with explained(lambda: self._smaller_next_time([plan])):
             for bundles in plan:
-                batch = self._pack(bundles, correction_cap=None, nll_weight=0.0)
-                scores.append(self.engine(batch, self.config.rollout.temperature)[0])
-            logps = torch.cat(scores).float().cpu().split([len(part) for part in scores])
-        for bundles, part in zip(plan, logps, strict=True):
+                batch = self._pack(bundles, AlgorithmConfig(), nll_weight=0.0)
+                scores.append(torch.stack(self.engine(batch, self.config.rollout.temperature)))
+            parts = torch.cat(scores, dim=1).float().cpu().split([part.shape[1] for part in scores], dim=1)
+        entropies: dict[int, np.ndarray] = {}
+        for bundles, part in zip(plan, parts, strict=True):
             start = 0  # a batch without a token has one score too many
             for completion in (sample.completion for bundle in bundles for sample in bundle.samples):
-                completion.trainer_logprobs = part[start : start + completion.tokens].numpy().copy()
+                own = part[:, start : start + completion.tokens].numpy()
+                completion.trainer_logprobs, entropies[id(completion)] = own[0].copy(), own[1].copy()
                 start += completion.tokens
         held = [np.zeros((2, 0)), *(_sampled(sample.completion) for sample in mine)]
         behaviour, own = np.concatenate(held, axis=1, dtype=np.float64)
         gap = behaviour - own
         sums = torch.tensor([(np.expm1(gap) - gap).sum(), len(gap)], dtype=torch.float64, device=self.ranks.device)
         kl, tokens = self.ranks.sum(sums).tolist()
-        return kl / max(tokens, 1.0)
+        return Scores(kl / max(tokens, 1.0), [entropies[id(sample.completion)] for sample in mine])
 
     @property
     def weights(self) -> FullWeights:
@@ -280,7 +289,7 @@ class PolicyEngine:
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.ranks.device)
         for bundles in fetch(plan, self.ranks):
             with phase("pack"):
-                batch = self._pack(bundles, config.algorithm.rollout_correction, nll_weight)
+                batch = self._pack(bundles, config.algorithm, nll_weight)
             with phase("forward"):
                 reference = self._reference_logps(batch)
                 objective = loss_inputs(self.loss, batch, config.algorithm, normalizer, reference)
@@ -294,8 +303,8 @@ class PolicyEngine:
                 sums += torch.cat([stats, self._extra_sums(loss, logps, batch)])
         return sums
 
-    def _pack(self, bundles: list[Bundle], correction_cap: float | None, nll_weight: float) -> PackedBatch:
-        factors = {"policy_version": self.version, "correction_cap": correction_cap, "nll_weight": nll_weight}
+    def _pack(self, bundles: list[Bundle], algorithm: AlgorithmConfig, nll_weight: float) -> PackedBatch:
+        factors = {"policy_version": self.version, "algorithm": algorithm, "nll_weight": nll_weight}
         row = pack(bundles, self.encoder.encode, self.encoder.pixels, self.policy.positions, **factors)
         return row.to(self.ranks.device)
 
@@ -310,7 +319,7 @@ class PolicyEngine:
 
     def _extra_sums(self, loss: torch.Tensor, logps: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """What the loss's own statistics lack, as sums over tokens: the last fields of `_SUMS`."""
-        counted = batch.loss_mask & (batch.weights != 0)
+        counted = batch.loss_mask
         of_sample = torch.repeat_interleave(batch.age, batch.cu_seqlens.diff(), output_size=len(logps))
         fresh = counted & (of_sample <= self.config.rollout.max_staleness)
         gap = (batch.old_logps - logps).double()  # near 1e-6 on policy, where fp32 would lose its square

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from rethinker.algorithm.corrections import token_weights
 from rethinker.algorithm.objective import trainable_mask
+from rethinker.config import AlgorithmConfig
 from rethinker.samples import Bundle, Completion, PackedBatch, Prompt, Query, Sample
 
 PADDING = 0  # any ordinary token id
@@ -72,7 +74,7 @@ def pack(
     positions: PromptPositions,
     *,
     policy_version: int = 0,
-    correction_cap: float | None = None,
+    algorithm: AlgorithmConfig | None = None,
     nll_weight: float = 0.0,
 ) -> PackedBatch:
     """Lay out one micro-batch.
@@ -82,8 +84,7 @@ def pack(
         encode, pixels: from data.prompts.PromptEncoder.
         positions: a prompt's positions, from the policy's model: `Policy.positions`.
         policy_version: the current one, for each sample's age.
-        correction_cap: if set, weight each token by min(cap, pi_trainer / pi_rollout) and take the trainer's log-probs
-            as the behaviour's (truncated importance sampling).
+        algorithm: the settings by which tokens are weighted (corrections.py); by default each has its sample's weight.
         nll_weight: factor of the supervised term on tokens of rethought responses.
     """
     # Of every prompt and response: its tokens, their positions, the prompt's number, the response's (0: the prompt).
@@ -114,9 +115,10 @@ def pack(
             source = np.arange(row - 1, row + L - 1)
             source[0] = last
             row += L - 1
-            old, factor = _behaviour(completion, correction_cap)
+            old, factor = _behaviour(completion, algorithm or AlgorithmConfig())
+            mask = trainable_mask(completion) & (sample.weight != 0)
             nll = np.full(L, nll_weight if completion.supervised else 0.0)
-            labels.append((source, completion.token_ids, old, sample.weight * factor, trainable_mask(completion), nll))
+            labels.append((source, completion.token_ids, old, sample.weight * factor, mask, nll))
     samples = [sample for bundle in bundles for sample in bundle.samples]
     lengths = [sample.completion.tokens for sample in samples]
     if not labels:  # nothing to train on: a row that only keeps the ranks' collectives in step
@@ -156,14 +158,13 @@ def _joined(parts: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts, dtype=dtype, casting="same_kind"))
 
 
-def _behaviour(completion: Completion, cap: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """[L] each: the log-prob the ratio is taken against, and the truncated importance weight (1 without a cap)."""
-    rollout = completion.logprobs
-    if cap is None:
-        return rollout, np.ones(len(rollout))
-    trainer = completion.trainer_logprobs
-    assert trainer is not None, "PolicyEngine.score comes first"
-    log_ratio = torch.tensor(trainer) - torch.tensor(rollout)
-    # A non-finite log-prob must reach the loss, where it stops the step, not be capped into a plausible weight.
-    ratio = torch.where(log_ratio.isfinite(), log_ratio.exp().clamp(max=cap), torch.nan)
-    return trainer, ratio.double().numpy()
+def _behaviour(completion: Completion, algorithm: AlgorithmConfig) -> tuple[np.ndarray, np.ndarray]:
+    """[L] each: the log-prob the ratio is taken against, and what multiplies the token's loss.
+
+    With a rollout correction the ratio is taken against the trainer's log-probs. Where these, or those of the rollout,
+    are not finite, it is NaN, and so is the loss.
+    """
+    weights = token_weights(completion, algorithm)
+    if algorithm.rollout_correction is None:
+        return completion.logprobs, weights
+    return np.where(np.isnan(weights), np.float32(np.nan), completion.trainer_logprobs), weights

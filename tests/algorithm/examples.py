@@ -45,7 +45,7 @@ def packed(samples: list[Sample]) -> PackedBatch:
         advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float64),
         weights=torch.tensor([s.weight for s in samples for _ in s.completion.token_ids], dtype=torch.float64),
         age=torch.zeros(len(samples), dtype=torch.int64),
-        loss_mask=torch.tensor([m for s in samples for m in trainable_mask(s.completion)], dtype=torch.bool),
+        loss_mask=torch.tensor([m & (s.weight != 0) for s in samples for m in trainable_mask(s.completion)]).bool(),
         cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
         image_inputs={},
     )

@@ -18,9 +18,8 @@ QUERIES = {name: Query(name, f"what is {name}?", name, (f"{name}.png",), {"categ
 def response(number: int, index: int) -> Completion:
     if number == 1 and index == 0:  # a rethought and scored one
         spans = Rethought(1, 2, "doubt", 1, 2)
-        return Completion(
-            [7, 8, 9], [-0.5, math.nan, -1 / 3], "é Wait \U0001f600", "stop", spans, [-0.1, -0.2, -1e-300]
-        )
+        numbers = {"trainer_logprobs": [-0.1, -0.2, -1e-300], "kept": [True, True, False]}
+        return Completion([7, 8, 9], [-0.5, math.nan, -1 / 3], "é Wait \U0001f600", "stop", spans, **numbers)
     return Completion([10 * number + index] * index, [-(0.1 + number)] * index, f"{number}/{index}", "length")
 
 

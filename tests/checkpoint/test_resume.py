@@ -61,6 +61,22 @@ def test_settings_are_compared_by_name(tmp_path):
     )
 
 
+def test_a_cap_of_an_older_release_goes_on_as_truncation_of_tokens(tmp_path):
+    """It wrote rollout_correction: 3.0 for what is now token_truncate with that upper bound; another one is refused."""
+
+    def config(high):
+        given = {"algorithm.rollout_correction": "token_truncate", "algorithm.correction_high": high}
+        return resolve_config("easy_vqa_cpu", {"run.name": "x"} | given)
+
+    (tmp_path / "trainer").mkdir()
+    old = flat(config(3.0)) | {"algorithm.rollout_correction": 3.0}
+    old.pop("algorithm.correction_high")
+    frozen({"settings": old})(tmp_path / "trainer" / "run")
+    assert saved_state(tmp_path, config(3.0))
+    with pytest.raises(ConfigError, match=r"correction_high=2\.0 \(was 3\.0\)"):
+        saved_state(tmp_path, config(2.0))
+
+
 def test_settings_of_sources_are_compared_as_those_above_them(tmp_path):
     """Where a source's images lie and how many of its rows may be bad may change; what is drawn of it may not."""
     entry = {"train": "a.jsonl", "weight": 1}
@@ -121,6 +137,9 @@ def test_an_old_checkpoint_is_read_and_written_back_to_the_bit(tmp_path, rank):
             assert [(s.pop("right"), s.pop("correctness"), s.pop("nll")) for s in unit] == [(False, 0.0, 0.0)]
         for count in ("sampled_queries", "sampled_effective", "refill_rounds"):  # nor what was sampled for an episode
             assert new.get("progress", {}).pop(count, 0) == 0
+        assert set(new.get("progress", {}).pop("weighed", {}).values()) <= {None}  # nor what a correction did
+        if "samples" in new:  # nor did it mask tokens
+            assert not any(new["samples"].pop("ranked")) and not len(new["samples"].pop("kept"))
         assert repr(new) == repr(old)
 
 

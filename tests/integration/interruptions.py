@@ -30,14 +30,14 @@ def parity(response, answer, query):
     return float(len(response) % 2)
 """
 
-# Everything with a past: replay across episodes, by age, second passes, scored log-probs, four steps to an episode, a
-# learning rate that follows the tokens (at most 1,024 an episode: the third one is the last).
+# Everything with a past: replay across episodes, by age, second passes, scored log-probs, tokens masked for their entropy,
+# four steps to an episode, a learning rate that follows the tokens (at most 1,024 an episode: the third is the last).
 OPTIONS = f"""
     --rollout.group_size 4 --train.batch_pairs 16 --train.episode_queries 16 --train.max_steps {STEPS}
     --rollout.max_new_tokens 16 --rollout.kv_cache_gb 0.1 --train.learning_rate 1e-3 --validation.size 8
     --checkpoint.every {EVERY} --checkpoint.keep 3 --replay.clear_every_episode false --replay.max_age 2
     --replay.age_decay 3 --replay.importance_exponent 0.4 --replay.importance_exponent_end 1 --algorithm.max_advantage 2
-    --rethink.fraction 0.5 --algorithm.rollout_correction 2.0
+    --rethink.fraction 0.5 --algorithm.rollout_correction token_truncate --algorithm.top_entropy 0.5
     --train.schedule linear --train.max_generated_tokens 2050
 """.split()
 

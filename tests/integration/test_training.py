@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import rethinker
+from rethinker.algorithm.corrections import METRICS as WEIGHTS
 from rethinker.embedded.tiny import create_tiny
 from rethinker.policy.model import load_model, load_processor
 from rethinker.runtime.completions import read_completions
@@ -77,7 +78,8 @@ def test_metrics_have_the_documented_names(ssr):
     assert [row["step"] for row in ssr] == [1, 2, 3, 4] and [row["episode"] for row in ssr] == [0, 0, 1, 1]
     for row in ssr:
         assert set(row) == METRICS
-        numbers = [v for k, v in row.items() if k not in ("val_accuracy", "mfu", "advantage_histogram")]
+        assert all(row[name] is None for name in WEIGHTS)  # neither is on
+        numbers = [v for k, v in row.items() if k not in ("val_accuracy", "mfu", "advantage_histogram", *WEIGHTS)]
         numbers = [n for v in numbers for n in (v.values() if isinstance(v, dict) else [v])]
         assert all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
         assert row["queries_by_category"] and sum(row["queries_by_category"].values()) == pytest.approx(1)
@@ -188,9 +190,14 @@ def test_options_of_the_objective_train(ssr, scratch):
     """GSPO, clip-higher, dual clip, a KL to the reference, Dr. GRPO's aggregation and rollout correction: one run."""
     options = ["--algorithm.importance", "sequence", "--algorithm.clip_high", "0.3", "--algorithm.dual_clip", "3"]
     options += ["--algorithm.kl_coef", "0.01", "--algorithm.aggregation", "constant", "--algorithm.advantage_scale"]
-    options += ["batch", "--algorithm.rollout_correction", "2.0", "--policy.freeze_vision", "true"]
+    options += ["batch", "--algorithm.rollout_correction", "token_truncate", "--policy.freeze_vision", "true"]
     options += ["--policy.gradient_checkpointing", "true", "--replay.importance_exponent", "0.5"]
+    options += ["--algorithm.top_entropy", "0.8"]
     rows = recorded(scratch, "options", *options)
+    # The first episode is the policy's own: what it was recorded with differs by rounding.
+    assert rows[0]["correction_masked"] == rows[0]["correction_truncated"] == 0
+    assert rows[0]["correction_ratio_max"] == pytest.approx(1, abs=1e-4) and rows[-1]["correction_ratio_max"] > 1.0001
+    assert all(row["top_entropy_threshold"] > 0 for row in rows)
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-8) and rows[-1]["kl"] > 1e-6
     assert all(row["grad_norm"] > 0 and row["skipped"] == 0 for row in rows)
     before = load_model(scratch / "model", torch.float32).state_dict()

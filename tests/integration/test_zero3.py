@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from tests import forked
 from tests.integration import zero3_steps
 from tests.integration.zero3_steps import SCENARIOS, scenario
 from tests.policy.conftest import encoder, tiny_folder  # noqa: F401  (fixtures)
+from tests.policy.helpers import per_sample_log_softmax
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,24 @@ def test_scoring_tells_how_far_the_policy_is_from_the_behaviour(runs, ranks):
     """The k3 estimate over all ranks' sampled tokens, whoever scored them; forced tokens do not count."""
     measured, expected = runs[ranks, 10_000]["score_kl"]
     assert measured == pytest.approx(expected, rel=1e-9) and measured > 0
+
+
+def test_token_weights_are_the_same_on_any_number_of_ranks(runs, tiny_folder, encoder):  # noqa: F811
+    """Entropies are those of the full logits; the threshold, the tokens kept and what a correction masks are of the
+    whole episode's tokens, whoever scored them."""
+    (one, of_one), (two, of_two) = (runs[ranks, 10_000]["weighed"] for ranks in (1, 2))
+    assert two == pytest.approx(one, abs=1e-5) and 0 < one["correction_masked"] < 1
+    model, ranked = load_model(tiny_folder, torch.float32), []
+    for sample in scenario("mixed", runs["scratch"], encoder):
+        place = sample.group, sample.index
+        logps = per_sample_log_softmax(model, encoder, sample).detach().double()
+        expected = -(logps.exp() * logps).sum(-1)
+        assert of_one[place][0] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert of_two[place][0] == pytest.approx(expected.tolist(), abs=1e-5)
+        kept = (np.float32(of_one[place][0]) >= one["top_entropy_threshold"]).tolist()
+        assert of_one[place][1] == of_two[place][1] == kept
+        ranked += expected.tolist()[place == (0, 0) :]  # its first token was forced
+    assert one["top_entropy_threshold"] == pytest.approx(sorted(ranked)[-math.ceil(0.3 * len(ranked))], abs=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

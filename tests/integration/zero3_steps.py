@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from deepspeed.utils import safe_get_full_grad
 
+from rethinker.algorithm.corrections import weigh
 from rethinker.algorithm.objective import has_gradient
 from rethinker.config import AlgorithmConfig, Config, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
 from rethinker.data.prompts import PromptEncoder
@@ -54,9 +55,14 @@ def gradients_at_step(engine: PolicyEngine) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def scores(engine: PolicyEngine, pictures: Path, encoder: PromptEncoder, ranks) -> tuple[dict, tuple[float, float]]:
+WEIGHED = AlgorithmConfig(rollout_correction="token_mask", correction_low=0.9, correction_high=1.1, top_entropy=0.3)
+
+
+def scores(
+    engine: PolicyEngine, pictures: Path, encoder: PromptEncoder, ranks
+) -> tuple[dict, tuple[float, float], tuple[dict, dict]]:
     """Log-probs of each response by (group, index, tokens), from the rank that owns it; k3 from the behaviour's, as
-    the engine and as the definition has it.
+    the engine and as the definition has it; what WEIGHED makes of the scores, and each response's entropies and mask.
 
     With two ranks each has some; then one batch without a token at all, on one rank.
     """
@@ -65,12 +71,17 @@ def scores(engine: PolicyEngine, pictures: Path, encoder: PromptEncoder, ranks) 
         sample.owner = i % ranks.world_size
     forced = samples[0].completion
     sampled, forced.logprobs[0] = forced.logprobs[0], float("nan")
-    assert math.isnan(engine.score(samples[:-1]))
+    assert math.isnan(engine.score(samples[:-1]).mismatch)
     forced.rethought = Rethought(0, 1, "x", 0, 1)  # a trigger: nobody sampled it
-    kl = engine.score(samples[:-1])
+    found = engine.score(samples[:-1])
+    kl, held = found.mismatch, [s for s in samples[:-1] if s.owner == ranks.rank]
+    metrics = weigh([s.completion for s in held], found.entropies, WEIGHED, ranks)
+    parts = zip(held, found.entropies, strict=True)
+    known = ranks.gather({(s.group, s.index): (of.tolist(), s.completion.kept.tolist()) for s, of in parts})
+    weighed = metrics, {place: values for share in known for place, values in share.items()}
     behaviour = {(s.group, s.index): s.completion.logprobs.tolist() for s in samples[:-1]}
     forced.logprobs[0], forced.rethought = sampled, None
-    assert engine.score(samples[-1:]) == 0.0
+    assert engine.score(samples[-1:]).mismatch == 0.0
     mine = [(s.group, s.index, s.completion) for s in samples if s.owner == ranks.rank]
     shares = ranks.gather({(group, index, c.tokens): c.trainer_logprobs.tolist() for group, index, c in mine})
     own = {place: logps for share in shares for place, logps in share.items()}
@@ -78,7 +89,7 @@ def scores(engine: PolicyEngine, pictures: Path, encoder: PromptEncoder, ranks) 
     gaps = [b - p for place, old in behaviour.items() for b, p in zip(old, scored.get(place, []), strict=True)]
     terms = [math.expm1(gap) - gap for gap in gaps if not math.isnan(gap)]
     assert len(terms) == len(gaps) - 1
-    return own, (kl, sum(terms) / len(terms))
+    return own, (kl, sum(terms) / len(terms)), weighed
 
 
 def steps(model: str, scratch: str, encoder: PromptEncoder, ranks, budget: int, attention: str) -> dict:
@@ -109,7 +120,7 @@ def steps(model: str, scratch: str, encoder: PromptEncoder, ranks, budget: int, 
             results[name] = {"metrics": engine.train_step(idle), "gradients": dict(gradients)}
     engine, gradients = build(1e-3)
     results["partitioned"] = sum(p.ds_tensor.numel() < p.ds_numel for p in engine.policy.parameters())
-    results["scored"], results["score_kl"] = scores(engine, pictures, encoder, ranks)
+    results["scored"], results["score_kl"], results["weighed"] = scores(engine, pictures, encoder, ranks)
     metrics = engine.train_step(scenario("mixed", pictures, encoder))
     weights = {n: t.clone() for n, t in engine.weights}
     results["moved"] = {"metrics": metrics, "gradients": dict(gradients), "weights": weights}

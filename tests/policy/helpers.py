@@ -53,8 +53,8 @@ def samples_for(queries, encoder, lengths, *, seed: int = 0, vocabulary: int = 2
     return samples
 
 
-def per_sample_logps(model, encoder, sample: Sample) -> torch.Tensor:
-    """Log-probs [L] of one response by transformers' own forward on the one ordinary sequence."""
+def per_sample_log_softmax(model, encoder, sample: Sample) -> torch.Tensor:
+    """[L, V] of one response by transformers' own forward on the one ordinary sequence."""
     prompt = encoder.encode(sample.query)
     ids = torch.tensor([[*prompt.token_ids, *sample.completion.token_ids]])
     inputs = dict(encoder.pixels(sample.query))
@@ -63,5 +63,10 @@ def per_sample_logps(model, encoder, sample: Sample) -> torch.Tensor:
         is_image[:, len(prompt.token_ids) :] = 0
         inputs["mm_token_type_ids"] = is_image
     logits = model(input_ids=ids, use_cache=False, **inputs).logits[0]
-    logps = logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1)
+    return logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1)
+
+
+def per_sample_logps(model, encoder, sample: Sample) -> torch.Tensor:
+    """Log-probs [L] of its tokens."""
+    logps = per_sample_log_softmax(model, encoder, sample)
     return logps.gather(1, torch.tensor(sample.completion.token_ids)[:, None])[:, 0]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rethinker.config import ConfigError, PolicyConfig
+from rethinker.config import AlgorithmConfig, ConfigError, PolicyConfig
 from rethinker.policy import attention
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.packing import pack, plan_micro_batches
@@ -315,10 +315,10 @@ def test_replayed_sample_joins_its_group(encoder, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("cap", [None, 2.0])
-def test_a_row_is_what_its_responses_say_token_by_token(seed, cap):
+@pytest.mark.parametrize("algorithm", [{}, {"rollout_correction": "token_truncate"}, {"top_entropy": 0.5}])
+def test_a_row_is_what_its_responses_say_token_by_token(seed, algorithm):
     """Every tensor of a packed batch, built up one token at a time in plain Python: the same bits, with responses of
-    any length, masked spans, -inf and NaN log-probs, importance weights, a correction cap and the supervised term."""
+    any length, masked spans, -inf and NaN log-probs, importance and token weights, and the supervised term."""
     rng = np.random.default_rng(seed)
     prompts = {str(i): list(range(10 * i, 10 * i + 3 + i)) for i in range(4)}
     bundles = []
@@ -329,7 +329,8 @@ def test_a_row_is_what_its_responses_say_token_by_token(seed, cap):
             logprobs[length // 2 :: 4] = (-np.inf, np.nan)[index % 2]
             rethought = Rethought(1, 3, "x", 0, 3) if length > 3 else None
             tokens = rng.integers(0, 150_000, length).tolist()
-            completion = Completion(tokens, logprobs.tolist(), "", "stop", rethought, scores.tolist())
+            kept = rng.random(length) < 0.5 if "top_entropy" in algorithm else None
+            completion = Completion(tokens, logprobs.tolist(), "", "stop", rethought, scores.tolist(), kept)
             known = {"prompt_tokens": len(ids), "weight": float(rng.random()), "policy_version": index}
             samples.append(Sample(Query(name, "", ""), completion, float(rng.standard_normal()), **known))
         bundles.append(Bundle(samples[0].query, tuple(samples)))
@@ -346,11 +347,15 @@ def test_a_row_is_what_its_responses_say_token_by_token(seed, cap):
         for r, sample in enumerate(bundle.samples, start=1):
             completion, source = sample.completion, last
             for i, token in enumerate(completion.token_ids.tolist()):
-                old, factor = completion.logprobs[i], 1.0
-                if cap is not None:
+                span, old, factor = completion.rethought, completion.logprobs[i], 1.0
+                forced = span is not None and span.trigger_start <= i < span.trigger_end
+                if "top_entropy" in algorithm:
+                    factor = (1.0 if forced or np.isfinite(old) else math.nan) * completion.kept[i]
+                elif algorithm:
                     old, gap = completion.trainer_logprobs[i], completion.trainer_logprobs[i] - completion.logprobs[i]
-                    factor = min(cap, torch.tensor(gap).exp().item()) if np.isfinite(gap) else math.nan
-                span = completion.rethought
+                    factor = min(2.0, torch.tensor(gap).exp().item()) if np.isfinite(gap) else math.nan
+                    factor = 1.0 if forced else factor
+                    old = math.nan if math.isnan(factor) else old  # a fault is the log-prob's
                 put(source=source, target=token, old=old, weight=sample.weight * factor)
                 put(mask=span is None or not span.masked_start <= i < span.masked_end, nll=0.25 * (span is not None))
                 source = len(expected["ids"])
@@ -363,7 +368,7 @@ def test_a_row_is_what_its_responses_say_token_by_token(seed, cap):
         lambda query: {},
         lambda prompt, images: 2 * torch.arange(len(prompt.token_ids)).expand(3, -1),
         policy_version=5,
-        correction_cap=cap,
+        algorithm=AlgorithmConfig(**algorithm),
         nll_weight=0.25,
     )
     samples = [sample for bundle in bundles for sample in bundle.samples]

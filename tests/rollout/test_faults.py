@@ -14,10 +14,13 @@ import torch
 from PIL import Image
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from rethinker.algorithm.corrections import weigh
+from rethinker.config import AlgorithmConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.episode import MismatchError, check_mismatch
 from rethinker.policy.model import load_processor
 from rethinker.rollout import deadline, vllm_weights
+from rethinker.runtime.distributed import ALONE
 from rethinker.samples import Query
 from tests.data.image_kinds import noise, oriented, tagged
 from tests.rollout.helpers import TOLERANCE, rollout_config, tied_only
@@ -32,6 +35,36 @@ def mismatch(policy, prompts, completions) -> float:
     rollout = torch.tensor([logp for _, one in pairs for logp in one.logprobs], dtype=torch.float64)
     gap = rollout - torch.cat([policy.logprobs(prompt, one) for prompt, one in pairs]).double()
     return float((gap.expm1() - gap).mean())
+
+
+@tied_only
+@pytest.mark.parametrize(
+    ("kind", "high", "part"),
+    [
+        ("token_mask", 2.0, "layers.1.mlp.down_proj.weight"),
+        ("sequence_mask", 2.0, "layers.2.self_attn.v_proj.weight"),
+        ("geometric_mask", 1.2, "layers.1.mlp.down_proj.weight"),
+    ],
+)
+def test_a_wrong_weight_in_the_engine_is_masked(engine, policy, prompts, kind, high, part):
+    """The engine samples with one weight tensor that is not the policy's: a correction drops tokens, more of them the
+    more it differs, and the largest ratio shows it. With the same weights it drops none."""
+    original = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    found = []
+    for version, scale in enumerate((0.0, 0.1, 0.8), start=1):
+        policy.perturb(seed=5, part=part, scale=scale)
+        engine.sync(policy, version)
+        sampled = engine.generate(prompts, **SAMPLED | {"n": 8})
+        policy.model.load_state_dict(original)
+        for prompt, group in zip(prompts, sampled, strict=True):
+            for one in group:
+                one.trainer_logprobs = policy.logprobs(prompt, one).numpy()
+        completions = [one for group in sampled for one in group]
+        config = AlgorithmConfig(rollout_correction=kind, correction_high=high)
+        found.append(weigh(completions, [], config, ALONE))
+    masked, ratios = ([of[f"correction_{name}"] for of in found] for name in ("masked", "ratio_max"))
+    assert masked[0] == 0 < masked[1] < masked[2] <= 1 and ratios[0] == pytest.approx(1, abs=1e-4)
+    assert ratios[0] < min(ratios[1:])
 
 
 def lose(monkeypatch, lost) -> None:
