@@ -139,6 +139,7 @@ def loss_inputs(
         "mask": batch.loss_mask,
         "nll_weights": batch.nll_weights,
         "normalizer": normalizer,
+        "entropy_coef": config.entropy_coef,
     }
 
 
@@ -146,10 +147,10 @@ def has_gradient(sample: Sample, config: AlgorithmConfig) -> bool:
     """Whether a sample can move the policy.
 
     Without an advantage GRPO's loss is 0 whatever the ratio, and so is its gradient: such a sample counts in the
-    normalizer alone. A KL term, the supervised one, or another loss need no advantage.
+    normalizer alone. A KL term, an entropy bonus, the supervised term, or another loss need no advantage.
     """
-    needs_no_advantage = config.loss != "grpo" or config.kl_coef != 0 or sample.completion.supervised
-    return needs_no_advantage or sample.advantage != 0
+    needs_no_advantage = config.loss != "grpo" or config.kl_coef != 0 or config.entropy_coef != 0
+    return needs_no_advantage or sample.completion.supervised or sample.advantage != 0
 
 
 def loss_normalizer(samples: list[Sample], config: AlgorithmConfig, max_new_tokens: int) -> float:
