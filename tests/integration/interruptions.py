@@ -31,13 +31,13 @@ def parity(response, answer, query):
 """
 
 # Everything with a past: replay across episodes, second passes, scored log-probs, four steps to an episode, a learning
-# rate that follows the tokens (at most 1,024 an episode: the third one is the last).
+# rate that follows the tokens (at most 1,024 an episode: the third one is the last), a reference policy that moves.
 OPTIONS = f"""
     --rollout.group_size 4 --train.batch_pairs 16 --train.episode_queries 16 --train.max_steps {STEPS}
     --rollout.max_new_tokens 16 --rollout.kv_cache_gb 0.1 --train.learning_rate 1e-3 --validation.size 8
     --checkpoint.every {EVERY} --checkpoint.keep 3 --replay.clear_every_episode false --replay.max_age 2
     --rethink.fraction 0.5 --algorithm.rollout_correction 2.0
-    --train.schedule linear --train.max_generated_tokens 2050
+    --train.schedule linear --train.max_generated_tokens 2050 --algorithm.kl_coef 0.01 --algorithm.reference_every 1
 """.split()
 
 
@@ -151,7 +151,7 @@ def assert_equal_runs(run: Path, reference: Path) -> None:
         completions = [read_completions(folder / "completions", episode) for folder in (run, reference)]
         assert completions[0] == completions[1]
     a, b = (folder / "checkpoints" / "last" for folder in (run, reference))
-    for file in ("model.safetensors", "trainer/optimizer_00000.safetensors"):
+    for file in ("model.safetensors", "trainer/optimizer_00000.safetensors", "trainer/reference_00000.safetensors"):
         one, other = load_file(a / file), load_file(b / file)
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     one, other = (read_state(folder / "trainer" / "run") for folder in (a, b))

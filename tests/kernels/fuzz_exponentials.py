@@ -133,8 +133,8 @@ def test_grpo(importance, options):
 
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 def test_an_entropy_bonus_has_logits(importance, products):
-    """The gradient of entropies is not one factor a row of the exponentials: it is made from logits, also where log-probs
-    and entropies were measured on exponentials."""
+    """The gradient of entropies is not one factor a row of the exponentials: it is made from logits, also where
+    log-probs and entropies were measured on exponentials."""
     inputs = on_device(tokens())
     del inputs["logps"], inputs["ref_logps"]
     inputs["old_logps"] -= 3

@@ -119,13 +119,14 @@ def bonus(leaves: list[torch.Tensor], inputs: dict, aggregation: str, temperatur
 @pytest.mark.parametrize("loss", [grpo, cispo, gmpo])
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 def test_the_entropy_bonus_is_its_formula(loss, aggregation, dtype, monkeypatch):
-    """With entropy_coef the loss and its gradients differ by -entropy_coef times the entropies written out in fp64, whose
-    mask, weights, aggregation and normalizer are the loss's; across chunks, of a tempered distribution, with a bias and
-    a supervised term. Log-probs and statistics stay."""
+    """With entropy_coef the loss and its gradients differ by -entropy_coef times the entropies written out in fp64,
+    whose mask, weights, aggregation and normalizer are the loss's; across chunks, of a tempered distribution, with a
+    bias and a supervised term. Log-probs and statistics stay."""
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: (3, 4))
     inputs = rows_of(dtype)
     nll_weights = 0.1 * (torch.arange(ROWS) % 3).to(inputs["old_logps"].dtype)
-    given = inputs | {"aggregation": aggregation, "normalizer": 6.0, "whole_sequences": loss is gmpo, "temperature": 0.6}
+    given = inputs | {"aggregation": aggregation, "normalizer": 6.0, "whole_sequences": loss is gmpo}
+    given["temperature"] = 0.6
     leaves, index = head(dtype)
     results = []
     for coefficient in (0.0, 0.3):
@@ -147,8 +148,8 @@ def test_the_entropy_bonus_is_its_formula(loss, aggregation, dtype, monkeypatch)
 
 @pytest.mark.parametrize("loss", [grpo, cispo, gmpo])
 def test_a_bonus_is_that_of_entropies_that_are_given(loss, monkeypatch):
-    """policy_loss takes the entropies, and their gradient through it gives the op's; those of tokens that do not count may
-    be NaN. Without them, or with others than one number a token, it names what is missing."""
+    """policy_loss takes the entropies, and their gradient through it gives the op's; those of tokens that do not count
+    may be NaN. Without them, or with others than one number a token, it names what is missing."""
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: (3, 4))
     leaves, index = head()
     given = rows_of() | {"normalizer": 6.0, "whole_sequences": loss is gmpo, "entropy_coef": 0.2}
@@ -211,8 +212,8 @@ def test_a_frozen_head_costs_no_product(loss, entropy_coef, monkeypatch):
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
 def test_any_loss_never_holds_all_logits(entropy_coef, monkeypatch):
-    """Memory law: the largest allocation of an open loss's step, with an entropy bonus or without, is one chunk's logits,
-    of 1/8 of [R, V]."""
+    """Memory law: the largest allocation of an open loss's step, with an entropy bonus or without, is one chunk's
+    logits, of 1/8 of [R, V]."""
     rows, width, vocabulary = 512, 4, 64
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: (64, 64))
     hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
