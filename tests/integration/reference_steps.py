@@ -1,4 +1,4 @@
-"""Run on every rank by test_moving_reference.py: ZeRO-3 steps around a move of the reference policy, and after a resume;
+"""Run on every rank by test_moving_reference.py: ZeRO-3 steps around a move of the reference policy and after a resume,
 and steps with an entropy bonus and without."""
 
 from __future__ import annotations
@@ -98,10 +98,8 @@ def main(model: str, scratch: str, output: str) -> None:
         results["entropies"] = entropies(model, encoder, samples, ranks)
         of_two = torch.load(Path(scratch) / "2.pt", weights_only=False)
         for kind in SAVED:
-            config, counters = (
-                settings(model, kind, RATES[kind], kl_coef=0.1, reference_every=1),
-                of_two[kind]["counters"],
-            )
+            config = settings(model, kind, RATES[kind], kl_coef=0.1, reference_every=1)
+            counters = of_two[kind]["counters"]
             results[kind] |= resumed(config, model, Path(scratch) / kind, encoder, samples, counters, ranks)
     if ranks.is_main:
         torch.save(results, output)
