@@ -61,7 +61,7 @@ def linear_policy_loss(
     head = {"bias": bias, "temperature": temperature, "return_entropy": True}
     logps, entropies = linear_selective_log_softmax(hidden, weight, index, **head)
     objective = losses.Objective(loss, logps.detach(), old_logps, advantages, **given)
-    value = objective.total(logps)
+    value = objective.total(logps, entropies)
     if nll_weights is not None:
         value = value - (nll_weights * torch.where(nll_weights != 0, logps, 0.0)).sum()
     counted = objective.measured.mask & entropies.isfinite()

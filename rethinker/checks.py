@@ -51,6 +51,7 @@ def check_geometry(config: Config) -> None:
             "policy.model=tiny is warmed up on all questions, which data.streaming=true does not hold; give a model "
             "folder, or set data.streaming=false"
         )
+    _check_reference(config)
     if policy.lora.target_modules and not policy.lora.rank:
         raise ConfigError(f"policy.lora.target_modules={policy.lora.target_modules} needs policy.lora.rank, as 16")
     if config.algorithm.max_advantage is not None and config.algorithm.name == "grpo":
@@ -77,6 +78,24 @@ def check_geometry(config: Config) -> None:
             "rollout.backend=recorded set it to 0 (recorded responses keep what rethinking made of them)"
         )
     _check_backend(config)
+
+
+def _check_reference(config: Config) -> None:
+    """A reference policy that moves is there, and in memory."""
+    every = config.algorithm.reference_every
+    if every is None:
+        return
+    if config.algorithm.kl_coef == 0:
+        raise ConfigError(
+            f"algorithm.reference_every={every} moves the reference policy of the KL, which algorithm.kl_coef=0 does "
+            "without; set algorithm.kl_coef, as 0.001, or algorithm.reference_every=null"
+        )
+    offload = (config.train.deepspeed.get("zero_optimization") or {}).get("offload_param") or {}
+    if offload.get("device") == "nvme":
+        raise ConfigError(
+            f"algorithm.reference_every={every} copies weights in memory, and train.deepspeed.zero_optimization."
+            "offload_param.device=nvme holds them elsewhere; set it to cpu or none, or algorithm.reference_every=null"
+        )
 
 
 def schedule_length(config: Config, queries: int | None) -> int:
@@ -191,8 +210,8 @@ def check_resources(config: Config) -> None:
     if weight_folder and not os.path.isdir(weight_folder):
         raise ConfigError(f"rollout.weight_folder={weight_folder} is not a folder")
     # The kept checkpoints and the one being written: bf16 models with 12 bytes of optimizer per parameter (adapters
-    # have a few hundredths of that), and two best models.
-    checkpoint_bytes = model_bytes if lora.rank else 7 * model_bytes
+    # have a few hundredths of that), a reference policy that moves, and two best models.
+    checkpoint_bytes = model_bytes if lora.rank else (8 if config.algorithm.reference_every else 7) * model_bytes
     _check_run_folder(config, max((config.checkpoint.keep + 1) * checkpoint_bytes + 2 * model_bytes, MIN_FREE_BYTES))
 
 

@@ -316,6 +316,10 @@ class AlgorithmConfig:
     policy.lora needs none: its frozen weights are the reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that KL."""
+    reference_every: ranges.Count | None = None
+    """After every so many episodes the policy becomes the reference policy of the KL; null keeps the first one."""
+    entropy_coef: ranges.NotNegative = 0.0
+    """Weight of the entropy bonus: the loss of a token less entropy_coef times the policy's entropy there, in nats."""
     importance: Literal["token", "sequence"] = "token"
     """Ratio per token (GRPO) or per sequence (GSPO)."""
     aggregation: Literal["token", "sequence", "constant"] = "token"

@@ -230,9 +230,12 @@ class Run:
         return phase("sync", self.times)
 
     def end_episode(self) -> None:
-        """Validate, where `validation.every` says so, and keep the best policy."""
+        """Move the reference policy, where `algorithm.reference_every` says so; validate, where `validation.every` says
+        so, and keep the best policy."""
         progress = self.progress
         progress.episode += 1
+        if self.policy.moving and progress.episode % self.config.algorithm.reference_every == 0:
+            self.policy.moving.move()
         return_free_memory()
         if self.unfinished() and progress.episode % self.config.validation.every:
             return

@@ -38,6 +38,7 @@ plan/test_measured.py integration/test_faults.py rollout/test_two_ranks.py rollo
 integration/test_compiled_layers.py benchmarks/test_gpu_suite.py benchmarks/test_end_to_end.py
 integration/test_saving.py integration/test_refill.py integration/test_out_of_memory.py
 integration/test_lora.py benchmarks/test_train_step.py
+integration/test_moving_reference.py
 rollout/test_vllm_engine.py rollout/test_vllm_cpu_ops.py benchmarks/test_ablation.py
 evaluation/test_command.py integration/test_zero3.py test_recipes.py embedded/test_warmup.py plan/test_plan.py
 runtime/test_torchvision_cpu.py report/test_browser.py rewards/test_checker.py integration/test_loss_head.py

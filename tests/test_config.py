@@ -290,6 +290,9 @@ def test_batches_must_hold_whole_groups_and_episodes_whole_batches():
         ("algorithm.correction_low", 1.0, "less than 1"),
         ("algorithm.correction_low", 0.0, "needs algorithm.rollout_correction, as token_truncate"),
         ("algorithm.top_entropy", 0.0, "greater than 0"),
+        ("algorithm.entropy_coef", -0.01, "greater than or equal to 0"),
+        ("algorithm.reference_every", 0, "greater than or equal to 1"),
+        ("algorithm.reference_every", 5, "set algorithm.kl_coef, as 0.001"),
         ("train.betas", [0.9, 1.0], "less than 1"),
         ("policy.warmup.data_fraction", 1.5, "less than or equal to 1"),
         ("data.category_weights", {"a": -0.1}, "greater than or equal to 0"),
@@ -336,6 +339,18 @@ def test_replay_rules_that_exclude_each_other(given, needed):
     with pytest.raises(ConfigError, match=f"{key}={value}.*{needed}"):
         resolve_config("easy_vqa_cpu", given)
     assert resolve_config("easy_vqa_cpu", {"algorithm.max_advantage": 2.0, "replay.priority": "correctness"})
+
+
+def test_a_reference_that_moves_is_in_memory():
+    """Weights that ZeRO-3 keeps on a disk cannot be copied; on the host they can."""
+    given = {"algorithm.kl_coef": 0.1, "algorithm.reference_every": 5}
+    for device, fits in (("cpu", True), ("nvme", False)):
+        given["train.deepspeed"] = {"zero_optimization": {"offload_param": {"device": device}}}
+        if fits:
+            assert resolve_config("easy_vqa_cpu", given)
+            continue
+        with pytest.raises(ConfigError, match=r"^algorithm.reference_every=5 .*offload_param.device=nvme.*cpu or none"):
+            resolve_config("easy_vqa_cpu", given)
 
 
 def test_defaults_are_in_range():
@@ -433,6 +448,8 @@ def test_full_disks(tmp_path, monkeypatch):
         file.write(header := weights(200 * 2**20))
         file.truncate(len(header) + 200 * 2**20)  # sparse
     assert "needs about 4.49 GB" in refused("--policy.model", str(model))  # three of 7 x 0.2, and two models
+    moving = ("--algorithm.kl_coef", "0.1", "--algorithm.reference_every", "9")
+    assert "needs about 5.08 GB" in refused("--policy.model", str(model), *moving)  # of 8 x 0.2
     assert "needs about 3.13 GB" in refused("--policy.model", str(model), "--checkpoint.keep", "1")
 
 

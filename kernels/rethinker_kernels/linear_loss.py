@@ -36,13 +36,14 @@ def linear_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Any loss on log-probs straight from hidden states and the head's weight, with an optional supervised term.
 
-        logps = linear_selective_log_softmax(hidden, weight, index, bias=bias, temperature=temperature)
-        loss, stats = policy_loss(logps, loss, old_logps, advantages, ..., normalizer=normalizer)
+        logps, entropies = linear_selective_log_softmax(hidden, weight, index, ..., return_entropy=True)
+        loss, stats = policy_loss(logps, loss, old_logps, advantages, entropies=entropies, ..., normalizer=normalizer)
         loss = loss - (nll_weights * logps).sum()
 
     The logits [R, V] are never held whole. All that decides a token's gradient is known before the forward pass, so the
     gradients of hidden, weight and bias are made in it: per chunk the log-probs, the loss's slope by autograd on a
-    vector [C], and the logits turned into their gradient. That is 3 matrix products, where recomputing the logits would
+    vector [C], and the logits turned into their gradient (an entropy bonus included, whose slope in a logit is that of
+    H = -sum p log p: -p (log p + H) / temperature). That is 3 matrix products, where recomputing the logits would
     take 4 (`whole_sequences`, as with `importance="sequence"`, needs all log-probs first, and takes 4; so does a
     function under torch.compile, which is composed of the lines above). The backward pass only scales them.
 
@@ -99,7 +100,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             gradients = Gradients(head, needs)
             if any(needs):
                 slopes = _slopes(objective, nll_weights, slice(None), logps)
-                gradients.accumulate_log_softmax(saved, entropies, slopes, None)
+                gradients.accumulate_log_softmax(saved, entropies, slopes, objective.entropy_slopes())
         loss, logps, stats = _outcome(objective, nll_weights, logps, entropies)
         ctx.set_materialize_grads(False)  # or zeros would be made for the outputs without one
         ctx.mark_non_differentiable(logps, stats)
@@ -129,13 +130,15 @@ def one_pass(
             from rethinker_kernels.triton_kernels.linear_loss import grpo_rows
 
             known = objective.rows.at(rows), objective.factors[rows], at(nll_weights, rows), objective.surrogate
-            logps[rows], entropies[rows] = grpo_rows(part.logits, *part.chosen, *known, out=part.out)
+            of_rows = *part.chosen, *known, objective.entropy_coef
+            logps[rows], entropies[rows] = grpo_rows(part.logits, *of_rows, out=part.out)
             return None
         logps[rows], entropies[rows], _ = part.measure(objective.rows.old_logps[rows], True)
-        return part.close(_slopes(objective, nll_weights, rows, logps[rows]))
+        slopes, entropy_slopes = _slopes(objective, nll_weights, rows, logps[rows]), objective.entropy_slopes(rows)
+        return part.close(slopes, *(() if entropy_slopes is None else (entropies[rows], entropy_slopes)))
 
     gradients = Gradients(head, needs)
-    gradients.accumulate(close)
+    gradients.accumulate(close, exponentials=objective.entropy_coef == 0)
     return logps, entropies, gradients
 
 
@@ -149,7 +152,7 @@ def _outcome(
     objective: Objective, nll_weights: Tensor | None, logps: Tensor, entropies: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `linear_policy_loss` returns, from the log-probs and entropies of all rows."""
-    loss = objective.total(logps)
+    loss = objective.total(logps, entropies)
     if nll_weights is not None:
         loss = loss - (nll_weights * torch.where(nll_weights != 0, logps, 0.0)).sum()
     counted = objective.measured.mask & entropies.isfinite()

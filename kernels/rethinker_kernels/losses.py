@@ -8,6 +8,7 @@ Legend: R rows (response tokens), C rows of a chunk of them, S sequences (respon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -217,9 +218,10 @@ class Objective:
         surrogate: Surrogate | None = None,
         whole_sequences: bool = False,
         count_weightless: bool = False,
+        entropy_coef: float = 0.0,
     ) -> None:
         """`like` is [R], of the rows' number, type and device; the rest is explained in `policy_loss`."""
-        self.loss, self.aggregation = loss, aggregation
+        self.loss, self.aggregation, self.entropy_coef = loss, aggregation, entropy_coef
         self.is_grpo = getattr(loss, "func", loss) is grpo
         given = getattr(loss, "keywords", {}) if self.is_grpo else {}
         self.surrogate = Surrogate(**given) if self.is_grpo else surrogate or Surrogate()
@@ -233,6 +235,8 @@ class Objective:
                 raise ValueError(f"normalizer: must be one number on {like.device}, not {where}")
         elif not normalizer > 0:
             raise ValueError(f"normalizer={normalizer}: must be positive")
+        if not math.isfinite(entropy_coef):
+            raise ValueError(f"entropy_coef={entropy_coef}: must be finite")
         if ref_logps is not None:
             check("ref_logps", ref_logps, like.shape, like=like)
         elif self.surrogate.kl_coef != 0:
@@ -301,9 +305,12 @@ class Objective:
         difference = (logps - rows.old_logps).detach()
         return torch.where(rows.mask, found + (difference - difference), 0.0)
 
-    def total(self, logps: Tensor) -> Tensor:
-        """The scalar loss of all rows."""
-        token_loss = self.per_token(logps, self.rows) * self.rows.weights
+    def total(self, logps: Tensor, entropies: Tensor | None = None) -> Tensor:
+        """The scalar loss of all rows; the entropies [R] are needed with an entropy_coef that is not 0."""
+        token_loss = self.per_token(logps, self.rows)
+        if self.entropy_coef != 0:
+            token_loss = token_loss - self.entropy_coef * torch.where(self.rows.mask, entropies, 0.0)
+        token_loss = token_loss * self.rows.weights
         if self.aggregation == "sequence":
             token_loss = self.measured.sequence_means(token_loss)
         return token_loss.sum() / self.normalizer
@@ -320,6 +327,10 @@ class Objective:
             slope = slope * factors
         difference = torch.where(at.mask, logps, 0.0) - at.old_logps
         return torch.where(at.mask, slope + (difference - difference), 0.0)
+
+    def entropy_slopes(self, rows: slice = slice(None)) -> Tensor | None:
+        """[C]: d total / d entropies of these rows; None where there is no bonus."""
+        return -self.entropy_coef * self.factors[rows] if self.entropy_coef != 0 else None
 
     def statistics(self, logps: Tensor) -> Tensor:
         """[len(GRPO_STATS)] fp64."""
@@ -345,10 +356,12 @@ class Objective:
         return torch.stack([values[name].sum(dtype=torch.float64) for name in GRPO_STATS])
 
 
-def policy_loss(logps: Tensor, loss: Loss, old_logps: Tensor, advantages: Tensor, **given) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    logps: Tensor, loss: Loss, old_logps: Tensor, advantages: Tensor, *, entropies: Tensor | None = None, **given
+) -> tuple[Tensor, Tensor]:
     """A loss over a batch of tokens, and statistics that add over batches.
 
-        loss = (loss_of_each_token * weights)[mask].sum() / normalizer
+        loss = ((loss_of_each_token - entropy_coef * entropies) * weights)[mask].sum() / normalizer
 
     `aggregation`: `token` and `constant` sum all tokens, `sequence` the sequences' means; `normalizer` then divides.
     It is the caller's, and global (over ranks and micro-batches): all tokens, all sequences, or sequences * a constant
@@ -358,7 +371,7 @@ def policy_loss(logps: Tensor, loss: Loss, old_logps: Tensor, advantages: Tensor
     a log-prob that is not finite makes the loss NaN.
 
     Args:
-        logps: [R] floating: the policy's log-probs; the only input that is differentiated.
+        logps: [R] floating: the policy's log-probs; nothing else is differentiated but the entropies.
         loss: `loss(logps, rows) -> [C]`, see `Rows`; `functools.partial(grpo, clip_high=0.28)` for one.
         old_logps: [R], the behaviour policy's.
         advantages: [R], or [S] with `cu_seqlens` (which it is where R = S).
@@ -373,6 +386,9 @@ def policy_loss(logps: Tensor, loss: Loss, old_logps: Tensor, advantages: Tensor
         whole_sequences: whether the loss calls `Rows.sequence_mean`; `grpo` says it itself.
         count_weightless: whether unmasked tokens of weight 0 count in the statistics and in the mean of a sequence that
             `aggregation` takes, though not in the loss: as those that a correction has masked.
+        entropy_coef: weight of the entropy bonus (1602.01783, section 4), 0 by default. A token's bonus has the mask,
+            weight, aggregation and normalizer of its loss.
+        entropies: [R], nats: the policy's at each token; needed with an entropy_coef that is not 0.
 
     Returns:
         loss: scalar, in the type of logps (at least fp32); 0 for an empty batch, still attached to logps.
@@ -383,7 +399,11 @@ def policy_loss(logps: Tensor, loss: Loss, old_logps: Tensor, advantages: Tensor
             a differentiable number per token.
     """
     objective = Objective(loss, logps.detach(), old_logps, advantages, **given)
-    return objective.total(logps), objective.statistics(logps)
+    if entropies is not None:
+        check("entropies", entropies, logps.shape, like=logps)
+    elif objective.entropy_coef != 0:
+        raise ValueError("entropies is needed with an entropy_coef that is not 0")
+    return objective.total(logps, entropies), objective.statistics(logps)
 
 
 def grpo_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, **given) -> tuple[Tensor, Tensor]:

@@ -154,6 +154,7 @@ def loss_inputs(
         "count_weightless": config.rollout_correction is not None or config.top_entropy is not None,
         "nll_weights": batch.nll_weights,
         "normalizer": normalizer,
+        "entropy_coef": config.entropy_coef,
     }
 
 
@@ -161,10 +162,11 @@ def has_gradient(sample: Sample, config: AlgorithmConfig) -> bool:
     """Whether a sample can move the policy.
 
     Without an advantage the loss of every shipped function is 0 whatever the ratio, and so is its gradient: such a
-    sample counts in the normalizer alone. A KL term, the supervised one, or a loss of the user's own need no advantage.
+    sample counts in the normalizer alone. A KL term, an entropy bonus, the supervised term, or a loss of the user's own
+    need no advantage.
     """
-    needs_no_advantage = is_users(config) or config.kl_coef != 0 or sample.completion.supervised
-    return needs_no_advantage or sample.advantage != 0
+    needs_no_advantage = is_users(config) or config.kl_coef != 0 or config.entropy_coef != 0
+    return needs_no_advantage or sample.completion.supervised or sample.advantage != 0
 
 
 def is_users(config: AlgorithmConfig) -> bool:

@@ -3,7 +3,8 @@
 checkpoints/
   step_000040/           a model folder in Hugging Face format, and
     trainer/run.*        the run's state: counters, data order, replay, log position, settings, versions
-    trainer/rank_00000.* each rank's: its responses and random streams; optimizer_00000.*: its part of the optimizer
+    trainer/rank_00000.* each rank's: its responses and random streams; optimizer_00000.*: its part of the optimizer,
+                         reference_00000.*: of a reference policy that moves
     COMPLETE             written last: size and SHA-256 of every file
   last -> step_000040    the newest one
   best -> best_000024    the model with the best validation accuracy; without one, as last

@@ -1,7 +1,7 @@
 """All that a run is besides its weights, taken and given back: what `--resume` continues from.
 
 The run's own state (trainer/run.*) is the same on every rank and written by rank 0; each rank adds its responses and
-random streams (trainer/rank_*) and its part of the optimizer.
+random streams (trainer/rank_*), its part of the optimizer, and of a reference policy that moves.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class RunState:
     run: RunDirectory
 
     def snapshot(self, optimizer: bool = True) -> Callable[[Path], None]:
-        """Everything as it is now, with or without the optimizer; what comes back writes it into trainer/, while
-        training goes on."""
+        """Everything as it is now, with or without the optimizer and a reference that moves; what comes back writes it
+        into trainer/, while training goes on."""
         replay, stream = self.replay.state_dict(), self.episodes.stream
         replayed = [sample for _, samples, _ in replay["entries"] for sample in samples]
         responses = held_responses(self.progress.groups, replayed)
@@ -113,11 +113,13 @@ class RunState:
                 "log": self.run.state_dict(),
             }
             write_run = frozen(run)
-        write_optimizer = self.policy.optimizer_snapshot() if optimizer else None
+        shards = [self.policy.optimizer_snapshot()] if optimizer else []
+        if optimizer and self.policy.moving:
+            shards.append(self.policy.moving.snapshot())
 
         def write(folder: Path) -> None:
-            if write_optimizer:
-                write_optimizer(folder)
+            for write_shard in shards:
+                write_shard(folder)
             frozen(own)(folder / f"rank_{self.ranks.rank:05d}")
             if write_run:
                 write_run(folder / "run")
@@ -142,6 +144,8 @@ class RunState:
         responses = Responses(queries, [own["samples"] for own in owns], ranks)
         self.policy.load_state_dict(state["policy"])
         self.policy.load_optimizer(folder, state["policy"]["adam_steps"])
+        if self.policy.moving:
+            self.policy.moving.load(folder)
         progress, replay = state["progress"], state["replay"]
         for name in ("before", "after", "best"):
             progress[name] = progress[name] and Accuracy(**progress[name])

@@ -134,7 +134,8 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         host |= state | offloaded | rollout.budget | max(step, sync, key=total) | {"the process": CPU_PROCESS}
         phases = [Phase("memory", host, machine.host_memory)]
     model = b * (shape.parameters + shape.adapters)
-    disk = {"checkpoints to resume from": (keep + 1) * (model + 12 * shape.trained)}  # and one being written
+    moving = b * shape.trained if config.algorithm.reference_every else 0
+    disk = {"checkpoints to resume from": (keep + 1) * (model + 12 * shape.trained + moving)}  # and one being written
     disk["best and last model"] = 2 * model
     return Plan(config, shape, batches, rollout, [*phases, Phase("disk", disk, machine.disk)])
 

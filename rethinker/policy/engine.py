@@ -31,6 +31,7 @@ from rethinker.policy.lora import FullWeights
 from rethinker.policy.model import Policy, gather_by_layer, load_model
 from rethinker.policy.out_of_memory import Plan, explained, noted_budget, reduce_budget
 from rethinker.policy.packing import pack, plan_micro_batches
+from rethinker.policy.reference import MovingReference
 from rethinker.policy.zero3 import deepspeed_config, without_optimizer
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.ownership import fetch
@@ -103,18 +104,24 @@ class PolicyEngine:
         self.base_dir = initial_dir if resumed else model_dir
         model = load_model(self.base_dir, dtype)
         self.adapters = lora.add_adapters(model, config.policy.lora, config.seed) if config.policy.lora.rank else {}
+        moves = config.algorithm.reference_every is not None
+        pairs = lora.add_reference(self.adapters) if moves else {}
         if resumed:
             lora.load(self.adapters, saved)
         self.policy = Policy(model, config.policy)
         bucket = settings["zero_optimization"]["stage3_prefetch_bucket_size"]
         largest = math.inf if config.policy.compile else bucket
         self.reference = None
-        if config.algorithm.kl_coef > 0 and not (self.adapters and initial_dir == Path(self.base_dir)):
+        if config.algorithm.kl_coef > 0 and not (self.adapters and (moves or initial_dir == Path(self.base_dir))):
             frozen = without_optimizer(settings)
             announced = HfDeepSpeedConfig(frozen)
             reference = Policy(load_model(initial_dir, dtype), config.policy).requires_grad_(False)
             gather_by_layer(reference.hf, largest)
             self.reference, *_ = deepspeed.initialize(model=reference, config=frozen)
+            if moves:
+                kept = dict(reference.named_parameters())
+                pairs = {name: (p, kept[name]) for name, p in self.policy.named_parameters() if p.requires_grad}
+        self.moving = MovingReference(pairs, ranks.rank) if moves else None
         del announced  # or the rollout's own copy of the model would be partitioned too
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -227,8 +234,10 @@ class PolicyEngine:
         saved_model.save_files(folder, self._files)
 
     def checkpoint_bytes(self) -> int:
-        """The size of a checkpoint: the model, and fp32 weights and AdamW's two moments of what is trained."""
+        """The size of a checkpoint: the model, fp32 weights and AdamW's two moments of what is trained, and a reference
+        that moves."""
         model = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in self.weights.metadata())
+        model += self.moving.bytes() if self.moving else 0
         return model + sum(3 * 4 * p.ds_numel for p in self.policy.parameters() if p.requires_grad)
 
     def optimizer_snapshot(self) -> Callable[[Path], None]:
@@ -314,7 +323,7 @@ class PolicyEngine:
         with torch.no_grad():
             if self.reference is not None:
                 return self.reference(batch, self.config.rollout.temperature)[0]
-            with lora.adapters_off(self.adapters):
+            with lora.reference_on(self.adapters):
                 return self.engine(batch, self.config.rollout.temperature)[0]
 
     def _extra_sums(self, loss: torch.Tensor, logps: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

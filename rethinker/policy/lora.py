@@ -24,7 +24,8 @@ from rethinker.checks import lora_targets
 from rethinker.config import LoraConfig
 
 FOLDER = "adapter"  # of a checkpoint: the adapters alone, in peft's format
-_NAME = "default"  # peft's, of the only set of adapters
+_NAME = "default"  # peft's, of the adapters that are trained
+_REFERENCE = "reference"  # of a frozen copy of them, where the reference policy moves
 GATHERED = 2**28
 """Elements that are gathered at once; a weight that has more is gathered alone, as a 3B model's embedding is."""
 _LAYERS = "model.language_model.layers"
@@ -134,6 +135,22 @@ def add_adapters(model: nn.Module, lora: LoraConfig, seed: int) -> dict[str, Ada
     return {f"{name}.weight": Adapter(part) for name, part in model.named_modules() if hasattr(part, "lora_A")}
 
 
+def add_reference(adapters: dict[str, Adapter]) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Put a frozen copy of A and B beside them, which `reference_on` computes with, before ZeRO-3 partitions them.
+
+    Returns:
+        (what is trained, its copy) by a name of their own.
+    """
+    pairs = {}
+    for name, adapter in adapters.items():
+        layer = adapter.layer
+        for kind, part in (("A", layer.lora_A), ("B", layer.lora_B)):
+            part[_REFERENCE] = copy.deepcopy(part[_NAME]).requires_grad_(False)
+            pairs[f"{name}.{kind}"] = part[_NAME].weight, part[_REFERENCE].weight
+        layer.lora_dropout[_REFERENCE], layer.scaling[_REFERENCE] = nn.Identity(), layer.scaling[_NAME]
+    return pairs
+
+
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters that the model has without adapters, under their Hugging Face names and in its order."""
     named = model.named_parameters()
@@ -147,16 +164,18 @@ def adapter_parameters(adapters: dict[str, Adapter]) -> list[tuple[str, nn.Param
 
 
 @contextmanager
-def adapters_off(adapters: dict[str, Adapter]) -> Iterator[None]:
-    """Within it the model computes as it did before it was trained."""
-    # peft's own switch would also take the adapters' gradients away, behind ZeRO-3's back.
-    for adapter in adapters.values():
-        adapter.layer._disable_adapters = True
+def reference_on(adapters: dict[str, Adapter]) -> Iterator[None]:
+    """Within it the model computes as its reference policy: with the adapters of `add_reference`, or where there are
+    none, as it did before it was trained."""
+    # peft's own switches would also take the adapters' gradients away, behind ZeRO-3's back.
+    layers = [adapter.layer for adapter in adapters.values()]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = _REFERENCE, _REFERENCE not in layer.lora_A
     try:
         yield
     finally:
-        for adapter in adapters.values():
-            adapter.layer._disable_adapters = False
+        for layer in layers:
+            layer._active_adapter, layer._disable_adapters = _NAME, False
 
 
 def save_config(folder: Path, model: nn.Module, base: str | Path) -> None:

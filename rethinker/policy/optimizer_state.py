@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,7 @@ def load(model: nn.Module, zero: Any, folder: Path, adam_steps: int, rank: int) 
         folder: with a file from every rank of the run that wrote them.
         adam_steps: `applied_steps` of that run.
     """
-    with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("optimizer_*"))]
+    with parts_of(folder, "optimizer") as files:
         if adam_steps:
             for flat in zero.fp32_partitioned_groups_flat:
                 moments = {name: torch.zeros_like(flat) for name in MOMENTS}
@@ -61,6 +60,13 @@ def _pieces(model: nn.Module, zero: Any) -> Iterator[tuple[str, str, int, torch.
             numel = math.prod(parameter.ds_shape)
             for kind, key in kinds.items():
                 yield kind, name, numel, zero.get_local_fp32_param(parameter, key).detach()
+
+
+@contextmanager
+def parts_of(folder: Path, kind: str) -> Iterator[list[Any]]:
+    """The files `<kind>_<rank>.safetensors` of a folder, open, in the order of the ranks that wrote them."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob(f"{kind}_*"))]
 
 
 def repartitioned(parts: list[Any], total: int, length: int, rank: int) -> torch.Tensor:

@@ -86,6 +86,24 @@ def test_every_setting_reaches_the_loss():
     assert run_loss(logps, batch, AlgorithmConfig(**base), 10.0, ref_logps=reference)[0].item() == losses[0] / 2
 
 
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_the_entropy_bonus_lies_around_the_loss(aggregation):
+    """Whatever the loss: less entropy_coef times the entropies, of the tokens that count, averaged as the loss is."""
+    batch = packed(SAMPLES)
+    logps = logps_for(batch).detach()
+    entropies = torch.rand(len(logps), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    values = []
+    for weight in (0.0, 0.3):
+        config = AlgorithmConfig(entropy_coef=weight, aggregation=aggregation, importance="sequence")
+        inputs = loss_inputs(load_loss(config), batch, config, 4.0)
+        del inputs["nll_weights"]
+        values.append(policy_loss(logps, **inputs, entropies=entropies)[0].item())
+    spans = zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)
+    sums = [(entropies[a:b][batch.loss_mask[a:b]].sum().item(), int(batch.loss_mask[a:b].sum())) for a, b in spans]
+    want = sum(total / max(count, 1) if aggregation == "sequence" else total for total, count in sums)
+    assert values[1] - values[0] == pytest.approx(-0.3 * want / 4, rel=1e-9)
+
+
 def test_forced_tokens_carry_no_gradient():
     """The trigger's tokens (NaN behaviour log-probs) get gradient exactly 0, all others of the response do not."""
     batch = packed([SAMPLES[1]])
@@ -140,6 +158,7 @@ def test_what_has_no_gradient_is_known_before_it_is_computed(settings, aggregati
     logps.grad = None
     run_loss(logps, batch, with_kl, 4.0, logps.detach() - 0.1)[0].backward()  # the KL's, and of an advantage of 0
     assert has_gradient(idle, with_kl) and logps.grad[3:].all()
+    assert has_gradient(idle, dataclasses.replace(config, entropy_coef=0.1))
     assert has_gradient(idle, dataclasses.replace(config, loss="mine.py:loss"))
     assert has_gradient(sample(0.0, length=6, rethought=TRIGGER), config)
 

@@ -30,8 +30,9 @@ def parity(response, answer, query):
     return float(len(response) % 2)
 """
 
-# Everything with a past: replay across episodes, by age, second passes, scored log-probs, tokens masked for their entropy,
-# four steps to an episode, a learning rate that follows the tokens (at most 1,024 an episode: the third is the last).
+# Everything with a past: replay across episodes, by age, second passes, scored log-probs, tokens masked for their
+# entropy, four steps to an episode, a learning rate that follows the tokens (at most 1,024 an episode: the third is the
+# last), a reference policy that moves.
 OPTIONS = f"""
     --rollout.group_size 4 --train.batch_pairs 16 --train.episode_queries 16 --train.max_steps {STEPS}
     --rollout.max_new_tokens 16 --rollout.kv_cache_gb 0.1 --train.learning_rate 1e-3 --validation.size 8
@@ -39,6 +40,7 @@ OPTIONS = f"""
     --replay.age_decay 3 --replay.importance_exponent 0.4 --replay.importance_exponent_end 1 --algorithm.max_advantage 2
     --rethink.fraction 0.5 --algorithm.rollout_correction token_truncate --algorithm.top_entropy 0.5
     --train.schedule linear --train.max_generated_tokens 2050
+    --algorithm.kl_coef 0.01 --algorithm.reference_every 1
 """.split()
 
 
@@ -152,7 +154,7 @@ def assert_equal_runs(run: Path, reference: Path) -> None:
         completions = [read_completions(folder / "completions", episode) for folder in (run, reference)]
         assert completions[0] == completions[1]
     a, b = (folder / "checkpoints" / "last" for folder in (run, reference))
-    for file in ("model.safetensors", "trainer/optimizer_00000.safetensors"):
+    for file in ("model.safetensors", "trainer/optimizer_00000.safetensors", "trainer/reference_00000.safetensors"):
         one, other = load_file(a / file), load_file(b / file)
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     one, other = (read_state(folder / "trainer" / "run") for folder in (a, b))

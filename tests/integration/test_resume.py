@@ -37,6 +37,12 @@ def reference(scratch):
     return scratch / "reference"
 
 
+def test_the_reference_moves_between_episodes(reference):
+    """The KL is 0, to rounding, in an episode's first step alone: its four steps are against the policy before them."""
+    for row in rows(reference):
+        assert (row["kl"] < 1e-9) == (row["step"] % 4 == 1), (row["step"], row["kl"])
+
+
 def test_killed_anywhere_in_a_step_and_in_a_save(scratch, reference):
     """Two SIGKILLs: within an episode, and while a checkpoint is being written."""
     print(*disturb(scratch, "killed", kills=2, seed=0), sep="\n")

@@ -169,6 +169,9 @@ class Launches:
                     self.name = f"linear grpo{' + kl' * bool(kl_coef)}, {short}{kind}"
                     more = {"kl_coef": kl_coef, "ref_logps": values, "nll_weights": values}
                     ops.linear_grpo_loss(hidden, weight, index, values, values, **more, **surrogate)[0].backward()
+                self.name = f"linear grpo + entropy, {short}{kind}"
+                more = {"entropy_coef": 0.01, **surrogate}
+                ops.linear_grpo_loss(hidden, weight, index, values, values, **more)[0].backward()
             linear.takes_exponentials = lambda *_: False
             for width in (64, 80, 128):
                 self.name = f"merge attention, {short}, heads of {width}"

@@ -131,6 +131,22 @@ def test_grpo(importance, options):
     compare(grpo(reference, DTYPE, *given), got, want)
 
 
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_an_entropy_bonus_has_logits(importance, products):
+    """The gradient of entropies is not one factor a row of the exponentials: it is made from logits, also where
+    log-probs and entropies were measured on exponentials."""
+    inputs = on_device(tokens())
+    del inputs["logps"], inputs["ref_logps"]
+    inputs["old_logps"] -= 3
+    hidden, weight, index = head(sum(LENGTHS), 261, 16, 2.0)
+    options = {"importance": importance, "normalizer": 5.0, "entropy_coef": 0.5, "temperature": 0.8}
+    given = ((hidden, weight), index, inputs, options)
+    got, want = grpo(rethinker_kernels, DTYPE, *given), grpo(reference, torch.float64, *given)
+    compare(grpo(reference, DTYPE, *given), got, want)
+    assert bool(products) == (importance == "sequence")
+    products.append(None)
+
+
 def test_any_loss():
     """CISPO, which no kernel knows, takes the same product."""
     inputs = on_device(tokens())

@@ -349,7 +349,10 @@ def test_linear_log_softmax(rows, vocabulary, dtype, bias, monkeypatch):
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
 @pytest.mark.parametrize("dtype", [torch.float32, SIXTEEN_BITS])
-@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.3, "dual_clip": 1.5}, {"kl_coef": 0.3, "kl_estimator": "k1"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kl_coef": 0.3, "dual_clip": 1.5}, {"kl_coef": 0.3, "kl_estimator": "k1", "entropy_coef": 0.5}],
+)
 def test_linear_grpo_loss(importance, aggregation, dtype, options, monkeypatch):
     """Loss, log-probs, statistics and gradients of the composed definition; what does not count is full of NaN."""
     vocabulary = 261
@@ -399,14 +402,15 @@ def test_linear_grpo_loss_needs():
     assert values_of[0] == values_of[1] == pytest.approx(values_of[2], rel=1e-6)
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, SIXTEEN_BITS])
-def test_any_loss(dtype, monkeypatch):
+def test_any_loss(dtype, entropy_coef, monkeypatch):
     """CISPO, which no kernel knows: the kernels of log-probs and of their gradient around autograd on a vector."""
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: (16, 24))
     inputs = on_device(tokens())
     old = inputs.pop("logps") - 3
     given = (old, inputs["advantages"])
-    more = {"mask": inputs["mask"], "cu_seqlens": inputs["cu_seqlens"], "normalizer": 5.0}
+    more = {"mask": inputs["mask"], "cu_seqlens": inputs["cu_seqlens"], "normalizer": 5.0, "entropy_coef": entropy_coef}
     index = torch.randint(261, (len(old),), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
     leaves = [torch.randn(*s, device=DEVICE).to(dtype) / 2 for s in ((len(old), 8), (261, 8))]
 
@@ -424,8 +428,9 @@ def test_any_loss(dtype, monkeypatch):
         as_good_as(both(plain, plain, leaves, one)[0], got, want)
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, -0.5])
 @pytest.mark.parametrize("options", [{}, {"kl_coef": 0.3, "dual_clip": 1.5, "clip_low": 0.1}])
-def test_the_row_kernel_is_the_open_path(options, monkeypatch):
+def test_the_row_kernel_is_the_open_path(options, entropy_coef, monkeypatch):
     """GRPO by its kernel, and as a function that no kernel knows: the same in value, statistics and gradients."""
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: (16, 24))
     inputs = on_device(tokens())
@@ -438,7 +443,7 @@ def test_the_row_kernel_is_the_open_path(options, monkeypatch):
 
     def run(loss):
         leaves = [values.clone().requires_grad_() for values in head]
-        more = {"normalizer": 5.0, "surrogate": Surrogate(**options)}
+        more = {"normalizer": 5.0, "surrogate": Surrogate(**options), "entropy_coef": entropy_coef}
         value, *rest = linear_policy_loss(*leaves, index, partial(loss, **options), **inputs, **more)
         return [value, *rest, *torch.autograd.grad(value, leaves)]
 

@@ -49,6 +49,10 @@ def cases(device: str) -> dict[str, tuple]:
             lambda h, w, b: linear_grpo_loss(h, w, index, old, advantages, bias=b, nll_weights=weights, **full)[0],
             (hidden, weight, bias),
         ),
+        "linear_grpo_loss, entropy bonus": (
+            lambda h, w: linear_grpo_loss(h, w, index, old, advantages, entropy_coef=0.1, **plain)[0],
+            (hidden, weight),
+        ),
     }
 
 

@@ -101,14 +101,81 @@ def test_grpo_by_name_is_grpo_as_any_function(importance, aggregation, dtype, se
     assert named["clipped_low"] + named["clipped_high"] > 0 and named["entropy_sum"] > 0
 
 
+def bonus(leaves: list[torch.Tensor], inputs: dict, aggregation: str, temperature: float) -> torch.Tensor:
+    """The entropies [R] of a head by their formula, added up token by token as `naive` adds up a loss."""
+    hidden, weight, bias = leaves
+    logits = (hidden.double() @ weight.double().T + bias.double()) / temperature
+    p = (logits - logits.amax(1, keepdim=True)).exp()
+    p = p / p.sum(1, keepdim=True)
+    entropies, total, starts = -(p * p.log()).sum(1), torch.zeros((), dtype=torch.float64), OFFSETS.tolist()
+    for s, (start, end) in enumerate(itertools.pairwise(starts)):
+        counted = [t for t in range(start, end) if inputs["mask"][t] and inputs["weights"][s] != 0]
+        parts = [inputs["weights"][s].double() * entropies[t] for t in counted]
+        total = total + sum(parts) / (len(parts) if aggregation == "sequence" and parts else 1)
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [grpo, cispo, gmpo])
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_the_entropy_bonus_is_its_formula(loss, aggregation, dtype, monkeypatch):
+    """With entropy_coef the loss and its gradients differ by -entropy_coef times the entropies written out in fp64,
+    whose mask, weights, aggregation and normalizer are the loss's; across chunks, of a tempered distribution, with a
+    bias and a supervised term. Log-probs and statistics stay."""
+    monkeypatch.setattr(linear, "chunk_rows", lambda *_: (3, 4))
+    inputs = rows_of(dtype)
+    nll_weights = 0.1 * (torch.arange(ROWS) % 3).to(inputs["old_logps"].dtype)
+    given = inputs | {"aggregation": aggregation, "normalizer": 6.0, "whole_sequences": loss is gmpo}
+    given["temperature"] = 0.6
+    leaves, index = head(dtype)
+    results = []
+    for coefficient in (0.0, 0.3):
+        more = {"bias": leaves[2], "nll_weights": nll_weights, "entropy_coef": coefficient}
+        results.append(linear_policy_loss(*leaves[:2], index, loss, **more, **given))
+    (plain, *rest), (value, *same) = results
+    assert all(map(torch.equal, rest, same))
+    want = -0.3 / 6 * bonus(leaves, inputs, aggregation, 0.6)
+    torch.testing.assert_close((value - plain).double(), want, atol=1e-12 if dtype == torch.float64 else 1e-6, rtol=0)
+    gradients = [torch.autograd.grad(x, leaves) for x in (value, plain, want)]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    for got, without, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close((got.double() - without.double()), expected.double(), atol=tolerance, rtol=tolerance)
+        assert expected.norm() > 1e-2
+    if dtype == torch.float64 and loss is not cispo:  # whose slope is no difference: it detaches the ratio
+        more |= {"loss": loss, "index": index}
+        assert gradcheck(lambda h, w, b: linear_policy_loss(h, w, **more | {"bias": b}, **given)[0], leaves)
+
+
+@pytest.mark.parametrize("loss", [grpo, cispo, gmpo])
+def test_a_bonus_is_that_of_entropies_that_are_given(loss, monkeypatch):
+    """policy_loss takes the entropies, and their gradient through it gives the op's; those of tokens that do not count
+    may be NaN. Without them, or with others than one number a token, it names what is missing."""
+    monkeypatch.setattr(linear, "chunk_rows", lambda *_: (3, 4))
+    leaves, index = head()
+    given = rows_of() | {"normalizer": 6.0, "whole_sequences": loss is gmpo, "entropy_coef": 0.2}
+    value, *_ = linear_policy_loss(*leaves[:2], index, loss, **given)
+    logps, entropies = linear_selective_log_softmax(*leaves[:2], index, return_entropy=True)
+    masked = torch.where(given["mask"], entropies, math.nan)
+    composed, _ = policy_loss(logps, loss, entropies=masked, **given)
+    torch.testing.assert_close(composed, value)
+    torch.testing.assert_close(*(torch.autograd.grad(x, leaves[:2]) for x in (composed, value)))
+    with pytest.raises(ValueError, match="^entropies is needed"):
+        policy_loss(logps, loss, **given)
+    with pytest.raises(ValueError, match="^entropies: must be floating"):
+        policy_loss(logps, loss, entropies=entropies[1:], **given)
+    with pytest.raises(ValueError, match=r"^entropy_coef=nan: must be finite"):
+        policy_loss(logps, loss, entropies=entropies, **given | {"entropy_coef": math.nan})
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.4])
 @pytest.mark.parametrize("loss", [cispo, gmpo])
-def test_micro_batches_add_up(loss, monkeypatch):
+def test_micro_batches_add_up(loss, entropy_coef, monkeypatch):
     """Law 3 for any loss: the losses, statistics and gradients of any split into whole sequences, in any order, sum to
-    those of the whole."""
+    those of the whole; with an entropy bonus, too."""
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: (2, 4))
     leaves, index = head()
     inputs = rows_of()
-    options = {"normalizer": 9.0, "whole_sequences": loss is gmpo}
+    options = {"normalizer": 9.0, "whole_sequences": loss is gmpo, "entropy_coef": entropy_coef}
     whole = linear_policy_loss(*leaves[:2], index, loss, **inputs, **options)
     want = torch.autograd.grad(whole[0], leaves[:2])
     starts = OFFSETS.tolist()
@@ -125,14 +192,15 @@ def test_micro_batches_add_up(loss, monkeypatch):
         torch.testing.assert_close(torch.autograd.grad(total, leaves[:2]), want)
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.4])
 @pytest.mark.parametrize("loss", [cispo, gmpo])
-def test_a_frozen_head_costs_no_product(loss, monkeypatch):
+def test_a_frozen_head_costs_no_product(loss, entropy_coef, monkeypatch):
     """Only the gradients that are needed are made: two products of a chunk with a frozen head, none under no_grad."""
     leaves, index = head()
     made = []
     plain = linear.product
     monkeypatch.setattr(linear, "product", lambda a, b, **given: (made.append(a.shape), plain(a, b, **given)))
-    given = rows_of() | {"normalizer": 2.0, "whole_sequences": loss is gmpo}
+    given = rows_of() | {"normalizer": 2.0, "whole_sequences": loss is gmpo, "entropy_coef": entropy_coef}
     value, *_ = linear_policy_loss(leaves[0], leaves[1].detach(), index, loss, **given)
     value.backward()
     assert leaves[0].grad.any() and len(made) == 1 + (loss is gmpo)  # logits alone; hidden's gradient is torch.mm
@@ -142,14 +210,17 @@ def test_a_frozen_head_costs_no_product(loss, monkeypatch):
     assert again == value and len(made) == 1 and not again.requires_grad
 
 
-def test_any_loss_never_holds_all_logits(monkeypatch):
-    """Memory law: the largest allocation of an open loss's step is one chunk's logits, of 1/8 of [R, V]."""
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_any_loss_never_holds_all_logits(entropy_coef, monkeypatch):
+    """Memory law: the largest allocation of an open loss's step, with an entropy bonus or without, is one chunk's
+    logits, of 1/8 of [R, V]."""
     rows, width, vocabulary = 512, 4, 64
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: (64, 64))
     hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
     index, old, advantages = torch.randint(vocabulary, (rows,)), -4 * torch.rand(rows), torch.randn(rows)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        linear_policy_loss(hidden, weight, index, cispo, old, advantages, normalizer=1.0)[0].backward()
+        given = {"normalizer": 1.0, "entropy_coef": entropy_coef}
+        linear_policy_loss(hidden, weight, index, cispo, old, advantages, **given)[0].backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 0 < largest <= 64 * vocabulary * 4 < 4 * rows * vocabulary / 4
 

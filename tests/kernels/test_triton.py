@@ -43,6 +43,11 @@ FAULTS = {
         [("flat = flat | ((advantage < 0) & (ratio > dual)) |", "flat = flat |")],
         "test_linear_grpo_loss and options1-dtype0 and token",
     ),
+    "an entropy bonus without the token's weight": (
+        "linear_loss.py",
+        [("per_entropy = -entropy_coef * factor", "per_entropy = -entropy_coef")],
+        "test_linear_grpo_loss and options2-dtype0 and token",
+    ),
     "k3's slope as it is written": (
         "linear_loss.py",
         [("tl.where(near, small * series, tl.exp(x) - 1.0)", "tl.exp(x) - 1.0")],

@@ -149,13 +149,17 @@ def test_deepspeeds_own_settings_are_checked():
 
 
 def test_every_switch_moves_its_phase():
-    """A reference policy adds its weights; without sleep the engine is added to the training; more ranks lessen every
-    phase of a rank and leave the disk; a frozen vision tower keeps no activations."""
+    """A reference policy adds its weights, and where it moves to every checkpoint, too; without sleep the engine is
+    added to the training; more ranks lessen every phase of a rank and leave the disk; a frozen vision tower keeps no
+    activations."""
     base = phases(make_plan(settings(), machine(8)))
     awake = phases(make_plan(settings(rollout__sleep=False), machine(8)))
     assert awake["training"] == pytest.approx(base["training"] + 0.4 * 80)
     reference = phases(make_plan(settings(algorithm__kl_coef=0.01), machine(8)))
     assert reference["rollout"] == pytest.approx(base["rollout"] + 2 * shape().parameters / 8 / GIB)
+    moving = phases(make_plan(settings(algorithm__kl_coef=0.01, algorithm__reference_every=5), machine(8)))
+    checkpoints = settings().checkpoint.keep + 1
+    assert moving == pytest.approx(reference | {"disk": base["disk"] + checkpoints * 2 * shape().trained / GIB})
     wide = phases(make_plan(settings(), machine(16)))
     assert all(wide[name] < base[name] for name in ("training", "rollout", "weight sync"))
     assert wide["disk"] == base["disk"]

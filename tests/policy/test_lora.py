@@ -44,7 +44,7 @@ def logps(model, settings: PolicyConfig, encoder, folder, off: dict[str, lora.Ad
     samples = samples_for(queries_of_every_kind(folder), encoder, [5, 9])
     (bundles,) = plan_micro_batches(samples, budget=10_000, world_size=1)[0]
     batch = pack(bundles, encoder.encode, encoder.pixels, policy.positions)
-    with torch.no_grad(), lora.adapters_off(off or {}):
+    with torch.no_grad(), lora.reference_on(off or {}):
         return policy(batch)[0]
 
 

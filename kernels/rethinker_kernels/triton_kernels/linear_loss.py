@@ -73,11 +73,14 @@ def divergence_slope(reference, now, ESTIMATOR: tl.constexpr):
 @triton.jit
 def grpo_rows_kernel(
     logits, out, index, temperature, old_logps, advantages, factors, ref_logps, nll_weights, logps,
-    entropies, stride, out_stride, vocabulary, lower, upper, dual, kl_coef,
-    ESTIMATOR: tl.constexpr, SUPERVISED: tl.constexpr,
+    entropies, stride, out_stride, vocabulary, lower, upper, dual, kl_coef, entropy_coef,
+    ESTIMATOR: tl.constexpr, SUPERVISED: tl.constexpr, ENTROPY: tl.constexpr,
     DEPTH: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Reads the row twice: for log-prob and entropy, then for the gradient. ESTIMATOR is 0 without a KL term."""
+    """Reads the row twice: for log-prob and entropy, then for the gradient.
+
+    ESTIMATOR is 0 without a KL term; ENTROPY says whether there is a bonus.
+    """
     row = tl.program_id(0)
     x = logits + row.to(tl.int64) * stride
     place = out + row.to(tl.int64) * out_stride
@@ -101,11 +104,16 @@ def grpo_rows_kernel(
         per_logp = slope * factor
     if SUPERVISED:
         per_logp -= tl.load(nll_weights + row)
+    per_entropy = 0.0
+    if ENTROPY:
+        per_entropy = -entropy_coef * factor
     # The gradient may take the logits' place: all threads have read the chosen one before any overwrites it.
     tl.debug_barrier()
-    if (chosen >= 0) & (inverse < float("inf")) & (per_logp != 0.0):
-        per_logit = per_logp * inverse
-        write_gradient(x, place, vocabulary, chosen, top, tl.log2(s), scale, per_logit, 0.0, 0.0, False, TILE)
+    if (chosen >= 0) & (inverse < float("inf")) & ((per_logp != 0.0) | (per_entropy != 0.0)):
+        write_gradient(
+            x, place, vocabulary, chosen, top, tl.log2(s), scale, per_logp * inverse, per_entropy * inverse, entropy,
+            ENTROPY, TILE,
+        )  # fmt: skip
     else:
         write_zeros(place, vocabulary, TILE)
 
@@ -118,6 +126,7 @@ def grpo_rows(
     factors: Tensor,
     nll_weights: Tensor | None,
     options: Surrogate,
+    entropy_coef: float = 0.0,
     *,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -128,7 +137,7 @@ def grpo_rows(
         out: [R, V] of any type; may be the logits themselves.
         rows: of these logits.
         factors: [R] fp32, what each row's loss is multiplied by; 0 where it does not count.
-        nll_weights: [R] fp32, as in `rethinker_kernels.linear_policy_loss`.
+        nll_weights: [R] fp32, as in `rethinker_kernels.linear_policy_loss`; and so is `entropy_coef`.
     """
     count, vocabulary = logits.shape
     logps = torch.empty(count, dtype=torch.float32, device=logits.device)
@@ -142,10 +151,10 @@ def grpo_rows(
             logits, out, index, temperature, rows.old_logps, rows.advantages, factors, rows.ref_logps,
             nll_weights, logps, entropies,
             logits.stride(0), out.stride(0), vocabulary, 1.0 - options.clip_low, 1.0 + options.clip_high, highest,
-            options.kl_coef,
+            options.kl_coef, entropy_coef,
             ESTIMATOR=ESTIMATORS[options.kl_estimator] if options.kl_coef != 0 else 0,
-            SUPERVISED=nll_weights is not None, DEPTH=tile.depth, LANES=tile.lane_bytes // logits.element_size(),
-            TILE=tile.gradient, num_warps=tile.warps,
+            SUPERVISED=nll_weights is not None, ENTROPY=entropy_coef != 0, DEPTH=tile.depth,
+            LANES=tile.lane_bytes // logits.element_size(), TILE=tile.gradient, num_warps=tile.warps,
         )  # fmt: skip
     return logps, entropies
 
