@@ -119,6 +119,11 @@ class Completion:
         return self.tokens - (self.rethought.masked_end - self.rethought.masked_start if self.rethought else 0)
 
     @property
+    def truncated(self) -> bool:
+        """Whether the longest length ended it."""
+        return self.finish_reason == "length"
+
+    @property
     def supervised(self) -> bool:
         """Whether the supervised term applies: to rethought responses, which are kept only if they are right."""
         return self.rethought is not None
