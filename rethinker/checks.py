@@ -13,6 +13,8 @@ from pathlib import Path
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import check_packages, cpp_compiler
 from rethinker.families.model_folder import check_model_folder, decoder_matrices
+from rethinker.rewards.entries import reward_entries
+from rethinker.rewards.functions import SHIPPED
 from rethinker.runtime.user_code import user_file
 
 MIN_FREE_BYTES = 200 * 2**20  # the tiny model, its checkpoints, completions and logs
@@ -54,17 +56,22 @@ def check_geometry(config: Config) -> None:
     _check_reference(config)
     if policy.lora.target_modules and not policy.lora.rank:
         raise ConfigError(f"policy.lora.target_modules={policy.lora.target_modules} needs policy.lora.rank, as 16")
-    if config.algorithm.max_advantage is not None and config.algorithm.name == "grpo":
+    algorithm = config.algorithm
+    if algorithm.max_advantage is not None and algorithm.name == "grpo":
         raise ConfigError(
-            f"algorithm.max_advantage={config.algorithm.max_advantage} drops samples, and algorithm.name=grpo keeps "
+            f"algorithm.max_advantage={algorithm.max_advantage} drops samples, and algorithm.name=grpo keeps "
             "all; set algorithm.name to filter or ssr"
+        )
+    if algorithm.advantages_per_reward and len(config.reward.functions or ()) < 2:
+        raise ConfigError(
+            "algorithm.advantages_per_reward=true tells several reward functions apart; list them in reward.functions, "
+            "or set it to false"
         )
     if config.replay.priority == "correctness" and config.replay.alpha != 1:
         raise ConfigError(
             f"replay.alpha={config.replay.alpha} is for advantages, and replay.priority=correctness does not draw by "
             "them; leave it at 1.0"
         )
-    algorithm = config.algorithm
     for name in ("correction_low", "correction_high"):
         if algorithm.rollout_correction is None and (bound := getattr(algorithm, name)) is not None:
             raise ConfigError(
@@ -77,6 +84,7 @@ def check_geometry(config: Config) -> None:
             f"rethink.fraction={rethink.fraction} needs an engine that can go on from a text; with "
             "rollout.backend=recorded set it to 0 (recorded responses keep what rethinking made of them)"
         )
+    reward_entries(config.reward)
     _check_backend(config)
 
 
@@ -198,8 +206,9 @@ def check_resources(config: Config) -> None:
     model_bytes = check_model(policy.model)
     if lora.rank and model_bytes:
         lora_targets(decoder_matrices(Path(policy.model).expanduser()), lora.target_modules)
-    if config.reward.function != "boxed":
-        user_file("reward.function", config.reward.function, ["boxed"])
+    for entry in reward_entries(config.reward):
+        if entry.function not in SHIPPED:
+            user_file(f"{entry.place}.function", entry.function, SHIPPED)
     if ":" in config.algorithm.loss:
         user_file("algorithm.loss", config.algorithm.loss, [])
     recording, weight_folder = config.rollout.recording, config.rollout.weight_folder

@@ -123,6 +123,11 @@ class Completion:
         return self.tokens - (self.rethought.masked_end - self.rethought.masked_start if self.rethought else 0)
 
     @property
+    def truncated(self) -> bool:
+        """Whether the longest length ended it."""
+        return self.finish_reason == "length"
+
+    @property
     def supervised(self) -> bool:
         """Whether the supervised term applies: to rethought responses, which are kept only if they are right."""
         return self.rethought is not None
@@ -162,6 +167,7 @@ class Group:
     rethinks: list[bool] = field(default_factory=list)  # per completion: does it rethink of its own accord
     fast: list[bool] = field(default_factory=list)  # per completion: is it nothing but the answer
     nlls: list[float] = field(default_factory=list)  # per completion: `Completion.mean_nll` as it was sampled
+    truncated: list[bool] = field(default_factory=list)  # per completion: did the longest length end it
     rethinking: Rethinking = field(default_factory=Rethinking)
     sampled_tokens: int = 0  # by the policy for this query, discarded second passes included
     number: int = 0
@@ -175,9 +181,15 @@ class Group:
             return any(advantage != 0 for advantage in self.advantages)
         return bool(self.rewards) and max(self.rewards) != min(self.rewards)
 
+    @property
+    def right(self) -> list[bool]:
+        """Per completion whether its answer is right: at least 1 by the first reward function, whatever the others
+        say."""
+        return [value >= 1.0 for value in next(iter(self.scores.values()), self.rewards)]
+
     def samples(self) -> list[Sample]:
         """One sample per completion; rewards and advantages must be known."""
-        right = [reward >= 1 for reward in self.rewards]
+        right = self.right
         shared = {"prompt_tokens": self.prompt_tokens, "group": self.number, "owner": self.owner}
         shared["correctness"] = sum(right) / max(1, len(right))
         nlls = self.nlls or [0.0] * len(self.completions)

@@ -48,25 +48,26 @@ def train(
 
     from rethinker.algorithm.advantages import assign_advantages  # from here on torch, then vLLM and DeepSpeed
     from rethinker.algorithm.selection import select_batch
+    from rethinker.rewards.functions import reward_weights
     from rethinker.run import Run
     from rethinker.runtime.signals import StopRequested
 
-    pairs = config.train.batch_pairs
+    pairs, weights = config.train.batch_pairs, reward_weights(config.reward)
     with Run(config) as run:
         policy, rollout, replay = run.policy, run.rollout, run.replay
         with suppress(StopRequested):
             while run.unfinished():
                 if not run.groups:  # a new episode: rollout, reward, forced rethinking
                     episode = run.episodes.take(run.progress.episode, policy.version, run.times, run.groups_left)
-                    # MERGE: reward_weights(config.reward) in place of {}
-                    assign_advantages(episode.groups, config.algorithm, {}, run.ranks.device)
+                    assign_advantages(episode.groups, config.algorithm, weights, run.ranks.device)
                     run.begin_episode(episode)
 
                 rollout.sleep()
                 fresh = run.next_groups(pairs // config.rollout.group_size)
                 # Zero advantages are dropped, the rest enters replay, and draws from it fill the batch.
                 limits = {"pairs": pairs, "max_advantage": config.algorithm.max_advantage}
-                batch = select_batch(fresh, name=config.algorithm.name, replay=replay, progress=run.done, **limits)
+                limits |= {"mask_truncated": config.train.mask_truncated, "progress": run.done}
+                batch = select_batch(fresh, name=config.algorithm.name, replay=replay, **limits)
                 with run.step():  # packing, forward, fused loss, backward, optimizer
                     update = policy.train_step(batch.samples)
                 run.trained(fresh, batch, update)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rethinker.config import AlgorithmConfig, ConfigError
+from rethinker.config import AlgorithmConfig
 from rethinker.samples import Group
 from rethinker_kernels import group_advantages
 from rethinker_kernels.devices import to_device
@@ -34,9 +34,6 @@ def assign_advantages(
         config: the settings of `algorithm`.
         weights: of each reward function, by its name in `group.scores`; read with `advantages_per_reward` alone.
         device: where to compute; one wait for the result.
-
-    Raises:
-        ConfigError: `advantages_per_reward` without reward functions.
     """
     counts = torch.tensor([len(group.rewards) for group in groups], dtype=torch.int64)
     sizes = counts if config.advantage_baseline != "batch" else counts.sum()[None]
@@ -49,8 +46,6 @@ def assign_advantages(
 
     if not config.advantages_per_reward:
         advantages = of([group.rewards for group in groups])
-    elif not weights:
-        raise ConfigError("algorithm.advantages_per_reward=true needs reward.functions: what to tell apart")
     else:
         parts = [weight * of([group.scores[name] for group in groups]) for name, weight in weights.items()]
         advantages = _over_all(torch.stack(parts).sum(0))
