@@ -53,9 +53,23 @@ def check_geometry(config: Config) -> None:
             "policy.model=tiny is warmed up on all questions, which data.streaming=true does not hold; give a model "
             "folder, or set data.streaming=false"
         )
-    _check_reference(config)
     if policy.lora.target_modules and not policy.lora.rank:
         raise ConfigError(f"policy.lora.target_modules={policy.lora.target_modules} needs policy.lora.rank, as 16")
+    if not rethink.triggers or not all(rethink.triggers.values()):
+        raise ConfigError(f"rethink.triggers={rethink.triggers} needs at least one name with a text that is not empty")
+    if rethink.fraction > 0 and rollout.backend == "recorded":
+        raise ConfigError(
+            f"rethink.fraction={rethink.fraction} needs an engine that can go on from a text; with "
+            "rollout.backend=recorded set it to 0 (recorded responses keep what rethinking made of them)"
+        )
+    reward_entries(config.reward)
+    _check_algorithm(config)
+    _check_reference(config)
+    _check_backend(config)
+
+
+def _check_algorithm(config: Config) -> None:
+    """Rules that exclude each other are not given together."""
     algorithm = config.algorithm
     if algorithm.max_advantage is not None and algorithm.name == "grpo":
         raise ConfigError(
@@ -77,15 +91,6 @@ def check_geometry(config: Config) -> None:
             raise ConfigError(
                 f"algorithm.{name}={bound} needs algorithm.rollout_correction, as token_truncate, or must be null"
             )
-    if not rethink.triggers or not all(rethink.triggers.values()):
-        raise ConfigError(f"rethink.triggers={rethink.triggers} needs at least one name with a text that is not empty")
-    if rethink.fraction > 0 and rollout.backend == "recorded":
-        raise ConfigError(
-            f"rethink.fraction={rethink.fraction} needs an engine that can go on from a text; with "
-            "rollout.backend=recorded set it to 0 (recorded responses keep what rethinking made of them)"
-        )
-    reward_entries(config.reward)
-    _check_backend(config)
 
 
 def _check_reference(config: Config) -> None:

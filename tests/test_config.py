@@ -290,6 +290,7 @@ def test_batches_must_hold_whole_groups_and_episodes_whole_batches():
         ("algorithm.correction_low", 1.0, "less than 1"),
         ("algorithm.correction_low", 0.0, "needs algorithm.rollout_correction, as token_truncate"),
         ("algorithm.top_entropy", 0.0, "greater than 0"),
+        ("algorithm.advantages_per_reward", True, "list them in reward.functions, or set it to false"),
         ("algorithm.entropy_coef", -0.01, "greater than or equal to 0"),
         ("algorithm.reference_every", 0, "greater than or equal to 1"),
         ("algorithm.reference_every", 5, "set algorithm.kl_coef, as 0.001"),

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 import statistics
 
 import pytest
 
 from rethinker.algorithm.advantages import assign_advantages
-from rethinker.algorithm.replay import ReplayBuffer
-from rethinker.algorithm.selection import select_batch
-from rethinker.config import AlgorithmConfig, ConfigError, ReplayConfig
+from rethinker.config import AlgorithmConfig
 from rethinker.samples import Group
 from tests.algorithm.examples import group
 
@@ -167,73 +164,3 @@ def test_advantages_per_reward_tell_apart_what_the_sum_hides():
     assert not any(g.effective for g in groups)
     assign_advantages(groups, AlgorithmConfig(advantages_per_reward=True), {"a": 2.0, "b": 1.0})
     assert groups[0].effective and not groups[1].effective and groups[1].advantages == [0.0] * 3
-
-
-def test_advantages_per_reward_need_functions():
-    """One line that names what is missing."""
-    with pytest.raises(ConfigError, match=r"^algorithm\.advantages_per_reward=true needs reward\.functions"):
-        assign_advantages([group([0.0, 1.0])], AlgorithmConfig(advantages_per_reward=True), {})
-
-
-@pytest.mark.parametrize("baseline", ["group", "leave_one_out"])
-@pytest.mark.parametrize("scale", SCALES)
-def test_groups_of_equal_rewards_get_zeros(scale, baseline):
-    """Law 8: equal rewards, whatever their value, and G = 1 are not effective and get exact zeros."""
-    rewards = [[0.1] * 7, [1.0, 0.0], [0.7], [0.0] * 8, [1 / 3] * 3]
-    groups = list(map(group, rewards))
-    assert [each.effective for each in groups] == [False, True, False, False, False]  # by the rewards
-    assign(groups, baseline, scale)
-    assert [each.effective for each in groups] == [False, True, False, False, False]  # by the advantages
-    for each in groups:
-        assert any(a != 0 for a in each.advantages) == differ(each.rewards)
-        assert all(math.isfinite(a) for a in each.advantages)
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_the_baseline_of_the_batch_knows_no_groups(scale):
-    """A query whose responses are all right has an advantage by the episode's mean, is effective, and enters filter
-    and replay; an episode of equal rewards has exact zeros."""
-    groups = [group([1.0, 1.0]), group([0.0, 0.0]), group([1.0])]
-    assign(groups, "batch", scale)
-    assert [g.advantages[0] > 0 for g in groups] == [True, False, True] and all(g.effective for g in groups)
-    replay = ReplayBuffer(ReplayConfig(), seed=0)
-    batch = select_batch(groups, name="ssr", pairs=5, replay=replay)
-    assert (len(batch.samples), batch.replayed, len(replay), batch.effective_query_ratio) == (5, 0, 5, 1.0)
-    assert len(select_batch(groups, name="filter", pairs=5, replay=replay).samples) == 5
-    equal = [group([0.1] * 3), group([0.1] * 4)]
-    assign(equal, "batch", scale)
-    assert all(g.advantages == [0.0] * len(g.rewards) and not g.effective for g in equal)
-
-
-@pytest.mark.parametrize("baseline", BASELINES)
-@pytest.mark.parametrize("scale", SCALES)
-def test_rewards_that_differ_in_the_last_bit_are_effective(scale, baseline):
-    """Law 8: degenerate is max == min: 0.1 + 0.2 and 0.3 differ."""
-    near = group([0.1 + 0.2, 0.3, 0.3, 0.3])
-    assign([near], baseline, scale)
-    assert near.effective and near.advantages[0] > 0 > near.advantages[1]
-    assert max(map(abs, near.advantages)) < 1e-6  # a difference of rounding stays a small advantage
-
-
-@pytest.mark.parametrize("baseline", BASELINES)
-def test_no_groups_and_empty_ones(baseline):
-    """An episode without a response has no advantages, and is no fault."""
-    assign([], baseline)
-    groups = [group([]), group([1.0, 0.0])]
-    assign(groups, baseline, "batch")
-    assert groups[0].advantages == [] and not groups[0].effective and groups[1].effective
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("baseline", BASELINES)
-@pytest.mark.parametrize("scale", SCALES)
-def test_a_gpu_assigns_the_same_advantages(scale, baseline):
-    """On CUDA: the CPU's advantages to rounding, its exact zeros, its effective groups, also where rewards differ in
-    the last bit of fp64 only."""
-    rewards = [[0.1] * 7, [1.0, 0.0], [0.7], [0.1 + 0.2, 0.3, 0.3, 0.3], [1 / 3] * 3, [0.0, 0.5, 1.0], [1e-300, 0.0]]
-    groups = {device: list(map(group, rewards)) for device in ("cpu", "cuda")}
-    for device in groups:
-        assign(groups[device], baseline, scale, device)
-    for ours, theirs in zip(groups["cuda"], groups["cpu"], strict=True):
-        assert ours.advantages == pytest.approx(theirs.advantages, rel=1e-7, abs=0)
-        assert ours.effective == theirs.effective
