@@ -199,7 +199,7 @@ class ReplayBuffer:
         """Give every entry the weight that the rules give it now, and return how many can be drawn.
 
         Weights are relative, so the newest entry has age 0 and the heaviest one weighs almost the most that the tree
-        takes: its units are then less than 2^-26 / capacity of that. An entry below half a unit weighs 0.
+        takes: a unit of the tree is then at most capacity x 2^-60 of that. An entry below half a unit weighs 0.
         """
         entries, tau = list(self._entries.values()), self._config.age_decay
         if not entries:

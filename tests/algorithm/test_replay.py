@@ -284,6 +284,9 @@ def test_questions_are_drawn_by_their_bucket(unit):
         name: math.exp(-((right / 4 - 0.5) ** 2) / 2) / sizes[right] for name, right in buckets.items() if 0 < right < 4
     }
     draws = replay.draw(100_000)
+    slots = {entry.samples[0].query.id: slot for slot, entry in replay._entries.items()}
+    exact = [weight / sum(weights.values()) for weight in weights.values()]
+    assert replay._tree.probability(torch.tensor([slots[name] for name in weights])).tolist() == pytest.approx(exact)
     seen = Counter(each.query.id for each in draws)
     if unit == "group":
         assert all(count % 4 == 0 for count in seen.values())  # 4 x 25,000 draws: whole groups

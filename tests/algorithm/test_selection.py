@@ -167,12 +167,16 @@ def numbered(*rewards: list[float], names: str = "abcdefgh", first: int = 0) -> 
     return groups
 
 
-def test_a_solved_question_leaves_replay():
-    """ExGRPO's retired set: a question whose latest responses are all right is not drawn any more, though none of these
-    has an advantage; what right means is a reward of 1 or more."""
-    replay = ReplayBuffer(ReplayConfig(capacity=1000, priority="correctness"), seed=0)
-    select_batch(numbered(DIFFER, [0.0, 1.0, 0.9, 0.0]), name="ssr", pairs=8, replay=replay)
-    assert {(s.query.id, s.index) for s in replay.draw(200)} == {("a", 0), ("b", 1)}
+@pytest.mark.parametrize("unit", ["sample", "group"])
+def test_a_solved_question_leaves_replay(unit):
+    """ExGRPO's retired set: a question whose latest responses are all right is not drawn any more, whether or not these
+    have an advantage, nor is one that never was right; right is a reward of 1 or more."""
+    replay = ReplayBuffer(ReplayConfig(capacity=1000, priority="correctness", unit=unit), seed=0)
+    select_batch(numbered(DIFFER, [0.0, 1.0, 0.9, 0.0], DIFFER, [0.9, 0.0]), name="ssr", pairs=8, replay=replay)
+    seen = {s.query.id: s.index for s in replay.draw(200) if s.right}
+    assert {s.query.id for s in replay.draw(200)} == {"a", "b", "c"} and seen["b"] == 1
+    select_batch(numbered(EQUAL, names="c", first=9), name="ssr", pairs=8, replay=replay)
+    assert {s.query.id for s in replay.draw(200)} == {"a", "b"}
     batch = select_batch(numbered([1.0, 1.0, 1.0, 1.1], first=2), name="ssr", pairs=8, replay=replay)
     assert batch.effective_query_ratio == 1.0 and {s.query.id for s in replay.draw(200)} == {"b"}
 
