@@ -37,7 +37,7 @@ OPTIONS = f"""
     --rollout.max_new_tokens 16 --rollout.kv_cache_gb 0.1 --train.learning_rate 1e-3 --validation.size 8
     --checkpoint.every {EVERY} --checkpoint.keep 3 --replay.clear_every_episode false --replay.max_age 2
     --rethink.fraction 0.5 --algorithm.rollout_correction 2.0
-    --train.schedule linear --train.max_generated_tokens 2050 --algorithm.kl_coef 0.01 --algorithm.reference_every 1
+    --train.schedule linear --train.max_generated_tokens 2050 --algorithm.kl_coef 0.01 --algorithm.reference_every 2
 """.split()
 
 
