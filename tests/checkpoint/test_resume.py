@@ -110,6 +110,7 @@ def resumed(rank: int, world_size: int) -> tuple[RunState, dict]:
     """A run that goes on from the old checkpoint, with stand-ins for what holds no samples; and the data's position."""
     saved, position = read_state(OLD / "trainer" / "run"), {}
     policy = SimpleNamespace(state_dict=lambda: saved["policy"], load_state_dict=lambda state: None)
+    policy.moving = None
     policy.load_optimizer, policy.optimizer_snapshot = lambda folder, steps: None, lambda: lambda folder: None
     stream = QueryStream(easy_vqa("train")[:32], seed=0)
     episodes = SimpleNamespace(stream=stream, state_dict=lambda: position, load_state_dict=position.update)

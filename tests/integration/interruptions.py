@@ -40,7 +40,7 @@ OPTIONS = f"""
     --replay.age_decay 3 --replay.importance_exponent 0.4 --replay.importance_exponent_end 1 --algorithm.max_advantage 2
     --rethink.fraction 0.5 --algorithm.rollout_correction token_truncate --algorithm.top_entropy 0.5
     --train.schedule linear --train.max_generated_tokens 2050
-    --algorithm.kl_coef 0.01 --algorithm.reference_every 1
+    --algorithm.kl_coef 0.01 --algorithm.reference_every 2
 """.split()
 
 
