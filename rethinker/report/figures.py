@@ -236,6 +236,7 @@ FIGURES = (
             "clip_fraction_low": "clipped tokens, below",
             "old_kl": "KL to behaviour policy",
             "mismatch_kl": "KL trainer to rollout",
+            "correction_masked": "tokens masked for it",
             "grad_norm": "gradient norm",
             "loss": "loss",
             "kl": "KL to reference",
