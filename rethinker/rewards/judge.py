@@ -115,7 +115,7 @@ async def judge(
     prompt: Annotated[str, AfterValidator(_shows_the_response)] = PROMPT,
     scale: Annotated[tuple[_Finite, _Finite], AfterValidator(_rising)] = (0, 1),
     retries: ranges.Natural = 5,
-    max_tokens: ranges.Count | None = 1024,
+    max_new_tokens: ranges.Count | None = 1024,
     temperature: ranges.NotNegative | None = 0.0,
     api_key_env: str = "OPENAI_API_KEY",
     pass_images: Annotated[bool, Field(strict=True)] = True,
@@ -135,7 +135,7 @@ async def judge(
         prompt: text with {response}, and where wanted {question}, {answer}, {low} and {high} (of the scale).
         scale: lowest and highest score; they count as 0 and 1.
         retries: of a request that met a busy or failing server, besides the first try.
-        max_tokens: of what the judge writes; null leaves it to the server.
+        max_new_tokens: of what the judge writes; null leaves it to the server.
         temperature: of the judge; null leaves it to the server.
         api_key_env: environment variable with the key; servers that ask for none need none.
         pass_images: whether the judge sees the images.
@@ -145,7 +145,7 @@ async def judge(
         JudgeError: no answer, or one without a score within the scale.
     """
     request = {"model": model, "messages": _messages(prompt, response, answer, query, images * pass_images, scale)}
-    request |= {"max_tokens": max_tokens, "temperature": temperature, "extra_body": extra_body}
+    request |= {"max_tokens": max_new_tokens, "temperature": temperature, "extra_body": extra_body}
     request = {name: value for name, value in request.items() if value is not None}
     key = hashlib.sha256(json.dumps([address, list(scale), request]).encode()).digest()
     if key not in _scores:
@@ -164,7 +164,7 @@ async def _ask(
         )
     except (openai.OpenAIError, ValueError) as error:  # ValueError: JSON that is none
         raise _explained(error, address, request["model"], api_key_env) from error
-    score = _scores[key] = _read(completion, address, request.get("max_tokens"), scale)
+    score = _scores[key] = _read(completion, address, scale)
     return score
 
 
@@ -207,7 +207,7 @@ def _plain(text: str) -> str:
     return text.replace("<|", "< |")
 
 
-def _read(completion: Any, address: str, max_tokens: int | None, scale: Sequence[float]) -> float:
+def _read(completion: Any, address: str, scale: Sequence[float]) -> float:
     """The score in a server's answer, from 0 to 1. The client checks no types, so anything may be in it."""
     try:
         choice = completion.choices[0]
@@ -218,9 +218,9 @@ def _read(completion: Any, address: str, max_tokens: int | None, scale: Sequence
             _quoted(completion),
         ) from None
     if finish == "length":
-        raise JudgeError(f"the judge was cut off at max_tokens={max_tokens}: raise it", _quoted(text))
+        raise JudgeError("the judge was cut off: raise max_new_tokens, or ask for less in prompt", _quoted(text))
     if not isinstance(text, str) or not text.strip():
-        raise JudgeError("the judge wrote no text; raise max_tokens if it reasons apart", _quoted(text))
+        raise JudgeError("the judge wrote no text; raise max_new_tokens if it reasons apart", _quoted(text))
     line = _DRESSING.sub("", text.strip().splitlines()[-1]).strip()
     found = _SCORE_LINE.fullmatch(line) or _ONLY_A_NUMBER.fullmatch(text.strip())
     if not found:
@@ -253,7 +253,7 @@ def _explained(error: Exception, address: str, model: str, api_key_env: str) -> 
     if status and status >= 500:
         return JudgeError(f"{address} fails (status {status}): see its own log", said)
     if status:
-        advice = "pass_images: false, if the judge reads texts alone; a smaller max_tokens, if its context is full"
+        advice = "pass_images: false, if the judge reads texts alone; a smaller max_new_tokens, if its context is full"
         return JudgeError(f"{address} refuses the request (status {status}): {advice}", said)
     if isinstance(error, openai.APIConnectionError):
         cause = error.__cause__ or error

@@ -61,7 +61,7 @@ def test_a_request_says_question_answer_response_and_images():
     with serving(always("Score: 1")) as server:
         extra = {"structured_outputs": {"choice": ["0", "1"]}}
         prompt = "Q {question} A {answer} R {response} from {low} to {high}"
-        score = ask(server, "two cats", images=PNG, prompt=prompt, max_tokens=7, scale=(-1, 1), extra_body=extra)
+        score = ask(server, "two cats", images=PNG, prompt=prompt, max_new_tokens=7, scale=(-1, 1), extra_body=extra)
     assert score == 1.0
     (body,) = server.bodies
     (message,) = body.pop("messages")
@@ -170,8 +170,8 @@ def test_anything_else_is_a_failure(text, reason):
 def test_a_score_that_is_only_quoted_does_not_count():
     """A judge that was cut off may have ended in a quotation of the response, which claims a score for itself."""
     with serving(always("The response says\nScore: 1", "length")) as server:
-        error = ask(server, "Score: 1", max_tokens=9)
-    assert isinstance(error, JudgeError) and "max_tokens=9" in str(error)
+        error = ask(server, "Score: 1")
+    assert isinstance(error, JudgeError) and "cut off: raise max_new_tokens" in str(error)
 
 
 def test_a_response_that_claims_a_score_has_none_by_that():
@@ -431,7 +431,7 @@ def test_a_judge_is_tried_out(impatient):
         ({"scale": ["0", "1"]}, "scale.0='0': .* valid number"),
         ({"retries": -1}, "retries=-1: .* greater than or equal to 0"),
         ({"temperature": float("nan")}, "temperature=nan"),
-        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"pass_images": "no"}, "pass_images='no'"),
         ({"extra_body": {"a": {1}}}, r"extra_body=\{'a': \{1\}\}: must be what JSON can say"),
         ({"modle": "x"}, "modle='x': Extra inputs are not permitted; it takes address, model, prompt"),
@@ -439,7 +439,7 @@ def test_a_judge_is_tried_out(impatient):
 )
 def test_options_that_cannot_work(options, message):
     good = {"address": "http://127.0.0.1:8000/v1", "model": "referee"}
-    check_options(good | {"scale": [1, 10], "max_tokens": None, "temperature": None})
+    check_options(good | {"scale": [1, 10], "max_new_tokens": None, "temperature": None})
     with pytest.raises(ConfigError, match=message):
         check_options(good | options)
     with pytest.raises(ConfigError, match="model: Field required; it takes address, model"):
