@@ -201,24 +201,10 @@ def _read(completion: Any, server: Server, scale: Sequence[float]) -> float:
     return (score - low) / (high - low)
 
 
-async def try_out(**options: Any) -> None:
-    """Have a right response judged, with a white image unless `pass_images` is off; `options` are those of `judge`.
-
-    Raises:
-        JudgeError: as `judge`; of an unknown model, with those that the address serves.
-    """
-    try:
-        await judge("1 + 1 is 2.", "2", Query("trial", "What is 1 + 1?", "2"), images=[_white()], **options)
-    except JudgeError as error:
-        import openai
-
-        if isinstance(error.__cause__, openai.NotFoundError):
-            defaults = {name: p.default for name, p in signature(judge).parameters.items()} | options
-            server = Server(options["address"], defaults["api_key_env"], retries=0)
-            if served := await server.models():
-                reason = f"{server.address} has no model={options['model']}, but {', '.join(served)}"
-                raise JudgeError(reason, error.detail) from error
-        raise
+def trial() -> tuple[str, str, Query, dict[str, Any]]:
+    """A right response that any judge can judge, with an image, as (response, answer, query, facts): what shows before
+    a run that address, model, prompt and options are right."""
+    return "1 + 1 is 2.", "2", Query("trial", "What is 1 + 1?", "2"), {"images": [_white()]}
 
 
 def _white() -> bytes:

@@ -23,7 +23,7 @@ LONGEST_QUOTE = 200
 _REFUSED = {
     401: "{address} refuses the key: set the variable that api_key_env names",
     403: "{address} refuses the key: set the variable that api_key_env names",
-    404: "{address} has no model={model}, or is no OpenAI-style API: these mostly end in /v1",
+    404: "{address} has no model={model}, or it is no OpenAI-style API: these mostly end in /v1",
     429: "{address} is asked too often: lower concurrency, or raise retries and timeout_s",
 }
 _REFUSED_OTHERWISE = (
@@ -33,15 +33,13 @@ _REFUSED_OTHERWISE = (
 
 
 class JudgeError(Exception):
-    """A response that could not be judged; `str` says why, and what to change.
-
-    Attributes:
-        detail: what came, at most LONGEST_QUOTE characters; failures with the same `str` differ in it.
+    """A response that could not be judged: why, and what to change. What came is a note (PEP 678), so that failures of
+    one kind have one text.
     """
 
-    def __init__(self, reason: str, detail: Any = "") -> None:
+    def __init__(self, reason: str, came: Any) -> None:
         super().__init__(reason)
-        self.detail = repr(detail)[:LONGEST_QUOTE]
+        self.add_note(repr(came)[:LONGEST_QUOTE])
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,12 @@ class Server:
         try:
             return await _client(self, asyncio.get_running_loop()).chat.completions.create(**request)
         except (openai.OpenAIError, ValueError) as error:  # ValueError: of JSON that is none
-            raise self._explained(error, request["model"]) from error
+            failure = self._explained(error, request["model"])
+            if isinstance(error, openai.NotFoundError) and (served := await self._models()):
+                failure = JudgeError(f"{self.address} has no model={request['model']}, but {', '.join(served)}", error)
+            raise failure from error
 
-    async def models(self) -> list[str]:
+    async def _models(self) -> list[str]:
         """The names of the models there; none if it does not say."""
         import openai
 

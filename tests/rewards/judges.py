@@ -14,6 +14,7 @@ class Server(ThreadingHTTPServer):
     """What it was asked, and what each request gets: `script(handler, body, n)`, n being the request's number.
 
     Attributes:
+        served: the models that it lists.
         bodies: of chat requests, in the order of their arrival.
         over: set when the server stops; a script that waits, waits for it.
         most: chat requests that were under way at once, at most.
@@ -25,6 +26,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, script: Callable[[Handler, dict[str, Any], int], None], port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.script, self.bodies, self.over = script, [], threading.Event()
+        self.served: list[str] | None = ["referee", "other"]
         self.now = self.most = 0
         self.lock = threading.Lock()
 
@@ -43,7 +45,8 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self.say({"object": "list", "data": [{"id": "referee", "object": "model"}, {"id": "other", "object": "model"}]})
+        named = [{"id": name, "object": "model"} for name in self.server.served or ()]
+        self.say({"object": "list", "data": named}, 200 if named else 404)
 
     def do_POST(self) -> None:
         body, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server

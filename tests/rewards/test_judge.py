@@ -13,7 +13,7 @@ import pytest
 
 from rethinker.rewards import judge as module
 from rethinker.rewards import judge_server
-from rethinker.rewards.judge import check_options, judge, try_out
+from rethinker.rewards.judge import check_options, judge, trial
 from rethinker.rewards.judge_server import JudgeError
 from rethinker.samples import Query
 from tests.rewards.judges import serving
@@ -39,6 +39,11 @@ def ask(server, *responses: str, timeout_s: float = 10.0, query: Query = QUERY, 
 
     results = asyncio.run(every())
     return results if len(results) > 1 else results[0]
+
+
+def came(error: JudgeError) -> str:
+    (note,) = error.__notes__
+    return note
 
 
 def always(text, finish="stop"):
@@ -162,10 +167,10 @@ def test_anything_else_is_a_failure(text, reason):
     """It is named with what came, cut to 200 characters, and never a score; it is not kept: the next one asks again."""
     with serving(always(text)) as server:
         error = ask(server, "x")
-        assert isinstance(error, JudgeError) and reason in str(error) and len(error.detail) <= 200
+        assert isinstance(error, JudgeError) and reason in str(error) and len(came(error)) <= 200
         ask(server, "x")
     assert len(server.bodies) == 2
-    assert error.detail == repr(text)[:200] or (len(str(text)) > 200 and "long long" in error.detail)
+    assert came(error) == repr(text)[:200] or (len(str(text)) > 200 and "long long" in came(error))
 
 
 def test_a_score_that_is_only_quoted_does_not_count():
@@ -290,7 +295,7 @@ def test_a_server_that_never_answers_well(status, reason, tries, impatient):
     with serving(busy(status, float("inf"))) as server:
         error = ask(server, "x", retries=2)
     assert isinstance(error, JudgeError) and len(server.bodies) == tries
-    assert re.search(reason, str(error)) and server.address in str(error) and "not now" in error.detail
+    assert re.search(reason, str(error)) and server.address in str(error) and "not now" in came(error)
 
 
 def cut(handler, body, number):
@@ -326,8 +331,8 @@ def test_what_is_no_answer_at_all(script, reason, impatient):
     """Other types than asked for, HTML, half an answer: a failure each, with the start of what came."""
     with serving(script) as server:
         error = ask(server, "x", retries=1)
-    assert isinstance(error, JudgeError) and re.search(reason, str(error)) and error.detail
-    assert len(str(error) + error.detail) < 500 and "\n" not in str(error)
+    assert isinstance(error, JudgeError) and re.search(reason, str(error)) and came(error)
+    assert len(str(error) + came(error)) < 500 and "\n" not in str(error)
 
 
 def free_port() -> int:
@@ -401,25 +406,28 @@ def test_the_key_is_that_of_the_variable(monkeypatch):
 
     with serving(script) as server:
         error = ask(server, "x", api_key_env="JUDGE_KEY")
-    assert seen == ["Bearer secret"] and "secret" not in str(error) + error.detail
+    assert seen == ["Bearer secret"] and "secret" not in str(error) + came(error)
 
 
 # Before the run
 
 
-def test_a_judge_is_tried_out(impatient):
-    """One judgement with an image, or without where none are passed, by which a wrong model or prompt shows."""
-    with serving(lambda handler, body, number: handler.score("Score: 1")) as server:
-        asyncio.run(try_out(address=server.address, model="referee"))
-        asyncio.run(try_out(address=server.address, model="referee", pass_images=False, retries=0))
+def try_out(server, **options):
+    """What a judge says of the trial."""
+    response, _, query, facts = trial()
+    return ask(server, response, query=query, images=facts["images"], **options)
+
+
+def test_a_trial_shows_what_is_wrong(impatient):
+    """One judgement with an image, or without where none are passed; a model is told from those that are there."""
+    with serving(always("Score: 1")) as server:
+        assert try_out(server) == try_out(server, pass_images=False) == 1.0
     with_image, without = (body["messages"][0]["content"] for body in server.bodies)
     assert with_image[0]["type"] == "image_url" and isinstance(without, str)
-    with serving(always("Right!")) as server, pytest.raises(JudgeError, match="no `Score: X`"):
-        asyncio.run(try_out(address=server.address, model="referee"))
-    with serving(busy(404, 9)) as server, pytest.raises(JudgeError, match="has no model=ref, but referee, other"):
-        asyncio.run(try_out(address=server.address, model="ref"))
-    with pytest.raises(JudgeError, match="cannot be reached"):
-        asyncio.run(try_out(address=f"http://127.0.0.1:{free_port()}/v1", model="ref", retries=0))
+    with serving(busy(404, 9)) as server:
+        assert str(try_out(server, model="ref")) == f"{server.address} has no model=ref, but referee, other"
+        server.served = None
+        assert "has no model=ref, or it is no OpenAI-style API: these mostly" in str(try_out(server, model="ref"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 
 import openai
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoConfig
 from rethinker.embedded.digits import digits
 from rethinker.embedded.tiny import create_tiny
 from rethinker.rewards import judge as module
-from rethinker.rewards.judge import judge, try_out
+from rethinker.rewards.judge import judge, trial
 from rethinker.rewards.judge_server import JudgeError
 from tests.rollout.helpers import rollout_config
 from tests.rollout.served import Served
@@ -49,7 +50,6 @@ def judged(served):
 
         return asyncio.run(every())
 
-    run.place = place
     return run
 
 
@@ -96,17 +96,22 @@ def test_words_without_a_verdict_are_failures(judged):
         assert isinstance(error, JudgeError) and re.search("no `Score: X`|cut off|no text", str(error)), error
 
 
-def test_it_is_tried_out(judged):
+def test_it_can_be_tried_out(judged, served):
     """A good one passes, with an image; a wrong name is told from those that are served, a wrong path from an API."""
-    asyncio.run(try_out(**judged.place, extra_body=VERDICTS))
-    with pytest.raises(JudgeError, match=f"has no model=referee, but {judged.place['model']}"):
-        asyncio.run(try_out(**judged.place | {"model": "referee"}))
-    with pytest.raises(JudgeError, match="is no OpenAI-style API: these mostly end in /v1"):
-        asyncio.run(try_out(**judged.place | {"address": judged.place["address"].removesuffix("/v1")}))
+    response, _, query, facts = trial()
+
+    def result(**options):
+        query_with = replace(query, images=tuple({"bytes": image} for image in facts["images"]))
+        return judged((query_with, response), **options)[0]
+
+    assert result(extra_body=VERDICTS) in (0.0, 1.0)
+    assert f"has no model=referee, but {served.folder}" in str(result(model="referee"))
+    nowhere = served.address()  # without /v1
+    assert "or it is no OpenAI-style API: these mostly end in /v1" in str(result(address=nowhere))
 
 
 def test_a_request_that_it_refuses_says_why(judged):
     """More than its context takes: the server's own reason is in the failure."""
     (error,) = judged((QUERIES[0], "1 " * 4000))
     assert isinstance(error, JudgeError) and "refuses the request: " in str(error)
-    assert re.search("context|length|tokens", error.detail)
+    assert re.search("context|length|tokens", error.__notes__[0])
