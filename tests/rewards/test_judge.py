@@ -201,9 +201,10 @@ def test_the_same_is_asked_once():
         assert ask(server, *["apple"] * 5, "pear") == [0.5] * 5 + [1.0]
         assert ask(server, "apple") == 0.5 and len(server.bodies) == 2
         ask(server, "apple", temperature=1.0)
-        ask(server, "apple", scale=(0, 2))
         ask(server, "apple", images=PNG)
-    assert len(server.bodies) == 5
+        assert ask(server, "apple", prompt="{response}") == 0.5
+        assert ask(server, "apple", prompt="{response}", scale=(0, 2)) == 0.25  # another score for the same words
+    assert len(server.bodies) == 6
 
 
 def test_a_shared_failure_is_everyones_and_not_kept():
