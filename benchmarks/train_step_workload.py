@@ -122,7 +122,7 @@ class Workload:
             rewards = [1.0, 0.0, *(float(rng.random() < 0.5) for _ in range(traffic.group_size - 2))]
             advantages, _ = group_advantages(torch.tensor(rewards), torch.tensor([0, len(rewards)]))
             query = Query(f"q{number}", "", "", images=(number,))
-            group = Group(query, completions, 0, len(prompt), rewards, advantages.tolist())
+            group = Group(query, completions, 0, len(prompt), rewards, advantages=advantages.tolist())
             self.samples += group.samples()
 
     def encode(self, query: Query) -> Prompt:

@@ -13,6 +13,8 @@ from pathlib import Path
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import check_packages, cpp_compiler
 from rethinker.families.model_folder import check_model_folder, decoder_matrices
+from rethinker.rewards.entries import reward_entries
+from rethinker.rewards.functions import SHIPPED
 from rethinker.runtime.user_code import user_file
 
 MIN_FREE_BYTES = 200 * 2**20  # the tiny model, its checkpoints, completions and logs
@@ -55,6 +57,7 @@ def check_geometry(config: Config) -> None:
             f"rethink.fraction={rethink.fraction} needs an engine that can go on from a text; with "
             "rollout.backend=recorded set it to 0 (recorded responses keep what rethinking made of them)"
         )
+    reward_entries(config.reward)
     _check_backend(config)
 
 
@@ -153,8 +156,9 @@ def check_resources(config: Config) -> None:
     model_bytes = check_model(policy.model)
     if lora.rank and model_bytes:
         lora_targets(decoder_matrices(Path(policy.model).expanduser()), lora.target_modules)
-    if config.reward.function != "boxed":
-        user_file("reward.function", config.reward.function, ["boxed"])
+    for entry in reward_entries(config.reward):
+        if entry.function not in SHIPPED:
+            user_file(f"{entry.place}.function", entry.function, SHIPPED)
     if ":" in config.algorithm.loss:
         user_file("algorithm.loss", config.algorithm.loss, [])
     recording, weight_folder = config.rollout.recording, config.rollout.weight_folder

@@ -261,6 +261,10 @@ class RewardConfig:
 
     function: ranges.PathOrName = "boxed"
     """`boxed` (last \\boxed{} against the answer), or `path/to/file.py:function` taking (response, answer, query)."""
+    functions: list[dict] = field(default_factory=list)
+    """Several functions in its place, whose weighted values add up to the reward: `[{function: boxed, weight: 0.9},
+    {function: format, weight: 0.1}]`. Beside these an entry may have name, timeout_s, concurrency, on_failure (zero or
+    stop) and arguments of its function (docs/rewards.md). The first one says which answers are right."""
     workers: ranges.Processes = 2
     """Answer-checking processes."""
     timeout_s: ranges.Seconds = 10.0
@@ -358,6 +362,9 @@ class TrainConfig:
     """AdamW's decoupled weight decay."""
     max_grad_norm: ranges.Positive = 1.0
     """Clip the global gradient norm here."""
+    mask_truncated: bool = False
+    """Do not train on responses that rollout.max_new_tokens ended (DAPO's overlong filtering): they count in their
+    group's statistics, but neither in the loss nor in replay."""
     deepspeed: dict = field(default_factory=dict)
     """Entries merged over the ZeRO-3 configuration this project writes."""
 

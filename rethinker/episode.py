@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from rethinker.algorithm.rethinking import Rethinker, answers_at_once, make_triggers, released_reward, rethinks
+from rethinker.algorithm.selection import teaches
 from rethinker.config import Config
 from rethinker.data.prompts import PromptEncoder
 from rethinker.data.query_stream import QueryStream
-from rethinker.evaluation import answering
 from rethinker.policy.engine import PolicyEngine
 from rethinker.rewards.checker import AnswerChecker
+from rethinker.rewards.functions import reward_weights
 from rethinker.rollout.engine import RolloutEngine
 from rethinker.runtime import signals
 from rethinker.runtime.distributed import Ranks
@@ -79,8 +80,8 @@ class Episodes:
         then only the wait for it is added to `times`, as rollout.
 
         Raises:
-            StopRequested: on every rank, if one broke its rollout off because the run is to stop; the data then stands
-                where it stood before.
+            StopRequested: on every rank, if one broke its rollout off because the run is to stop, or a reward function
+                failed whose on_failure is stop; the data then stands where it stood before.
         """
         if self._begun:
             self.wait(times)
@@ -157,7 +158,8 @@ class Episodes:
         return _Work(number, version, queries, prompts, before)
 
     def _produce(self, work: _Work, times: dict[str, float], any_stopped: Callable[[bool], bool]) -> bool:
-        """Queries to rewarded groups; False if a rank broke its rollout off because the run is to stop.
+        """Queries to rewarded groups; False if a rank broke it off because the run is to stop, or a reward function
+        failed that must not.
 
         `any_stopped` says whether any rank did, from whether this one did.
         """
@@ -168,12 +170,21 @@ class Episodes:
             if any_stopped(work.groups is None):
                 return False
         with phase("reward", times):
-            judge(work.groups, self.checker, config)
+            judged = False
+            with suppress(StopRequested), signals.interruptible(work.abandoned):
+                judge(work.groups, self.checker, config)
+                judged = True
+            if any_stopped(not judged or self.checker.stopping is not None):
+                work.groups = None
+                return False
         if self.rethinker:
             with phase("rethink", times):
                 rejudge = partial(judge, checker=self.checker, config=config)
                 seed = self._seed(work, stream=1)
                 self.rethinker.force(work.groups, work.prompts, self.rollout.generate, rejudge, seed)
+                if any_stopped(self.checker.stopping is not None):
+                    work.groups = None
+                    return False
         note_kinds(work.groups, config)
         return True
 
@@ -201,19 +212,31 @@ def roll_out(
 
 
 def judge(groups: list[Group], checker: AnswerChecker, config: Config) -> None:
-    """Give every completion the reward of its own final text; requests carry ids, so order does not matter."""
-    answering.judge(groups, checker)
-    if config.rethink.fraction > 0 and config.rethink.preset == "released_code":
-        for group in groups:
-            group.rewards = list(map(released_reward, group.rewards, group.completions))
+    """Set each group's scores, the values of all reward functions for each completion's own final text, and as rewards
+    their weighted sums; requests carry ids, so order does not matter."""
+    requests = {f"{g}/{i}": (c, group.query) for g, group in enumerate(groups) for i, c in enumerate(group.completions)}
+    values = checker.score_all(
+        [(request, completion.text, query) for request, (completion, query) in requests.items()],
+        {request: (completion.tokens, completion.truncated) for request, (completion, _) in requests.items()},
+    )
+    weights = reward_weights(config.reward)
+    first = next(iter(weights))
+    for g, group in enumerate(groups):
+        places = range(len(group.completions))
+        group.scores = {name: [values[name][f"{g}/{i}"] for i in places] for name in weights}
+        if config.rethink.fraction > 0 and config.rethink.preset == "released_code":
+            group.scores[first] = list(map(released_reward, group.scores[first], group.completions))
+        group.rewards = [sum(weight * group.scores[name][i] for name, weight in weights.items()) for i in places]
 
 
 def note_kinds(groups: list[Group], config: Config) -> None:
-    """Set `group.rethinks` and `group.fast`: which responses rethink of their own accord, and which answer at once."""
+    """Set `group.rethinks`, `group.fast` and `group.truncated`: which responses rethink of their own accord, which
+    answer at once, and which the longest length ended."""
     for group in groups:
         forced = [c.rethought and config.rethink.triggers.get(c.rethought.name) for c in group.completions]
         group.rethinks = [rethinks(c.text, phrase or "") for c, phrase in zip(group.completions, forced, strict=True)]
         group.fast = [c.rethought is None and answers_at_once(c.text) for c in group.completions]
+        group.truncated = [c.truncated for c in group.completions]
 
 
 def score_again(
@@ -242,7 +265,7 @@ def score_again(
         for sample in rethought:
             if isinstance(sample.completion, Completion):
                 sample.completion.logprobs = sample.completion.trainer_logprobs
-    idle = not any(group.effective for group in first)
+    idle = not any(teaches(group, config.train.mask_truncated) for group in first)
     if config.algorithm.rollout_correction is None:
         if not idle:
             return None

@@ -17,12 +17,12 @@ import numpy as np
 
 from rethinker.algorithm.objective import load_loss
 from rethinker.algorithm.replay import ReplayBuffer
-from rethinker.algorithm.selection import Batch, category_metrics
+from rethinker.algorithm.selection import Batch, category_metrics, function_metrics
 from rethinker.checkpoint.checkpoint import Checkpoints
 from rethinker.checkpoint.resume import Progress, RunState, saved_state
 from rethinker.checkpoint.run_directory import RunDirectory
 from rethinker.checks import schedule_length
-from rethinker.config import Config
+from rethinker.config import Config, ConfigError
 from rethinker.data.datasets import load_queries
 from rethinker.data.mixture import category_of
 from rethinker.data.prompts import FIRST, PromptEncoder, select_fitting
@@ -35,7 +35,7 @@ from rethinker.policy.model import load_processor
 from rethinker.policy.throughput import model_flops_utilization, peak_memory_gb
 from rethinker.report.learning import learning_curve
 from rethinker.report.page import report_or_warning
-from rethinker.rewards.functions import load_reward
+from rethinker.rewards.functions import load_rewards
 from rethinker.rollout.sampling import seed_everything
 from rethinker.runtime import distributed, signals
 from rethinker.runtime.display import Display
@@ -71,8 +71,8 @@ class Run:
 
     def _open(self, stack: ExitStack) -> None:
         config = self.config
-        load_loss(config.algorithm)  # the policy loads it for itself, the checker of answers the reward
-        load_reward(config.reward.function)  # a mistake in them is reported before anything slow
+        load_loss(config.algorithm)  # the policy loads it for itself, the checker of answers the rewards
+        load_rewards(config.reward, config.rollout.max_new_tokens)  # mistakes are reported before anything slow
         stream, questions = open_stream(as_files(config.data, "train"), config.seed)
         held_out = load_held_out(config)
         self.total_steps = schedule_length(config, questions)
@@ -120,8 +120,12 @@ class Run:
         stack.enter_context(signals.handled())  # until here there is nothing to save, and a signal ends the process
         if checkpoint:
             self.display.resumed(checkpoint)
+            if self.progress.unvalidated:
+                self._keep_best()
         else:
             self.progress.before = self.progress.after = self.progress.best = self._validate(step=0)
+        if failure := self._failure():
+            raise ConfigError(failure)
         self._saved_step = self.policy.steps if checkpoint else None
         stack.enter_context(no_full_collections())
         self._clock = time.perf_counter()
@@ -188,6 +192,7 @@ class Run:
             "episode": self.progress.episode,
             "reward_mean": float(np.mean([reward for group in fresh for reward in group.rewards])),
             "response_length_mean": float(np.mean([c.tokens for c in responses])),
+            "truncated_ratio": sum(cut for group in fresh for cut in group.truncated) / len(responses),
             "fast_ratio": sum(fast for group in fresh for fast in group.fast) / len(responses),
             "rethink_ratio": float(np.mean([cue for group in fresh for cue in group.rethinks])),
             **{
@@ -201,6 +206,7 @@ class Run:
             **update,
             **batch.metrics(self.replay),
             **category_metrics(fresh, batch.draws),
+            **function_metrics(fresh),
             "left_out_queries": self.encoder.dropped.total(),
             "failed_checkpoints": self.checkpoints.failed,
         }
@@ -217,17 +223,33 @@ class Run:
         return_free_memory()
         if self.unfinished() and progress.episode % self.config.validation.every:
             return
-        progress.after = accuracy = self._validate(self.policy.steps)
+        accuracy = self._keep_best()
+        self._row["val_accuracy"] = accuracy and accuracy.overall
+
+    def _keep_best(self) -> Accuracy | None:
+        """Validate, and keep the policy if it is the best one so far; where the validation fails for a reward function
+        that must not, this is left to the resumed run."""
+        progress = self.progress
+        accuracy = self._validate(self.policy.steps)
+        progress.unvalidated = accuracy is None and bool(self.held_out)
+        if progress.unvalidated:
+            return None
+        progress.after = accuracy
         if accuracy and (progress.best is None or accuracy.overall > progress.best.overall):
             progress.best = accuracy
             self.checkpoints.save_best(self.policy.steps, self.policy.model_snapshot())
-        self._row["val_accuracy"] = accuracy and accuracy.overall
+        return accuracy
+
+    def _failure(self) -> str | None:
+        """Why a reward function stops the run, on whichever rank it failed (collective)."""
+        return next(filter(None, self.ranks.gather(self.checker.stopping)), None)
 
     def end_step(self) -> None:
         """Log the step, and save where `checkpoint.every` says so.
 
         Raises:
-            StopRequested: on every rank, once the run is saved, if one of them was asked to stop.
+            StopRequested: on every rank, once the run is saved, if one of them was asked to stop, or a reward function
+                failed there whose on_failure is stop.
         """
         now, row, policy = time.perf_counter(), self._row, self.policy
         row |= {f"time_{name}_s": self.times.get(f"time_{name}_s", 0.0) for name in PHASES}
@@ -242,7 +264,7 @@ class Run:
         self.metrics.append(row)
         self.directory.log(row)
         self.display.step(row)
-        stops = self.ranks.any(signals.requested() is not None)
+        stops = self.ranks.any(signals.requested() is not None or self.checker.stopping is not None)
         every = self.config.checkpoint.every
         if stops or (every and self.policy.steps % every == 0):
             with phase("checkpoint", self.times):
@@ -251,12 +273,18 @@ class Run:
             raise StopRequested
 
     def finish(self) -> RunResult:
-        """Save what is not saved, and report what the run did, or how to go on where it was stopped."""
+        """Save what is not saved, and report what the run did, or how to go on where it was stopped.
+
+        Raises:
+            ConfigError: once the run is saved, if it stopped because a reward function failed.
+        """
         if self._saved_step != self.policy.steps:
             self._save()
         self.checkpoints.wait()
         self.checkpoints.settle_best(improved=self.progress.best != self.progress.before)
         best = self.folder / "checkpoints" / "best"
+        if failure := self._failure():
+            raise ConfigError(f"{failure}. The run is saved at step {self.policy.steps}: --resume auto goes on there")
         result = RunResult(self.folder, self.metrics, best, self.progress.before, self.progress.after)
         if self.unfinished():
             self.display.stopped(
@@ -275,13 +303,16 @@ class Run:
         self._saved_step = self.policy.steps
 
     def _validate(self, step: int) -> Accuracy | None:
-        """Greedy accuracy on the held-out questions, shown and logged; None without any."""
+        """Greedy accuracy on the held-out questions, shown and logged; None without any, or if the check of an
+        answer failed that must not."""
         if not self.held_out:
             return None
         with phase("validation"):
             accuracy, answers = validate(
                 self.held_out, self.model, self.ranks, self.config.rollout.max_new_tokens, keep=KEPT_ANSWERS
             )
+        if self._failure():
+            return None
         self.display.validated(step, accuracy, self.config.data.validation, self._since_validation())
         self.directory.log_validation(step, accuracy)
         if self.config.run.save_completions:

@@ -119,6 +119,11 @@ class Completion:
         return self.tokens - (self.rethought.masked_end - self.rethought.masked_start if self.rethought else 0)
 
     @property
+    def truncated(self) -> bool:
+        """Whether the longest length ended it."""
+        return self.finish_reason == "length"
+
+    @property
     def supervised(self) -> bool:
         """Whether the supervised term applies: to rethought responses, which are kept only if they are right."""
         return self.rethought is not None
@@ -145,9 +150,11 @@ class Group:
     policy_version: int
     prompt_tokens: int = 0  # length of the prompt's token_ids: what packing plans with
     rewards: list[float] = field(default_factory=list)
+    scores: dict[str, list[float]] = field(default_factory=dict)  # per reward function its values, one per completion
     advantages: list[float] = field(default_factory=list)
     rethinks: list[bool] = field(default_factory=list)  # per completion: does it rethink of its own accord
     fast: list[bool] = field(default_factory=list)  # per completion: is it nothing but the answer
+    truncated: list[bool] = field(default_factory=list)  # per completion: did the longest length end it
     rethinking: Rethinking = field(default_factory=Rethinking)
     sampled_tokens: int = 0  # by the policy for this query, discarded second passes included
     number: int = 0
@@ -157,6 +164,12 @@ class Group:
     def effective(self) -> bool:
         """Whether the rewards differ: only then does the query carry a gradient."""
         return bool(self.rewards) and max(self.rewards) != min(self.rewards)
+
+    @property
+    def right(self) -> list[bool]:
+        """Per completion whether its answer is right: at least 1 by the first reward function, whatever the others
+        say."""
+        return [value >= 1.0 for value in next(iter(self.scores.values()), self.rewards)]
 
     def samples(self) -> list[Sample]:
         """One sample per completion; rewards and advantages must be known."""

@@ -64,7 +64,13 @@ def train(
                 rollout.sleep()
                 fresh = run.next_groups(pairs // config.rollout.group_size)
                 # Zero advantages are dropped, the rest enters replay, and draws from it fill the batch.
-                batch = select_batch(fresh, name=config.algorithm.name, pairs=pairs, replay=replay)
+                batch = select_batch(
+                    fresh,
+                    name=config.algorithm.name,
+                    pairs=pairs,
+                    replay=replay,
+                    mask_truncated=config.train.mask_truncated,
+                )
                 with run.step():  # packing, forward, fused loss, backward, optimizer
                     update = policy.train_step(batch.samples)
                 run.trained(fresh, batch, update)

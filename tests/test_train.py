@@ -33,10 +33,10 @@ def test_rewards_follow_requests_not_positions():
     """Law 7: a checker that answers in any order gives every completion the reward of its own text."""
 
     class ShuffledChecker:
-        def score(self, requests):
+        def score_all(self, requests, lengths):
             answers = [(key, float(text)) for key, text, _ in requests]
             random.Random(3).shuffle(answers)
-            return dict(answers)
+            return {"boxed": dict(answers)}
 
     groups = [group("x", "0.5", "2"), group("y", "3"), group("z", "4", "5", "6")]
     judge(groups, ShuffledChecker(), Config())

@@ -136,7 +136,7 @@ class Rethinker:
         count = round(self.config.fraction * len(chosen))
         chosen = sorted(chosen[k] for k in rng.permutation(len(chosen))[:count])
         first = [self._shortened(groups[g].completions[i], rng) for g, i in chosen]
-        triggers = [self._trigger(groups[g].rewards[i] >= 1.0, rng) for g, i in chosen]
+        triggers = [self._trigger(groups[g].right[i], rng) for g, i in chosen]
         second = continue_after_trigger(
             generate,
             [prompts[g] for g, _ in chosen],
@@ -159,10 +159,10 @@ class Rethinker:
         trials = [Group(group.query, [y], group.policy_version) for group, _, y in legal]
         judge(trials)
         for (group, i, y), trial in zip(legal, trials, strict=True):
-            self._settle(group, i, y, trial.rewards[0])
+            self._settle(group, i, y, trial)
 
-    def _settle(self, group: Group, i: int, y: Completion, reward: float) -> None:
-        was_right, is_right = group.rewards[i] >= 1.0, reward >= 1.0
+    def _settle(self, group: Group, i: int, y: Completion, trial: Group) -> None:
+        was_right, (is_right,) = group.right[i], trial.right
         group.rethinking.fixed += is_right and not was_right
         group.rethinking.broken += was_right and not is_right
         known = any(np.array_equal(y.token_ids, other.token_ids) for other in group.completions)
@@ -171,12 +171,14 @@ class Rethinker:
             start = 0 if self.config.mask_first_answer else spans.trigger_start
             end = spans.trigger_end if self.config.mask_trigger_tokens else spans.trigger_start
             group.completions[i] = replace(y, rethought=replace(spans, masked_start=start, masked_end=end))
-            group.rewards[i] = reward
+            (group.rewards[i],) = trial.rewards
+            for name, (value,) in trial.scores.items():
+                group.scores[name][i] = value
             group.rethinking.kept += 1
 
     def _eligible(self, group: Group) -> list[int]:
         shortest = min(len(trigger.token_ids) for trigger in self.triggers)
-        right = [reward >= 1.0 for reward in group.rewards]
+        right = group.right
         nearly_solved = self._released and sum(right) > 0.7 * len(right)
         return [
             i

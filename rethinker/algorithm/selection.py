@@ -49,15 +49,29 @@ class Batch:
         }
 
 
+def teaches(group: Group, mask_truncated: bool = False) -> bool:
+    """Whether the group's rewards differ, and with `mask_truncated` some response is trained on."""
+    return group.effective and not (mask_truncated and all(group.truncated))
+
+
 def select_batch(
-    groups: list[Group], *, name: Literal["grpo", "filter", "ssr"], pairs: int, replay: ReplayBuffer
+    groups: list[Group],
+    *,
+    name: Literal["grpo", "filter", "ssr"],
+    pairs: int,
+    replay: ReplayBuffer,
+    mask_truncated: bool = False,
 ) -> Batch:
     """Choose the samples of one step (VL-Rethinker: Vanishing advantages, Selective Sample Replay).
 
     Of the step's groups, over all ranks, `grpo` keeps every sample, `filter` those with |A| > 0; `ssr` puts these into
-    `replay` and then draws max(0, pairs - their number) from it; an empty buffer leaves the batch smaller.
+    `replay` and then draws max(0, pairs - their number) from it; an empty buffer leaves the batch smaller. With
+    `mask_truncated` a response that the longest length ended is in no batch (DAPO, arXiv 2503.14476, section 3.4).
     """
     samples = [sample for group in groups for sample in group.samples()]
+    if mask_truncated:
+        cut = [truncated for group in groups for truncated in group.truncated]
+        samples = [sample for sample, truncated in zip(samples, cut, strict=True) if not truncated]
     if name != "grpo":
         samples = [sample for sample in samples if sample.advantage != 0]
     draws: list[Sample] = []
@@ -79,6 +93,20 @@ def category_metrics(fresh: list[Group], draws: list[Sample]) -> dict[str, dict[
         "reward_by_category": {name: float(np.mean(rewards[name])) for name in sorted(rewards)} if several else {},
         "queries_by_category": _shares([group.query.category for group in fresh]) if several else {},
         "replay_by_category": _shares([sample.query.category for sample in draws]) if several else {},
+    }
+
+
+def function_metrics(fresh: list[Group]) -> dict[str, dict[str, float]]:
+    """By reward function: mean and standard deviation of its values for the step's own responses, and the share of
+    groups in which they differ; empty with a single function."""
+    names = list(fresh[0].scores) if fresh and len(fresh[0].scores) > 1 else []
+    values = {name: [group.scores[name] for group in fresh] for name in names}  # [group][completion]
+    return {
+        "reward_by_function": {name: float(np.mean(np.concatenate(of))) for name, of in values.items()},
+        "reward_std_by_function": {name: float(np.std(np.concatenate(of))) for name, of in values.items()},
+        "reward_differs_by_function": {
+            name: sum(max(group) != min(group) for group in of) / len(of) for name, of in values.items()
+        },
     }
 
 

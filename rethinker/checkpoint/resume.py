@@ -47,6 +47,7 @@ MAY_CHANGE = """
     train.epochs data.max_bad_rows train.max_generated_tokens train.micro_batch_tokens train.deepspeed validation.every
 """.split()
 OF_A_SOURCE_MAY_CHANGE = {"image_root", "max_bad_rows"}  # of each entry of data.sources
+OF_A_REWARD_MAY_CHANGE = {"timeout_s", "concurrency", "on_failure"}  # of each entry of reward.functions
 
 
 @dataclass
@@ -69,6 +70,8 @@ class Progress:
     """The latest one."""
     best: Accuracy | None = None
     """The highest one."""
+    unvalidated: bool = False
+    """Whether a failed reward function kept the last episode's policy from being validated."""
 
 
 @dataclass
@@ -178,6 +181,8 @@ def _compared(key: str, value: Any) -> Any:
         return None
     if key == "data.sources":
         return {name: {k: entry[k] for k in entry.keys() - OF_A_SOURCE_MAY_CHANGE} for name, entry in value.items()}
+    if key == "reward.functions":
+        return [{k: entry[k] for k in entry.keys() - OF_A_REWARD_MAY_CHANGE} for entry in value]
     return value
 
 

@@ -122,8 +122,9 @@ def _ask(queries: Sequence[Query], samples: int, number: int, model: AnsweringMo
         temperature=config.rollout.temperature,
         seed=int(np.random.SeedSequence([config.seed, _STREAM, number]).generate_state(1)[0]),
     )
+    model.checker.check_working()
     for i, group in zip(fit, groups, strict=True):
-        right = sum(reward >= 1.0 for reward in group.rewards)
+        right = sum(group.right)
         tokens = sum(completion.tokens for completion in group.completions) / samples
         rates[i] = dataclasses.replace(rates[i], right=right, samples=samples, tokens=tokens)
     return rates

@@ -10,6 +10,7 @@ and the first prompts of a layout are compared with what the processor itself ma
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -144,6 +145,19 @@ class PromptEncoder:
         """The text of a response, spaces as they are, without special tokens."""
         with self._one_at_a_time:
             return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def png_images(self, query: Query) -> list[bytes]:
+        """The query's images as the model sees them, as PNG files in bytes; any thread may ask.
+
+        Raises:
+            UnreadableImageError: an image that cannot be read.
+        """
+        files = []
+        for reference in query.images:
+            with io.BytesIO() as file:
+                self._open_image(reference, query.id).save(file, "PNG", compress_level=1)
+                files.append(file.getvalue())
+        return files
 
     def misfit(self, query: Query) -> str | None:
         """Why the query is left out, or None if it fits: `data.max_images`, `data.max_prompt_tokens`, `image shape`, or

@@ -17,6 +17,7 @@ from rethinker.config import Config, ConfigError, one_line
 from rethinker.data.prompts import PromptEncoder
 from rethinker.families import family_of
 from rethinker.rewards.checker import AnswerChecker
+from rethinker.rewards.entries import first_alone
 from rethinker.rollout.engine import RolloutEngine, make_engine
 from rethinker.runtime import distributed
 from rethinker.runtime.distributed import Ranks
@@ -56,18 +57,21 @@ class AnsweringModel:
 def judge(
     groups: Sequence[Group], checker: AnswerChecker, accepted: Callable[[Query], list[str]] | None = None
 ) -> None:
-    """Set each group's rewards: every completion gets that of its own text, since requests carry ids.
+    """Set each group's rewards to the first reward function's values, which say what is right: every completion gets
+    that of its own text, since requests carry ids.
 
     `accepted` gives the answers to a query of which any counts; by default it has one, `query.answer`.
     """
     requests: dict[str, tuple[str, Query]] = {}
+    lengths: dict[str, tuple[int, bool]] = {}
     for g, group in enumerate(groups):
         answers = accepted(group.query) if accepted else [group.query.answer]
         for a, answer in enumerate(answers):
             query = dataclasses.replace(group.query, answer=answer) if accepted else group.query
             requests |= {f"{g}/{i}/{a}": (completion.text, query) for i, completion in enumerate(group.completions)}
+            lengths |= {f"{g}/{i}/{a}": (c.tokens, c.truncated) for i, c in enumerate(group.completions)}
         group.rewards = [-math.inf] * len(group.completions)
-    for request, reward in checker.score([(key, *asked) for key, asked in requests.items()]).items():
+    for request, reward in checker.score([(key, *asked) for key, asked in requests.items()], lengths).items():
         g, i, _ = map(int, request.split("/"))
         groups[g].rewards[i] = max(groups[g].rewards[i], reward)
 
@@ -75,13 +79,13 @@ def judge(
 def validate(
     queries: list[Query], model: AnsweringModel, ranks: Ranks, max_new_tokens: int, keep: int = 0
 ) -> tuple[Accuracy, list[Group]]:
-    """Answer one query or more, greedily, the ranks sharing the work. A reward of at least 1 counts as right.
+    """Answer one query or more, greedily, the ranks sharing the work. `Group.right` says which answers are right.
 
     Beside the accuracy, on rank 0 the groups of the first `keep` queries come back, in order; on other ranks none.
     """
     places = range(len(queries))[ranks.rank :: ranks.world_size]
     groups = model.answer([queries[place] for place in places], max_new_tokens=max_new_tokens)
-    verdicts = [(group.query.category, group.rewards[0] >= 1.0) for group in groups]
+    verdicts = [(group.query.category, group.right[0]) for group in groups]
     judged = pd.DataFrame([v for share in ranks.gather(verdicts) for v in share], columns=["category", "right"])
     by_category = judged.groupby("category").right.mean().to_dict()
     # Without their queries, which hold images and which rank 0 has.
@@ -95,7 +99,7 @@ def validate(
 def open_model(config: Config, folder: str, ranks: Ranks, encoder: PromptEncoder) -> Iterator[AnsweringModel]:
     """The engine and the checker of a model (a folder, or a name on the hub) on a rank; see `fit_model`."""
     with ExitStack() as stack:
-        checker = stack.enter_context(AnswerChecker(config.reward))
+        checker = stack.enter_context(AnswerChecker(config.reward, config.rollout.max_new_tokens, encoder.png_images))
         rollout = make_engine(config, folder, **vars(ranks))
         stack.callback(rollout.close)
         checker.start()  # after an engine that measures what memory is free: a reward may take some
@@ -122,7 +126,8 @@ def sample(queries: list[Query], limit: int | None) -> list[Query]:
 
 
 def fit_model(config: Config, checkpoint: str, triggers: Sequence[Trigger] = ()) -> Config:
-    """The engine's settings: prompts within the model's positions, and room for a second pass if there are triggers.
+    """An evaluation's settings: prompts within the model's positions, room for a second pass if there are triggers, and
+    of several reward functions the first, which says what is right.
 
     Raises:
         ConfigError: a model that cannot be read, or of another kind; the answers alone fill its positions.
@@ -144,4 +149,5 @@ def fit_model(config: Config, checkpoint: str, triggers: Sequence[Trigger] = ())
             f"{longest} tokens and the model has {positions} positions; lower it"
         )
     data = dataclasses.replace(config.data, max_prompt_tokens=min(config.data.max_prompt_tokens, positions - longest))
-    return dataclasses.replace(config, data=data, rollout=dataclasses.replace(config.rollout, max_new_tokens=longest))
+    rollout = dataclasses.replace(config.rollout, max_new_tokens=longest)
+    return dataclasses.replace(config, data=data, rollout=rollout, reward=first_alone(config.reward))

@@ -96,7 +96,8 @@ def evaluate(
         triggers: for the second pass; a query's is the same in every evaluation.
 
     Raises:
-        ConfigError: an image that cannot be read, and whatever the engine reports.
+        ConfigError: an image that cannot be read, a failed check of a reward function whose on_failure is stop, and
+            whatever the engine reports.
     """
     own = list(queries[ranks.rank :: ranks.world_size])
     chunks = -(-len(queries) // (ranks.world_size * CHUNK))  # the same on every rank: an engine may span ranks
@@ -104,6 +105,7 @@ def evaluate(
     starts: Iterable[int] = range(0, chunks * CHUNK, CHUNK)
     for start in progress(starts, "answered", chunks) if ranks.is_main and chunks > 1 else starts:
         rows += _answer(own[start : start + CHUNK], model, mode, max_new_tokens, triggers)
+        model.checker.check_working()
     shares = ranks.gather_to_main(rows)
     return shares and [shares[i % ranks.world_size][i // ranks.world_size] for i in range(len(queries))]
 

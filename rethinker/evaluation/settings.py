@@ -79,5 +79,6 @@ def flat_settings(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def recorded(config: Config, *further: str) -> dict[str, Any]:
-    """The values of RECORDED, and of further settings."""
-    return {key: value for key, value in flat(config).items() if key in (*RECORDED, *further)}
+    """The values of RECORDED, and of further settings; of reward.functions the first, which judges."""
+    several = {"reward.functions": config.reward.functions[:1]} if config.reward.functions else {}
+    return {key: value for key, value in flat(config).items() if key in (*RECORDED, *further)} | several

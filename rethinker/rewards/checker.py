@@ -1,128 +1,192 @@
 """The checker of answers: rewards by request id, from processes that can be killed.
 
 A reward can loop for ever, eat all memory, or crash the interpreter. So every check that is not plain string work runs
-in a worker process with a deadline; a worker that misses it, or dies, is replaced, and that check scores 0 and is
-counted. No signal is used in this process, so any thread may ask.
-
-A worker is a fresh interpreter, not a fork (the trainer has threads) and not multiprocessing's spawn (which imports the
-trainer's main module again). `Worker` is its handle in the trainer, `serve` what runs inside: it loads the reward,
-not torch. It has one check at a time, so the trainer knows which check a dead worker was at.
+in a worker process with a deadline (worker.py, async_worker.py); a worker that misses it, or dies, is replaced, and
+that check scores 0 and is counted. No signal is used in this process, so any thread may ask.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import os
-import signal
-import socket
-import struct
-import subprocess
-import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
-from cachetools import LRUCache
+from cachetools import LRUCache, cached
 
 from rethinker.config import ConfigError, RewardConfig
 from rethinker.rewards.answers import compare, extract_boxed, undecided
-from rethinker.rewards.functions import context_of, load_reward
+from rethinker.rewards.async_worker import AsyncWorker
+from rethinker.rewards.functions import RewardFunction, context_of, load_rewards
 from rethinker.rewards.published import published_verdict
-from rethinker.rewards.rules import Rules, rules_of
+from rethinker.rewards.rules import rules_of
+from rethinker.rewards.worker import SKIPPED, Asked, Verdict, Worker
+from rethinker.runtime import signals
 from rethinker.samples import Query
 
 log = logging.getLogger(__name__)
 
-# Until a worker has imported what it needs; far beyond any healthy start, since a loaded machine is slow.
-START_S = 120.0
 # Verdicts that are kept: the responses of an episode often end in the same few answers, and so do those of the next.
 KEPT_VERDICTS = 16_384
-READY = "ready"
-OUT_OF_MEMORY = 77  # exit code
+# Queries whose images are kept for their other responses.
+KEPT_IMAGES = 16
+_LOOK_S = 0.5  # how often a call looks whether the run is to stop
+
+Item = tuple[str, str, Query]
+"""(request id, response, query)."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a function, or all calls of an async one: about `items`, whose values `requests` get."""
+
+    function: RewardFunction
+    items: list[Item]
+    requests: dict[str, list[str]] = field(default_factory=dict)  # of boxed: those that share a check, by the first
+    keys: dict[str, Any] = field(default_factory=dict)  # of boxed: of the verdicts that are kept, likewise
 
 
 class AnswerChecker(contextlib.AbstractContextManager):
     """Scores responses in a pool of killable processes. Workers start with `start`, or when first needed, and end with
-    `close`.
+    `close`. A function that is not async runs in any of `reward.workers` processes, an async one in its own.
 
     `failures` counts responses scored 0 because their check could not be finished: `timeout`, `crash` (the worker died,
-    or ran out of memory), `error` (the reward raised) and `non_finite`.
+    or ran out of memory), `error` (the reward raised) and `non_finite`; of several functions behind their names.
+    `stopping` says why the run is to stop: a check failed of a function whose `on_failure` is stop. From then on no
+    check is made, and values mean nothing.
 
     Args:
-        config: the reward, the number of workers, the deadline of one check, the memory of a worker's checks.
+        config: the reward functions, the number of workers, the deadline of a call, the memory of a worker's calls.
+        max_tokens: rollout.max_new_tokens, for functions that ask for it.
+        images: opens a query's images as PNG, for functions that ask for them; any thread may call it.
 
     Raises:
-        ConfigError: `reward.function` cannot be loaded.
+        ConfigError: a function cannot be loaded; see `load_rewards`.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
-        load_reward(config.function)  # a mistake is reported now, not in the first episode
+    def __init__(
+        self,
+        config: RewardConfig,
+        max_tokens: int | None = None,
+        images: Callable[[Query], list[bytes]] | None = None,
+    ) -> None:
+        self.functions = load_rewards(config, max_tokens)  # a mistake is reported now, not in the first episode
         self.failures: Counter[str] = Counter()
-        self._boxed, self._rules = config.function == "boxed", rules_of(config)
+        self.stopping: str | None = None
+        self._rules, self._max_tokens, self._images = rules_of(config), max_tokens, images
         self._verdicts: LRUCache[Any, float] = LRUCache(KEPT_VERDICTS)
-        self._workers = [Worker(config) for _ in range(config.workers)]
+        plain = [function.entry for function in self.functions if function.kind != "async"]
+        self._places = {entry.name: place for place, entry in enumerate(plain)}
+        self._workers = [Worker(plain, config) for _ in range(config.workers)] if plain else []
         self._idle = list(self._workers)
+        self._async = {f.entry.name: AsyncWorker([f.entry], config) for f in self.functions if f.kind == "async"}
         self._named: set[str] = set()
         self._lock, self._closed = threading.Lock(), False
 
-    def score(self, items: Iterable[tuple[str, str, Query]]) -> dict[str, float]:
+    def score(self, items: Iterable[Item], lengths: Mapping[str, tuple[int, bool]] | None = None) -> dict[str, float]:
+        """The first function's values, which say what is right; see `score_all`."""
+        first = self.functions[:1]
+        return self._score(first, items, lengths or {})[first[0].entry.name]
+
+    def score_all(self, items: Iterable[Item], lengths: Mapping[str, tuple[int, bool]]) -> dict[str, dict[str, float]]:
         """Score (request id, response, query) triples.
 
+        Args:
+            items: in which the responses to a query stand together, as a batch function is to see them.
+            lengths: by request id the response's tokens, and whether the longest length ended it.
+
         Returns:
-            Request id to reward. Each request gets the reward of its own response, whatever order the checks end in.
+            By the name of each function: request id to value. Each request gets the value of its own response, whatever
+            order the checks end in.
 
         Raises:
             ValueError: a request id occurs twice.
             RuntimeError: the checker is closed.
-            ConfigError: the workers cannot load the reward.
+            ConfigError: the workers cannot load a function.
+            StopRequested: as `signals.check`.
         """
-        if self._closed:
-            raise RuntimeError("the answer checker is closed")
-        scores: dict[str, float] = {}
-        checks: dict[Any, tuple[str, str, Query]] = {}
-        requests: dict[Any, list[str]] = {}  # that share a check
-        with self._lock:
-            for request, response, query in items:
-                if request in scores:
-                    raise ValueError(f"request id {request!r} occurs twice")
-                key, check = request, (response, query.answer, query)
-                scores[request] = 0.0
-                if self._boxed:
-                    scores[request], key, check = self._decide(response, query)
-                if key in self._verdicts:
-                    scores[request] = self._verdicts[key]
-                elif check:
-                    checks[key] = check
-                    requests.setdefault(key, []).append(request)
-            for key, (score, failure) in self._run(checks).items():
-                scores.update(dict.fromkeys(requests[key], score))
-                if self._boxed and not failure:
-                    self._verdicts[key] = score
-                if failure:
-                    self._count(failure, len(requests[key]), *checks[key])
-        return scores
+        return self._score(self.functions, items, lengths)
+
+    def check_working(self) -> None:
+        """For callers that are not asked to save anything first.
+
+        Raises:
+            ConfigError: a check failed of a function whose `on_failure` is stop.
+        """
+        if self.stopping:
+            raise ConfigError(self.stopping)
 
     def start(self) -> None:
         """Start the workers, without waiting for them, so that no check need wait for their imports."""
-        for worker in self._workers:
+        for worker in self._all_workers:
             worker.start()
 
     def close(self) -> None:
         """End the workers; none is left behind."""
         self._closed = True
-        for worker in self._workers:
+        for worker in self._all_workers:
             worker.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _decide(self, response: str, query: Query) -> tuple[float, Any, tuple[str, str, Query] | None]:
+    @property
+    def _all_workers(self) -> list[Worker]:
+        return [*self._workers, *self._async.values()]
+
+    def _score(
+        self, functions: Sequence[RewardFunction], items: Iterable[Item], lengths: Mapping[str, tuple[int, bool]]
+    ) -> dict[str, dict[str, float]]:
+        if self._closed:
+            raise RuntimeError("the answer checker is closed")
+        with self._lock:
+            items, seen = list(items), set()
+            for request, *_ in items:
+                if request in seen:
+                    raise ValueError(f"request id {request!r} occurs twice")
+                seen.add(request)
+            values: dict[str, dict[str, float]] = {function.entry.name: {} for function in functions}
+            calls = [call for f in functions for call in self._calls(f, items, values[f.entry.name])]
+            for call, verdicts in zip(calls, self._run(calls, lengths), strict=True):
+                self._settle(call, verdicts, values[call.function.entry.name])
+        return {name: {request: of[request] for request, *_ in items} for name, of in values.items()}
+
+    def _calls(self, function: RewardFunction, items: list[Item], values: dict[str, float]) -> Iterator[_Call]:
+        """The calls of a function that its values take; those that take none go into `values` at once."""
+        if function.entry.function == "boxed":
+            yield from self._boxed_calls(function, items, values)
+        elif not items or function.kind == "async":
+            yield from [_Call(function, items)] if items else []
+        elif function.kind == "single":
+            yield from (_Call(function, [item]) for item in items)
+        else:  # in about equal parts for all workers, the responses to a query in one part
+            size, part = -(-len(items) // len(self._workers)), []
+            for _, group in groupby(items, key=lambda item: id(item[2])):
+                part += group
+                if len(part) >= size:
+                    yield _Call(function, part)
+                    part = []
+            yield from [_Call(function, part)] if part else []
+
+    def _boxed_calls(self, function: RewardFunction, items: list[Item], values: dict[str, float]) -> Iterator[_Call]:
+        checks: dict[Any, Item] = {}
+        requests: dict[Any, list[str]] = {}  # that share a check
+        for request, response, query in items:
+            values[request], key, check = self._decide(response, query)
+            if key in self._verdicts:
+                values[request] = self._verdicts[key]
+            elif check:
+                checks.setdefault(key, (request, *check))
+                requests.setdefault(key, []).append(request)
+        for key, check in checks.items():
+            yield _Call(function, [check], {check[0]: requests[key]}, {check[0]: key})
+
+    def _decide(self, response: str, query: Query) -> tuple[float, Any, tuple[str, Query] | None]:
         """The boxed reward where string work decides it, else 0.0; the key and the check that are left to a worker."""
         predicted, (question, choices) = extract_boxed(response), context_of(query)
         if predicted is None:
@@ -139,211 +203,85 @@ class AnswerChecker(contextlib.AbstractContextManager):
         if verdict is not None:
             return float(verdict), None, None
         key = (predicted, query.answer, question, repr(choices) if choices else "")
-        return 0.0, key, (f"\\boxed{{{predicted}}}", query.answer, replace(query, images=()))
+        return 0.0, key, (f"\\boxed{{{predicted}}}", replace(query, images=()))
 
-    def _run(self, checks: dict[Any, tuple[str, str, Query]]) -> dict[Any, tuple[float, str]]:
-        """Run every check in some worker: key to (score, failure), as `Worker.check` returns them."""
-        if not checks:
-            return {}
+    def _run(self, calls: list[_Call], lengths: Mapping[str, tuple[int, bool]]) -> list[list[Verdict]]:
+        """Run every call in some worker: of each call the verdicts on its items."""
+        if not calls:
+            return []
+        broken_off = threading.Event()
+        if self.stopping:
+            broken_off.set()
+        images = self._images and cached(LRUCache(KEPT_IMAGES), key=id, lock=threading.Lock())(self._images)
 
-        def run(check: tuple[str, str, Query]) -> tuple[float, str]:
-            worker = self._idle.pop()
+        def asked(function: RewardFunction, item: Item) -> Asked:
+            request, response, query = item
+            tokens, truncated = lengths.get(request, (None, None))
+            known = {"tokens": tokens, "truncated": truncated, "max_tokens": self._max_tokens}
+            facts = {name: images(query) if name == "images" else known[name] for name in function.facts}
+            return response, query.answer, query, facts
+
+        def run(call: _Call) -> list[Verdict]:
+            if broken_off.is_set():
+                return [SKIPPED] * len(call.items)
+            entry, about = call.function.entry, [asked(call.function, item) for item in call.items]
+            if call.function.kind == "async":
+                verdicts = self._async[entry.name].check_all(about, broken_off)
+            else:
+                worker = self._idle.pop()
+                try:
+                    verdicts = worker.check(self._places[entry.name], about)
+                finally:
+                    self._idle.append(worker)
+            if entry.on_failure == "stop" and any(failure for _, failure in verdicts):
+                broken_off.set()
+            return verdicts
+
+        # A thread for each worker: it sends a call and waits for its answer, so that no answer can be another call's.
+        with (
+            ThreadPoolExecutor(max(1, len(self._workers)), "answer check") as pool,
+            ThreadPoolExecutor(max(1, len(self._async)), "async answer check") as async_pool,
+        ):
+            pools = {"async": async_pool}
+            futures = [pools.get(call.function.kind, pool).submit(run, call) for call in calls]
             try:
-                return worker.check(*check)
-            finally:
-                self._idle.append(worker)
+                under_way = set(futures)
+                while under_way:
+                    done, under_way = wait(under_way, _LOOK_S, FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
+                    signals.check()
+            except BaseException:
+                broken_off.set()
+                raise
+        return [future.result() for future in futures]
 
-        # A thread for each worker: it sends a check and waits for its answer, so that no answer can be another check's.
-        with ThreadPoolExecutor(min(len(checks), len(self._workers)), "answer check") as pool:
-            return dict(zip(checks, pool.map(run, checks.values()), strict=True))
+    def _settle(self, call: _Call, verdicts: list[Verdict], values: dict[str, float]) -> None:
+        """Give every request its value, keep verdicts that may be asked for again, and count failures."""
+        for item, verdict in zip(call.items, verdicts, strict=True):
+            request, (value, failure) = item[0], verdict
+            requests = call.requests.get(request, [request])
+            values.update(dict.fromkeys(requests, value))
+            if failure and verdict != SKIPPED:
+                self._count(failure, len(requests), call.function, item)
+            elif request in call.keys and not failure:
+                self._verdicts[call.keys[request]] = value
 
-    def _count(self, failure: str, requests: int, response: str, answer: str, query: Query) -> None:
+    def _count(self, failure: str, requests: int, function: RewardFunction, item: Item) -> None:
         """Count a failed check; every kind of failure is named once in the log, with what it was about."""
-        reason, _, detail = failure.partition(": ")
-        self.failures[reason] += requests
-        if failure not in self._named and len(self._named) < 100:
-            self._named.add(failure)
-            reason += f", {detail}" if detail else ""
-            log.warning("a check scored 0 (%s): query %r, %.200r for %.200r", reason, query.id, response, answer)
-
-
-class Worker:
-    """A process that `start` or the first check starts, and the next check after each `kill` again."""
-
-    def __init__(self, config: RewardConfig) -> None:
-        self.config = config
-        self._process: subprocess.Popen | None = None
-        self._link: Connection | None = None
-        self._ready = False  # it has said so
-        self._closed, self._busy = False, threading.Lock()
-
-    def start(self) -> None:
-        """Start the process without waiting for it: the first check does, and says what went wrong in it."""
-        with self._busy:
-            if self._link is None and not self._closed:
-                self._launch()
-
-    def check(self, response: str, answer: str, query: Query) -> tuple[float, str]:
-        """(reward, "") of a response; or (0.0, failure), the failure as "reason: detail".
-
-        Raises:
-            ConfigError: the process does not start, or could not load the reward.
-            RuntimeError: the worker is closed.
-        """
-        with self._busy:
-            try:
-                if not self._closed:
-                    return self._check(response, answer, query)
-            except ConfigError:
-                if not self._closed:  # else its process was ended while it started
-                    raise
-            raise RuntimeError("the answer checker is closed")
-
-    def close(self) -> None:
-        """End the process for good; a check under way fails."""
-        self._closed = True
-        self._end()
-        with self._busy:
-            self.kill()
-
-    def _check(self, response: str, answer: str, query: Query) -> tuple[float, str]:
-        if self._link is None or self._process.poll() is not None:  # it may have died since its last answer
-            self.kill()
-            self._launch()
-        self._await_ready()
-        try:
-            self._link.send((response, answer, query))
-            if self._link.poll(self.config.timeout_s):
-                return self._link.recv()
-            failure = f"timeout: reward.timeout_s={self.config.timeout_s}"
-        except (EOFError, OSError):
-            failure = f"crash: {self._obituary()}"
-        self.kill()
-        return 0.0, failure
-
-    def kill(self) -> None:
-        """End the process and everything it started, at once, and reap it."""
-        if self._link is not None:
-            self._link.close()
-            self._link, self._ready = None, False
-        self._end()
-        if self._process is not None:
-            self._process.wait()
-            self._process = None
-
-    def _end(self) -> None:
-        process = self._process
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-    def _launch(self) -> None:
-        ours, theirs = socket.socketpair()
-        # A message longer than the socket's buffer waits for its reader: not for ever.
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(START_S), 0))
-        with theirs:
-            reward = self.config
-            code = (
-                f"import sys; sys.path[:] = {sys.path!r}; from rethinker.rewards.checker import Rules, serve; "
-                f"serve({theirs.fileno()}, {reward.function!r}, {rules_of(reward)!r}, {reward.timeout_s!r}, "
-                f"{reward.memory_gb!r})"
+        _, response, query = item
+        entry, (reason, _, detail) = function.entry, failure.partition(": ")
+        several = len(self.functions) > 1
+        self.failures[f"{entry.name}: {reason}" if several else reason] += requests
+        reason += f", {detail}" if detail else ""
+        if entry.on_failure == "stop" and not self.stopping:
+            self.stopping = (
+                f"{entry.named}: a check failed ({reason}), of query {query.id!r}; repair what failed, or set "
+                f"{entry.place}.on_failure=zero"
             )
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={"OMP_NUM_THREADS": "1", **os.environ},
-                start_new_session=True,  # so that it and its children can be killed as one, and Ctrl-C is not theirs
+        if (said := f"{entry.name} {failure}") not in self._named and len(self._named) < 100:
+            self._named.add(said)
+            of = f" of {entry.name}" if several else ""
+            log.warning(
+                "a check%s scored 0 (%s): query %r, %.200r for %.200r", of, reason, query.id, response, query.answer
             )
-        if self._closed:  # meanwhile: `close` did not know this process yet
-            self._end()
-        self._link = Connection(ours.detach())
-
-    def _await_ready(self) -> None:
-        if self._ready:
-            return
-        try:
-            said = self._link.recv() if self._link.poll(START_S) else "no sign of life"
-        except (EOFError, OSError):
-            said = self._obituary()
-        if said != READY:
-            self.kill()
-            raise ConfigError(f"reward.function={self.config.function}: its checking process does not start: {said}")
-        self._ready = True
-
-    def _obituary(self) -> str:
-        """How a worker that died ended."""
-        try:
-            code = self._process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            return "the connection was closed"
-        if code == OUT_OF_MEMORY:
-            return f"more than {self.config.memory_gb:g} GiB of memory"
-        if code < 0:
-            with contextlib.suppress(ValueError):
-                return signal.Signals(-code).name
-        return f"exit code {code}"
-
-
-def serve(fd: int, function: str, rules: Rules, timeout_s: float, memory_gb: float) -> None:
-    """Answer checks until the trainer closes the connection or dies."""
-    link = Connection(fd)
-    try:
-        reward = load_reward(function, rules)
-        _limit_memory(memory_gb)
-    except BaseException as error:
-        link.send(_described(error))
-        return
-    link.send(READY)
-    # The kernel ends a worker that a dead trainer left behind in an endless check. A living one has killed it by then.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    worker = os.getpid()
-    while True:
-        try:
-            check = link.recv()
-        except (EOFError, OSError):
-            return
-        signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
-        try:
-            score = _number(reward(*check))
-            answer = (score, "") if math.isfinite(score) else (0.0, "non_finite")
-        except MemoryError:
-            os._exit(OUT_OF_MEMORY)
-        except BaseException as error:  # SystemExit too: it is the check's, not the worker's
-            answer = 0.0, f"error: {_described(error)}"
-        if os.getpid() != worker:  # a reward that forked and let the child return: its answer is one too many
-            os._exit(0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        try:
-            link.send(answer)
-        except OSError:
-            return
-
-
-def _number(reward: Any) -> float:
-    """A reward as a float: of Python, NumPy or torch, but no text that spells one."""
-    if isinstance(reward, (str, bytes, bytearray)):
-        raise TypeError(f"a reward is a number, not the {type(reward).__name__} {reward[:40]!r}")
-    return float(reward)
-
-
-def _described(error: BaseException) -> str:
-    """The error in one line of text that can be logged; whatever its own text does is the check's fault as well."""
-    try:
-        text = f"{type(error).__name__}: {error}"
-    except BaseException:
-        text = type(error).__name__
-    return text.encode("utf-8", "backslashreplace").decode()[:500]
-
-
-def _limit_memory(memory_gb: float) -> None:
-    """Bound what the process may add to its data memory (address space would not do: CUDA reserves much of it), and let
-    the kernel end this process first when memory runs out."""
-    import resource
-
-    with open("/proc/self/statm") as file:
-        taken = int(file.read().split()[5]) * resource.getpagesize()
-    size = taken + int(memory_gb * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")

@@ -78,6 +78,8 @@ def read_completions(folder: str | Path, episode: int) -> list[Group]:
         ends = {"text": row["response"], "finish_reason": row["finish_reason"], "rethought": rethought}
         groups[-1].completions.append(Completion(**dict(zip(_NUMBERS, arrays, strict=True)), **ends))
         groups[-1].rewards += [] if row["reward"] is None else [row["reward"]]
+        for name, value in row["scores"] or ():
+            groups[-1].scores.setdefault(name, []).append(value)
         groups[-1].advantages += [] if row["advantage"] is None else [row["advantage"]]
     return groups
 
@@ -96,6 +98,7 @@ def _schema() -> Any:
         "metadata": text,  # JSON
         "response": text,
         "reward": real,
+        "scores": pa.map_(text, real),  # of each reward function, in their order
         "advantage": real,
         "finish_reason": text,
         "policy_version": number,
@@ -124,6 +127,7 @@ def _to_row(episode: int, number: int, index: int, group: Group, completion: Com
         "metadata": json.dumps(query.metadata, default=str),
         "response": completion.text,
         "reward": group.rewards[index] if group.rewards else None,
+        "scores": [(name, values[index]) for name, values in group.scores.items()],
         "advantage": group.advantages[index] if group.advantages else None,
         "finish_reason": completion.finish_reason,
         "policy_version": group.policy_version,

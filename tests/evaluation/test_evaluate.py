@@ -208,7 +208,7 @@ def test_the_first_answers_of_a_validation_are_kept(encoder, checker):
 def test_the_checkers_processes_start_after_the_engine(monkeypatch):
     """So that they load while it samples, and take no memory that an engine counts as free."""
     made: list[AnswerChecker] = []
-    monkeypatch.setattr(answering, "AnswerChecker", lambda config: made.append(AnswerChecker(config)) or made[0])
+    monkeypatch.setattr(answering, "AnswerChecker", lambda *given: made.append(AnswerChecker(*given)) or made[0])
 
     def processes() -> list[object]:
         return [worker._process for worker in made[0]._workers]

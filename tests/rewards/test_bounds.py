@@ -81,7 +81,7 @@ def test_string_work_is_bounded(monkeypatch):
         ("\\boxed{5}", Query("q", "", "\\boxed{1} \\boxed{2}" + " " * 1000 + "cm")),
     ]
     # What is left to a worker is not asked here.
-    monkeypatch.setattr(AnswerChecker, "_run", lambda self, checks: {key: (0.0, "") for key in checks})
+    monkeypatch.setattr(AnswerChecker, "_run", lambda self, calls, lengths: [[(0.0, "")] for _ in calls])
     with AnswerChecker(RewardConfig(workers=1)) as checker:
         for response, query in traps:
 

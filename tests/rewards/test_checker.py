@@ -17,9 +17,9 @@ from dataclasses import replace
 import pytest
 
 from rethinker.config import ConfigError, RewardConfig
-from rethinker.rewards import checker as module
+from rethinker.rewards import worker as process
 from rethinker.rewards.checker import AnswerChecker
-from rethinker.rewards.functions import load_reward
+from rethinker.rewards.functions import load_rewards
 from rethinker.samples import Query
 from tests.speed import least_cpu_s
 
@@ -292,7 +292,7 @@ def test_close_leaves_no_process_behind(config):
 def test_close_ends_checks_under_way(moment, config, monkeypatch):
     """A call that runs in another thread while the checker is closed ends at once, and starts no further process."""
     checker, ends, made = AnswerChecker(replace(config, timeout_s=60.0)), [], threading.Event()
-    workers, popen = checker._workers, module.subprocess.Popen
+    workers, popen = checker._workers, process.subprocess.Popen
 
     def slow(*arguments, **options):  # the process is there, and its worker does not know it yet
         process = popen(*arguments, **options)
@@ -302,7 +302,7 @@ def test_close_ends_checks_under_way(moment, config, monkeypatch):
         return process
 
     if moment == "while a process is made":
-        monkeypatch.setattr(module.subprocess, "Popen", slow)
+        monkeypatch.setattr(process.subprocess, "Popen", slow)
     if moment == "while they check":
         checker.score(ask({"a": "4", "b": "5"}))
 
@@ -421,7 +421,7 @@ def test_a_verdict_is_kept(boxed_checker, monkeypatch):
         "a": 1.0,
         "b": 0.0,
     }
-    monkeypatch.setattr(boxed_checker, "_run", lambda checks: pytest.fail(f"asked again: {checks}") if checks else {})
+    monkeypatch.setattr(boxed_checker, "_run", lambda calls, _: pytest.fail(f"asked again: {calls}") if calls else [])
     again = replace(query, id="p")
     assert boxed_checker.score([("c", "or \\boxed{\\sqrt{45}}", again), ("d", "\\boxed{\\sqrt{46}}", again)]) == {
         "c": 1.0,
@@ -445,10 +445,10 @@ def test_a_verdict_is_of_its_own_answer(boxed_checker):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("boxes", "give boxed, or path/to/file.py:function"),
+        ("boxes", "give boxed, format, overlong, or path/to/file.py:function"),
         ("{folder}/none.py:by_word", "there is no file"),
         ("{folder}/rewards.py:by_wrod", "it has .*by_word"),
-        ("{folder}/rewards.py", "give boxed, or path"),
+        ("{folder}/rewards.py", "give boxed, format, overlong, or path"),
         ("{folder}/broken.py:f", "fails to import .ModuleNotFoundError"),
         ("{folder}/short.py:f", "must take .response, answer, query."),
         ("{folder}/exits.py:f", "fails to import .SystemExit: 0."),
@@ -475,5 +475,6 @@ def test_a_reward_that_loads_here_but_not_in_its_process_is_an_error_not_a_zero(
 
 def test_load_reward_gives_the_function(reward_file):
     """The same function serves outside the checker."""
-    assert load_reward(f"{reward_file}:by_word")("value 4", "", None) == 4.0
+    (reward,) = load_rewards(RewardConfig(function=f"{reward_file}:by_word"))
+    assert reward.call("value 4", "", None) == 4.0
     gc.collect()
