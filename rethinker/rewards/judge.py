@@ -216,8 +216,8 @@ def _white() -> bytes:
     return file.getvalue()
 
 
-def check_options(**options: Any) -> None:
-    """Refuse options of `judge` that no request could be made with.
+def check_judge(max_tokens: int | None = None, **options: Any) -> None:
+    """Refuse options of `judge` that no request could be made with; rollout.max_new_tokens does not matter to it.
 
     Raises:
         ValueError: naming the first that is wrong.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-import socket
 import threading
 import time
 
@@ -13,10 +12,10 @@ import pytest
 
 from rethinker.rewards import judge as module
 from rethinker.rewards import judge_server
-from rethinker.rewards.judge import check_options, judge, trial
+from rethinker.rewards.judge import check_judge, judge, trial
 from rethinker.rewards.judge_server import JudgeError
 from rethinker.samples import Query
-from tests.rewards.judges import serving
+from tests.rewards.judges import cut, endless, free_port, serving
 
 QUERY = Query("q", "Which animal is <image>, and which <image>?", "a cat and a dog")
 PNG = [b"\x89PNG first", b"\x89PNG second"]
@@ -299,18 +298,6 @@ def test_a_server_that_never_answers_well(status, reason, tries, impatient):
     assert re.search(reason, str(error)) and server.address in str(error) and "not now" in came(error)
 
 
-def cut(handler, body, number):
-    """The connection ends in the middle of the answer."""
-    handler.send_response(200)
-    handler.send_header("Content-Type", "application/json")
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    handler.wfile.write(b'{"choices": [{"mess')
-    handler.wfile.flush()
-    handler.connection.shutdown(socket.SHUT_RDWR)
-    handler.close_connection = True
-
-
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
@@ -336,11 +323,6 @@ def test_what_is_no_answer_at_all(script, reason, impatient):
     assert len(str(error) + came(error)) < 500 and "\n" not in str(error)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
-
-
 def test_a_server_that_is_down(impatient):
     error = ask(f"http://127.0.0.1:{free_port()}/v1", "x", retries=2)
     assert isinstance(error, JudgeError) and "cannot be reached: start the judge there" in str(error)
@@ -363,15 +345,6 @@ def test_a_server_that_comes_up_again():
     finally:
         ready.set()
         thread.join()
-
-
-def endless(handler, body, number):
-    """A body without an end, a byte every now and then."""
-    handler.send_response(200)
-    handler.send_header("Content-Type", "application/json")
-    handler.end_headers()
-    while not handler.server.over.wait(0.02):
-        handler.wfile.write(b" ")
 
 
 @pytest.mark.parametrize("script", [lambda handler, *_: handler.server.over.wait(), endless], ids=["slow", "endless"])
@@ -448,8 +421,8 @@ def test_a_trial_shows_what_is_wrong(impatient):
 )
 def test_options_that_cannot_work(options, message):
     good = {"address": "http://127.0.0.1:8000/v1", "model": "referee"}
-    check_options(**good | {"scale": [1, 10], "max_new_tokens": None, "temperature": None})
+    check_judge(**good | {"scale": [1, 10], "max_new_tokens": None, "temperature": None})
     with pytest.raises(ValueError, match=message):
-        check_options(**good | options)
+        check_judge(**good | options)
     with pytest.raises(ValueError, match="model is missing"):
-        check_options(**{"address": "http://127.0.0.1:8000/v1"})
+        check_judge(**{"address": "http://127.0.0.1:8000/v1"})
