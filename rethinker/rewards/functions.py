@@ -114,6 +114,13 @@ def reward_weights(config: RewardConfig) -> dict[str, float]:
     return {entry.name: entry.weight for entry in reward_entries(config)}
 
 
+def checking_processes(config: RewardConfig) -> int:
+    """The most processes that a rank judges in: the workers, and one for each async function. Of a function in a file
+    only its code says whether it is; it counts, but for one where there is no other to need the workers."""
+    shipped = [SHIPPED.get(entry.function) for entry in reward_entries(config)]
+    return config.workers + min(len(shipped) - 1, sum(not f or inspect.iscoroutinefunction(f) for f in shipped))
+
+
 def load_rewards(config: RewardConfig, max_tokens: int | None = None) -> list[RewardFunction]:
     """The run's reward functions, their options checked; `max_tokens` is rollout.max_new_tokens.
 
