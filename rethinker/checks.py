@@ -14,7 +14,7 @@ from rethinker.config import Config, ConfigError
 from rethinker.doctor import check_packages, cpp_compiler
 from rethinker.families.model_folder import check_model_folder, decoder_matrices
 from rethinker.rewards.entries import reward_entries
-from rethinker.rewards.functions import SHIPPED
+from rethinker.rewards.functions import NEEDS, SHIPPED
 from rethinker.runtime.user_code import user_file
 
 MIN_FREE_BYTES = 200 * 2**20  # the tiny model, its checkpoints, completions and logs
@@ -214,6 +214,8 @@ def check_resources(config: Config) -> None:
     for entry in reward_entries(config.reward):
         if entry.function not in SHIPPED:
             user_file(f"{entry.place}.function", entry.function, SHIPPED)
+        if package := NEEDS.get(entry.function):
+            check_packages(entry.named, package)
     if ":" in config.algorithm.loss:
         user_file("algorithm.loss", config.algorithm.loss, [])
     recording, weight_folder = config.rollout.recording, config.rollout.weight_folder

@@ -472,7 +472,7 @@ def test_run_folders_that_cannot_be_made(tmp_path):
 
 def test_rewards_and_recordings_must_exist(tmp_path):
     """A reward function's file and a recording are looked for before anything starts."""
-    assert "give boxed, format, overlong, or path/to/file.py:function" in refused("--reward.function", "exact")
+    assert "give boxed, format, judge, overlong, or path/to/file.py:function" in refused("--reward.function", "exact")
     assert "there is no file mine.py" in refused("--reward.function", "mine.py:score")
     (tmp_path / "mine.py").write_text("def score(response, answer, query): return 1.0")
     assert load_config("easy_vqa_cpu", {"reward.function": "mine.py:score"})

@@ -49,6 +49,7 @@ MAY_CHANGE = """
 """.split()
 OF_A_SOURCE_MAY_CHANGE = {"image_root", "max_bad_rows"}  # of each entry of data.sources
 OF_A_REWARD_MAY_CHANGE = {"timeout_s", "concurrency", "on_failure"}  # of each entry of reward.functions
+OF_A_JUDGE_MAY_CHANGE = OF_A_REWARD_MAY_CHANGE | {"address", "api_key_env", "retries"}
 
 
 @dataclass
@@ -197,7 +198,8 @@ def _compared(key: str, value: Any) -> Any:
     if key == "data.sources":
         return {name: {k: entry[k] for k in entry.keys() - OF_A_SOURCE_MAY_CHANGE} for name, entry in value.items()}
     if key == "reward.functions":
-        return [{k: entry[k] for k in entry.keys() - OF_A_REWARD_MAY_CHANGE} for entry in value]
+        may_change = {"judge": OF_A_JUDGE_MAY_CHANGE}
+        return [{k: e[k] for k in e.keys() - may_change.get(e["function"], OF_A_REWARD_MAY_CHANGE)} for e in value]
     return value
 
 

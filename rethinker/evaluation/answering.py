@@ -103,6 +103,7 @@ def open_model(config: Config, folder: str, ranks: Ranks, encoder: PromptEncoder
         rollout = make_engine(config, folder, **vars(ranks))
         stack.callback(rollout.close)
         checker.start()  # after an engine that measures what memory is free: a reward may take some
+        checker.try_out()
         yield AnsweringModel(rollout, encoder, checker)
 
 

@@ -10,6 +10,7 @@ from rethinker.plan import memory
 from rethinker.plan.memory import GIB, VLLM_WEIGHTS, Budget, Rollout, total
 from rethinker.plan.model import Shape, shape_of
 from rethinker.plan.step import MicroBatch
+from rethinker.rewards.functions import checking_processes
 
 RESERVE = 2.0 * GIB  # CUDA context, NCCL, cuBLAS, and what vLLM keeps while it sleeps; assumed
 FRAGMENTATION = 0.05  # of what the trainer allocates; assumed
@@ -114,7 +115,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     rollout = memory.rollout_of(config, shape, ranks, machine.gpu_memory if on_gpu else None)
     sync = memory.sync_peak(shape) if rollout.budget else {}
     b, keep = shape.weight_bytes, config.checkpoint.keep
-    host = {"answer checkers (assumed)": here * config.reward.workers * CHECKER}
+    host = {"answer checkers (assumed)": here * checking_processes(config.reward) * CHECKER}
     host["a checkpoint's weights, on rank 0's node"] = b * shape.parameters
     if on_gpu:
         # An engine that sleeps takes nothing while the policy trains, and wakes for a weight sync without its cache.

@@ -32,6 +32,8 @@ COLUMNS = (
     *("episode", "group", "query_id", "question", "images", "answer", "metadata", "response", "reward", "advantage"),
     *("finish_reason", "token_ids", "rethought"),
 )
+SCORES = "scores"
+"""The column with each reward function's value, which older runs do not have."""
 
 
 def sample_completions(runs: Sequence[RunRecord]) -> dict[str, Any]:
@@ -55,7 +57,8 @@ def _read_groups(run: RunRecord, file: Path, most: int) -> list[dict[str, Any]]:
     numbers = pc.unique(pq.read_table(file, columns=["group"])["group"]).to_pylist()
     chosen = random.Random(file.name).sample(numbers, min(most, len(numbers)))
     groups: dict[int, dict[str, Any]] = {}
-    for row in pq.read_table(file, columns=list(COLUMNS), filters=[("group", "in", chosen)]).to_pylist():
+    columns = [*COLUMNS, *({SCORES} & set(pq.read_schema(file).names))]
+    for row in pq.read_table(file, columns=columns, filters=[("group", "in", chosen)]).to_pylist():
         group = groups.get(row["group"]) or groups.setdefault(row["group"], describe_group(run, row))
         group["responses"].append(describe_response(row, run.settings))
     return [groups[number] for number in sorted(groups)]
@@ -76,17 +79,21 @@ def describe_group(run: RunRecord, row: dict[str, Any], longest_side: int = THUM
 
 
 def describe_response(row: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """`parts` are (text, whether the trainer forced it); `verdict` is right (a reward of at least 1), wrong or
-    unjudged; `trigger` names the forced one, if any; `rethinks` says whether a cue outside of it was the model's, and
-    `fast` whether the response is nothing but the answer."""
+    """`parts` are (text, whether the trainer forced it); `verdict` is right (at least 1 by the first reward function),
+    wrong or unjudged; `scores` are (name, value) of each function where there are several; `trigger` names the forced
+    one, if any; `rethinks` says whether a cue outside of it was the model's, and `fast` whether the response is nothing
+    but the answer."""
     text, reward, rethought = row["response"], row["reward"], row["rethought"]
+    scores = row.get(SCORES) or []
+    first = scores[0][1] if scores else reward
     start, end = find_trigger(text, len(row["token_ids"]), rethought, settings) if rethought else (len(text), len(text))
     # Cut apart first and shorten after: the trigger stays whole whatever is left out around it.
     parts = [(_shortened(text[:start]), False), (text[start:end], True), (_shortened(text[end:]), False)]
     return {
         "parts": [part for part in parts if part[0]],
-        "verdict": "unjudged" if reward is None else "right" if reward >= 1 else "wrong",
+        "verdict": "unjudged" if first is None else "right" if first >= 1 else "wrong",
         "reward": reward,
+        "scores": scores if len(scores) > 1 else [],
         "advantage": row["advantage"],
         "finish_reason": row["finish_reason"],
         "tokens": len(row["token_ids"]),

@@ -22,7 +22,7 @@ from cachetools import LRUCache, cached
 from rethinker.config import ConfigError, RewardConfig
 from rethinker.rewards.answers import compare, extract_boxed, undecided
 from rethinker.rewards.async_worker import AsyncWorker
-from rethinker.rewards.functions import RewardFunction, context_of, load_rewards
+from rethinker.rewards.functions import TRIALS, RewardFunction, context_of, load_rewards
 from rethinker.rewards.published import published_verdict
 from rethinker.rewards.rules import rules_of
 from rethinker.rewards.worker import SKIPPED, Asked, Verdict, Worker
@@ -125,6 +125,21 @@ class AnswerChecker(contextlib.AbstractContextManager):
         """Start the workers, without waiting for them, so that no check need wait for their imports."""
         for worker in self._all_workers:
             worker.start()
+
+    def try_out(self) -> None:
+        """Have each function that needs what is elsewhere judge a response before the first episode, which is slow. One
+        that cannot is a warning, since its `on_failure` is zero.
+
+        Raises:
+            ConfigError: or an error, since that is stop.
+        """
+        for entry in (f.entry for f in self.functions if f.entry.function in TRIALS):
+            ((_, failure),) = self._async[entry.name].check_all([TRIALS[entry.function]()], threading.Event())
+            if failure:
+                said = f"{entry.named}: it cannot judge ({failure.replace(chr(10), '; ')})"
+                if entry.on_failure == "stop":
+                    raise ConfigError(f"{said}; repair that, or set {entry.place}.on_failure=zero")
+                log.warning("%s: responses have the value 0 by it until it can", said)
 
     def close(self) -> None:
         """End the workers; none is left behind."""
@@ -270,16 +285,17 @@ class AnswerChecker(contextlib.AbstractContextManager):
     def _count(self, failure: str, requests: int, function: RewardFunction, item: Item) -> None:
         """Count a failed check; every kind of failure is named once in the log, with what it was about."""
         _, response, query = item
-        entry, (reason, _, detail) = function.entry, failure.partition(": ")
+        entry, (kind, *notes) = function.entry, failure.split("\n")
+        reason, _, detail = kind.partition(": ")
         several = len(self.functions) > 1
         self.failures[f"{entry.name}: {reason}" if several else reason] += requests
-        reason += f", {detail}" if detail else ""
+        reason = "; ".join([f"{reason}, {detail}" if detail else reason, *notes])
         if entry.on_failure == "stop" and not self.stopping:
             self.stopping = (
                 f"{entry.named}: a check failed ({reason}), of query {query.id!r}; repair what failed, or set "
                 f"{entry.place}.on_failure=zero"
             )
-        if (said := f"{entry.name} {failure}") not in self._named and len(self._named) < 100:
+        if (said := f"{entry.name} {kind}") not in self._named and len(self._named) < 100:
             self._named.add(said)
             of = f" of {entry.name}" if several else ""
             log.warning(

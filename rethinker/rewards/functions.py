@@ -12,6 +12,7 @@ from typing import Any, Literal
 from rethinker.config import ConfigError, RewardConfig, nearest
 from rethinker.rewards.answers import compare, extract_boxed, math_equal
 from rethinker.rewards.entries import Entry, reward_entries
+from rethinker.rewards.judge import check_judge, judge, trial
 from rethinker.rewards.published import published_verdict
 from rethinker.rewards.rules import DEFAULT_RULES, Rules, rules_of
 from rethinker.runtime.user_code import user_function
@@ -85,10 +86,16 @@ SHIPPED: dict[str, Callable[..., Any]] = {
     "boxed": boxed_reward,
     "format": format_reward,
     "overlong": overlong_reward,
+    "judge": judge,
 }
-CHECKS: dict[str, Callable[..., None]] = {"format": _check_format, "overlong": _check_overlong}
+CHECKS: dict[str, Callable[..., None]] = {"format": _check_format, "overlong": _check_overlong, "judge": check_judge}
 """Of shipped functions: called with rollout.max_new_tokens (None where it is not known) and the entry's options, they
 raise ValueError, `option=value and what is wrong with it`."""
+NEEDS = {"judge": "openai"}
+"""Of shipped functions: the package that one needs and no other part of the trainer; its worker imports it at once."""
+TRIALS: dict[str, Callable[[], tuple[str, str, Query, dict[str, Any]]]] = {"judge": trial}
+"""Of shipped functions that need what is elsewhere: (response, answer, query, facts) that they can judge if it is
+there."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,13 @@ class RewardFunction:
 def reward_weights(config: RewardConfig) -> dict[str, float]:
     """The weight of each reward function by its name, in their order."""
     return {entry.name: entry.weight for entry in reward_entries(config)}
+
+
+def checking_processes(config: RewardConfig) -> int:
+    """The most processes that a rank judges in: the workers, and one for each async function. Of a function in a file
+    only its code says whether it is; it counts, but for one where there is no other to need the workers."""
+    shipped = [SHIPPED.get(entry.function) for entry in reward_entries(config)]
+    return config.workers + min(len(shipped) - 1, sum(not f or inspect.iscoroutinefunction(f) for f in shipped))
 
 
 def load_rewards(config: RewardConfig, max_tokens: int | None = None) -> list[RewardFunction]:
@@ -136,6 +150,11 @@ def load_reward(entry: Entry, rules: Rules = DEFAULT_RULES, max_tokens: int | No
     facts = tuple(p.name for p in further if p.name in FACTS)
     takes = [p.name for p in further if p.name not in FACTS]
     _check_options(entry, takes, open_ended=any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
+    if check := CHECKS.get(entry.function):
+        try:
+            check(max_tokens, **entry.options)
+        except ValueError as error:
+            raise ConfigError(f"{entry.place}.{error}") from error
     try:
         inspect.signature(function).bind("response", "answer", "query", **entry.options, **dict.fromkeys(facts))
     except TypeError as error:
@@ -143,11 +162,6 @@ def load_reward(entry: Entry, rules: Rules = DEFAULT_RULES, max_tokens: int | No
             f"{entry.named}: it must take (response, answer, query), or (responses, answers, queries), and beside them "
             f"only facts ({', '.join(FACTS)}) and options that its entry gives; {error}"
         ) from error
-    if check := CHECKS.get(entry.function):
-        try:
-            check(max_tokens, **entry.options)
-        except ValueError as error:
-            raise ConfigError(f"{entry.place}.{error}") from error
     return RewardFunction(entry, partial(function, **entry.options), kind, facts)
 
 

@@ -8,6 +8,7 @@ torch. It has one call at a time, so the trainer knows which call a dead worker 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import os
 import signal
@@ -22,7 +23,7 @@ from typing import Any
 
 from rethinker.config import ConfigError, RewardConfig
 from rethinker.rewards.entries import Entry
-from rethinker.rewards.functions import RewardFunction, call_with, load_reward
+from rethinker.rewards.functions import NEEDS, RewardFunction, call_with, load_reward
 from rethinker.rewards.rules import rules_of
 from rethinker.samples import Query
 
@@ -34,7 +35,8 @@ OUT_OF_MEMORY = 77  # exit code
 Asked = tuple[str, str, Query, dict[str, Any]]
 """(response, answer, query, facts by name): what a function is asked about a response."""
 Verdict = tuple[float, str]
-"""(value, "") of a response; or (0.0, failure), the failure as "reason: detail"."""
+"""(value, "") of a response; or (0.0, failure), the failure as "reason: detail", and in further lines what is only this
+response's."""
 SKIPPED: Verdict = (0.0, "skipped")
 """Of a response that was not asked about, since the run is to stop."""
 
@@ -207,6 +209,8 @@ def load_functions(link: Connection) -> list[RewardFunction] | None:
         functions = []
         for entry in entries:
             functions.append(load_reward(entry, rules_of(config)))
+            if package := NEEDS.get(entry.function):  # now: it may take longer than a call may
+                importlib.import_module(package)
         _limit_memory(config.memory_gb)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -236,8 +240,10 @@ def verdict(value: Any) -> Verdict:
 
 
 def failed(error: BaseException) -> Verdict:
-    """The verdict of a call that raised an error."""
-    return 0.0, f"error: {_described(error)}"
+    """The verdict of a call that raised an error: what it says is the kind of failure, and its notes (PEP 678) are what
+    differs between failures of a kind."""
+    notes = (f"\n{note}" for note in getattr(error, "__notes__", ()))
+    return 0.0, f"error: {_described(error)}{''.join(notes)[:500]}"
 
 
 def _verdicts(values: Any, expected: int) -> list[Verdict]:
@@ -268,7 +274,7 @@ def _described(error: BaseException) -> str:
         text = f"{type(error).__name__}: {error}"
     except BaseException:
         text = type(error).__name__
-    return text.encode("utf-8", "backslashreplace").decode()[:500]
+    return " ".join(text.encode("utf-8", "backslashreplace").decode()[:500].split())
 
 
 def _limit_memory(memory_gb: float) -> None:

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from rethinker.algorithm.advantages import assign_advantages
 from rethinker.algorithm.objective import (
     has_gradient,
     load_loss,
@@ -17,10 +18,12 @@ from rethinker.algorithm.objective import (
     supervised_weight,
     trainable_mask,
 )
-from rethinker.config import AlgorithmConfig
+from rethinker.algorithm.replay import ReplayBuffer
+from rethinker.algorithm.selection import select_batch
+from rethinker.config import AlgorithmConfig, ReplayConfig
 from rethinker.samples import RemoteCompletion, Rethought
 from rethinker_kernels import GRPO_STATS, policy_loss
-from tests.algorithm.examples import completion, packed, sample
+from tests.algorithm.examples import completion, group, packed, sample
 
 TRIGGER = Rethought(2, 4, "self_questioning", 2, 4)
 SAMPLES = [
@@ -220,3 +223,49 @@ def test_the_masked_span_decides():
         mask = trainable_mask(one)
         assert [i for i, trained in enumerate(mask) if not trained] == list(range(*span))
         assert one.trainable_tokens == sum(mask)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("name", ["grpo", "filter", "ssr"])
+def test_masked_responses_are_as_if_they_were_not_in_the_batch(name, aggregation):
+    """train.mask_truncated: the loss and the gradient of each kept token are those of the batch in which the truncated
+    samples weigh nothing, in the mean neither; their rewards still count in their group's advantages."""
+    groups = [group([1.0, 0.0, 0.0, 1.0], "a"), group([0.0, 0.0, 1.0, 0.0], "b")]
+    for one in groups:
+        one.completions = [completion(length) for length in (3, 6, 2, 5)]
+        one.truncated = [False, True, False, False]
+    groups[1].truncated = [False, False, True, True]
+    assign_advantages(groups, "std")
+    kept = select_batch(groups, name=name, pairs=0, replay=ReplayBuffer(ReplayConfig(), 0), mask_truncated=True).samples
+    assert [(s.query.id, s.index) for s in kept] == [("a", 0), ("a", 2), ("a", 3), ("b", 0), ("b", 1)]
+    assert {s.query.id: s.advantage for s in kept} == pytest.approx({"a": 0.75**0.5, "b": -0.5}, abs=1e-4)
+
+    config = AlgorithmConfig(aggregation=aggregation)
+    everything = [s for one in groups for s in one.samples()]
+    whole = [dataclasses.replace(s, weight=float(not one.truncated[s.index])) for one in groups for s in one.samples()]
+    losses, gradients = [], []
+    logps = dict(
+        zip(
+            [(s.query.id, s.index) for s in everything],
+            logps_for(packed(everything)).detach().split([3, 6, 2, 5] * 2),
+            strict=True,
+        )
+    )
+    for samples in (kept, whole):
+        given = torch.cat([logps[s.query.id, s.index] for s in samples]).requires_grad_()
+        loss, _ = run_loss(given, packed(samples), config, loss_normalizer(samples, config, max_new_tokens=8))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(
+            dict(
+                zip(
+                    [(s.query.id, s.index) for s in samples],
+                    given.grad.split([s.completion.tokens for s in samples]),
+                    strict=True,
+                )
+            )
+        )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12) != 0
+    for place, gradient in gradients[1].items():
+        torch.testing.assert_close(gradient, gradients[0].get(place, torch.zeros_like(gradient)), rtol=1e-12, atol=0)
+        assert gradient.any() == (place in gradients[0])

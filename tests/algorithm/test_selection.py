@@ -8,7 +8,7 @@ import pytest
 
 from rethinker.algorithm.advantages import assign_advantages
 from rethinker.algorithm.replay import ReplayBuffer
-from rethinker.algorithm.selection import Batch, select_batch
+from rethinker.algorithm.selection import Batch, function_metrics, select_batch, teaches
 from rethinker.config import AlgorithmConfig, ConfigError, ReplayConfig
 from rethinker.samples import Group
 from tests.algorithm.examples import group
@@ -211,3 +211,44 @@ def test_wrong_use_is_refused(replay):
     """Groups whose advantages were not assigned do not pass as empty."""
     with pytest.raises(ValueError):
         select_batch([group(DIFFER)], name="grpo", pairs=4, replay=replay)
+
+
+def test_a_truncated_response_is_never_replayed(replay):
+    """With train.mask_truncated it enters neither the buffer nor a batch, though its group is effective; without it
+    does."""
+    for number in range(20):
+        groups = step(DIFFER, DIFFER, EQUAL, tag=f"{number}.")
+        for i, one in enumerate(groups):
+            one.number = 3 * number + i
+            one.truncated = [number % 2 == 0, True, False, i == 1]
+        batch = select_batch(groups, name="ssr", pairs=12, replay=replay, mask_truncated=True)
+        assert batch.replayed > 0 and batch.effective_query_ratio == pytest.approx(2 / 3)
+        for sample in batch.samples:
+            even = sample.group // 3 % 2 == 0
+            assert sample.index in ({2} if even else {0, 2}) | ({3} if sample.group % 3 == 0 else set())
+    assert len(replay) == 20 * 3 + 10 * 2
+    assert len(select_batch(groups, name="filter", pairs=0, replay=replay).samples) == 8
+
+
+def test_what_teaches_with_truncated_responses():
+    """Rewards that differ, and with the mask a response that is trained on."""
+    differ, equal = step(DIFFER, EQUAL)
+    for one in (differ, equal):
+        one.truncated = [True] * 4
+    assert teaches(differ) and not teaches(equal) and not teaches(differ, mask_truncated=True)
+    differ.truncated[2] = False
+    assert teaches(differ, mask_truncated=True) and not teaches(equal, mask_truncated=True)
+
+
+def test_each_function_has_its_own_statistics():
+    """Mean and deviation over all fresh responses, and the share of queries where it differs; of one function none."""
+    groups = step(DIFFER, EQUAL)
+    groups[0].scores = {"boxed": DIFFER, "format": [1.0, 1.0, 1.0, 1.0]}
+    groups[1].scores = {"boxed": EQUAL, "format": [0.0, 0.0, 0.0, 0.0]}
+    metrics = function_metrics(groups)
+    assert metrics["reward_by_function"] == {"boxed": 0.75, "format": 0.5}
+    assert metrics["reward_std_by_function"] == pytest.approx({"boxed": 0.1875**0.5, "format": 0.5})
+    assert metrics["reward_differs_by_function"] == {"boxed": 0.5, "format": 0.0}
+    for one in groups:
+        del one.scores["format"]
+    assert set(map(str, function_metrics(groups).values())) == {"{}"}

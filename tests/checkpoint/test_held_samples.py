@@ -33,6 +33,8 @@ def groups_on(rank: int, world_size: int) -> list[Group]:
             responses = [RemoteCompletion(c.tokens, c.trainable_tokens, c.supervised) for c in responses]
         known = {"rewards": [1.0, 0.0, 1.0], "advantages": [0.7, -1.4, 0.7], "rethinks": [True, False, False]}
         known |= {"fast": [False, True, False], "nlls": [1 / 3, 0.0, math.inf]}
+        known |= {"truncated": [False, False, True]}
+        known |= {"scores": {"boxed": [1.0, 0.0, 1.0], "format": [1 / 3, -1e-300, 0.1 * number]}}
         known |= {"rethinking": Rethinking(3, 1, 1, 0), "sampled_tokens": 99}
         made.append(Group(query, responses, 5, prompt_tokens=17, number=number, owner=owner, **known))
     return made

@@ -41,11 +41,10 @@ def groups() -> list[Group]:
     pixels = {"path": "b.png", "bytes": bytes(range(256))}
     second = Query("q2", "", "", (pixels, "c.png"))
     third_query = Query("q/1", "the same id again", "yes")
+    known = {"prompt_tokens": 17, "rewards": [1.0, 0.0], "advantages": [0.7071067811865475, -0.7]}
     return [
-        Group(
-            first, [rethought, empty], 3, prompt_tokens=17, rewards=[1.0, 0.0], advantages=[0.7071067811865475, -0.7]
-        ),
-        Group(third_query, [long], 0, rewards=[0.25], advantages=[0.0]),
+        Group(first, [rethought, empty], 3, **known, scores={"z": [1 / 3, -0.0], "a": [1e-300, 1.0]}),
+        Group(third_query, [long], 0, rewards=[0.25], advantages=[0.0], scores={"boxed": [0.25]}),
         Group(second, [long, empty], 3),
     ]
 
@@ -98,6 +97,19 @@ def test_an_episode_without_groups(tmp_path):
     """An empty episode is written and read as such."""
     write_completions(tmp_path, 0, [])
     assert read_completions(tmp_path, 0) == []
+
+
+def test_completions_of_an_older_release_are_read(tmp_path):
+    """It had no scores."""
+    import pyarrow.parquet as pq
+
+    write_completions(tmp_path, 0, groups())
+    file = tmp_path / "episode_00000.parquet"
+    pq.write_table(pq.read_table(file).drop_columns(["scores"]), file)
+    expected = groups()
+    for group in expected:
+        group.scores = {}
+    assert same(read_completions(tmp_path, 0), expected)
 
 
 def test_recordings_that_cannot_be_read(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 
 import numpy as np
@@ -257,3 +258,16 @@ def test_encoding_is_fast(make):
             reference(encoder, query, shown)
 
     assert least_cpu_s(step) < 2 * least_cpu_s(processor)  # 0.7 to 0.9 of it
+
+
+def test_a_reward_function_sees_what_the_model_sees(make, tmp_path):
+    """Upright RGB pixels in the model's size, as a PNG file."""
+    image = Image.new("RGB", (40, 24), "red")
+    image.paste("blue", (0, 0, 20, 24))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned
+    image.save(tmp_path / "a.png", exif=exif)
+    encoder, query = make(), Query("q", "?", "", images=(str(tmp_path / "a.png"),))
+    (file,), (seen,) = encoder.png_images(query), encoder.encode(query).images
+    shown = Image.open(io.BytesIO(file))
+    assert (shown.format, shown.mode, shown.size) == ("PNG", "RGB", (24, 40)) and shown.tobytes() == seen.tobytes()

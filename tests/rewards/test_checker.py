@@ -445,10 +445,10 @@ def test_a_verdict_is_of_its_own_answer(boxed_checker):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("boxes", "give boxed, format, overlong, or path/to/file.py:function"),
+        ("boxes", "give boxed, format, judge, overlong, or path/to/file.py:function"),
         ("{folder}/none.py:by_word", "there is no file"),
         ("{folder}/rewards.py:by_wrod", "it has .*by_word"),
-        ("{folder}/rewards.py", "give boxed, format, overlong, or path"),
+        ("{folder}/rewards.py", "give boxed, format, judge, overlong, or path"),
         ("{folder}/broken.py:f", "fails to import .ModuleNotFoundError"),
         ("{folder}/short.py:f", "must take .response, answer, query."),
         ("{folder}/exits.py:f", "fails to import .SystemExit: 0."),

@@ -3,14 +3,12 @@ another or hangs (law 11)."""
 
 from __future__ import annotations
 
-import io
 import logging
 import random
 import threading
 import time
 
 import pytest
-from PIL import Image
 
 from rethinker.config import RewardConfig
 from rethinker.rewards.checker import AnswerChecker
@@ -297,24 +295,3 @@ def test_a_run_that_is_to_stop_does_not_wait_for_its_judges(open_checker, monkey
         checker.score_all(ask(*["sleep 4"] * 100), {})
     assert time.monotonic() - start < 4
     assert checker.score_all(ask("value 3"), {}) == {"one": {"r0": 3.0}, "many": {"r0": 3.0}}
-
-
-def test_the_trainers_opener_shows_what_the_model_sees(tmp_path):
-    """Upright RGB pixels as a PNG file, of the model's size."""
-    from rethinker.config import DataConfig
-    from rethinker.data.prompts import PromptEncoder
-    from rethinker.embedded.tiny import create_tiny
-    from rethinker.policy.model import load_processor
-
-    create_tiny(tmp_path / "model", seed=0)
-    image = Image.new("RGB", (40, 24), "red")
-    image.paste("blue", (0, 0, 20, 24))
-    exif = image.getexif()
-    exif[0x0112] = 6  # turned
-    image.save(tmp_path / "a.png", exif=exif)
-    encoder = PromptEncoder(load_processor(tmp_path / "model"), DataConfig())
-    query = Query("q", "?", "", images=(str(tmp_path / "a.png"),))
-    (file,) = encoder.png_images(query)
-    shown = Image.open(io.BytesIO(file))
-    (seen,) = encoder.encode(query).images
-    assert (shown.format, shown.mode, shown.size) == ("PNG", "RGB", (24, 40)) and shown.tobytes() == seen.tobytes()

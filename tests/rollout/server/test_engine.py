@@ -11,12 +11,8 @@ import json
 import logging
 import os
 import signal
-import socket
-import subprocess
 import threading
 import time
-import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -30,7 +26,7 @@ from rethinker.embedded.tiny import create_tiny
 from rethinker.evaluation import command as evaluation
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.engine import make_engine
-from rethinker.rollout.server import replicas, serve
+from rethinker.rollout.server import replicas
 from rethinker.rollout.server import sync as server_sync
 from rethinker.rollout.server.replicas import NoServerLeft
 from rethinker.runtime import signals
@@ -38,60 +34,20 @@ from rethinker.runtime.signals import StopRequested
 from rethinker.samples import Prompt
 from rethinker.settings import resolve_config
 from tests.rollout.helpers import TOLERANCE, Policy, check_sampled_placeholders, make_prompts, rollout_config
+from tests.rollout.served import Served, free_port
 
 PLAIN = {"n": 2, "max_new_tokens": 12, "temperature": 1.0}
 LONG = {"n": 32, "max_new_tokens": 32, "temperature": 1.0, "seed": 0}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Served:
-    """A model folder and the server that serves it; started when it is needed, and again after a test has killed it."""
-
-    def __init__(self, folder, log):
-        self.folder, self.log = str(folder), log
-        self.process = None
-
-    def address(self) -> str:
-        if self.process is None or self.process.poll() is not None:
-            port = free_port()
-            line, variables = serve.command(rollout_config(), self.folder, "127.0.0.1", port, gpu=False)
-            with self.log.open("w") as log:
-                self.process = subprocess.Popen(
-                    line, env=os.environ | variables, stdout=log, stderr=log, start_new_session=True
-                )
-            self._address = f"http://127.0.0.1:{port}"
-            end = time.monotonic() + 300
-            while not self._is_up():
-                assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()[-4000:]
-                time.sleep(0.25)
-        return self._address
-
-    def _is_up(self) -> bool:
-        try:
-            return urllib.request.urlopen(f"{self._address}/health", timeout=5).status == 200
-        except OSError:
-            return False
-
-    def signal(self, number: int) -> None:
-        os.killpg(self.process.pid, number)
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """One matrix for embedding and head, as in Qwen2.5-VL-3B: CPU kernels hold a copy that a sync must renew, too."""
     folder = tmp_path_factory.mktemp("served")
-    served = Served(create_tiny(folder / "model", seed=0, tie_word_embeddings=True), folder / "log")
+    model = create_tiny(folder / "model", seed=0, tie_word_embeddings=True)
+    served = Served(model, folder / "log", rollout_config())
     yield served
-    if served.process is not None:
-        served.process.terminate()
-        served.process.wait(60)
-        with suppress(ProcessLookupError):
-            served.signal(signal.SIGKILL)
+    served.close()
 
 
 @pytest.fixture(scope="module")
