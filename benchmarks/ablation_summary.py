@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rethinker.evaluation.intervals import mean_interval
+from rethinker.report.measures import mean_curve, tokens_to
 
 Result = dict[str, Any]
 
@@ -89,34 +91,14 @@ def joined(first: Result, second: Result) -> Result:
     }
 
 
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half-width of its 95% interval (Student's t); a single value has none."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return values[0], None
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), float(t.ppf(0.975, len(values) - 1)) * error
-
-
 def difference(results: Sequence[Result], others: Sequence[Result]) -> Result | None:
     """Mean of `results` minus `others` over the seeds that both have, with its 95% interval; None without any."""
     theirs = {result["seed"]: result["accuracy"] for result in others}
     gaps = [result["accuracy"] - theirs[result["seed"]] for result in results if result["seed"] in theirs]
     if not gaps:
         return None
-    mean, half = interval(gaps)
+    mean, half = mean_interval(gaps)
     return {"mean": mean, "half_95": half, "seeds": len(gaps)}
-
-
-def mean_curve(results: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [101], to where all seeds came, and the seeds' mean accuracy there, as the nearest curve that never falls
-    (isotonic regression): the first of many noisy points above a level would come too early."""
-    from scipy.optimize import isotonic_regression
-
-    tokens = np.linspace(0, min(result["curve"][-1][0] for result in results), 101)
-    curves = [np.interp(tokens, *np.transpose(result["curve"])) for result in results]
-    return tokens, isotonic_regression(np.mean(curves, axis=0)).x
 
 
 def share_of_tokens(results: Sequence[Result], others: Sequence[Result]) -> float | None:
@@ -128,17 +110,11 @@ def share_of_tokens(results: Sequence[Result], others: Sequence[Result]) -> floa
     both = {result["seed"] for result in results} & {result["seed"] for result in others}
     if not both:
         return None
-    tokens, accuracies = mean_curve([result for result in results if result["seed"] in both])
-    other_tokens, other_accuracies = mean_curve([result for result in others if result["seed"] in both])
-    level = other_accuracies[-1]
-    if accuracies[-1] < level:
-        return None
-    after = int(np.argmax(accuracies >= level))
-    if after == 0:
-        return 0.0
-    low, high = accuracies[after - 1], accuracies[after]
-    reached = tokens[after - 1] + (level - low) / (high - low) * (tokens[after] - tokens[after - 1])
-    return float(reached / other_tokens[-1])
+    own, other = (
+        mean_curve([result["curve"] for result in runs if result["seed"] in both]) for runs in (results, others)
+    )
+    reached = tokens_to(*own, level=other[1][-1])
+    return None if reached is None else float(reached / other[0][-1])
 
 
 def summarise(results: Sequence[Result], references: Mapping[str, Sequence[Result]]) -> Result:
@@ -148,7 +124,7 @@ def summarise(results: Sequence[Result], references: Mapping[str, Sequence[Resul
         results: of the method, one per seed.
         references: of GRPO and, as far as they are compared, of the other REFERENCES.
     """
-    mean, half = interval([result["accuracy"] for result in results])
+    mean, half = mean_interval([result["accuracy"] for result in results])
     categories = {name: [result["by_category"][name] for result in results] for name in results[0]["by_category"]}
     grpo = references["GRPO"]
     # By how much one seed changes it.

@@ -22,12 +22,12 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from benchmarks.ablation_summary import interval
 from benchmarks.machine import describe
 from rethinker.config import ConfigError, PolicyConfig, RethinkConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded.sums import Parts, answer_text, slow_answer, sums, with_slip
 from rethinker.embedded.warmup import as_bundle
+from rethinker.evaluation.intervals import mean_interval
 from rethinker.families.model_folder import check_model_folder
 from rethinker.policy.model import Policy, load_model, load_processor
 from rethinker.policy.packing import pack
@@ -100,7 +100,7 @@ def table(measured: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
 
 
 def _with_interval(values: Sequence[float], form: str) -> str:
-    middle, half = interval(values)
+    middle, half = mean_interval(values)
     return f"{middle:{form}}" + ("" if half is None else f" ± {half:{form.lstrip('+')}}")
 
 

@@ -46,7 +46,9 @@ class RunConfig:
     """Folder that holds the run folders."""
     name: ranges.FolderName | None = None
     """Name of the run's folder; by default the recipe's name and the time."""
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "swanlab", "mlflow"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
     """Where metrics go besides metrics.jsonl."""
     save_completions: bool = True
     """Write every episode's completions to completions/*.parquet, and greedy answers to the first 32 held-out

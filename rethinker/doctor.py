@@ -27,6 +27,8 @@ OPTIONAL = {
     "tensorboard": "run.trackers: [tensorboard]",
     "wandb": "run.trackers: [wandb]",
     "trackio": "run.trackers: [trackio]",
+    "swanlab": "run.trackers: [swanlab]",
+    "mlflow": "run.trackers: [mlflow]",
 }
 
 
@@ -44,7 +46,7 @@ class Finding:
 def how_to_install(package: str) -> str:
     """The command that installs one of this project's parts on this machine."""
     build = "gpu" if shutil.which("nvidia-smi") else "cpu"
-    extra = package if package in ("wandb", "trackio") else build
+    extra = package if package in ("wandb", "trackio", "swanlab", "mlflow") else build
     checkout = Path(__file__).parents[1]
     name = f"-e '{checkout}" if (checkout / "pyproject.toml").is_file() else "'rethinker"
     command = f"pip install {name}[{extra}]'"

@@ -11,16 +11,14 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 from jinja2 import Template
 
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
 from rethinker.report.learning import learning_curve
 from rethinker.report.runs import RunRecord, read_run
-from rethinker.report.summary import categories, changed_settings, summary
+from rethinker.report.summary import categories, changed_settings, markdown, markdown_text, summary
 
 
 def export(run: str | Path, output: str | Path | None = None, checkpoint: str | None = None) -> Path:
@@ -84,11 +82,11 @@ def model_card(run: RunRecord, checkpoint: str) -> str:
     )
     tables = {"Summary": summary([run]), "Held-out accuracy by category": categories([run])}
     tables["Settings that differ from their defaults"] = changed_settings([run])
-    shown = [f"## {title}\n\n{_markdown(table)}" for title, table in tables.items() if table is not None]
+    shown = [f"## {title}\n\n{markdown(table)}" for title, table in tables.items() if table is not None]
     rank, alpha = (run.settings.get(f"policy.lora.{name}") for name in ("rank", "alpha"))
     template = Template((Path(__file__).parent / "report" / "card.md").read_text("utf-8"), keep_trailing_newline=True)
     facts = {"checkpoint": checkpoint, "rank": rank, "alpha": alpha, "tables": "\n\n".join(shown)}
-    return template.render(header=header.to_yaml(), name=_text(run.name), **facts)
+    return template.render(header=header.to_yaml(), name=markdown_text(run.name), **facts)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -103,14 +101,3 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", metavar="NAME", help="best, last or step_000040 [best, or else last]")
     print(export(**vars(parser.parse_args(list(arguments)))))
     return 0
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    header = [table.columns.name, *table.columns]
-    rows = [header, ["---"] * len(header), *table.itertuples()]
-    return "\n".join("| " + " | ".join(map(_text, row)) + " |" for row in rows)
-
-
-def _text(value: Any) -> str:
-    """A cell of a Markdown table that shows what it holds and does nothing else."""
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(value).split()))

@@ -50,7 +50,7 @@ def test_the_three_ways_to_override_agree():
         ("2e-4", "train.learning_rate", 2e-4),
         ("3", "train.learning_rate", 3.0),
         ("false", "rollout.sleep", False),
-        ("[wandb, trackio]", "run.trackers", ["wandb", "trackio"]),
+        ("[wandb, swanlab, mlflow]", "run.trackers", ["wandb", "swanlab", "mlflow"]),
         ("[]", "run.trackers", []),
         ("[0.8, 0.9]", "train.betas", (0.8, 0.9)),
         ("Answer: {question} -- now", "data.prompt", "Answer: {question} -- now"),
@@ -131,7 +131,7 @@ def test_unknown_keys_name_the_nearest_valid_one(tmp_path):
         ("--rollout.sleep=maybe", "rollout.sleep='maybe' must be a valid boolean"),
         ("--rollout.backend=sglang", "rollout.backend='sglang' must be 'vllm', 'server', 'hf' or 'recorded'"),
         ("--run.trackers=wandb", "run.trackers='wandb' must be a valid list"),
-        ("--run.trackers=[x]", "run.trackers.0='x' must be 'tensorboard', 'wandb' or 'trackio'"),
+        ("--run.trackers=[x]", "run.trackers.0='x' must be 'tensorboard', 'wandb', 'trackio', 'swanlab' or 'mlflow'"),
         ("--train.betas=[0.9]", "train.betas.1=[0.9] Field required"),
         ("--data.category_weights.color=red", "data.category_weights.color='red' must be a valid number"),
         ("--train.deepspeed=3", "train.deepspeed=3 must be a valid dictionary"),
@@ -484,10 +484,12 @@ def test_rewards_and_recordings_must_exist(tmp_path):
 def test_missing_packages_name_the_extra(monkeypatch):
     """An optional part that is not installed is named with the command that adds it."""
     found = doctor.find_spec
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name in ("wandb", "vllm") else found(name))
+    missing = ("wandb", "swanlab", "mlflow", "vllm")
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name in missing else found(name))
     assert "rollout.backend=vllm needs the package vllm, which is missing: pip install" in refused()
-    message = refused("--rollout.backend", "hf", "--run.trackers", "[wandb]")
-    assert message.startswith("run.trackers=wandb needs the package wandb") and "[wandb]'" in message
+    for tracker in ("wandb", "swanlab", "mlflow"):
+        message = refused("--rollout.backend", "hf", "--run.trackers", f"[{tracker}]")
+        assert message.startswith(f"run.trackers={tracker} needs the package {tracker}") and f"[{tracker}]'" in message
 
 
 def test_a_refused_run_leaves_nothing_behind(tmp_path):

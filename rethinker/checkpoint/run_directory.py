@@ -46,7 +46,7 @@ class RunDirectory:
         self.enabled = enabled
         self._config = config
         self._rows = self._episodes = 0
-        self._chart = secrets.token_hex(4)  # what wandb knows this run by, however often it is resumed
+        self._chart = secrets.token_hex(4)  # what trackers know this run by, however often it is resumed
         self._trackers: Trackers | None = None
         if enabled:
             check_new(config)
@@ -71,7 +71,7 @@ class RunDirectory:
         if not self.enabled:
             return
         if self._trackers:
-            self._trackers.close()
+            self._trackers.close(error)
         for file in self._logs.values():
             file.close()
         kept = any(any((self.folder / name).iterdir()) for name in ("completions", "checkpoints"))

@@ -3,44 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy.stats import binomtest
 
 from rethinker.config import ConfigError
-from rethinker.evaluation.results import read_result, wilson_interval
-
-
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value that two models are equally good, by the questions that one alone answered right."""
-    discordant = only_first + only_second
-    return float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
-
-
-def paired_difference(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float, float]:
-    """Second model's accuracy minus the first's on the same questions, with a 95% interval: (difference, low, high).
-
-    Source: Newcombe (1998), Statistics in Medicine 17:2635, method 10: Wilson intervals of both accuracies, squared and
-    added with their correlation.
-    """
-    n = both + only_first + only_second + neither
-    first, second = both + only_first, both + only_second
-    p1, p2 = first / n, second / n
-    (low1, high1), (low2, high2) = wilson_interval(first, n), wilson_interval(second, n)
-    product = first * (n - first) * second * (n - second)
-    covariance = both * neither - only_first * only_second
-    if covariance > 0:
-        covariance = max(0.0, covariance - n / 2)  # continuity correction
-    phi = covariance / sqrt(product) if product else 0.0
-
-    def add(a: float, b: float) -> float:
-        return sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
-
-    difference = p2 - p1
-    return difference, difference - add(p2 - low2, high1 - p1), difference + add(high2 - p2, p1 - low1)
+from rethinker.evaluation.intervals import mcnemar, paired_difference
+from rethinker.evaluation.results import read_result
 
 
 def compare_results(folders: Sequence[str | Path]) -> list[dict[str, Any]]:

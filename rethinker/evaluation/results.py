@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as parquet
-from scipy.stats import binomtest
 
 from rethinker.algorithm.rethinking import rethinks
 from rethinker.config import ConfigError, one_line
+from rethinker.evaluation.intervals import wilson_interval
 from rethinker.runtime.files import whole_file
 from rethinker.samples import Completion, Query
 
@@ -64,14 +64,6 @@ def answered(row: dict[str, Any], completion: Completion, reward: float) -> dict
 def accepted_answers(query: Query) -> list[str]:
     """The answers of which any counts: one, unless the benchmark has several."""
     return query.metadata.get("answers") or [query.answer]
-
-
-def wilson_interval(right: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% score interval of a share `right / n`; (0, 1) without questions.
-
-    Source: Wilson (1927); Newcombe (1998), Statistics in Medicine 17:857, method 3.
-    """
-    return tuple(map(float, binomtest(right, n).proportion_ci(0.95, "wilson"))) if n else (0.0, 1.0)
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

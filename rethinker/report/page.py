@@ -16,6 +16,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from rethinker.config import ConfigError, one_line
+from rethinker.report.comparison import NOTES, compare_runs, comparison
 from rethinker.report.completions import sample_completions
 from rethinker.report.drawing import save_figure
 from rethinker.report.figures import FIGURES
@@ -43,7 +44,7 @@ def write_report(
     """
     runs = read_runs(run_folders)
     output = Path(output) if output else (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
-    baseline, comparison = compare(read_evaluations(evaluations)) if evaluations else ("", None)
+    baseline, accuracies = compare(read_evaluations(evaluations)) if evaluations else ("", None)
     folder = output.with_name(f"{output.stem}_figures")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,11 +57,11 @@ def write_report(
             for section in (STORY, FIGURES)
         )
         tables = {"Held-out accuracy by category": categories(runs)}
-        if comparison is not None:
+        if accuracies is not None:
             texts = {"name": "rethinking", "title": "Rethinking analysis"}
             texts["meaning"] = f"Relative improvement over {baseline} as it is; the accuracies are in a table below."
-            figures.append({**texts, "image": _image(rethinking_analysis(comparison), folder / "rethinking.svg")})
-            tables["Accuracies of the rethinking analysis"] = comparison.map("{:.3f}".format, "ignore").fillna("")
+            figures.append({**texts, "image": _image(rethinking_analysis(accuracies), folder / "rethinking.svg")})
+            tables["Accuracies of the rethinking analysis"] = accuracies.map("{:.3f}".format, "ignore").fillna("")
         tables["Settings that differ from their defaults"] = changed_settings(runs)
         sample = sample_completions(all_stages(runs))
         tell = (before_and_after, own_rethinking) if len(runs) == 1 else ()
@@ -72,6 +73,10 @@ def write_report(
             examples=examples,
             figures=figures,
             summary=_html(summary(runs)),
+            comparison=_html(comparison(compare_runs(runs)).replace(" to ", "\u00a0to\u00a0", regex=True))
+            if len(runs) > 1
+            else None,
+            notes=NOTES,
             tables={title: _html(table) for title, table in tables.items() if table is not None},
             **sample,
         )

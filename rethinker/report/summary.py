@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def changed_settings(runs: Sequence[RunRecord]) -> pd.DataFrame | None:
         default = defaults.get(key)
         values = [run.settings.get(key, default) for run in known]
         if key not in ("run.name", "run.dir") and any(value not in (default, {}) for value in values):
-            rows[key] = [_value(default) if key in defaults else "none", *map(_value, values)]
+            rows[key] = [as_yaml(default) if key in defaults else "none", *map(as_yaml, values)]
     header = ["Default", *(run.label for run in known)]
     return pd.DataFrame(rows, index=header).T.rename_axis(columns="Setting") if rows else None
 
@@ -76,6 +77,18 @@ def change(values: pd.Series, few: int = 1) -> str:
     return f"{first:.3f} to {last:.3f}" + (f" (means of {few} steps)" if few > 1 else "")
 
 
-def _value(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     """As YAML writes it."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table as Markdown, whatever its cells hold."""
+    header = [table.columns.name, *table.columns]
+    rows = [header, ["---"] * len(header), *table.itertuples()]
+    return "\n".join("| " + " | ".join(map(markdown_text, row)) + " |" for row in rows)
+
+
+def markdown_text(value: Any) -> str:
+    """The value in one line of Markdown that shows what it holds and does nothing else."""
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(value).split()))

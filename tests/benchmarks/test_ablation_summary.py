@@ -13,6 +13,7 @@ from scipy import stats
 from benchmarks import ablation_figures
 from benchmarks import ablation_summary as summary
 from benchmarks.ablation import METHODS
+from rethinker.evaluation.intervals import mean_interval
 
 CATEGORIES = {"2 terms": 1.0, "3 terms": 0.25}
 
@@ -62,7 +63,7 @@ class TestNumbers:
         assert (found["mean"] - found["half_95"], found["mean"] + found["half_95"]) == pytest.approx((low, high))
         assert found["seeds"] == 6
         low, high = stats.ttest_1samp(ours, 0).confidence_interval(0.95)
-        mean, half = summary.interval(ours.tolist())
+        mean, half = mean_interval(ours.tolist())
         assert (mean - half, mean + half) == pytest.approx((low, high))
 
     def test_a_constant_gap_has_no_width(self):

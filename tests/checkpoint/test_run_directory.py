@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -280,54 +279,3 @@ def test_a_full_disk_while_completions_are_written(config, monkeypatch):
         with pytest.raises(ConfigError, match=r"run.dir=.*episode_00000.parquet cannot be written.*No space left"):
             run.write_completions(0, groups())
     assert not list((run.folder / "completions").glob("*.parquet"))
-
-
-def test_a_failing_tracker_does_not_end_the_run(config, monkeypatch, caplog):
-    """A tracker that loses its server (or its disk) is named once and left out; metrics.jsonl has every step."""
-    calls = []
-
-    def lost(numbers, step):
-        calls.append(step)
-        raise ConnectionError("no route to host")
-
-    module = SimpleNamespace(init=lambda **options: SimpleNamespace(log=lost, finish=lambda: calls.append("closed")))
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    config.run.trackers = ["wandb"]
-    with RunDirectory(config) as run:
-        run.open_logs({})
-        for step in (1, 2):
-            run.log({"step": step, "loss": 0.5})
-    assert calls == [1] and caplog.text.count("wandb failed and is left out") == 1
-    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_tensorboard_holds_every_number(config):
-    """TensorBoard's own reader finds each metric at its step; nulls are left out."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    config.run.trackers = ["tensorboard"]
-    with RunDirectory(config) as run:
-        run.open_logs({})
-        run.log({"step": 1, "reward_mean": 0.25, "val_accuracy": None})
-        run.log({"step": 2, "reward_mean": 0.5, "val_accuracy": 0.75, "replay_by_category": {"2 terms": 0.5}})
-    events = EventAccumulator(str(run.folder)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("reward_mean")] == [(1, 0.25), (2, 0.5)]
-    assert [(e.step, e.value) for e in events.Scalars("val_accuracy")] == [(2, 0.75)]
-    assert [(e.step, e.value) for e in events.Scalars("replay_by_category/2 terms")] == [(2, 0.5)]
-
-
-@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
-def test_optional_trackers_get_the_same_numbers(config, monkeypatch, tracker):
-    """wandb and trackio (stood in for: they need an account or a server) get settings, numbers, steps and an end."""
-    calls = []
-    run = SimpleNamespace(
-        log=lambda numbers, step: calls.append((step, numbers)), finish=lambda: calls.append("finished")
-    )
-    module = SimpleNamespace(init=lambda **options: calls.append(options["config"]["seed"]) or run)
-    monkeypatch.setitem(sys.modules, tracker, module)
-    config.run.trackers = [tracker]
-    with RunDirectory(config) as directory:
-        directory.open_logs({})
-        by_category = {"2 terms": 0.25, "6 terms": None}
-        directory.log({"step": 1, "loss": 0.5, "kl": None, "reward_by_category": by_category, "empty": {}})
-    assert calls == [0, (1, {"loss": 0.5, "reward_by_category/2 terms": 0.25}), "finished"]

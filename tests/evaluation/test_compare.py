@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from rethinker.config import ConfigError
-from rethinker.evaluation.compare import compare_results, describe_comparison, mcnemar, paired_difference
+from rethinker.evaluation.compare import compare_results, describe_comparison
+from rethinker.evaluation.intervals import mcnemar, paired_difference, wilson_interval
 from rethinker.evaluation.results import (
     answered,
     describe_result,
     read_result,
     summarize,
     unanswered,
-    wilson_interval,
     write_result,
 )
 from rethinker.samples import Completion, Query

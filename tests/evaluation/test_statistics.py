@@ -6,9 +6,16 @@ from math import comb
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from rethinker.evaluation.compare import mcnemar, paired_difference
-from rethinker.evaluation.results import wilson_interval
+from rethinker.evaluation.intervals import (
+    difference_of_means,
+    mcnemar,
+    mean_interval,
+    paired_difference,
+    unpaired_difference,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,3 +59,30 @@ def test_paired_difference_covers_the_truth():
     assert 0.93 < np.mean((intervals[:, 0] <= 0.1) & (intervals[:, 1] >= 0.1)) < 0.985
     unpaired = 2 * 1.96 * np.sqrt((0.55 * 0.45 + 0.65 * 0.35) / 120)
     assert np.mean(intervals[:, 1] - intervals[:, 0]) < 0.75 * unpaired
+
+
+def test_unpaired_difference():
+    """Newcombe's (1998) worked example, 56 of 70 against 48 of 80, to his four digits; it is the paired one's without a
+    correlation, and turns around with the sides."""
+    d, low, high = unpaired_difference(48, 80, 56, 70)
+    assert (d, low, high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    assert unpaired_difference(56, 70, 48, 80) == pytest.approx((-d, -high, -low))
+    assert unpaired_difference(50, 100, 50, 100) == pytest.approx(paired_difference(25, 25, 25, 25))
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.7], [0.5, 0.6, 0.9, 0.4, 0.55]])
+def test_the_interval_of_a_mean(values):
+    """scipy's one-sample t-test gives the same; one value has none, equal values one without width."""
+    mean, half = mean_interval(values)
+    assert (mean - half, mean + half) == pytest.approx(tuple(stats.ttest_1samp(values, 0).confidence_interval(0.95)))
+    assert mean_interval([0.5]) == (0.5, None) and mean_interval([0.5, 0.5]) == (0.5, 0.0)
+
+
+def test_the_difference_of_two_means():
+    """scipy's Welch test gives the same interval; a single value on a side has none, and equal values no width."""
+    first, second = [0.5, 0.6, 0.9, 0.4], [0.7, 0.72, 0.71]
+    difference, half = difference_of_means(first, second)
+    ends = stats.ttest_ind(second, first, equal_var=False).confidence_interval(0.95)
+    assert (difference - half, difference + half) == pytest.approx(tuple(ends))
+    assert difference_of_means([0.5], second)[1] is None
+    assert difference_of_means([0.5, 0.5], [0.75, 0.75]) == (0.25, 0.0)
