@@ -187,7 +187,7 @@ METHODS = {
 
 
 def test_every_preset_of_a_method_is_here():
-    """Those that change the algorithm, but for the paper's own: its released code, and its training set-up in 16 bits."""
+    """Those that change the algorithm, but for the paper's own: its released code, and its set-up in 16 bits."""
     plain = resolve_config("sums_cpu").algorithm
     changed = {name for name in presets() if resolve_config(f"sums_cpu+{name}").algorithm != plain}
     assert changed - {"released_code", "virl39k"} == set(METHODS)
