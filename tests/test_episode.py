@@ -74,10 +74,10 @@ class Checker:
     """Every other response is right."""
 
     def __init__(self):
-        self.failures = {}
+        self.failures, self.stopping = {}, None
 
-    def score(self, requests):
-        return {key: float(text == "1") for key, text, _ in requests}
+    def score_all(self, requests, lengths):
+        return {"boxed": {key: float(text == "1") for key, text, _ in requests}}
 
 
 def make(**settings) -> tuple[Episodes, Engine]:

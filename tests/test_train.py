@@ -165,7 +165,7 @@ def test_a_skipped_step_is_in_the_log(caplog):
 def test_a_first_validation_in_a_resumed_run():
     """A run that began without held-out questions and goes on with some: the first accuracy is the best so far."""
     run, kept = Run(Config()), []
-    run.policy = SimpleNamespace(steps=3, model_snapshot=lambda: "model")
+    run.policy = SimpleNamespace(steps=3, model_snapshot=lambda: "model", moving=None)
     run.progress, run.total_steps, run._row = Progress(), 3, {}
     run.checkpoints = SimpleNamespace(save_best=lambda step, model: kept.append((step, model)))
     for overall in (0.5, 0.25):

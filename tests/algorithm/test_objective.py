@@ -235,7 +235,7 @@ def test_masked_responses_are_as_if_they_were_not_in_the_batch(name, aggregation
         one.completions = [completion(length) for length in (3, 6, 2, 5)]
         one.truncated = [False, True, False, False]
     groups[1].truncated = [False, False, True, True]
-    assign_advantages(groups, "std")
+    assign_advantages(groups, AlgorithmConfig(), {})
     kept = select_batch(groups, name=name, pairs=0, replay=ReplayBuffer(ReplayConfig(), 0), mask_truncated=True).samples
     assert [(s.query.id, s.index) for s in kept] == [("a", 0), ("a", 2), ("a", 3), ("b", 0), ("b", 1)]
     assert {s.query.id: s.advantage for s in kept} == pytest.approx({"a": 0.75**0.5, "b": -0.5}, abs=1e-4)

@@ -163,7 +163,7 @@ def numbered(*rewards: list[float], names: str = "abcdefgh", first: int = 0) -> 
     groups = [group(r, name) for r, name in zip(rewards, names, strict=False)]
     for number, one in enumerate(groups, start=first):
         one.number, one.nlls = number, [0.1 * (i + 1) for i in range(len(one.completions))]
-    assign_advantages(groups, "std")
+    assign_advantages(groups, AlgorithmConfig(), {})
     return groups
 
 

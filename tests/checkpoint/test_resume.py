@@ -132,13 +132,14 @@ def test_an_old_checkpoint_is_read_and_written_back_to_the_bit(tmp_path, rank):
         for setting in ("capacity", "alpha", "unit"):  # are compared as settings
             old.get("replay", {}).pop(setting, None)
         for group in new.get("progress", {}).get("groups", []):
-            # That release did not note which responses answer at once, nor how probable each was,
-            assert group.pop("fast") == group.pop("nlls") == []
+            # That release did not note what a response is like, nor the values of each reward function,
+            assert group.pop("fast") == group.pop("nlls") == group.pop("truncated") == [] and group.pop("scores") == {}
         for _, unit, _ in new.get("replay", {}).get("entries", []):  # nor what its own rule does not draw by.
             assert [(s.pop("right"), s.pop("correctness"), s.pop("nll")) for s in unit] == [(False, 0.0, 0.0)]
         for count in ("sampled_queries", "sampled_effective", "refill_rounds"):  # nor what was sampled for an episode
             assert new.get("progress", {}).pop(count, 0) == 0
         assert set(new.get("progress", {}).pop("weighed", {}).values()) <= {None}  # nor what a correction did
+        assert not new.get("progress", {}).pop("unvalidated", False)  # nor whether a validation was broken off
         if "samples" in new:  # nor did it mask tokens
             assert not any(new["samples"].pop("ranked")) and not len(new["samples"].pop("kept"))
         assert repr(new) == repr(old)

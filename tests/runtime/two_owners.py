@@ -69,7 +69,7 @@ def main(folder: str) -> None:
             trained += [(s.group, s.index, s.advantage, s.completion) for b in bundles for s in b.samples]
     in_steps = collectives[0]
     partly = [replace(group, rewards=[1.0, 1.0, 1.0, 0.0, 0.0]) for group in groups]
-    assign_advantages(partly, "std")
+    assign_advantages(partly, AlgorithmConfig(), {})
     by_correctness = ReplayBuffer(ReplayConfig(priority="correctness", age_decay=3.0), seed=6)
     questions = []
     for group in partly:
