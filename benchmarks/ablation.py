@@ -17,6 +17,10 @@ taken from the second.
 Each run answers the test questions greedily before its first step, after its last, and now and then between, for the
 curve over tokens. Nothing follows from these answers: the policy that counts is the last one, never the best.
 
+The parts `losses` and `sampling` put the shipped losses and rules beside GRPO. Each has its preset's settings where
+there is one, and otherwise the task's own: learning rate, clip values and all. Nothing was tuned for any of them, so a
+loss that is behind may only want another learning rate.
+
 Writes <out>/<gpu or cpu>/ablation.json and .md after every run, and the paper's figures 2, 5, 6 and 7 at the end, by
 default below --runs; `--out benchmarks/results` replaces what is published. Tables that were not asked for stay there,
 each with its own budget; one that was asked for is replaced by what is done of it. An ablation that was interrupted
@@ -46,8 +50,9 @@ from benchmarks.command_line import positive
 from benchmarks.machine import cores, describe
 from rethinker.config import ConfigError
 from rethinker.embedded import own_files
+from rethinker.evaluation.settings import flat_settings
 from rethinker.runtime.files import whole_file
-from rethinker.settings import flat, resolve_config
+from rethinker.settings import flat, presets, read_yaml_file, resolve_config
 
 Settings = Mapping[str, Any]
 
@@ -107,6 +112,48 @@ def _balanced(changes: Settings) -> dict[str, Method]:
     }
 
 
+def _preset(name: str, *keys: str) -> dict[str, Any]:
+    """What a shipped preset sets, or those of its settings alone."""
+    found = flat_settings(read_yaml_file(presets()[name], name))
+    return {key: found[key] for key in keys or found}
+
+
+def _losses() -> dict[str, Method]:
+    """GRPO's sampling with other losses, advantages and terms."""
+    reinforce = _preset("reinforce_pp")
+    changes = {
+        "clip-higher of DAPO": _preset("dapo", "algorithm.clip_high"),
+        **{shown: _preset(name) for name, shown in PRESETS.items()},
+        "REINFORCE++": reinforce,
+        "REINFORCE++-baseline": reinforce | {"algorithm.advantage_baseline": "group"},
+        "entropy bonus 0.001": {"algorithm.entropy_coef": 0.001},
+        "top entropy 0.2": {"algorithm.top_entropy": 0.2},
+        "KL 0.01, reference moves after 4 episodes": {"algorithm.kl_coef": 0.01, "algorithm.reference_every": 4},
+    }
+    return {"GRPO": Method(GRPO), **{name: Method(GRPO | change) for name, change in changes.items()}}
+
+
+PRESETS = {"dr_grpo": "Dr. GRPO", "gspo": "GSPO", "cispo": "CISPO", "sapo": "SAPO", "gmpo": "GMPO", "rloo": "RLOO"}
+FILTER = {"algorithm.name": "filter"}
+KEPT = {"replay.clear_every_episode": False, "replay.max_age": 4}
+SAMPLING = {
+    "GRPO": GRPO,
+    "filter": FILTER,
+    "SSR": SSR,
+    "filter, 3 rounds of refill": FILTER | {"algorithm.refill_rounds": 3},
+    "GRPO, drawn by variance": GRPO | {"data.draw": "variance"},
+    "GRPO, drawn by difficulty": GRPO | {"data.draw": "difficulty"},
+    # Of 8 responses a single right or wrong one has an advantage of 2.47, one of two 1.62.
+    "filter, advantages below 2": FILTER | {"algorithm.max_advantage": 2.0},
+    "SSR, kept for 4 episodes": SSR | KEPT,
+    "SSR, kept for 4 episodes, decay of 8 steps": SSR | KEPT | {"replay.age_decay": 8.0},
+    "SSR, by correctness": SSR | {"replay.priority": "correctness"},
+    "SSR, whole groups": SSR | {"replay.unit": "group"},
+    "SSR, importance weights from 0.4 to 1": SSR
+    | {"replay.importance_exponent": 0.4, "replay.importance_exponent_end": 1.0},
+}
+
+
 GROUPS_OF_2 = {"rollout.group_size": 2, "train.episode_queries": 512, "train.batch_pairs": 64}
 PARTS: dict[str, dict[str, Method]] = {
     "methods": METHODS,
@@ -131,6 +178,8 @@ PARTS: dict[str, dict[str, Method]] = {
     # Few queries carry an advantage, and a batch holds few of them: what replay is for.
     "groups_of_2": _ssr_and_grpo(GROUPS_OF_2),
     "groups_of_2_low_rate": _ssr_and_grpo(GROUPS_OF_2 | {"train.learning_rate": 1e-4}),
+    "losses": _losses(),
+    "sampling": {name: Method(settings) for name, settings in SAMPLING.items()},
 }
 """A table each. Where GRPO is among a table's methods, they are compared with one another, else with METHODS."""
 

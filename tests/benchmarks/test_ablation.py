@@ -13,7 +13,7 @@ import pytest
 from benchmarks import ablation
 from benchmarks.ablation import METHODS, PARTS, Ablation, Method, Task, stages
 from benchmarks.ablation_runs import UnfinishedError
-from rethinker.settings import resolve_config
+from rethinker.settings import flat, resolve_config
 from tests.benchmarks.test_ablation_summary import CATEGORIES, METRICS, write_run
 
 
@@ -94,6 +94,7 @@ class TestPlan:
         told += ["replay.clear_every_episode", "replay.max_age", "train.episode_queries", "validation.every"]
         told += ["rollout.group_size", "train.batch_pairs", "train.learning_rate"]
         told += [f"rethink.{name}" for name in ("fraction", "first_answers", "mask_first_answer")]
+        told += [key for part in ("losses", "sampling") for method in PARTS[part].values() for key in method.both]
         for number in (0, 1):
             runs = [
                 stages("easy_vqa", method, 3, 1000, 100)[number] for part in PARTS.values() for method in part.values()
@@ -107,6 +108,33 @@ class TestPlan:
             for name, both in forced.items()
         }
         assert fractions == {"full": [0.0, 0.25], "SSR": [0.0, 0.0], "filter": [0.0, 0.0], "GRPO": [0.0, 0.0]}
+
+    def test_losses_differ_from_grpo_in_the_algorithm_alone(self):
+        """Each has its preset's values, the same sampling as GRPO, and settings of its own. Needs the presets and
+        settings of every loss."""
+        both = {name: stages("sums", method, 0, 1000, 100) for name, method in PARTS["losses"].items()}
+        values = {
+            name: flat(resolve_config(run.recipe, run.settings | {"run.name": "x"})) for name, (run, _) in both.items()
+        }
+        for name, found in values.items():
+            changed = {key for key in found if found[key] != values["GRPO"][key]}
+            assert all(key.startswith("algorithm.") for key in changed) and found["algorithm.name"] == "grpo"
+            assert bool(changed) == (name != "GRPO")
+        assert len({run.name for run, _ in both.values()}) == len(both) == 13
+        for preset, name in {**ablation.PRESETS, "reinforce_pp": "REINFORCE++"}.items():
+            own = flat(resolve_config(f"sums_cpu+{preset}", {"run.name": "x", "algorithm.name": "grpo"}))
+            algorithm = {key: value for key, value in own.items() if key.startswith("algorithm.")}
+            assert {key: values[name][key] for key in algorithm} == algorithm
+        assert values["clip-higher of DAPO"]["algorithm.clip_high"] == 0.28
+
+    def test_rules_of_sampling_are_those_of_their_names(self):
+        """No two are one run; learning rate, loss and clips are GRPO's. Needs the settings of every rule."""
+        both = {name: stages("sums", method, 0, 1000, 100) for name, method in PARTS["sampling"].items()}
+        assert len({run.name for run, _ in both.values()}) == len(both) == 12
+        loss = ("algorithm.loss", "algorithm.clip", "algorithm.aggregation", "algorithm.advantage_", "train.")
+        values = [flat(resolve_config(run.recipe, run.settings | {"run.name": "x"})) for run, _ in both.values()]
+        shared = [{key: value for key, value in found.items() if key.startswith(loss)} for found in values]
+        assert all(found == shared[0] for found in shared)
 
     def test_seeds_come_first_and_no_job_twice(self, tmp_path):
         jobs = Ablation(["easy_vqa"], [*PARTS, "rethinking"], [4, 2], 1000, 100, tmp_path).jobs()

@@ -194,7 +194,7 @@ def test_three_stages_are_one_run(tmp_path):
     """A run of three stages counts the steps and tokens of all, starts where the first did, ends where the last did,
     and its answers are those after the last one. Seeds are those of all stages; a stage's setting is named with it."""
 
-    def chain(name, seed, last, answers, **settings):
+    def chain(name, seed, last, answers, begin=0, **settings):
         before = "tiny"
         for number in (1, 2, 3):
             folder = tmp_path / f"{name}{number}"
@@ -202,7 +202,14 @@ def test_three_stages_are_one_run(tmp_path):
             if number == 3:
                 accuracies |= {6: last}
             extra = {"answers": answers, **settings} if number == 3 else {}
-            run_of(folder, accuracies, seed=seed + 10 * number, model=before, tokens=100 * number, **extra)
+            run_of(
+                folder,
+                accuracies,
+                seed=seed + 10 * number + (number == 1) * begin,
+                model=before,
+                tokens=100 * number,
+                **extra,
+            )
             before = folder / "checkpoints" / "best"
         return folder
 
@@ -214,6 +221,8 @@ def test_three_stages_are_one_run(tmp_path):
     assert (one["label"], two["label"]) == ("stage 3: clip_high=0.35", "stage 3: clip_high=0.5")
     assert one["runs"] == "a3 b3" and one["seeds"] == "10, 11"
     assert (two["start"], two["last"], two["steps"], two["tokens"]) == (0.125, 0.625, 18, 600 + 1200 + 1800)
+    begun_elsewhere = [chain(name, seed, 0.5, rights, 40, clip_high=0.5) for name, seed in (("d", 0), ("e", 1))]
+    assert compared(first, again, *begun_elsewhere)[1]["difference_interval"] == "Welch's t, unpaired, 2 and 2 seeds"
     one, two = compared(first, other)
     assert two["difference_interval"] == "paired by 8 questions"
     assert (two["difference"], *ends(two, "difference")) == paired_difference(3, 1, 2, 2)
