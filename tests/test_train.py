@@ -150,6 +150,25 @@ def test_a_first_validation_in_a_resumed_run():
     assert kept == [(3, "model")] and run.progress.best.overall == 0.5
 
 
+def test_a_validation_that_fails_is_left_to_the_resumed_run():
+    """A reward function that stops the run fails in it: no accuracy is logged or kept, and what is left is known."""
+    run, kept = Run(Config()), []
+    run.policy = SimpleNamespace(steps=3, model_snapshot=lambda: "model")
+    run.progress, run.total_steps, run._row, run.held_out = Progress(), 3, {}, ["question"]
+    run.progress.best = Accuracy(0.5, {}, 8)
+    run.checkpoints = SimpleNamespace(save_best=lambda step, model: kept.append((step, model)))
+    run._validate = lambda step: None
+    run.end_episode()
+    assert run._row["val_accuracy"] is None and run.progress.unvalidated and run.progress.after is None and not kept
+    run._validate = lambda step: Accuracy(0.75, {}, 8)
+    run._keep_best()
+    assert kept == [(3, "model")] and run.progress.after.overall == run.progress.best.overall == 0.75
+    assert not run.progress.unvalidated
+    run.held_out, run._validate = [], lambda step: None
+    run.end_episode()
+    assert not run.progress.unvalidated
+
+
 def test_schedule_length():
     """max_steps rules; without it epochs x queries x group size / batch pairs, rounded down; less than 1 is refused."""
     config = Config(rollout=RolloutConfig(group_size=8), train=TrainConfig(batch_pairs=512, epochs=3.0))
@@ -204,6 +223,28 @@ def test_the_callers_settings_are_not_changed(monkeypatch):
     assert overrides == {"run.name": "mine", "train.deepspeed": {"x": {"y": 1}}}
 
 
+def test_the_reward_is_the_weighted_sum_and_right_what_the_first_says():
+    """In the order of the list; the released code's rule changes the first function's value, as it did the reward."""
+
+    class Checker:
+        def score_all(self, requests, lengths):
+            assert lengths == {key: (1, text == "cut") for key, text, _ in requests}
+            first = {key: float(text != "wrong") for key, text, _ in requests}
+            return {"boxed": first, "other": dict.fromkeys(first, 0.25)}
+
+    config = Config()
+    config.reward.functions = [{"function": "boxed", "weight": 0.1}, {"function": "a.py:other", "weight": -2}]
+    one = group("x", "right", "wrong", "cut")
+    one.completions[2].finish_reason = "length"
+    judge([one], Checker(), config)
+    assert one.scores == {"boxed": [1.0, 0.0, 1.0], "other": [0.25] * 3} and one.right == [True, False, True]
+    assert one.rewards == [0.1 - 0.5, -0.5, 0.1 - 0.5]
+    config.rethink = RethinkConfig(fraction=0.5, preset="released_code")
+    judge([one], Checker(), config)
+    assert one.scores["boxed"] == [1.0, 0.0, -0.1] and one.right == [True, False, False]
+    assert one.rewards == [0.1 - 0.5, -0.5, 0.1 * -0.1 - 0.5]
+
+
 @pytest.mark.parametrize("setting", ["algorithm.loss", "reward.function"])
 def test_the_users_code_is_looked_at_first(setting, tmp_path, monkeypatch):
     """A mistake in the file of a loss or a reward is reported before data is read and a model is loaded."""
@@ -211,6 +252,11 @@ def test_the_users_code_is_looked_at_first(setting, tmp_path, monkeypatch):
     monkeypatch.setattr("rethinker.run.open_stream", None)
     config = resolve_config("easy_vqa_cpu", {setting: f"{tmp_path}/mine.py:f"})
     with pytest.raises(ConfigError, match=rf"^{setting}=.* has no function 'f'; it has another"), Run(config):
+        pass
+    config = resolve_config(
+        "easy_vqa_cpu", {"reward.functions": [{"function": "boxed"}, {"function": "format", "x": 1}]}
+    )
+    with pytest.raises(ConfigError, match=r"^reward\.functions\[1\]\.x: format takes no such option"), Run(config):
         pass
 
 

@@ -114,6 +114,25 @@ def test_rewards_are_the_responses_own():
         assert g.rewards == [float(c.rethought is not None) for c in g.completions]
 
 
+def test_right_is_what_the_first_function_says():
+    """Of several reward functions: the weighted sum decides neither which first answers are eligible nor what is kept;
+    a kept response brings all its values along."""
+
+    def judge_by_two(groups: list[Group]) -> None:
+        judge(groups)
+        for each in groups:
+            each.scores = {"box": each.rewards, "length": [3.0 + len(c.token_ids) for c in each.completions]}
+            each.rewards = [box - long for box, long in zip(*each.scores.values(), strict=True)]
+
+    one = group(spoken(1), spoken(42), spoken(3))
+    judge_by_two([one])
+    rethinker = Rethinker(RethinkConfig(fraction=1.0, first_answers="wrong"), TRIGGERS[1:], decode, 12, 1.0)
+    engine = Script(lambda tokens: [42, END] if 3 in tokens else [7, END])
+    rethinker.force([one], [Prompt("q", [1, 2], [1], [])], engine.generate, judge_by_two, 0)
+    assert one.rethinking == Rethinking(forced=2, kept=1, fixed=1) and one.right == [False, True, True]
+    assert one.scores == {"box": [0.0, 1.0, 1.0], "length": [5.0, 5.0, 7.0]} and one.rewards == [-5.0, -4.0, -6.0]
+
+
 def test_fixed_and_broken_are_counted():
     """fixed: wrong before and right after; broken: right before and wrong after."""
     one = group(spoken(42), spoken(6), spoken(1, 42), spoken(8))

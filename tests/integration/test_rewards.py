@@ -32,23 +32,27 @@ async def judge(response, answer, query, *, truncated, switch=""):
         fail(switch)
     return 1.0 - 0.5 * truncated
 
+def moody(response, answer, query):
+    return 1 / (len(response) % 3)
+
 def fail(switch):
     if not Path(switch).exists():
         raise ConnectionError("no answer")
 '''
 
-WEIGHTS = {"parity": 1.0, "boxed": 0.25, "form": -0.1, "share": 0.5, "judge": 0.2}
-SMALL = ("--rollout.backend", "hf", "--train.max_steps", "8", "--rollout.max_new_tokens", "12")
+WEIGHTS = {"parity": 1.0, "boxed": 0.25, "form": -0.1, "share": 0.5, "moody": 0.1, "judge": 0.2}
+SMALL = ("--rollout.backend", "hf", "--train.max_steps", "8", "--rollout.max_new_tokens", "24")
 
 
 def functions(folder, first: dict | None = None, last: dict | None = None) -> tuple[str, ...]:
-    """The options of a run with five functions; `first` and `last` are further keys of these two."""
+    """The options of a run with six functions; `first` and `last` are further keys of these two."""
     file = folder / "rewards.py"
     entries = [
         {"function": f"{file}:parity"} | (first or {}),
         {"function": "boxed", "weight": 0.25},
         {"function": "format", "name": "form", "weight": -0.1, "pattern": ".*e.*"},
         {"function": f"{file}:share", "weight": 0.5},
+        {"function": f"{file}:moody", "weight": 0.1, "on_failure": "zero"},
         {"function": f"{file}:judge", "weight": 0.2, "on_failure": "stop"} | (last or {}),
     ]
     return ("--reward.function", "boxed", "--reward.functions", json.dumps(entries), *SMALL)
@@ -80,9 +84,10 @@ def assert_equal(run, reference, steps: int = 8) -> None:
         assert repr(one[part]) == repr(other[part])
 
 
-def test_rewards_are_weighted_sums_of_what_each_function_says_of_its_response(two):
-    """Law 7, on two ranks, second passes included: every value is that of this very text, the reward their sum in the
-    order of the list; the logged means are those of the functions."""
+def test_rewards_are_weighted_sums_of_what_each_function_says_of_its_response(scratch, two):
+    """Law 7, on two ranks: every value is that of this very text, the reward their sum in the order of the list; the
+    logged means are those of the functions. One that fails, with on_failure=zero, is counted, named once on a rank, and
+    does not stop the run."""
     metrics = rows(two)
     for episode in (0, 1):
         groups = read_completions(two / "completions", episode)
@@ -90,13 +95,15 @@ def test_rewards_are_weighted_sums_of_what_each_function_says_of_its_response(tw
         for group in groups:
             assert list(group.scores) == list(WEIGHTS)
             for i, completion in enumerate(group.completions):
+                length = len(completion.text)
                 cut = completion.finish_reason == "length"
                 expected = {
-                    "parity": float(len(completion.text) % 2),
+                    "parity": float(length % 2),
                     "boxed": 0.0,
                     "form": float("e" in completion.text),
                 }
-                expected |= {"share": len(completion.text) / (20 * max(1, completion.tokens)), "judge": 1.0 - 0.5 * cut}
+                expected |= {"share": length / (20 * max(1, completion.tokens)), "judge": 1.0 - 0.5 * cut}
+                expected |= {"moody": 1 / (length % 3) if length % 3 else 0.0}  # else it fails
                 assert {name: group.scores[name][i] for name in WEIGHTS} == expected
                 assert group.rewards[i] == sum(WEIGHTS[name] * expected[name] for name in WEIGHTS)
         for number, row in enumerate(metrics[4 * episode : 4 * episode + 4]):
@@ -110,7 +117,12 @@ def test_rewards_are_weighted_sums_of_what_each_function_says_of_its_response(tw
             assert row["reward_mean"] == pytest.approx(sums, abs=1e-12)
             cut = [c.finish_reason == "length" for group in fresh for c in group.completions]
             assert row["truncated_ratio"] == sum(cut) / len(cut)
-    assert any(row["rethink_kept"] for row in metrics) and metrics[-1]["failed_checks"] == 0
+    # Those of first answers that were replaced count, too, and those of second passes that were not kept.
+    failed = [
+        len(c.text) % 3 == 0 for e in (0, 1) for g in read_completions(two / "completions", e) for c in g.completions
+    ]
+    assert metrics[-1]["failed_checks"] >= sum(failed) > 10
+    assert (scratch / "two.log").read_text().count("a check of moody scored 0 (error, ZeroDivisionError") in (1, 2)
     assert all(0 < row["reward_std_by_function"]["parity"] <= 0.5 for row in metrics)
     assert metrics[3]["val_accuracy"] > 0  # of parity alone: no answer is right by the box
 
@@ -123,36 +135,21 @@ def test_a_function_that_fails_on_one_rank_stops_all_and_the_resumed_run_is_the_
     assert start(scratch, "stopped", *options, ranks=2).wait(300) == 2
     run, log = scratch / "stopped", (scratch / "stopped.log").read_text()
     step = len(rows(run))
-    assert step in (0, 4) and newest(run) == step
+    assert step == newest(run) == 4
     errors = {line for line in log.splitlines() if line.startswith("error:")}
     assert len(errors) == 1 and "Traceback" not in log
     (line,) = errors
-    assert line.startswith("error: reward.functions[4].function=") and ":judge: a check failed (error" in line
-    assert "ConnectionError: no answer" in line and "set reward.functions[4].on_failure=zero" in line
+    assert line.startswith("error: reward.functions[5].function=") and ":judge: a check failed (error" in line
+    assert "ConnectionError: no answer" in line and "set reward.functions[5].on_failure=zero" in line
     assert line.endswith(f"The run is saved at step {step}: --resume auto goes on there")
     assert not (run / "report.html").exists()
 
-    assert start(scratch, "stopped", "--resume", "auto", *options, ranks=2).wait(300) == 2  # nothing was repaired
-    assert len(rows(run)) == newest(run) == step or len(rows(run)) == newest(run) == 4
-    refused = functions(scratch, last={"switch": str(switch), "weight": 0.3})
-    assert start(scratch, "stopped", "--resume", "auto", *refused, ranks=2).wait(300) == 2
-    assert "cannot go on with reward.functions=" in (scratch / "stopped.log").read_text()
     switch.touch()
     finish(scratch, "stopped", "--resume", "auto", *options, ranks=2)
     assert_equal(run, two)
 
 
-def test_a_function_that_may_fail_does_not_stop_the_run(scratch):
-    """on_failure=zero: the run ends well, its failures are counted and named with the function."""
-    last = {"switch": str(scratch / "never"), "on_failure": "zero"}
-    finish(scratch, "zero", *functions(scratch, last=last), "--train.max_steps", "4")
-    (run, log) = scratch / "zero", (scratch / "zero.log").read_text()
-    assert len(rows(run)) == 4 and rows(run)[-1]["failed_checks"] > 20
-    values = [value for group in read_completions(run / "completions", 0) for value in group.scores["judge"]]
-    assert 0 < values.count(0.0) < len(values)
-    assert log.count("a check of judge scored 0 (error, ConnectionError: no answer)") == 1
-
-
+@pytest.mark.soak
 def test_a_validation_that_fails_is_done_by_the_resumed_run(scratch):
     """The first function fails once all steps are done: they are saved, and only the validation is left to do."""
     switch = scratch / "valid"
@@ -175,33 +172,12 @@ def test_a_validation_that_fails_is_done_by_the_resumed_run(scratch):
 
 def test_truncated_responses_are_not_trained_on(scratch, two):
     """train.mask_truncated in a run: a step's batch has the effective responses that ended by themselves."""
-    options = (
-        *functions(scratch),
-        "--train.mask_truncated",
-        "true",
-        "--algorithm.name",
-        "filter",
-        "--data.validation",
-        "null",
-    )
-    recorded = (
-        "--rollout.backend",
-        "recorded",
-        "--rollout.recording",
-        str(two / "completions"),
-        "--rethink.fraction",
-        "0",
-    )
-    finish(
-        scratch,
-        "masked",
-        *options,
-        *recorded,
-        "--algorithm.rollout_correction",
-        "null",
-        "--rollout.max_mismatch_kl",
-        "null",
-    )
+    options = f"""
+        --train.mask_truncated true --algorithm.name filter --data.validation null --rethink.fraction 0
+        --rollout.backend recorded --rollout.recording {two / "completions"} --algorithm.rollout_correction null
+        --rollout.max_mismatch_kl null
+    """.split()
+    finish(scratch, "masked", *functions(scratch), *options)
     for number, row in enumerate(rows(scratch / "masked")):
         groups = read_completions(scratch / "masked" / "completions", number // 4)[4 * (number % 4) :][:4]
         kept = [
@@ -209,5 +185,5 @@ def test_truncated_responses_are_not_trained_on(scratch, two):
             for g in groups
             for c, a in zip(g.completions, g.advantages, strict=True)
         ]
-        assert row["trained_pairs"] == sum(kept) and 0 < row["truncated_ratio"] < 1
-    assert any(row["grad_norm"] > 0 for row in rows(scratch / "masked"))
+        assert row["trained_pairs"] == sum(kept) and row["truncated_ratio"] > 0
+    assert any(row["trained_pairs"] and row["grad_norm"] > 0 for row in rows(scratch / "masked"))
