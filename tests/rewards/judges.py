@@ -135,7 +135,11 @@ _NO_COMPLETION = "answers no chat completion: is it an OpenAI-style API?"
 FAULTS = {
     "slow": (slow, "timeout", "reward.functions[0].timeout_s=2.0"),
     "endless": (endless, "timeout", "reward.functions[0].timeout_s=2.0"),
-    "no number": (lambda handler, *_: handler.score("Quite good."), "error", _NO_SCORE),
+    "no number": (
+        lambda handler, body, number: handler.score(f"Quite good, {number}."),
+        "error",
+        f"{_NO_SCORE}; 'Quite good, ",
+    ),
     "a word": (lambda handler, *_: handler.score("Score: one"), "error", _NO_SCORE),
     "json": (lambda handler, *_: handler.score('{"score": "high"}'), "error", _NO_SCORE),
     "not a number": (lambda handler, *_: handler.score("Score: NaN"), "error", _NO_SCORE),

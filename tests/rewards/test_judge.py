@@ -7,8 +7,11 @@ import base64
 import re
 import threading
 import time
+from inspect import signature
+from pathlib import Path
 
 import pytest
+import yaml
 
 from rethinker.rewards import judge as module
 from rethinker.rewards import judge_server
@@ -426,3 +429,15 @@ def test_options_that_cannot_work(options, message):
         check_judge(**good | options)
     with pytest.raises(ValueError, match="model is missing"):
         check_judge(**{"address": "http://127.0.0.1:8000/v1"})
+
+
+def test_the_page_names_every_option_and_its_default():
+    """docs/rewards.md has the options of `judge` in a table, with the defaults that they have."""
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    section = page.partition("## A judge model")[2].partition("\n## ")[0]
+    told = {name: default for name, default in re.findall(r"^\| `(\w+)` \| ?([^|]*?) ?\|", section, re.MULTILINE)}
+    options = {p.name: p.default for p in signature(judge).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    del options["images"]  # a fact
+    assert set(told) == set(options)
+    stated = {name: yaml.safe_load(default.strip("`")) for name, default in told.items() if default.startswith("`")}
+    assert stated == {name: options[name] if name != "scale" else [0, 1] for name in stated} and len(stated) == 6
