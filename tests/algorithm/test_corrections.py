@@ -15,6 +15,7 @@ from rethinker.config import AlgorithmConfig
 from rethinker.runtime.distributed import ALONE, Ranks
 from rethinker.samples import Completion, Rethought
 from rethinker_kernels import GRPO_STATS, policy_loss
+from rethinker_kernels.losses import Objective
 from tests.algorithm.examples import packed, sample
 
 KINDS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask")
@@ -267,6 +268,13 @@ def test_a_masked_token_counts_in_the_mean_and_the_statistics(aggregation):
         expected += sum(terms) / (len(tokens) if aggregation == "sequence" else 1)
     assert found[0].item() == pytest.approx(expected / {"token": 9, "sequence": 3, "constant": 24}[aggregation])
     assert found[0].item() != pytest.approx(whole[0].item(), rel=1e-3)
+    # The head makes gradients from slopes, not from the loss: the same ones.
+    leaf = logps.clone().requires_grad_()
+    inputs = _without_nll(loss_inputs(load_loss(config), batch, config, normalizer))
+    policy_loss(leaf, **inputs)[0].backward()
+    slopes = Objective(like=logps, **inputs).slopes(logps)
+    torch.testing.assert_close(slopes, leaf.grad)
+    assert slopes[kept].any() and not slopes[~kept].any()
 
 
 def _without_nll(inputs: dict) -> dict:
