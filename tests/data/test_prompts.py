@@ -12,11 +12,12 @@ from PIL import Image
 
 from rethinker.config import ConfigError, DataConfig
 from rethinker.data.datasets import load_queries
+from rethinker.data.draw import open_draw
 from rethinker.data.prompts import select_fitting
 from rethinker.data.query_stream import QueryStream
 from rethinker.embedded.files import as_files
 from rethinker.policy.model import load_processor
-from rethinker.samples import Query
+from rethinker.samples import Group, Query
 from tests.data.encoders import QUESTIONS, as_bytes, picture, reference
 from tests.speed import least_cpu_s
 
@@ -197,6 +198,18 @@ def test_a_stream_passes_over_queries_that_do_not_fit(make, caplog):
         make(max_prompt_tokens=10).fitting(stream)
     with pytest.raises(ConfigError, match=r"data\.max_prompt_tokens=10: no query fits"):
         select_fitting(queries, make(max_prompt_tokens=10))
+
+
+def test_what_does_not_fit_is_drawn_by_weight_no_more(make):
+    """With data.draw a query that was passed over has weight 0, or it would be tried in every episode as never seen."""
+    encoder = make(max_prompt_tokens=60)
+    queries = [Query(str(i), "word " * (60 if i % 3 == 0 else 2), "", ()) for i in range(9)]
+    stream = QueryStream(queries, seed=0, draw=open_draw(queries, DataConfig(draw="variance", draw_uniform=0.0), 0))
+    for _ in range(5):
+        drawn = [encoder.fitting(stream) for _ in range(6)]
+        assert {query.id for query in drawn} == {str(i) for i in range(9) if i % 3}
+        stream.end_episode(Group(query, [], 0, rewards=[0.0, 1.0]) for query in drawn)
+    assert stream.state_dict()["weights"].tolist() == [0.25 * (i % 3 > 0) for i in range(9)]
 
 
 def test_decode(make):
