@@ -1,10 +1,11 @@
 """How long replay's sampler takes to update and to draw, over table sizes, beside what else could do it.
 
-    python -m benchmarks.replay [--sizes 1000 1048576] [--repeats 200] [--out DIR]
+    python -m benchmarks.replay [--sizes 1000 1048576] [--capacity 65536] [--repeats 200] [--out DIR]
 
 Each repeat gives 512 random slots new priorities and then draws 512 slots; calls are timed one by one, through the
 public functions, on one thread. Writes results/<cpu or gpu>/replay.json and replay.svg. A peer that is not installed is
-skipped with the reason. With a CUDA device it also writes the time of each CUDA launch, from a captured CUDA graph.
+skipped with the reason. The whole buffer, full at --capacity, is timed under each rule: 512 samples come and 512 are
+drawn. With a CUDA device it also writes the time of each CUDA launch, from a captured CUDA graph.
 
 Peers: torch.multinomial; cumsum and searchsorted; torchrl's SumSegmentTree (its prioritized sampler's default: fp32,
 NumPy's random numbers), compiled from the sources in its wheel where the wheel was built for another PyTorch; and
@@ -14,6 +15,7 @@ the `sumtree` package. They read priorities as they are (alpha = 1, so do we).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -31,6 +33,9 @@ from torch import Tensor
 
 from benchmarks.machine import describe
 from benchmarks.samplers import BATCH, METHODS, OURS, Method, Unavailable, multinomial, searchsorted
+from rethinker.algorithm.replay import ReplayBuffer
+from rethinker.config import ReplayConfig
+from rethinker.samples import Query, RemoteCompletion, Sample
 from rethinker_kernels import SumTree
 
 RESULTS = Path(__file__).parent / "results"
@@ -85,6 +90,39 @@ def run(name: str, sizes: tuple[int, ...], repeats: int) -> dict[str, Any]:
             results[str(size)] = {"failed": str(error).splitlines()[0]}
         print(f"  {size:>10,}  {_line(results[str(size)])}", flush=True)
     return {"sizes": results, "growth": growth(results)}
+
+
+RULES = {
+    "by advantage": {},
+    "by advantage and age": {"age_decay": 10.0},
+    "by advantage^0.6 and age": {"age_decay": 10.0, "alpha": 0.6},
+    "by correctness": {"priority": "correctness"},
+    "by correctness and age": {"priority": "correctness", "age_decay": 10.0},
+}
+
+
+def run_buffer(rules: dict[str, Any], capacity: int, repeats: int) -> dict[str, Any]:
+    """Microseconds that a full ReplayBuffer takes to `add` 512 samples of 256 queries, and to `draw` 512."""
+    numbers, response = itertools.count(), RemoteCompletion(100, 100)
+
+    def fresh(queries: int) -> list[Sample]:
+        samples = []
+        for number in itertools.islice(numbers, queries):
+            query, known = Query(str(number), "?", "!"), {"group": number, "correctness": 0.125 + number % 7 / 8}
+            samples += [Sample(query, response, size, 0, right=size > 0, **known) for size in (1.0 + number % 5, -0.7)]
+        return samples
+
+    buffer = ReplayBuffer(ReplayConfig(capacity=capacity, **rules), seed=0)
+    buffer.add(fresh(capacity))
+    times: dict[str, list[float]] = {"add": [], "draw": []}
+    for repeat in range(repeats + 3):  # three of them to warm up
+        samples = fresh(BATCH // 2)
+        for name, call in (("add", lambda samples=samples: buffer.add(samples)), ("draw", lambda: buffer.draw(BATCH))):
+            start = time.perf_counter()
+            call()
+            if repeat >= 3:
+                times[name].append(1e6 * (time.perf_counter() - start))
+    return {name: summary(values) for name, values in times.items()}
 
 
 def growth(results: dict[str, Any]) -> dict[str, float]:
@@ -225,6 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="slots in the table")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--capacity", type=int, default=65_536, help="samples in the buffer")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -237,9 +276,13 @@ def main() -> None:
             results[name] = run(name, sizes, args.repeats)
             if "skipped" in results[name]:
                 print(f"  skipped: {results[name]['skipped']}")
+        buffers = {name: run_buffer(rules, args.capacity, min(50, args.repeats)) for name, rules in RULES.items()}
+        for name, result in buffers.items():
+            print(f"buffer of {args.capacity:,}, {name}\n              {_line(result)}", flush=True)
     folder = args.out / (re.sub(r"\W+", "-", machine["gpu"]).strip("-").lower() if machine["gpu"] else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine, "peers": peers(), "batch": BATCH, "threads": 1, "results": results}
+    report["buffer"] = {"capacity": args.capacity, "rules": buffers}
     if OURS[0] in results:
         report["sample_time_relative_to_ours"] = {str(size): compare(results, size) for size in sizes}
     if machine["gpu"]:

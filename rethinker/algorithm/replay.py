@@ -180,7 +180,7 @@ class ReplayBuffer:
             kept.pop(query, None)
             unit = [sample for sample in unit if partly and sample.advantage != 0]
             if self._config.unit == "sample":
-                right = [sample for sample in unit if sample.right and sample.advantage > 0]
+                right = [sample for sample in unit if sample.right and not sample.advantage < 0]  # NaN is refused
                 unit = sorted(right, key=lambda sample: sample.nll)[:1]
             if unit:
                 kept[query] = unit
@@ -222,7 +222,8 @@ class ReplayBuffer:
     def _check(self, entries: list[_Entry]) -> None:
         """Fail on what the tree cannot weigh, before anything changes."""
         priorities = torch.tensor([entry.priority for entry in entries], dtype=torch.float64)
-        fits = self._tree.accepts(priorities)
+        finite = torch.tensor([math.isfinite(_size(entry.samples)) for entry in entries], dtype=torch.bool)
+        fits = self._tree.accepts(priorities) & finite
         if not fits.all():
             entry = entries[fits.long().argmin()]
             raise ConfigError(

@@ -435,3 +435,14 @@ def test_an_advantage_that_cannot_be_weighed_names_its_query(bad, rules):
     with pytest.raises(ConfigError, match=r"replay\.alpha=1\.0.*'broken'"):
         replay.add([sample(1.0), sample(bad, "broken")])
     assert len(replay) == 1 and set(drawn(replay, 50)) == {"fine"}
+
+
+@pytest.mark.parametrize("unit", ["sample", "group"])
+def test_no_rule_takes_an_advantage_that_is_no_number(unit):
+    """By correctness, too, NaN is refused by the query's name, though it does not decide a weight."""
+    broken = question("broken", 2, 0)
+    broken[1] = dataclasses.replace(broken[1], advantage=float("nan"), nll=0.1)
+    replay = buffer(priority="correctness", unit=unit)
+    with pytest.raises(ConfigError, match="'broken'"):
+        replay.add(question("fine", 1, 1) + broken)
+    assert len(replay) == 0

@@ -30,7 +30,7 @@ def test_the_report_has_every_operation_and_names_missing_peers(monkeypatch, tmp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchrl" else find(name))
     monkeypatch.setitem(sys.modules, "sumtree", None)
     threads = torch.get_num_threads()
-    report = run(monkeypatch, tmp_path, "--sizes", "1000", "3000", "--repeats", "5")
+    report = run(monkeypatch, tmp_path, "--sizes", "1000", "3000", "--capacity", "700", "--repeats", "5")
     assert torch.get_num_threads() == threads
     results = report["results"]
     assert set(results) == set(samplers.METHODS) and report["machine"]["cpu"]
@@ -43,6 +43,10 @@ def test_the_report_has_every_operation_and_names_missing_peers(monkeypatch, tmp
             for measured in operations.values():
                 low, high = measured["quartiles_us"]
                 assert 0 < low <= measured["median_us"] <= high and measured["repeats"] == 5
+    buffer = report["buffer"]
+    assert buffer["capacity"] == 700 and set(buffer["rules"]) == set(replay.RULES)
+    for operations in buffer["rules"].values():
+        assert all(operations[name]["repeats"] == 5 and operations[name]["median_us"] > 0 for name in ("add", "draw"))
     relative = report["sample_time_relative_to_ours"]["3000"]
     assert relative["rethinker C++"] == 1 and set(relative) == set(results)
 
