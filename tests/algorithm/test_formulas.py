@@ -118,10 +118,15 @@ def ragged(seed: int) -> tuple[list[Sample], torch.Tensor, torch.Tensor]:
     return samples, old + size * torch.randn(old.shape, generator=g), old + 0.4 * torch.randn(old.shape, generator=g)
 
 
-def ours(config, samples, logps, ref=None):
+def inputs_of(config, samples, ref=None):
+    """What `policy_loss` gets in a step on these samples."""
     inputs = loss_inputs(load_loss(config), packed(samples), config, loss_normalizer(samples, config, LENGTH), ref)
     assert inputs.pop("nll_weights") is None
-    return policy_loss(logps, **inputs)[0]
+    return inputs
+
+
+def ours(config, samples, logps, ref=None):
+    return policy_loss(logps, **inputs_of(config, samples, ref))[0]
 
 
 FORMULAS = {
@@ -156,7 +161,7 @@ def test_every_shipped_loss_has_its_formula_here():
 
 @pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_loss_is_its_papers_formula(name, aggregation, seed):
     """Value and gradient, on ragged batches off policy beyond the clips, with masks, weights and zero advantages."""
     settings, formula = FORMULAS[name]
@@ -225,7 +230,8 @@ def test_gradients_are_finite_differences(name, aggregation):
     """Of every loss without a stop-gradient, with a KL term: the slope of the value that is minimised."""
     config = AlgorithmConfig(**FORMULAS[name][0], aggregation=aggregation, kl_coef=0.2)
     samples, logps, ref = ragged(2)
-    assert torch.autograd.gradcheck(lambda leaf: ours(config, samples, leaf, ref), (logps.requires_grad_(),))
+    inputs = inputs_of(config, samples, ref)
+    assert torch.autograd.gradcheck(lambda leaf: policy_loss(leaf, **inputs)[0], (logps.requires_grad_(),))
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -236,8 +242,7 @@ def test_the_head_in_chunks_is_the_open_path(name, aggregation, kl_coef, monkeyp
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: (3, 4))
     config = AlgorithmConfig(**FORMULAS[name][0], aggregation=aggregation, kl_coef=kl_coef)
     samples, _, ref = ragged(0)
-    inputs = loss_inputs(load_loss(config), packed(samples), config, 9.0, ref if kl_coef else None)
-    del inputs["nll_weights"]
+    inputs = inputs_of(config, samples, ref if kl_coef else None)
     rows = len(ref)
     hidden, weight = torch.randn(rows, 3).requires_grad_(), torch.randn(6, 3).requires_grad_()
     index = torch.randint(6, (rows,))
