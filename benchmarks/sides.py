@@ -93,7 +93,7 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
                 judge(groups, checker, config)
                 groups = share(groups, asked, policy.steps * Q, ranks)
             assign_advantages(groups, config.algorithm, {})
-            batch = select_batch(groups, name=config.algorithm.name, pairs=config.train.batch_pairs, replay=replay)
+            batch = select_batch(groups, replay, config)
             with phase("train", times):
                 policy.train_step(batch.samples)
             with phase("sync", times):

@@ -52,7 +52,7 @@ def train(
     from rethinker.run import Run
     from rethinker.runtime.signals import StopRequested
 
-    pairs, weights = config.train.batch_pairs, reward_weights(config.reward)
+    weights = reward_weights(config.reward)
     with Run(config) as run:
         policy, rollout, replay = run.policy, run.rollout, run.replay
         with suppress(StopRequested):
@@ -63,11 +63,9 @@ def train(
                     run.begin_episode(episode)
 
                 rollout.sleep()
-                fresh = run.next_groups(pairs // config.rollout.group_size)
+                fresh = run.next_groups(config.train.batch_pairs // config.rollout.group_size)
                 # Zero advantages are dropped, the rest enters replay, and draws from it fill the batch.
-                limits = {"pairs": pairs, "max_advantage": config.algorithm.max_advantage}
-                limits |= {"mask_truncated": config.train.mask_truncated, "progress": run.done}
-                batch = select_batch(fresh, name=config.algorithm.name, replay=replay, **limits)
+                batch = select_batch(fresh, replay, config, run.done)
                 with run.step():  # packing, forward, fused loss, backward, optimizer
                     update = policy.train_step(batch.samples)
                 run.trained(fresh, batch, update)

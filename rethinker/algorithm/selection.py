@@ -6,11 +6,12 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from rethinker.algorithm.replay import ReplayBuffer
+from rethinker.config import Config
 from rethinker.samples import Group, Sample
 
 ADVANTAGE_BINS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, math.inf)
@@ -56,39 +57,32 @@ def teaches(group: Group, mask_truncated: bool = False) -> bool:
     return group.effective and not (mask_truncated and all(group.truncated))
 
 
-def select_batch(
-    groups: list[Group],
-    *,
-    name: Literal["grpo", "filter", "ssr"],
-    pairs: int,
-    replay: ReplayBuffer,
-    max_advantage: float | None = None,
-    mask_truncated: bool = False,
-    progress: float = 0.0,
-) -> Batch:
+def select_batch(groups: list[Group], replay: ReplayBuffer, config: Config, progress: float = 0.0) -> Batch:
     """Choose the samples of one step (VL-Rethinker: Vanishing advantages, Selective Sample Replay).
 
-    Of the step's groups, over all ranks, `grpo` keeps every sample, `filter` those with |A| > 0 and, where it is given,
-    |A| < max_advantage (PAD, arXiv 2506.04207); `ssr` puts these into `replay` and then draws max(0, pairs - their
-    number) from it; an empty buffer leaves the batch smaller. With `mask_truncated` a response that the longest length
-    ended is in no batch (DAPO, arXiv 2503.14476, section 3.4). `progress`, the share of the run that is done, is for
-    replay.importance_exponent_end.
+    Of the step's groups, over all ranks, `algorithm.name` grpo keeps every sample, filter those with |A| > 0 and below
+    algorithm.max_advantage (PAD, arXiv 2506.04207); ssr puts these into `replay` and then draws from it what
+    train.batch_pairs lacks; an empty buffer leaves the batch smaller. With train.mask_truncated a response that the
+    longest length ended is in no batch (DAPO, arXiv 2503.14476, section 3.4).
+
+    `progress`, the share of the run that is done, is for replay.importance_exponent_end.
     """
+    name, highest = config.algorithm.name, config.algorithm.max_advantage
     samples = [sample for group in groups for sample in group.samples()]
-    if mask_truncated:
+    if config.train.mask_truncated:
         cut = [truncated for group in groups for truncated in group.truncated]
         samples = [sample for sample, truncated in zip(samples, cut, strict=True) if not truncated]
     draws: list[Sample] = []
     dropped = 0.0
     if name != "grpo":
         below = samples
-        if max_advantage is not None:
-            below = [sample for sample in samples if not abs(sample.advantage) >= max_advantage]  # replay refuses NaN
+        if highest is not None:
+            below = [sample for sample in samples if not abs(sample.advantage) >= highest]  # replay refuses NaN
         dropped = (len(samples) - len(below)) / max(1, sum(sample.advantage != 0 for sample in samples))
         samples = [sample for sample in below if sample.advantage != 0]
         if name == "ssr":
             replay.add(below)  # which drops zero advantages, too, but learns from them which queries are solved
-            draws = replay.draw(max(0, pairs - len(samples)), progress)
+            draws = replay.draw(max(0, config.train.batch_pairs - len(samples)), progress)
     effective = sum(group.effective for group in groups) / max(1, len(groups))
     return Batch(samples + draws, len(draws), effective, dropped)
 

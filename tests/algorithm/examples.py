@@ -7,6 +7,9 @@ import itertools
 import torch
 
 from rethinker.algorithm.objective import trainable_mask
+from rethinker.algorithm.replay import ReplayBuffer
+from rethinker.algorithm.selection import Batch, select_batch
+from rethinker.config import AlgorithmConfig, Config, TrainConfig
 from rethinker.samples import Completion, Group, PackedBatch, Query, Rethought, Sample
 
 
@@ -28,6 +31,16 @@ def sample(
     advantage: float, name: str = "q", version: int = 0, length: int = 2, rethought: Rethought | None = None
 ) -> Sample:
     return Sample(Query(name, "?", "!"), completion(length, rethought), advantage, version)
+
+
+def select(
+    groups: list[Group], *, name: str, pairs: int, replay: ReplayBuffer, progress: float = 0.0, **limits
+) -> Batch:
+    """`select_batch` with these settings; `limits` are max_advantage and mask_truncated."""
+    masked = limits.pop("mask_truncated", False)
+    config = Config(algorithm=AlgorithmConfig(name=name, **limits))
+    config.train = TrainConfig(batch_pairs=pairs, mask_truncated=masked)
+    return select_batch(groups, replay, config, progress)
 
 
 def packed(samples: list[Sample]) -> PackedBatch:

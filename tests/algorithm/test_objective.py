@@ -19,11 +19,10 @@ from rethinker.algorithm.objective import (
     trainable_mask,
 )
 from rethinker.algorithm.replay import ReplayBuffer
-from rethinker.algorithm.selection import select_batch
 from rethinker.config import AlgorithmConfig, ReplayConfig
 from rethinker.samples import RemoteCompletion, Rethought
 from rethinker_kernels import GRPO_STATS, policy_loss
-from tests.algorithm.examples import completion, group, packed, sample
+from tests.algorithm.examples import completion, group, packed, sample, select
 
 TRIGGER = Rethought(2, 4, "self_questioning", 2, 4)
 SAMPLES = [
@@ -236,7 +235,7 @@ def test_masked_responses_are_as_if_they_were_not_in_the_batch(name, aggregation
         one.truncated = [False, True, False, False]
     groups[1].truncated = [False, False, True, True]
     assign_advantages(groups, AlgorithmConfig(), {})
-    kept = select_batch(groups, name=name, pairs=0, replay=ReplayBuffer(ReplayConfig(), 0), mask_truncated=True).samples
+    kept = select(groups, name=name, pairs=0, replay=ReplayBuffer(ReplayConfig(), 0), mask_truncated=True).samples
     assert [(s.query.id, s.index) for s in kept] == [("a", 0), ("a", 2), ("a", 3), ("b", 0), ("b", 1)]
     assert {s.query.id: s.advantage for s in kept} == pytest.approx({"a": 0.75**0.5, "b": -0.5}, abs=1e-4)
 

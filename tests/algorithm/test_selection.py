@@ -8,10 +8,10 @@ import pytest
 
 from rethinker.algorithm.advantages import assign_advantages
 from rethinker.algorithm.replay import ReplayBuffer
-from rethinker.algorithm.selection import Batch, function_metrics, select_batch, teaches
+from rethinker.algorithm.selection import Batch, function_metrics, teaches
 from rethinker.config import AlgorithmConfig, ConfigError, ReplayConfig
 from rethinker.samples import Group
-from tests.algorithm.examples import group
+from tests.algorithm.examples import group, select
 
 DIFFER, EQUAL = [1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]
 
@@ -30,7 +30,7 @@ def replay() -> ReplayBuffer:
 def test_grpo_keeps_every_sample_in_order(replay):
     """Zero-advantage samples stay, replay is not touched."""
     groups = step(DIFFER, EQUAL)
-    batch = select_batch(groups, name="grpo", pairs=8, replay=replay)
+    batch = select(groups, name="grpo", pairs=8, replay=replay)
     assert [s.completion for s in batch.samples] == [c for g in groups for c in g.completions]
     assert (batch.replayed, batch.effective_query_ratio, len(replay)) == (0, 0.5, 0)
 
@@ -39,7 +39,7 @@ def test_filter_shrinks_the_batch(replay):
     """Only samples with |A| > 0 are trained; the batch shrinks with effective_query_ratio."""
     for effective in range(5):
         groups = step(*[DIFFER] * effective, *[EQUAL] * (4 - effective))
-        batch = select_batch(groups, name="filter", pairs=16, replay=replay)
+        batch = select(groups, name="filter", pairs=16, replay=replay)
         assert (len(batch.samples), batch.replayed) == (4 * effective, 0)
         assert batch.effective_query_ratio == effective / 4
         assert all(s.advantage != 0 for s in batch.samples)
@@ -48,7 +48,7 @@ def test_filter_shrinks_the_batch(replay):
 
 def test_a_sample_at_its_groups_mean_is_not_effective(replay):
     """|A| > 0 is asked of each sample: the middle reward of an effective group is dropped."""
-    batch = select_batch(step([0.0, 0.5, 1.0]), name="filter", pairs=3, replay=replay)
+    batch = select(step([0.0, 0.5, 1.0]), name="filter", pairs=3, replay=replay)
     assert [s.reward for s in batch.samples] == [0.0, 1.0] and batch.effective_query_ratio == 1.0
 
 
@@ -57,7 +57,7 @@ def test_ssr_refills_to_exactly_n(replay):
     for number, effective in enumerate([4, 1, 3, 0, 2]):
         groups = step(*[DIFFER] * effective, *[EQUAL] * (4 - effective), tag=f"{number}.")
         stored = len(replay)
-        batch = select_batch(groups, name="ssr", pairs=16, replay=replay)
+        batch = select(groups, name="ssr", pairs=16, replay=replay)
         assert len(batch.samples) == 16
         assert batch.replayed == 16 - 4 * effective
         assert batch.metrics(replay)["replay_fraction"] == 1 - effective / 4
@@ -68,19 +68,19 @@ def test_ssr_refills_to_exactly_n(replay):
 
 def test_ssr_draws_after_the_effective_samples_entered(replay):
     """In the very first step the only samples to draw are the step's own."""
-    batch = select_batch(step(DIFFER, EQUAL, EQUAL), name="ssr", pairs=12, replay=replay)
+    batch = select(step(DIFFER, EQUAL, EQUAL), name="ssr", pairs=12, replay=replay)
     assert batch.replayed == 8 and {s.query.id for s in batch.samples} == {"0"}
 
 
 def test_ssr_with_nothing_to_draw_trains_the_smaller_batch(replay):
     """No effective sample and an empty buffer: an empty batch, at once."""
-    batch = select_batch(step(EQUAL, EQUAL), name="ssr", pairs=8, replay=replay)
+    batch = select(step(EQUAL, EQUAL), name="ssr", pairs=8, replay=replay)
     assert (batch.samples, batch.replayed) == ([], 0)
 
 
 def test_ssr_never_draws_a_negative_number(replay):
     """More effective samples than N: all are trained and none is drawn."""
-    batch = select_batch(step(DIFFER, DIFFER), name="ssr", pairs=6, replay=replay)
+    batch = select(step(DIFFER, DIFFER), name="ssr", pairs=6, replay=replay)
     assert (len(batch.samples), batch.replayed) == (8, 0)
 
 
@@ -88,8 +88,8 @@ def test_replayed_samples_keep_their_stored_values(replay):
     """A draw of an earlier step has that step's advantage, log-probs and version."""
     (old,) = step([1.0, 0.0, 0.0, 0.0], tag="old")
     old.policy_version = 3
-    select_batch([old], name="ssr", pairs=4, replay=replay)
-    batch = select_batch(step(EQUAL), name="ssr", pairs=4, replay=replay)
+    select([old], name="ssr", pairs=4, replay=replay)
+    batch = select(step(EQUAL), name="ssr", pairs=4, replay=replay)
     assert batch.replayed == 4
     for each in batch.samples:
         place = next(i for i, c in enumerate(old.completions) if c is each.completion)
@@ -98,8 +98,8 @@ def test_replayed_samples_keep_their_stored_values(replay):
 
 def test_metrics_of_a_batch(replay):
     """The histogram counts every trained sample once, zeros in the first bin."""
-    select_batch(step([1.0, 0.0, 0.0, 0.0]), name="ssr", pairs=4, replay=replay)
-    batch = select_batch(step(DIFFER, EQUAL), name="ssr", pairs=8, replay=replay)
+    select(step([1.0, 0.0, 0.0, 0.0]), name="ssr", pairs=4, replay=replay)
+    batch = select(step(DIFFER, EQUAL), name="ssr", pairs=8, replay=replay)
     seen = batch.metrics(replay)
     assert seen["trained_pairs"] == 8 == sum(seen["advantage_histogram"]) and seen["advantage_histogram"][0] == 0
     assert (seen["replay_fraction"], seen["replay_size"], seen["effective_query_ratio"]) == (0.5, 8, 0.5)
@@ -110,9 +110,9 @@ def test_metrics_of_a_batch(replay):
     weighted = sum(sample.weight * sample.advantage for sample in pair) / 2
     assert weighted != 0 and Batch(pair, 0, 1.0).metrics(replay)["advantage_mean"] == pytest.approx(weighted)
     assert 0 <= seen["replay_age_mean"] <= 1
-    all_of_them = select_batch(step(DIFFER, EQUAL), name="grpo", pairs=8, replay=replay).metrics(replay)
+    all_of_them = select(step(DIFFER, EQUAL), name="grpo", pairs=8, replay=replay).metrics(replay)
     assert all_of_them["advantage_histogram"] == [4, 0, 4, 0, 0, 0]
-    none = select_batch([], name="filter", pairs=8, replay=replay).metrics(replay)
+    none = select([], name="filter", pairs=8, replay=replay).metrics(replay)
     assert none["advantage_mean"] == none["advantage_abs_mean"] == 0 == sum(none["advantage_histogram"])
 
 
@@ -124,8 +124,8 @@ def test_what_replay_adds_to_the_mean_advantage(right):
 
     def mean(**settings) -> float:
         replay = ReplayBuffer(ReplayConfig(capacity=1000, **settings), seed=0)
-        select_batch(step([1.0] * right + [0.0] * (8 - right)), name="ssr", pairs=8, replay=replay)
-        return select_batch([], name="ssr", pairs=8000, replay=replay).metrics(replay)["advantage_mean"]
+        select(step([1.0] * right + [0.0] * (8 - right)), name="ssr", pairs=8, replay=replay)
+        return select([], name="ssr", pairs=8000, replay=replay).metrics(replay)["advantage_mean"]
 
     p = right / 8
     assert mean() == pytest.approx((7 / 8) ** 0.5 * (1 - 2 * p) / (2 * (p * (1 - p)) ** 0.5), abs=0.05)
@@ -141,13 +141,13 @@ def test_too_large_advantages_are_dropped(replay, name):
     limit = abs(groups[0].advantages[0])
     for most, left, dropped in ((limit, 10, 2 / 12), (limit + 1e-9, 12, 0.0), (None, 12, 0.0), (0.1, 0, 1.0)):
         buffer = ReplayBuffer(ReplayConfig(capacity=1000), seed=0)
-        batch = select_batch(groups, name=name, pairs=12, replay=buffer, max_advantage=most)
+        batch = select(groups, name=name, pairs=12, replay=buffer, max_advantage=most)
         fresh = batch.samples[: len(batch.samples) - batch.replayed]
         assert len(fresh) == left and all(most is None or abs(s.advantage) < most for s in batch.samples)
         assert batch.metrics(buffer)["dropped_by_advantage"] == dropped
         assert len(buffer) == (left if name == "ssr" else 0)
         assert most is None or all(abs(s.advantage) < most for s in buffer.draw(200))
-    plain = select_batch(groups, name="grpo", pairs=12, replay=replay)
+    plain = select(groups, name="grpo", pairs=12, replay=replay)
     assert len(plain.samples) == 16 and plain.metrics(replay)["dropped_by_advantage"] == 0.0
 
 
@@ -156,7 +156,7 @@ def test_an_advantage_that_is_no_number_is_not_dropped_in_silence(replay):
     (one,) = step(DIFFER)
     one.advantages[2] = float("nan")
     with pytest.raises(ConfigError, match="'0'"):
-        select_batch([one], name="ssr", pairs=4, replay=replay, max_advantage=2.0)
+        select([one], name="ssr", pairs=4, replay=replay, max_advantage=2.0)
 
 
 def numbered(*rewards: list[float], names: str = "abcdefgh", first: int = 0) -> list[Group]:
@@ -172,12 +172,12 @@ def test_a_solved_question_leaves_replay(unit):
     """ExGRPO's retired set: a question whose latest responses are all right is not drawn any more, whether or not these
     have an advantage, nor is one that never was right; right is a reward of 1 or more."""
     replay = ReplayBuffer(ReplayConfig(capacity=1000, priority="correctness", unit=unit), seed=0)
-    select_batch(numbered(DIFFER, [0.0, 1.0, 0.9, 0.0], DIFFER, [0.9, 0.0]), name="ssr", pairs=8, replay=replay)
+    select(numbered(DIFFER, [0.0, 1.0, 0.9, 0.0], DIFFER, [0.9, 0.0]), name="ssr", pairs=8, replay=replay)
     seen = {s.query.id: s.index for s in replay.draw(200) if s.right}
     assert {s.query.id for s in replay.draw(200)} == {"a", "b", "c"} and seen["b"] == 1
-    select_batch(numbered(EQUAL, names="c", first=9), name="ssr", pairs=8, replay=replay)
+    select(numbered(EQUAL, names="c", first=9), name="ssr", pairs=8, replay=replay)
     assert {s.query.id for s in replay.draw(200)} == {"a", "b"}
-    batch = select_batch(numbered([1.0, 1.0, 1.0, 1.1], first=2), name="ssr", pairs=8, replay=replay)
+    batch = select(numbered([1.0, 1.0, 1.0, 1.1], first=2), name="ssr", pairs=8, replay=replay)
     assert batch.effective_query_ratio == 1.0 and {s.query.id for s in replay.draw(200)} == {"b"}
 
 
@@ -185,17 +185,17 @@ def test_a_solved_question_leaves_replay(unit):
 def test_draws_by_correctness_push_up(unit, mean):
     """Draws of right responses alone have a mean advantage of sqrt((G - 1) / G (1 - p) / p); whole groups keep 0."""
     replay = ReplayBuffer(ReplayConfig(capacity=1000, priority="correctness", unit=unit), seed=0)
-    select_batch(numbered([1.0, 0.0, 0.0, 0.0]), name="ssr", pairs=4, replay=replay)
-    draws = select_batch([], name="ssr", pairs=800, replay=replay)
+    select(numbered([1.0, 0.0, 0.0, 0.0]), name="ssr", pairs=4, replay=replay)
+    draws = select([], name="ssr", pairs=800, replay=replay)
     assert draws.metrics(replay)["advantage_mean"] == pytest.approx(mean, abs=1e-5)
 
 
 def test_progress_reaches_the_importance_exponent():
     """What a step is told of the run's progress is what its draws are weighted by."""
     replay = ReplayBuffer(ReplayConfig(importance_exponent_end=1.0), seed=0)
-    select_batch(step([1.0, 0.0, 0.0, 0.0]), name="ssr", pairs=4, replay=replay)
+    select(step([1.0, 0.0, 0.0, 0.0]), name="ssr", pairs=4, replay=replay)
     for progress in (0.0, 0.5):
-        batch = select_batch([], name="ssr", pairs=100, replay=replay, progress=progress)
+        batch = select([], name="ssr", pairs=100, replay=replay, progress=progress)
         for sample in batch.samples:
             chance = abs(sample.advantage) / 3  # of 1.5, and 0.5 three times
             assert sample.weight == pytest.approx((4 * chance) ** -progress, rel=1e-4)
@@ -203,14 +203,14 @@ def test_progress_reaches_the_importance_exponent():
 
 def test_no_groups(replay):
     """A step without groups is empty and divides by nothing."""
-    batch = select_batch([], name="ssr", pairs=4, replay=replay)
+    batch = select([], name="ssr", pairs=4, replay=replay)
     assert batch.samples == [] and batch.effective_query_ratio == 0.0
 
 
 def test_wrong_use_is_refused(replay):
     """Groups whose advantages were not assigned do not pass as empty."""
     with pytest.raises(ValueError):
-        select_batch([group(DIFFER)], name="grpo", pairs=4, replay=replay)
+        select([group(DIFFER)], name="grpo", pairs=4, replay=replay)
 
 
 def test_a_truncated_response_is_never_replayed(replay):
@@ -221,13 +221,13 @@ def test_a_truncated_response_is_never_replayed(replay):
         for i, one in enumerate(groups):
             one.number = 3 * number + i
             one.truncated = [number % 2 == 0, True, False, i == 1]
-        batch = select_batch(groups, name="ssr", pairs=12, replay=replay, mask_truncated=True)
+        batch = select(groups, name="ssr", pairs=12, replay=replay, mask_truncated=True)
         assert batch.replayed > 0 and batch.effective_query_ratio == pytest.approx(2 / 3)
         for sample in batch.samples:
             even = sample.group // 3 % 2 == 0
             assert sample.index in ({2} if even else {0, 2}) | ({3} if sample.group % 3 == 0 else set())
     assert len(replay) == 20 * 3 + 10 * 2
-    assert len(select_batch(groups, name="filter", pairs=0, replay=replay).samples) == 8
+    assert len(select(groups, name="filter", pairs=0, replay=replay).samples) == 8
 
 
 def test_what_teaches_with_truncated_responses():
