@@ -12,7 +12,7 @@ import torch
 
 from rethinker.checks import check_geometry
 from rethinker.config import Config, ConfigError, DataConfig
-from rethinker.data.draw import Draw, open_draw, weight_by_variance
+from rethinker.data.draw import Draw, open_draw, weight_by_difficulty, weight_by_variance
 from rethinker.data.mixture import stream_weights
 from rethinker.data.query_stream import QueryStream
 from rethinker.samples import Group, Query
@@ -145,6 +145,12 @@ def test_equal_rewards_have_no_variance():
     """Law 8: three times 0.1 has a variance of 1e-34 in floating point, and none here."""
     assert np.var([0.1, 0.1, 0.1]) > 0
     assert weight_by_variance(Group(Query("a", "?", "1"), [], 0, rewards=[0.1, 0.1, 0.1])) == 0.0
+
+
+def test_difficulty_is_a_probability_whatever_rewards_are():
+    """Rewards above 1 and below 0, as of a sum of several, weigh as 1 and 0."""
+    weights = [weight_by_difficulty(Group(Query("a", "?", "1"), [], 0, rewards=[r, r])) for r in (-3.0, 0.25, 2.0)]
+    assert weights == [1.0, 0.75, 0.0]
 
 
 def test_pass_rates_are_the_first_weights():
