@@ -124,7 +124,7 @@ def test_rewards_are_weighted_sums_of_what_each_function_says_of_its_response(sc
     assert metrics[-1]["failed_checks"] >= sum(failed) > 10
     assert (scratch / "two.log").read_text().count("a check of moody scored 0 (error, ZeroDivisionError") in (1, 2)
     assert all(0 < row["reward_std_by_function"]["parity"] <= 0.5 for row in metrics)
-    assert metrics[3]["val_accuracy"] > 0  # of parity alone: no answer is right by the box
+    assert metrics[-1]["val_accuracy"] > 0  # of parity alone: no answer is right by the box
 
 
 def test_a_function_that_fails_on_one_rank_stops_all_and_the_resumed_run_is_the_undisturbed_one(scratch, two):
