@@ -28,7 +28,7 @@ async def judge(response, answer, query, *, truncated, switch=""):
     """Fails on rank 1 after a while, until a file says that it is repaired."""
     global calls
     calls += 1
-    if switch and calls > 40 and os.environ.get("RANK", "1") == "1":
+    if switch and calls > 20 and os.environ.get("RANK", "1") == "1":
         fail(switch)
     return 1.0 - 0.5 * truncated
 
@@ -41,7 +41,8 @@ def fail(switch):
 '''
 
 WEIGHTS = {"parity": 1.0, "boxed": 0.25, "form": -0.1, "share": 0.5, "moody": 0.1, "judge": 0.2}
-SMALL = ("--rollout.backend", "hf", "--train.max_steps", "8", "--rollout.max_new_tokens", "24")
+SMALL = ("--rollout.backend", "hf", "--train.max_steps", "4", "--train.episode_queries", "8")
+SMALL += ("--rollout.max_new_tokens", "24")  # two episodes of two steps
 
 
 def functions(folder, first: dict | None = None, last: dict | None = None) -> tuple[str, ...]:
@@ -73,10 +74,10 @@ def two(scratch):
     return scratch / "two"
 
 
-def assert_equal(run, reference, steps: int = 8) -> None:
+def assert_equal(run, reference) -> None:
     """Bit for bit: metrics, completions with their scores, and what a checkpoint holds of the run."""
-    assert rows(run) == rows(reference) and len(rows(run)) == steps
-    for episode in range(steps // 4):
+    assert rows(run) == rows(reference) and len(rows(run)) == 4
+    for episode in (0, 1):
         one, other = (read_completions(folder / "completions", episode) for folder in (run, reference))
         assert one == other and one[0].scores
     one, other = (read_state(folder / "checkpoints" / "last" / "trainer" / "run") for folder in (run, reference))
@@ -91,7 +92,7 @@ def test_rewards_are_weighted_sums_of_what_each_function_says_of_its_response(sc
     metrics = rows(two)
     for episode in (0, 1):
         groups = read_completions(two / "completions", episode)
-        assert len(groups) == 16
+        assert len(groups) == 8
         for group in groups:
             assert list(group.scores) == list(WEIGHTS)
             for i, completion in enumerate(group.completions):
@@ -106,7 +107,7 @@ def test_rewards_are_weighted_sums_of_what_each_function_says_of_its_response(sc
                 expected |= {"moody": 1 / (length % 3) if length % 3 else 0.0}  # else it fails
                 assert {name: group.scores[name][i] for name in WEIGHTS} == expected
                 assert group.rewards[i] == sum(WEIGHTS[name] * expected[name] for name in WEIGHTS)
-        for number, row in enumerate(metrics[4 * episode : 4 * episode + 4]):
+        for number, row in enumerate(metrics[2 * episode : 2 * episode + 2]):
             fresh = groups[4 * number : 4 * number + 4]
             for name in WEIGHTS:
                 values = [value for group in fresh for value in group.scores[name]]
@@ -135,7 +136,7 @@ def test_a_function_that_fails_on_one_rank_stops_all_and_the_resumed_run_is_the_
     assert start(scratch, "stopped", *options, ranks=2).wait(300) == 2
     run, log = scratch / "stopped", (scratch / "stopped.log").read_text()
     step = len(rows(run))
-    assert step == newest(run) == 4
+    assert step == newest(run) == 2
     errors = {line for line in log.splitlines() if line.startswith("error:")}
     assert len(errors) == 1 and "Traceback" not in log
     (line,) = errors
@@ -154,19 +155,19 @@ def test_a_validation_that_fails_is_done_by_the_resumed_run(scratch):
     """The first function fails once all steps are done: they are saved, and only the validation is left to do."""
     switch = scratch / "valid"
     switch.touch()
-    options = (*functions(scratch, first={"switch": str(switch), "on_failure": "stop"}), "--train.max_steps", "4")
+    options = (*functions(scratch, first={"switch": str(switch), "on_failure": "stop"}), "--train.max_steps", "2")
     process = start(scratch, "unvalidated", *options)
     run = scratch / "unvalidated"
     while not (run / "metrics.jsonl").is_file() or not rows(run):  # the episode is judged; its validation is to come
         assert process.poll() is None, (scratch / "unvalidated.log").read_text()[-3000:]
     switch.unlink()
     assert process.wait(300) == 2
-    assert len(rows(run)) == newest(run) == 4 and rows(run)[-1]["val_accuracy"] is None
+    assert len(rows(run)) == newest(run) == 2 and rows(run)[-1]["val_accuracy"] is None
     assert read_state(run / "checkpoints" / "last" / "trainer" / "run")["progress"]["unvalidated"]
     switch.touch()
     finish(scratch, "unvalidated", "--resume", "auto", *options)
     validations = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in validations] == [0, 4] and (run / "report.html").exists()
+    assert [row["step"] for row in validations] == [0, 2] and (run / "report.html").exists()
     assert (run / "checkpoints" / "best" / "model.safetensors").is_file()
 
 
@@ -179,7 +180,7 @@ def test_truncated_responses_are_not_trained_on(scratch, two):
     """.split()
     finish(scratch, "masked", *functions(scratch), *options)
     for number, row in enumerate(rows(scratch / "masked")):
-        groups = read_completions(scratch / "masked" / "completions", number // 4)[4 * (number % 4) :][:4]
+        groups = read_completions(scratch / "masked" / "completions", number // 2)[4 * (number % 2) :][:4]
         kept = [
             c.finish_reason != "length" and a != 0
             for g in groups

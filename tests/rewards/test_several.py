@@ -286,6 +286,16 @@ def test_a_failure_that_must_stop_the_run(open_checker):
             checker.check_working()
 
 
+def test_what_was_not_asked_is_no_verdict(open_checker):
+    """A boxed answer that was skipped because the run is to stop is judged when it is asked again."""
+    checker = open_checker({"function": "boxed"}, timeout_s=10.0)
+    item = [("a", "\\boxed{\\sqrt{8}}", Query("q", "?", "2\\sqrt{2}"))]
+    checker.stopping = "another function failed"
+    assert checker.score(item) == {"a": 0.0} and not checker.failures
+    checker.stopping = None
+    assert checker.score(item) == {"a": 1.0}
+
+
 def test_a_failure_that_need_not_stop_the_run(open_checker):
     """on_failure=zero, the default, and a failure of another function than the one that must not."""
     checker = open_checker({"function": "*one"}, {"function": "*many", "on_failure": "stop"})
