@@ -54,11 +54,14 @@ def test_paper_and_released_code_in_both_stages(name):
 @pytest.mark.parametrize("recipe", shipped_recipes())
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_goes_with_every_recipe(recipe, method):
-    """A method's preset resolves and passes its checks on each recipe, changes the algorithm alone, and a setting that
-    is given still wins."""
+    """A method's preset resolves and passes its checks on each recipe, changes the algorithm alone (DAPO's the rewards,
+    too), and a setting that is given still wins."""
     plain, config = resolve_config(recipe), resolve_config(f"{recipe}+{method}", {"algorithm.clip_low": 0.11})
     assert config.algorithm != plain.algorithm and config.algorithm.clip_low == 0.11
     config.algorithm, config.run.name = plain.algorithm, plain.run.name
+    if method == "dapo":
+        assert [entry["function"] for entry in config.reward.functions] == ["boxed", "overlong"]
+        config.reward = plain.reward
     assert config == plain
 
 

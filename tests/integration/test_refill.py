@@ -36,10 +36,10 @@ class Checker:
     """Of every fifth query the responses differ in reward; of all others none is right."""
 
     def __init__(self):
-        self.failures = {}
+        self.failures, self.stopping = {}, None
 
-    def score(self, requests):
-        return {key: float(text == "1" and int(query.id[1:]) % 5 == 0) for key, text, query in requests}
+    def score_all(self, requests, lengths):
+        return {"boxed": {key: float(text == "1" and int(query.id[1:]) % 5 == 0) for key, text, query in requests}}
 
 
 class Counting(Engine):
