@@ -13,8 +13,7 @@ from pathlib import Path
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import check_packages, cpp_compiler
 from rethinker.families.model_folder import check_model_folder, decoder_matrices
-from rethinker.rewards.entries import reward_entries
-from rethinker.rewards.functions import NEEDS, SHIPPED
+from rethinker.rewards.entries import NEEDS, reward_entries
 from rethinker.runtime.user_code import user_file
 
 MIN_FREE_BYTES = 200 * 2**20  # the tiny model, its checkpoints, completions and logs
@@ -212,8 +211,8 @@ def check_resources(config: Config) -> None:
     if lora.rank and model_bytes:
         lora_targets(decoder_matrices(Path(policy.model).expanduser()), lora.target_modules)
     for entry in reward_entries(config.reward):
-        if entry.function not in SHIPPED:
-            user_file(f"{entry.place}.function", entry.function, SHIPPED)
+        if entry.function not in NEEDS:
+            user_file(f"{entry.place}.function", entry.function, NEEDS)
         if package := NEEDS.get(entry.function):
             check_packages(entry.named, package)
     if ":" in config.algorithm.loss:

@@ -178,7 +178,7 @@ def test_a_first_validation_in_a_resumed_run():
 def test_a_validation_that_fails_is_left_to_the_resumed_run():
     """A reward function that stops the run fails in it: no accuracy is logged or kept, and what is left is known."""
     run, kept = Run(Config()), []
-    run.policy = SimpleNamespace(steps=3, model_snapshot=lambda: "model")
+    run.policy = SimpleNamespace(steps=3, model_snapshot=lambda: "model", moving=None)
     run.progress, run.total_steps, run._row, run.held_out = Progress(), 3, {}, ["question"]
     run.progress.best = Accuracy(0.5, {}, 8)
     run.checkpoints = SimpleNamespace(save_best=lambda step, model: kept.append((step, model)))

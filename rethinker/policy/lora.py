@@ -170,7 +170,10 @@ def reference_on(adapters: dict[str, Adapter]) -> Iterator[None]:
     # peft's own switches would also take the adapters' gradients away, behind ZeRO-3's back.
     layers = [adapter.layer for adapter in adapters.values()]
     for layer in layers:
-        layer._active_adapter, layer._disable_adapters = _REFERENCE, _REFERENCE not in layer.lora_A
+        if _REFERENCE in layer.lora_A:
+            layer._active_adapter = _REFERENCE
+        else:
+            layer._disable_adapters = True
     try:
         yield
     finally:

@@ -24,6 +24,9 @@ def _label(name: str) -> str:
     return name
 
 
+NEEDS = {"boxed": "", "format": "", "overlong": "", "judge": "openai"}
+"""The functions that ship (functions.py), and the package that one needs for itself."""
+
 _KEYS = {
     "function": ranges.PathOrName,
     "weight": Annotated[float, Field(strict=True, allow_inf_nan=False), AfterValidator(_not_zero)],

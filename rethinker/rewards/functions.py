@@ -91,8 +91,6 @@ SHIPPED: dict[str, Callable[..., Any]] = {
 CHECKS: dict[str, Callable[..., None]] = {"format": _check_format, "overlong": _check_overlong, "judge": check_judge}
 """Of shipped functions: called with rollout.max_new_tokens (None where it is not known) and the entry's options, they
 raise ValueError, `option=value and what is wrong with it`."""
-NEEDS = {"judge": "openai"}
-"""Of shipped functions: the package that one needs and no other part of the trainer; its worker imports it at once."""
 TRIALS: dict[str, Callable[[], tuple[str, str, Query, dict[str, Any]]]] = {"judge": trial}
 """Of shipped functions that need what is elsewhere: (response, answer, query, facts) that they can judge if it is
 there."""

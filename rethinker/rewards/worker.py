@@ -22,8 +22,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rethinker.config import ConfigError, RewardConfig
-from rethinker.rewards.entries import Entry
-from rethinker.rewards.functions import NEEDS, RewardFunction, call_with, load_reward
+from rethinker.rewards.entries import NEEDS, Entry
+from rethinker.rewards.functions import RewardFunction, call_with, load_reward
 from rethinker.rewards.rules import rules_of
 from rethinker.samples import Query
 

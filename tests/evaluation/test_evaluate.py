@@ -218,6 +218,7 @@ def test_the_checkers_processes_start_after_the_engine(monkeypatch):
         return SimpleNamespace(close=lambda: None)
 
     monkeypatch.setattr(answering, "make_engine", make_engine)
-    with answering.open_model(Config(reward=RewardConfig(workers=2)), "folder", ALONE, encoder=None):
+    encoder = SimpleNamespace(png_images=None)
+    with answering.open_model(Config(reward=RewardConfig(workers=2)), "folder", ALONE, encoder):
         assert None not in processes()
     assert processes() == [None, None]

@@ -9,8 +9,8 @@ import pytest
 
 from rethinker.checkpoint.resume import _compared
 from rethinker.config import Config, ConfigError, RewardConfig
-from rethinker.rewards.entries import first_alone, reward_entries
-from rethinker.rewards.functions import format_reward, load_rewards, overlong_reward, reward_weights
+from rethinker.rewards.entries import NEEDS, first_alone, reward_entries
+from rethinker.rewards.functions import SHIPPED, format_reward, load_rewards, overlong_reward, reward_weights
 from rethinker.samples import Group, Query
 from rethinker.settings import load_config, resolve_config, to_yaml
 
@@ -39,6 +39,11 @@ def file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(FILE)
     return path
+
+
+def test_the_settings_know_what_ships():
+    """The names that are known before any function's code is read are those of the functions."""
+    assert NEEDS.keys() == SHIPPED.keys()
 
 
 def refused(*functions: dict, **settings) -> str:
