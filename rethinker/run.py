@@ -300,12 +300,13 @@ class Run:
         Raises:
             ConfigError: once the run is saved, if it stopped because a reward function failed.
         """
+        failure = self._failure()  # before what may fail on one rank alone: the others would wait for it
         if self._saved_step != self.policy.steps:
             self._save()
         self.checkpoints.wait()
         self.checkpoints.settle_best(improved=self.progress.best != self.progress.before)
         best = self.folder / "checkpoints" / "best"
-        if failure := self._failure():
+        if failure:
             raise ConfigError(f"{failure}. The run is saved at step {self.policy.steps}: --resume auto goes on there")
         result = RunResult(self.folder, self.metrics, best, self.progress.before, self.progress.after)
         if self.unfinished():
