@@ -169,6 +169,7 @@ def reference_on(adapters: dict[str, Adapter]) -> Iterator[None]:
     none, as it did before it was trained."""
     # peft's own switches would also take the adapters' gradients away, behind ZeRO-3's back.
     layers = [adapter.layer for adapter in adapters.values()]
+    trained = [layer._active_adapter for layer in layers]  # as it was given: compiled layers look at its type, too
     for layer in layers:
         if _REFERENCE in layer.lora_A:
             layer._active_adapter = _REFERENCE
@@ -177,8 +178,8 @@ def reference_on(adapters: dict[str, Adapter]) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer in layers:
-            layer._active_adapter, layer._disable_adapters = _NAME, False
+        for layer, name in zip(layers, trained, strict=True):
+            layer._active_adapter, layer._disable_adapters = name, False
 
 
 def save_config(folder: Path, model: nn.Module, base: str | Path) -> None:
