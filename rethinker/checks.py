@@ -80,6 +80,16 @@ def _check_algorithm(config: Config) -> None:
             "algorithm.advantages_per_reward=true tells several reward functions apart; list them in reward.functions, "
             "or set it to false"
         )
+    refill = f"algorithm.refill_rounds={algorithm.refill_rounds} drops queries whose rewards are equal, and"
+    if algorithm.refill_rounds and algorithm.advantage_baseline == "batch":
+        raise ConfigError(
+            f"{refill} algorithm.advantage_baseline=batch gives them advantages; set one to 0, or the other to group"
+        )
+    if algorithm.refill_rounds and algorithm.advantages_per_reward:
+        raise ConfigError(
+            f"{refill} algorithm.advantages_per_reward=true tells apart what their sums do not; set one to 0, or the "
+            "other to false"
+        )
     if config.replay.priority == "correctness" and config.replay.alpha != 1:
         raise ConfigError(
             f"replay.alpha={config.replay.alpha} is for advantages, and replay.priority=correctness does not draw by "
@@ -102,8 +112,17 @@ def _check_reference(config: Config) -> None:
             f"algorithm.reference_every={every} moves the reference policy of the KL, which algorithm.kl_coef=0 does "
             "without; set algorithm.kl_coef, as 0.001, or algorithm.reference_every=null"
         )
-    offload = (config.train.deepspeed.get("zero_optimization") or {}).get("offload_param") or {}
-    if offload.get("device") == "nvme":
+    zero = config.train.deepspeed.get("zero_optimization")
+    if config.policy.lora.rank and isinstance(zero, dict) and zero.get("zero_hpz_partition_size", 1) != 1:
+        raise ConfigError(
+            f"algorithm.reference_every={every} with policy.lora changes weights of which train.deepspeed."
+            f"zero_optimization.zero_hpz_partition_size={zero['zero_hpz_partition_size']} keeps a second copy; set it "
+            "to 1 (leave the preset zeropp out), or algorithm.reference_every=null"
+        )
+    device = config.train.deepspeed
+    for key in ("zero_optimization", "offload_param", "device"):  # a mapping of the user's own: anything may be in it
+        device = device.get(key) if isinstance(device, dict) else None
+    if device == "nvme":
         raise ConfigError(
             f"algorithm.reference_every={every} copies weights in memory, and train.deepspeed.zero_optimization."
             "offload_param.device=nvme holds them elsewhere; set it to cpu or none, or algorithm.reference_every=null"

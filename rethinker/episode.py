@@ -106,11 +106,12 @@ class Episodes:
                 failed whose on_failure is stop; the data then stands where it stood before the episode.
         """
         rounds, wanted = self.config.algorithm.refill_rounds, self.config.train.episode_queries
+        masks = self.config.train.mask_truncated
         if rounds and needed:
             wanted = min(wanted, needed)
         work = self._begun or self._prepare(number, version, times, wanted)
         groups = self._rewarded(work, times)
-        while (more := next_round(groups, wanted)) and work.round < rounds:
+        while (more := next_round(groups, wanted, masks)) and work.round < rounds:
             work = self._prepare(number, version, times, more, after=work)
             groups += self._rewarded(work, times)
         self.stream.end_episode(groups)
@@ -121,7 +122,7 @@ class Episodes:
                 "more rounds may fill it, or other questions (data.draw=variance, rethinker curate)",
                 *(rounds, wanted - sum(group.effective for group in groups), wanted, number),
             )
-        return Episode(*fill(groups, wanted), rounds=work.round)
+        return Episode(*fill(groups, wanted, masks), rounds=work.round)
 
     def begin(self, number: int, version: int, times: dict[str, float]) -> None:
         """Start on episode `number` in a thread; the next `take` returns it. Until `wait` the engine is busy."""

@@ -58,9 +58,10 @@ def _or_auto(value: Any, number: Callable[[Any], float]) -> Any:
 def _correction(value: Any) -> Any:
     """A number was the cap of what is now called token_truncate."""
     if isinstance(value, int | float):
+        bound = float(value) if value > 1 else 2.0
         raise ValueError(
             f"is the number of an older release: write algorithm.rollout_correction=token_truncate with "
-            f"algorithm.correction_high={float(value)}"
+            f"algorithm.correction_high={bound}"
         )
     return value
 

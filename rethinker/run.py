@@ -172,6 +172,7 @@ class Run:
         progress.mismatch, progress.weighed = scored
         if config.run.save_completions:
             self.directory.write_completions(progress.episode, collect(sampled, self.ranks))
+        self.replay.forget({group.query.id for group in episode.dropped if len(set(group.right)) < 2})
         episode.dropped.clear()  # the loop holds the episode while it trains
         progress.groups = groups[: self.groups_left]
         another = len(progress.groups) < self.groups_left and self._may_sample()

@@ -91,7 +91,7 @@ class Completion:
     finish_reason: str
     rethought: Rethought | None = None
     trainer_logprobs: np.ndarray | None = None  # [L] fp32
-    """The same from the trainer's forward, when algorithm.rollout_correction."""
+    """The same from the trainer's forward, where the response was scored (episode.score_again)."""
     kept: np.ndarray | None = None  # [L] bool
     """Whether a token is among those that carry the policy gradient, when algorithm.top_entropy."""
 
@@ -209,7 +209,7 @@ class Sample:
     `policy_version` counts weight syncs: the version whose log-probs `completion.logprobs` are.
     `weight` multiplies the sample's loss (1, or an importance weight of prioritised replay).
     (`group`, `index`) name the response on every rank; only `owner` holds its tokens until the sample is trained.
-    `right` (a reward of 1 or more), `correctness` (the share of its group's responses that are right) and `nll`
+    `right` (see `Group.right`), `correctness` (the share of its group's responses that are right) and `nll`
     (`Completion.mean_nll` as it was sampled) are what replay.priority=correctness draws by.
     """
 

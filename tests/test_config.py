@@ -41,6 +41,9 @@ def test_the_three_ways_to_override_agree():
     assert isinstance(line.train, TrainConfig)
 
 
+TWO = [{"function": "boxed"}, {"function": "format"}]
+
+
 @pytest.mark.parametrize(
     ("text", "key", "value"),
     [
@@ -283,6 +286,7 @@ def test_batches_must_hold_whole_groups_and_episodes_whole_batches():
         ("algorithm.dual_clip", 1.0, "greater than 1"),
         ("algorithm.rollout_correction", "token", "must be 'token_truncate', 'token_mask'"),
         ("algorithm.rollout_correction", 2.0, "rollout_correction=token_truncate with algorithm.correction_high=2.0"),
+        ("algorithm.rollout_correction", 0.5, "rollout_correction=token_truncate with algorithm.correction_high=2.0"),
         ("algorithm.rollout_correction", "2", "rollout_correction=token_truncate with algorithm.correction_high=2.0"),
         ("algorithm.correction_high", 1.0, "greater than 1"),
         ("algorithm.correction_high", float("inf"), "a finite number"),
@@ -342,6 +346,20 @@ def test_replay_rules_that_exclude_each_other(given, needed):
     assert resolve_config("easy_vqa_cpu", {"algorithm.max_advantage": 2.0, "replay.priority": "correctness"})
 
 
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [
+        ({"algorithm.advantage_baseline": "batch"}, "set one to 0, or the other to group"),
+        ({"algorithm.advantages_per_reward": True, "reward.functions": TWO}, "set one to 0, or the other to false"),
+    ],
+)
+def test_refill_goes_by_rewards(given, needed):
+    """Rules under which queries of equal rewards have advantages are refused beside it."""
+    assert resolve_config("easy_vqa_cpu", given)
+    with pytest.raises(ConfigError, match=f"^algorithm.refill_rounds=2 drops queries .*{needed}"):
+        resolve_config("easy_vqa_cpu", given | {"algorithm.refill_rounds": 2})
+
+
 def test_a_reference_that_moves_is_in_memory():
     """Weights that ZeRO-3 keeps on a disk cannot be copied; on the host they can."""
     given = {"algorithm.kl_coef": 0.1, "algorithm.reference_every": 5}
@@ -352,6 +370,12 @@ def test_a_reference_that_moves_is_in_memory():
             continue
         with pytest.raises(ConfigError, match=r"^algorithm.reference_every=5 .*offload_param.device=nvme.*cpu or none"):
             resolve_config("easy_vqa_cpu", given)
+    for odd in ({"zero_optimization": 3}, {"zero_optimization": {"offload_param": "nvme"}}):  # DeepSpeed's to refuse
+        assert resolve_config("easy_vqa_cpu", given | {"train.deepspeed": odd})
+    given["train.deepspeed"] = {"zero_optimization": {"zero_hpz_partition_size": 8}}
+    assert resolve_config("easy_vqa_cpu", given)
+    with pytest.raises(ConfigError, match=r"^algorithm.reference_every=5 with policy.lora .*zero_hpz_partition_size=8"):
+        resolve_config("easy_vqa_cpu", given | {"policy.lora.rank": 4})
 
 
 def test_defaults_are_in_range():

@@ -96,6 +96,7 @@ def test_the_engine_sleeps_before_the_policy_scores(monkeypatch):
     run.policy, run.progress, run.ranks, run.total_steps = SimpleNamespace(steps=0), Progress(), ALONE, 1
     run.rollout = SimpleNamespace(sleep=lambda: calls.append("sleep"))
     run.episodes, run.checker = SimpleNamespace(rethinker=None), SimpleNamespace(failures=Counter())
+    run.replay = ReplayBuffer(config.replay, 0)
     monkeypatch.setattr("rethinker.run.score_again", lambda *given: calls.append(given[:2]) or (None, {}))
     run.begin_episode(Episode(groups))
     assert calls == ["sleep", (groups, groups[:2])]

@@ -123,8 +123,8 @@ def weigh(
         config: `rollout_correction` with its bounds, and `top_entropy`.
 
     Returns:
-        METRICS over the completions of all ranks, the same on every rank. Tokens that carry no policy gradient anyway
-        have no part in the threshold.
+        METRICS over the completions of all ranks, the same on every rank. Forced tokens have no part in the threshold;
+        those of responses without an advantage do.
     """
     top, rankable = config.top_entropy is not None, [np.zeros(0, np.float32)]
     if top:

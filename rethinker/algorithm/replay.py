@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 from collections import Counter, deque
+from collections.abc import Collection
 from decimal import Decimal
 from typing import Any
 
@@ -70,11 +71,7 @@ class ReplayBuffer:
         entries = [self._entry(unit, self._adds) for unit in units]
         self._check(entries)
         self._adds += 1
-        replaced = []
-        if self._by_correctness:
-            asked = {sample.query.id for sample in samples}
-            replaced = [slot for slot, entry in self._entries.items() if entry.samples[0].query.id in asked]
-            self._release(replaced)
+        self.forget({sample.query.id for sample in samples})
         room = self._config.capacity
         first = len(entries)  # of the new entries that fit at all: the newest
         while first and room >= len(entries[first - 1].samples):
@@ -93,8 +90,14 @@ class ReplayBuffer:
         self._entries.update(zip(slots, entries, strict=True))
         self._size += incoming
         # A slot that is free again may be taken at once: of its two priorities the last one holds.
-        leaving = replaced + leaving
         self._weigh(leaving + slots, [0.0] * len(leaving) + [entry.priority for entry in entries])
+
+    def forget(self, queries: Collection[str]) -> None:
+        """With replay.priority=correctness remove what is kept of these queries (ids), which were answered again."""
+        if self._by_correctness:
+            slots = [slot for slot, entry in self._entries.items() if entry.samples[0].query.id in queries]
+            self._release(slots)
+            self._weigh(slots, [0.0] * len(slots))
 
     def draw(self, n: int, progress: float = 0.0) -> list[Sample]:
         """Draw samples with P(j) in proportion to |A_j|^alpha, or, with replay.priority=correctness, to the weight of

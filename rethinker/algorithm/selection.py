@@ -53,7 +53,7 @@ class Batch:
 
 
 def teaches(group: Group, mask_truncated: bool = False) -> bool:
-    """Whether the group's rewards differ, and with `mask_truncated` some response is trained on."""
+    """Whether the group is effective, and with `mask_truncated` some response of it is trained on."""
     return group.effective and not (mask_truncated and all(group.truncated))
 
 
@@ -81,6 +81,7 @@ def select_batch(groups: list[Group], replay: ReplayBuffer, config: Config, prog
         dropped = (len(samples) - len(below)) / max(1, sum(sample.advantage != 0 for sample in samples))
         samples = [sample for sample in below if sample.advantage != 0]
         if name == "ssr":
+            replay.forget({group.query.id for group in groups})  # of a group that is cut whole `add` hears nothing
             replay.add(below)  # which drops zero advantages, too, but learns from them which queries are solved
             draws = replay.draw(max(0, config.train.batch_pairs - len(samples)), progress)
     effective = sum(group.effective for group in groups) / max(1, len(groups))

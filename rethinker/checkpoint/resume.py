@@ -178,10 +178,9 @@ def saved_state(checkpoint: Path | None, config: Config) -> dict[str, Any]:
     saved = state["settings"]
     if isinstance(cap := saved.get("algorithm.rollout_correction"), float):  # of an older release: truncation of tokens
         saved |= {"algorithm.rollout_correction": "token_truncate", "algorithm.correction_high": cap}
+    saved = flat(Config()) | saved  # a setting that an older release did not have was off, as it is by default
     differing = [
-        f"{key}={own[key]} (was {saved[key]})"
-        for key in own
-        if key in saved and _compared(key, own[key]) != _compared(key, saved[key])
+        f"{key}={own[key]} (was {saved[key]})" for key in own if _compared(key, own[key]) != _compared(key, saved[key])
     ]
     if differing:
         raise ConfigError(

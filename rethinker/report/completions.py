@@ -57,8 +57,7 @@ def _read_groups(run: RunRecord, file: Path, most: int) -> list[dict[str, Any]]:
     numbers = pc.unique(pq.read_table(file, columns=["group"])["group"]).to_pylist()
     chosen = random.Random(file.name).sample(numbers, min(most, len(numbers)))
     groups: dict[int, dict[str, Any]] = {}
-    columns = [*COLUMNS, *({SCORES} & set(pq.read_schema(file).names))]
-    for row in pq.read_table(file, columns=columns, filters=[("group", "in", chosen)]).to_pylist():
+    for row in pq.read_table(file, columns=columns_of(file), filters=[("group", "in", chosen)]).to_pylist():
         group = groups.get(row["group"]) or groups.setdefault(row["group"], describe_group(run, row))
         group["responses"].append(describe_response(row, run.settings))
     return [groups[number] for number in sorted(groups)]
@@ -78,14 +77,24 @@ def describe_group(run: RunRecord, row: dict[str, Any], longest_side: int = THUM
     }
 
 
+def columns_of(file: Path) -> list[str]:
+    """Of COLUMNS and SCORES those that a file has."""
+    return [*COLUMNS, *({SCORES} & set(pq.read_schema(file).names))]
+
+
+def first_value(row: dict[str, Any]) -> float | None:
+    """What the first reward function says of a response, by which it is right at 1 or more; None if nothing did."""
+    scores = row.get(SCORES) or []
+    return scores[0][1] if scores else row["reward"]
+
+
 def describe_response(row: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """`parts` are (text, whether the trainer forced it); `verdict` is right (at least 1 by the first reward function),
     wrong or unjudged; `scores` are (name, value) of each function where there are several; `trigger` names the forced
     one, if any; `rethinks` says whether a cue outside of it was the model's, and `fast` whether the response is nothing
     but the answer."""
     text, reward, rethought = row["response"], row["reward"], row["rethought"]
-    scores = row.get(SCORES) or []
-    first = scores[0][1] if scores else reward
+    scores, first = row.get(SCORES) or [], first_value(row)
     start, end = find_trigger(text, len(row["token_ids"]), rethought, settings) if rethought else (len(text), len(text))
     # Cut apart first and shorten after: the trigger stays whole whatever is left out around it.
     parts = [(_shortened(text[:start]), False), (text[start:end], True), (_shortened(text[end:]), False)]

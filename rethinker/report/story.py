@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from rethinker.algorithm.rethinking import rethinks
-from rethinker.report.completions import COLUMNS, describe_group, describe_response
+from rethinker.report.completions import columns_of, describe_group, describe_response, first_value
 from rethinker.report.drawing import (
     COLORS,
     draw_joins,
@@ -176,13 +176,16 @@ def own_rethinking(run: RunRecord, unreadable: list[str]) -> dict[str, Any] | No
     if not files:
         return None
     try:
-        rows = pq.read_table(files[-1], columns=["group", "response", "reward", "rethought"]).to_pylist()
-        right = [row for row in rows if row["rethought"] is None and (row["reward"] or 0) >= 1]
+        few = [name for name in columns_of(files[-1]) if name in ("group", "response", "reward", "scores", "rethought")]
+        rows = pq.read_table(files[-1], columns=few).to_pylist()
+        right = [row for row in rows if row["rethought"] is None and (first_value(row) or 0) >= 1]
         found = [row for row in right if _thinks_again(row["response"])]
         if not found:
             return None
         chosen = min(found, key=lambda row: (not _changes_its_answer(row["response"]), len(row["response"])))
-        own = pq.read_table(files[-1], columns=list(COLUMNS), filters=[("group", "=", chosen["group"])]).to_pylist()
+        own = pq.read_table(
+            files[-1], columns=columns_of(files[-1]), filters=[("group", "=", chosen["group"])]
+        ).to_pylist()
         response = next(row for row in own if row["response"] == chosen["response"])
         return describe_group(run, own[0], IMAGE) | {  # a group's first row alone has its images
             "title": "One sampled response that rethinks of its own accord, in the last episode",
@@ -215,7 +218,7 @@ def _answers(
     start = stage.folder / "validation" / "step_000000.parquet"
     files = [file for file in sorted(start.parent.glob("step_*.parquet")) if (file == start) == first]
     try:
-        rows = pq.read_table(files[-1], columns=list(COLUMNS)).to_pylist() if files else []
+        rows = pq.read_table(files[-1], columns=columns_of(files[-1])).to_pylist() if files else []
         keys = [(row["query_id"], row["question"], row["answer"]) for row in rows]
         return {key: (row, describe_response(row, stage.settings)) for key, row in zip(keys, rows, strict=True)}
     except Exception:  # of another hand: pyarrow and what reads the rows raise anything

@@ -165,9 +165,17 @@ def load_reward(entry: Entry, rules: Rules = DEFAULT_RULES, max_tokens: int | No
 
 def _kind(entry: Entry, function: Callable[..., Any], first: Sequence[str]) -> Literal["single", "batch", "async"]:
     """How a function is called: by whether it is `async def`, and by the names of its first three parameters."""
-    plural = [name in ("responses", "answers", "queries") for name in first]
+    batch = ["responses", "answers", "queries"]
+    plural = [name in batch for name in first]
     is_async = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
-    if any(plural) and (is_async or not all(plural)):
+    if any(map(inspect.isgeneratorfunction, (function,))) or inspect.isasyncgenfunction(function):
+        raise ConfigError(f"{entry.named}: it yields, and is to return what a response is worth; write return")
+    if facts := [name for name in first if name in FACTS]:
+        raise ConfigError(
+            f"{entry.named}: its first three parameters get the response, the answer and the query, whatever they are "
+            f"called; put {', '.join(facts)} behind them"
+        )
+    if any(plural) and (is_async or list(first) != batch):
         raise ConfigError(
             f"{entry.named}: a function of a batch takes (responses, answers, queries) and is not async; it takes "
             f"{'async ' * is_async}({', '.join(first)})"

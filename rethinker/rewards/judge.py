@@ -230,6 +230,9 @@ def check_judge(max_tokens: int | None = None, **options: Any) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         name, problem = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        if first["type"] == "missing" and len(first["loc"]) > 1:
+            name, problem = first["loc"][0], "must be two numbers, the lowest and the highest score"
+            raise ValueError(f"{name}={options[name]!r}: {problem}") from None
         if first["type"] == "missing":
             raise ValueError(f"{name} is missing: judge needs the address of a judge, and its model's name") from None
         raise ValueError(f"{name}={first['input']!r}: {problem}") from None

@@ -33,6 +33,14 @@ def test_a_round_asks_for_what_is_missing(effective, wanted, more):
     assert next_round(rewarded(*effective), wanted) == more
 
 
+def test_a_group_that_is_masked_whole_is_not_effective():
+    """With train.mask_truncated a group of truncated responses trains nothing: another is sampled in its place."""
+    groups = rewarded(1, 1)
+    groups[0].truncated, groups[1].truncated = [True, True], [True, False]
+    assert (next_round(groups, 2), next_round(groups, 2, mask_truncated=True)) == (0, 2)
+    assert fill(groups, 1)[0] == groups[:1] and fill(groups, 1, mask_truncated=True)[0] == groups[1:]
+
+
 @pytest.mark.parametrize(
     ("effective", "wanted", "kept"),
     [

@@ -61,6 +61,18 @@ def test_settings_are_compared_by_name(tmp_path):
     )
 
 
+def test_what_an_older_release_did_not_have_was_off(tmp_path):
+    """A setting that its checkpoint does not name goes on as it is by default, and no other way."""
+    plain = resolve_config("easy_vqa_cpu", {"run.name": "x"})
+    (tmp_path / "trainer").mkdir()
+    settings = flat(plain)
+    del settings["algorithm.entropy_coef"]
+    frozen({"settings": settings})(tmp_path / "trainer" / "run")
+    assert saved_state(tmp_path, plain)
+    with pytest.raises(ConfigError, match=r"algorithm\.entropy_coef=0\.1 \(was 0\.0\)"):
+        saved_state(tmp_path, resolve_config("easy_vqa_cpu", {"run.name": "x", "algorithm.entropy_coef": 0.1}))
+
+
 def test_a_cap_of_an_older_release_goes_on_as_truncation_of_tokens(tmp_path):
     """It wrote rollout_correction: 3.0 for what is now token_truncate with that upper bound; another one is refused."""
 

@@ -24,6 +24,10 @@ def mixed(response, answers, queries): return 1.0
 async def async_batch(responses, answers, queries): return []
 def short(response, answer): return 1.0
 def needs(response, answer, query, table): return 1.0
+def images(response, answer, images): return 1.0
+def swapped(queries, answers, responses): return [1.0] * len(responses)
+def yields(response, answer, query): yield 1.0
+async def streams(response, answer, query): yield 1.0
 def weighs(response, answer, query, weight): return 1.0
 
 class Judge:
@@ -131,6 +135,10 @@ def test_the_kind_of_a_function_is_its_signature(file, name, kind, facts):
             "takes (responses, answers, queries) and is not async; it takes (response, answers",
         ),
         ({"function": "{file}:async_batch"}, "it takes async (responses, answers, queries)"),
+        ({"function": "{file}:images"}, "put images behind them"),
+        ({"function": "{file}:swapped"}, "it takes (queries, answers, responses)"),
+        ({"function": "{file}:yields"}, "write return"),
+        ({"function": "{file}:streams"}, "write return"),
         ({"function": "{file}:short"}, "it must take (response, answer, query)"),
         ({"function": "{file}:needs"}, "missing a required argument: 'table'"),
         ({"function": "{file}:weighs", "weight": 1}, "missing a required argument: 'weight'"),
