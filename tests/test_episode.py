@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from types import SimpleNamespace
@@ -71,12 +72,16 @@ class Engine(WithoutState):
 
 
 class Checker:
-    """Every other response is right."""
+    """Every other response is right; from call number `failing` on a reward function fails that must not."""
 
     def __init__(self):
         self.failures, self.stopping = {}, None
+        self.calls, self.failing = 0, math.inf
 
     def score_all(self, requests, lengths):
+        self.calls += 1
+        if self.calls >= self.failing:
+            self.failures, self.stopping = {"judge: error": 1}, "judge failed"
         return {"boxed": {key: float(text == "1") for key, text, _ in requests}}
 
 
@@ -136,6 +141,34 @@ def test_what_was_begun_is_not_part_of_a_checkpoint():
     resumed, _ = make()
     resumed.load_state_dict(saved)
     assert told(resumed.take(1, 1, {})) == again
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("failing", ["first answers", "second passes"])
+def test_a_reward_function_that_must_not_fail_gives_the_episode_back(ahead, failing):
+    """The data stands where it stood, failures are not counted, and no second pass is sampled for what was not judged;
+    asked again, the episode is the very one."""
+    episodes, _ = make()
+    expected = [told(episodes.take(number, 0, {})) for number in range(2)]
+    episodes, _ = make()
+    assert told(episodes.take(0, 0, {})) == expected[0]
+    before, forced = episodes.state_dict(), []
+
+    def force(groups, prompts, generate, judge, seed):
+        forced.append(seed)
+        judge([])
+
+    episodes.rethinker = SimpleNamespace(force=force)
+    episodes.checker.failing = episodes.checker.calls + (1 if failing == "first answers" else 2)
+    if ahead:
+        episodes.begin(1, 0, {})
+        assert episodes.state_dict() == before
+    with pytest.raises(StopRequested):
+        episodes.take(1, 0, {})
+    assert len(forced) == (failing == "second passes")
+    assert episodes.state_dict() == before and not episodes.checker.failures
+    episodes.checker = Checker()
+    assert told(episodes.take(1, 0, {})) == expected[1]
 
 
 @pytest.mark.parametrize("ahead", [False, True])

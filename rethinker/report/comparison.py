@@ -26,6 +26,7 @@ from rethinker.report.summary import markdown
 Record = dict[str, Any]
 MEANS = ("start", "last", "best", "reward", "steps", "tokens", "step_s", "tokens_per_s", "effective", "length")
 """Of `Measures.numbers`."""
+NO_INTERVAL = "no interval: two runs of one seed"
 
 
 def compare_runs(runs: Sequence[RunRecord]) -> list[Record]:
@@ -59,6 +60,8 @@ def _seeds(own: Configuration) -> str:
 def _interval(name: str, measured: Sequence[Measures]) -> Record:
     """Of a mean over seeds Student's t; of one run Wilson's over its questions, where their number is known."""
     values = [one.numbers[name] for one in measured]
+    if len(values) > 1 and _twice(measured):
+        return {f"{name}_interval": NO_INTERVAL}
     if len(values) > 1:
         mean, half = mean_interval(values)
         return _ends(name, mean - half, mean + half, f"t, {len(values)} seeds")
@@ -66,6 +69,11 @@ def _interval(name: str, measured: Sequence[Measures]) -> Record:
         return {}
     n = measured[0].questions[name]
     return _ends(name, *wilson_interval(round(values[0] * n), n), f"Wilson, {n} questions")
+
+
+def _twice(measured: Sequence[Measures]) -> bool:
+    """Whether two runs have the same seeds, and so are no two samples of what a seed does."""
+    return len({seeds_of(one.run) for one in measured}) < len(measured)
 
 
 def _ends(name: str, low: float, high: float, kind: str) -> Record:
@@ -83,9 +91,11 @@ def _difference(first: Sequence[Measures], measured: Sequence[Measures]) -> Reco
             "difference": fmean(after) - fmean(before),
             "difference_interval": "no interval: one seed against several",
         }
+    if _twice(first) or _twice(measured):
+        return {"difference": fmean(after) - fmean(before), "difference_interval": NO_INTERVAL}
     theirs, ours = ({seeds_of(one.run): one.numbers["last"] for one in row} for row in (first, measured))
     common = [seeds for seeds in ours if seeds in theirs]
-    if len(common) > 1 and (len(theirs), len(ours)) == (len(before), len(after)):  # each seed once
+    if len(common) > 1:
         mean, half = mean_interval([ours[seeds] - theirs[seeds] for seeds in common])
         kind = f"t, paired by {len(common)} seeds"
     else:

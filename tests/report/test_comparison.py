@@ -107,6 +107,16 @@ def test_the_difference_is_paired_by_seed(tmp_path):
     assert "difference_low" not in single
 
 
+def test_one_seed_twice_is_one_sample(tmp_path):
+    """A copy of a run says nothing of what another seed would do: no interval, nor of the difference."""
+    runs = [run_of(tmp_path / f"{name}", {0: 0.25, 6: 0.5}, seed=3) for name in "ab"]
+    others = [run_of(tmp_path / f"o{seed}", {0: 0.25, 6: 0.75}, seed=seed, clip_high=0.5) for seed in (3, 4)]
+    one, two = compared(*runs, *others)
+    assert one["last_interval"] == two["difference_interval"] == "no interval: two runs of one seed"
+    assert "last_low" not in one and "difference_low" not in two and two["difference"] == pytest.approx(0.25)
+    assert two["last_interval"] == "t, 2 seeds"
+
+
 def test_the_difference_of_two_runs_is_paired_by_question(tmp_path):
     """Where both kept their answers to all of the same questions, in whatever order; otherwise it is unpaired, and it
     says so where the questions are others."""
