@@ -96,7 +96,7 @@ def open_checker(file):
     def build(*entries: dict, **settings) -> AnswerChecker:
         given = {"max_tokens": settings.pop("max_tokens", None), "images": settings.pop("images", None)}
         entries = [e | {"function": e["function"].replace("*", f"{file}:")} for e in entries]
-        config = RewardConfig(functions=entries, **{"workers": 2, "timeout_s": 1.0, "memory_gb": 0.0625} | settings)
+        config = RewardConfig(functions=entries, **{"workers": 2, "timeout_s": 5.0, "memory_gb": 0.0625} | settings)
         opened.append(AnswerChecker(config, **given))
         return opened[-1]
 
@@ -114,7 +114,7 @@ def ask(*responses: str, group: int = 4) -> list[tuple[str, str, Query]]:
 def three(file):
     """One function of each kind, with few workers that serve several tests."""
     entries = [{"function": f"{file}:one"}, {"function": f"{file}:batch", "scale": 2}, {"function": f"{file}:many"}]
-    with AnswerChecker(RewardConfig(functions=entries, workers=2, timeout_s=1.0, memory_gb=0.0625)) as checker:
+    with AnswerChecker(RewardConfig(functions=entries, workers=2, timeout_s=10.0)) as checker:
         yield checker
 
 
@@ -151,7 +151,7 @@ def test_each_kind_gets_its_own_responses(three):
 )
 def test_a_failing_async_call_fails_alone(open_checker, response, reason, caplog):
     """Law 11: whatever a call does, also to its process or its loop, it alone has the value 0, counted and named."""
-    checker = open_checker({"function": "boxed"}, {"function": "*many"}, timeout_s=0.5)
+    checker = open_checker({"function": "boxed"}, {"function": "*many"}, timeout_s=0.5 if reason == "timeout" else 5.0)
     responses = [f"sleep 0.{i:03d}" for i in range(30)]
     responses[5] = response
     start = time.monotonic()
@@ -165,7 +165,7 @@ def test_a_failing_async_call_fails_alone(open_checker, response, reason, caplog
 
 def test_several_async_calls_that_kill_their_process(open_checker):
     """Each is found, and no other pays for them."""
-    checker = open_checker({"function": "*many"}, timeout_s=0.5)
+    checker = open_checker({"function": "*many"}, timeout_s=5.0)
     responses = ["exit" if i % 4 == 1 else f"sleep {i / 1000}" for i in range(24)]
     assert checker.score(ask(*responses)) == {f"r{i}": 0.0 if i % 4 == 1 else i / 1000 for i in range(24)}
     assert checker.failures == {"crash": 6}
@@ -206,7 +206,7 @@ def test_async_calls_run_at_once_up_to_their_limit(open_checker):
 def test_a_failing_batch(open_checker, bad, reason, lost):
     """Law 11: a call that fails costs all its responses, a value that is no number only its own; the other call, in the
     other process, is whole."""
-    checker = open_checker({"function": "*batch"}, timeout_s=0.5)
+    checker = open_checker({"function": "*batch"}, timeout_s=0.5 if reason == "timeout" else 5.0)
     responses = [f"value {i}" for i in range(16)]
     responses[2] = bad
     assert checker.score(ask(*responses)) == {f"r{i}": 0.0 if i in lost else float(i) for i in range(16)}
@@ -312,5 +312,5 @@ def test_a_run_that_is_to_stop_does_not_wait_for_its_judges(open_checker, monkey
     start = time.monotonic()
     with signals.interruptible(abandoned), pytest.raises(signals.StopRequested):
         checker.score_all(ask(*["sleep 4"] * 100), {})
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 12  # 25 would pass undisturbed
     assert checker.score_all(ask("value 3"), {}) == {"one": {"r0": 3.0}, "many": {"r0": 3.0}}
