@@ -112,17 +112,17 @@ def _check_reference(config: Config) -> None:
             f"algorithm.reference_every={every} moves the reference policy of the KL, which algorithm.kl_coef=0 does "
             "without; set algorithm.kl_coef, as 0.001, or algorithm.reference_every=null"
         )
+    # A mapping of the user's own: anything may be in it, and DeepSpeed says what it does not take.
     zero = config.train.deepspeed.get("zero_optimization")
-    if config.policy.lora.rank and isinstance(zero, dict) and zero.get("zero_hpz_partition_size", 1) != 1:
+    zero = zero if isinstance(zero, dict) else {}
+    if config.policy.lora.rank and zero.get("zero_hpz_partition_size", 1) != 1:
         raise ConfigError(
             f"algorithm.reference_every={every} with policy.lora changes weights of which train.deepspeed."
             f"zero_optimization.zero_hpz_partition_size={zero['zero_hpz_partition_size']} keeps a second copy; set it "
             "to 1 (leave the preset zeropp out), or algorithm.reference_every=null"
         )
-    device = config.train.deepspeed
-    for key in ("zero_optimization", "offload_param", "device"):  # a mapping of the user's own: anything may be in it
-        device = device.get(key) if isinstance(device, dict) else None
-    if device == "nvme":
+    offload = zero.get("offload_param")
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
         raise ConfigError(
             f"algorithm.reference_every={every} copies weights in memory, and train.deepspeed.zero_optimization."
             "offload_param.device=nvme holds them elsewhere; set it to cpu or none, or algorithm.reference_every=null"

@@ -120,7 +120,7 @@ class Episodes:
             log.warning(
                 "algorithm.refill_rounds=%d: after the last round %d of %d queries of episode %d have no advantage; "
                 "more rounds may fill it, or other questions (data.draw=variance, rethinker curate)",
-                *(rounds, wanted - sum(group.effective for group in groups), wanted, number),
+                *(rounds, wanted - sum(teaches(group, masks) for group in groups), wanted, number),
             )
         return Episode(*fill(groups, wanted, masks), rounds=work.round)
 

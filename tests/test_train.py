@@ -15,7 +15,7 @@ from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.algorithm.selection import Batch
 from rethinker.checkpoint.resume import Progress
 from rethinker.checks import schedule_length
-from rethinker.config import Config, ConfigError, DataConfig, RethinkConfig, RolloutConfig, TrainConfig
+from rethinker.config import Config, ConfigError, DataConfig, ReplayConfig, RethinkConfig, RolloutConfig, TrainConfig
 from rethinker.episode import Episode, judge, note_kinds
 from rethinker.policy.engine import PolicyEngine, learning_rate
 from rethinker.run import Run, load_held_out, no_full_collections
@@ -88,18 +88,41 @@ def test_how_far_a_run_is():
         assert run.done == done
 
 
-def test_the_engine_sleeps_before_the_policy_scores(monkeypatch):
-    """On a GPU scoring is sized for the memory that vLLM leaves while it sleeps, as a step is."""
-    config = Config(rollout=RolloutConfig(group_size=2), train=TrainConfig(batch_pairs=4))
+def begun(monkeypatch, episode: Episode, held: list[Group] = (), **replay) -> tuple[list, ReplayBuffer]:
+    """What a run calls that begins an episode, and its buffer, which held the samples of these groups before."""
+    config = Config(
+        rollout=RolloutConfig(group_size=2), train=TrainConfig(batch_pairs=4), replay=ReplayConfig(**replay)
+    )
     config.run.save_completions = False
-    run, calls, groups = Run(config), [], [group(name, "a", "b") for name in "xyz"]
+    run, calls = Run(config), []
     run.policy, run.progress, run.ranks, run.total_steps = SimpleNamespace(steps=0), Progress(), ALONE, 1
     run.rollout = SimpleNamespace(sleep=lambda: calls.append("sleep"))
     run.episodes, run.checker = SimpleNamespace(rethinker=None), SimpleNamespace(failures=Counter())
     run.replay = ReplayBuffer(config.replay, 0)
+    run.replay.add([sample for one in held for sample in one.samples()])
     monkeypatch.setattr("rethinker.run.score_again", lambda *given: calls.append(given[:2]) or (None, {}))
-    run.begin_episode(Episode(groups))
+    run.begin_episode(episode)
+    return calls, run.replay
+
+
+def test_the_engine_sleeps_before_the_policy_scores(monkeypatch):
+    """On a GPU scoring is sized for the memory that vLLM leaves while it sleeps, as a step is."""
+    groups = [group(name, "a", "b") for name in "xyz"]
+    calls, _ = begun(monkeypatch, Episode(groups))
     assert calls == ["sleep", (groups, groups[:2])]
+
+
+def test_a_question_that_a_refill_drops_leaves_replay(monkeypatch):
+    """By correctness, where its latest responses are all right or all wrong. One that was dropped because the episode
+    was full stays what it was."""
+
+    def judged(name: str, number: int, *rewards: float) -> Group:
+        return replace(group(name, "a", "b"), rewards=list(rewards), advantages=[1.0, -1.0], number=number)
+
+    held = [judged(name, number, 1.0, 0.0) for number, name in enumerate("xyzw")]
+    dropped = [judged("x", 10, 1.0, 1.0), judged("y", 11, 0.0, 0.0), judged("z", 12, 0.0, 1.0)]
+    _, replay = begun(monkeypatch, Episode([judged("v", 13, 1.0, 0.0)], dropped), held, priority="correctness")
+    assert {sample.query.id for sample in replay.draw(100)} == {"z", "w"}
 
 
 def trained_row(fresh: list[Group], batch: Batch) -> dict:

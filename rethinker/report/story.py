@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from rethinker.algorithm.rethinking import rethinks
-from rethinker.report.completions import columns_of, describe_group, describe_response, first_value
+from rethinker.report.completions import SCORES, columns_of, describe_group, describe_response, first_value
 from rethinker.report.drawing import (
     COLORS,
     draw_joins,
@@ -176,7 +176,7 @@ def own_rethinking(run: RunRecord, unreadable: list[str]) -> dict[str, Any] | No
     if not files:
         return None
     try:
-        few = [name for name in columns_of(files[-1]) if name in ("group", "response", "reward", "scores", "rethought")]
+        few = [name for name in columns_of(files[-1]) if name in ("group", "response", "reward", SCORES, "rethought")]
         rows = pq.read_table(files[-1], columns=few).to_pylist()
         right = [row for row in rows if row["rethought"] is None and (first_value(row) or 0) >= 1]
         found = [row for row in right if _thinks_again(row["response"])]

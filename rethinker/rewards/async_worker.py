@@ -16,9 +16,7 @@ from multiprocessing.connection import Connection
 
 from rethinker.rewards import worker as process
 from rethinker.rewards.functions import RewardFunction, call_with
-from rethinker.rewards.worker import SKIPPED, Asked, Verdict, Worker
-
-_LOOK_S = 0.5  # how often the trainer looks whether the calls are to be broken off
+from rethinker.rewards.worker import LOOK_S, SKIPPED, Asked, Verdict, Worker
 
 
 class AsyncWorker(Worker):
@@ -56,7 +54,7 @@ class AsyncWorker(Worker):
                     under_way[place] = time.monotonic() + patience
                     self._link.send((place, asked[place]))
                 left = next(iter(under_way.values())) - time.monotonic()
-                if self._link.poll(max(0.0, min(left, _LOOK_S))):
+                if self._link.poll(max(0.0, min(left, LOOK_S))):
                     place, verdict = self._link.recv()
                     del under_way[place]
                 elif left > 0:

@@ -25,7 +25,7 @@ from rethinker.rewards.async_worker import AsyncWorker
 from rethinker.rewards.functions import TRIALS, RewardFunction, context_of, load_rewards
 from rethinker.rewards.published import published_verdict
 from rethinker.rewards.rules import rules_of
-from rethinker.rewards.worker import SKIPPED, Asked, Verdict, Worker
+from rethinker.rewards.worker import LOOK_S, SKIPPED, Asked, Verdict, Worker
 from rethinker.runtime import signals
 from rethinker.samples import Query
 
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 KEPT_VERDICTS = 16_384
 # Queries whose images are kept for their other responses.
 KEPT_IMAGES = 16
-_LOOK_S = 0.5  # how often a call looks whether the run is to stop
 
 Item = tuple[str, str, Query]
 """(request id, response, query)."""
@@ -262,7 +261,7 @@ class AnswerChecker(contextlib.AbstractContextManager):
             try:
                 under_way = set(futures)
                 while under_way:
-                    done, under_way = wait(under_way, _LOOK_S, FIRST_EXCEPTION)
+                    done, under_way = wait(under_way, LOOK_S, FIRST_EXCEPTION)
                     for future in done:
                         future.result()
                     signals.check()

@@ -168,7 +168,7 @@ def _kind(entry: Entry, function: Callable[..., Any], first: Sequence[str]) -> L
     batch = ["responses", "answers", "queries"]
     plural = [name in batch for name in first]
     is_async = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
-    if any(map(inspect.isgeneratorfunction, (function,))) or inspect.isasyncgenfunction(function):
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise ConfigError(f"{entry.named}: it yields, and is to return what a response is worth; write return")
     if facts := [name for name in first if name in FACTS]:
         raise ConfigError(

@@ -29,6 +29,7 @@ from rethinker.samples import Query
 
 # Until a worker has imported what it needs; far beyond any healthy start, since a loaded machine is slow.
 START_S = 120.0
+LOOK_S = 0.5  # how often who waits for an answer looks whether the run is to stop
 READY = "ready"
 OUT_OF_MEMORY = 77  # exit code
 

@@ -170,7 +170,7 @@ def numbered(*rewards: list[float], names: str = "abcdefgh", first: int = 0) -> 
 @pytest.mark.parametrize("unit", ["sample", "group"])
 def test_a_solved_question_leaves_replay(unit):
     """ExGRPO's retired set: a question whose latest responses are all right is not drawn any more, whether or not these
-    have an advantage, nor is one that never was right; right is a reward of 1 or more."""
+    have an advantage, nor is one that never was right; right is 1 or more by the first reward function."""
     replay = ReplayBuffer(ReplayConfig(capacity=1000, priority="correctness", unit=unit), seed=0)
     select(numbered(DIFFER, [0.0, 1.0, 0.9, 0.0], DIFFER, [0.9, 0.0]), name="ssr", pairs=8, replay=replay)
     seen = {s.query.id: s.index for s in replay.draw(200) if s.right}
@@ -179,6 +179,17 @@ def test_a_solved_question_leaves_replay(unit):
     assert {s.query.id for s in replay.draw(200)} == {"a", "b"}
     batch = select(numbered([1.0, 1.0, 1.0, 1.1], first=2), name="ssr", pairs=8, replay=replay)
     assert batch.effective_query_ratio == 1.0 and {s.query.id for s in replay.draw(200)} == {"b"}
+
+
+def test_a_question_whose_responses_are_masked_leaves_replay():
+    """Its latest responses were all cut off: none is trained on, and what it was before is not drawn any more."""
+    replay = ReplayBuffer(ReplayConfig(capacity=1000, priority="correctness"), seed=0)
+    first, again = numbered(DIFFER, DIFFER, DIFFER), numbered(DIFFER, first=5)
+    for one in (*first, *again):
+        one.truncated = [one in again] * len(one.completions)
+    select(first, name="ssr", pairs=8, replay=replay, mask_truncated=True)
+    select(again, name="ssr", pairs=8, replay=replay, mask_truncated=True)
+    assert {s.query.id for s in replay.draw(200)} == {"b", "c"} and len(replay) == 2
 
 
 @pytest.mark.parametrize(("unit", "mean"), [("sample", 1.5), ("group", 0.0)])

@@ -21,10 +21,9 @@ from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora
 from rethinker.policy.engine import PolicyEngine
 from rethinker.policy.lora import FullWeights
-from rethinker.policy.model import load_processor
 from rethinker.rollout.hf_engine import HFEngine
 from rethinker.runtime import distributed
-from tests.policy.helpers import queries_of_every_kind, samples_for
+from tests.policy.helpers import encoder_and_samples
 from tests.rollout.helpers import hf_logprobs
 
 STEPS = 2  # before the stop, and after it
@@ -113,11 +112,7 @@ def refusals(config: Config, scratch: Path, encoder: PromptEncoder, counters: di
 
 def main(model: str, scratch: str, output: str) -> None:
     ranks = distributed.start(120)
-    pictures = Path(scratch) / f"pictures_{ranks.world_size}_{ranks.rank}"
-    pictures.mkdir()
-    encoder = PromptEncoder(load_processor(model), DataConfig(min_pixels=1024, max_pixels=8192))
-    one, _, text = queries_of_every_kind(pictures)
-    samples = samples_for([one, text], encoder, [5, 9])
+    encoder, samples = encoder_and_samples(model, Path(scratch), ranks)
     config = settings(model)
     results = stopped_and_resumed(config, Path(scratch), encoder, samples, ranks)
     if ranks.world_size == 1:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from rethinker.config import AlgorithmConfig, Config, DataConfig, LoraConfig, PolicyConfig, RolloutConfig, TrainConfig
+from rethinker.config import AlgorithmConfig, Config, LoraConfig, PolicyConfig, RolloutConfig, TrainConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.engine import PolicyEngine
-from rethinker.policy.model import load_processor
 from rethinker.runtime import distributed
-from tests.policy.helpers import queries_of_every_kind, samples_for
+from tests.policy.helpers import encoder_and_samples
 
 KINDS = {
     "full": {"policy": {"freeze_vision": True}},
@@ -86,11 +85,7 @@ def entropies(model: str, encoder: PromptEncoder, samples: list, ranks) -> dict[
 
 def main(model: str, scratch: str, output: str) -> None:
     ranks = distributed.start(120)
-    pictures = Path(scratch) / f"pictures_{ranks.world_size}_{ranks.rank}"
-    pictures.mkdir()
-    encoder = PromptEncoder(load_processor(model), DataConfig(min_pixels=1024, max_pixels=8192))
-    one, _, text = queries_of_every_kind(pictures)
-    samples = samples_for([one, text], encoder, [5, 9])
+    encoder, samples = encoder_and_samples(model, Path(scratch), ranks)
     results: dict[str, Any] = {}
     for kind in KINDS:
         results[kind] = moved_and_resumed(model, kind, Path(scratch) / kind, encoder, samples, ranks)

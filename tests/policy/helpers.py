@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
 
+from rethinker.config import DataConfig
+from rethinker.data.prompts import PromptEncoder
+from rethinker.policy.model import load_processor
+from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Query, Sample
 
 
@@ -51,6 +57,15 @@ def samples_for(queries, encoder, lengths, *, seed: int = 0, vocabulary: int = 2
                 )
             )
     return samples
+
+
+def encoder_and_samples(model: str, scratch: Path, ranks: Ranks) -> tuple[PromptEncoder, list[Sample]]:
+    """A model's encoder, and on every rank the same four responses: two with an image, two without."""
+    pictures = scratch / f"pictures_{ranks.world_size}_{ranks.rank}"
+    pictures.mkdir()
+    encoder = PromptEncoder(load_processor(model), DataConfig(min_pixels=1024, max_pixels=8192))
+    one, _, text = queries_of_every_kind(pictures)
+    return encoder, samples_for([one, text], encoder, [5, 9])
 
 
 def per_sample_log_softmax(model, encoder, sample: Sample) -> torch.Tensor:
