@@ -16,7 +16,7 @@ from PIL import Image
 
 from rethinker.config import ConfigError
 from rethinker.report import completions, page
-from rethinker.report.completions import find_trigger
+from rethinker.report.completions import find_trigger, sample_completions
 from rethinker.report.figures import FIGURES
 from rethinker.report.page import report_or_warning, write_report
 from rethinker.report.runs import read_run
@@ -289,6 +289,17 @@ def test_the_response_that_rethinks(tmp_path, texts, chosen):
     write_completions(run / "completions", 1, [group(1, texts, image=picture(), rethought=rethought)])
     example = own_rethinking(read_run(run), [])
     assert responses(example or {"responses": []}) == ([("sampled", chosen, "right")] if chosen else [])
+
+
+def test_right_is_what_the_first_function_says(tmp_path):
+    """Of several reward functions: neither a right response whose sum is low nor a wrong one whose sum is high is taken
+    for the other."""
+    judged = group(1, [(RETHINKS, 0.4), (f"Wait, no. {RETHINKS}", 1.2)], image=picture())
+    judged.scores = {"boxed": [1.0, 0.0], "length": [-0.6, 1.2]}
+    run = write_run(tmp_path / "run", groups=[judged])
+    assert responses(own_rethinking(read_run(run), [])) == [("sampled", RETHINKS, "right")]
+    ((right, wrong),) = [shown["responses"] for shown in sample_completions([read_run(run)])["groups"]]
+    assert (right["verdict"], wrong["verdict"]) == ("right", "wrong")
 
 
 def test_a_response_that_rethinks_needs_a_file(tmp_path):
