@@ -216,7 +216,7 @@ class Checkpoints:
         """Write this rank's files: their names, sizes and checksums; or none of them and what is wrong."""
 
         def own() -> list[Path]:
-            return [p for p in partial.rglob("*") if p.is_file() and _writer(p, partial) == self._ranks.rank]
+            return [p for p in partial.rglob("*") if p.is_file() and _writer(p) == self._ranks.rank]
 
         try:
             partial.mkdir(exist_ok=True)
@@ -293,9 +293,10 @@ class Checkpoints:
                 _remove(path)
 
 
-def _writer(path: Path, partial: Path) -> int | None:
-    """The rank that writes a file: its own state, rank 0 all others; None for the ranks' notes to rank 0."""
-    if path.parent == partial and path.name.startswith("."):
+def _writer(path: Path) -> int | None:
+    """The rank that writes a file: its own state, rank 0 all others; None for hidden ones: the ranks' notes to rank 0,
+    and what safetensors has under way, on whichever rank."""
+    if path.name.startswith("."):
         return None
     own = re.search(r"_(\d{5})\.", path.name) if path.parent.name == "trainer" else None
     return int(own[1]) if own else 0

@@ -331,6 +331,35 @@ def test_a_checkpoint_needs_the_files_of_every_rank(tmp_path, monkeypatch):
     assert names(tmp_path) == ["last", "model_000003", "step_000001"]
 
 
+def test_a_file_under_way_is_nobodys(tmp_path, monkeypatch):
+    """safetensors writes under a hidden name first: rank 0, done before rank 1, does not take rank 1's for its own."""
+    under_way, rank_0_is_done, real = threading.Event(), threading.Event(), checkpoint._write_json
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value] * self.world_size)
+
+    def note(path: Path, content: object) -> None:
+        real(path, content)
+        if path.name == ".rank_00000":
+            rank_0_is_done.set()
+
+    def slow(folder: Path) -> None:
+        (folder / ".tmpAb3dE6").write_text("1")
+        under_way.set()
+        assert rank_0_is_done.wait(20)
+        (folder / ".tmpAb3dE6").rename(folder / "rank_00001.json")
+
+    def quick(folder: Path) -> None:
+        assert under_way.wait(20)
+        (folder / "rank_00000.json").write_text("0")
+
+    monkeypatch.setattr(checkpoint, "_write_json", note)
+    main, other = (Checkpoints(tmp_path, Ranks(rank, 2, rank), CheckpointConfig()) for rank in (0, 1))
+    other.save(1, model, slow)
+    main.save(1, model, quick)
+    main.wait()
+    files = json.loads((tmp_path / "step_000001" / "COMPLETE").read_text())["files"]
+    assert set(files) == {"config.json", "model.safetensors", "trainer/rank_00000.json", "trainer/rank_00001.json"}
+
+
 def test_a_rank_that_sees_another_disk_is_told(tmp_path, monkeypatch):
     """run.dir on a disk that some rank does not share is refused before anything is trained."""
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [True, False])
