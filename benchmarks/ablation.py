@@ -1,7 +1,7 @@
 """The paper's ablation at small scale, at equal sampled tokens and judged on a test split that nothing is tuned on.
 
-    python -m benchmarks.ablation [--tasks sums easy_vqa] [--parts methods replay ...] [--seeds 0 1 2 3 4] [--tokens N]
-                                  [--jobs 2] [--report] [--out FOLDER]
+    python -m benchmarks.ablation [--tasks sums easy_vqa few_sums] [--parts methods replay ...] [--seeds 0 1 2 3 4]
+                                  [--tokens N] [--jobs 2] [--report] [--out FOLDER]
 
 Every method trains in two stages, as the paper does. The first is a share of the budget with the task's recipe, the
 second is a run of its own from the first one's last checkpoint, with the recipe of the second stage, for the rest. In
@@ -17,9 +17,10 @@ taken from the second.
 Each run answers the test questions greedily before its first step, after its last, and now and then between, for the
 curve over tokens. Nothing follows from these answers: the policy that counts is the last one, never the best.
 
-The parts `losses` and `sampling` put the shipped losses and rules beside GRPO. Each has its preset's settings where
-there is one, and otherwise the task's own: learning rate, clip values and all. Nothing was tuned for any of them, so a
-loss that is behind may only want another learning rate.
+The parts `losses`, `two_rewards`, `sampling` and `draws` put the shipped losses and rules beside GRPO. Each has its
+preset's settings where there is one, and otherwise the task's own: learning rate, clip values and all. Nothing was
+tuned for any of them, so a loss that is behind may only want another learning rate. `draws` is for the task `few_sums`:
+which questions come again matters where they are so few that they do.
 
 Writes <out>/<gpu or cpu>/ablation.json and .md after every run, and the paper's figures 2, 5, 6 and 7 at the end, by
 default below --runs; `--out benchmarks/results` replaces what is published. Tables that were not asked for stay there,
@@ -37,11 +38,15 @@ import json
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
 
 from benchmarks.ablation_figures import draw_figures, rethinking_accuracies
 from benchmarks.ablation_runs import Job, UnfinishedError, run_all
@@ -50,7 +55,9 @@ from benchmarks.command_line import positive
 from benchmarks.machine import cores, describe
 from rethinker.config import ConfigError
 from rethinker.embedded import own_files
+from rethinker.embedded.files import as_files, model_folder
 from rethinker.evaluation.settings import flat_settings
+from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.files import whole_file
 from rethinker.settings import flat, presets, read_yaml_file, resolve_config
 
@@ -68,12 +75,16 @@ class Task:
     """The same split as `rethinker eval` names it."""
     tokens: int
     """Sampled tokens of a method, both stages together."""
+    few: int = 0
+    """Above 0: train on the first so many questions of a category for each 1 of its weight in the recipe, as one set.
+    The warm-up has seen the others, too."""
 
 
 TASKS = {
     "sums": Task(("sums_cpu", "sums_cpu_stage2"), "sums:test", "sums", 750_000),
     # Its test questions are the only ones that easy-VQA holds out.
     "easy_vqa": Task(("easy_vqa_cpu", "easy_vqa_cpu_stage2"), "easy_vqa", "easy_vqa", 250_000),
+    "few_sums": Task(("sums_cpu", "sums_cpu_stage2"), "sums:test", "sums", 750_000, few=26),
 }
 
 FIRST_SHARE = 0.6
@@ -133,6 +144,16 @@ def _losses() -> dict[str, Method]:
     return {"GRPO": Method(GRPO), **{name: Method(GRPO | change) for name, change in changes.items()}}
 
 
+def _two_rewards() -> dict[str, Method]:
+    """The answer and its form: one advantage by their sum, or by each."""
+    both = {"reward.functions": [{"function": "boxed"}, {"function": "format", "weight": 0.2}]}
+    return {
+        "GRPO": Method(GRPO),
+        "GRPO, format reward 0.2": Method(GRPO | both),
+        "GDPO, format reward 0.2": Method(GRPO | both | {"algorithm.advantages_per_reward": True}),
+    }
+
+
 PRESETS = {"dr_grpo": "Dr. GRPO", "gspo": "GSPO", "cispo": "CISPO", "sapo": "SAPO", "gmpo": "GMPO", "rloo": "RLOO"}
 FILTER = {"algorithm.name": "filter"}
 KEPT = {"replay.clear_every_episode": False, "replay.max_age": 4}
@@ -141,8 +162,7 @@ SAMPLING = {
     "filter": FILTER,
     "SSR": SSR,
     "filter, 3 rounds of refill": FILTER | {"algorithm.refill_rounds": 3},
-    "GRPO, drawn by variance": GRPO | {"data.draw": "variance"},
-    "GRPO, drawn by difficulty": GRPO | {"data.draw": "difficulty"},
+    "DAPO: clip-higher, refill, soft overlong punishment": _preset("dapo"),
     # Of 8 responses a single right or wrong one has an advantage of 2.47, one of two 1.62.
     "filter, advantages below 2": FILTER | {"algorithm.max_advantage": 2.0},
     "SSR, kept for 4 episodes": SSR | KEPT,
@@ -179,7 +199,12 @@ PARTS: dict[str, dict[str, Method]] = {
     "groups_of_2": _ssr_and_grpo(GROUPS_OF_2),
     "groups_of_2_low_rate": _ssr_and_grpo(GROUPS_OF_2 | {"train.learning_rate": 1e-4}),
     "losses": _losses(),
+    "two_rewards": _two_rewards(),
     "sampling": {name: Method(settings) for name, settings in SAMPLING.items()},
+    "draws": {
+        "GRPO": Method(GRPO),
+        **{f"GRPO, drawn by {what}": Method(GRPO | {"data.draw": what}) for what in ("variance", "difficulty")},
+    },
 }
 """A table each. Where GRPO is among a table's methods, they are compared with one another, else with METHODS."""
 
@@ -204,6 +229,8 @@ class Stage:
     name: str
     recipe: str
     settings: Settings
+    few: int
+    """That of the task."""
     before: Stage | None = None
 
 
@@ -213,7 +240,10 @@ def stages(task: str, method: Method, seed: int, tokens: int, questions: int) ->
     share = max(1, round(FIRST_SHARE * tokens))
     recipes = TASKS[task].recipes
     room = max(_resolved(recipe)["rollout.max_new_tokens"] for recipe in recipes)  # for a first and a second answer
-    asked = {"data.validation": TASKS[task].test, "validation.size": questions, "rollout.max_new_tokens": room}
+    asked: dict[str, Any] = {"data.validation": TASKS[task].test, "validation.size": questions}
+    asked["rollout.max_new_tokens"] = room
+    if few := TASKS[task].few:
+        asked |= {"data.train": f"{task}_{few}.parquet", "data.category_weights": {}}
     shared = SHARED | asked | method.both
     seeds = {"seed": seed, "policy.warmup.seed": seed}
     first = _stage(task, recipes[0], {**shared, **seeds, "train.max_generated_tokens": share}, method.both, None)
@@ -232,13 +262,14 @@ def _stage(task: str, recipe: str, settings: Settings, varied: Settings, before:
     learned = {key: value for key, value in values.items() if value and not key.startswith(NOT_LEARNED)}
     known = json.dumps([learned, before.name if before else _demo_code()], sort_keys=True)
     words = [
-        f"{key.rpartition('.')[2]}{values[key]}"
+        f"{key.rpartition('.')[2]}{len(values[key]) if isinstance(values[key], list) else values[key]}"
         for key in varied
         if key != "algorithm.name" and values[key] != _resolved(recipe)[key]
     ]
     number, seed = (2, settings["seed"] - 1000) if before else (1, settings["seed"])
     words = [task, values["algorithm.name"], *words, f"stage{number}", f"seed{seed}"]
-    return Stage("-".join([*words, hashlib.sha256(known.encode()).hexdigest()[:8]]), recipe, settings, before)
+    name = "-".join([*words, hashlib.sha256(known.encode()).hexdigest()[:8]])
+    return Stage(name, recipe, settings, TASKS[task].few, before)
 
 
 @functools.cache
@@ -250,6 +281,28 @@ def _demo_code() -> str:
 @functools.cache
 def _resolved(recipe: str) -> dict[str, Any]:
     return flat(resolve_config(recipe, {"run.name": "any"}))
+
+
+def _few_questions(stage: Stage, runs: Path) -> Path:
+    """The file of a task's few questions, below the runs."""
+    file, data = runs / stage.settings["data.train"], resolve_config(stage.recipe, {"run.name": "any"}).data
+    if not file.is_file():
+        table = parquet.read_table(as_files(data, "train").train)
+        left = Counter({category: round(stage.few * weight) for category, weight in data.category_weights.items()})
+        chosen = []
+        for category in table["category"].to_pylist():
+            left[category] -= 1
+            chosen.append(left[category] >= 0)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as partial:
+            parquet.write_table(table.filter(pa.array(chosen)), partial)
+    return file
+
+
+def _warmed_up(stage: Stage) -> str:
+    """The model that the recipe starts from, which has been warmed up on all questions."""
+    warmed = {"run.name": "any", "policy.warmup.seed": stage.settings["policy.warmup.seed"]}
+    return model_folder(resolve_config(stage.recipe, warmed), Ranks(0, 1, 0))
 
 
 def training(stage: Stage, runs: Path, jobs: dict[str, Job]) -> Job:
@@ -268,6 +321,9 @@ def training(stage: Stage, runs: Path, jobs: dict[str, Job]) -> Job:
         settings = {**stage.settings, "train.max_generated_tokens": left(), "run.dir": str(runs)}
         if before:
             settings["policy.model"] = str(runs / before.name / "checkpoints" / "last")
+        if stage.few:
+            settings["data.train"] = str(_few_questions(stage, runs))
+            settings["policy.model"] = settings.get("policy.model") or _warmed_up(stage)
         settings |= {"run.name": stage.name, "resume": "auto"}
         given = [
             text
@@ -413,7 +469,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, parts = parser.add_argument, [*PARTS, "rethinking"]
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--tasks", nargs="+", choices=TASKS, default=[name for name, task in TASKS.items() if not task.few])
     add("--parts", nargs="+", choices=parts, default=parts, help="a table each; rethinking is figure 7")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     budgets = ", ".join(f"{name} {task.tokens}" for name, task in TASKS.items())

@@ -13,8 +13,11 @@ import pytest
 from benchmarks import ablation
 from benchmarks.ablation import METHODS, PARTS, Ablation, Method, Task, stages
 from benchmarks.ablation_runs import UnfinishedError
-from rethinker.settings import flat, resolve_config
+from rethinker.evaluation.settings import flat_settings
+from rethinker.settings import flat, presets, read_yaml_file, resolve_config
 from tests.benchmarks.test_ablation_summary import CATEGORIES, METRICS, write_run
+
+RULES = ("losses", "two_rewards", "sampling", "draws")
 
 
 def names(task: str, method, seed: int = 0, tokens: int = 1000, questions: int = 100) -> tuple[str, str]:
@@ -94,7 +97,7 @@ class TestPlan:
         told += ["replay.clear_every_episode", "replay.max_age", "train.episode_queries", "validation.every"]
         told += ["rollout.group_size", "train.batch_pairs", "train.learning_rate"]
         told += [f"rethink.{name}" for name in ("fraction", "first_answers", "mask_first_answer")]
-        told += [key for part in ("losses", "sampling") for method in PARTS[part].values() for key in method.both]
+        told += [key for part in RULES for method in PARTS[part].values() for key in method.both]
         for number in (0, 1):
             runs = [
                 stages("easy_vqa", method, 3, 1000, 100)[number] for part in PARTS.values() for method in part.values()
@@ -130,11 +133,18 @@ class TestPlan:
     def test_rules_of_sampling_are_those_of_their_names(self):
         """No two are one run; learning rate, loss and clips are GRPO's. Needs the settings of every rule."""
         both = {name: stages("sums", method, 0, 1000, 100) for name, method in PARTS["sampling"].items()}
-        assert len({run.name for run, _ in both.values()}) == len(both) == 12
+        assert len({run.name for run, _ in both.values()}) == len(both) == 11
         loss = ("algorithm.loss", "algorithm.clip", "algorithm.aggregation", "algorithm.advantage_", "train.")
-        values = [flat(resolve_config(run.recipe, run.settings | {"run.name": "x"})) for run, _ in both.values()]
+        (dapo,) = (run for name, (run, _) in both.items() if name.startswith("DAPO"))
+        assert flat_settings(read_yaml_file(presets()["dapo"], "dapo")).items() <= dapo.settings.items()
+        rules = [run for run, _ in both.values() if run is not dapo]
+        values = [flat(resolve_config(run.recipe, run.settings | {"run.name": "x"})) for run in rules]
         shared = [{key: value for key, value in found.items() if key.startswith(loss)} for found in values]
         assert all(found == shared[0] for found in shared)
+
+    def test_two_rewards_are_given_to_both_but_for_one_setting(self):
+        by_sum, by_each = (PARTS["two_rewards"][f"{name}, format reward 0.2"].both for name in ("GRPO", "GDPO"))
+        assert by_each == by_sum | {"algorithm.advantages_per_reward": True}
 
     def test_seeds_come_first_and_no_job_twice(self, tmp_path):
         jobs = Ablation(["easy_vqa"], [*PARTS, "rethinking"], [4, 2], 1000, 100, tmp_path).jobs()
@@ -352,6 +362,21 @@ class TestWhole:
         assert before == 3
         assert self.main(tmp_path, "--parts", "methods") == 0
         assert len(calls()) == 3 + 4
+
+    def test_few_questions_are_a_file_and_start_from_the_same_model(self, tmp_path, calls, monkeypatch):
+        """The first 26 of each category for each 1 of its weight, drawn as one set, in both stages."""
+        monkeypatch.setattr(ablation, "_warmed_up", lambda stage: f"warm-up {stage.settings['policy.warmup.seed']}")
+        assert self.main(tmp_path, "--tasks", "few_sums", "--parts", "draws", "--seeds", "3") == 0
+        found = [settings for _, _, settings in calls()]
+        (file,) = {settings["--data.train"] for settings in found}
+        ids = pd.read_parquet(file)["id"].tolist()
+        weights = {2: 1, 3: 1, 4: 2, 5: 3, 6: 3}
+        assert ids == [f"sums/train/{terms}/{n}" for terms, weight in weights.items() for n in range(26 * weight)]
+        assert {settings["--data.category_weights"] for settings in found} == {"{}"}
+        models = [settings["--policy.model"] for settings in found]
+        assert models.count("warm-up 3") == 3 and len(set(models)) == 4 and len(found) == 6
+        (table,) = self.tables(tmp_path)
+        assert (table["task"], table["part"]) == ("few_sums", "draws") and len(table["rows"]) == 3
 
     def test_a_run_that_was_stopped_early_is_not_done(self, tmp_path):
         jobs = {}
