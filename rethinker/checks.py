@@ -34,6 +34,11 @@ def check_geometry(config: Config) -> None:
             f"({episode} x {group} = {episode * group}) divisible by {batch}; "
             f"nearest train.episode_queries: {_multiples(episode, batch // group)}"
         )
+    if group == 1 and config.algorithm.advantage_baseline != "batch" and ":" not in config.algorithm.loss:
+        raise ConfigError(
+            "rollout.group_size=1 compares a response with itself, so that no advantage differs from 0; set it to 2 or "
+            "more, as 8, or algorithm.advantage_baseline=batch"
+        )
     if data.min_pixels > data.max_pixels:
         raise ConfigError(f"data.min_pixels={data.min_pixels} must not exceed data.max_pixels ({data.max_pixels})")
     if data.prompt.count("{question}") != 1:

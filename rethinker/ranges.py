@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WrapValidator
 
+SERVER = r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?"
+"""An address without a path, as a regular expression."""
 MOST_IMAGE_PIXELS = 178_956_970  # above twice its own threshold Pillow opens no image
 
 
@@ -43,7 +45,7 @@ def _steps(spec: str) -> str:
 
 
 def _address(url: str) -> str:
-    if not re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?/?", url):
+    if not re.fullmatch(f"{SERVER}/?", url):
         raise ValueError("must be an address like http://127.0.0.1:8100, with a number as its port and no path")
     return url
 
@@ -64,6 +66,11 @@ def _correction(value: Any) -> Any:
             f"algorithm.correction_high={bound}"
         )
     return value
+
+
+def problem_of(error: Mapping[str, Any]) -> str:
+    """What one of pydantic's errors asks for, in the words of the others: `must be greater than 0`."""
+    return re.sub(r"^\w+ should", "must", error["msg"].removeprefix("Value error, "))
 
 
 Count = Annotated[int, Field(strict=True, ge=1)]

@@ -291,6 +291,10 @@ class Accuracy:
     overall: float
     by_category: dict[str, float]
     questions: int
+    right: str = ""
+    """`1` or `0` for each question, in the order in which they were asked."""
+    asked: str = ""
+    """Names the questions and that order: runs with equal ones are compared question by question."""
 
 
 @dataclass(frozen=True)

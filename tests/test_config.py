@@ -330,6 +330,18 @@ def test_values_out_of_range(key, value, needed):
     assert needed in str(error.value)
 
 
+def test_a_group_of_one_has_no_advantage(tmp_path):
+    """Nothing would be learned, under a name that says nothing of it; a baseline of other queries, or a loss that may
+    need no advantage, can do with one response."""
+    one, loss = {"rollout.group_size": 1, "train.batch_pairs": 128}, tmp_path / "mine.py"
+    loss.touch()
+    for baseline in ("group", "leave_one_out"):
+        with pytest.raises(ConfigError, match="rollout.group_size=1 .* set it to 2 or more"):
+            resolve_config("easy_vqa_cpu", one | {"algorithm.advantage_baseline": baseline})
+    resolve_config("easy_vqa_cpu", one | {"algorithm.advantage_baseline": "batch"})
+    resolve_config("easy_vqa_cpu", one | {"algorithm.loss": f"{loss}:mine"})
+
+
 @pytest.mark.parametrize(
     ("given", "needed"),
     [

@@ -65,8 +65,8 @@ def load_loss(config: AlgorithmConfig, device: torch.device | str = "cpu") -> Po
         if name not in given and settings[name] != defaults[name]:
             default = "null" if defaults[name] is None else defaults[name]
             raise ConfigError(
-                f"{named}: it has no parameter {name}, so algorithm.{name}={settings[name]} would change nothing; give "
-                f"it one, or set algorithm.{name}={default}"
+                f"{named}: it has no parameter {name}, so algorithm.{name}={settings[name]} would change nothing; set "
+                f"algorithm.{name}={default}{', or give it one' * (':' in config.loss)}"
             )
     loss = partial(function, **given)
     try:

@@ -91,7 +91,8 @@ class RunDirectory:
         """Append a validation after optimizer step `step`."""
         if self.enabled:
             row = {"step": step, "val_accuracy": accuracy.overall, "questions": accuracy.questions}
-            self._append("validation.jsonl", row | {"by_category": accuracy.by_category})
+            row |= {"by_category": accuracy.by_category, "right": accuracy.right, "asked": accuracy.asked}
+            self._append("validation.jsonl", row)
 
     def write_completions(self, episode: int, groups: Sequence[Group]) -> None:
         """Write an episode's completions; an episode written twice is replaced.

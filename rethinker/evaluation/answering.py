@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import random
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from rethinker.algorithm.rethinking import Trigger
@@ -85,14 +87,17 @@ def validate(
     """
     places = range(len(queries))[ranks.rank :: ranks.world_size]
     groups = model.answer([queries[place] for place in places], max_new_tokens=max_new_tokens)
-    verdicts = [(group.query.category, group.right[0]) for group in groups]
-    judged = pd.DataFrame([v for share in ranks.gather(verdicts) for v in share], columns=["category", "right"])
-    by_category = judged.groupby("category").right.mean().to_dict()
+    right = np.zeros(len(queries), dtype=int)
+    for rank, verdicts in enumerate(ranks.gather([group.right[0] for group in groups])):
+        right[rank :: ranks.world_size] = verdicts
+    by_category = pd.Series(right).groupby([query.category for query in queries]).mean().to_dict()
     # Without their queries, which hold images and which rank 0 has.
     mine = {i: dataclasses.replace(g, query=None) for i, g in zip(places, groups, strict=True) if i < keep}
     held = {place: group for share in ranks.gather_to_main(mine) or [] for place, group in share.items()}
     answers = [dataclasses.replace(held[place], query=queries[place]) for place in sorted(held)]
-    return Accuracy(float(judged.right.mean()), by_category, questions=len(queries)), answers
+    asked = hashlib.sha256(repr([(query.id, query.question, query.answer) for query in queries]).encode()).hexdigest()
+    overall, verdicts = float(right.mean()), "".join(map(str, right))
+    return Accuracy(overall, by_category, len(queries), verdicts, asked[:16]), answers
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from rethinker.evaluation.intervals import (
     wilson_interval,
 )
 from rethinker.report.configurations import Configuration, configurations, seeds_of
-from rethinker.report.measures import Measures, last_answers, mean_curve, measure, tokens_to
+from rethinker.report.measures import Measures, last_verdicts, mean_curve, measure, tokens_to
 from rethinker.report.runs import RunRecord
 from rethinker.report.summary import markdown
 
@@ -105,19 +105,19 @@ def _difference(first: Sequence[Measures], measured: Sequence[Measures]) -> Reco
 
 
 def _of_two_runs(first: Measures, second: Measures) -> Record:
-    """By question where both kept their answers to all of the same questions; else as of two samples of questions."""
-    answers = last_answers(first), last_answers(second)
-    if all(answers) and answers[0].keys() == answers[1].keys():
-        cells = Counter((right, answers[1][question]) for question, right in answers[0].items())
-        counts = (cells[before, after] for before in (True, False) for after in (True, False))
-        difference, low, high = paired_difference(*counts)
-        return {"difference": difference, **_ends("difference", low, high, f"paired by {len(answers[0])} questions")}
+    """By question where both were asked the same ones; else as of two samples of questions."""
+    verdicts = last_verdicts(first), last_verdicts(second)
+    if all(verdicts) and verdicts[0][0] == verdicts[1][0]:
+        before, after = (right for _, right in verdicts)
+        cells = Counter(zip(before, after, strict=True))
+        difference, low, high = paired_difference(*(cells[b, a] for b in "10" for a in "10"))
+        return {"difference": difference, **_ends("difference", low, high, f"paired by {len(before)} questions")}
     n = [one.questions.get("last") for one in (first, second)]
     values = [one.numbers["last"] for one in (first, second)]
     if not all(n):
         return {"difference": values[1] - values[0], "difference_interval": "no interval: number of questions unknown"}
     difference, low, high = unpaired_difference(round(values[0] * n[0]), n[0], round(values[1] * n[1]), n[1])
-    other = all(answers) or n[0] != n[1]
+    other = all(verdicts) or n[0] != n[1]
     kind = f"unpaired, {n[0]} and {n[1]}{' other' if other else ''} questions"
     return {"difference": difference, **_ends("difference", low, high, kind)}
 

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 
 from rethinker.report.runs import RunRecord
-from rethinker.runtime.completions import validation_name
 
 Curve = Sequence[Sequence[float]]
 """(sampled tokens, held-out accuracy) in order."""
@@ -90,15 +88,10 @@ def tokens_to(tokens: np.ndarray, accuracies: np.ndarray, level: float) -> float
     return float(tokens[after - 1] + (level - low) / (high - low) * (tokens[after] - tokens[after - 1]))
 
 
-def last_answers(measures: Measures) -> dict[tuple[str, ...], bool] | None:
-    """Whether each question of a run's last validation, by its id, text and answer, was answered right; None unless the
-    run kept the answers to all of them."""
-    run = measures.run
-    step = run.series("val_accuracy").index[-1] - sum(run.joins[-1:])
-    file = run.folder / "validation" / validation_name(step)
-    try:
-        rows = pq.read_table(file, columns=["query_id", "question", "answer", "reward"]).to_pylist()
-        found = {(row["query_id"], row["question"], row["answer"]): row["reward"] >= 1.0 for row in rows}
-    except Exception:  # of another hand: pyarrow and what reads the rows raise anything
-        return None
-    return found if len(found) == len(rows) == measures.questions.get("last") else None
+def last_verdicts(measures: Measures) -> tuple[str, str] | None:
+    """What the last validation asked, and `1` or `0` for each question; None of a run that did not say it."""
+    step = measures.run.series("val_accuracy").index[-1]
+    row = next(row for row in reversed(measures.run.validations) if row["step"] == step)
+    asked, right = row.get("asked"), row.get("right")
+    known = isinstance(asked, str) and isinstance(right, str) and bool(asked)
+    return (asked, right) if known and len(right) == row.get("questions") and set(right) <= {"0", "1"} else None

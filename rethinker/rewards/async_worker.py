@@ -11,8 +11,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 from rethinker.rewards import worker as process
 from rethinker.rewards.functions import RewardFunction, call_with
@@ -24,19 +25,28 @@ class AsyncWorker(Worker):
 
     inside = "rethinker.rewards.async_worker"
 
-    def check_all(self, asked: Sequence[Asked], broken_off: threading.Event) -> list[Verdict]:
-        """What the function says of each response, at most `concurrency` of them at a time.
+    def check_all(
+        self, items: Sequence[Any], asked: Callable[[Any], Asked], broken_off: threading.Event
+    ) -> list[Verdict]:
+        """What the function says of each item, at most `concurrency` of them at a time; `asked` says of one what the
+        function is asked, when its turn comes: the images of an episode are large.
 
         The rest is SKIPPED once `broken_off` is set, or a call failed and `on_failure` is stop. Raises as `check`.
         """
         with self._in_use():
-            return self._check_all(asked, broken_off)
+            try:
+                return self._check_all(items, asked, broken_off)
+            except BaseException:  # of `asked`: what is under way would answer the next one's calls
+                self.kill()
+                raise
 
-    def _check_all(self, asked: Sequence[Asked], broken_off: threading.Event) -> list[Verdict]:
+    def _check_all(
+        self, items: Sequence[Any], asked: Callable[[Any], Asked], broken_off: threading.Event
+    ) -> list[Verdict]:
         (entry,) = self.entries
         patience = 1.5 * entry.timeout_s + 1.0  # by then a loop that runs has answered
-        verdicts = [SKIPPED] * len(asked)
-        waiting, suspects = deque(range(len(asked))), deque[int]()
+        verdicts = [SKIPPED] * len(items)
+        waiting, suspects = deque(range(len(items))), deque[int]()
         under_way: dict[int, float] = {}  # place of the response -> when to give up, the earliest first
         alone = stop = False  # whether the call under way is a suspect's; whether one failed that must not
         while waiting or suspects or under_way:
@@ -51,8 +61,9 @@ class AsyncWorker(Worker):
                 queue, most = (suspects, 1) if alone else (waiting, entry.concurrency)
                 while queue and len(under_way) < most:
                     place = queue.popleft()
+                    about = asked(items[place])  # which may take a while: it opens images
                     under_way[place] = time.monotonic() + patience
-                    self._link.send((place, asked[place]))
+                    self._link.send((place, about))
                 left = next(iter(under_way.values())) - time.monotonic()
                 if self._link.poll(max(0.0, min(left, LOOK_S))):
                     place, verdict = self._link.recv()

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -133,7 +134,8 @@ class AnswerChecker(contextlib.AbstractContextManager):
             ConfigError: or an error, since that is stop.
         """
         for entry in (f.entry for f in self.functions if f.entry.function in TRIALS):
-            ((_, failure),) = self._async[entry.name].check_all([TRIALS[entry.function]()], threading.Event())
+            trial = TRIALS[entry.function]
+            ((_, failure),) = self._async[entry.name].check_all([trial], lambda trial: trial(), threading.Event())
             if failure:
                 said = f"{entry.named}: it cannot judge ({failure.replace(chr(10), '; ')})"
                 if entry.on_failure == "stop":
@@ -238,13 +240,13 @@ class AnswerChecker(contextlib.AbstractContextManager):
         def run(call: _Call) -> list[Verdict]:
             if broken_off.is_set():
                 return [SKIPPED] * len(call.items)
-            entry, about = call.function.entry, [asked(call.function, item) for item in call.items]
+            entry, about = call.function.entry, partial(asked, call.function)
             if call.function.kind == "async":
-                verdicts = self._async[entry.name].check_all(about, broken_off)
+                verdicts = self._async[entry.name].check_all(call.items, about, broken_off)
             else:
                 worker = self._idle.pop()
                 try:
-                    verdicts = worker.check(self._places[entry.name], about)
+                    verdicts = worker.check(self._places[entry.name], [*map(about, call.items)])
                 finally:
                     self._idle.append(worker)
             if entry.on_failure == "stop" and any(failure for _, failure in verdicts):

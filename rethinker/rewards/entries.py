@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -27,7 +26,7 @@ def _label(name: str) -> str:
 NEEDS = {"boxed": "", "format": "", "overlong": "", "judge": "openai"}
 """The functions that ship (functions.py), and the package that one needs for itself."""
 
-_KEYS = {
+KEYS = {
     "function": ranges.PathOrName,
     "weight": Annotated[float, Field(strict=True, allow_inf_nan=False), AfterValidator(_not_zero)],
     "name": Annotated[str, AfterValidator(_label)],
@@ -76,16 +75,22 @@ def reward_entries(config: RewardConfig) -> list[Entry]:
         ConfigError: naming the entry and its key.
     """
     if not config.functions:
-        return [Entry("reward", config.function, _name_of(config.function), config.timeout_s)]
-    if config.function != RewardConfig.function:
+        entries = [Entry("reward", config.function, _name_of(config.function), config.timeout_s)]
+    elif config.function != RewardConfig.function:
         raise ConfigError(
             f"reward.function={config.function} and reward.functions are two answers to one question; put it into "
             f"reward.functions as {{function: {config.function}}}, and leave reward.function out"
         )
-    entries = [_entry(f"reward.functions[{i}]", given, config) for i, given in enumerate(config.functions)]
+    else:
+        entries = [_entry(f"reward.functions[{i}]", given, config) for i, given in enumerate(config.functions)]
     for i, entry in enumerate(entries):
         if any(other.name == entry.name for other in entries[:i]):
             raise ConfigError(f"{entry.place}.name={entry.name} is another entry's; give this one a name of its own")
+    if entries[0].function == "overlong":
+        raise ConfigError(
+            f"{entries[0].named} comes first and so says what is right, but its values are 0 at most; put the function "
+            "that judges answers before it, as reward.functions: [{function: boxed}, {function: overlong}]"
+        )
     return entries
 
 
@@ -100,21 +105,20 @@ def _entry(place: str, given: dict[Any, Any], config: RewardConfig) -> Entry:
     for key in given:
         if not isinstance(key, str):
             raise ConfigError(f"{place}={given}: its key {key!r} must be a text")
-    own = {key: _checked(place, key, value) for key, value in given.items() if key in _KEYS}
+    own = {key: _checked(place, key, value) for key, value in given.items() if key in KEYS}
     return Entry(
         place,
         **{"name": _name_of(own["function"]), "timeout_s": config.timeout_s} | own,
-        options={key: value for key, value in given.items() if key not in _KEYS},
+        options={key: value for key, value in given.items() if key not in KEYS},
         timeout_setting=f"{place}.timeout_s" if "timeout_s" in own else "reward.timeout_s",
     )
 
 
 def _checked(place: str, key: str, value: Any) -> Any:
     try:
-        return TypeAdapter(_KEYS[key]).validate_python(value)
+        return TypeAdapter(KEYS[key]).validate_python(value)
     except ValidationError as error:
-        problem = re.sub(r"^\w+ should", "must", error.errors()[0]["msg"].removeprefix("Value error, "))
-        raise ConfigError(f"{place}.{key}={value!r} {problem}") from None
+        raise ConfigError(f"{place}.{key}={value!r} {ranges.problem_of(error.errors()[0])}") from None
 
 
 def _name_of(function: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rethinker.config import ConfigError, RewardConfig, nearest
 from rethinker.rewards.answers import compare, extract_boxed, math_equal
-from rethinker.rewards.entries import Entry, reward_entries
+from rethinker.rewards.entries import KEYS, Entry, reward_entries
 from rethinker.rewards.judge import check_judge, judge, trial
 from rethinker.rewards.published import published_verdict
 from rethinker.rewards.rules import DEFAULT_RULES, Rules, rules_of
@@ -146,12 +146,22 @@ def load_reward(entry: Entry, rules: Rules = DEFAULT_RULES, max_tokens: int | No
     further = [p for p in list(parameters.values())[3:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     further += [p for p in list(parameters.values())[:3] if p.kind is p.KEYWORD_ONLY]
     facts = tuple(p.name for p in further if p.name in FACTS)
+    if taken := [p.name for p in further if p.name in KEYS]:
+        raise ConfigError(
+            f"{entry.named}: its parameter {taken[0]} is never given, since an entry says so of itself; give the "
+            "parameter another name"
+        )
     takes = [p.name for p in further if p.name not in FACTS]
     _check_options(entry, takes, open_ended=any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
     if check := CHECKS.get(entry.function):
         try:
             check(max_tokens, **entry.options)
         except ValueError as error:
+            if entry.place == "reward":
+                raise ConfigError(
+                    f"{entry.named}: {error}; options stand in an entry of reward.functions, as [{{function: "
+                    f"{entry.function}, ...}}]"
+                ) from error
             raise ConfigError(f"{entry.place}.{error}") from error
     try:
         inspect.signature(function).bind("response", "answer", "query", **entry.options, **dict.fromkeys(facts))
@@ -189,7 +199,7 @@ def _check_options(entry: Entry, takes: Sequence[str], open_ended: bool) -> None
         if key in FACTS:
             raise ConfigError(f"{entry.place}.{key} is a fact that a function asks for, not an option; remove it")
         if key not in takes and not open_ended:
-            known = [*takes, "weight", "name", "concurrency", "timeout_s", "on_failure"]
+            known = [*takes, *(key for key in KEYS if key != "function")]
             close = nearest(key, known)
             hint = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
             raise ConfigError(f"{entry.place}.{key}: {entry.function} takes no such option: {hint}")

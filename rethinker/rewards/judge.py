@@ -58,7 +58,7 @@ _Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 def _of_an_api(address: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", address):
+    if not re.fullmatch(rf"{ranges.SERVER}(/[^\s?#]*)?", address):
         raise ValueError("must be the address of an OpenAI-style API, as http://127.0.0.1:8000/v1")
     return address
 
@@ -80,6 +80,8 @@ def _json(body: dict[str, Any] | None) -> dict[str, Any] | None:
         json.dumps(body, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"must be what JSON can say ({error})") from error
+    if (body or {}).get("stream"):
+        raise ValueError("must not ask for a stream, which has no last line to read a score from")
     return body
 
 
@@ -229,7 +231,7 @@ def check_judge(max_tokens: int | None = None, **options: Any) -> None:
         create_model("judge", **fields)(**options)
     except ValidationError as error:
         first = error.errors()[0]
-        name, problem = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        name, problem = ".".join(map(str, first["loc"])), ranges.problem_of(first)
         if first["type"] == "missing" and len(first["loc"]) > 1:
             name, problem = first["loc"][0], "must be two numbers, the lowest and the highest score"
             raise ValueError(f"{name}={options[name]!r}: {problem}") from None

@@ -152,6 +152,8 @@ def test_an_old_checkpoint_is_read_and_written_back_to_the_bit(tmp_path, rank):
             assert new.get("progress", {}).pop(count, 0) == 0
         assert set(new.get("progress", {}).pop("weighed", {}).values()) <= {None}  # nor what a correction did
         assert not new.get("progress", {}).pop("unvalidated", False)  # nor whether a validation was broken off
+        for accuracy in ("before", "after", "best") if "progress" in new else ():  # nor which questions were right
+            assert new["progress"][accuracy].pop("right") == new["progress"][accuracy].pop("asked") == ""
         if "samples" in new:  # nor did it mask tokens
             assert not any(new["samples"].pop("ranked")) and not len(new["samples"].pop("kept"))
         assert repr(new) == repr(old)

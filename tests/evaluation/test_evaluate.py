@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -203,6 +204,22 @@ def test_the_first_answers_of_a_validation_are_kept(encoder, checker):
     alone, expected = validate(queries, model, ALONE, 64, keep=3)
     assert accuracy == alone and kept[0] == expected
     assert [group.completions[0].text for group in expected] == [SCRIPT[query.id][1] for query in queries[:3]]
+
+
+def test_a_validation_says_which_questions_are_right(encoder, checker):
+    """In the order asked; other questions, answers or orders have another name."""
+    queries = [Query(name, f"Say {name}.", answer) for name, (answer, _, _) in list(SCRIPT.items())[:4]]
+
+    def validated(queries):
+        return validate(queries, AnsweringModel(Scripted(encoder.tokenizer), encoder, checker), ALONE, 64)[0]
+
+    first = validated(queries)
+    each = "".join(validated([query]).right for query in queries)
+    assert first.right == each and set(each) == {"0", "1"} and first.right.count("1") == 4 * first.overall
+    assert validated(queries).asked == first.asked
+    backwards, other = queries[::-1], [*queries[:3], replace(queries[3], answer="another")]
+    assert validated(backwards).right == first.right[::-1]
+    assert len({first.asked, *(validated(another).asked for another in (backwards, other, queries[:3]))}) == 4
 
 
 def test_the_checkers_processes_start_after_the_engine(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 
 import numpy as np
@@ -15,8 +16,7 @@ from rethinker.report import page
 from rethinker.report.comparison import NOTES, as_text, compare_runs, comparison, write_comparison
 from rethinker.report.page import write_report
 from rethinker.report.runs import read_runs
-from rethinker.runtime.completions import validation_name, write_groups
-from tests.report.examples import group, write_run
+from tests.report.examples import write_run
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def no_figures(monkeypatch):
 
 def run_of(folder, accuracies, *, seed=0, questions=8, tokens=100, model="tiny", answers=None, steps=6, **settings):
     """A run with these accuracies by step and so many questions, which samples so many tokens a step; `answers` are the
-    kept verdicts on q0, q1, ... after the last step; `settings` replace values in config.yaml."""
+    last verdicts on q0, q1, ... in the order asked; `settings` replace values in config.yaml."""
     write_run(folder, seed=seed, accuracies=accuracies, model=model, steps=steps)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     counted = [row | {"generated_tokens": tokens * row["step"]} for row in rows]
@@ -36,16 +36,15 @@ def run_of(folder, accuracies, *, seed=0, questions=8, tokens=100, model="tiny",
     if accuracies:
         rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
         rows = [row | {"questions": questions} for row in rows]
+        if answers is not None:
+            right = "".join(str(int(right)) for right in answers.values())
+            rows[-1] |= {"right": right, "asked": hashlib.sha256(repr([*answers]).encode()).hexdigest()[:16]}
         (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = (folder / "config.yaml").read_text()
     for name, value in settings.items():
         old = next(line for line in config.splitlines() if line.strip().startswith(f"{name}:"))
         config = config.replace(old, f"{old.partition(':')[0]}: {value}")
     (folder / "config.yaml").write_text(config)
-    if answers is not None:
-        (folder / "validation").mkdir(exist_ok=True)
-        groups = [group(number, [("x", float(right))]) for number, right in answers.items()]
-        write_groups(folder / "validation" / validation_name(max(accuracies)), groups)
     return folder
 
 
@@ -58,10 +57,15 @@ def ends(record, name):
 
 
 def test_seeds_of_one_configuration_are_one_row(tmp_path):
-    """Three seeds, whose warm-ups, names, folders and checkpoints differ too: their mean and Student's t over them, as
-    scipy has it. Another clip is another row, which its label names."""
+    """Three seeds, whose warm-ups, names, folders, checkpoints and machines differ too: their mean and Student's t over
+    them, as scipy has it. Another clip is another row, which its label names."""
     last = [0.5, 0.625, 0.75]
-    seeds = [run_of(tmp_path / f"s{i}", {0: 0.25, 6: a}, seed=i, keep=10 + i) for i, a in enumerate(last)]
+    seeds = [
+        run_of(
+            tmp_path / f"s{i}", {0: 0.25, 6: a}, seed=i, keep=10 + i, workers=2 + i, gpu_memory_utilization=0.5 + i / 9
+        )
+        for i, a in enumerate(last)
+    ]
     other = run_of(tmp_path / "o", {0: 0.25, 6: 0.5}, clip_high=0.5)
     one, two = compared(*seeds, other)
     assert (one["label"], two["label"]) == ("clip_high=0.35", "clip_high=0.5")
@@ -118,38 +122,36 @@ def test_one_seed_twice_is_one_sample(tmp_path):
 
 
 def test_the_difference_of_two_runs_is_paired_by_question(tmp_path):
-    """Where both kept their answers to all of the same questions, in whatever order; otherwise it is unpaired, and it
-    says so where the questions are others."""
+    """Where both last validated on the same questions; otherwise it is unpaired, and it says so where the questions are
+    others."""
     rights = {number: number < 4 for number in range(8)}
-    ours = {number: number in (0, 1, 2, 5, 6, 7) for number in reversed(range(8))}
+    ours = {number: number in (0, 1, 2, 5, 6, 7) for number in range(8)}
     others = {number + 1: right for number, right in ours.items()}
-    part = {number: ours[number] for number in range(3)}
     rows = compared(
         run_of(tmp_path / "a", {6: 0.5}, answers=rights),
         run_of(tmp_path / "b", {6: 0.75}, answers=ours, clip_high=0.4),
         run_of(tmp_path / "c", {6: 0.75}, answers=others, clip_high=0.5),
-        run_of(tmp_path / "d", {6: 0.75}, answers=part, clip_high=0.6),
-        run_of(tmp_path / "e", {6: 0.75}, clip_high=0.7),
-        run_of(tmp_path / "f", {6: 0.75}, questions=16, clip_high=0.8),
-        run_of(tmp_path / "g", {6: 0.75}, answers={}, clip_high=0.9),
+        run_of(tmp_path / "d", {6: 0.75}, clip_high=0.7),
+        run_of(tmp_path / "e", {6: 0.75}, questions=16, clip_high=0.8),
     )
-    (tmp_path / "g" / "validation" / validation_name(6)).write_bytes(b"half")
     kinds = [row.get("difference_interval") for row in rows]
     assert kinds[:3] == [None, "paired by 8 questions", "unpaired, 8 and 8 other questions"]
-    assert kinds[3:5] == ["unpaired, 8 and 8 questions"] * 2 and kinds[5] == "unpaired, 8 and 16 other questions"
+    assert kinds[3:] == ["unpaired, 8 and 8 questions", "unpaired, 8 and 16 other questions"]
     assert (rows[1]["difference"], *ends(rows[1], "difference")) == paired_difference(3, 1, 3, 1)
-    for row in rows[2:5]:
+    for row in rows[2:4]:
         assert (row["difference"], *ends(row, "difference")) == unpaired_difference(4, 8, 6, 8)
-    assert (rows[5]["difference"], *ends(rows[5], "difference")) == unpaired_difference(4, 8, 12, 16)
+    assert (rows[4]["difference"], *ends(rows[4], "difference")) == unpaired_difference(4, 8, 12, 16)
 
 
-def test_a_damaged_file_is_not_paired(tmp_path):
-    """Answers that cannot be read are as good as none."""
+@pytest.mark.parametrize("damage", [{"right": "1111"}, {"right": "1111xx00"}, {"right": 11110000}, {"asked": ""}])
+def test_verdicts_that_cannot_be_are_not_paired(damage, tmp_path):
+    """They are as good as none."""
     rights = {number: number < 4 for number in range(8)}
-    a = run_of(tmp_path / "a", {6: 0.5}, answers=rights)
-    b = run_of(tmp_path / "b", {6: 0.5}, answers=rights, clip_high=0.4)
+    a = run_of(tmp_path / "a", {0: 0.5, 6: 0.5}, answers=rights)
+    b = run_of(tmp_path / "b", {0: 0.5, 6: 0.5}, answers=rights, clip_high=0.4)
     assert compared(a, b)[1]["difference_interval"] == "paired by 8 questions"
-    (b / "validation" / validation_name(6)).write_bytes(b"half")
+    *rows, last = map(json.loads, (b / "validation.jsonl").read_text().splitlines())
+    (b / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, last | damage]))
     assert compared(a, b)[1]["difference_interval"] == "unpaired, 8 and 8 questions"
 
 

@@ -29,6 +29,7 @@ def swapped(queries, answers, responses): return [1.0] * len(responses)
 def yields(response, answer, query): yield 1.0
 async def streams(response, answer, query): yield 1.0
 def weighs(response, answer, query, weight): return 1.0
+def times(response, answer, query, timeout_s=3.0): return 1.0
 
 class Judge:
     async def __call__(self, response, answer, query): return 1.0
@@ -126,7 +127,7 @@ def test_the_kind_of_a_function_is_its_signature(file, name, kind, facts):
         ({"function": "format", "wieght": 2}, "did you mean weight"),
         ({"function": "format", "pattern": "("}, "reward.functions[0].pattern='(' is no regular expression"),
         ({"function": "format", "pattern": 3}, "reward.functions[0].pattern=3 is no regular expression"),
-        ({"function": "overlong", "tokens": 5}, "reward.functions[0].tokens is a fact"),
+        ({"function": "overlong", "tokens": 5}, "reward.functions[1].tokens is a fact"),
         ({"function": "overlong", "buffer": 0}, "buffer=0 must be a number of tokens"),
         ({"function": "overlong", "buffer": 2049}, "at most rollout.max_new_tokens (2048)"),
         ({"function": "{file}:single", "word": 5}, "did you mean words"),
@@ -141,13 +142,15 @@ def test_the_kind_of_a_function_is_its_signature(file, name, kind, facts):
         ({"function": "{file}:streams"}, "write return"),
         ({"function": "{file}:short"}, "it must take (response, answer, query)"),
         ({"function": "{file}:needs"}, "missing a required argument: 'table'"),
-        ({"function": "{file}:weighs", "weight": 1}, "missing a required argument: 'weight'"),
+        ({"function": "{file}:weighs", "weight": 1}, "its parameter weight is never given"),
+        ({"function": "{file}:times"}, "its parameter timeout_s is never given"),
     ],
 )
 def test_a_mistake_names_its_entry(file, entry, message):
     """Before anything slow: the entry, its key, the value, and what would work."""
     entry = {key: value.replace("{file}", str(file)) if key == "function" else value for key, value in entry.items()}
-    assert message in refused(entry)
+    before = [{"function": "boxed"}] * (entry.get("function") == "overlong")
+    assert message in refused(*before, entry)
 
 
 def test_mistakes_between_entries():
@@ -157,6 +160,22 @@ def test_mistakes_between_entries():
     )
     assert "reward.functions[1].weight=0" in refused({"function": "format"}, {"function": "boxed", "weight": 0})
     assert "leave reward.function out" in refused({"function": "format"}, function="mine.py:f")
+
+
+def test_what_judges_nothing_comes_second():
+    """By the punishment of a length alone no response would be right, in either form of the setting."""
+    assert "reward.functions[0].function=overlong comes first" in refused(
+        {"function": "overlong"}, {"function": "boxed"}
+    )
+    assert "reward.function=overlong comes first" in refused(function="overlong")
+    reward_entries(RewardConfig(functions=[{"function": "boxed"}, {"function": "overlong"}]))
+
+
+def test_a_shipped_function_that_needs_options():
+    """reward.function has no place for them: the error names the one that has."""
+    said = refused(function="judge")
+    assert said.startswith("reward.function=judge: address is missing")
+    assert said.endswith("options stand in an entry of reward.functions, as [{function: judge, ...}]")
 
 
 def test_the_list_in_yaml_and_on_the_command_line(file, tmp_path, monkeypatch):

@@ -412,19 +412,23 @@ def test_a_trial_shows_what_is_wrong(impatient):
     [
         ({"address": "127.0.0.1:8000"}, "address='127.0.0.1:8000': must be the address"),
         ({"address": "http://a/v1?x=1"}, "address='http://a/v1.x=1': must be the address"),
+        ({"address": "http://a:80a0/v1"}, "address='http://a:80a0/v1': must be the address"),
+        ({"address": "http://[::1/v1"}, "must be the address"),
         ({"prompt": "Rate it"}, r"prompt='Rate it': must have \{response\} in it"),
         ({"scale": [1, 1]}, r"scale=\[1, 1\]: must be the lowest"),
         ({"scale": ["0", "1"]}, "scale.0='0': .* valid number"),
-        ({"retries": -1}, "retries=-1: .* greater than or equal to 0"),
+        ({"retries": -1}, "retries=-1: must be greater than or equal to 0"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"pass_images": "no"}, "pass_images='no'"),
         ({"extra_body": {"a": {1}}}, r"extra_body=\{'a': \{1\}\}: must be what JSON can say"),
+        ({"extra_body": {"stream": True}}, r"extra_body=\{'stream': True\}: must not ask for a stream"),
     ],
 )
 def test_options_that_cannot_work(options, message):
     good = {"address": "http://127.0.0.1:8000/v1", "model": "referee"}
     check_judge(**good | {"scale": [1, 10], "max_new_tokens": None, "temperature": None})
+    check_judge(**good | {"address": "https://[::1]:8000/a/v1", "extra_body": {"stream": False}})
     with pytest.raises(ValueError, match=message):
         check_judge(**good | options)
     with pytest.raises(ValueError, match="model is missing"):

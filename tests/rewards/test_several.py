@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from rethinker.config import RewardConfig
+from rethinker.config import ConfigError, RewardConfig
 from rethinker.rewards.checker import AnswerChecker
 from rethinker.runtime import signals
 from rethinker.samples import Query
@@ -78,6 +78,10 @@ def red(response, answer, query, images): return sum(file[0] + len(file) / 1e6 f
 
 def red_batch(responses, answers, queries, images):
     return [sum(file[0] + len(file) / 1e6 for file in files) for files in images]
+
+async def red_async(response, answer, query, images):
+    await asyncio.sleep(0.3)
+    return act(response) + images[0][0]
 """
 
 
@@ -261,6 +265,27 @@ def test_images_are_opened_only_for_functions_that_ask(open_checker):
         assert checker.score(items) == expected and not checker.failures
         assert opened == ["q0", "q1"]
         opened.clear()
+
+
+def test_images_are_opened_when_their_turn_comes(open_checker):
+    """Those of an episode do not fit in memory at once: of the responses that an async function is not asked about,
+    none are opened. An image that cannot be opened ends the checks, and no later one gets their values."""
+    opened = []
+
+    def images(query):
+        opened.append(query.id)
+        if query.id == "q2" and len(opened) == 3:
+            raise ConfigError("q2 has no image")
+        return [bytes([int(query.answer)])]
+
+    stopped = open_checker({"function": "*red_async", "concurrency": 2, "on_failure": "stop"}, images=images)
+    stopped.score(ask("raise it", *"bcdefgh"))
+    assert stopped.stopping and opened == ["q0"]
+    opened.clear()
+    checker = open_checker({"function": "*red_async", "concurrency": 9}, images=images)
+    with pytest.raises(ConfigError, match="q2 has no image"):
+        checker.score(ask(*(f"value {i}" for i in range(9))))
+    assert checker.score(ask(*(f"value {100 + i}" for i in range(9)))) == {f"r{i}": 100 + i + i // 4 for i in range(9)}
 
 
 def test_a_failure_that_must_stop_the_run(open_checker):
