@@ -22,11 +22,11 @@ preset's settings where there is one, and otherwise the task's own: learning rat
 tuned for any of them, so a loss that is behind may only want another learning rate. `draws` is for the task `few_sums`:
 which questions come again matters where they are so few that they do.
 
-Writes <out>/<gpu or cpu>/ablation.json and .md after every run, and the paper's figures 2, 5, 6 and 7 at the end, by
-default below --runs; `--out benchmarks/results` replaces what is published. Tables that were not asked for stay there,
-each with its own budget; one that was asked for is replaced by what is done of it. An ablation that was interrupted
-goes on where it stopped; the runs themselves stay in --runs. A run that fails stops none but those that start from it;
-it is reported at the end, and the exit code is then 1.
+Writes <out>/<gpu or cpu>/ablation.json and .md after every run, and at the end the paper's figures 2, 5, 6 and 7 and
+the differences to GRPO of the four parts above, by default below --runs; `--out benchmarks/results` replaces what is
+published. Tables that were not asked for stay there, each with its own budget; one that was asked for is replaced by
+what is done of it. An ablation that was interrupted goes on where it stopped; the runs themselves stay in --runs. A run
+that fails stops none but those that start from it; it is reported at the end, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -208,6 +208,8 @@ PARTS: dict[str, dict[str, Method]] = {
 }
 """A table each. Where GRPO is among a table's methods, they are compared with one another, else with METHODS."""
 
+RULES = ("losses", "two_rewards", "sampling", "draws")
+"""The parts whose differences to GRPO are drawn, too."""
 RETHINKING = {"SSR": ("normal", "forced", "oracle"), "full": ("normal",)}
 """Figure 7: the modes in which `rethinker eval` asks the last checkpoints of these methods."""
 
@@ -447,7 +449,10 @@ class Ablation:
         for task in self.tasks if figures else ():
             own = METHODS if "methods" in self.parts else {}
             done = {name: found for name, method in own.items() if (found := self.results(task, method))}
-            draw_figures(task, done, self.rethinking(task)[1] if "rethinking" in self.parts else [], folder)
+            rethinking = self.rethinking(task)[1] if "rethinking" in self.parts else []
+            rows = {part: kept[task, part]["rows"] for part in RULES if part in self.parts and (task, part) in kept}
+            rows = {part: own for part, own in rows.items() if len(own) > 1 and own[0]["method"] == "GRPO"}
+            draw_figures(task, done, rethinking, rows, folder)
         return text
 
 

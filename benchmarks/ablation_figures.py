@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rethinker.report.drawing import draw_line, in_our_look, legend, new_figure, save_figure, style_of
+from rethinker.report.drawing import COLORS, draw_line, in_our_look, legend, new_figure, save_figure, style_of
 from rethinker.report.figures import advantages
 from rethinker.report.rethinking import compare, rethinking_analysis
 from rethinker.report.runs import RunRecord
@@ -23,6 +23,7 @@ def draw_figures(
     task: str,
     results: Results,
     rethinking: Sequence[Mapping[str, Any]],
+    compared: Mapping[str, Sequence[Mapping[str, Any]]],
     folder: Path,
 ) -> list[Path]:
     """Write ablation_<task>_<figure>.svg of what is there.
@@ -31,6 +32,7 @@ def draw_figures(
         task: in the files' names.
         results: of the methods, in the order of the legend.
         rethinking: accuracies of `rethinking_accuracies`.
+        compared: by name, rows of tables with GRPO among them.
         folder: where the figures go.
     """
     figures = {}
@@ -39,6 +41,7 @@ def draw_figures(
         figures["advantages"] = in_our_look(advantages)([_as_run(name, own) for name, own in results.items()])
     if rethinking:
         figures["rethinking"] = rethinking_analysis(pd.DataFrame(rethinking).set_index("category"))
+    figures |= {name: differences(rows) for name, rows in compared.items()}
     return [save_figure(drawn, folder / f"ablation_{task}_{name}.svg") for name, drawn in figures.items() if drawn]
 
 
@@ -72,6 +75,28 @@ def curves(results: Results) -> Figure:
     panes[1].set_title("sampled reward, of the rethought response where one was kept")
     panes[1].set_xlabel("sampled tokens, thousands")
     legend(figure)
+    return figure
+
+
+@in_our_look
+def differences(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """A table's accuracies minus GRPO's, in points: the mean with its 95% interval paired by seed, and each seed."""
+    (seeds,) = (dict(zip(row["seeds"], row["accuracies"], strict=True)) for row in rows if row["method"] == "GRPO")
+    others = [row for row in rows if row["method"] != "GRPO" and row["minus"]["GRPO"]]
+    figure = new_figure(0.6 + 0.27 * len(others))
+    axes = figure.subplots()
+    axes.axvline(0, color="#222222", linewidth=0.8)
+    for place, row in enumerate(others):
+        gap, color = row["minus"]["GRPO"], COLORS[0]
+        own = [
+            value - seeds[seed] for seed, value in zip(row["seeds"], row["accuracies"], strict=True) if seed in seeds
+        ]
+        axes.plot(100 * np.array(own), [place] * len(own), "|", color=color, markersize=6, alpha=0.6)
+        axes.errorbar(100 * gap["mean"], place, xerr=100 * (gap["half_95"] or 0.0), fmt="o", color=color, markersize=4)
+    axes.set_yticks(range(len(others)), [row["method"] for row in others])
+    axes.invert_yaxis()
+    axes.grid(axis="x")
+    axes.set_xlabel("accuracy minus GRPO's, points")
     return figure
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t
 
 from rethinker.evaluation.intervals import mean_interval
 from rethinker.report.measures import mean_curve, tokens_to
@@ -145,6 +146,22 @@ def summarise(results: Sequence[Result], references: Mapping[str, Sequence[Resul
     }
 
 
+def pooled_interval(accuracies: Sequence[Sequence[float]]) -> tuple[float, int] | None:
+    """Half the width of the 95% interval of a difference between two methods, and its degrees of freedom, from what all
+    methods deviate by: a row per method, the same seeds in each. None where that leaves no degree of freedom.
+
+    A method's accuracy with a seed is taken as the method's mean plus the seed's effect, which all methods share (they
+    start from its model), plus a deviation whose size is the same for all (randomised blocks).
+    """
+    table = np.array(accuracies)
+    methods, seeds = table.shape
+    freedom = (methods - 1) * (seeds - 1)
+    if not freedom:
+        return None
+    left = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+    return float(t.ppf(0.975, freedom) * np.sqrt(2 * (left**2).sum() / freedom / seeds)), freedom
+
+
 REFERENCES = ("full", "SSR", "GRPO")
 COLUMNS = (
     *("method", "accuracy", *(f"minus {name}" for name in REFERENCES), "tokens to GRPO's accuracy"),
@@ -165,6 +182,12 @@ def _methods(table: Mapping[str, Any]) -> str:
     said += f"The accuracy before the first step is {before[0]:.3f}"
     if max(before) - min(before) > 0.005:  # greedy answers of the same model
         said += f", and up to {max(before) - min(before):.3f} apart: these runs did not start from the same model"
+    same = [row["accuracies"] for row in table["rows"] if row["seeds"] == first["seeds"]]
+    if pooled := pooled_interval(same):
+        said += (
+            ". An interval from what all methods deviate by, with the seeds as blocks, is narrower than that of two: "
+        )
+        said += f"a difference has ± {pooled[0]:.3f} ({pooled[1]} degrees of freedom)"
     return _section(f"{table['task']}: {table['part']}", said, COLUMNS, map(_cells, table["rows"]))
 
 

@@ -17,8 +17,6 @@ from rethinker.evaluation.settings import flat_settings
 from rethinker.settings import flat, presets, read_yaml_file, resolve_config
 from tests.benchmarks.test_ablation_summary import CATEGORIES, METRICS, write_run
 
-RULES = ("losses", "two_rewards", "sampling", "draws")
-
 
 def names(task: str, method, seed: int = 0, tokens: int = 1000, questions: int = 100) -> tuple[str, str]:
     first, second = stages(task, method, seed, tokens, questions)
@@ -97,7 +95,7 @@ class TestPlan:
         told += ["replay.clear_every_episode", "replay.max_age", "train.episode_queries", "validation.every"]
         told += ["rollout.group_size", "train.batch_pairs", "train.learning_rate"]
         told += [f"rethink.{name}" for name in ("fraction", "first_answers", "mask_first_answer")]
-        told += [key for part in RULES for method in PARTS[part].values() for key in method.both]
+        told += [key for part in ablation.RULES for method in PARTS[part].values() for key in method.both]
         for number in (0, 1):
             runs = [
                 stages("easy_vqa", method, 3, 1000, 100)[number] for part in PARTS.values() for method in part.values()
@@ -377,6 +375,8 @@ class TestWhole:
         assert models.count("warm-up 3") == 3 and len(set(models)) == 4 and len(found) == 6
         (table,) = self.tables(tmp_path)
         assert (table["task"], table["part"]) == ("few_sums", "draws") and len(table["rows"]) == 3
+        figures = {path.name for path in (tmp_path / "out" / "cpu").glob("*.svg")}
+        assert figures == {"ablation_few_sums_draws.svg"}
 
     def test_a_run_that_was_stopped_early_is_not_done(self, tmp_path):
         jobs = {}

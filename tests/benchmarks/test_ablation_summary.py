@@ -75,6 +75,20 @@ class TestNumbers:
         assert summary.difference(ours[:1], theirs[1:]) is None
         assert summary.difference(ours[:1], theirs)["half_95"] is None
 
+    def test_the_pooled_interval_is_that_of_least_squares(self):
+        """Of two methods the paired one; of several that of a regression on method and seed."""
+        rng = np.random.default_rng(0)
+        table = rng.normal(0.7, 0.02, (4, 3)) + rng.normal(0, 0.1, 3)
+        half, freedom = summary.pooled_interval(table[:2].tolist())
+        assert (half, freedom) == (pytest.approx(mean_interval(table[0] - table[1])[1]), 2)
+        half, freedom = summary.pooled_interval(table.tolist())
+        methods, seeds = (np.repeat(np.arange(4), 3), np.tile(np.arange(3), 4))
+        design = np.column_stack([np.eye(4)[methods], np.eye(3)[seeds][:, 1:]])
+        _, (squares,), *_ = np.linalg.lstsq(design, table.ravel())
+        error = np.sqrt(squares / 6 * np.linalg.inv(design.T @ design)[:2, :2] @ [1, -1] @ [1, -1])
+        assert (half, freedom) == (pytest.approx(stats.t.ppf(0.975, 6) * error), 6)
+        assert summary.pooled_interval([[0.5], [0.6]]) is None and summary.pooled_interval([[0.5, 0.6]]) is None
+
     def test_tokens_to_the_final_accuracy_of_grpo(self):
         """A curve that rises twice as fast is there after half of the tokens, one that ends lower never is."""
         slow = [result(seed, 0.5, [[0, 0.3], [4000, 0.4], [8000, 0.5]]) for seed in range(3)]
@@ -120,6 +134,7 @@ class TestNumbers:
         assert "## sums: methods" in text and "## sums: alpha" in text and "same model" not in text
         assert "| full | 0.600 ± 0.248 | +0.000 ± 0.000 |" in text and "| alpha 0 | 0.500 | +0.000 |" in text
         assert "9,000 tokens" in text and "8,000 tokens" in text
+        assert text.count("a difference has ± 0.000 (6 degrees of freedom)") == 1
         other = rows[1] | {"accuracy_before": 0.6}
         assert "same model" in summary.tables([methods | {"rows": [rows[0], other]}])
         assert "same model" not in summary.tables([methods | {"rows": [rows[0], other | {"seeds": [0]}]}])
@@ -166,10 +181,23 @@ class TestFigures:
 
     def test_every_method_is_in_every_figure(self, tmp_path):
         results = {name: [result(seed, 0.5) for seed in range(2)] for name in METHODS}
-        files = ablation_figures.draw_figures("sums", results, [], tmp_path)
+        files = ablation_figures.draw_figures("sums", results, [], {}, tmp_path)
         assert [file.name for file in files] == [
             f"ablation_sums_{name}.svg" for name in ("effective_queries", "curves", "advantages")
         ]
         for file in files:
             assert all(f">{name}<" in file.read_text() for name in METHODS)
-        assert ablation_figures.draw_figures("sums", {}, [], tmp_path) == []
+        assert ablation_figures.draw_figures("sums", {}, [], {}, tmp_path) == []
+
+    def test_differences_to_grpo(self):
+        """A row for each other method, in the table's order: mean, interval, and the seeds that both have."""
+        own = {name: [result(seed, 0.5 + 0.02 * i * seed) for seed in range(3)] for i, name in enumerate(METHODS)}
+        own["filter"] = [result(seed, 0.55) for seed in (1, 2, 7)]
+        rows = [{"method": name, **summary.summarise(results, own)} for name, results in own.items()]
+        (axes,) = ablation_figures.differences(rows).axes
+        assert [text.get_text() for text in axes.get_yticklabels()] == ["full", "SSR", "filter"]
+        drawn = [line.get_xdata() for line in axes.lines if line.get_marker() == "|"]
+        assert [len(seeds) for seeds in drawn] == [3, 3, 2]
+        assert drawn[0] == pytest.approx([0, -6, -12]) and drawn[2] == pytest.approx([-1, -7])
+        means = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+        assert means == pytest.approx([100 * row["minus"]["GRPO"]["mean"] for row in rows[:3]])
