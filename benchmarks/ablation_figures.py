@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from benchmarks.ablation_summary import pooled_interval
 from rethinker.report.drawing import COLORS, draw_line, in_our_look, legend, new_figure, save_figure, style_of
 from rethinker.report.figures import advantages
 from rethinker.report.rethinking import compare, rethinking_analysis
@@ -80,12 +81,15 @@ def curves(results: Results) -> Figure:
 
 @in_our_look
 def differences(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """A table's accuracies minus GRPO's, in points: the mean with its 95% interval paired by seed, and each seed."""
+    """A table's accuracies minus GRPO's, in points: the mean with its 95% interval paired by seed, and each seed. What is
+    within `pooled_interval` of 0 is grey."""
     (seeds,) = (dict(zip(row["seeds"], row["accuracies"], strict=True)) for row in rows if row["method"] == "GRPO")
     others = [row for row in rows if row["method"] != "GRPO" and row["minus"]["GRPO"]]
     figure = new_figure(0.6 + 0.27 * len(others))
     axes = figure.subplots()
     axes.axvline(0, color="#222222", linewidth=0.8)
+    if pooled := pooled_interval([row["accuracies"] for row in rows if row["seeds"] == [*seeds]]):
+        axes.axvspan(-100 * pooled[0], 100 * pooled[0], color="#222222", alpha=0.1, linewidth=0)
     for place, row in enumerate(others):
         gap, color = row["minus"]["GRPO"], COLORS[0]
         own = [
