@@ -81,8 +81,8 @@ def curves(results: Results) -> Figure:
 
 @in_our_look
 def differences(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """A table's accuracies minus GRPO's, in points: the mean with its 95% interval paired by seed, and each seed. What is
-    within `pooled_interval` of 0 is grey."""
+    """A table's accuracies minus GRPO's, in points: the mean with its 95% interval paired by seed, and each seed.
+    Grey is what lies within `pooled_interval` of 0."""
     (seeds,) = (dict(zip(row["seeds"], row["accuracies"], strict=True)) for row in rows if row["method"] == "GRPO")
     others = [row for row in rows if row["method"] != "GRPO" and row["minus"]["GRPO"]]
     figure = new_figure(0.6 + 0.27 * len(others))
