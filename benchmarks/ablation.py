@@ -57,7 +57,7 @@ from rethinker.config import ConfigError
 from rethinker.embedded import own_files
 from rethinker.embedded.files import as_files, model_folder
 from rethinker.evaluation.settings import flat_settings
-from rethinker.runtime.distributed import Ranks
+from rethinker.runtime import distributed
 from rethinker.runtime.files import whole_file
 from rethinker.settings import flat, presets, read_yaml_file, resolve_config
 
@@ -288,23 +288,22 @@ def _resolved(recipe: str) -> dict[str, Any]:
 def _few_questions(stage: Stage, runs: Path) -> Path:
     """The file of a task's few questions, below the runs."""
     file, data = runs / stage.settings["data.train"], resolve_config(stage.recipe, {"run.name": "any"}).data
-    if not file.is_file():
-        table = parquet.read_table(as_files(data, "train").train)
-        left = Counter({category: round(stage.few * weight) for category, weight in data.category_weights.items()})
-        chosen = []
-        for category in table["category"].to_pylist():
-            left[category] -= 1
-            chosen.append(left[category] >= 0)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as partial:
-            parquet.write_table(table.filter(pa.array(chosen)), partial)
+    table = parquet.read_table(as_files(data, "train").train)
+    left = Counter({category: round(stage.few * weight) for category, weight in data.category_weights.items()})
+    chosen = []
+    for category in table["category"].to_pylist():
+        left[category] -= 1
+        chosen.append(left[category] >= 0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as partial:
+        parquet.write_table(table.filter(pa.array(chosen)), partial)
     return file
 
 
 def _warmed_up(stage: Stage) -> str:
     """The model that the recipe starts from, which has been warmed up on all questions."""
     warmed = {"run.name": "any", "policy.warmup.seed": stage.settings["policy.warmup.seed"]}
-    return model_folder(resolve_config(stage.recipe, warmed), Ranks(0, 1, 0))
+    return model_folder(resolve_config(stage.recipe, warmed), distributed.ALONE)
 
 
 def training(stage: Stage, runs: Path, jobs: dict[str, Job]) -> Job:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rethinker.config import ConfigError
+
 STOP_S = 60  # a run that is asked to stop ends its step and saves itself
 
 
@@ -59,7 +61,10 @@ def run_all(
                     waiting.remove(job)
                 elif len(running) < at_once and (job.after is None or job.after.done.is_file()):
                     waiting.remove(job)
-                    running[job] = _start(job, threads, logs)
+                    try:
+                        running[job] = _start(job, threads, logs)
+                    except ConfigError as problem:  # of what the job makes before it starts
+                        failed[job.name] = f"was not started: {problem}"
             for job, process in list(running.items()):
                 if process.poll() is None:
                     continue

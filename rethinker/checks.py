@@ -34,10 +34,11 @@ def check_geometry(config: Config) -> None:
             f"({episode} x {group} = {episode * group}) divisible by {batch}; "
             f"nearest train.episode_queries: {_multiples(episode, batch // group)}"
         )
-    if group == 1 and config.algorithm.advantage_baseline != "batch" and ":" not in config.algorithm.loss:
+    baseline, own_loss = config.algorithm.advantage_baseline, ":" in config.algorithm.loss
+    if group == 1 and baseline != "batch" and not own_loss and not rethink.fraction:
         raise ConfigError(
-            "rollout.group_size=1 compares a response with itself, so that no advantage differs from 0; set it to 2 or "
-            "more, as 8, or algorithm.advantage_baseline=batch"
+            f"rollout.group_size=1 with algorithm.advantage_baseline={baseline} compares a response with itself, so "
+            "that no advantage differs from 0; set the one to 2 or more, as 8, or the other to batch"
         )
     if data.min_pixels > data.max_pixels:
         raise ConfigError(f"data.min_pixels={data.min_pixels} must not exceed data.max_pixels ({data.max_pixels})")

@@ -311,18 +311,6 @@ def _find(key: str) -> Setting | None:
     raise ConfigError(f"unknown setting {key!r}: {hint}")
 
 
-NOT_LEARNED = tuple(
-    """
-    resume run. checkpoint. profile. data.image_root policy.attention policy.compile policy.gradient_checkpointing
-    rollout.gpu_memory_utilization rollout.kv_cache_gb rollout.tensor_parallel_size rollout.sleep rollout.servers
-    rollout.weight_folder rollout.check_sync rollout.timeout_s rollout.max_mismatch_kl
-    reward.workers reward.timeout_s reward.memory_gb train.micro_batch_tokens train.deepspeed
-    """.split()
-)
-"""Settings, or how their keys begin, that say where and how a run is computed and, but for rounding, not what it
-learns."""
-
-
 def _convert(values: Mapping[str, Any]) -> Config:
     """Settings of their types and in their ranges, from {key: value}."""
     tree: dict[str, Any] = {}

@@ -331,15 +331,19 @@ def test_values_out_of_range(key, value, needed):
 
 
 def test_a_group_of_one_has_no_advantage(tmp_path):
-    """Nothing would be learned, under a name that says nothing of it; a baseline of other queries, or a loss that may
-    need no advantage, can do with one response."""
+    """It is refused where nothing else is learned from: a baseline of other queries, a loss that may need no advantage
+    and the supervised term of rethinking can do with one response."""
     one, loss = {"rollout.group_size": 1, "train.batch_pairs": 128}, tmp_path / "mine.py"
     loss.touch()
     for baseline in ("group", "leave_one_out"):
-        with pytest.raises(ConfigError, match="rollout.group_size=1 .* set it to 2 or more"):
+        with pytest.raises(ConfigError, match=f"rollout.group_size=1 .*={baseline} .* the one to 2 or more"):
             resolve_config("easy_vqa_cpu", one | {"algorithm.advantage_baseline": baseline})
-    resolve_config("easy_vqa_cpu", one | {"algorithm.advantage_baseline": "batch"})
-    resolve_config("easy_vqa_cpu", one | {"algorithm.loss": f"{loss}:mine"})
+    for further in (
+        {"algorithm.advantage_baseline": "batch"},
+        {"algorithm.loss": f"{loss}:mine"},
+        {"rethink.fraction": 0.5},
+    ):
+        resolve_config("easy_vqa_cpu", one | further)
 
 
 @pytest.mark.parametrize(

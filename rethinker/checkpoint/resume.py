@@ -26,7 +26,7 @@ from rethinker.checkpoint.held_samples import Responses, held_responses
 from rethinker.config import Config, ConfigError
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Accuracy, Completion, Group, Query, RemoteCompletion
-from rethinker.settings import NOT_LEARNED, flat
+from rethinker.settings import flat
 from rethinker.version import versions
 
 if TYPE_CHECKING:
@@ -40,11 +40,13 @@ log = logging.getLogger(__name__)
 _TENSOR = "__tensor__"  # in JSON: the name of a tensor in the file beside it
 # Settings that may change when a run is resumed: they say where, how fast and how long, not what is learned. Where the
 # data lies may change, too; its content is compared.
-MAY_CHANGE = (
-    *NOT_LEARNED,
-    *("data.train", "data.validation", "data.max_bad_rows", "validation.every"),
-    *("train.max_steps", "train.epochs", "train.max_generated_tokens"),
-)
+MAY_CHANGE = """
+    resume run. checkpoint. profile. data.train data.validation data.image_root policy.attention policy.compile
+    policy.gradient_checkpointing rollout.gpu_memory_utilization rollout.kv_cache_gb
+    rollout.tensor_parallel_size rollout.sleep rollout.servers rollout.weight_folder rollout.check_sync
+    rollout.timeout_s rollout.max_mismatch_kl reward.workers reward.timeout_s reward.memory_gb train.max_steps
+    train.epochs data.max_bad_rows train.max_generated_tokens train.micro_batch_tokens train.deepspeed validation.every
+""".split()
 OF_A_SOURCE_MAY_CHANGE = {"image_root", "max_bad_rows"}  # of each entry of data.sources
 OF_A_REWARD_MAY_CHANGE = {"timeout_s", "concurrency", "on_failure"}  # of each entry of reward.functions
 OF_A_JUDGE_MAY_CHANGE = OF_A_REWARD_MAY_CHANGE | {"address", "api_key_env", "retries"}
@@ -190,7 +192,7 @@ def saved_state(checkpoint: Path | None, config: Config) -> dict[str, Any]:
 
 def _compared(key: str, value: Any) -> Any:
     """What of a setting's value must be the same in a resumed run."""
-    if key.startswith(MAY_CHANGE):
+    if key.startswith(tuple(MAY_CHANGE)):
         return None
     if key == "data.sources":
         return {name: {k: entry[k] for k in entry.keys() - OF_A_SOURCE_MAY_CHANGE} for name, entry in value.items()}

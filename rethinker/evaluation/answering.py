@@ -96,8 +96,8 @@ def validate(
     held = {place: group for share in ranks.gather_to_main(mine) or [] for place, group in share.items()}
     answers = [dataclasses.replace(held[place], query=queries[place]) for place in sorted(held)]
     asked = hashlib.sha256(repr([(query.id, query.question, query.answer) for query in queries]).encode()).hexdigest()
-    overall, verdicts = float(right.mean()), "".join(map(str, right))
-    return Accuracy(overall, by_category, len(queries), verdicts, asked[:16]), answers
+    accuracy = Accuracy(float(right.mean()), by_category, len(queries), "".join(map(str, right)), asked[:16])
+    return accuracy, answers
 
 
 @contextmanager

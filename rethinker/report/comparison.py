@@ -107,7 +107,7 @@ def _difference(first: Sequence[Measures], measured: Sequence[Measures]) -> Reco
 def _of_two_runs(first: Measures, second: Measures) -> Record:
     """By question where both were asked the same ones; else as of two samples of questions."""
     verdicts = last_verdicts(first), last_verdicts(second)
-    if all(verdicts) and verdicts[0][0] == verdicts[1][0]:
+    if all(verdicts) and verdicts[0][0] == verdicts[1][0] and len(verdicts[0][1]) == len(verdicts[1][1]):
         before, after = (right for _, right in verdicts)
         cells = Counter(zip(before, after, strict=True))
         difference, low, high = paired_difference(*(cells[b, a] for b in "10" for a in "10"))

@@ -14,8 +14,10 @@ from rethinker.evaluation.settings import flat_settings
 from rethinker.report.drawing import short_label
 from rethinker.report.runs import RunRecord, whole
 from rethinker.report.summary import as_yaml
-from rethinker.settings import NOT_LEARNED, flat
+from rethinker.settings import flat
 
+NOT_LEARNED = ("run.", "checkpoint.", "profile.", "resume")
+"""Settings that do not change what a run learns."""
 MOST_NAMED = 3
 """Settings that a label names; where more differ, the runs' names say it."""
 

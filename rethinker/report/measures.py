@@ -50,9 +50,13 @@ def measure(run: RunRecord) -> Measures:
     return Measures(
         run,
         numbers={name: float(value) for name, value in found.items() if not np.isnan(value)},
-        questions={name: asked[step] for name, step in ends.items() if asked.get(step)},
+        questions={name: asked[step] for name, step in ends.items() if _is_count(asked.get(step))},
         curve=[(tokens[step], value) for step, value in accuracy.items() if step in tokens],
     )
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number > 0
 
 
 def sampled_tokens(run: RunRecord) -> pd.Series:
@@ -91,7 +95,8 @@ def tokens_to(tokens: np.ndarray, accuracies: np.ndarray, level: float) -> float
 def last_verdicts(measures: Measures) -> tuple[str, str] | None:
     """What the last validation asked, and `1` or `0` for each question; None of a run that did not say it."""
     step = measures.run.series("val_accuracy").index[-1]
-    row = next(row for row in reversed(measures.run.validations) if row["step"] == step)
+    row = next((row for row in reversed(measures.run.validations) if row["step"] == step), {})
     asked, right = row.get("asked"), row.get("right")
-    known = isinstance(asked, str) and isinstance(right, str) and bool(asked)
-    return (asked, right) if known and len(right) == row.get("questions") and set(right) <= {"0", "1"} else None
+    if not (isinstance(asked, str) and isinstance(right, str) and asked and set(right) <= {"0", "1"}):
+        return None
+    return (asked, right) if len(right) == measures.questions.get("last") else None

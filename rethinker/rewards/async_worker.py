@@ -57,13 +57,13 @@ class AsyncWorker(Worker):
             if not under_way:
                 self._get_ready()
                 alone = bool(suspects)
+            queue, most = (suspects, 1) if alone else (waiting, entry.concurrency)
+            turns = [queue.popleft() for _ in range(min(len(queue), most - len(under_way)))]
+            calls = [(place, asked(items[place])) for place in turns]  # an error here is no crash of the process
+            under_way |= dict.fromkeys(turns, time.monotonic() + patience)
             try:
-                queue, most = (suspects, 1) if alone else (waiting, entry.concurrency)
-                while queue and len(under_way) < most:
-                    place = queue.popleft()
-                    about = asked(items[place])  # which may take a while: it opens images
-                    under_way[place] = time.monotonic() + patience
-                    self._link.send((place, about))
+                for call in calls:
+                    self._link.send(call)
                 left = next(iter(under_way.values())) - time.monotonic()
                 if self._link.poll(max(0.0, min(left, LOOK_S))):
                     place, verdict = self._link.recv()

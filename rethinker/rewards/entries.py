@@ -34,7 +34,7 @@ KEYS = {
     "timeout_s": ranges.Seconds,
     "on_failure": Literal["zero", "stop"],
 }
-"""What an entry of reward.functions says of itself; its other keys are arguments of the function."""
+"""What an entry of reward.functions says of itself, by key the type; its other keys are arguments of the function."""
 
 
 @dataclass(frozen=True)

@@ -148,8 +148,8 @@ def load_reward(entry: Entry, rules: Rules = DEFAULT_RULES, max_tokens: int | No
     facts = tuple(p.name for p in further if p.name in FACTS)
     if taken := [p.name for p in further if p.name in KEYS]:
         raise ConfigError(
-            f"{entry.named}: its parameter {taken[0]} is never given, since an entry says so of itself; give the "
-            "parameter another name"
+            f"{entry.named}: {taken[0]} is a key of every entry, so that its parameter {taken[0]} would never get a "
+            "value; give the parameter another name"
         )
     takes = [p.name for p in further if p.name not in FACTS]
     _check_options(entry, takes, open_ended=any(p.kind is p.VAR_KEYWORD for p in parameters.values()))

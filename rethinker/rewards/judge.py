@@ -58,7 +58,9 @@ _Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 def _of_an_api(address: str) -> str:
-    if not re.fullmatch(rf"{ranges.SERVER}(/[^\s?#]*)?", address):
+    scheme, _, rest = address.partition("://")
+    place = f"{scheme}://{rest.rpartition('@')[2]}"  # without user and password
+    if not re.fullmatch(rf"{ranges.SERVER}(/[^\s?#]*)?", place):
         raise ValueError("must be the address of an OpenAI-style API, as http://127.0.0.1:8000/v1")
     return address
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import ablation_runs
 from benchmarks.ablation_runs import Job, UnfinishedError, run_all
+from rethinker.config import ConfigError
 
 
 def script(tmp_path: Path, name: str, code: str, after: Job | None = None) -> Job:
@@ -22,6 +25,10 @@ def script(tmp_path: Path, name: str, code: str, after: Job | None = None) -> Jo
     return Job(name, tmp_path / name, lambda: command, finish, after)
 
 
+def raises(error: Exception) -> list[str]:
+    raise error
+
+
 class TestProcesses:
     def run(self, tmp_path: Path, jobs: list[Job], at_once: int = 2, finished=lambda job: None) -> dict[str, str]:
         return run_all(jobs, at_once, 3, tmp_path / "logs", finished)
@@ -31,10 +38,15 @@ class TestProcesses:
         below = script(tmp_path, "below", "open('below', 'w')", bad)
         further = script(tmp_path, "further", "open('further', 'w')", below)
         empty = script(tmp_path, "empty", "print('no file')")
+        unmade = script(tmp_path, "unmade", "")
+        unmade = replace(unmade, command=functools.partial(raises, ConfigError("no package")))
         good = script(tmp_path, "good", "open('good', 'w').write(os.environ['OMP_NUM_THREADS'])")
         seen: list[str] = []
-        failed = self.run(tmp_path, [bad, below, further, empty, good], finished=lambda job: seen.append(job.name))
-        assert set(failed) == {"bad", "below", "further", "empty"}
+        failed = self.run(
+            tmp_path, [bad, below, further, empty, unmade, good], finished=lambda job: seen.append(job.name)
+        )
+        assert set(failed) == {"bad", "below", "further", "empty", "unmade"}
+        assert failed["unmade"] == "was not started: no package"
         assert "exit code 3" in failed["bad"] and "why it failed" in failed["bad"]
         assert failed["below"] == "was not started, since bad failed" and "below" in failed["further"]
         assert "it left no empty" in failed["empty"] and "no file" in failed["empty"]

@@ -57,15 +57,10 @@ def ends(record, name):
 
 
 def test_seeds_of_one_configuration_are_one_row(tmp_path):
-    """Three seeds, whose warm-ups, names, folders, checkpoints and machines differ too: their mean and Student's t over
+    """Three seeds, whose warm-ups, names, folders and checkpoints differ too: their mean and Student's t over
     them, as scipy has it. Another clip is another row, which its label names."""
     last = [0.5, 0.625, 0.75]
-    seeds = [
-        run_of(
-            tmp_path / f"s{i}", {0: 0.25, 6: a}, seed=i, keep=10 + i, workers=2 + i, gpu_memory_utilization=0.5 + i / 9
-        )
-        for i, a in enumerate(last)
-    ]
+    seeds = [run_of(tmp_path / f"s{i}", {0: 0.25, 6: a}, seed=i, keep=10 + i) for i, a in enumerate(last)]
     other = run_of(tmp_path / "o", {0: 0.25, 6: 0.5}, clip_high=0.5)
     one, two = compared(*seeds, other)
     assert (one["label"], two["label"]) == ("clip_high=0.35", "clip_high=0.5")
@@ -143,16 +138,29 @@ def test_the_difference_of_two_runs_is_paired_by_question(tmp_path):
     assert (rows[4]["difference"], *ends(rows[4], "difference")) == unpaired_difference(4, 8, 12, 16)
 
 
-@pytest.mark.parametrize("damage", [{"right": "1111"}, {"right": "1111xx00"}, {"right": 11110000}, {"asked": ""}])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"right": "1111"}, {"right": "1111xx00"}, {"right": 11110000}, {"asked": ""}, {"asked": 1}),
+        *({"questions": 4, "right": "1100"}, {"questions": 0, "right": ""}, {"questions": True, "right": "1"}),
+        *({"questions": [8]}, {"step": 2**53 + 1}, None),
+    ],
+)
 def test_verdicts_that_cannot_be_are_not_paired(damage, tmp_path):
-    """They are as good as none."""
+    """They are as good as none, and so is a number of questions that is none; None: the last line is not there."""
     rights = {number: number < 4 for number in range(8)}
     a = run_of(tmp_path / "a", {0: 0.5, 6: 0.5}, answers=rights)
     b = run_of(tmp_path / "b", {0: 0.5, 6: 0.5}, answers=rights, clip_high=0.4)
+    *rows, last = map(json.loads, (b / "metrics.jsonl").read_text().splitlines())
+    rows = [*rows, last | {"val_accuracy": 0.5}]  # a run writes it there, too
+    (b / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert compared(a, b)[1]["difference_interval"] == "paired by 8 questions"
     *rows, last = map(json.loads, (b / "validation.jsonl").read_text().splitlines())
-    (b / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, last | damage]))
-    assert compared(a, b)[1]["difference_interval"] == "unpaired, 8 and 8 questions"
+    rows = rows if damage is None else [*rows, last | damage]
+    (b / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "paired by" not in compared(a, b)[1]["difference_interval"]
+    (b / "validation.jsonl").unlink()
+    assert compared(a, b)[1]["difference_interval"] == "no interval: number of questions unknown"
 
 
 def test_numbers_of_a_run(tmp_path):

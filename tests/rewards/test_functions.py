@@ -142,8 +142,8 @@ def test_the_kind_of_a_function_is_its_signature(file, name, kind, facts):
         ({"function": "{file}:streams"}, "write return"),
         ({"function": "{file}:short"}, "it must take (response, answer, query)"),
         ({"function": "{file}:needs"}, "missing a required argument: 'table'"),
-        ({"function": "{file}:weighs", "weight": 1}, "its parameter weight is never given"),
-        ({"function": "{file}:times"}, "its parameter timeout_s is never given"),
+        ({"function": "{file}:weighs", "weight": 1}, "its parameter weight would never get a value"),
+        ({"function": "{file}:times"}, "its parameter timeout_s would never get a value"),
     ],
 )
 def test_a_mistake_names_its_entry(file, entry, message):

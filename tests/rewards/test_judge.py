@@ -428,7 +428,7 @@ def test_a_trial_shows_what_is_wrong(impatient):
 def test_options_that_cannot_work(options, message):
     good = {"address": "http://127.0.0.1:8000/v1", "model": "referee"}
     check_judge(**good | {"scale": [1, 10], "max_new_tokens": None, "temperature": None})
-    check_judge(**good | {"address": "https://[::1]:8000/a/v1", "extra_body": {"stream": False}})
+    check_judge(**good | {"address": "https://me:pass@[::1]:8000/a/v1", "extra_body": {"stream": False}})
     with pytest.raises(ValueError, match=message):
         check_judge(**good | options)
     with pytest.raises(ValueError, match="model is missing"):
