@@ -429,7 +429,7 @@ class Ablation:
         references = {name: self.results(task, known[name]) for name in REFERENCES if name in known}
         done = {name: self.results(task, method) for name, method in PARTS[part].items()}
         machines = _machines(chain.from_iterable([*done.values(), *references.values()]))
-        rows = [{"method": name, **summarise(own, references)} for name, own in done.items() if own]
+        rows = [{"method": name, **summarise(own, references, self.budget(task))} for name, own in done.items() if own]
         return {**shared, "machines": machines, "rows": rows}
 
     def report(self, folder: Path, figures: bool) -> str:

@@ -81,26 +81,26 @@ def curves(results: Results) -> Figure:
 
 @in_our_look
 def differences(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """A table's accuracies minus GRPO's, in points: the mean with its 95% interval paired by seed, and each seed.
+    """A table's accuracies after the same tokens minus GRPO's, in points: mean, 95% interval paired by seed, each seed.
     Grey is what lies within `pooled_interval` of 0."""
-    (seeds,) = (dict(zip(row["seeds"], row["accuracies"], strict=True)) for row in rows if row["method"] == "GRPO")
-    others = [row for row in rows if row["method"] != "GRPO" and row["minus"]["GRPO"]]
+    grpo, *others = sorted(rows, key=lambda row: row["method"] != "GRPO")
+    seeds = dict(zip(grpo["seeds"], grpo["accuracies_at_budget"], strict=True))
+    others = [row for row in others if row["minus_grpo_at_budget"]]
     figure = new_figure(0.6 + 0.27 * len(others))
     axes = figure.subplots()
     axes.axvline(0, color="#222222", linewidth=0.8)
-    if pooled := pooled_interval([row["accuracies"] for row in rows if row["seeds"] == [*seeds]]):
+    if pooled := pooled_interval(rows):
         axes.axvspan(-100 * pooled[0], 100 * pooled[0], color="#222222", alpha=0.1, linewidth=0)
     for place, row in enumerate(others):
-        gap, color = row["minus"]["GRPO"], COLORS[0]
-        own = [
-            value - seeds[seed] for seed, value in zip(row["seeds"], row["accuracies"], strict=True) if seed in seeds
-        ]
+        gap, color = row["minus_grpo_at_budget"], COLORS[0]
+        values = zip(row["seeds"], row["accuracies_at_budget"], strict=True)
+        own = [value - seeds[seed] for seed, value in values if seed in seeds]
         axes.plot(100 * np.array(own), [place] * len(own), "|", color=color, markersize=6, alpha=0.6)
         axes.errorbar(100 * gap["mean"], place, xerr=100 * (gap["half_95"] or 0.0), fmt="o", color=color, markersize=4)
     axes.set_yticks(range(len(others)), [row["method"] for row in others])
     axes.invert_yaxis()
     axes.grid(axis="x")
-    axes.set_xlabel("accuracy minus GRPO's, points")
+    axes.set_xlabel("accuracy minus GRPO's after the same tokens, points")
     return figure
 
 

@@ -92,14 +92,23 @@ def joined(first: Result, second: Result) -> Result:
     }
 
 
-def difference(results: Sequence[Result], others: Sequence[Result]) -> Result | None:
-    """Mean of `results` minus `others` over the seeds that both have, with its 95% interval; None without any."""
-    theirs = {result["seed"]: result["accuracy"] for result in others}
-    gaps = [result["accuracy"] - theirs[result["seed"]] for result in results if result["seed"] in theirs]
+def difference(results: Sequence[Result], others: Sequence[Result], tokens: int | None = None) -> Result | None:
+    """Mean of `results` minus `others` over the seeds that both have, with its 95% interval; None without any. The
+    accuracies are the last ones, or with `tokens` those after so many."""
+    values = [
+        {r["seed"]: r["accuracy"] if tokens is None else accuracy_after(tokens, r) for r in side}
+        for side in (results, others)
+    ]
+    gaps = [value - values[1][seed] for seed, value in values[0].items() if seed in values[1]]
     if not gaps:
         return None
     mean, half = mean_interval(gaps)
     return {"mean": mean, "half_95": half, "seeds": len(gaps)}
+
+
+def accuracy_after(tokens: int, result: Result) -> float:
+    """On the straight line between the answers before and after: a run ends with an episode, its tokens elsewhere."""
+    return float(np.interp(tokens, *np.transpose(result["curve"])))
 
 
 def share_of_tokens(results: Sequence[Result], others: Sequence[Result]) -> float | None:
@@ -118,12 +127,14 @@ def share_of_tokens(results: Sequence[Result], others: Sequence[Result]) -> floa
     return None if reached is None else float(reached / other[0][-1])
 
 
-def summarise(results: Sequence[Result], references: Mapping[str, Sequence[Result]]) -> Result:
-    """A method's row: mean accuracy, differences to the references by seed, and tokens to GRPO's final accuracy.
+def summarise(results: Sequence[Result], references: Mapping[str, Sequence[Result]], tokens: int) -> Result:
+    """A method's row: mean accuracy, differences to the references by seed, that to GRPO after equally many tokens, and
+    tokens to GRPO's final accuracy.
 
     Args:
         results: of the method, one per seed.
         references: of GRPO and, as far as they are compared, of the other REFERENCES.
+        tokens: the budget.
     """
     mean, half = mean_interval([result["accuracy"] for result in results])
     categories = {name: [result["by_category"][name] for result in results] for name in results[0]["by_category"]}
@@ -139,6 +150,8 @@ def summarise(results: Sequence[Result], references: Mapping[str, Sequence[Resul
         "accuracy_half_95": half,
         "accuracies": [result["accuracy"] for result in results],
         "minus": {name: difference(results, others) for name, others in references.items()},
+        "minus_grpo_at_budget": difference(results, grpo, tokens),
+        "accuracies_at_budget": [accuracy_after(tokens, result) for result in results],
         "share_of_grpos_tokens": share_of_tokens(results, grpo),
         "share_without_one_seed": without,
         "by_category": {name: statistics.fmean(values) for name, values in categories.items()},
@@ -146,14 +159,15 @@ def summarise(results: Sequence[Result], references: Mapping[str, Sequence[Resul
     }
 
 
-def pooled_interval(accuracies: Sequence[Sequence[float]]) -> tuple[float, int] | None:
-    """Half the width of the 95% interval of a difference between two methods, and its degrees of freedom, from what all
-    methods deviate by: a row per method, the same seeds in each. None where that leaves no degree of freedom.
+def pooled_interval(rows: Sequence[Result]) -> tuple[float, int] | None:
+    """Half the width of the 95% interval of a difference between two methods after the same tokens, and its degrees of
+    freedom, from what all methods deviate by that have the first one's seeds. None where that leaves none.
 
     A method's accuracy with a seed is taken as the method's mean plus the seed's effect, which all methods share (they
     start from its model), plus a deviation whose size is the same for all (randomised blocks).
     """
-    table = np.array(accuracies)
+    same = [row for row in rows if row["seeds"] == rows[0]["seeds"]]
+    table = np.array([row.get("accuracies_at_budget", row["accuracies"]) for row in same])  # tables of before have none
     methods, seeds = table.shape
     freedom = (methods - 1) * (seeds - 1)
     if not freedom:
@@ -164,7 +178,8 @@ def pooled_interval(accuracies: Sequence[Sequence[float]]) -> tuple[float, int] 
 
 REFERENCES = ("full", "SSR", "GRPO")
 COLUMNS = (
-    *("method", "accuracy", *(f"minus {name}" for name in REFERENCES), "tokens to GRPO's accuracy"),
+    *("method", "accuracy", *(f"minus {name}" for name in REFERENCES)),
+    *("minus GRPO after the same tokens", "tokens to GRPO's accuracy"),
     *("effective queries", "rethinks unforced, stage 2", "tokens a response", "steps", "sampled tokens", "seeds"),
 )
 
@@ -182,8 +197,7 @@ def _methods(table: Mapping[str, Any]) -> str:
     said += f"The accuracy before the first step is {before[0]:.3f}"
     if max(before) - min(before) > 0.005:  # greedy answers of the same model
         said += f", and up to {max(before) - min(before):.3f} apart: these runs did not start from the same model"
-    same = [row["accuracies"] for row in table["rows"] if row["seeds"] == first["seeds"]]
-    if pooled := pooled_interval(same):
+    if pooled := pooled_interval(table["rows"]):
         said += (
             ". An interval from what all methods deviate by, with the seeds as blocks, is narrower than that of two: "
         )
@@ -204,7 +218,7 @@ def _section(title: str, said: str, columns: Sequence[str], cells: Iterable[Sequ
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    gaps = [row["minus"].get(name) for name in REFERENCES]
+    gaps = [*(row["minus"].get(name) for name in REFERENCES), row.get("minus_grpo_at_budget")]
     share, without = row["share_of_grpos_tokens"], row["share_without_one_seed"]
     reached = "not reached" if share is None else f"{share:.2f}"
     if row["minus"]["GRPO"] is None:

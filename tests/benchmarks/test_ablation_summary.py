@@ -75,19 +75,42 @@ class TestNumbers:
         assert summary.difference(ours[:1], theirs[1:]) is None
         assert summary.difference(ours[:1], theirs)["half_95"] is None
 
+    def test_a_difference_after_the_same_tokens(self):
+        """Between two answers the accuracy is on the line between them; after the last one it stays."""
+        longer = [
+            result(seed, 0.6 + gap, [[0, 0.2], [8000, 0.4], [12000, 0.6 + gap]]) for seed, gap in enumerate((0, 0.02))
+        ]
+        shorter = [result(seed, 0.5, [[0, 0.2], [10000, 0.5]]) for seed in range(2)]
+        assert [summary.accuracy_after(tokens, longer[0]) for tokens in (4000, 10000, 20000)] == pytest.approx(
+            [0.3, 0.5, 0.6]
+        )
+        found = summary.difference(longer, shorter, 10000)
+        low, high = stats.ttest_1samp([0.0, 0.01], 0).confidence_interval(0.95)
+        assert (found["mean"], found["half_95"]) == (pytest.approx(0.005), pytest.approx((high - low) / 2))
+        row = summary.summarise(longer, {"GRPO": shorter}, 10000)
+        assert row["minus_grpo_at_budget"] == found and row["minus"]["GRPO"]["mean"] == pytest.approx(0.11)
+        assert row["accuracies_at_budget"] == pytest.approx([0.5, 0.51])
+
     def test_the_pooled_interval_is_that_of_least_squares(self):
-        """Of two methods the paired one; of several that of a regression on method and seed."""
+        """Of two methods the paired one; of several that of a regression on method and seed; of accuracies after the
+        same tokens, where they are known. A method with other seeds does not count."""
         rng = np.random.default_rng(0)
         table = rng.normal(0.7, 0.02, (4, 3)) + rng.normal(0, 0.1, 3)
-        half, freedom = summary.pooled_interval(table[:2].tolist())
+
+        def pooled(accuracies, **others):
+            rows = [{"seeds": [*range(len(own))], "accuracies": own, **others} for own in accuracies.tolist()]
+            return summary.pooled_interval([*rows, {"seeds": [9], "accuracies": [0.1]}])
+
+        half, freedom = pooled(table[:2])
         assert (half, freedom) == (pytest.approx(mean_interval(table[0] - table[1])[1]), 2)
-        half, freedom = summary.pooled_interval(table.tolist())
+        half, freedom = pooled(table)
         methods, seeds = (np.repeat(np.arange(4), 3), np.tile(np.arange(3), 4))
         design = np.column_stack([np.eye(4)[methods], np.eye(3)[seeds][:, 1:]])
         _, (squares,), *_ = np.linalg.lstsq(design, table.ravel())
         error = np.sqrt(squares / 6 * np.linalg.inv(design.T @ design)[:2, :2] @ [1, -1] @ [1, -1])
         assert (half, freedom) == (pytest.approx(stats.t.ppf(0.975, 6) * error), 6)
-        assert summary.pooled_interval([[0.5], [0.6]]) is None and summary.pooled_interval([[0.5, 0.6]]) is None
+        assert pooled(table, accuracies_at_budget=[0.5, 0.6, 0.7]) == (pytest.approx(0, abs=1e-12), 6)
+        assert pooled(table[:, :1]) is None and pooled(table[:1]) is None
 
     def test_tokens_to_the_final_accuracy_of_grpo(self):
         """A curve that rises twice as fast is there after half of the tokens, one that ends lower never is."""
@@ -124,8 +147,8 @@ class TestNumbers:
     def test_tables(self):
         """A table per part, whose rows have equally many cells, and a warning where models differed at the start."""
         own = {name: [result(seed, 0.5 + 0.1 * seed) for seed in range(3)] for name in METHODS}
-        rows = [{"method": name, **summary.summarise(results, own)} for name, results in own.items()]
-        alone = [{"method": "alpha 0", **summary.summarise(own["SSR"][:1], own)}]
+        rows = [{"method": name, **summary.summarise(results, own, 8000)} for name, results in own.items()]
+        alone = [{"method": "alpha 0", **summary.summarise(own["SSR"][:1], own, 8000)}]
         methods = {"task": "sums", "part": "methods", "tokens": 9000}
         content = [methods | {"rows": rows}, {"task": "sums", "part": "alpha", "tokens": 8000, "rows": alone}]
         text = summary.tables(content)
@@ -193,11 +216,11 @@ class TestFigures:
         """A row for each other method, in the table's order: mean, interval, and the seeds that both have."""
         own = {name: [result(seed, 0.5 + 0.02 * i * seed) for seed in range(3)] for i, name in enumerate(METHODS)}
         own["filter"] = [result(seed, 0.55) for seed in (1, 2, 7)]
-        rows = [{"method": name, **summary.summarise(results, own)} for name, results in own.items()]
+        rows = [{"method": name, **summary.summarise(results, own, 8000)} for name, results in own.items()]
         (axes,) = ablation_figures.differences(rows).axes
         assert [text.get_text() for text in axes.get_yticklabels()] == ["full", "SSR", "filter"]
         drawn = [line.get_xdata() for line in axes.lines if line.get_marker() == "|"]
         assert [len(seeds) for seeds in drawn] == [3, 3, 2]
         assert drawn[0] == pytest.approx([0, -6, -12]) and drawn[2] == pytest.approx([-1, -7])
         means = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
-        assert means == pytest.approx([100 * row["minus"]["GRPO"]["mean"] for row in rows[:3]])
+        assert means == pytest.approx([100 * row["minus_grpo_at_budget"]["mean"] for row in rows[:3]])
