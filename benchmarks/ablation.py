@@ -201,6 +201,7 @@ PARTS: dict[str, dict[str, Method]] = {
     "losses": _losses(),
     "two_rewards": _two_rewards(),
     "sampling": {name: Method(settings) for name, settings in SAMPLING.items()},
+    "correctness": {name: Method(SAMPLING[name]) for name in ("GRPO", "SSR", "SSR, by correctness")},
     "draws": {
         "GRPO": Method(GRPO),
         **{f"GRPO, drawn by {what}": Method(GRPO | {"data.draw": what}) for what in ("variance", "difficulty")},
