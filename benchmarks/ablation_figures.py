@@ -100,7 +100,7 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_yticks(range(len(others)), [row["method"] for row in others])
     axes.invert_yaxis()
     axes.grid(axis="x")
-    axes.set_xlabel("accuracy minus GRPO's after the same tokens, points")
+    axes.set_xlabel("points above GRPO")
     return figure
 
 

@@ -197,12 +197,13 @@ def _methods(table: Mapping[str, Any]) -> str:
     said += f"The accuracy before the first step is {before[0]:.3f}"
     if max(before) - min(before) > 0.005:  # greedy answers of the same model
         said += f", and up to {max(before) - min(before):.3f} apart: these runs did not start from the same model"
-    if pooled := pooled_interval(table["rows"]):
-        said += (
-            ". An interval from what all methods deviate by, with the seeds as blocks, is narrower than that of two: "
-        )
-        said += f"a difference has ± {pooled[0]:.3f} ({pooled[1]} degrees of freedom)"
-    return _section(f"{table['task']}: {table['part']}", said, COLUMNS, map(_cells, table["rows"]))
+    if len(table["rows"]) > 2 and (pooled := pooled_interval(table["rows"])):
+        said += ". By what all methods together deviate from their means and the seeds', a difference has "
+        said += f"± {pooled[0]:.3f} ({pooled[1]} degrees of freedom)"
+    cells = [_cells(row) for row in table["rows"]]
+    filled = [place for place in range(len(COLUMNS)) if any(row[place] for row in cells)]
+    shown = ([row[place] for place in filled] for row in cells)
+    return _section(f"{table['task']}: {table['part']}", said, [COLUMNS[place] for place in filled], shown)
 
 
 def _figure_7(table: Mapping[str, Any]) -> str:

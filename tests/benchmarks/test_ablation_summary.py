@@ -158,6 +158,8 @@ class TestNumbers:
         assert "| full | 0.600 ± 0.248 | +0.000 ± 0.000 |" in text and "| alpha 0 | 0.500 | +0.000 |" in text
         assert "9,000 tokens" in text and "8,000 tokens" in text
         assert text.count("a difference has ± 0.000 (6 degrees of freedom)") == 1
+        without_full = [{"method": "x", **summary.summarise(own["SSR"], {"GRPO": own["GRPO"]}, 8000)}]
+        assert "minus full" in text and "minus full" not in summary.tables([methods | {"rows": without_full}])
         other = rows[1] | {"accuracy_before": 0.6}
         assert "same model" in summary.tables([methods | {"rows": [rows[0], other]}])
         assert "same model" not in summary.tables([methods | {"rows": [rows[0], other | {"seeds": [0]}]}])
