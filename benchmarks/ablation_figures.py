@@ -33,7 +33,7 @@ def draw_figures(
         task: in the files' names.
         results: of the methods, in the order of the legend.
         rethinking: accuracies of `rethinking_accuracies`.
-        compared: by name, rows of tables with GRPO among them.
+        compared: by name, rows of tables that begin with GRPO.
         folder: where the figures go.
     """
     figures = {}
@@ -81,9 +81,9 @@ def curves(results: Results) -> Figure:
 
 @in_our_look
 def differences(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """A table's accuracies after the same tokens minus GRPO's, in points: mean, 95% interval paired by seed, each seed.
-    Grey is what lies within `pooled_interval` of 0."""
-    grpo, *others = sorted(rows, key=lambda row: row["method"] != "GRPO")
+    """The rows' accuracies after the same tokens minus those of the first one, GRPO: mean, 95% interval paired by seed,
+    and each seed. Grey is what lies within `pooled_interval` of 0."""
+    grpo, *others = rows
     seeds = dict(zip(grpo["seeds"], grpo["accuracies_at_budget"], strict=True))
     others = [row for row in others if row["minus_grpo_at_budget"]]
     figure = new_figure(0.6 + 0.27 * len(others))

@@ -95,11 +95,11 @@ def joined(first: Result, second: Result) -> Result:
 def difference(results: Sequence[Result], others: Sequence[Result], tokens: int | None = None) -> Result | None:
     """Mean of `results` minus `others` over the seeds that both have, with its 95% interval; None without any. The
     accuracies are the last ones, or with `tokens` those after so many."""
-    values = [
+    ours, theirs = (
         {r["seed"]: r["accuracy"] if tokens is None else accuracy_after(tokens, r) for r in side}
         for side in (results, others)
-    ]
-    gaps = [value - values[1][seed] for seed, value in values[0].items() if seed in values[1]]
+    )
+    gaps = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
     if not gaps:
         return None
     mean, half = mean_interval(gaps)

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from benchmarks import ablation
-from benchmarks.ablation import METHODS, PARTS, Ablation, Method, Task, stages
+from benchmarks.ablation import Ablation, stages
+from benchmarks.ablation_methods import METHODS, PARTS, PRESETS, RULES, Method, Task
 from benchmarks.ablation_runs import UnfinishedError
 from rethinker.evaluation.settings import flat_settings
 from rethinker.settings import flat, presets, read_yaml_file, resolve_config
@@ -95,7 +96,7 @@ class TestPlan:
         told += ["replay.clear_every_episode", "replay.max_age", "train.episode_queries", "validation.every"]
         told += ["rollout.group_size", "train.batch_pairs", "train.learning_rate"]
         told += [f"rethink.{name}" for name in ("fraction", "first_answers", "mask_first_answer")]
-        told += [key for part in ablation.RULES for method in PARTS[part].values() for key in method.both]
+        told += [key for part in RULES for method in PARTS[part].values() for key in method.both]
         for number in (0, 1):
             runs = [
                 stages("easy_vqa", method, 3, 1000, 100)[number] for part in PARTS.values() for method in part.values()
@@ -122,7 +123,7 @@ class TestPlan:
             assert all(key.startswith("algorithm.") for key in changed) and found["algorithm.name"] == "grpo"
             assert bool(changed) == (name != "GRPO")
         assert len({run.name for run, _ in both.values()}) == len(both) == 13
-        for preset, name in {**ablation.PRESETS, "reinforce_pp": "REINFORCE++"}.items():
+        for preset, name in {**PRESETS, "reinforce_pp": "REINFORCE++"}.items():
             own = flat(resolve_config(f"sums_cpu+{preset}", {"run.name": "x", "algorithm.name": "grpo"}))
             algorithm = {key: value for key, value in own.items() if key.startswith("algorithm.")}
             assert {key: values[name][key] for key in algorithm} == algorithm
