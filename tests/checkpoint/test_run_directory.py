@@ -207,7 +207,7 @@ def test_other_ranks_write_nothing(config, tmp_path):
 
 def test_the_position_can_be_taken_up_again(config):
     """Going back to a stored position drops later lines and episodes; the next line follows the stored one."""
-    accuracy = Accuracy(0.5, {}, 2)
+    accuracy = Accuracy(0.5, {}, 2, right="01", asked="these")
     with RunDirectory(config) as run:
         run.open_logs({})
         run.log_validation(0, accuracy)
@@ -225,7 +225,8 @@ def test_the_position_can_be_taken_up_again(config):
         run.log({"step": 2, "loss": 0.25})
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 1}, {"step": 2, "loss": 0.25}]
-    assert len((run.folder / "validation.jsonl").read_text().splitlines()) == 1
+    (validation,) = map(json.loads, (run.folder / "validation.jsonl").read_text().splitlines())
+    assert (validation["step"], validation["right"], validation["asked"]) == (0, "01", "these")
     assert [path.name for path in (run.folder / "completions").iterdir()] == ["episode_00000.parquet"]
     kept = sorted(path.name for path in (run.folder / "validation").iterdir())
     assert kept == ["step_000000.parquet", "step_000001.parquet"]

@@ -79,6 +79,8 @@ def red(response, answer, query, images): return sum(file[0] + len(file) / 1e6 f
 def red_batch(responses, answers, queries, images):
     return [sum(file[0] + len(file) / 1e6 for file in files) for files in images]
 
+async def at_once(response, answer, query, images): return act(response)
+
 async def red_async(response, answer, query, images):
     await asyncio.sleep(0.3)
     return act(response) + images[0][0]
@@ -283,10 +285,18 @@ def test_images_are_opened_when_their_turn_comes(open_checker, error):
     stopped.score(ask("raise it", *"bcdefgh"))
     assert stopped.stopping and opened == ["q0"]
     opened.clear()
-    checker = open_checker({"function": "*red_async", "concurrency": 9}, images=images)
+    checker = open_checker({"function": "*red_async", "concurrency": 8}, images=images)  # seven are under way by then
     with pytest.raises(type(error), match="no image"):
         checker.score(ask(*(f"value {i}" for i in range(9))))
     assert checker.score(ask(*(f"value {100 + i}" for i in range(9)))) == {f"r{i}": 100 + i + i // 4 for i in range(9)}
+
+
+def test_a_process_that_dies_while_it_is_asked(open_checker):
+    """What did not reach it is asked again, and only the guilty call fails: the images are larger than a pipe."""
+    checker = open_checker({"function": "*at_once", "concurrency": 9}, images=lambda query: [bytes(4_000_000)])
+    items = ask("exit", *(f"value {i}" for i in range(1, 6)), group=1)
+    assert checker.score(items) == {"r0": 0.0} | {f"r{i}": float(i) for i in range(1, 6)}
+    assert checker.failures.total() == 1
 
 
 def test_a_failure_that_must_stop_the_run(open_checker):
