@@ -52,7 +52,7 @@ from benchmarks.machine import cores, describe
 from benchmarks.random_model import write_model
 from benchmarks.sides import PHASES, Step, generate_side, of_all_ranks, rethinker_side, trl_settings, trl_side
 from rethinker.config import Config, ConfigError
-from rethinker.families.model_folder import check_model_folder
+from rethinker.model_folder import check_model_folder
 from rethinker.policy.throughput import PEAK_FLOPS
 from rethinker.settings import load_config
 

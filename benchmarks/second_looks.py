@@ -28,7 +28,7 @@ from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded.sums import Parts, answer_text, slow_answer, sums, with_slip
 from rethinker.embedded.warmup import as_bundle
 from rethinker.evaluation.intervals import mean_interval
-from rethinker.families.model_folder import check_model_folder
+from rethinker.model_folder import check_model_folder
 from rethinker.policy.model import Policy, load_model, load_processor
 from rethinker.policy.packing import pack
 from rethinker.samples import Query

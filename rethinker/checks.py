@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import check_packages, cpp_compiler
-from rethinker.families.model_folder import check_model_folder, decoder_matrices
+from rethinker.model_folder import check_model_folder, decoder_matrices
 from rethinker.rewards.entries import NEEDS, reward_entries
 from rethinker.runtime.user_code import user_file
 

@@ -133,13 +133,12 @@ class PromptEncoder:
         return prompt
 
     def pixels(self, query: Query) -> dict[str, torch.Tensor]:
-        """For the vision tower: the family's IMAGE_INPUTS of all images of the query, fp32; empty without images."""
+        """For the vision tower: the family's image_inputs of all images of the query, fp32; empty without images."""
         return self._pixels(query) if query.images else {}
 
     def _process(self, query: Query) -> dict[str, torch.Tensor]:
         images = [self._image(image, query.id) for image in query.images]
-        features = self.processor.image_processor(images=images, return_tensors="pt")
-        return {name: features[name] for name in self.family.IMAGE_INPUTS}
+        return self.family.image_inputs(self.processor.image_processor(images=images, return_tensors="pt"))
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of a response, spaces as they are, without special tokens."""

@@ -1,17 +1,18 @@
-"""Model families: what differs between vision-language models, one small module each, and nothing else.
+"""Model families: what differs between vision-language models, one file each, named as the config's `model_type`.
 
-A new family is a module here with the names of `Family` (internvl.py is an example), a line in FAMILIES, and a tiny
-random model in tests/families/tiny_models.py, from which the tests there check laws 1 and 2 and a training run. The
-model must be one that transformers and vLLM both support, with `model.language_model`, `lm_head` and
-`get_input_embeddings()`.
+A new family is a file here with a `FAMILY`, an instance of a class made from `Family` or of another family's
+(internvl.py is an example), and nothing else: training, the rollout engines, `rethinker plan` and the tests find it by
+the file's name. The model must be one that transformers and vLLM both support, with `model.language_model`, `lm_head`
+and `get_input_embeddings()`.
 
 This file does not import torch: a folder of another kind fails before any slow import.
 """
 
 from __future__ import annotations
 
+import pkgutil
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rethinker.config import ConfigError
 
@@ -19,56 +20,107 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-# model_type of the config: (the module here, class name of the processor)
-FAMILIES = {
-    "qwen2_5_vl": ("qwen_vl", "Qwen2_5_VLProcessor"),
-    "qwen2_vl": ("qwen_vl", "Qwen2VLProcessor"),
-    "qwen3_vl": ("qwen_vl", "Qwen3VLProcessor"),
-    "internvl": ("internvl", "InternVLProcessor"),
-}
+HIDDEN, PATCH, SIDE = 64, 8, 64
+"""Of tiny models: hidden size of the language model, side of a patch, and of the largest image in training."""
+FAMILIES = sorted(module.name for module in pkgutil.iter_modules(__path__))
 SUPPORTED = ", ".join(FAMILIES)
 
 
-class Family(Protocol):
-    """What a family's module defines. P tokens of a prompt, N image tokens, D hidden size of the language model.
+class Family:
+    """What a family defines. P tokens of a prompt, N image tokens, D hidden size of the language model.
 
     `image_inputs` are the tensors of one or more images by the names that the model gives them, joined along their
-    first dimension.
+    first dimension. The methods that have a body are right for a model with plain positions.
     """
 
+    PROCESSOR: str
+    """Class name of the processor. Families that share one treat its images alike."""
     PLACEHOLDERS: tuple[str, ...]
     """Tokens that replace pixels or open a turn: a response ends at the first one."""
-    IMAGE_INPUTS: tuple[str, ...]
-    """Which of the image processor's outputs the model takes."""
-    MROPE: bool
+    IMAGE_INPUTS: tuple[str, ...] = ("pixel_values",)
+    """Which of the image processor's outputs transformers' own model takes."""
+    MROPE = False
     """Whether a position has three parts (temporal, height, width)."""
+    TOKEN_TYPES: str | None = None
+    """The input of transformers' own forward that is 1 at image tokens, by its name, if it needs one."""
+    IMAGE_BLOCKS = False
+    """Whether the tokens of an image in the prompt, a run of placeholders, see each other both ways."""
+    WHOLE: tuple[str, ...] = ()
+    """Class names of modules that use weights of modules inside them without calling these: ZeRO-3 gathers all at once."""
 
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
         """The image processor's own settings for `data.min_pixels` and `data.max_pixels`."""
+        raise NotImplementedError
 
     def image_ids(self, processor: Any, height: int, width: int) -> list[int]:
         """The tokens of an image in the prompt. Raises ValueError for a shape that the processor does not take."""
+        raise NotImplementedError
+
+    def image_inputs(self, made: Any) -> dict[str, torch.Tensor]:
+        """What `features` takes, from what the image processor has made of one prompt's images; pixels are fp32."""
+        return {name: made[name] for name in self.IMAGE_INPUTS}
 
     def reduced(self, image_processor: Any, image: Image) -> Image:
         """A large image in the size that the processor would give it, where that changes no pixel of the result."""
+        return image
+
+    def language_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The decoder, whose `layers` are the decoder layers."""
+        return model.model.language_model
+
+    def prepare(self, model: torch.nn.Module) -> None:
+        """Change what of the model cannot read a packed row, in place; weights and their names stay."""
+
+    def tail(self, text_config: Any) -> int | None:
+        """Earlier inputs that a convolution of its recurrent layers sees; None for a model without such layers.
+
+        With recurrent layers, the layers of every other type than full and sliding attention get policy/recurrent.py's
+        Sequences as their mask.
+        """
+        return None
 
     def vision_modules(self, model: torch.nn.Module) -> list[torch.nn.Module]:
         """All that turns pixels into image tokens: what policy.freeze_vision freezes."""
+        return [model.model.vision_tower, model.model.multi_modal_projector]
 
     def positions(self, model: torch.nn.Module, ids: torch.Tensor, image_inputs: dict) -> torch.Tensor:
         """Positions of a prompt's tokens `ids` [1, P]: [3, P] under M-RoPE, else [1, P]."""
+        import torch
+
+        return torch.arange(ids.shape[1])[None]
 
     def features(self, model: torch.nn.Module, image_inputs: dict) -> list[torch.Tensor]:
         """Image tokens [N, D], and what else is added to them after each of the first decoder layers, [N, D] each."""
+        raise NotImplementedError
 
     def blank(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """image_inputs of the smallest image: a rank without images runs it, to keep ZeRO-3's collectives in step."""
+        raise NotImplementedError
+
+    def image_tokens(self, config: Any, pixels: int) -> int:
+        """Tokens of an image of so many pixels, from the model's config; what `rethinker plan` counts."""
+        raise NotImplementedError
+
+    def planned(self, model: torch.nn.Module, tokens: int) -> dict[str, torch.Tensor]:
+        """image_inputs of at least so many image tokens, their pixels without data (device "meta")."""
+        raise NotImplementedError
+
+    def tiny(self, tokenizer: Any, hidden: int = HIDDEN) -> tuple[type, Any, Any]:
+        """A tiny random model for tests: class, config and processor, around embedded/tokenizer.py's tokenizer.
+
+        The family's own architecture, only small. Attention heads have 32 dimensions, the least that vLLM's CPU kernel
+        takes.
+
+        Args:
+            hidden: size of the language model.
+        """
+        raise NotImplementedError
 
 
 def family_of(model_type: str, named: str = "policy.model") -> Family:
     """The family of a config's `model_type`; see `check_supported`."""
     check_supported(model_type, named)
-    return import_module(f"{__name__}.{FAMILIES[model_type][0]}")
+    return import_module(f"{__name__}.{model_type}").FAMILY
 
 
 def check_supported(model_type: Any, named: str, detail: str = "") -> None:
@@ -77,20 +129,20 @@ def check_supported(model_type: Any, named: str, detail: str = "") -> None:
     Raises:
         ConfigError: the model that the user `named`, such as `policy.model=NAME`, is of no supported family.
     """
-    if model_type not in tuple(FAMILIES):  # a file may say anything that JSON can hold
+    if model_type not in FAMILIES:  # a file may say anything that JSON can hold
         raise ConfigError(f"{named} is a {model_type!r} model{detail}; supported: {SUPPORTED}")
 
 
 def family_of_processor(processor: Any) -> Family:
-    """The family of a Hugging Face processor.
+    """A family of a Hugging Face processor, which tells all that prompts and pixels depend on.
 
     Raises:
         ConfigError: it is of no supported family.
     """
     name = type(processor).__name__
-    for module, class_name in FAMILIES.values():
-        if name == class_name:
-            return import_module(f"{__name__}.{module}")
+    for family in map(family_of, FAMILIES):
+        if name == family.PROCESSOR:
+            return family
     raise ConfigError(f"policy.model: its processor is a {name}, of no supported family ({SUPPORTED})")
 
 
@@ -99,3 +151,22 @@ def limit_pixels(processor: Any, family: Family, min_pixels: int, max_pixels: in
     images = processor.image_processor
     for name, value in family.image_settings(images, min_pixels, max_pixels).items():
         setattr(images, name, type(getattr(images, name))(**value) if isinstance(value, dict) else value)
+
+
+def tiny_text(tokenizer: Any, hidden: int, **others: Any) -> dict[str, Any]:
+    """The text_config of a tiny model, with or in place of its entries the `others`."""
+    to_id = tokenizer.convert_tokens_to_ids
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": to_id("<|endoftext|>"),
+        "eos_token_id": to_id("<|im_end|>"),
+        "pad_token_id": to_id("<|endoftext|>"),
+        **others,
+    }

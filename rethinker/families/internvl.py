@@ -5,51 +5,109 @@ An image is cut into as many tiles as its size and `data.max_pixels` call for, p
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import torch
-from PIL import Image
 
-PLACEHOLDERS = ("<IMG_CONTEXT>", "<img>", "</img>", "<video>", "<|im_start|>")
-IMAGE_INPUTS = ("pixel_values",)  # [tiles, channels, side, side]
-MROPE = False
+from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text
 
 
-def image_settings(image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
-    """See Family. The tile of the whole image is not counted."""
-    tile = image_processor.size["height"] * image_processor.size["width"]
-    most = max(1, max_pixels // tile)
-    return {"crop_to_patches": True, "min_patches": min(most, max(1, min_pixels // tile)), "max_patches": most}
+class InternVL(Family):
+    """See Family. pixel_values are [tiles, channels, side, side].
+
+    Tiles and the view of the whole are resized from the image itself, so no image is reduced before.
+    """
+
+    PROCESSOR = "InternVLProcessor"
+    PLACEHOLDERS = ("<IMG_CONTEXT>", "<img>", "</img>", "<video>", "<|im_start|>")
+
+    def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
+        """See Family. The tile of the whole image is not counted."""
+        tile = image_processor.size["height"] * image_processor.size["width"]
+        most = max(1, max_pixels // tile)
+        return {"crop_to_patches": True, "min_patches": min(most, max(1, min_pixels // tile)), "max_patches": most}
+
+    def image_ids(self, processor: Any, height: int, width: int) -> list[int]:
+        tiles = processor.image_processor.get_number_of_image_patches(height, width)
+        tokens = [processor.image_token_id] * (tiles * processor.image_seq_length)
+        return [processor.start_image_token_id, *tokens, processor.end_image_token_id]
+
+    def features(self, model: torch.nn.Module, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [model.model.get_image_features(image_inputs["pixel_values"]).pooler_output.flatten(0, 1)]
+
+    def blank(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """See Family: one tile."""
+        vision = model.config.vision_config
+        return {"pixel_values": torch.zeros(1, vision.num_channels, *vision.image_size)}
+
+    def image_tokens(self, config: Any, pixels: int) -> int:
+        """See Family: of its tiles and, if there are several, one of the whole."""
+        height, width = config.vision_config.image_size
+        tiles = max(1, pixels // (height * width))
+        return (tiles + (tiles > 1)) * config.image_seq_length
+
+    def planned(self, model: torch.nn.Module, tokens: int) -> dict[str, torch.Tensor]:
+        tiles = -(-tokens // model.config.image_seq_length)
+        return {"pixel_values": torch.empty(tiles, *self.blank(model)["pixel_values"].shape[1:], device="meta")}
+
+    def tiny(self, tokenizer: Any, hidden: int = HIDDEN) -> tuple[type, Any, Any]:
+        from transformers import (
+            AutoTokenizer,
+            GotOcr2ImageProcessor,
+            InternVLConfig,
+            InternVLForConditionalGeneration,
+            InternVLProcessor,
+            InternVLVideoProcessor,
+        )
+
+        names = {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        }
+        with tempfile.TemporaryDirectory() as folder:  # only loading gives tokens their names
+            tokenizer.save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, extra_special_tokens=names, trust_remote_code=False, local_files_only=True
+            )
+        side = SIDE // 2
+        size, tokens = {"height": side, "width": side}, (side // PATCH) ** 2 // 4
+        config = InternVLConfig(
+            text_config=tiny_text(tokenizer, hidden, model_type="qwen2", tie_word_embeddings=False),
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 1,
+                "image_size": [side, side],
+                "patch_size": [PATCH, PATCH],
+            },
+            image_seq_length=tokens,
+            image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+            tie_word_embeddings=False,
+        )
+        processor = InternVLProcessor(
+            image_processor=GotOcr2ImageProcessor(size=size),
+            tokenizer=tokenizer,
+            video_processor=InternVLVideoProcessor(size=size),
+            image_seq_length=tokens,
+            chat_template=tiny_template("<IMG_CONTEXT>\n"),
+        )
+        return InternVLForConditionalGeneration, config, processor
 
 
-def image_ids(processor: Any, height: int, width: int) -> list[int]:
-    """See Family."""
-    tiles = processor.image_processor.get_number_of_image_patches(height, width)
-    tokens = [processor.image_token_id] * (tiles * processor.image_seq_length)
-    return [processor.start_image_token_id, *tokens, processor.end_image_token_id]
+def tiny_template(image: str) -> str:
+    """A chat template as Qwen2's, which writes `image` for an image."""
+    return (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        "{% if message['content'] is string %}{{ message['content'] }}"
+        "{% else %}{% for content in message['content'] %}"
+        "{% if content['type'] == 'image' %}" + image + "{% elif content['type'] == 'text' %}{{ content['text'] }}"
+        "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
 
 
-def reduced(image_processor: Any, image: Image.Image) -> Image.Image:
-    """See Family. Tiles and the view of the whole are resized from the image itself, so it stays as it is."""
-    return image
-
-
-def vision_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """See Family."""
-    return [model.model.vision_tower, model.model.multi_modal_projector]
-
-
-def positions(model: torch.nn.Module, ids: torch.Tensor, image_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """See Family."""
-    return torch.arange(ids.shape[1])[None]
-
-
-def features(model: torch.nn.Module, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """See Family."""
-    return [model.model.get_image_features(image_inputs["pixel_values"]).pooler_output.flatten(0, 1)]
-
-
-def blank(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """See Family: one tile."""
-    vision = model.config.vision_config
-    return {"pixel_values": torch.zeros(1, vision.num_channels, *vision.image_size)}
+FAMILY = InternVL()

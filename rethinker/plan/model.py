@@ -17,8 +17,6 @@ from rethinker.policy.cpu_layers import use_cpu_layers
 from rethinker.policy.lora import GATHERED, add_adapters, base_parameters
 from rethinker.policy.model import Policy
 
-_STRIP = 16  # image tokens from top to bottom of the image that stands for all of a micro-batch's
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -52,25 +50,12 @@ class Shape:
         return self.head.itemsize
 
     def image_tokens(self, pixels: int) -> int:
-        """Tokens of an image of so many pixels: InternVL's of its tiles and, if there are several, one of the whole."""
-        blank, vision = self.policy.family.blank(self.policy.hf), self.config.vision_config
-        if "image_grid_thw" in blank:
-            return pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
-        tiles = max(1, pixels // blank["pixel_values"][0, 0].numel())
-        return (tiles + (tiles > 1)) * self.config.image_seq_length
+        """Tokens of an image of so many pixels."""
+        return self.policy.family.image_tokens(self.config, pixels)
 
     def images(self, tokens: int) -> dict[str, torch.Tensor]:
         """Pixels without data of at least so many image tokens, as the family's model takes them."""
-        blank = self.policy.family.blank(self.policy.hf)  # of one token, or one tile
-        pixels = blank["pixel_values"]
-        if "image_grid_thw" not in blank:
-            count = -(-tokens // self.config.image_seq_length)
-            return {"pixel_values": torch.empty(count, *pixels.shape[1:], device="meta")}
-        high = min(_STRIP, tokens)
-        wide = -(-tokens // high)
-        grid = blank["image_grid_thw"] * torch.tensor([1, high, wide])
-        pixels = torch.empty(high * wide * len(pixels), pixels.shape[1], device="meta")
-        return {"pixel_values": pixels, "image_grid_thw": grid}
+        return self.policy.family.planned(self.policy.hf, tokens)
 
 
 def shape_of(settings: PolicyConfig, on_gpu: bool = False) -> Shape:

@@ -103,8 +103,8 @@ class HFEngine(RolloutEngine):
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         inputs = {"input_ids": ids, "attention_mask": mask}
         if any(prompt.images for prompt in prompts):
-            if self._family.MROPE:
-                inputs["mm_token_type_ids"] = (ids == self._model.config.image_token_id).int()
+            if self._family.TOKEN_TYPES:
+                inputs[self._family.TOKEN_TYPES] = (ids == self._model.config.image_token_id).int()
             images = [image for prompt in prompts for image in prompt.images]
             features = self._processor.image_processor(images, return_tensors="pt")
             inputs |= {name: features[name] for name in self._family.IMAGE_INPUTS}

@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig
 from rethinker.config import ConfigError, DataConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.families import family_of, family_of_processor
-from rethinker.families.model_folder import check_model_folder
+from rethinker.model_folder import check_model_folder
 from rethinker.policy.model import load_model, load_processor
 from rethinker.rollout.sampling import stop_token_ids
 from rethinker.samples import Query

@@ -90,8 +90,7 @@ def config_of(case: Case, folder: Path) -> Config:
 def model_of(name: str, case: Case, scratch: Path) -> Path:
     """The case's model, its vocabulary grown where the case says so."""
     if case.family:
-        tiny_models.HIDDEN = 256  # large beside what libraries take
-        return tiny_models.create(case.family, scratch / name)
+        return tiny_models.create(case.family, scratch / name, hidden=256)  # large beside what libraries take
     folder = create_tiny(scratch / name, tie_word_embeddings=case.tied, size=case.size)
     if name in VOCABULARY:
         from rethinker.policy.model import load_model

@@ -73,10 +73,10 @@ def per_sample_log_softmax(model, encoder, sample: Sample) -> torch.Tensor:
     prompt = encoder.encode(sample.query)
     ids = torch.tensor([[*prompt.token_ids, *sample.completion.token_ids]])
     inputs = dict(encoder.pixels(sample.query))
-    if encoder.family.MROPE:
+    if encoder.family.TOKEN_TYPES:
         is_image = (ids == model.config.image_token_id).int()
         is_image[:, len(prompt.token_ids) :] = 0
-        inputs["mm_token_type_ids"] = is_image
+        inputs[encoder.family.TOKEN_TYPES] = is_image
     logits = model(input_ids=ids, use_cache=False, **inputs).logits[0]
     return logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import rethinker
 from rethinker.config import ConfigError
 from rethinker.embedded.tiny import create_tiny
-from rethinker.families.model_folder import check_model_folder
+from rethinker.model_folder import check_model_folder
 from rethinker.policy.model import load_model, load_processor
 from rethinker.settings import load_config
 

@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rethinker.families.model_folder import check_model_folder
+from rethinker.model_folder import check_model_folder
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.server.replicas import Replicas
 
