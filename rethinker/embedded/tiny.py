@@ -98,8 +98,8 @@ def write_random(folder: str | Path, model_class: type, config: PreTrainedConfig
 def _widen(model: torch.nn.Module) -> None:
     """Draw every matrix with variance 1 / inputs. Qwen's 0.02 suits widths in the thousands; here it learns slowly.
 
-    Linear attention gets a memory of several tokens: transformers would mostly draw decays to nothing within one, and of
-    those its fp32 gradient is wrong by 5e-4.
+    Linear attention gets a memory of several tokens: transformers would mostly draw decays to nothing within one, and
+    of those its fp32 gradient is wrong by 5e-4.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
