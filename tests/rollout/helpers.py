@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from rethinker.config import Config
-from rethinker.families.qwen2_5_vl import FAMILY
+from rethinker.families.qwen2_vl import FAMILY
 from rethinker.rollout.hf_engine import HFEngine
 from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
