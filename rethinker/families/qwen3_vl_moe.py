@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, Transpose, WeightConverter
+from transformers.core_model_loading import Transpose, WeightConverter
 
 from rethinker.families import HIDDEN, tiny_text
 from rethinker.families.qwen2_vl import tiny_ids
@@ -45,19 +45,12 @@ def tiny_experts(hidden: int) -> dict[str, Any]:
     }
 
 
-class _InFiles(Transpose):
-    """Published files hold an expert's matrices transposed, and so does vLLM read them. transformers reads both kinds,
-    told apart by their shape; but what it saves has the model's own shape, and stays as it is."""
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return Transpose(self.dim1, self.dim0)
-
-
+# Published files hold an expert's matrices transposed, and so vLLM reads them. transformers would read both kinds, told
+# apart by their shape, and save the model's own, which vLLM cannot serve.
 register_checkpoint_conversion_mapping(
     "qwen3_vl_moe",
     [
-        WeightConverter(name, name, operations=[_InFiles(1, 2, check_dims=True)])
+        WeightConverter(name, name, operations=[Transpose(1, 2)])
         for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     ],
     overwrite=True,
