@@ -25,7 +25,7 @@ H, E = 2, 4
 
 
 def rule(q, k, v, g, beta, initial_state=None, output_final_state=False, cu_seqlens=None):
-    """The gated delta rule (arXiv 2412.06464, equation 10), token by token in the inputs' type; by bounds, run by run."""
+    """The gated delta rule (arXiv 2412.06464, eq. 10), token by token in the inputs' type; by bounds, run by run."""
     if cu_seqlens is not None:
         runs = list(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False))
         begun = [None] * len(runs) if initial_state is None else initial_state.split(1)
