@@ -24,6 +24,7 @@ class Qwen3_5(Qwen3VL):
         for layer in self.language_model(model).layers:
             if hasattr(layer, "linear_attn"):
                 layer.linear_attn.forward = MethodType(gated_delta_net, layer.linear_attn)
+                layer.linear_attn.kernels = library
 
     def tail(self, text_config: Any) -> int | None:
         return text_config.linear_conv_kernel_dim - 1
@@ -53,7 +54,7 @@ def gated_delta_net(self: Any, hidden_states: torch.Tensor, attention_mask: Any,
         [B, L, D].
     """
     x = attention_mask.row(hidden_states)  # [T, D]
-    convolution, rule = library(on_gpu=x.is_cuda)
+    convolution, rule = self.kernels(x.is_cuda)
     mixed = attention_mask.convolve(
         self.in_proj_qkv(x),
         partial(convolution, weight=self.conv1d.weight.squeeze(1), bias=self.conv1d.bias, activation=self.activation),

@@ -79,6 +79,8 @@ class Policy(nn.Module):
         self.family = family_of(model.config.model_type)
         self.layers = LayerTypes.of(self.family, model.config.get_text_config())
         self.kernel = kernel_for(config, torch.cuda.is_available(), self.layers)
+        # Only flash-linear-attention's kernels read runs of tokens by their bounds.
+        self.padded = not (torch.cuda.is_available() and find_spec("fla"))
         self.freeze_vision = config.freeze_vision or bool(config.lora.rank)
         model.lm_head = LossHead.around(model.lm_head)
         use_cpu_layers(model)
@@ -129,8 +131,7 @@ class Policy(nn.Module):
         if torch.is_grad_enabled() and not embeds.requires_grad:  # a frozen embedding, under adapters
             # ZeRO-3 takes a whole layer's gradients away in a hook that comes before them if no input has one.
             embeds.requires_grad_()
-        padded = device.type != "cuda" or not find_spec("fla")
-        layout = moved(lay_out(batch, self.kernel, self.layers, padded), device)
+        layout = moved(lay_out(batch, self.kernel, self.layers, self.padded), device)
         if self.layers.blocks:
             join_images(layout, self._is_image(batch))
         positions, sources, inputs = batch.position_ids[:, 0], batch.source_index, {}

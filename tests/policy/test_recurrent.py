@@ -25,7 +25,7 @@ TAIL = 3
 H, E = 2, 4
 
 
-def rule(q, k, v, g, beta, initial_state=None, output_final_state=False, cu_seqlens=None):
+def rule(q, k, v, g, beta, initial_state=None, output_final_state=False, cu_seqlens=None, cu_seqlens_cpu=None):
     """The gated delta rule (arXiv 2412.06464, eq. 10), token by token in the inputs' type; by bounds, run by run."""
     if cu_seqlens is not None:
         runs = list(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False))
