@@ -83,6 +83,10 @@ class Family:
         """
         return None
 
+    def state(self, text_config: Any) -> int:
+        """Numbers that the recurrent layers keep of a sequence while its response is sampled."""
+        return 0
+
     def vision_modules(self, model: torch.nn.Module) -> list[torch.nn.Module]:
         """All that turns pixels into image tokens: what policy.freeze_vision freezes."""
         return [model.model.vision_tower, model.model.multi_modal_projector]

@@ -9,6 +9,7 @@ import torch
 
 from rethinker.config import ConfigError, DataConfig, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
+from rethinker.families import SUPPORTED
 from rethinker.plan.build import Machine, make_plan
 from rethinker.plan.memory import GIB
 from rethinker.plan.model import shape_of
@@ -50,7 +51,10 @@ def test_a_forward_keeps_what_is_planned(checkpointing, kernel, folder):
     """Bytes of real tensors between the forward of a micro-batch and its loss are the planned ones to 5%: of the
     language model and of the vision tower."""
     settings = PolicyConfig(model=str(folder), dtype="float32", attention=kernel, gradient_checkpointing=checkpointing)
-    shape, batch = shape_of(settings), MicroBatch(tokens=512, rows=384, row=512, image_tokens=64)
+    shape, batch = (
+        shape_of(settings),
+        MicroBatch(tokens=512, rows=384, prompt=128, response=96, row=512, image_tokens=64),
+    )
     policy = make(folder, attention=kernel, gradient_checkpointing=checkpointing)
     seen = []
     policy.hf.lm_head.forward = lambda rows, *_: (seen.append(count.bytes), rows)
@@ -62,8 +66,8 @@ def test_a_forward_keeps_what_is_planned(checkpointing, kernel, folder):
             tokens=batch.tokens,
             input_ids=torch.where(place < batch.image_tokens, policy.image_token_id, 0)[None],
             position_ids=place.expand(3 if policy.family.MROPE else 1, 1, -1).clone(),
-            prompt_id=torch.zeros_like(place),
-            response_id=(place - 128).clamp(min=-1) // 96 + 1,
+            prompt_id=batch.places()[0],
+            response_id=batch.places()[1],
             source_index=torch.arange(128, 512),
             target_ids=torch.zeros(384, dtype=torch.int64),
             image_inputs={name: torch.randn(part.shape) if part.is_meta else part for name, part in images.items()},
@@ -87,5 +91,5 @@ def test_a_run_is_planned(folder):
 def test_a_model_of_no_family(tmp_path):
     """It is an error that names its kind."""
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(ConfigError, match="is a 'qwen2' model; supported: qwen2_5_vl"):
+    with pytest.raises(ConfigError, match=f"is a 'qwen2' model; supported: {SUPPORTED}"):
         shape_of(PolicyConfig(model=str(tmp_path)))
