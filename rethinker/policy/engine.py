@@ -149,8 +149,8 @@ class PolicyEngine:
             the one that the ratio is taken against, on samples no older than rollout.max_staleness), `grad_norm`,
             `learning_rate`, `train_tokens` (processed, over all ranks), `supervised_loss` (the part of `loss` from
             rethought responses), `skipped` (1 if a non-finite number kept the step from being applied), and
-            `load_statistics` where the model has experts; means are over the tokens that were computed. An empty batch (every query all right or all wrong, and nothing to replay)
-            leaves the weights as they are.
+            `load_statistics` where the model has experts; means are over the tokens that were computed. An empty
+            batch (every query all right or all wrong, and nothing to replay) leaves the weights as they are.
 
         Raises:
             OutOfMemory: memory ran out on this rank.
@@ -293,7 +293,7 @@ class PolicyEngine:
         return f"rank {self.ranks.rank} ran out of memory in step {self.steps + 1}: {change}"
 
     def _accumulate(self, samples: list[Sample], plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward and backward of all micro-batches: gradients in ZeRO-3; this rank's sums [len(_SUMS)] and its experts'
+        """Forward and backward of all micro-batches: gradients in ZeRO-3; this rank's sums [len(_SUMS)] and experts'
         load [layers, experts] returned."""
         config = self.config
         normalizer = loss_normalizer(samples, config.algorithm, config.rollout.max_new_tokens)

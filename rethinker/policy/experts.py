@@ -1,7 +1,7 @@
 """Mixtures of experts in training: which experts a token takes, with what weights, and how evenly they are taken.
 
-Legend: T tokens of the packed row, X tokens as the layers see them (B * L), E experts, k of them for each token, D hidden
-size.
+Legend: T tokens of the packed row, X tokens as the layers see them (B * L), E experts, k of them for each token, D
+hidden size.
 """
 
 from __future__ import annotations

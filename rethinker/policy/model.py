@@ -150,7 +150,9 @@ class Policy(nn.Module):
         if deep:
             inputs |= {"visual_pos_masks": spots, "deepstack_visual_embeds": deep}
         # They stay until the next forward: a layer that is recomputed in the backward needs them again.
-        experts = batch.experts if batch.experts is None or layout.index is None else batch.experts[layout.index.flatten()]
+        experts = (
+            batch.experts if batch.experts is None or layout.index is None else batch.experts[layout.index.flatten()]
+        )
         for number, router in self.routers.items():
             router.real, router.chosen = layout.position, None if experts is None else experts[:, number]
         hidden = self.family.language_model(self.hf)(

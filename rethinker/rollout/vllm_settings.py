@@ -93,8 +93,8 @@ class VLLMRequests:
         family = family_of(self.model_config.model_type)
         if config.rollout.router_replay and not getattr(self.model_config.get_text_config(), "num_experts", 0):
             raise ConfigError(
-                f"rollout.router_replay=true: the model ({self.model_config.model_type}) has no experts to choose from; "
-                "set it to false"
+                f"rollout.router_replay=true: a {self.model_config.model_type} model has no experts to choose from; set "
+                "it to false"
             )
         self.image_settings = family.image_settings(processor, config.data.min_pixels, config.data.max_pixels)
 

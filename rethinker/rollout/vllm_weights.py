@@ -150,7 +150,7 @@ def _experts(model: nn.Module) -> list[RoutedExperts]:
 
 
 def _expert_weights(layer: RoutedExperts, name: str) -> torch.Tensor:
-    """The weights of a layer's experts [experts, outputs, inputs], as they were before vLLM's CPU kernel packed them."""
+    """Weights of a layer's experts [experts, outputs, inputs], as they were before vLLM's CPU kernel packed them."""
     weight, method = getattr(layer, name).data, layer.quant_method
     if method.unquantized_backend is UnquantizedMoeBackend.TRITON:
         return weight
