@@ -33,8 +33,8 @@ class Family:
     first dimension. The methods that have a body are right for a model with plain positions.
     """
 
-    PROCESSOR: str
-    """Class name of the processor. Families that share one treat its images alike."""
+    PROCESSOR: str | tuple[str, ...]
+    """Class name of the processor, or several. Families that share one treat its images alike."""
     PLACEHOLDERS: tuple[str, ...]
     """Tokens that replace pixels or open a turn: a response ends at the first one."""
     IMAGE_INPUTS: tuple[str, ...] = ("pixel_values",)
@@ -45,6 +45,8 @@ class Family:
     """The input of transformers' own forward that is 1 at image tokens, by its name, if it needs one."""
     IMAGE_BLOCKS = False
     """Whether the tokens of an image in the prompt, a run of placeholders, see each other both ways."""
+    TINY: tuple[str, ...] = ("",)
+    """Kinds of tiny models, by what they are called in tests after the family: one for each part that may differ."""
     WHOLE: tuple[str, ...] = ()
     """Class names of modules that use weights inside other modules without calling these: ZeRO-3 gathers them whole."""
 
@@ -105,7 +107,7 @@ class Family:
         """image_inputs of at least so many image tokens, their pixels without data (device "meta")."""
         raise NotImplementedError
 
-    def tiny(self, tokenizer: Any, hidden: int = HIDDEN) -> tuple[type, Any, Any]:
+    def tiny(self, tokenizer: Any, hidden: int = HIDDEN, kind: str = "") -> tuple[type, Any, Any]:
         """A tiny random model for tests: class, config and processor, around embedded/tokenizer.py's tokenizer.
 
         The family's own architecture, only small. Attention heads have 32 dimensions, the least that vLLM's CPU kernel
@@ -113,6 +115,7 @@ class Family:
 
         Args:
             hidden: size of the language model.
+            kind: one of TINY.
         """
         raise NotImplementedError
 
@@ -141,7 +144,8 @@ def family_of_processor(processor: Any) -> Family:
     """
     name = type(processor).__name__
     for family in map(family_of, FAMILIES):
-        if name == family.PROCESSOR:
+        named = family.PROCESSOR
+        if name in ((named,) if isinstance(named, str) else named):
             return family
     raise ConfigError(f"policy.model: its processor is a {name}, of no supported family ({SUPPORTED})")
 

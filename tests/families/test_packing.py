@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rethinker.config import LoraConfig, PolicyConfig
+from rethinker.families import family_of
 from rethinker.policy import attention
 from rethinker.policy.lora import add_adapters
 from rethinker.policy.model import Policy, load_model
@@ -119,13 +121,15 @@ def test_adapters_alone_have_gradients(folder, encoder, tmp_path):
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
     plain = Policy(load_model(folder, torch.float32), PolicyConfig(dtype="float32")).eval()
     model, settings = load_model(folder, torch.float32), LoraConfig(rank=4)
+    layers = family_of(model.config.model_type).language_model(model).layers
+    linear = sum(isinstance(module, nn.Linear) for module in layers.modules())
     adapters = add_adapters(model, settings, seed=0)
     policy = Policy(model, PolicyConfig(dtype="float32", lora=settings)).eval()
     (batch,), _ = packed(samples, encoder, policy)
     assert torch.equal(policy(batch)[0], plain(batch)[0])
     for adapter in adapters.values():
         adapter.b.data.fill_(1e-3)
-    assert len(adapters) == 7 * len(model.model.language_model.layers)
+    assert len(adapters) == linear
     trained = {id(p) for adapter in adapters.values() for p in (adapter.a, adapter.b)}
     gradients(policy, batch)
     assert {id(p) for p in policy.parameters() if p.grad is not None and p.grad.any()} == trained

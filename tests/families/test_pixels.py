@@ -13,7 +13,6 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.media import ImageMediaIO
 
-import rethinker.families
 from rethinker.config import DataConfig
 from rethinker.data.images import open_image
 from rethinker.data.prompts import PromptEncoder
@@ -22,7 +21,7 @@ from rethinker.policy.model import load_processor
 from rethinker.rollout.server.engine import _as_url
 from rethinker.samples import Prompt, Query
 from tests.data.image_kinds import KINDS, noise, oriented, saved, tagged
-from tests.families.tiny_models import create
+from tests.families.tiny_models import FAMILIES, create
 
 LIMITS = DataConfig(min_pixels=1024, max_pixels=8192)
 
@@ -55,7 +54,7 @@ class Sides:
         return different + [name for name, tensor in ours.items() if not torch.equal(theirs[name], tensor)]
 
 
-@pytest.fixture(scope="module", params=list(rethinker.families.FAMILIES))
+@pytest.fixture(scope="module", params=["qwen2_5_vl", *FAMILIES])
 def sides(request, tmp_path_factory):
     return Sides(request.param, tmp_path_factory.mktemp(request.param))
 
