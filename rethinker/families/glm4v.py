@@ -61,7 +61,12 @@ class GLM4V(Qwen2VL):
         rope["mrope_section"] = [hidden // 16, 3 * hidden // 32, 3 * hidden // 32]
         config = Glm4vConfig(
             text_config=tiny_text(
-                tokenizer, hidden, num_attention_heads=1, rope_parameters=rope, tie_word_embeddings=False
+                tokenizer,
+                hidden,
+                num_attention_heads=1,
+                attention_bias=True,  # of vLLM's model; transformers' always has biases
+                rope_parameters=rope,
+                tie_word_embeddings=False,
             ),
             vision_config={
                 "depth": 2,
