@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from inspect import unwrap
 from types import MethodType
 from typing import Any
 
@@ -51,8 +52,8 @@ def gated_delta_net(self: Any, hidden_states: torch.Tensor, attention_mask: Any,
     Returns:
         [B, L, D].
     """
-    convolution, rule = _library()
     x = attention_mask.row(hidden_states)  # [T, D]
+    convolution, rule = library(on_gpu=x.is_cuda)
     mixed = attention_mask.convolve(
         self.in_proj_qkv(x),
         partial(convolution, weight=self.conv1d.weight.squeeze(1), bias=self.conv1d.bias, activation=self.activation),
@@ -72,12 +73,13 @@ def gated_delta_net(self: Any, hidden_states: torch.Tensor, attention_mask: Any,
     return attention_mask.rows(self.out_proj(out.flatten(1)))
 
 
-def _library() -> tuple[Any, Any]:
-    """The convolution and the rule that transformers chooses: on CUDA those of causal-conv1d and
-    flash-linear-attention where they are installed, else PyTorch's. PyTorch's rule ignores cu_seqlens."""
+def library(on_gpu: bool) -> tuple[Any, Any]:
+    """The convolution and the rule: on GPUs those that transformers chooses, of causal-conv1d and
+    flash-linear-attention where these are installed; else PyTorch's, which ignore the bounds of sequences."""
     from transformers.models.qwen3_5.modeling_qwen3_5 import causal_conv1d_fn, torch_chunk_gated_delta_rule
 
-    return causal_conv1d_fn, torch_chunk_gated_delta_rule
+    chosen = causal_conv1d_fn, torch_chunk_gated_delta_rule
+    return chosen if on_gpu else tuple(map(unwrap, chosen))
 
 
 def tiny_linear() -> dict[str, Any]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rethinker.config import LoraConfig, PolicyConfig
-from rethinker.families import family_of
 from rethinker.policy import attention
 from rethinker.policy.lora import add_adapters
 from rethinker.policy.model import Policy, load_model
@@ -48,11 +46,9 @@ def test_planted_faults_are_seen(fault, folder, make_policy, model, encoder, tmp
     else:
         monkeypatch.setattr(family, "features", lambda *given: [part.flip(0) for part in features(*given)])
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
-    concerned = {
-        "no deepstack": bool(getattr(model.config.vision_config, "deepstack_visual_indexes", None)),
-        "positions of a text": family.MROPE,
-        "images swapped": True,
-    }
+    (batch,), _ = packed(samples, encoder, policy)
+    deep = len(features(policy.hf, batch.image_inputs)) > 1
+    concerned = {"no deepstack": deep, "positions of a text": family.MROPE, "images swapped": True}
     logp_error = compare(samples, encoder, policy, model)[0]
     assert logp_error > 1e-3 if concerned[fault] else logp_error <= 1e-5
 
@@ -125,15 +121,14 @@ def test_adapters_alone_have_gradients(folder, encoder, tmp_path):
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
     plain = Policy(load_model(folder, torch.float32), PolicyConfig(dtype="float32")).eval()
     model, settings = load_model(folder, torch.float32), LoraConfig(rank=4)
-    layers = family_of(model.config.model_type).language_model(model).layers
-    linear = sum(isinstance(module, nn.Linear) for module in layers.modules())
     adapters = add_adapters(model, settings, seed=0)
     policy = Policy(model, PolicyConfig(dtype="float32", lora=settings)).eval()
     (batch,), _ = packed(samples, encoder, policy)
     assert torch.equal(policy(batch)[0], plain(batch)[0])
     for adapter in adapters.values():
         adapter.b.data.fill_(1e-3)
-    assert len(adapters) == linear
+    layers = plain.family.language_model(plain.hf).layers
+    assert len(adapters) == sum(isinstance(module, torch.nn.Linear) for module in layers.modules())
     trained = {id(p) for adapter in adapters.values() for p in (adapter.a, adapter.b)}
     gradients(policy, batch)
     assert {id(p) for p in policy.parameters() if p.grad is not None and p.grad.any()} == trained
@@ -164,7 +159,8 @@ def test_attention_is_one_call_a_layer(make_policy, encoder, tmp_path, monkeypat
     monkeypatch.setattr(attention, "attend", lambda q, *given: calls.append(q) or attend(q, *given))
     (batch,), _ = packed(samples_for(queries_of_every_kind(tmp_path), encoder, [5]), encoder, policy)
     policy(batch)
-    layers = len(policy.hf.model.language_model.layers)
+    types = getattr(policy.hf.config.get_text_config(), "layer_types", None) or ["full_attention"] * 3
+    layers = types.count("full_attention")
     seeing = len(policy.hf.model.visual.blocks) if policy.family.MROPE else 0
     assert [len(q) for q in calls[seeing:]] == [batch.tokens] * layers
     assert [len(q) for q in calls[:seeing]] == [len(batch.image_inputs["pixel_values"])] * seeing

@@ -9,6 +9,7 @@ import torch
 
 from rethinker.config import ConfigError, DataConfig, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
+from rethinker.families import SUPPORTED
 from rethinker.plan.build import Machine, make_plan
 from rethinker.plan.memory import GIB
 from rethinker.plan.model import shape_of
@@ -87,5 +88,5 @@ def test_a_run_is_planned(folder):
 def test_a_model_of_no_family(tmp_path):
     """It is an error that names its kind."""
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(ConfigError, match="is a 'qwen2' model; supported: "):
+    with pytest.raises(ConfigError, match=f"is a 'qwen2' model; supported: {SUPPORTED}"):
         shape_of(PolicyConfig(model=str(tmp_path)))
