@@ -47,6 +47,8 @@ class Family:
     """Whether the tokens of an image in the prompt, a run of placeholders, see each other both ways."""
     TINY: tuple[str, ...] = ("",)
     """Kinds of tiny models, by what they are called in tests after the family: one for each part that may differ."""
+    SERVED: tuple[tuple[str, str], ...] = ()
+    """How names of weights begin in transformers' model and, in its place, in checkpoints, which vLLM reads."""
     WHOLE: tuple[str, ...] = ()
     """Class names of modules that use weights inside other modules without calling these: ZeRO-3 gathers them whole."""
 
@@ -65,6 +67,13 @@ class Family:
     def reduced(self, image_processor: Any, image: Image) -> Image:
         """A large image in the size that the processor would give it, where that changes no pixel of the result."""
         return image
+
+    def served(self, name: str) -> str:
+        """A parameter's name in checkpoints; see SERVED."""
+        for ours, theirs in self.SERVED:
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
 
     def language_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """The decoder, whose `layers` are the decoder layers."""
