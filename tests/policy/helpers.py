@@ -72,7 +72,10 @@ def per_sample_log_softmax(model, encoder, sample: Sample) -> torch.Tensor:
     """[L, V] of one response by transformers' own forward on the one ordinary sequence."""
     prompt = encoder.encode(sample.query)
     ids = torch.tensor([[*prompt.token_ids, *sample.completion.token_ids]])
-    inputs = dict(encoder.pixels(sample.query))
+    inputs = {}
+    if prompt.images:
+        made = encoder.processor.image_processor(images=prompt.images, return_tensors="pt")
+        inputs = {name: made[name] for name in encoder.family.IMAGE_INPUTS}
     if encoder.family.TOKEN_TYPES:
         is_image = (ids == model.config.image_token_id).int()
         is_image[:, len(prompt.token_ids) :] = 0
