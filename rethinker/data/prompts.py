@@ -138,7 +138,8 @@ class PromptEncoder:
 
     def _process(self, query: Query) -> dict[str, torch.Tensor]:
         images = [self._image(image, query.id) for image in query.images]
-        return self.family.image_inputs(self.processor.image_processor(images=images, return_tensors="pt"))
+        arguments = self.family.image_arguments(self.processor)
+        return self.family.image_inputs(self.processor.image_processor(images=images, return_tensors="pt", **arguments))
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of a response, spaces as they are, without special tokens."""
@@ -379,7 +380,8 @@ class PromptEncoder:
     def _image_ids(self, reference: Any, query_id: str) -> list[int]:
         height, width = image_size(reference, query_id, self.config.max_image_pixels)
         try:
-            return self.family.image_ids(self.processor, height, width)
+            with self._one_at_a_time:
+                return self.family.image_ids(self.processor, height, width)
         except ValueError as error:
             raise BadRowError("image shape", f"query {query_id}: {error}") from error
 

@@ -22,13 +22,13 @@ from torch import nn
 
 from rethinker.checks import lora_targets
 from rethinker.config import LoraConfig
+from rethinker.families import family_of
 
 FOLDER = "adapter"  # of a checkpoint: the adapters alone, in peft's format
 _NAME = "default"  # peft's, of the adapters that are trained
 _REFERENCE = "reference"  # of a frozen copy of them, where the reference policy moves
 GATHERED = 2**28
 """Elements that are gathered at once; a weight that has more is gathered alone, as a 3B model's embedding is."""
-_LAYERS = "model.language_model.layers"
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,16 @@ def add_adapters(model: nn.Module, lora: LoraConfig, seed: int) -> dict[str, Ada
     """
     import peft
 
-    layers = model.get_submodule(_LAYERS)
-    linears = {name for layer in layers for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
+    decoder = family_of(model.config.model_type).language_model(model)
+    path = next(name for name, module in model.named_modules() if module is decoder.layers)
+    linears = {name for layer in decoder.layers for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
     targets = "|".join(map(re.escape, lora_targets(linears, lora.target_modules)))
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=0.0,  # the policy trains without: the ratio would not be 1 on policy
-        target_modules=rf"{re.escape(_LAYERS)}\.\d+\.({targets})",
+        target_modules=rf"{re.escape(path)}\.\d+\.({targets})",
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -6,6 +6,7 @@ import resource
 
 import torch
 
+from rethinker.families import family_of
 from rethinker.runtime.distributed import Ranks
 
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets, by a part of torch.cuda.get_device_name().
@@ -24,7 +25,7 @@ def model_flops_utilization(model: torch.nn.Module, tokens: float, seconds: floa
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
     if peak is None:
         return None
-    parts = model.model.language_model.parameters()
+    parts = family_of(model.config.model_type).language_model(model).parameters()
     flop = sum((6 if p.requires_grad else 4) * getattr(p, "ds_numel", p.numel()) for p in parts)
     return flop * tokens / (seconds * peak * ranks.world_size)
 

@@ -109,7 +109,10 @@ def test_frozen_vision_has_no_gradient_and_changes_no_other(make_policy, encoder
         if any(parameter is p for m in frozen.family.vision_modules(frozen.hf) for p in m.parameters())
     }
     assert left_out and whole.keys() - rest.keys() == left_out
-    assert all("language_model" in name or "lm_head" in name for name in rest)
+    language = {
+        id(p) for part in (frozen.family.language_model(frozen.hf), frozen.hf.lm_head) for p in part.parameters()
+    }
+    assert all(id(parameter) in language for name, parameter in frozen.named_parameters() if name in rest)
     torch.testing.assert_close({name: whole[name] for name in rest}, rest, rtol=1e-5, atol=1e-7)
 
 
@@ -125,7 +128,7 @@ def test_adapters_alone_have_gradients(folder, encoder, tmp_path):
     assert torch.equal(policy(batch)[0], plain(batch)[0])
     for adapter in adapters.values():
         adapter.b.data.fill_(1e-3)
-    assert len(adapters) == 7 * len(model.model.language_model.layers)
+    assert len(adapters) == 7 * len(policy.family.language_model(model).layers)
     trained = {id(p) for adapter in adapters.values() for p in (adapter.a, adapter.b)}
     gradients(policy, batch)
     assert {id(p) for p in policy.parameters() if p.grad is not None and p.grad.any()} == trained
@@ -149,17 +152,20 @@ def test_gradient_checkpointing_recomputes(make_policy, encoder, tmp_path):
 
 def test_attention_is_one_call_a_layer(make_policy, encoder, tmp_path, monkeypatch):
     """policy.attention=flash: each decoder layer and each layer of a vision tower that has images or windows in one row
-    attends to all of them at once; InternVL's tiles are a batch, one call of SDPA."""
+    attends to all of them at once; tiles of one size are a batch, one call of SDPA."""
     policy = make_policy(attention="flash")
     calls = []
     attend = attention.attend
     monkeypatch.setattr(attention, "attend", lambda q, *given: calls.append(q) or attend(q, *given))
     (batch,), _ = packed(samples_for(queries_of_every_kind(tmp_path), encoder, [5]), encoder, policy)
     policy(batch)
-    layers = len(policy.hf.model.language_model.layers)
-    seeing = len(policy.hf.model.visual.blocks) if policy.family.MROPE else 0
+    layers = len(policy.family.language_model(policy.hf).layers)
+    tower = [part for module in policy.family.vision_modules(policy.hf) for part in module.modules()]
+    in_a_row = batch.image_inputs["pixel_values"].ndim == 2
+    seeing = sum(isinstance(part, GradientCheckpointingLayer) for part in tower) if in_a_row else 0
+    patches = 4 * int((batch.input_ids == policy.image_token_id).sum())
     assert [len(q) for q in calls[seeing:]] == [batch.tokens] * layers
-    assert [len(q) for q in calls[:seeing]] == [len(batch.image_inputs["pixel_values"])] * seeing
+    assert [len(q) for q in calls[:seeing]] == [patches] * seeing and (seeing > 0) == in_a_row
 
 
 @pytest.mark.gpu
