@@ -48,7 +48,7 @@ class Family:
     IMAGE_BLOCKS = False
     """Whether the tokens of an image in the prompt, a run of placeholders, see each other both ways."""
     WHOLE: tuple[str, ...] = ()
-    """Class names of modules that use weights of modules inside them without calling these: ZeRO-3 gathers all at once."""
+    """Class names of modules that use weights inside other modules without calling these: ZeRO-3 gathers them whole."""
 
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
         """The image processor's own settings for `data.min_pixels` and `data.max_pixels`."""

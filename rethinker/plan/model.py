@@ -12,7 +12,7 @@ from rethinker.config import ConfigError, PolicyConfig, one_line
 from rethinker.embedded import tiny
 from rethinker.embedded.tokenizer import train_tokenizer
 from rethinker.families import family_of
-from rethinker.policy.attention import kernel_for
+from rethinker.policy.attention import LayerTypes, kernel_for
 from rethinker.policy.cpu_layers import use_cpu_layers
 from rethinker.policy.lora import GATHERED, add_adapters, base_parameters
 from rethinker.policy.model import Policy
@@ -67,9 +67,9 @@ def shape_of(settings: PolicyConfig, on_gpu: bool = False) -> Shape:
     from transformers import AutoModelForImageTextToText  # after rethinker.policy, which repairs torchvision
 
     config = config_of(settings.model)
-    family_of(config.model_type, f"policy.model={settings.model}")
+    family = family_of(config.model_type, f"policy.model={settings.model}")
     plain = PolicyConfig(
-        attention=kernel_for(settings, on_gpu),
+        attention=kernel_for(settings, on_gpu, LayerTypes.of(family, config.get_text_config())),
         freeze_vision=settings.freeze_vision,
         gradient_checkpointing=settings.gradient_checkpointing,
         lora=settings.lora,

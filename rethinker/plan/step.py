@@ -90,7 +90,7 @@ def count_step(shape: Shape, batch: MicroBatch, *, chunk: int, bucket: int) -> d
     for name in (_TEXT, _VISION):
         AttentionInterface.register(name, functools.partial(_attention, policy.kernel))
     policy.hf.set_attn_implementation({"text_config": _TEXT, "vision_config": _VISION})
-    policy.hf.model.language_model.register_forward_pre_hook(lambda *_: made.append(count.bytes))
+    policy.family.language_model(policy.hf).register_forward_pre_hook(lambda *_: made.append(count.bytes))
     policy.hf.lm_head.forward = loss
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     for parameter in trained:

@@ -7,7 +7,7 @@ Legend: T tokens of the packed row; B rows of L tokens as the kernel sees them; 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rethinker.config import ConfigError, PolicyConfig
+from rethinker.families import Family
+from rethinker.policy.recurrent import Sequences, sequences_of
 from rethinker.policy.segment_attention import Segments, SharedKeys, Visible, attend
 from rethinker.samples import PackedBatch
 
@@ -25,7 +27,33 @@ ROW = "rethinker_row"
 VISION = "rethinker_flash_vision"
 
 
-def kernel_for(config: PolicyConfig, on_gpu: bool) -> str:
+@dataclass(frozen=True)
+class LayerTypes:
+    """What the layers of a model need to know of a row besides the shared-prompt rule."""
+
+    window: int | None = None  # tokens that "sliding_attention" sees, its own among them
+    blocks: bool = False  # whether the tokens of an image see each other both ways
+    recurrent: tuple[str, ...] = ()  # types of layers that read tokens in their order
+    tail: int = 0  # earlier inputs that these layers' convolutions see
+
+    @classmethod
+    def of(cls, family: Family, text_config: Any) -> LayerTypes:
+        """Those of a model."""
+        types = set(getattr(text_config, "layer_types", None) or ())
+        window = text_config.sliding_window if "sliding_attention" in types else None
+        recurrent = sorted(types - {"full_attention", "sliding_attention"})
+        return cls(window, family.IMAGE_BLOCKS, tuple(recurrent), family.tail(text_config) if recurrent else 0)
+
+    @property
+    def masked(self) -> bool:
+        """Whether only a mask tells what a token sees."""
+        return self.blocks or self.window is not None
+
+
+PLAIN = LayerTypes()
+
+
+def kernel_for(config: PolicyConfig, on_gpu: bool, layers: LayerTypes) -> str:
     """The kernel that policy.attention chooses: "sdpa" or "flash".
 
     Raises:
@@ -33,7 +61,12 @@ def kernel_for(config: PolicyConfig, on_gpu: bool) -> str:
     """
     wide_on_gpu = on_gpu and config.dtype == "float32"
     if config.attention == "auto":
-        return "sdpa" if wide_on_gpu else "flash"
+        return "sdpa" if wide_on_gpu or layers.masked else "flash"
+    if config.attention == "flash" and layers.masked:
+        raise ConfigError(
+            "policy.attention=flash does not know this model's sliding windows and images whose tokens see each other; "
+            "set policy.attention to sdpa"
+        )
     if config.attention == "flash" and wide_on_gpu:
         raise ConfigError(
             f"policy.attention=flash needs policy.dtype=bfloat16 on CUDA, not {config.dtype}; set that, or "
@@ -49,23 +82,54 @@ class Layout:
     `index[b, l]` is the row position whose token is at (b, l); padding repeats position 0 and attends to itself only.
     `position[t]` is where row token t went, in the flattened [B * L].
     Without an index the row stays as it is: nothing is copied.
+
+    `mask` is for SDPA; flash attention has `visible` instead. Where a model has layers of several types, it is what
+    those of each are given.
     """
 
     tokens: int  # B * L
     index: torch.Tensor | None = None  # [B, L] int64
     position: torch.Tensor | None = None  # [T] int64
-    mask: torch.Tensor | None = None  # [B, 1, L, L] bool, for SDPA
-    visible: Visible | None = None  # for flash attention, instead of a mask
+    mask: torch.Tensor | dict[str, torch.Tensor | Sequences | None] | None = None  # [B, 1, L, L] bool
+    visible: Visible | None = None
 
 
-def lay_out(batch: PackedBatch, kernel: str) -> Layout:
+def lay_out(batch: PackedBatch, kernel: str, layers: LayerTypes = PLAIN, padded: bool = True) -> Layout:
     """Arrange a packed batch for `kernel`, once for all layers: "flash" keeps the row as it is, "sdpa" gets several
     rows as wide as the longest prompt with its responses, each filled with prompts.
 
     SDPA computes every masked pair too: one row of T tokens costs T^2 of them, rows of width L only T L.
+
+    Args:
+        layers: of the model.
+        padded: see `sequences_of`.
     """
-    if kernel == "flash":
-        return Layout(batch.tokens, visible=_shared(batch))
+    layout = Layout(batch.tokens, visible=_shared(batch)) if kernel == "flash" else _in_rows(batch, layers.window)
+    if layers.recurrent:
+        sequences = sequences_of(batch, layers.tail, padded=padded)
+        sequences = replace(sequences, index=layout.index, position=layout.position)
+        full = layout.mask if isinstance(layout.mask, dict) else {"full_attention": layout.mask}
+        layout.mask = full | dict.fromkeys(layers.recurrent, sequences)
+    return layout
+
+
+def join_images(layout: Layout, image: torch.Tensor) -> None:
+    """Let the tokens of an image, one run of them, see each other both ways: in the masks, in place.
+
+    Args:
+        layout: of the kernel "sdpa", on the device.
+        image: [T] bool there: an image's token in a prompt.
+    """
+    begins = image & ~torch.cat([image.new_zeros(1), image[:-1]])
+    block = image.new_zeros(layout.tokens, dtype=torch.int64)
+    block[layout.position] = torch.where(image, begins.cumsum(0), 0)
+    block = block.view(layout.index.shape)
+    same = (block[:, None, :] == block[:, :, None]) & (block[:, None, :] > 0)
+    for mask in layout.mask.values() if isinstance(layout.mask, dict) else [layout.mask]:
+        mask |= same[:, None]
+
+
+def _in_rows(batch: PackedBatch, window: int | None) -> Layout:
     lengths = torch.bincount(batch.prompt_id)
     row, start = (torch.tensor(part) for part in _fill_rows(lengths.tolist()))  # [prompts]
     rows, width = int(row.max()) + 1, int((start + lengths).max())
@@ -81,7 +145,21 @@ def lay_out(batch: PackedBatch, kernel: str) -> Layout:
     causal = torch.ones(width, width, dtype=torch.bool).tril()
     same_prompt = prompt[:, :, None] == prompt[:, None, :]
     shared = (response[:, None, :] == 0) | (response[:, :, None] == response[:, None, :])
-    return Layout(rows * width, index, position, (causal & same_prompt & shared)[:, None])
+    mask = (causal & same_prompt & shared)[:, None]
+    if window is None:
+        return Layout(rows * width, index, position, mask)
+    depth = _depths(batch)[index]
+    near = depth[:, None, :] > depth[:, :, None] - window
+    return Layout(rows * width, index, position, {"full_attention": mask, "sliding_attention": mask & near[:, None]})
+
+
+def _depths(batch: PackedBatch) -> torch.Tensor:
+    """[T]: tokens that each one stands behind in its own sequence, prompt and response."""
+    prompt, response = batch.prompt_id, batch.response_id
+    change = torch.cat([torch.ones(1, dtype=torch.bool), (prompt.diff() != 0) | (response.diff() != 0)])
+    at = torch.arange(len(prompt))
+    within = at - torch.where(change, at, 0).cummax(0).values
+    return within + torch.where(response > 0, torch.bincount(prompt[response == 0])[prompt], 0)
 
 
 def _fill_rows(lengths: list[int]) -> tuple[list[int], list[int]]:

@@ -6,6 +6,7 @@ size, V vocabulary.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rethinker.config import ConfigError, PolicyConfig, one_line
 from rethinker.families import family_of
-from rethinker.policy.attention import ROW, VISION, kernel_for, lay_out
+from rethinker.policy.attention import ROW, VISION, LayerTypes, join_images, kernel_for, lay_out
 from rethinker.policy.cpu_layers import use_cpu_layers
 from rethinker.policy.segment_attention import moved
 from rethinker.samples import PackedBatch, Prompt
@@ -75,20 +76,22 @@ class Policy(nn.Module):
             config: `attention`, `freeze_vision`, `lora`, `gradient_checkpointing` and `compile` are read here.
         """
         super().__init__()
-        self.kernel = kernel_for(config, torch.cuda.is_available())
-        self.freeze_vision = config.freeze_vision or bool(config.lora.rank)
         self.family = family_of(model.config.model_type)
+        self.layers = LayerTypes.of(self.family, model.config.get_text_config())
+        self.kernel = kernel_for(config, torch.cuda.is_available(), self.layers)
+        self.freeze_vision = config.freeze_vision or bool(config.lora.rank)
         model.lm_head = LossHead.around(model.lm_head)
         use_cpu_layers(model)
+        self.family.prepare(model)
         if config.compile:
-            compile_layers(model)
+            compile_layers(self.family.language_model(model))
         text, vision = ("sdpa", "sdpa") if self.kernel == "sdpa" else (ROW, VISION)
         if config.compile and text == ROW:  # it launches kernels of its own: compiled layers call it
             text = f"{ROW}_apart"
             ALL_ATTENTION_FUNCTIONS.register(text, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[ROW]))
         model.set_attn_implementation({"text_config": text, "vision_config": vision})
-        if hasattr(model.model.language_model, "_deepstack_process"):
-            model.model.language_model._deepstack_process = _add_at
+        if hasattr(text_model := self.family.language_model(model), "_deepstack_process"):
+            text_model._deepstack_process = _add_at
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.freeze_vision:
@@ -126,7 +129,10 @@ class Policy(nn.Module):
         if torch.is_grad_enabled() and not embeds.requires_grad:  # a frozen embedding, under adapters
             # ZeRO-3 takes a whole layer's gradients away in a hook that comes before them if no input has one.
             embeds.requires_grad_()
-        layout = moved(lay_out(batch, self.kernel), device)
+        padded = device.type != "cuda" or not find_spec("fla")
+        layout = moved(lay_out(batch, self.kernel, self.layers, padded), device)
+        if self.layers.blocks:
+            join_images(layout, self._is_image(batch))
         positions, sources, inputs = batch.position_ids[:, 0], batch.source_index, {}
         if layout.visible:
             inputs["visible"] = layout.visible
@@ -138,7 +144,7 @@ class Policy(nn.Module):
             spots = layout.position[spots] if deep else None
         if deep:
             inputs |= {"visual_pos_masks": spots, "deepstack_visual_embeds": deep}
-        hidden = self.hf.model.language_model(
+        hidden = self.family.language_model(self.hf)(
             inputs_embeds=embeds,  # [B, L, D]
             position_ids=positions.squeeze(0),  # [3, B, L], or [B, L] without M-RoPE
             attention_mask=layout.mask,
@@ -162,12 +168,16 @@ class Policy(nn.Module):
             seen = self._see(blank | pixels)
             return embeds + 0.0 * sum(part.sum() for part in seen).to(embeds.dtype), None, []
         features, *deep = self._see(batch.image_inputs)
-        # Placeholders inside responses were sampled by the policy and are no images.
-        place = (ids == self.image_token_id) & to_device(batch.response_id == 0, ids.device)
+        place = self._is_image(batch)
         # That they are as many as the features is known: to count them would stop the host until the device is there.
         torch._assert_async(place.sum() == len(features))
         spots = torch.nonzero_static(place, size=len(features))[:, 0]
         return embeds.index_copy(0, spots, features.to(embeds.dtype)), spots, deep
+
+    def _is_image(self, batch: PackedBatch) -> torch.Tensor:
+        """[T] bool. Placeholders inside responses were sampled by the policy and are no images."""
+        ids = batch.input_ids[0]
+        return (ids == self.image_token_id) & to_device(batch.response_id == 0, ids.device)
 
     def _see(self, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Image features [N, D], and those for the decoder layers."""
@@ -195,14 +205,14 @@ def gather_by_layer(model: nn.Module, largest: float) -> None:
         set_z3_leaf_modules(model, kinds)
 
 
-def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """Compile the forwards of a language model's decoder layers in place (policy.compile), before DeepSpeed has it.
+def compile_layers(language_model: nn.Module, backend: str = "inductor") -> None:
+    """Compile the forwards of its decoder layers in place (policy.compile), before DeepSpeed has it.
 
     There is one graph for batches laid out in one row and one for several, each with and without gradients: four at
     most, whatever the shapes, since the layers share their class's code. ZeRO-3 gathers a layer's weights in hooks
     around the whole of it (`gather_by_layer`); what is compiled is its `forward`, which stands inside them.
     """
-    for layer in model.model.language_model.layers:
+    for layer in language_model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
 

@@ -95,9 +95,13 @@ class Visible:
 
 
 def moved(part: T, device: torch.device) -> T:
-    """The same tensor, or dataclass of such, on a device, without stopping the host."""
+    """The same tensor, or tuple, dict or dataclass of such, on a device, without stopping the host."""
     if isinstance(part, Tensor):
         return to_device(part, device)
+    if isinstance(part, tuple):
+        return tuple(moved(x, device) for x in part)
+    if isinstance(part, dict):
+        return {name: moved(x, device) for name, x in part.items()}
     if is_dataclass(part):
         return replace(part, **{field.name: moved(getattr(part, field.name), device) for field in fields(part)})
     return part

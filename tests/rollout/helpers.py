@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from rethinker.config import Config
-from rethinker.families.qwen_vl import PLACEHOLDERS
+from rethinker.families.qwen2_vl import FAMILY
 from rethinker.rollout.hf_engine import HFEngine
 from rethinker.runtime.torchvision_cpu import make_importable
 from rethinker.samples import Completion, Prompt
@@ -139,7 +139,7 @@ def ends_by_itself(completion: Completion, stop_ids: list[int]) -> bool:
 
 def check_sampled_placeholders(engine, policy: Policy, prompts: list[Prompt]) -> None:
     """Law 4: with a policy that likes placeholders, every response ends at its first one, with its log-prob."""
-    ids = engine._requests.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
+    ids = engine._requests.tokenizer.convert_tokens_to_ids(list(FAMILY.PLACEHOLDERS))
     liked = engine._requests.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_pad|>"])
     policy.like(liked, prompts)
     engine.sync(policy, 1)

@@ -1,0 +1,103 @@
+"""Qwen3.5, 3.6 and 3.8: three of four decoder layers are linear attention (gated delta rule, arXiv 2412.06464)."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from rethinker.families import HIDDEN, tiny_text
+from rethinker.families.qwen2_vl import tiny_ids
+from rethinker.families.qwen3_vl import Qwen3VL, tiny_qwen3_processor, tiny_vision
+
+
+class Qwen3_5(Qwen3VL):
+    """See Family."""
+
+    WHOLE = ("Qwen3_5GatedDeltaNet",)
+
+    def prepare(self, model: torch.nn.Module) -> None:
+        for layer in self.language_model(model).layers:
+            if hasattr(layer, "linear_attn"):
+                layer.linear_attn.forward = MethodType(gated_delta_net, layer.linear_attn)
+
+    def tail(self, text_config: Any) -> int | None:
+        return text_config.linear_conv_kernel_dim - 1
+
+    def tiny(self, tokenizer: Any, hidden: int = HIDDEN) -> tuple[type, Any, Any]:
+        """See Family. Two linear layers and a full one; its head is not tied to its embedding."""
+        from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+        config = Qwen3_5Config(
+            text_config=tiny_text(tokenizer, hidden, **tiny_linear(), tie_word_embeddings=False),
+            vision_config=tiny_vision(hidden),
+            tie_word_embeddings=False,
+            **tiny_ids(tokenizer),
+        )
+        return Qwen3_5ForConditionalGeneration, config, tiny_qwen3_processor(tokenizer)
+
+
+@torch.compiler.disable
+def gated_delta_net(self: Any, hidden_states: torch.Tensor, attention_mask: Any, **_: Any) -> torch.Tensor:
+    """transformers' Qwen3_5GatedDeltaNet.forward for packed rows.
+
+    Args:
+        hidden_states: [B, L, D].
+        attention_mask: the batch's `rethinker.policy.recurrent.Sequences`.
+
+    Returns:
+        [B, L, D].
+    """
+    convolution, rule = _library()
+    x = attention_mask.row(hidden_states)  # [T, D]
+    mixed = attention_mask.convolve(
+        self.in_proj_qkv(x),
+        partial(convolution, weight=self.conv1d.weight.squeeze(1), bias=self.conv1d.bias, activation=self.activation),
+    )
+    q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+    q, k = (part.unflatten(-1, (-1, self.head_k_dim)) for part in (q, k))
+    if (groups := self.num_v_heads // self.num_k_heads) > 1:
+        q, k = (part.repeat_interleave(groups, dim=1) for part in (q, k))
+    decay = -self.A_log.float().exp() * F.softplus(self.in_proj_a(x).float() + self.dt_bias)
+    out = attention_mask.recur(
+        partial(rule, use_qk_l2norm_in_kernel=True),
+        *(q, k, v.unflatten(-1, (-1, self.head_v_dim))),
+        g=decay,
+        beta=self.in_proj_b(x).sigmoid(),
+    )
+    out = self.norm(out, self.in_proj_z(x).view_as(out))
+    return attention_mask.rows(self.out_proj(out.flatten(1)))
+
+
+def _library() -> tuple[Any, Any]:
+    """The convolution and the rule that transformers chooses: on CUDA those of causal-conv1d and
+    flash-linear-attention where they are installed, else PyTorch's. PyTorch's rule ignores cu_seqlens."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import causal_conv1d_fn, torch_chunk_gated_delta_rule
+
+    return causal_conv1d_fn, torch_chunk_gated_delta_rule
+
+
+def tiny_linear() -> dict[str, Any]:
+    """What the text_config of a tiny Qwen3.5 has besides a Qwen3-VL's."""
+    return {
+        "head_dim": 32,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        # A quarter of a head turns; of the 16 frequencies of a whole head that are 4.
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+        },
+    }
+
+
+FAMILY = Qwen3_5()
