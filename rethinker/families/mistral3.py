@@ -62,9 +62,6 @@ class Mistral3(Family):
 
     def features(self, model: torch.nn.Module, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """See Family. transformers would convolve each padded image, and read the extents from the device."""
-        from transformers.models.pixtral.modeling_pixtral import generate_block_attention_mask
-        from transformers.utils.generic import is_flash_attention_requested
-
         tower, pixels, sizes = model.model.vision_tower, image_inputs["pixel_values"], image_inputs["image_sizes"].cpu()
         side, grids = tower.patch_size, (sizes // tower.patch_size).tolist()
         lengths = [high * wide for high, wide in grids]
@@ -76,10 +73,9 @@ class Mistral3(Family):
         hidden = tower.ln_pre(tower.patch_conv(torch.cat(patches).to(tower.dtype)).flatten(1)[None])
         places = torch.cat([torch.cartesian_prod(*map(torch.arange, grid)).view(-1, 2) for grid in grids])
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-        flash = is_flash_attention_requested(tower.config)
         hidden = tower.transformer(
             hidden,
-            attention_mask=None if flash else generate_block_attention_mask(lengths, hidden),
+            attention_mask=None,  # by the bounds: see policy/attention.py
             position_embeddings=tower.patch_positional_embedding(hidden, to_device(places, pixels.device)),
             cu_seq_lens_q=to_device(bounds, pixels.device),
             max_length_q=max(lengths),

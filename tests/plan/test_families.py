@@ -54,7 +54,7 @@ def test_a_forward_keeps_what_is_planned(checkpointing, kernel, folder):
     policy = make(folder, attention=kernel, gradient_checkpointing=checkpointing)
     seen = []
     policy.hf.lm_head.forward = lambda rows, *_: (seen.append(count.bytes), rows)
-    policy.hf.model.language_model.register_forward_pre_hook(lambda *_: seen.append(count.bytes))
+    policy.family.language_model(policy.hf).register_forward_pre_hook(lambda *_: seen.append(count.bytes))
     place = torch.arange(batch.tokens)
     with Count("cpu") as count:
         images = shape.images(batch.image_tokens)
