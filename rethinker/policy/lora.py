@@ -119,9 +119,9 @@ def add_adapters(model: nn.Module, lora: LoraConfig, seed: int) -> dict[str, Ada
     """
     import peft
 
-    decoder = family_of(model.config.model_type).language_model(model)
-    path = next(name for name, module in model.named_modules() if module is decoder.layers)
-    linears = {name for layer in decoder.layers for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
+    layers = family_of(model.config.model_type).language_model(model).layers
+    (path,) = (name for name, module in model.named_modules() if module is layers)
+    linears = {name for layer in layers for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
     targets = "|".join(map(re.escape, lora_targets(linears, lora.target_modules)))
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",

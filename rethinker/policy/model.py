@@ -193,7 +193,8 @@ def gather_by_layer(model: nn.Module, largest: float) -> None:
     Args:
         model: of transformers.
         largest: elements of the largest layer for which it does so. Such a layer waits for all of its weights, which
-            have been fetched by then if ZeRO-3's prefetch bucket holds them.
+            have been fetched by then if ZeRO-3's prefetch bucket holds them. A family's WHOLE modules are gathered at
+            once whatever their size.
     """
     from deepspeed.utils import set_z3_leaf_modules  # takes seconds to import
 
@@ -201,7 +202,9 @@ def gather_by_layer(model: nn.Module, largest: float) -> None:
     for layer in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
         size = sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters())  # of partitioned weights, too
         sizes[type(layer)] = max(size, sizes.get(type(layer), 0))
-    if kinds := [kind for kind, size in sizes.items() if size <= largest]:
+    whole = family_of(model.config.model_type).WHOLE
+    kinds = {type(module) for module in model.modules() if type(module).__name__ in whole}
+    if kinds := [*kinds, *(kind for kind, size in sizes.items() if size <= largest)]:
         set_z3_leaf_modules(model, kinds)
 
 

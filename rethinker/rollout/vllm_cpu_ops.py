@@ -24,6 +24,8 @@ from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from rethinker.rollout import vllm_cpu_linear_attention  # noqa: F401  # registers its class
+
 BLOCK = 32  # kernels step by 8 or 16 numbers (of half a head for rotations), some without a check of the remainder
 
 

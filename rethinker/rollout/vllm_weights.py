@@ -80,7 +80,7 @@ def first_difference(model: nn.Module, vllm_config: Any, sent: dict[str, Checksu
     was left behind. Needs unsharded weights (tensor_parallel_size 1), and checksums in the model's type.
     """
     for name, (digest, rows) in sent.items():
-        for live in _live_tensors(model, name):
+        for live in _live_tensors(model, name, sent):
             # vLLM pads the vocabulary: rows beyond the checkpoint's are never read.
             if checksum(live[:rows], vllm_config.model_config.dtype) != (digest, rows):
                 return name
@@ -107,8 +107,9 @@ def _fused_parts(model: nn.Module) -> dict[str, list[str]]:
     return {fused: parts for mapping in mappings for fused, parts in mapping.items()}
 
 
-def _live_tensors(model: nn.Module, name: str) -> Iterator[torch.Tensor]:
-    """What the engine holds of one checkpoint tensor: usually one tensor, two where a tied head has a packed copy."""
+def _live_tensors(model: nn.Module, name: str, sent: dict[str, Checksum]) -> Iterator[torch.Tensor]:
+    """What the engine holds of one checkpoint tensor: usually one tensor, two where a tied head has a packed copy.
+    Of a part of a fused layer, the rows behind those of the parts before it, which were `sent` too."""
     path, leaf = _mapped(model, name).rsplit(".", 1)
     parent_path, _, child = path.rpartition(".")
     parent = model.get_submodule(parent_path)
@@ -117,14 +118,14 @@ def _live_tensors(model: nn.Module, name: str) -> Iterator[torch.Tensor]:
         yield _unpacked(layer, leaf)
         yield from (_unpacked(head, leaf, packed_first=True) for head in _tied_heads(model, layer))
         return
-    fused, part = next(
-        (fused, parts.index(child))
+    fused, before = next(
+        (fused, parts[: parts.index(child)])
         for fused, parts in _fused_parts(model).items()
         if child in parts and hasattr(parent, fused)
     )
-    layer = getattr(parent, fused)  # q, k and v, or gate and up, stacked along the rows
-    start = sum(layer.output_sizes[:part])
-    yield _unpacked(layer, leaf)[start : start + layer.output_sizes[part]]
+    prefix = name.removesuffix(f"{child}.{leaf}")
+    start = sum(sent[f"{prefix}{part}.{leaf}"][1] for part in before)
+    yield _unpacked(getattr(parent, fused), leaf)[start : start + sent[name][1]]
 
 
 def _unpacked(layer: nn.Module, leaf: str, packed_first: bool = False) -> torch.Tensor:

@@ -168,10 +168,10 @@ def test_replayed_samples_see_their_groups_prompt(encoder, model, tiny_folder, t
 def test_flash_attention_takes_16_bits_on_a_gpu():
     """On CUDA fp32 is refused, naming policy.dtype, and auto takes SDPA for it; whatever else takes flash attention."""
     with pytest.raises(ConfigError, match="policy.attention=flash needs policy.dtype=bfloat16"):
-        attention.kernel_for(PolicyConfig(dtype="float32", attention="flash"), on_gpu=True)
-    assert attention.kernel_for(PolicyConfig(dtype="float32", attention="flash"), on_gpu=False) == "flash"
+        attention.kernel_for(PolicyConfig(dtype="float32", attention="flash"), True, attention.PLAIN)
+    assert attention.kernel_for(PolicyConfig(dtype="float32", attention="flash"), False, attention.PLAIN) == "flash"
     chosen = {
-        (dtype, on_gpu): attention.kernel_for(PolicyConfig(dtype=dtype), on_gpu)
+        (dtype, on_gpu): attention.kernel_for(PolicyConfig(dtype=dtype), on_gpu, attention.PLAIN)
         for dtype in ("float32", "bfloat16")
         for on_gpu in (False, True)
     }
