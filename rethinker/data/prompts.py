@@ -279,7 +279,7 @@ class PromptEncoder:
         expanded: list[int] = []
         for i in compact:
             expanded += next(shown) if i == self._image_id else (i,)
-        return compact, expanded
+        return compact, self.family.joined(self.processor, expanded) if query.images else expanded
 
     def _parts(self, query: Query) -> tuple[str, list[str]]:
         """How texts ("t") and images ("i") alternate in the query's message, and the texts, the system's last."""

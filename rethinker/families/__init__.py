@@ -62,6 +62,10 @@ class Family:
         """What the processor tells its image processor besides the images."""
         return {}
 
+    def joined(self, processor: Any, ids: list[int]) -> list[int]:
+        """A prompt's tokens, with `image_ids` for its images, as they are where the tokenizer joins text and image."""
+        return ids
+
     def image_inputs(self, made: Any) -> dict[str, torch.Tensor]:
         """What `features` takes, from what the image processor has made of one prompt's images; pixels are fp32."""
         return {name: made[name] for name in self.IMAGE_INPUTS}

@@ -253,7 +253,7 @@ def vision_by_image(
     cu_seq_lens_q: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As `vision_attention`, by SDPA for each image; where transformers has split the row itself, there are no bounds."""
+    """As `vision_attention`, by SDPA for each image. Without bounds, transformers has split the row itself."""
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     parts = zip(*(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in (query, key, value)), strict=True)
