@@ -94,10 +94,8 @@ class PromptEncoder:
         self.dropped: Counter[str] = Counter()
         self._image_id = processor.image_token_id
         tokens = self.tokenizer.added_tokens_decoder
-        added = sorted((token.content for token in tokens.values()), key=len, reverse=True)
-        self._added = re.compile("(" + "|".join(map(re.escape, added)) + ")")
-        special = (re.escape(token.content) for token in tokens.values() if token.special)
-        self._special = re.compile("|".join(special))
+        special = sorted((token.content for token in tokens.values() if token.special), key=len, reverse=True)
+        self._special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
         self._layouts: dict[str, _Layout] = {}
         self._compared: Counter[str] = Counter()
         self._prefix, self._suffix = config.prompt.split("{question}")
@@ -313,7 +311,7 @@ class PromptEncoder:
                     what = f"writes a text of a message {times} times" if times else "leaves out or changes a text"
                     raise self._unfit(what)
             to_id, pieces = self.tokenizer.convert_tokens_to_ids, []
-            for n, text in enumerate(self._added.split(rendered)):  # every second one is an added token
+            for n, text in enumerate(self._special.split(rendered)):  # every second one is a special token
                 pieces += [to_id(text)] if n % 2 else [text] if _SLOT.search(text) else self._text_ids(text)
             if (shown := pieces.count(self._image_id)) != kinds.count("i"):
                 raise self._unfit(f"writes {shown} image placeholders for {kinds.count('i')} images")
