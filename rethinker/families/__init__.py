@@ -11,6 +11,8 @@ This file does not import torch: a folder of another kind fails before any slow 
 from __future__ import annotations
 
 import pkgutil
+import tempfile
+from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,8 @@ class Family:
     """The input of transformers' own forward that is 1 at image tokens, by its name, if it needs one."""
     IMAGE_BLOCKS = False
     """Whether the tokens of an image in the prompt, a run of placeholders, see each other both ways."""
+    ENLARGES = True
+    """Whether an image below `data.min_pixels` is enlarged to them."""
     TINY: tuple[str, ...] = ("",)
     """Kinds of tiny models, by what they are called in tests after the family: one for each part that may differ."""
     SERVED: tuple[tuple[str, str], ...] = ()
@@ -57,6 +61,14 @@ class Family:
     def image_ids(self, processor: Any, height: int, width: int) -> list[int]:
         """The tokens of an image in the prompt. Raises ValueError for a shape that the processor does not take."""
         raise NotImplementedError
+
+    def image_arguments(self, processor: Any) -> dict[str, Any]:
+        """What the processor tells its image processor besides the images."""
+        return {}
+
+    def joined(self, processor: Any, ids: list[int]) -> list[int]:
+        """A prompt's tokens, with `image_ids` for its images, as they are where the tokenizer joins text and image."""
+        return ids
 
     def image_inputs(self, made: Any) -> dict[str, torch.Tensor]:
         """What `features` takes, from what the image processor has made of one prompt's images; pixels are fp32."""
@@ -166,6 +178,19 @@ def limit_pixels(processor: Any, family: Family, min_pixels: int, max_pixels: in
     images = processor.image_processor
     for name, value in family.image_settings(images, min_pixels, max_pixels).items():
         setattr(images, name, type(getattr(images, name))(**value) if isinstance(value, dict) else value)
+
+
+def tiny_tokenizer(tokenizer: Any, names: dict[str, str], others: Iterable[str] = ()) -> Any:
+    """A tiny model's tokenizer with further special tokens: by the `names` that a processor asks for, and `others`."""
+    from transformers import AddedToken, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:  # only loading gives tokens their names
+        tokenizer.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, extra_special_tokens=names, trust_remote_code=False, local_files_only=True
+        )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in others], special_tokens=True)
+    return tokenizer
 
 
 def tiny_text(tokenizer: Any, hidden: int, **others: Any) -> dict[str, Any]:

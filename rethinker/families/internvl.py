@@ -5,12 +5,11 @@ An image is cut into as many tiles as its size and `data.max_pixels` call for, p
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 import torch
 
-from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text
+from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text, tiny_tokenizer
 
 
 class InternVL(Family):
@@ -55,7 +54,6 @@ class InternVL(Family):
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN, kind: str = "qwen2") -> tuple[type, Any, Any]:
         """See Family. InternVL3's language model is Qwen2, InternVL3.5's is Qwen3."""
         from transformers import (
-            AutoTokenizer,
             GotOcr2ImageProcessor,
             InternVLConfig,
             InternVLForConditionalGeneration,
@@ -69,11 +67,7 @@ class InternVL(Family):
             "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
         }
-        with tempfile.TemporaryDirectory() as folder:  # only loading gives tokens their names
-            tokenizer.save_pretrained(folder)
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, extra_special_tokens=names, trust_remote_code=False, local_files_only=True
-            )
+        tokenizer = tiny_tokenizer(tokenizer, names)
         side = SIDE // 2
         size, tokens = {"height": side, "width": side}, (side // PATCH) ** 2 // 4
         config = InternVLConfig(

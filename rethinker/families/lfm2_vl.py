@@ -36,7 +36,7 @@ class LFM2VL(Family):
     )
     IMAGE_INPUTS = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
     SERVED = (("model.vision_tower.", "model.vision_tower.vision_model."),)
-    WHOLE = ("Lfm2ShortConv",)
+    ENLARGES = False
 
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
         """See Family. A single view has no more tokens than a tile, so a small image may have fewer pixels than

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rethinker.config import ConfigError, PolicyConfig, one_line
 from rethinker.families import family_of
-from rethinker.policy.attention import ROW, VISION, LayerTypes, join_images, kernel_for, lay_out
+from rethinker.policy.attention import ROW, VISION, VISION_SDPA, LayerTypes, join_images, kernel_for, lay_out
 from rethinker.policy.cpu_layers import use_cpu_layers
 from rethinker.policy.segment_attention import moved
 from rethinker.samples import PackedBatch, Prompt
@@ -87,7 +87,7 @@ class Policy(nn.Module):
         self.family.prepare(model)
         if config.compile:
             compile_layers(self.family.language_model(model))
-        text, vision = ("sdpa", "sdpa") if self.kernel == "sdpa" else (ROW, VISION)
+        text, vision = ("sdpa", VISION_SDPA) if self.kernel == "sdpa" else (ROW, VISION)
         if config.compile and text == ROW:  # it launches kernels of its own: compiled layers call it
             text = f"{ROW}_apart"
             ALL_ATTENTION_FUNCTIONS.register(text, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[ROW]))

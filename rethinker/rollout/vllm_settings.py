@@ -45,6 +45,7 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
             "enforce_eager": True,
             "block_size": cpu_block_size(config.policy.dtype),
             "max_num_seqs": 512,
+            "disable_chunked_mm_input": requests.family.IMAGE_BLOCKS,  # as vLLM does on GPUs
         }
     return {
         "dtype": config.policy.dtype,
@@ -70,6 +71,7 @@ class VLLMRequests:
     Attributes:
         tokenizer: of the model.
         model_config: transformers' config of the model.
+        family: of the model.
         stop_ids: tokens that end a response, sorted.
         max_length: tokens of the longest prompt and response.
         image_settings: of the image processor, for the limits on pixels.
@@ -88,8 +90,8 @@ class VLLMRequests:
             self.model_config.get_text_config().max_position_embeddings,
         )
         processor = AutoImageProcessor.from_pretrained(model_dir, trust_remote_code=False)
-        family = family_of(self.model_config.model_type)
-        self.image_settings = family.image_settings(processor, config.data.min_pixels, config.data.max_pixels)
+        self.family = family_of(self.model_config.model_type)
+        self.image_settings = self.family.image_settings(processor, config.data.min_pixels, config.data.max_pixels)
 
     def sampling(
         self, prompts: list[Prompt], n: int, max_new_tokens: int | list[int], temperature: float

@@ -30,11 +30,11 @@ def prepare_update(model: nn.Module, vllm_config: Any, names: list[str]) -> None
     """
     if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
         _finish(model, vllm_config)
-    served = list(map(_family(vllm_config).served, names))
-    mapped, fused_parts, missing = set(model.hf_to_vllm_mapper.apply_list(served)), _fused_parts(model), []
+    served = _family(vllm_config).served
+    mapped, fused_parts, missing = {_mapped(model, served(name)) for name in names}, _fused_parts(model), []
     for name in dict(model.named_parameters()).keys() - mapped:
-        parent, layer, leaf = name.rsplit(".", 2)
-        parts = {f"{parent}.{part}.{leaf}" for part in fused_parts.get(layer, [layer])}
+        parent, layer, leaf = f".{name}".rsplit(".", 2)
+        parts = {f"{parent}.{part}.{leaf}"[1:] for part in fused_parts.get(layer, [layer])}
         missing += parts - mapped
     if missing:
         raise RuntimeError(
@@ -95,6 +95,12 @@ def first_difference(model: nn.Module, vllm_config: Any, sent: dict[str, Checksu
     return None
 
 
+def _mapped(model: nn.Module, name: str) -> str:
+    """vLLM's name of a checkpoint's parameter, before it is fused with others."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    return mapper.apply_list([name])[0] if mapper else name
+
+
 def _fused_parts(model: nn.Module) -> dict[str, list[str]]:
     """Names of fused layers and of their parts in a checkpoint; some models leave them to their language model."""
     mappings = (getattr(module, "packed_modules_mapping", None) or {} for module in model.modules())
@@ -104,9 +110,8 @@ def _fused_parts(model: nn.Module) -> dict[str, list[str]]:
 def _live_tensors(model: nn.Module, name: str, sent: dict[str, Checksum]) -> Iterator[torch.Tensor]:
     """What the engine holds of one checkpoint tensor: usually one tensor, two where a tied head has a packed copy.
     Of a part of a fused layer, the rows behind those of the parts before it, which were `sent` too."""
-    (mapped,) = model.hf_to_vllm_mapper.apply_list([name])
-    path, leaf = mapped.rsplit(".", 1)
-    parent_path, child = path.rsplit(".", 1)
+    path, leaf = _mapped(model, name).rsplit(".", 1)
+    parent_path, _, child = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     if hasattr(parent, child):
         layer = getattr(parent, child)
@@ -128,7 +133,7 @@ def _unpacked(layer: nn.Module, leaf: str, packed_first: bool = False) -> torch.
     tensor = getattr(layer, leaf)
     if leaf != "weight" or not hasattr(layer, "cpu_linear") or (tensor.numel() and not packed_first):
         return tensor.data
-    width = tensor.shape[1] if tensor.numel() else layer.input_size_per_partition
+    width = tensor.shape[1] if tensor.numel() else getattr(layer, "input_size_per_partition", layer.input_size)
     return layer.cpu_linear(torch.eye(width, dtype=tensor.dtype), tensor, None).T
 
 

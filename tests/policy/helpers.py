@@ -72,14 +72,15 @@ def per_sample_log_softmax(model, encoder, sample: Sample) -> torch.Tensor:
     """[L, V] of one response by transformers' own forward on the one ordinary sequence."""
     prompt = encoder.encode(sample.query)
     ids = torch.tensor([[*prompt.token_ids, *sample.completion.token_ids]])
-    inputs = {}
+    family, inputs = encoder.family, {}
     if prompt.images:
-        made = encoder.processor.image_processor(images=prompt.images, return_tensors="pt")
-        inputs = {name: made[name] for name in encoder.family.IMAGE_INPUTS}
-    if encoder.family.TOKEN_TYPES:
+        arguments = family.image_arguments(encoder.processor)
+        made = encoder.processor.image_processor(images=prompt.images, return_tensors="pt", **arguments)
+        inputs = {name: made[name] for name in family.IMAGE_INPUTS}
+    if family.TOKEN_TYPES:
         is_image = (ids == model.config.image_token_id).int()
         is_image[:, len(prompt.token_ids) :] = 0
-        inputs[encoder.family.TOKEN_TYPES] = is_image
+        inputs[family.TOKEN_TYPES] = is_image
     logits = model(input_ids=ids, use_cache=False, **inputs).logits[0]
     return logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1)
 
