@@ -26,7 +26,7 @@ def without_deep(first, *deep):
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "flash"])
-def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, encoder, tmp_path):
+def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, encoder, tmp_path, cell):
     """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none."""
     if kernel == "flash" and family_of(model.config.model_type).IMAGE_BLOCKS:
         with pytest.raises(ConfigError, match="set policy.attention to sdpa"):
@@ -36,6 +36,8 @@ def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, en
     logp_error, gradient_error = compare(samples, encoder, make_policy(attention=kernel), model)
     assert logp_error <= 1e-5
     assert gradient_error <= 1e-5
+    cell("shared prompts: nats", logp_error)
+    cell("gradients", gradient_error)
 
 
 @pytest.mark.parametrize("fault", ["no deepstack", "positions of a text", "images swapped"])
@@ -124,7 +126,7 @@ def test_frozen_vision_has_no_gradient_and_changes_no_other(make_policy, encoder
     torch.testing.assert_close({name: whole[name] for name in rest}, rest, rtol=1e-5, atol=1e-7)
 
 
-def test_adapters_alone_have_gradients(folder, encoder, tmp_path):
+def test_adapters_alone_have_gradients(folder, encoder, tmp_path, cell):
     """policy.lora: the log-probs are the plain policy's to the bit, and every adapter of the decoder layers, but
     nothing else, has a gradient: B at once, and A as soon as B is not zero."""
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
@@ -141,6 +143,8 @@ def test_adapters_alone_have_gradients(folder, encoder, tmp_path):
     trained = {id(p) for adapter in adapters.values() for p in (adapter.a, adapter.b)}
     gradients(policy, batch)
     assert {id(p) for p in policy.parameters() if p.grad is not None and p.grad.any()} == trained
+    for layer in layers:
+        cell("adapters a layer", sum(isinstance(module, torch.nn.Linear) for module in layer.modules()))
 
 
 def test_gradient_checkpointing_recomputes(make_policy, encoder, tmp_path):
