@@ -165,7 +165,7 @@ def test_gradient_checkpointing_recomputes(make_policy, encoder, tmp_path):
 
 def test_attention_is_one_call_a_layer(make_policy, encoder, tmp_path, monkeypatch):
     """policy.attention=flash: each decoder layer and each layer of a vision tower that has images or windows in one row
-    attends to all of them at once; tiles of one size are a batch, one call of SDPA."""
+    attends to all of them at once; tiles of one size are a batch, and so are padded views: one call of SDPA."""
     policy, calls = make_policy(), []
     attend = attention.attend
     monkeypatch.setattr(attention, "attend", lambda q, *given: calls.append(q) or attend(q, *given))
@@ -174,7 +174,7 @@ def test_attention_is_one_call_a_layer(make_policy, encoder, tmp_path, monkeypat
     types = getattr(policy.hf.config.get_text_config(), "layer_types", None) or ["full_attention"] * 3
     layers = types.count("full_attention")
     tower = [part for module in policy.family.vision_modules(policy.hf) for part in module.modules()]
-    in_a_row = batch.image_inputs["pixel_values"].ndim == 2
+    in_a_row = batch.image_inputs["pixel_values"].ndim == 2 and "spatial_shapes" not in batch.image_inputs
     seeing = sum(isinstance(part, GradientCheckpointingLayer) for part in tower) if in_a_row else 0
     patches = 4 * int((batch.input_ids == policy.image_token_id).sum())
     if policy.kernel == "sdpa":  # what masks tell (Gemma's) is SDPA's
