@@ -47,8 +47,6 @@ class Family:
     """The input of transformers' own forward that is 1 at image tokens, by its name, if it needs one."""
     IMAGE_BLOCKS = False
     """Whether the tokens of an image in the prompt, a run of placeholders, see each other both ways."""
-    WHOLE: tuple[str, ...] = ()
-    """Class names of modules that use weights inside other modules without calling these: ZeRO-3 gathers them whole."""
 
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
         """The image processor's own settings for `data.min_pixels` and `data.max_pixels`."""
@@ -88,6 +86,10 @@ class Family:
         Sequences as their mask.
         """
         return None
+
+    def state(self, text_config: Any) -> int:
+        """Numbers that the recurrent layers keep of a sequence while its response is sampled."""
+        return 0
 
     def vision_modules(self, model: torch.nn.Module) -> list[torch.nn.Module]:
         """All that turns pixels into image tokens: what policy.freeze_vision freezes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from inspect import unwrap
 from types import MethodType
 from typing import Any
 
@@ -17,15 +18,24 @@ from rethinker.families.qwen3_vl import Qwen3VL, tiny_qwen3_processor, tiny_visi
 class Qwen3_5(Qwen3VL):
     """See Family."""
 
-    WHOLE = ("Qwen3_5GatedDeltaNet",)
-
     def prepare(self, model: torch.nn.Module) -> None:
         for layer in self.language_model(model).layers:
             if hasattr(layer, "linear_attn"):
                 layer.linear_attn.forward = MethodType(gated_delta_net, layer.linear_attn)
+                layer.linear_attn.kernels = library
+                # It is called as a module, as transformers does not: hooks of ZeRO-3 around the call gather its weight.
+                layer.linear_attn.conv1d.forward = MethodType(_convolve, layer.linear_attn.conv1d)
 
     def tail(self, text_config: Any) -> int | None:
         return text_config.linear_conv_kernel_dim - 1
+
+    def state(self, text_config: Any) -> int:
+        """See Family: each layer's key by value matrices, and the last inputs of its convolution."""
+        keys, values = text_config.linear_num_key_heads, text_config.linear_num_value_heads
+        key, value = text_config.linear_key_head_dim, text_config.linear_value_head_dim
+        channels = 2 * keys * key + values * value
+        layers = text_config.layer_types.count("linear_attention")
+        return layers * (values * key * value + channels * self.tail(text_config))
 
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN) -> tuple[type, Any, Any]:
         """See Family. Two linear layers and a full one; its head is not tied to its embedding."""
@@ -51,11 +61,10 @@ def gated_delta_net(self: Any, hidden_states: torch.Tensor, attention_mask: Any,
     Returns:
         [B, L, D].
     """
-    convolution, rule = _library()
     x = attention_mask.row(hidden_states)  # [T, D]
+    convolution, rule = self.kernels(x.is_cuda)
     mixed = attention_mask.convolve(
-        self.in_proj_qkv(x),
-        partial(convolution, weight=self.conv1d.weight.squeeze(1), bias=self.conv1d.bias, activation=self.activation),
+        self.in_proj_qkv(x), partial(self.conv1d, convolution=convolution, activation=self.activation)
     )
     q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
     q, k = (part.unflatten(-1, (-1, self.head_k_dim)) for part in (q, k))
@@ -72,12 +81,18 @@ def gated_delta_net(self: Any, hidden_states: torch.Tensor, attention_mask: Any,
     return attention_mask.rows(self.out_proj(out.flatten(1)))
 
 
-def _library() -> tuple[Any, Any]:
-    """The convolution and the rule that transformers chooses: on CUDA those of causal-conv1d and
-    flash-linear-attention where they are installed, else PyTorch's. PyTorch's rule ignores cu_seqlens."""
+def _convolve(self: torch.nn.Conv1d, x: torch.Tensor, convolution: Any, activation: str) -> torch.Tensor:
+    """The layer's causal convolution of x [1, C, X], to the same shape."""
+    return convolution(x, self.weight.squeeze(1), self.bias, activation=activation)
+
+
+def library(on_gpu: bool) -> tuple[Any, Any]:
+    """The convolution and the rule: on GPUs those that transformers chooses, of causal-conv1d and
+    flash-linear-attention where these are installed; else PyTorch's, which ignore the bounds of sequences."""
     from transformers.models.qwen3_5.modeling_qwen3_5 import causal_conv1d_fn, torch_chunk_gated_delta_rule
 
-    return causal_conv1d_fn, torch_chunk_gated_delta_rule
+    chosen = causal_conv1d_fn, torch_chunk_gated_delta_rule
+    return chosen if on_gpu else tuple(map(unwrap, chosen))
 
 
 def tiny_linear() -> dict[str, Any]:

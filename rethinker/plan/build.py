@@ -162,5 +162,5 @@ def batches_of(config: Config, shape: Shape, ranks: int) -> Batches:
         response,
         likely,
         math.ceil(likely / (config.train.micro_batch_tokens * ranks)),
-        MicroBatch(tokens, tokens, min(tokens, prompt + G * response), math.ceil(tokens * share)),
+        MicroBatch(tokens, tokens, prompt, response, min(tokens, prompt + G * response), math.ceil(tokens * share)),
     )

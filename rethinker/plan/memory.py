@@ -116,12 +116,18 @@ def rollout_of(config: Config, shape: Shape, ranks: int, memory: float | None) -
     text = shape.text
     heads = max(1, text.num_key_value_heads / tp)  # of a rank: divided among an engine's, not below one
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token = 2 * text.num_hidden_layers * heads * size * b  # keys and values
+    recurrent = shape.policy.layers.recurrent
+    types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    token = 2 * sum(kind not in recurrent for kind in types) * heads * size * b  # keys and values
+    state = shape.policy.family.state(text) / tp * b if recurrent else 0
     longest = min(config.data.max_prompt_tokens + settings.max_new_tokens, text.max_position_embeddings)
     sequences = math.ceil(config.train.episode_queries / (ranks // tp)) * settings.group_size
     if settings.backend == "hf":
         most = min(hf_engine.BATCH, sequences)
-        budget = {"the engine's copy of the policy": b * shape.parameters, "key-value cache": most * longest * token}
+        budget = {
+            "the engine's copy of the policy": b * shape.parameters,
+            "key-value cache": most * (longest * token + state),
+        }
         budget["scores of every step"] = most * settings.max_new_tokens * V * 4
         return Rollout(budget, most * longest, math.ceil(sequences / most))
     # vLLM's defaults: max_num_seqs, and max_num_batched_tokens of its profiling run.
@@ -134,7 +140,7 @@ def rollout_of(config: Config, shape: Shape, ranks: int, memory: float | None) -
     weights, cache = b * shape.parameters / tp, settings.kv_cache_gb * GIB
     if memory is not None:
         cache = max(0.0, settings.gpu_memory_utilization * memory - weights - working)
-    at_once = min(most, int(cache / token / longest))
+    at_once = min(most, int(cache / (token * longest + state)))
     return Rollout(
         {VLLM_WEIGHTS: weights, "vLLM's working memory (estimated)": working, "vLLM's key-value cache": cache},
         cache / token,

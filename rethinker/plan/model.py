@@ -27,6 +27,7 @@ class Shape:
     adapters: int
     trained: int  # those that have gradients and optimizer state
     largest_group: int  # what a weight sync gathers at once: GATHERED, or the largest weight
+    on_gpu: bool
     merged: int  # the largest weight that adapters are merged into; 0 without adapters
 
     @property
@@ -95,6 +96,7 @@ def shape_of(settings: PolicyConfig, on_gpu: bool = False) -> Shape:
         adapters=count(part for adapter in adapters.values() for part in (adapter.a, adapter.b)),
         trained=count(parameter for parameter in model.parameters() if parameter.requires_grad),
         largest_group=max(min(GATHERED, parameters), *(weight.numel() for weight in base.values())),
+        on_gpu=on_gpu,
         merged=max((base[name].numel() for name in adapters), default=0),
     )
 

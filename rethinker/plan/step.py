@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rethinker.plan.model import Shape
+from rethinker.policy.recurrent import CHUNK
 
 _TEXT = "rethinker_plan"
 _VISION = "rethinker_plan_flash"  # "flash": transformers hands a tower's whole row over, see policy/attention.py
@@ -31,8 +32,16 @@ class MicroBatch:
 
     tokens: int  # T
     rows: int  # R
+    prompt: int  # tokens of a prompt, and of each of its responses
+    response: int
     row: int  # tokens of a prompt with its responses: what SDPA's mask is quadratic in
     image_tokens: int
+
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prompt and the response (0: the prompt) of each token, [T] each."""
+        place = torch.arange(self.tokens)
+        own = place % self.row
+        return place // self.row, torch.where(own < self.prompt, 0, 1 + (own - self.prompt) // self.response)
 
 
 class Count(TorchDispatchMode):
@@ -97,14 +106,19 @@ def count_step(shape: Shape, batch: MicroBatch, *, chunk: int, bucket: int) -> d
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     sizes = [parameter.numel() for parameter in trained]
     copied = max(*sizes, min(bucket, sum(sizes)))
-    place = torch.arange(batch.tokens)
+    if shape.on_gpu and policy.layers.recurrent:
+        policy.padded = False
+        for module in policy.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = lambda on_gpu, own=module.kernels: (own(on_gpu)[0], _linear_attention)
+    prompt_id, response_id = batch.places()
     with Count() as count:
         packed = SimpleNamespace(  # what Policy.forward reads of a PackedBatch
             tokens=batch.tokens,
             input_ids=ids(1, batch.tokens),
             position_ids=ids(3 if policy.family.MROPE else 1, 1, batch.tokens),
-            prompt_id=place // batch.row,
-            response_id=(place % batch.row > 0).long(),
+            prompt_id=prompt_id,
+            response_id=response_id,
             source_index=ids(batch.rows),
             target_ids=ids(batch.rows),
             image_inputs=shape.images(batch.image_tokens) if batch.image_tokens else {},
@@ -167,6 +181,48 @@ class _Fused(torch.autograd.Function):
             scratch += [query.new_empty(padded, dtype=torch.float32)]
             scratch += [torch.empty_like(query) for _ in range(2) if key.shape != query.shape]
         return *gradients, None, None, None
+
+
+def _linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stand-in for flash-linear-attention's chunk_gated_delta_rule; the arguments are those of `Sequences.recur`."""
+    state = q.new_empty(1, q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)  # one run's: few beside a chunk's
+    return _Chunks.apply(q, k, v, g, beta, state if initial_state is None else initial_state)
+
+
+class _Chunks(torch.autograd.Function):
+    """The allocations of flash-linear-attention 0.6: it keeps its inputs, normalized, and of each chunk a matrix of its
+    tokens by its tokens; the states between chunks are made again for the backward."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, state):
+        q, k, decay = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g, dtype=torch.float32)
+        products = k.new_empty(*k.shape[:3], CHUNK)
+        _, out = _Chunks._states(k, v), torch.empty_like(v)
+        ctx.save_for_backward(q, k, v, decay, beta, products, state)
+        return out, torch.empty_like(state)
+
+    @staticmethod
+    def backward(ctx, grad, grad_state):
+        q, k, v, decay, beta, _, state = ctx.saved_tensors
+        made = [_Chunks._states(k, v) for _ in range(2)]  # the states, and their gradients
+        gradients = [torch.empty_like(x) for x in (q, k, v, decay, beta, state)]
+        del made
+        return tuple(gradients)
+
+    @staticmethod
+    def _states(k, v):
+        """Keys and values as chunks write them, and the state before each chunk."""
+        chunks = -(-k.shape[1] // CHUNK)
+        states = k.new_empty(len(k), chunks, *k.shape[2:], v.shape[3])
+        return torch.empty_like(k), torch.empty_like(v), torch.empty_like(v), states
 
 
 class _Head(torch.autograd.Function):

@@ -79,6 +79,8 @@ class Policy(nn.Module):
         self.family = family_of(model.config.model_type)
         self.layers = LayerTypes.of(self.family, model.config.get_text_config())
         self.kernel = kernel_for(config, torch.cuda.is_available(), self.layers)
+        # Only flash-linear-attention's kernels read runs of tokens by their bounds.
+        self.padded = not (torch.cuda.is_available() and find_spec("fla"))
         self.freeze_vision = config.freeze_vision or bool(config.lora.rank)
         model.lm_head = LossHead.around(model.lm_head)
         use_cpu_layers(model)
@@ -129,8 +131,7 @@ class Policy(nn.Module):
         if torch.is_grad_enabled() and not embeds.requires_grad:  # a frozen embedding, under adapters
             # ZeRO-3 takes a whole layer's gradients away in a hook that comes before them if no input has one.
             embeds.requires_grad_()
-        padded = device.type != "cuda" or not find_spec("fla")
-        layout = moved(lay_out(batch, self.kernel, self.layers, padded), device)
+        layout = moved(lay_out(batch, self.kernel, self.layers, self.padded), device)
         if self.layers.blocks:
             join_images(layout, self._is_image(batch))
         positions, sources, inputs = batch.position_ids[:, 0], batch.source_index, {}
@@ -193,8 +194,7 @@ def gather_by_layer(model: nn.Module, largest: float) -> None:
     Args:
         model: of transformers.
         largest: elements of the largest layer for which it does so. Such a layer waits for all of its weights, which
-            have been fetched by then if ZeRO-3's prefetch bucket holds them. A family's WHOLE modules are gathered at
-            once whatever their size.
+            have been fetched by then if ZeRO-3's prefetch bucket holds them.
     """
     from deepspeed.utils import set_z3_leaf_modules  # takes seconds to import
 
@@ -202,9 +202,7 @@ def gather_by_layer(model: nn.Module, largest: float) -> None:
     for layer in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
         size = sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters())  # of partitioned weights, too
         sizes[type(layer)] = max(size, sizes.get(type(layer), 0))
-    whole = family_of(model.config.model_type).WHOLE
-    kinds = {type(module) for module in model.modules() if type(module).__name__ in whole}
-    if kinds := [*kinds, *(kind for kind, size in sizes.items() if size <= largest)]:
+    if kinds := [kind for kind, size in sizes.items() if size <= largest]:
         set_z3_leaf_modules(model, kinds)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class Runs:
     places: Tensor  # [N * A] int64 in the row of T tokens, or [all] without padding
     real: Tensor | None  # [N, A] bool: is no padding
     bounds: Tensor | None  # [N + 1] int64 from 0 to all: cu_seqlens, instead of padding
+    bounds_on_host: np.ndarray | None
     starts: Tensor | None  # [N] int64: the prompt from whose last state each goes on, as the calls return them
 
     def of_row(self, x: Tensor) -> Tensor:
@@ -81,8 +83,8 @@ class Sequences:
 
         Args:
             rule: (q, k, v [N, A, H, E], g=, beta= [N, A, H], initial_state= [N, H, E, V] or None, output_final_state=,
-                cu_seqlens=) to (output [N, A, H, V], last states [N, H, E, V]). With cu_seqlens the N runs stand behind
-                one another, [1, all, H, E]. A token with g = beta = 0 leaves the state as it is.
+                cu_seqlens=, cu_seqlens_cpu=) to (output [N, A, H, V], last states [N, H, E, V]). With cu_seqlens the N
+                runs stand behind one another, [1, all, H, E]. A token with g = beta = 0 leaves the state as it is.
             q, k: [T, H, E].
             v: [T, H, V].
             g: [T, H], the logarithm of what the state is multiplied by.
@@ -98,6 +100,7 @@ class Sequences:
                 initial_state=initial,
                 output_final_state=initial is None,
                 cu_seqlens=runs.bounds,
+                cu_seqlens_cpu=None if runs.bounds is None else torch.from_numpy(runs.bounds_on_host),
             )
             outputs.append(output.flatten(0, 1))
             if initial is None:
@@ -168,11 +171,11 @@ def _padded(starts: Tensor, lengths: Tensor, chosen: Tensor, state: Tensor | Non
     step = torch.arange(int(lengths[chosen].max()))
     real = step < lengths[chosen, None]
     places = starts[chosen, None] + step.minimum(lengths[chosen, None] - 1)
-    return Runs(places.flatten(), real, None, state)
+    return Runs(places.flatten(), real, None, None, state)
 
 
 def _joined(starts: Tensor, lengths: Tensor, chosen: Tensor, state: Tensor | None) -> Runs:
     size = lengths[chosen]
     bounds = torch.cat([size.new_zeros(1), size.cumsum(0)])
     places = torch.repeat_interleave(starts[chosen] - bounds[:-1], size) + torch.arange(int(bounds[-1]))
-    return Runs(places, None, bounds, state)
+    return Runs(places, None, bounds, bounds.numpy(), state)

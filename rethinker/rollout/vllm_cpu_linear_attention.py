@@ -8,16 +8,18 @@ Legend: T tokens of a step, C channels of the convolution, W its width, H value 
 
 from __future__ import annotations
 
+from inspect import unwrap
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.models.qwen3_5.modeling_qwen3_5 import (
-    torch_chunk_gated_delta_rule,
-    torch_recurrent_gated_delta_rule,
-)
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+
+# Unwrapped: where flash-linear-attention is installed, transformers would call its kernels on a CPU, too.
+chunk_rule, step_rule = map(unwrap, (qwen3_5.torch_chunk_gated_delta_rule, qwen3_5.torch_recurrent_gated_delta_rule))
 
 
 @QwenGatedDeltaNetAttention.register_oot
@@ -54,7 +56,7 @@ class WideGatedDeltaNetAttention(QwenGatedDeltaNetAttention):
             seen = torch.cat([last[own], qkv[:decoding, :, None]], dim=-1)
             last[own] = seen[..., 1:]
             mixed = F.silu((seen * weight).sum(-1))[:, None]  # [sequences, 1, C]
-            part, memory[own] = torch_recurrent_gated_delta_rule(
+            part, memory[own] = step_rule(
                 *self._heads(mixed),
                 g=decay[:decoding, None],
                 beta=beta[:decoding, None],
@@ -70,7 +72,7 @@ class WideGatedDeltaNetAttention(QwenGatedDeltaNetAttention):
             seen = torch.cat([past, qkv[tokens].T], dim=-1)
             last[slot] = seen[:, 1 - weight.shape[1] :]
             mixed = F.silu(F.conv1d(seen[None], weight[:, None], groups=len(weight))).transpose(1, 2)
-            part, state = torch_chunk_gated_delta_rule(
+            part, state = chunk_rule(
                 *self._heads(mixed),
                 g=decay[None, tokens],
                 beta=beta[None, tokens],

@@ -108,9 +108,9 @@ def test_mistakes_about_a_checkpoint_and_settings(checkpoint, capsys, tmp_path, 
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llama"}')
-    assert "checkpoint other is a 'llama' model; supported: qwen2_5_vl" in error_of("other")
+    assert "checkpoint other is a 'llama' model; supported: internvl" in error_of("other")
     (other / "model.safetensors").write_bytes(b"x" * 20)
-    assert "checkpoint ./other is a 'llama' model; supported: qwen2_5_vl" in error_of("./other")
+    assert "checkpoint ./other is a 'llama' model; supported: internvl" in error_of("./other")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").touch()
     assert "--output taken holds files already" in error_of(here, "--output", "taken")

@@ -12,7 +12,7 @@ from rethinker.policy import attention
 from rethinker.policy.lora import add_adapters
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.packing import pack
-from tests.policy.helpers import queries_of_every_kind, samples_for
+from tests.policy.helpers import late_image, queries_of_every_kind, samples_for
 from tests.policy.test_packing import assert_queued, compare, packed
 
 
@@ -32,7 +32,7 @@ def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, en
         with pytest.raises(ConfigError, match="set policy.attention to sdpa"):
             make_policy(attention=kernel)
         return
-    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 1, 9, 3])
+    samples = samples_for([*queries_of_every_kind(tmp_path), late_image(tmp_path)], encoder, [5, 1, 9, 3])
     logp_error, gradient_error = compare(samples, encoder, make_policy(attention=kernel), model)
     assert logp_error <= 1e-5
     assert gradient_error <= 1e-5

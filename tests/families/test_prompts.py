@@ -100,7 +100,7 @@ def test_the_folder_is_accepted_and_another_kind_is_not(folder, tmp_path):
     assert check_model_folder(folder, "policy.model=x") > 0
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     for load in (lambda: check_model_folder(tmp_path, "policy.model='x'"), lambda: load_model(tmp_path, torch.float32)):
-        with pytest.raises(ConfigError, match=rf"is a 'llava' model; supported: {SUPPORTED}$") as refused:
+        with pytest.raises(ConfigError, match=f"is a 'llava' model; supported: {SUPPORTED}$") as refused:
             load()
         assert "\n" not in str(refused.value)
 

@@ -140,6 +140,8 @@ def measure(name: str, case: Case, scratch: Path, ranks: distributed.Ranks) -> d
     batch = MicroBatch(
         tokens=sum(bundle.tokens for bundle in bundles),
         rows=sum(len(sample.completion.token_ids) for bundle in bundles for sample in bundle.samples),
+        prompt=max((bundle.samples[0].prompt_tokens for bundle in bundles), default=1),
+        response=sum(case.lengths) // len(case.lengths),
         row=max((bundle.tokens for bundle in bundles), default=0),
         image_tokens=sum(encoder.encode(bundle.query).token_ids.count(image) for bundle in bundles),
     )

@@ -55,7 +55,10 @@ def test_a_forward_keeps_what_is_planned(checkpointing, kernel, folder):
         with pytest.raises(ConfigError, match="set policy.attention to sdpa"):
             shape_of(settings)
         return
-    shape, batch = shape_of(settings), MicroBatch(tokens=512, rows=384, row=512, image_tokens=64)
+    shape, batch = (
+        shape_of(settings),
+        MicroBatch(tokens=512, rows=384, prompt=128, response=96, row=512, image_tokens=64),
+    )
     policy = make(folder, attention=kernel, gradient_checkpointing=checkpointing)
     seen = []
     policy.hf.lm_head.forward = lambda rows, *_: (seen.append(count.bytes), rows)
@@ -67,8 +70,8 @@ def test_a_forward_keeps_what_is_planned(checkpointing, kernel, folder):
             tokens=batch.tokens,
             input_ids=torch.where(place < batch.image_tokens, policy.image_token_id, 0)[None],
             position_ids=place.expand(3 if policy.family.MROPE else 1, 1, -1).clone(),
-            prompt_id=torch.zeros_like(place),
-            response_id=(place - 128).clamp(min=-1) // 96 + 1,
+            prompt_id=batch.places()[0],
+            response_id=batch.places()[1],
             source_index=torch.arange(128, 512),
             target_ids=torch.zeros(384, dtype=torch.int64),
             image_inputs={name: torch.randn(part.shape) if part.is_meta else part for name, part in images.items()},

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from rethinker.policy.recurrent import Runs, Sequences, sequences_of
+from rethinker.policy.segment_attention import moved
 from rethinker.samples import PackedBatch
 from tests.families.tiny_models import create
 from tests.policy.helpers import queries_of_every_kind, samples_for
@@ -24,7 +25,7 @@ TAIL = 3
 H, E = 2, 4
 
 
-def rule(q, k, v, g, beta, initial_state=None, output_final_state=False, cu_seqlens=None):
+def rule(q, k, v, g, beta, initial_state=None, output_final_state=False, cu_seqlens=None, cu_seqlens_cpu=None):
     """The gated delta rule (arXiv 2412.06464, eq. 10), token by token in the inputs' type; by bounds, run by run."""
     if cu_seqlens is not None:
         runs = list(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False))
@@ -187,3 +188,23 @@ def test_runs_of_about_the_same_length_are_read_together():
     runs = sum(1 + len(responses) for _, responses in lengths)
     assert sum(len(call.real) for call in padded.calls) == runs == 1 + 4 + 1 + 4 + 1
     assert isinstance(padded.calls[0], Runs) and padded.calls[0].starts is None
+
+
+@pytest.mark.gpu
+def test_the_gpus_kernels_equal_pytorchs():
+    """flash-linear-attention's rule, by the bounds of runs and with their initial states, gives PyTorch's outputs and
+    gradients of padded runs; so does the convolution."""
+    from rethinker.families.qwen3_5 import library
+
+    batch = row([(5, [4, 2]), (90, [3, 70]), (7, [6, 1, 2])])
+    x, weight = (part.detach().float().cuda().requires_grad_() for part in inputs(batch))
+    found = {}
+    for on_gpu in (False, True):
+        convolve, chunk_rule = library(on_gpu)
+        sequences = moved(sequences_of(batch, TAIL, padded=not on_gpu), x.device)
+        seen = sequences.convolve(x, partial(convolve, weight=weight, bias=None, activation="silu"))
+        parts = layer(seen, weight)
+        wide = {name: F.pad(parts[name], (0, 28)) for name in ("q", "k", "v")}  # heads of 32
+        out = sequences.recur(partial(chunk_rule, use_qk_l2norm_in_kernel=True), **parts | wide)
+        found[on_gpu] = out, *torch.autograd.grad(out.square().sum(), (x, weight))
+    torch.testing.assert_close(found[True], found[False], rtol=1e-2, atol=1e-3)

@@ -1,0 +1,32 @@
+"""ZeRO-3 has every weight where it is used, in every family, however little of the model it holds at a time."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from tests import forked
+from tests.families import ranks_step
+from tests.families.tiny_models import FAMILIES, create
+from tests.policy.test_packing import scale_of
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_two_ranks_is_that_of_one(family, tmp_path):
+    """Law 3 where every layer is gathered a matrix at a time: loss and gradients to 1e-5 relative."""
+    folder, found = create(family, tmp_path / "model"), {}
+    for ranks in (1, 2):
+        output = tmp_path / f"{ranks}.pt"
+        arguments = [str(folder), str(tmp_path), str(output)]
+        forked.run(partial(ranks_step.main, *arguments), tmp_path / f"{ranks}.log", ranks)
+        found[ranks] = torch.load(output, weights_only=False)
+    one, two = found[1], found[2]
+    assert not one["whole"] | two["whole"]  # or a layer's weights would come together
+    for key in ("loss", "grad_norm", "entropy"):
+        assert two["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-5), key
+    for name, gradient in one["gradients"].items():
+        scale = one["gradients"][scale_of(name)].norm()
+        error = (two["gradients"][name] - gradient).norm() / scale.clamp(min=1e-6)
+        assert error <= 1e-5, name
