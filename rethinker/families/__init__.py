@@ -35,8 +35,8 @@ class Family:
     first dimension. The methods that have a body are right for a model with plain positions.
     """
 
-    PROCESSOR: str
-    """Class name of the processor. Families that share one treat its images alike."""
+    PROCESSOR: str | tuple[str, ...]
+    """Class name of the processor, or several. Families that share one treat its images alike."""
     PLACEHOLDERS: tuple[str, ...]
     """Tokens that replace pixels or open a turn: a response ends at the first one."""
     IMAGE_INPUTS: tuple[str, ...] = ("pixel_values",)
@@ -47,6 +47,12 @@ class Family:
     """The input of transformers' own forward that is 1 at image tokens, by its name, if it needs one."""
     IMAGE_BLOCKS = False
     """Whether the tokens of an image in the prompt, a run of placeholders, see each other both ways."""
+    ENLARGES = True
+    """Whether an image below `data.min_pixels` is enlarged to them."""
+    TINY: tuple[str, ...] = ("",)
+    """Kinds of tiny models, by what they are called in tests after the family: one for each part that may differ."""
+    SERVED: tuple[tuple[str, str], ...] = ()
+    """How names of weights begin in transformers' model and, in its place, in checkpoints, which vLLM reads."""
 
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
         """The image processor's own settings for `data.min_pixels` and `data.max_pixels`."""
@@ -71,6 +77,13 @@ class Family:
     def reduced(self, image_processor: Any, image: Image) -> Image:
         """A large image in the size that the processor would give it, where that changes no pixel of the result."""
         return image
+
+    def served(self, name: str) -> str:
+        """A parameter's name in checkpoints; see SERVED."""
+        for ours, theirs in self.SERVED:
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
 
     def language_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """The decoder, whose `layers` are the decoder layers."""
@@ -117,7 +130,7 @@ class Family:
         """image_inputs of at least so many image tokens, their pixels without data (device "meta")."""
         raise NotImplementedError
 
-    def tiny(self, tokenizer: Any, hidden: int = HIDDEN) -> tuple[type, Any, Any]:
+    def tiny(self, tokenizer: Any, hidden: int = HIDDEN, kind: str = "") -> tuple[type, Any, Any]:
         """A tiny random model for tests: class, config and processor, around embedded/tokenizer.py's tokenizer.
 
         The family's own architecture, only small. Attention heads have 32 dimensions, the least that vLLM's CPU kernel
@@ -125,6 +138,7 @@ class Family:
 
         Args:
             hidden: size of the language model.
+            kind: one of TINY.
         """
         raise NotImplementedError
 
@@ -153,7 +167,8 @@ def family_of_processor(processor: Any) -> Family:
     """
     name = type(processor).__name__
     for family in map(family_of, FAMILIES):
-        if name == family.PROCESSOR:
+        named = family.PROCESSOR
+        if name in ((named,) if isinstance(named, str) else named):
             return family
     raise ConfigError(f"policy.model: its processor is a {name}, of no supported family ({SUPPORTED})")
 

@@ -24,6 +24,8 @@ class Gemma3(Family):
     PLACEHOLDERS = ("<image_soft_token>", "<start_of_image>", "<end_of_image>", "<start_of_turn>")
     TOKEN_TYPES = "token_type_ids"
     IMAGE_BLOCKS = True
+    SERVED = (("model.vision_tower.", "model.vision_tower.vision_model."),)
+    ENLARGES = False
 
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
         """See Family. Crops of a strip are left out, as they are by default: there would be more images than asked."""
@@ -80,7 +82,6 @@ class Gemma3(Family):
             Gemma3ImageProcessor,
             Gemma3Processor,
         )
-        from transformers.conversion_mapping import get_model_conversion_mapping
 
         tokenizer = _tiny_tokenizer()
         to_id, side = tokenizer.convert_tokens_to_ids, SIDE // 2
@@ -109,14 +110,7 @@ class Gemma3(Family):
             image_seq_length=config.mm_tokens_per_image,
             chat_template=TINY_TEMPLATE,
         )
-
-        def with_names_of_checkpoints(config: Any) -> torch.nn.Module:
-            """transformers would leave out a level of the vision tower's names, for a model that it has not loaded."""
-            model = Gemma3ForConditionalGeneration(config)
-            model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
-            return model
-
-        return with_names_of_checkpoints, config, processor
+        return Gemma3ForConditionalGeneration, config, processor
 
 
 def _tiny_tokenizer() -> Any:

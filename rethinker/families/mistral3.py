@@ -23,6 +23,7 @@ class Mistral3(Family):
     PROCESSOR = "PixtralProcessor"
     PLACEHOLDERS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[SYSTEM_PROMPT]")
     IMAGE_INPUTS = ("pixel_values", "image_sizes")
+    ENLARGES = False
 
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
         """See Family. An edge is rounded up to whole tokens, of two patches, and so must not be between them."""
@@ -46,7 +47,9 @@ class Mistral3(Family):
 
     def image_inputs(self, made: Any) -> dict[str, torch.Tensor]:
         """See Family. The processor pads images to the largest of their prompt."""
-        sizes = made["image_sizes"]
+        sizes = made.get("image_sizes")
+        if sizes is None:  # images that vLLM has cut to their sizes
+            sizes = torch.tensor([image.shape[1:] for image in made["pixel_values"]])
         pixels = [
             image[:, :height, :width].permute(1, 2, 0).flatten(0, 1)
             for image, (height, width) in zip(made["pixel_values"], sizes.tolist(), strict=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding, apply_interleaved_rope
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
@@ -66,6 +67,20 @@ class InPlaceSiluAndMul(SiluAndMul):
         """See SiluAndMul: [..., 2 D] to [..., D]."""
         gate, up = x.chunk(2, dim=-1)
         return silu(gate).mul_(up)
+
+
+@RotaryEmbedding.register_oot
+class EveryHeadRotaryEmbedding(RotaryEmbedding):
+    """Rotation of all heads. vLLM's kernel counts them from the last dimension, and so rotates only the first one where
+    a model (LFM2) hands heads over as a dimension of their own."""
+
+    def forward_cpu(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """See RotaryEmbedding: query [T, H E] or [T, H, E], key likewise; a query or key in one piece is rotated in
+        place."""
+        if query.ndim < 3:
+            return super().forward_cpu(positions, query, key)
+        rotated = super().forward_cpu(positions, query.flatten(1), None if key is None else key.flatten(1))
+        return rotated[0].view(query.shape), None if key is None else rotated[1].view(key.shape)
 
 
 @MRotaryEmbedding.register_oot

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from rethinker.families import Family, family_of
 from rethinker.rollout.engine import Checksum, checksum
 
 
@@ -29,7 +30,8 @@ def prepare_update(model: nn.Module, vllm_config: Any, names: list[str]) -> None
     """
     if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
         _finish(model, vllm_config)
-    mapped, fused_parts, missing = {_mapped(model, name) for name in names}, _fused_parts(model), []
+    served = _family(vllm_config).served
+    mapped, fused_parts, missing = {_mapped(model, served(name)) for name in names}, _fused_parts(model), []
     for name in dict(model.named_parameters()).keys() - mapped:
         parent, layer, leaf = f".{name}".rsplit(".", 2)
         parts = {f"{parent}.{part}.{leaf}"[1:] for part in fused_parts.get(layer, [layer])}
@@ -51,12 +53,12 @@ def load(model: nn.Module, vllm_config: Any, names: list[str], weights: Iterable
         RuntimeError: a parameter or a part of one would get no value, or a tensor of `names` did not come.
     """
     prepare_update(model, vllm_config, names)
-    lost = set(names)
+    lost, served = set(names), _family(vllm_config).served
 
     def arriving() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
             lost.discard(name)
-            yield _in_checkpoint(model, name), tensor
+            yield served(name), tensor
 
     with set_current_vllm_config(vllm_config):
         initialize_layerwise_reload(model)
@@ -64,6 +66,10 @@ def load(model: nn.Module, vllm_config: Any, names: list[str], weights: Iterable
     _finish(model, vllm_config)
     if lost:  # vLLM fills what a fused layer lacks with whatever is in memory
         raise RuntimeError(f"weight sync: {len(lost)} announced tensors did not come, the first {min(lost)}")
+
+
+def _family(vllm_config: Any) -> Family:
+    return family_of(vllm_config.model_config.hf_config.model_type)
 
 
 def _finish(model: nn.Module, vllm_config: Any) -> None:
@@ -79,6 +85,8 @@ def first_difference(model: nn.Module, vllm_config: Any, sent: dict[str, Checksu
     Reads what the model really multiplies with: on CPU the packed copy behind a linear layer, not a parameter that
     was left behind. Needs unsharded weights (tensor_parallel_size 1), and checksums in the model's type.
     """
+    served = _family(vllm_config).served
+    sent = {served(name): tensor for name, tensor in sent.items()}
     for name, (digest, rows) in sent.items():
         for live in _live_tensors(model, name, sent):
             # vLLM pads the vocabulary: rows beyond the checkpoint's are never read.
@@ -87,17 +95,9 @@ def first_difference(model: nn.Module, vllm_config: Any, sent: dict[str, Checksu
     return None
 
 
-def _in_checkpoint(model: nn.Module, name: str) -> str:
-    """The name in a checkpoint, by transformers': that has given up a level of SigLIP's tower, which vLLM has kept."""
-    tower = "model.vision_tower."
-    if name.startswith(tower) and hasattr(getattr(model, "vision_tower", None), "vision_model"):
-        return f"{tower}vision_model.{name.removeprefix(tower)}"
-    return name
-
-
 def _mapped(model: nn.Module, name: str) -> str:
-    """vLLM's name of a parameter, before it is fused with others."""
-    mapper, name = getattr(model, "hf_to_vllm_mapper", None), _in_checkpoint(model, name)
+    """vLLM's name of a checkpoint's parameter, before it is fused with others."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
     return mapper.apply_list([name])[0] if mapper else name
 
 

@@ -13,7 +13,6 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.media import ImageMediaIO
 
-import rethinker.families
 from rethinker.config import DataConfig
 from rethinker.data.images import open_image
 from rethinker.data.prompts import PromptEncoder
@@ -22,7 +21,7 @@ from rethinker.policy.model import load_processor
 from rethinker.rollout.server.engine import _as_url
 from rethinker.samples import Prompt, Query
 from tests.data.image_kinds import KINDS, noise, oriented, saved, tagged
-from tests.families.tiny_models import create
+from tests.families.tiny_models import FAMILIES, create
 
 LIMITS = DataConfig(min_pixels=1024, max_pixels=8192)
 
@@ -50,16 +49,12 @@ class Sides:
         prompt, ours = fault(self.encoder.encode(query)), self.encoder.pixels(query)
         items = self.vllm.info.parse_mm_data({"image": prompt.images})
         seen = self.vllm(prompt.compact_ids, mm_items=items, hf_processor_mm_kwargs={})
-        theirs = seen["mm_kwargs"].get_data()
-        if "image_sizes" in ours:  # vLLM leaves Mistral's images apart
-            images = list(theirs["pixel_values"])
-            pixels = torch.cat([image.permute(1, 2, 0).flatten(0, 1) for image in images])
-            theirs = {"pixel_values": pixels, "image_sizes": torch.tensor([image.shape[1:] for image in images])}
+        theirs = self.encoder.family.image_inputs(seen["mm_kwargs"].get_data())
         different = ["tokens"] * (seen["prompt_token_ids"] != prompt.token_ids)
         return different + [name for name, tensor in ours.items() if not torch.equal(theirs[name], tensor)]
 
 
-@pytest.fixture(scope="module", params=list(rethinker.families.FAMILIES))
+@pytest.fixture(scope="module", params=["qwen2_5_vl", *FAMILIES])
 def sides(request, tmp_path_factory):
     return Sides(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -59,23 +59,18 @@ def test_token_ids_and_pixels_are_the_processors(folder, pixels):
 
 
 def test_pixel_limits_bound_the_image_tokens_and_are_saved(folder, tmp_path):
-    """Between data.min_pixels and data.max_pixels, whatever the image, as far as the family enlarges and reduces it; a
-    saved processor keeps them."""
-    processor, tokens = load_processor(folder), {}
-    placeholder = AutoConfig.from_pretrained(folder).image_token_id
-    whole = 4 if any(name in folder.name for name in ("internvl", "smolvlm")) else 0  # of a tile of the whole
+    """An image has no more tokens than are planned for data.max_pixels, and no fewer than data.min_pixels call for, if
+    the family enlarges images; a saved processor keeps the limits."""
+    config, processor, tokens = AutoConfig.from_pretrained(folder), load_processor(folder), {}
     for low, high in ((1024, 2048), (4096, 8192)):
         encoder = PromptEncoder(processor, DataConfig(min_pixels=low, max_pixels=high))
         for size in SIZES:
             ids = encoder.family.image_ids(processor, size[1], size[0])
-            # One token for 256 pixels.
-            tokens[low, size] = ids.count(placeholder)
-            least = 1 if "mistral3" in folder.name else low / 256 * 0.75
-            assert least <= tokens[low, size] <= high / 256 + whole or "gemma3" in folder.name
-    if "gemma3" in folder.name:
-        assert set(tokens.values()) == {4}
-    else:
-        assert any(tokens[1024, size] < tokens[4096, size] for size in SIZES)
+            tokens[low, size] = ids.count(config.image_token_id)
+            assert 1 <= tokens[low, size] <= encoder.family.image_tokens(config, high)
+            assert not encoder.family.ENLARGES or tokens[low, size] >= low / 256 * 0.75  # one token for 256 pixels
+    fixed = encoder.family.image_tokens(config, 2048) == encoder.family.image_tokens(config, 8192)
+    assert all(tokens[1024, size] == tokens[4096, size] for size in SIZES) == fixed
     processor.save_pretrained(tmp_path)
     loaded = load_processor(tmp_path)
     images = [picture(size, 0) for size in SIZES]

@@ -10,7 +10,6 @@ import torch
 from tests import forked
 from tests.families import ranks_step
 from tests.families.tiny_models import FAMILIES, create
-from tests.policy.test_packing import scale_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -26,7 +25,7 @@ def test_a_step_of_two_ranks_is_that_of_one(family, tmp_path):
     assert not one["whole"] | two["whole"]  # or a layer's weights would come together
     for key in ("loss", "grad_norm", "entropy"):
         assert two["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-5), key
+    least = 1e-4 * one["metrics"]["grad_norm"]  # a key's bias has none where every query sees all keys: rounding alone
     for name, gradient in one["gradients"].items():
-        scale = one["gradients"][scale_of(name)].norm()
-        error = (two["gradients"][name] - gradient).norm() / scale.clamp(min=1e-6)
+        error = (two["gradients"][name] - gradient).norm() / gradient.norm().clamp(min=least)
         assert error <= 1e-5, name

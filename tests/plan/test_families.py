@@ -55,10 +55,8 @@ def test_a_forward_keeps_what_is_planned(checkpointing, kernel, folder):
         with pytest.raises(ConfigError, match="set policy.attention to sdpa"):
             shape_of(settings)
         return
-    shape, batch = (
-        shape_of(settings),
-        MicroBatch(tokens=512, rows=384, prompt=128, response=96, row=512, image_tokens=64),
-    )
+    batch = MicroBatch(tokens=512, rows=384, prompt=128, response=96, row=512, image_tokens=64)
+    shape = shape_of(settings)
     policy = make(folder, attention=kernel, gradient_checkpointing=checkpointing)
     seen = []
     policy.hf.lm_head.forward = lambda rows, *_: (seen.append(count.bytes), rows)
