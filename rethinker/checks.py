@@ -176,7 +176,7 @@ def _check_backend(config: Config) -> None:
         )
     if rollout.router_replay and rollout.backend != "vllm":
         raise ConfigError(
-            f"rollout.router_replay=true needs rollout.backend=vllm: {rollout.backend} does not say what experts it took"
+            f"rollout.router_replay=true needs rollout.backend=vllm: {rollout.backend} does not say what it chose"
         )
     if not rollout.max_staleness:
         return

@@ -45,7 +45,8 @@ def check_model_folder(folder: Path, named: str) -> int:
 def decoder_matrices(folder: Path) -> set[str]:
     """Names within a decoder layer, as self_attn.q_proj, of its matrices, in a folder that passed the check above."""
     shapes = {name: shape for shard in folder.glob("*.safetensors") for name, shape in _shapes(shard, "").items()}
-    found = (re.search(r"\blayers\.\d+\.(.+)\.weight$", name) for name, shape in shapes.items() if len(shape) == 2)
+    matrices = (name for name, shape in shapes.items() if len(shape) == 2 and "vision" not in name)
+    found = (re.search(r"\blayers\.\d+\.(.+)\.weight$", name) for name in matrices)
     return {match[1] for match in found if match}
 
 

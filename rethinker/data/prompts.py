@@ -94,10 +94,8 @@ class PromptEncoder:
         self.dropped: Counter[str] = Counter()
         self._image_id = processor.image_token_id
         tokens = self.tokenizer.added_tokens_decoder
-        added = sorted((token.content for token in tokens.values()), key=len, reverse=True)
-        self._added = re.compile("(" + "|".join(map(re.escape, added)) + ")")
-        special = (re.escape(token.content) for token in tokens.values() if token.special)
-        self._special = re.compile("|".join(special))
+        special = sorted((token.content for token in tokens.values() if token.special), key=len, reverse=True)
+        self._special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
         self._layouts: dict[str, _Layout] = {}
         self._compared: Counter[str] = Counter()
         self._prefix, self._suffix = config.prompt.split("{question}")
@@ -138,7 +136,8 @@ class PromptEncoder:
 
     def _process(self, query: Query) -> dict[str, torch.Tensor]:
         images = [self._image(image, query.id) for image in query.images]
-        return self.family.image_inputs(self.processor.image_processor(images=images, return_tensors="pt"))
+        arguments = self.family.image_arguments(self.processor)
+        return self.family.image_inputs(self.processor.image_processor(images=images, return_tensors="pt", **arguments))
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of a response, spaces as they are, without special tokens."""
@@ -278,7 +277,7 @@ class PromptEncoder:
         expanded: list[int] = []
         for i in compact:
             expanded += next(shown) if i == self._image_id else (i,)
-        return compact, expanded
+        return compact, self.family.joined(self.processor, expanded) if query.images else expanded
 
     def _parts(self, query: Query) -> tuple[str, list[str]]:
         """How texts ("t") and images ("i") alternate in the query's message, and the texts, the system's last."""
@@ -312,7 +311,7 @@ class PromptEncoder:
                     what = f"writes a text of a message {times} times" if times else "leaves out or changes a text"
                     raise self._unfit(what)
             to_id, pieces = self.tokenizer.convert_tokens_to_ids, []
-            for n, text in enumerate(self._added.split(rendered)):  # every second one is an added token
+            for n, text in enumerate(self._special.split(rendered)):  # every second one is a special token
                 pieces += [to_id(text)] if n % 2 else [text] if _SLOT.search(text) else self._text_ids(text)
             if (shown := pieces.count(self._image_id)) != kinds.count("i"):
                 raise self._unfit(f"writes {shown} image placeholders for {kinds.count('i')} images")
@@ -379,7 +378,8 @@ class PromptEncoder:
     def _image_ids(self, reference: Any, query_id: str) -> list[int]:
         height, width = image_size(reference, query_id, self.config.max_image_pixels)
         try:
-            return self.family.image_ids(self.processor, height, width)
+            with self._one_at_a_time:
+                return self.family.image_ids(self.processor, height, width)
         except ValueError as error:
             raise BadRowError("image shape", f"query {query_id}: {error}") from error
 

@@ -28,6 +28,7 @@ from transformers import (  # noqa: E402
 )
 
 from rethinker.embedded.tokenizer import train_tokenizer  # noqa: E402
+from rethinker.families import family_of  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def write_random(folder: str | Path, model_class: type, config: PreTrainedConfig
         pad_token_id=to_id("<|endoftext|>"),
         do_sample=True,
     )
-    model.save_pretrained(folder)
+    served = family_of(config.model_type).served
+    model.save_pretrained(folder, state_dict={served(name): tensor for name, tensor in model.state_dict().items()})
     processor.save_pretrained(folder)
     return folder
 

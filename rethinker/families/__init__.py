@@ -11,6 +11,8 @@ This file does not import torch: a folder of another kind fails before any slow 
 from __future__ import annotations
 
 import pkgutil
+import tempfile
+from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +35,8 @@ class Family:
     first dimension. The methods that have a body are right for a model with plain positions.
     """
 
-    PROCESSOR: str
-    """Class name of the processor. Families that share one treat its images alike."""
+    PROCESSOR: str | tuple[str, ...]
+    """Class name of the processor, or several. Families that share one treat its images alike."""
     PLACEHOLDERS: tuple[str, ...]
     """Tokens that replace pixels or open a turn: a response ends at the first one."""
     IMAGE_INPUTS: tuple[str, ...] = ("pixel_values",)
@@ -45,8 +47,12 @@ class Family:
     """The input of transformers' own forward that is 1 at image tokens, by its name, if it needs one."""
     IMAGE_BLOCKS = False
     """Whether the tokens of an image in the prompt, a run of placeholders, see each other both ways."""
-    WHOLE: tuple[str, ...] = ()
-    """Class names of modules that use weights inside other modules without calling these: ZeRO-3 gathers them whole."""
+    ENLARGES = True
+    """Whether an image below `data.min_pixels` is enlarged to them."""
+    TINY: tuple[str, ...] = ("",)
+    """Kinds of tiny models, by what they are called in tests after the family: one for each part that may differ."""
+    SERVED: tuple[tuple[str, str], ...] = ()
+    """How names of weights begin in transformers' model and, in its place, in checkpoints, which vLLM reads."""
 
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
         """The image processor's own settings for `data.min_pixels` and `data.max_pixels`."""
@@ -56,6 +62,14 @@ class Family:
         """The tokens of an image in the prompt. Raises ValueError for a shape that the processor does not take."""
         raise NotImplementedError
 
+    def image_arguments(self, processor: Any) -> dict[str, Any]:
+        """What the processor tells its image processor besides the images."""
+        return {}
+
+    def joined(self, processor: Any, ids: list[int]) -> list[int]:
+        """A prompt's tokens, with `image_ids` for its images, as they are where the tokenizer joins text and image."""
+        return ids
+
     def image_inputs(self, made: Any) -> dict[str, torch.Tensor]:
         """What `features` takes, from what the image processor has made of one prompt's images; pixels are fp32."""
         return {name: made[name] for name in self.IMAGE_INPUTS}
@@ -63,6 +77,13 @@ class Family:
     def reduced(self, image_processor: Any, image: Image) -> Image:
         """A large image in the size that the processor would give it, where that changes no pixel of the result."""
         return image
+
+    def served(self, name: str) -> str:
+        """A parameter's name in checkpoints; see SERVED."""
+        for ours, theirs in self.SERVED:
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
 
     def language_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """The decoder, whose `layers` are the decoder layers."""
@@ -113,7 +134,7 @@ class Family:
         """image_inputs of at least so many image tokens, their pixels without data (device "meta")."""
         raise NotImplementedError
 
-    def tiny(self, tokenizer: Any, hidden: int = HIDDEN) -> tuple[type, Any, Any]:
+    def tiny(self, tokenizer: Any, hidden: int = HIDDEN, kind: str = "") -> tuple[type, Any, Any]:
         """A tiny random model for tests: class, config and processor, around embedded/tokenizer.py's tokenizer.
 
         The family's own architecture, only small. Attention heads have 32 dimensions, the least that vLLM's CPU kernel
@@ -121,6 +142,7 @@ class Family:
 
         Args:
             hidden: size of the language model.
+            kind: one of TINY.
         """
         raise NotImplementedError
 
@@ -149,7 +171,8 @@ def family_of_processor(processor: Any) -> Family:
     """
     name = type(processor).__name__
     for family in map(family_of, FAMILIES):
-        if name == family.PROCESSOR:
+        named = family.PROCESSOR
+        if name in ((named,) if isinstance(named, str) else named):
             return family
     raise ConfigError(f"policy.model: its processor is a {name}, of no supported family ({SUPPORTED})")
 
@@ -159,6 +182,19 @@ def limit_pixels(processor: Any, family: Family, min_pixels: int, max_pixels: in
     images = processor.image_processor
     for name, value in family.image_settings(images, min_pixels, max_pixels).items():
         setattr(images, name, type(getattr(images, name))(**value) if isinstance(value, dict) else value)
+
+
+def tiny_tokenizer(tokenizer: Any, names: dict[str, str], others: Iterable[str] = ()) -> Any:
+    """A tiny model's tokenizer with further special tokens: by the `names` that a processor asks for, and `others`."""
+    from transformers import AddedToken, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:  # only loading gives tokens their names
+        tokenizer.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, extra_special_tokens=names, trust_remote_code=False, local_files_only=True
+        )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in others], special_tokens=True)
+    return tokenizer
 
 
 def tiny_text(tokenizer: Any, hidden: int, **others: Any) -> dict[str, Any]:

@@ -1,16 +1,15 @@
-"""InternVL3 in transformers' own format (`*-hf`): square tiles of one size, and plain positions.
+"""InternVL3 and 3.5 in transformers' own format (`*-hf`): square tiles of one size, and plain positions.
 
 An image is cut into as many tiles as its size and `data.max_pixels` call for, plus one of the whole when it is cut.
 """
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 import torch
 
-from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text
+from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text, tiny_tokenizer
 
 
 class InternVL(Family):
@@ -20,6 +19,7 @@ class InternVL(Family):
     """
 
     PROCESSOR = "InternVLProcessor"
+    TINY = ("qwen2", "qwen3")
     PLACEHOLDERS = ("<IMG_CONTEXT>", "<img>", "</img>", "<video>", "<|im_start|>")
 
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
@@ -51,9 +51,9 @@ class InternVL(Family):
         tiles = -(-tokens // model.config.image_seq_length)
         return {"pixel_values": torch.empty(tiles, *self.blank(model)["pixel_values"].shape[1:], device="meta")}
 
-    def tiny(self, tokenizer: Any, hidden: int = HIDDEN) -> tuple[type, Any, Any]:
+    def tiny(self, tokenizer: Any, hidden: int = HIDDEN, kind: str = "qwen2") -> tuple[type, Any, Any]:
+        """See Family. InternVL3's language model is Qwen2, InternVL3.5's is Qwen3."""
         from transformers import (
-            AutoTokenizer,
             GotOcr2ImageProcessor,
             InternVLConfig,
             InternVLForConditionalGeneration,
@@ -67,15 +67,11 @@ class InternVL(Family):
             "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
         }
-        with tempfile.TemporaryDirectory() as folder:  # only loading gives tokens their names
-            tokenizer.save_pretrained(folder)
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, extra_special_tokens=names, trust_remote_code=False, local_files_only=True
-            )
+        tokenizer = tiny_tokenizer(tokenizer, names)
         side = SIDE // 2
         size, tokens = {"height": side, "width": side}, (side // PATCH) ** 2 // 4
         config = InternVLConfig(
-            text_config=tiny_text(tokenizer, hidden, model_type="qwen2", tie_word_embeddings=False),
+            text_config=tiny_text(tokenizer, hidden, model_type=kind, head_dim=hidden // 2, tie_word_embeddings=False),
             vision_config={
                 "hidden_size": 32,
                 "intermediate_size": 64,

@@ -40,18 +40,25 @@ class Qwen2VL(Family):
 
     def reduced(self, image_processor: Any, image: Image.Image) -> Image.Image:
         """See Family. The processor resizes 8-bit pixels first, and by the same function: equal to the bit."""
-        limits = image_processor.size
-        if image.width * image.height <= limits.longest_edge:
+        limits, copies = image_processor.size, self.copies(image_processor)
+        if copies * image.width * image.height <= limits.longest_edge:
             return image
-        factor = image_processor.patch_size * image_processor.merge_size
-        pixels = image_processor.process_image(image)[None]
-        small = image_processor.resize(pixels, limits, image_processor.resample, factor)[0]
+        small = self.resized(image_processor, image_processor.process_image(image)[None])[0]
         # Only if the processor will leave the reduced image alone; it may not where the limits are close together, and
         # it refuses a strip that rounding to whole patches has made too long.
         short, long = sorted(small.shape[1:])
-        if not limits.shortest_edge <= short * long <= limits.longest_edge or long > LONGEST_STRIP * short:
+        if not limits.shortest_edge <= copies * short * long <= limits.longest_edge or long > LONGEST_STRIP * short:
             return image
         return Image.fromarray(small.permute(1, 2, 0).contiguous().numpy())
+
+    def resized(self, image_processor: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels [1, channels, height, width] in the size that the processor gives them."""
+        factor = image_processor.patch_size * image_processor.merge_size
+        return image_processor.resize(pixels, image_processor.size, image_processor.resample, factor)
+
+    def copies(self, image_processor: Any) -> int:
+        """Of an image, which the processor's limits on pixels count."""
+        return 1
 
     def vision_modules(self, model: torch.nn.Module) -> list[torch.nn.Module]:
         return [model.model.visual]

@@ -18,13 +18,13 @@ from rethinker.families.qwen3_vl import Qwen3VL, tiny_qwen3_processor, tiny_visi
 class Qwen3_5(Qwen3VL):
     """See Family."""
 
-    WHOLE = ("Qwen3_5GatedDeltaNet",)
-
     def prepare(self, model: torch.nn.Module) -> None:
         for layer in self.language_model(model).layers:
             if hasattr(layer, "linear_attn"):
                 layer.linear_attn.forward = MethodType(gated_delta_net, layer.linear_attn)
                 layer.linear_attn.kernels = library
+                # It is called as a module, as transformers does not: hooks of ZeRO-3 around the call gather its weight.
+                layer.linear_attn.conv1d.forward = MethodType(_convolve, layer.linear_attn.conv1d)
 
     def tail(self, text_config: Any) -> int | None:
         return text_config.linear_conv_kernel_dim - 1
@@ -64,8 +64,7 @@ def gated_delta_net(self: Any, hidden_states: torch.Tensor, attention_mask: Any,
     x = attention_mask.row(hidden_states)  # [T, D]
     convolution, rule = self.kernels(x.is_cuda)
     mixed = attention_mask.convolve(
-        self.in_proj_qkv(x),
-        partial(convolution, weight=self.conv1d.weight.squeeze(1), bias=self.conv1d.bias, activation=self.activation),
+        self.in_proj_qkv(x), partial(self.conv1d, convolution=convolution, activation=self.activation)
     )
     q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
     q, k = (part.unflatten(-1, (-1, self.head_k_dim)) for part in (q, k))
@@ -80,6 +79,11 @@ def gated_delta_net(self: Any, hidden_states: torch.Tensor, attention_mask: Any,
     )
     out = self.norm(out, self.in_proj_z(x).view_as(out))
     return attention_mask.rows(self.out_proj(out.flatten(1)))
+
+
+def _convolve(self: torch.nn.Conv1d, x: torch.Tensor, convolution: Any, activation: str) -> torch.Tensor:
+    """The layer's causal convolution of x [1, C, X], to the same shape."""
+    return convolution(x, self.weight.squeeze(1), self.bias, activation=activation)
 
 
 def library(on_gpu: bool) -> tuple[Any, Any]:

@@ -25,6 +25,7 @@ from rethinker.samples import PackedBatch
 # calls the function for each of them in a Python loop, and asks the device for the bounds in every layer.
 ROW = "rethinker_row"
 VISION = "rethinker_flash_vision"
+VISION_SDPA = "rethinker_sdpa_vision"  # `vision_by_image`
 
 
 @dataclass(frozen=True)
@@ -243,5 +244,22 @@ def vision_attention(
     return row_attention(module, query, key, value, None, scaling=scaling, visible=visible)
 
 
+def vision_by_image(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """As `vision_attention`, by SDPA for each image. Without bounds, transformers has split the row itself."""
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    parts = zip(*(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *part, None, **others)[0] for part in parts], dim=1), None
+
+
 ALL_ATTENTION_FUNCTIONS.register(ROW, row_attention)
+ALL_ATTENTION_FUNCTIONS.register(VISION_SDPA, vision_by_image)
 ALL_ATTENTION_FUNCTIONS.register(VISION, vision_attention)

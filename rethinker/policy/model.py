@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rethinker.config import ConfigError, PolicyConfig, one_line
 from rethinker.families import family_of
-from rethinker.policy.attention import ROW, VISION, LayerTypes, join_images, kernel_for, lay_out
+from rethinker.policy.attention import ROW, VISION, VISION_SDPA, LayerTypes, join_images, kernel_for, lay_out
 from rethinker.policy.cpu_layers import use_cpu_layers
 from rethinker.policy.experts import Router
 from rethinker.policy.segment_attention import moved
@@ -91,7 +91,7 @@ class Policy(nn.Module):
             router.__class__ = Router
         if config.compile:
             compile_layers(self.family.language_model(model))
-        text, vision = ("sdpa", "sdpa") if self.kernel == "sdpa" else (ROW, VISION)
+        text, vision = ("sdpa", VISION_SDPA) if self.kernel == "sdpa" else (ROW, VISION)
         if config.compile and text == ROW:  # it launches kernels of its own: compiled layers call it
             text = f"{ROW}_apart"
             ALL_ATTENTION_FUNCTIONS.register(text, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[ROW]))
@@ -204,8 +204,7 @@ def gather_by_layer(model: nn.Module, largest: float) -> None:
     Args:
         model: of transformers.
         largest: elements of the largest layer for which it does so. Such a layer waits for all of its weights, which
-            have been fetched by then if ZeRO-3's prefetch bucket holds them. A family's WHOLE modules are gathered at
-            once whatever their size.
+            have been fetched by then if ZeRO-3's prefetch bucket holds them.
     """
     from deepspeed.utils import set_z3_leaf_modules  # takes seconds to import
 
@@ -213,9 +212,7 @@ def gather_by_layer(model: nn.Module, largest: float) -> None:
     for layer in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
         size = sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters())  # of partitioned weights, too
         sizes[type(layer)] = max(size, sizes.get(type(layer), 0))
-    whole = family_of(model.config.model_type).WHOLE
-    kinds = {type(module) for module in model.modules() if type(module).__name__ in whole}
-    if kinds := [*kinds, *(kind for kind, size in sizes.items() if size <= largest)]:
+    if kinds := [kind for kind, size in sizes.items() if size <= largest]:
         set_z3_leaf_modules(model, kinds)
 
 

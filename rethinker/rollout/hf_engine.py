@@ -106,7 +106,8 @@ class HFEngine(RolloutEngine):
             if self._family.TOKEN_TYPES:
                 inputs[self._family.TOKEN_TYPES] = (ids == self._model.config.image_token_id).int()
             images = [image for prompt in prompts for image in prompt.images]
-            features = self._processor.image_processor(images, return_tensors="pt")
+            arguments = self._family.image_arguments(self._processor)
+            features = self._processor.image_processor(images, return_tensors="pt", **arguments)
             inputs |= {name: features[name] for name in self._family.IMAGE_INPUTS}
             inputs["pixel_values"] = inputs["pixel_values"].to(self._dtype)
         return {name: tensor.to(self._device) for name, tensor in inputs.items()}

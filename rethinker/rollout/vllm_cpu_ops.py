@@ -1,5 +1,5 @@
 """What vLLM's CPU build can do and vLLM 0.32 does not ask of it: kernels in place of several PyTorch operations each,
-and key-value blocks of 16 tokens.
+key-value blocks of 16 tokens, and images whose tokens see each other.
 
 vLLM takes its kernel of norms on GPUs alone, and has its rotary one read one position per token where Qwen-VL has
 three. A small model's time depends on the number of operations: with these layers a rollout of the tiny one takes a
@@ -14,14 +14,23 @@ Legend: T tokens, H query heads, K key heads, E head size, D features.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding, apply_interleaved_rope
-from vllm.v1.attention.backend import MultipleOf
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata, MultipleOf
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from rethinker.rollout import vllm_cpu_linear_attention  # noqa: F401  # registers its class
@@ -60,6 +69,20 @@ class InPlaceSiluAndMul(SiluAndMul):
         return silu(gate).mul_(up)
 
 
+@RotaryEmbedding.register_oot
+class EveryHeadRotaryEmbedding(RotaryEmbedding):
+    """Rotation of all heads. vLLM's kernel counts them from the last dimension, and so rotates only the first one where
+    a model (LFM2) hands heads over as a dimension of their own."""
+
+    def forward_cpu(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """See RotaryEmbedding: query [T, H E] or [T, H, E], key likewise; a query or key in one piece is rotated in
+        place."""
+        if query.ndim < 3:
+            return super().forward_cpu(positions, query, key)
+        rotated = super().forward_cpu(positions, query.flatten(1), None if key is None else key.flatten(1))
+        return rotated[0].view(query.shape), None if key is None else rotated[1].view(key.shape)
+
+
 @MRotaryEmbedding.register_oot
 class KernelMRotaryEmbedding(MRotaryEmbedding):
     """Rotation by a token's three positions. All layers of a model share one instance, which makes the cosines and
@@ -91,10 +114,84 @@ class KernelMRotaryEmbedding(MRotaryEmbedding):
         return torch.cat([part[axis] for half in sections for axis, part in enumerate(half)], dim=-1)
 
 
+class ImageBlocksBuilder(CPUAttentionMetadataBuilder):
+    """Where an image's tokens are to see each other both ways, tells `ImageBlocks` of them, too."""
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> CPUAttentionMetadata:
+        """See AttentionMetadataBuilder."""
+        common, places, lengths, ends, rows = common_attn_metadata, [], [], [], []
+        made = super().build(common_prefix_len, common, fast_build)
+        starts, seen = common.query_start_loc.tolist(), common.seq_lens.tolist()
+        for row, images in (common.mm_req_doc_ranges or {}).items():
+            first = seen[row] - starts[row + 1] + starts[row]  # position of the first token that is computed now
+            for begin, end in images:
+                if begin < seen[row] <= end:
+                    raise RuntimeError(f"vLLM computes an image's tokens {begin} to {end} up to {seen[row] - 1} only")
+                if first <= end < seen[row]:  # otherwise it has been computed, or will be
+                    begin = max(begin, first)
+                    places.append(torch.arange(begin, end + 1) - first + starts[row])
+                    lengths.append(end + 1 - begin)
+                    ends.append(end + 1)
+                    rows.append(row)
+        if places:
+            images = replace(
+                common,
+                query_start_loc=torch.tensor([0, *lengths]).cumsum(0).int(),
+                seq_lens=torch.tensor(ends, dtype=torch.int32),
+                num_reqs=len(rows),
+                num_actual_tokens=sum(lengths),
+                max_query_len=max(lengths),
+                max_seq_len=max(ends),
+                block_table_tensor=common.block_table_tensor[rows],
+                causal=False,
+            )
+            made.images, made.places = super().build(0, images), torch.cat(places)
+        return made
+
+
+class ImageBlocks(CPUAttentionBackendImpl):
+    """Attention by the CPU kernel, and once more for the tokens of images: up to their image's end, not their own.
+
+    A sliding window bounds what is behind a token, and (not causal) as much before it: vLLM takes no longer images.
+    """
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: Tensor,
+        *others: Any,
+        **named: Any,
+    ) -> Tensor:
+        """See AttentionImpl."""
+        super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *others, **named)
+        if hasattr(attn_metadata, "places"):
+            part = output[attn_metadata.places]
+            super().forward(layer, query[attn_metadata.places], key, value, kv_cache, attn_metadata.images, part)
+            output[attn_metadata.places] = part
+        return output
+
+
 @register_backend(AttentionBackendEnum.CPU_ATTN)
 class SmallBlockAttention(CPUAttentionBackend):
     """Attention over blocks of 16 tokens, too: a kernel takes them, while vLLM names multiples of 32 only.
     `cpu_block_size` keeps them from kernels that do not."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        """See AttentionBackend."""
+        return ImageBlocks
+
+    @staticmethod
+    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
+        """See AttentionBackend."""
+        return ImageBlocksBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:

@@ -46,6 +46,8 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
             "enforce_eager": True,
             "block_size": cpu_block_size(config.policy.dtype),
             "max_num_seqs": 512,
+            # An image's tokens that see each other must be computed at once, and so is every prompt that has some.
+            **({"enable_chunked_prefill": False} if requests.family.IMAGE_BLOCKS else {}),
         }
     return {
         "dtype": config.policy.dtype,
@@ -72,6 +74,7 @@ class VLLMRequests:
     Attributes:
         tokenizer: of the model.
         model_config: transformers' config of the model.
+        family: of the model.
         stop_ids: tokens that end a response, sorted.
         max_length: tokens of the longest prompt and response.
         image_settings: of the image processor, for the limits on pixels.
@@ -90,13 +93,13 @@ class VLLMRequests:
             self.model_config.get_text_config().max_position_embeddings,
         )
         processor = AutoImageProcessor.from_pretrained(model_dir, trust_remote_code=False)
-        family = family_of(self.model_config.model_type)
+        self.family = family_of(self.model_config.model_type)
         if config.rollout.router_replay and not getattr(self.model_config.get_text_config(), "num_experts", 0):
             raise ConfigError(
                 f"rollout.router_replay=true: a {self.model_config.model_type} model has no experts to choose from; set "
                 "it to false"
             )
-        self.image_settings = family.image_settings(processor, config.data.min_pixels, config.data.max_pixels)
+        self.image_settings = self.family.image_settings(processor, config.data.min_pixels, config.data.max_pixels)
 
     def sampling(
         self, prompts: list[Prompt], n: int, max_new_tokens: int | list[int], temperature: float

@@ -10,6 +10,7 @@ tensor [experts, outputs, inputs], `gate_up_proj` with gate above up, and `down_
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from rethinker.families import Family, family_of
 from rethinker.rollout.engine import Checksum, checksum
 
 _EXPERTS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}  # by transformers' names vLLM's
@@ -35,12 +37,13 @@ def prepare_update(model: nn.Module, vllm_config: Any, names: list[str]) -> None
     """
     if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
         _finish(model, vllm_config)
-    mapped, fused_parts, missing = set(model.hf_to_vllm_mapper.apply_list(names)), _fused_parts(model), []
+    served = _family(vllm_config).served
+    mapped, fused_parts, missing = {_mapped(model, served(name)) for name in names}, _fused_parts(model), []
     experts = {ours: part for part, ours in _EXPERTS.items()}
     for name in dict(model.named_parameters()).keys() - mapped:
-        parent, layer, leaf = name.rsplit(".", 2)
-        parts = {f"{parent}.{part}.{leaf}" for part in fused_parts.get(layer, [layer])}
-        missing += {f"{parent}.{experts[leaf]}"} - mapped if layer == "routed_experts" else parts - mapped
+        parent, layer, leaf = f".{name}".rsplit(".", 2)
+        parts = {f"{parent}.{part}.{leaf}"[1:] for part in fused_parts.get(layer, [layer])}
+        missing += {f"{parent}.{experts[leaf]}"[1:]} - mapped if layer == "routed_experts" else parts - mapped
     if missing:
         raise RuntimeError(
             f"weight sync: the policy has no value for {len(missing)} of vLLM's parameters, the first {min(missing)}"
@@ -62,12 +65,12 @@ def load(model: nn.Module, vllm_config: Any, names: list[str], weights: Iterable
         RuntimeError: a parameter or a part of one would get no value, or a tensor of `names` did not come.
     """
     prepare_update(model, vllm_config, names)
-    lost = set(names)
+    lost, served = set(names), _family(vllm_config).served
 
     def arriving() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
             lost.discard(name)
-            yield name, tensor
+            yield served(name), tensor
 
     with set_current_vllm_config(vllm_config):
         initialize_layerwise_reload(model)
@@ -75,6 +78,10 @@ def load(model: nn.Module, vllm_config: Any, names: list[str], weights: Iterable
     _finish(model, vllm_config)
     if lost:  # vLLM fills what a fused layer lacks with whatever is in memory
         raise RuntimeError(f"weight sync: {len(lost)} announced tensors did not come, the first {min(lost)}")
+
+
+def _family(vllm_config: Any) -> Family:
+    return family_of(vllm_config.model_config.hf_config.model_type)
 
 
 def _finish(model: nn.Module, vllm_config: Any) -> None:
@@ -90,12 +97,23 @@ def first_difference(model: nn.Module, vllm_config: Any, sent: dict[str, Checksu
     Reads what the model really multiplies with: on CPU the packed copy behind a linear layer, not a parameter that
     was left behind. Needs unsharded weights (tensor_parallel_size 1), and checksums in the model's type.
     """
+    served = _family(vllm_config).served
+    sent = {served(name): tensor for name, tensor in sent.items()}
     for name, (digest, rows) in sent.items():
         for live in _live_tensors(model, name, sent):
             # vLLM pads the vocabulary: rows beyond the checkpoint's are never read.
             if checksum(live[:rows], vllm_config.model_config.dtype) != (digest, rows):
                 return name
     return None
+
+
+def _mapped(model: nn.Module, name: str) -> str:
+    """vLLM's name of a checkpoint's parameter, before it is fused with others; parts of a model rename their own."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    name = mapper.apply_list([name])[0] if mapper else name
+    part, _, rest = name.partition(".")
+    inner = getattr(getattr(model, part, None), "hf_to_vllm_mapper", None)
+    return f"{part}.{replace(inner, orig_to_new_stacked={}).apply_list([rest])[0]}" if inner else name
 
 
 def _fused_parts(model: nn.Module) -> dict[str, list[str]]:
@@ -114,9 +132,8 @@ def _fused_parts(model: nn.Module) -> dict[str, list[str]]:
 def _live_tensors(model: nn.Module, name: str, sent: dict[str, Checksum]) -> Iterator[torch.Tensor]:
     """What the engine holds of one checkpoint tensor: usually one tensor, two where a tied head has a packed copy.
     Of a part of a fused layer, the rows behind those of the parts before it, which were `sent` too."""
-    (mapped,) = model.hf_to_vllm_mapper.apply_list([name])
-    path, leaf = mapped.rsplit(".", 1)
-    parent_path, child = path.rsplit(".", 1)
+    path, leaf = _mapped(model, name).rsplit(".", 1)
+    parent_path, _, child = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     if leaf in _EXPERTS:
         yield _expert_weights(getattr(parent, child).routed_experts, _EXPERTS[leaf])
@@ -141,7 +158,7 @@ def _unpacked(layer: nn.Module, leaf: str, packed_first: bool = False) -> torch.
     tensor = getattr(layer, leaf)
     if leaf != "weight" or not hasattr(layer, "cpu_linear") or (tensor.numel() and not packed_first):
         return tensor.data
-    width = tensor.shape[1] if tensor.numel() else layer.input_size
+    width = tensor.shape[1] if tensor.numel() else getattr(layer, "input_size_per_partition", layer.input_size)
     return layer.cpu_linear(torch.eye(width, dtype=tensor.dtype), tensor, None).T
 
 

@@ -32,6 +32,12 @@ def queries_of_every_kind(folder) -> list[Query]:
     ]
 
 
+def late_image(folder) -> Query:
+    """An image behind more text than a tiny model's sliding windows see."""
+    question = "of all that is seen here and there, and of all that was said of it before, what is this? <image>"
+    return Query("late", question, "circle", (picture(folder, 3),))
+
+
 def samples_for(queries, encoder, lengths, *, seed: int = 0, vocabulary: int = 260) -> list[Sample]:
     """Random responses of the given lengths to each query, with random behaviour log-probs and advantages."""
     rng = np.random.default_rng(seed)
@@ -72,11 +78,15 @@ def per_sample_log_softmax(model, encoder, sample: Sample) -> torch.Tensor:
     """[L, V] of one response by transformers' own forward on the one ordinary sequence."""
     prompt = encoder.encode(sample.query)
     ids = torch.tensor([[*prompt.token_ids, *sample.completion.token_ids]])
-    inputs = dict(encoder.pixels(sample.query))
-    if encoder.family.TOKEN_TYPES:
+    family, inputs = encoder.family, {}
+    if prompt.images:
+        arguments = family.image_arguments(encoder.processor)
+        made = encoder.processor.image_processor(images=prompt.images, return_tensors="pt", **arguments)
+        inputs = {name: made[name] for name in family.IMAGE_INPUTS}
+    if family.TOKEN_TYPES:
         is_image = (ids == model.config.image_token_id).int()
         is_image[:, len(prompt.token_ids) :] = 0
-        inputs[encoder.family.TOKEN_TYPES] = is_image
+        inputs[family.TOKEN_TYPES] = is_image
     logits = model(input_ids=ids, use_cache=False, **inputs).logits[0]
     return logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1)
 

@@ -86,15 +86,16 @@ def test_a_vllm_that_returns_none_is_refused(folder):
         make_engine(rollout_config(router_replay=True), str(folder), rank=0, world_size=1, local_rank=0)
 
 
-SETTINGS = """easy_vqa_cpu --rollout.group_size 4 --train.batch_pairs 16 --train.episode_queries 8 --rollout.router_replay true
---rollout.max_new_tokens 24 --rollout.kv_cache_gb 0.1 --train.learning_rate 1e-3 --train.schedule constant
+SETTINGS = """easy_vqa_cpu --rollout.group_size 4 --train.batch_pairs 16 --train.episode_queries 8
+--rollout.router_replay true --rollout.max_new_tokens 24 --rollout.kv_cache_gb 0.1
+--train.learning_rate 1e-3 --train.schedule constant
 --train.warmup_ratio 0 --validation.size 8 --rethink.fraction 0.5""".split()
 
 
 @pytest.mark.soak
 def test_a_run_replays_them_and_resumes_bit_for_bit(folder, tmp_path):
-    """Laws 1 and 10, with forced rethinking and replay of samples: stopped within an episode and resumed, a run ends with
-    the very weights and numbers of one that was not."""
+    """Laws 1 and 10, with forced rethinking and replay of samples: stopped within an episode and resumed, a run ends
+    with the very weights and numbers of one that was not."""
     (tmp_path / "reward.py").write_text(REWARD)
 
     def train(name: str, steps: int, *options: str) -> list[dict]:
