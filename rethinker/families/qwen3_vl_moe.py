@@ -17,8 +17,7 @@ class Qwen3VLMoe(Qwen3VL):
     """See Family. Its processor is Qwen3-VL's."""
 
     def routers(self, model: torch.nn.Module) -> dict[int, torch.nn.Module]:
-        layers = enumerate(self.language_model(model).layers)
-        return {number: layer.mlp.gate for number, layer in layers if hasattr(layer.mlp, "experts")}
+        return routers_of(self.language_model(model))
 
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN) -> tuple[type, Any, Any]:
         """See Family. Its second layer is dense, and its experts' sizes differ from the hidden one: nothing is square
@@ -33,6 +32,12 @@ class Qwen3VLMoe(Qwen3VL):
             **tiny_ids(tokenizer),
         )
         return Qwen3VLMoeForConditionalGeneration, config, tiny_qwen3_processor(tokenizer)
+
+
+def routers_of(language_model: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    """Family.routers of a Qwen, some of whose layers may be dense."""
+    layers = enumerate(language_model.layers)
+    return {number: layer.mlp.gate for number, layer in layers if hasattr(layer.mlp, "experts")}
 
 
 def tiny_experts(hidden: int) -> dict[str, Any]:

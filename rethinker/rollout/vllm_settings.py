@@ -96,8 +96,8 @@ class VLLMRequests:
         self.family = family_of(self.model_config.model_type)
         if config.rollout.router_replay and not getattr(self.model_config.get_text_config(), "num_experts", 0):
             raise ConfigError(
-                f"rollout.router_replay=true: a {self.model_config.model_type} model has no experts to choose from; set "
-                "it to false"
+                f"rollout.router_replay=true: a {self.model_config.model_type} model has no experts to choose from; "
+                "set it to false"
             )
         self.image_settings = self.family.image_settings(processor, config.data.min_pixels, config.data.max_pixels)
 
