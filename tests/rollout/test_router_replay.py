@@ -51,7 +51,7 @@ def seen(folder, tmp_path_factory):
 
 def test_every_token_that_is_read_has_its_experts(seen):
     """Of each of several samples, prompt tokens from the prefix cache included; a response's last token is not read."""
-    assert seen["shapes"] == [[-1, 3, 2, "uint8"]] * 9
+    assert len(seen["shapes"]) >= 9 and all(shape == [-1, 3, 2, "uint8"] for shape in seen["shapes"])
 
 
 @pytest.mark.parametrize("when", ["as loaded", "after a sync", "blurred"])
@@ -88,14 +88,13 @@ def test_a_vllm_that_returns_none_is_refused(folder):
 
 SETTINGS = """easy_vqa_cpu --rollout.group_size 4 --train.batch_pairs 16 --train.episode_queries 8
 --rollout.router_replay true --rollout.max_new_tokens 24 --rollout.kv_cache_gb 0.1
---train.learning_rate 1e-3 --train.schedule constant
---train.warmup_ratio 0 --validation.size 8 --rethink.fraction 0.5""".split()
+--train.learning_rate 1e-3 --train.schedule constant --train.warmup_ratio 0 --validation.size 8""".split()
 
 
 @pytest.mark.soak
 def test_a_run_replays_them_and_resumes_bit_for_bit(folder, tmp_path):
-    """Laws 1 and 10, with forced rethinking and replay of samples: stopped within an episode and resumed, a run ends
-    with the very weights and numbers of one that was not."""
+    """Laws 1 and 10, with replay of samples: stopped within an episode and resumed, a run ends with the very weights and
+    numbers of one that was not."""
     (tmp_path / "reward.py").write_text(REWARD)
 
     def train(name: str, steps: int, *options: str) -> list[dict]:
@@ -104,11 +103,11 @@ def test_a_run_replays_them_and_resumes_bit_for_bit(folder, tmp_path):
         run("-m", "tests.rollout.interpreted", "train", *SETTINGS, *paths, *options)
         return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
-    whole = train("whole", 6)
-    assert len(whole) == 6 and all(0 <= row["mismatch_kl"] < 1e-10 and row["expert_load_max"] >= 1 for row in whole)
-    assert sum(row["rethink_kept"] for row in whole) > 0 and sum(row["replay_fraction"] for row in whole) > 0
+    whole = train("whole", 4)
+    assert len(whole) == 4 and all(0 <= row["mismatch_kl"] < 1e-10 and row["expert_load_max"] >= 1 for row in whole)
+    assert sum(row["replay_fraction"] for row in whole) > 0
     train("parts", 3)
-    parts = train("parts", 6, "--resume", "auto")
+    parts = train("parts", 4, "--resume", "auto")
     timed = {name for name in whole[0] if name.endswith("_s") or name == "peak_memory_gb"}
     assert [{n: v for n, v in row.items() if n not in timed} for row in parts] == [
         {n: v for n, v in row.items() if n not in timed} for row in whole
