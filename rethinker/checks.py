@@ -178,6 +178,11 @@ def _check_backend(config: Config) -> None:
         raise ConfigError(
             f"rollout.router_replay=true needs rollout.backend=vllm: {rollout.backend} does not say what it chose"
         )
+    if rollout.router_replay and rollout.tensor_parallel_size > 1:
+        raise ConfigError(
+            "rollout.router_replay=true needs rollout.tensor_parallel_size=1, not "
+            f"{rollout.tensor_parallel_size}: vLLM tells one rank of an engine what it chose"
+        )
     if not rollout.max_staleness:
         return
     if rollout.backend != "server":

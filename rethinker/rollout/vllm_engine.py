@@ -198,6 +198,8 @@ class VLLMEngine(RolloutEngine):
             assert [flat.token_ids[i] for i in at] == token_ids
             logprobs = [flat.logprobs[i] for i in at]
             experts = sample.routed_experts
+            if experts is None and self.config.rollout.router_replay:
+                raise RuntimeError("rollout.router_replay: vLLM returned a response without the experts that it took")
             completions.append(self._requests.completion(token_ids, logprobs, sample.finish_reason, experts))
         return completions
 

@@ -72,6 +72,12 @@ def test_other_backends_are_refused(backend):
         check_geometry(Config(rollout=RolloutConfig(backend=backend, router_replay=True, **known)))
 
 
+def test_engines_over_several_gpus_are_refused():
+    """vLLM's first rank alone would have the choices."""
+    with pytest.raises(ConfigError, match="router_replay=true needs rollout.tensor_parallel_size=1, not 2"):
+        check_geometry(Config(rollout=RolloutConfig(router_replay=True, tensor_parallel_size=2)))
+
+
 def test_a_model_without_experts_is_refused(tmp_path):
     """In one line."""
     model = create_tiny(tmp_path)
