@@ -99,7 +99,7 @@ SETTINGS = """easy_vqa_cpu --rollout.group_size 4 --train.batch_pairs 16 --train
 
 @pytest.mark.soak
 def test_a_run_replays_them_and_resumes_bit_for_bit(folder, tmp_path):
-    """Laws 1 and 10, with replay of samples: stopped within an episode and resumed, a run ends with the very weights and
+    """Laws 1 and 10, with replay of samples: stopped within an episode and resumed, a run ends with the weights and
     numbers of one that was not."""
     (tmp_path / "reward.py").write_text(REWARD)
 
