@@ -91,8 +91,6 @@ def test_every_family_is_in_the_table():
     """One row each, every cell written by a test that exists."""
     rows = table.read(ROOT / "docs" / "families.md")
     assert list(rows) == sorted(FAMILIES)
-    assert not [
-        (name, column) for name, cells in rows.items() for column, cell in zip(table.COLUMNS, cells) if not cell
-    ]
+    assert [name for name, cells in rows.items() if len(cells) != len(table.COLUMNS) or not all(cells)] == []
     tests = "".join(file.read_text("utf-8") for file in (ROOT / "tests").glob("*/test_*.py"))
     assert all(f"def {test}(" in tests for test in table.COLUMNS.values())

@@ -83,7 +83,7 @@ class Gemma3(Family):
             Gemma3Processor,
         )
 
-        tokenizer = _tiny_tokenizer([tokenizer.decode(i) for i in range(len(tokenizer))])
+        tokenizer = _tiny_tokenizer([tokenizer.decode(i) for i in range(tokenizer.vocab_size)])
         to_id, side = tokenizer.convert_tokens_to_ids, SIDE // 2
         windows = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
         config = Gemma3Config(
