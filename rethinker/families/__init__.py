@@ -101,7 +101,7 @@ class Family:
         return None
 
     def state(self, text_config: Any, size: int) -> int:
-        """Bytes that vLLM keeps of a sequence for the recurrent layers; `size`: bytes of a number in the model's type."""
+        """Bytes that vLLM keeps of a sequence for the recurrent layers; `size`: of a number in the model's type."""
         return 0
 
     def vision_modules(self, model: torch.nn.Module) -> list[torch.nn.Module]:
