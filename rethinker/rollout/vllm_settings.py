@@ -45,7 +45,8 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
             "enforce_eager": True,
             "block_size": cpu_block_size(config.policy.dtype),
             "max_num_seqs": 512,
-            "disable_chunked_mm_input": requests.family.IMAGE_BLOCKS,  # as vLLM does on GPUs
+            # An image's tokens that see each other must be computed at once, and so is every prompt that has some.
+            **({"enable_chunked_prefill": False} if requests.family.IMAGE_BLOCKS else {}),
         }
     return {
         "dtype": config.policy.dtype,

@@ -12,20 +12,21 @@ from tests.families import ranks_step
 from tests.families.tiny_models import FAMILIES, create
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_two_ranks_is_that_of_one(family, tmp_path):
+@pytest.mark.parametrize("folder", FAMILIES)
+def test_a_step_of_two_ranks_is_that_of_one(folder, tmp_path, cell):
     """Law 3 where every layer is gathered a matrix at a time: loss and gradients to 1e-5 relative."""
-    folder, found = create(family, tmp_path / "model"), {}
+    model, found = create(folder, tmp_path / "model"), {}
     for ranks in (1, 2):
         output = tmp_path / f"{ranks}.pt"
-        arguments = [str(folder), str(tmp_path), str(output)]
+        arguments = [str(model), str(tmp_path), str(output)]
         forked.run(partial(ranks_step.main, *arguments), tmp_path / f"{ranks}.log", ranks)
         found[ranks] = torch.load(output, weights_only=False)
     one, two = found[1], found[2]
     assert not one["whole"] | two["whole"]  # or a layer's weights would come together
     for key in ("loss", "grad_norm", "entropy"):
         assert two["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-5), key
-    least = 1e-4 * one["metrics"]["grad_norm"]  # a key's bias has none where every query sees all keys: rounding alone
+    least = 1e-3 * one["metrics"]["grad_norm"]  # a key's bias has none where every query sees all keys: rounding alone
     for name, gradient in one["gradients"].items():
         error = (two["gradients"][name] - gradient).norm() / gradient.norm().clamp(min=least)
         assert error <= 1e-5, name
+        cell("2 ranks", float(error))
