@@ -5,7 +5,6 @@ An image of more than twice the pixels of a tile is cut into as many tiles as it
 
 from __future__ import annotations
 
-from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -17,8 +16,7 @@ from rethinker_kernels.devices import to_device
 
 _STRIP = 16  # image tokens from top to bottom of the view that stands for all of a planned micro-batch's
 _SIZES = ("downsample_factor", "encoder_patch_size", "max_image_tokens")
-# Without a text config's word for it: the published models'.
-_TILE, _MOST_TILES, _TOLERANCE = 512, 10, 2.0
+_TILE, _MOST_TILES = 512, 10  # of the published models
 
 
 class LFM2VL(Family):
@@ -111,11 +109,12 @@ class LFM2VL(Family):
         return self._view(model, 1, 1, "cpu")
 
     def image_tokens(self, config: Any, pixels: int) -> int:
-        """See Family: those of a view, and of the tiles if there are some."""
+        """See Family: those of a view, and of the tiles if there may be some, though a square image of as few pixels
+        has none."""
         token = (config.vision_config.patch_size * config.downsample_factor) ** 2
         tile = getattr(config, "tile_size", _TILE) ** 2
         view, tiles = max(1, min(pixels, tile) // token), min(_MOST_TILES, pixels // tile)
-        return view + tiles * (tile // token) * (tiles > 1 and pixels > _TOLERANCE * tile)
+        return view + tiles * (tile // token) * (tiles > 1)
 
     def planned(self, model: torch.nn.Module, tokens: int) -> dict[str, torch.Tensor]:
         high = min(_STRIP, tokens)
@@ -177,11 +176,10 @@ def short_convolution(self: Any, hidden_states: torch.Tensor, attention_mask: An
     Returns:
         [B, L, D].
     """
-    from transformers.models.lfm2.modeling_lfm2 import causal_conv1d_fn
-
     before, after, x = self.in_proj(attention_mask.row(hidden_states)).chunk(3, dim=-1)  # [T, D] each
-    convolution = partial(causal_conv1d_fn, weight=self.conv.weight.squeeze(1), bias=self.conv.bias)
-    return attention_mask.rows(self.out_proj(after * attention_mask.convolve(before * x, convolution)))
+    # The convolution pads both ends. It is called as a module: hooks of ZeRO-3 around the call gather its weight.
+    mixed = attention_mask.convolve(before * x, lambda seen: self.conv(seen)[..., : seen.shape[-1]])
+    return attention_mask.rows(self.out_proj(after * mixed))
 
 
 def _squares(high: int, wide: int, side: int) -> torch.Tensor:

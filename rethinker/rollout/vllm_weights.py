@@ -9,6 +9,7 @@ checkpoint also syncs. Nothing of vLLM is patched.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,9 +97,12 @@ def first_difference(model: nn.Module, vllm_config: Any, sent: dict[str, Checksu
 
 
 def _mapped(model: nn.Module, name: str) -> str:
-    """vLLM's name of a checkpoint's parameter, before it is fused with others."""
+    """vLLM's name of a checkpoint's parameter, before it is fused with others; parts of a model rename their own."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    return mapper.apply_list([name])[0] if mapper else name
+    name = mapper.apply_list([name])[0] if mapper else name
+    part, _, rest = name.partition(".")
+    inner = getattr(getattr(model, part, None), "hf_to_vllm_mapper", None)
+    return f"{part}.{replace(inner, orig_to_new_stacked={}).apply_list([rest])[0]}" if inner else name
 
 
 def _fused_parts(model: nn.Module) -> dict[str, list[str]]:

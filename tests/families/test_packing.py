@@ -28,7 +28,7 @@ def without_deep(first, *deep):
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "flash"])
-def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, encoder, tmp_path):
+def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, encoder, tmp_path, cell):
     """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none."""
     if kernel == "flash" and family_of(model.config.model_type).IMAGE_BLOCKS:
         with pytest.raises(ConfigError, match="set policy.attention to sdpa"):
@@ -40,6 +40,8 @@ def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, en
     logp_error, gradient_error = compare(samples_for(queries, encoder, [5, 1, 9, 3]), encoder, policy, model)
     assert logp_error <= 1e-5
     assert gradient_error <= 1e-5
+    cell("shared prompts: nats", logp_error)
+    cell("gradients", gradient_error)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_frozen_vision_has_no_gradient_and_changes_no_other(make_policy, encoder
     torch.testing.assert_close({name: whole[name] for name in rest}, rest, rtol=1e-5, atol=1e-7)
 
 
-def test_adapters_alone_have_gradients(folder, encoder, tmp_path):
+def test_adapters_alone_have_gradients(folder, encoder, tmp_path, cell):
     """policy.lora: the log-probs are the plain policy's to the bit, and every adapter of the decoder layers, but
     nothing else, has a gradient: B at once, and A as soon as B is not zero."""
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
@@ -152,6 +154,8 @@ def test_adapters_alone_have_gradients(folder, encoder, tmp_path):
     trained = {id(p) for adapter in adapters.values() for p in (adapter.a, adapter.b)}
     gradients(policy, batch)
     assert {id(p) for p in policy.parameters() if p.grad is not None and p.grad.any()} == trained
+    for layer in layers:
+        cell("adapters a layer", sum(isinstance(module, torch.nn.Linear) for module in layer.modules()))
 
 
 def test_gradient_checkpointing_recomputes(make_policy, encoder, tmp_path):
@@ -172,7 +176,7 @@ def test_gradient_checkpointing_recomputes(make_policy, encoder, tmp_path):
 
 def test_attention_is_one_call_a_layer(make_policy, encoder, tmp_path, monkeypatch):
     """policy.attention=flash: each decoder layer and each layer of a vision tower that has images or windows in one row
-    attends to all of them at once; tiles of one size are a batch, one call of SDPA."""
+    attends to all of them at once; tiles of one size are a batch, and so are padded views: one call of SDPA."""
     policy, calls = make_policy(), []
     attend = attention.attend
     monkeypatch.setattr(attention, "attend", lambda q, *given: calls.append(q) or attend(q, *given))
@@ -181,7 +185,7 @@ def test_attention_is_one_call_a_layer(make_policy, encoder, tmp_path, monkeypat
     types = getattr(policy.hf.config.get_text_config(), "layer_types", None) or ["full_attention"] * 3
     layers = types.count("full_attention")
     tower = [part for module in policy.family.vision_modules(policy.hf) for part in module.modules()]
-    in_a_row = batch.image_inputs["pixel_values"].ndim == 2
+    in_a_row = batch.image_inputs["pixel_values"].ndim == 2 and "spatial_shapes" not in batch.image_inputs
     seeing = sum(isinstance(part, GradientCheckpointingLayer) for part in tower) if in_a_row else 0
     patches = 4 * int((batch.input_ids == policy.image_token_id).sum())
     if policy.kernel == "sdpa":  # what masks tell (Gemma's) is SDPA's

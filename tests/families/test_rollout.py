@@ -78,7 +78,7 @@ def vllm(folder, tmp_path_factory):
     setting.engine.close()
 
 
-def test_logprobs_equal_the_policys_before_and_after_every_sync(vllm):
+def test_logprobs_equal_the_policys_before_and_after_every_sync(vllm, cell):
     """Law 1: with images and without, in vLLM as loaded and after two syncs, for images seen before each sync.
 
     Every tensor that vLLM computes with is compared with the policy's (rollout.check_sync).
@@ -89,6 +89,7 @@ def test_logprobs_equal_the_policys_before_and_after_every_sync(vllm):
         vllm.engine.sync(Weights(vllm.policy), version)
         errors.append(vllm.error(seed=version))
     assert max(errors) < TOLERANCE
+    cell("vLLM: nats", max(errors))
 
 
 @pytest.mark.parametrize("part", ["language model", "vision"])
