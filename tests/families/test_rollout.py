@@ -37,8 +37,8 @@ class Weights:
 class Setting:
     """A family's policy, its prompts, and the engine that samples from it."""
 
-    def __init__(self, folder, images, backend: str):
-        self.config = rollout_config(backend=backend, check_sync=True)
+    def __init__(self, folder, images, backend: str, **rollout):
+        self.config = rollout_config(backend=backend, check_sync=True, **rollout)
         self.config.data.min_pixels, self.config.data.max_pixels = 1024, 8192
         self.policy = Policy(load_model(folder, torch.float32), PolicyConfig(dtype="float32"))
         self.encoder = PromptEncoder(load_processor(folder), self.config.data)

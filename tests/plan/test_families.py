@@ -78,6 +78,7 @@ def test_a_forward_keeps_what_is_planned(checkpointing, kernel, folder, cell):
             response_id=batch.places()[1],
             source_index=torch.arange(128, 512),
             target_ids=torch.zeros(384, dtype=torch.int64),
+            experts=None,
             image_inputs={name: torch.randn(part.shape) if part.is_meta else part for name, part in images.items()},
         )
         _, kept = policy(packed)
