@@ -29,13 +29,20 @@ def check_model_folder(folder: Path, named: str) -> int:
         The size of its weights in bytes.
 
     Raises:
-        ConfigError: no model, another kind of model, weights that are missing, cut short, or no safetensors.
+        ConfigError: no model, another kind of model, weights that are missing, cut short, or no safetensors, or
+            files of another format beside them.
     """
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{named} has no config.json; give a folder in Hugging Face format")
     config = _read_json(folder / "config.json", named)
     detail = ", with code of its own (auto_map), which is never run" if "auto_map" in config else ""
     check_supported(config.get("model_type"), named, detail)
+    for file in (folder / "tekken.json", *folder.glob("consolidated*.safetensors")):
+        if file.is_file():
+            raise ConfigError(
+                f"{named} has {file.name}, of Mistral's own format, which libraries would take for the model's; leave "
+                "it out (hf download NAME --exclude tekken.json --exclude 'consolidated*' --local-dir FOLDER)"
+            )
     shards = _shards(folder, named)
     for shard in shards:
         _shapes(shard, named)

@@ -9,6 +9,8 @@ import pytest
 
 from rethinker.config import Config
 from rethinker.settings import settings, to_yaml
+from tests.families import table
+from tests.families.tiny_models import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "kernels/README.md")]
@@ -83,3 +85,12 @@ def test_every_page_can_be_reached():
 
 if __name__ == "__main__":
     SETTINGS.write_text(settings_reference())
+
+
+def test_every_family_is_in_the_table():
+    """One row each, every cell written by a test that exists."""
+    rows = table.read(ROOT / "docs" / "families.md")
+    assert list(rows) == sorted(FAMILIES)
+    assert [name for name, cells in rows.items() if len(cells) != len(table.COLUMNS) or not all(cells)] == []
+    tests = "".join(file.read_text("utf-8") for file in (ROOT / "tests").glob("*/test_*.py"))
+    assert all(f"def {test}(" in tests for test in table.COLUMNS.values())

@@ -104,8 +104,8 @@ class Family:
         """
         return None
 
-    def state(self, text_config: Any) -> int:
-        """Numbers that the recurrent layers keep of a sequence while its response is sampled."""
+    def state(self, text_config: Any, size: int) -> int:
+        """Bytes that vLLM keeps of a sequence for the recurrent layers; `size`: of a number in the model's type."""
         return 0
 
     def vision_modules(self, model: torch.nn.Module) -> list[torch.nn.Module]:

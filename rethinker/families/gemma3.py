@@ -83,7 +83,7 @@ class Gemma3(Family):
             Gemma3Processor,
         )
 
-        tokenizer = _tiny_tokenizer()
+        tokenizer = _tiny_tokenizer([tokenizer.decode(i) for i in range(tokenizer.vocab_size)])
         to_id, side = tokenizer.convert_tokens_to_ids, SIDE // 2
         windows = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
         config = Gemma3Config(
@@ -113,19 +113,17 @@ class Gemma3(Family):
         return Gemma3ForConditionalGeneration, config, processor
 
 
-def _tiny_tokenizer() -> Any:
+def _tiny_tokenizer(texts: list[str]) -> Any:
     """A Gemma tokenizer: words with the space before them, bytes for what it has not learned, line breaks in a row."""
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import GemmaTokenizer
-
-    from rethinker.embedded.tokenizer import COMMON_TEXTS
 
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Replace(" ", "▁")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "removed"), pre_tokenizers.Split("▁", "merged_with_next")]
     )
-    bpe.train_from_iterator(COMMON_TEXTS, trainers.BpeTrainer(vocab_size=512, show_progress=False))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=512, show_progress=False))
     learned = json.loads(bpe.to_str())["model"]
     names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
     # The last two are those by which every tiny model ends a response.

@@ -84,6 +84,10 @@ class LFM2VL(Family):
     def tail(self, text_config: Any) -> int | None:
         return text_config.conv_L_cache - 1
 
+    def state(self, text_config: Any, size: int) -> int:
+        """See Family: the last inputs of each convolution."""
+        return size * text_config.layer_types.count("conv") * text_config.hidden_size * self.tail(text_config)
+
     def features(self, model: torch.nn.Module, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """See Family. All views are one batch, and all tokens go through the projector at once: ZeRO-3's ranks would
         not agree on how often a module is called otherwise."""

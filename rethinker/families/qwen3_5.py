@@ -29,13 +29,13 @@ class Qwen3_5(Qwen3VL):
     def tail(self, text_config: Any) -> int | None:
         return text_config.linear_conv_kernel_dim - 1
 
-    def state(self, text_config: Any) -> int:
-        """See Family: each layer's key by value matrices, and the last inputs of its convolution."""
+    def state(self, text_config: Any, size: int) -> int:
+        """See Family: each layer's key by value matrices, in fp32, and the last inputs of its convolution."""
         keys, values = text_config.linear_num_key_heads, text_config.linear_num_value_heads
         key, value = text_config.linear_key_head_dim, text_config.linear_value_head_dim
         channels = 2 * keys * key + values * value
         layers = text_config.layer_types.count("linear_attention")
-        return layers * (values * key * value + channels * self.tail(text_config))
+        return layers * (4 * values * key * value + size * channels * self.tail(text_config))
 
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN) -> tuple[type, Any, Any]:
         """See Family. Two linear layers and a full one; its head is not tied to its embedding."""

@@ -49,8 +49,8 @@ class SmolVLM(Family):
         return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def image_inputs(self, made: Any) -> dict[str, torch.Tensor]:
-        """See Family. Every tile is full: the processor's mask of pixels says nothing."""
-        return {"pixel_values": made["pixel_values"][0]}
+        """See Family. Every tile is full: the processor's mask of pixels says nothing. vLLM's are of no prompt."""
+        return {"pixel_values": made["pixel_values"].flatten(0, -4)}
 
     def language_model(self, model: torch.nn.Module) -> torch.nn.Module:
         return model.model.text_model

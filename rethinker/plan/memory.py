@@ -119,7 +119,7 @@ def rollout_of(config: Config, shape: Shape, ranks: int, memory: float | None) -
     recurrent = shape.policy.layers.recurrent
     types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     token = 2 * sum(kind not in recurrent for kind in types) * heads * size * b  # keys and values
-    state = shape.policy.family.state(text) / tp * b if recurrent else 0
+    state = shape.policy.family.state(text, b) / tp
     longest = min(config.data.max_prompt_tokens + settings.max_new_tokens, text.max_position_embeddings)
     sequences = math.ceil(config.train.episode_queries / (ranks // tp)) * settings.group_size
     if settings.backend == "hf":

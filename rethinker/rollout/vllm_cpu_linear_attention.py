@@ -1,4 +1,4 @@
-"""Linear attention of Qwen3.5 in fp32 in vLLM's CPU build, whose own kernels take bfloat16 alone.
+"""Linear attention of Qwen3.5 in vLLM's CPU build, whose own kernels take bfloat16 and a few sizes of heads alone.
 
 Importing this file registers a class in place of vLLM's, as vllm_cpu_ops.py does, which imports it. It is transformers'
 PyTorch functions over the states that vLLM keeps: right, and as fast as a tiny model needs.
@@ -23,12 +23,12 @@ chunk_rule, step_rule = map(unwrap, (qwen3_5.torch_chunk_gated_delta_rule, qwen3
 
 
 @QwenGatedDeltaNetAttention.register_oot
-class WideGatedDeltaNetAttention(QwenGatedDeltaNetAttention):
-    """Gated delta rule in fp32; other types, and Qwen3-Next's order of weights, are left to vLLM."""
+class AnyGatedDeltaNetAttention(QwenGatedDeltaNetAttention):
+    """Gated delta rule of any type and size; Qwen3-Next's order of weights is left to vLLM."""
 
     def forward_cpu(self, hidden_states: Tensor) -> Tensor:
         """See QwenGatedDeltaNetAttention: [T, D] to [T, D]."""
-        if hidden_states.dtype != torch.float32 or self.gqa_interleaved_layout:
+        if self.gqa_interleaved_layout:
             return super().forward_cpu(hidden_states)
         mixed, _ = self.in_proj_qkvz(hidden_states)
         gates, _ = self.in_proj_ba(hidden_states)
@@ -46,8 +46,8 @@ class WideGatedDeltaNetAttention(QwenGatedDeltaNetAttention):
         last, memory = self.kv_cache
         last = last if is_conv_state_dim_first() else last.transpose(1, 2)
         memory = memory.view(*memory.shape[:2], self.head_k_dim, self.head_v_dim)
-        weight = self.conv1d.weight[:, 0]  # [C, W]
-        decay = -self.A_log.exp() * F.softplus(a + self.dt_bias)
+        weight = convolution_weight(self.conv1d)[:, 0]  # [C, W]
+        decay = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
         beta = b.sigmoid()
         slots, bounds = step.non_spec_state_indices_tensor, step.non_spec_query_start_loc
         decoding = step.num_decodes
@@ -56,7 +56,7 @@ class WideGatedDeltaNetAttention(QwenGatedDeltaNetAttention):
             seen = torch.cat([last[own], qkv[:decoding, :, None]], dim=-1)
             last[own] = seen[..., 1:]
             mixed = F.silu((seen * weight).sum(-1))[:, None]  # [sequences, 1, C]
-            part, memory[own] = step_rule(
+            part, state = step_rule(
                 *self._heads(mixed),
                 g=decay[:decoding, None],
                 beta=beta[:decoding, None],
@@ -64,7 +64,7 @@ class WideGatedDeltaNetAttention(QwenGatedDeltaNetAttention):
                 output_final_state=True,
                 use_qk_l2norm_in_kernel=True,
             )
-            out[:decoding] = part[:, 0]
+            out[:decoding], memory[own] = part[:, 0], state.to(memory.dtype)
         for n in range(decoding, decoding + step.num_prefills):
             slot, tokens = slots[n], slice(int(bounds[n]), int(bounds[n + 1]))
             begun = bool(step.has_initial_state[n])
@@ -89,3 +89,10 @@ class WideGatedDeltaNetAttention(QwenGatedDeltaNetAttention):
         groups = self.num_v_heads // self.num_k_heads
         q, k = (part.unflatten(-1, (-1, self.head_k_dim)).repeat_interleave(groups, dim=2) for part in (q, k))
         return [q, k, v.unflatten(-1, (-1, self.head_v_dim))]
+
+
+def convolution_weight(layer: torch.nn.Module) -> Tensor:
+    """The weight [C, 1, W] of a convolution, of which vLLM keeps a packed one in its place and this beside it, in
+    bfloat16 where the CPU has instructions for that."""
+    plain = getattr(layer, "_cpu_unpacked_conv_weight", None)
+    return layer.weight if plain is None else plain[:, None]

@@ -156,6 +156,8 @@ def _live_tensors(model: nn.Module, name: str, sent: dict[str, Checksum]) -> Ite
 def _unpacked(layer: nn.Module, leaf: str, packed_first: bool = False) -> torch.Tensor:
     """A layer's parameter; where vLLM's CPU kernels packed the weight, the packed one, read by multiplying with 1."""
     tensor = getattr(layer, leaf)
+    if leaf == "weight" and hasattr(layer, "_cpu_unpacked_conv_weight"):
+        return layer._cpu_unpacked_conv_weight[:, None]
     if leaf != "weight" or not hasattr(layer, "cpu_linear") or (tensor.numel() and not packed_first):
         return tensor.data
     width = tensor.shape[1] if tensor.numel() else getattr(layer, "input_size_per_partition", layer.input_size)

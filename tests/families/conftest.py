@@ -17,7 +17,7 @@ from tests.policy.switches import make
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def folder(request, tmp_path_factory):
-    """A tiny model of every family but the default one, which the other tests hold to the same laws."""
+    """A tiny model of every family."""
     return create(request.param, tmp_path_factory.mktemp(request.param))
 
 

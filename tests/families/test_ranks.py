@@ -25,7 +25,7 @@ def test_a_step_of_two_ranks_is_that_of_one(folder, tmp_path, cell):
     assert not one["whole"] | two["whole"]  # or a layer's weights would come together
     for key in ("loss", "grad_norm", "entropy"):
         assert two["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-5), key
-    least = 1e-4 * one["metrics"]["grad_norm"]  # a key's bias has none where every query sees all keys: rounding alone
+    least = 1e-3 * one["metrics"]["grad_norm"]  # a key's bias has none where every query sees all keys: rounding alone
     for name, gradient in one["gradients"].items():
         error = (two["gradients"][name] - gradient).norm() / gradient.norm().clamp(min=least)
         assert error <= 1e-5, name

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig
+from vllm.model_executor.models import ModelRegistry
 
+from rethinker import families
 from rethinker.config import ConfigError, DataConfig, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
-from rethinker.families import SUPPORTED, family_of
+from rethinker.families import SUPPORTED, Family, family_of
 from rethinker.plan.build import Machine, make_plan
 from rethinker.plan.memory import GIB
 from rethinker.plan.model import shape_of
@@ -20,6 +24,8 @@ from rethinker.settings import resolve_config
 from tests.families.tiny_models import FAMILIES, create
 from tests.policy.helpers import picture
 from tests.policy.switches import make
+
+RECURRENT = [name for name in families.FAMILIES if type(family_of(name)).tail is not Family.tail]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -90,6 +96,22 @@ def test_a_run_is_planned(folder):
         plan = make_plan(config, machine)
         assert not plan.problems and plan.batches.largest.image_tokens > 0
         assert all(size >= 0 for phase in plan.phases for size in phase.budget.values())
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_sequences_state_is_vllms(family, tmp_path):
+    """What the plan counts for the recurrent layers of a sequence is as large as the tensors that vLLM keeps of it."""
+    config = AutoConfig.from_pretrained(create(family, tmp_path))
+    text = config.get_text_config()
+    (name,) = config.architectures
+    asked = SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        model_config=SimpleNamespace(hf_config=config, hf_text_config=text),
+        speculative_config=None,
+    )
+    shapes = ModelRegistry.models[name].load_model_cls().get_mamba_state_shape_from_config(asked)
+    layers = sum(kind not in ("full_attention", "sliding_attention") for kind in text.layer_types)
+    assert family_of(family).state(text, size=4) == 4 * layers * sum(map(math.prod, shapes)) > 0
 
 
 def test_a_model_of_no_family(tmp_path):

@@ -75,6 +75,13 @@ def test_pickled_weights_are_never_read(folder):
     assert not (folder / "ran").exists()
 
 
+@pytest.mark.parametrize("name", ["tekken.json", "consolidated.safetensors"])
+def test_files_of_mistrals_own_format_are_refused(folder, name):
+    """With them vLLM and transformers would load another tokenizer and model than config.json says."""
+    (folder / name).write_bytes(b"{}")
+    assert f"has {name}, of Mistral's own format" in refused(folder)
+
+
 @pytest.mark.parametrize("kind", ["config", "processor", "tokenizer", "image processor", "video processor"])
 def test_code_that_comes_along_is_never_run(folder, kind):
     """auto_map and its Python files: a model of another kind is refused; ours is loaded without them."""

@@ -50,14 +50,14 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "untied", *FAMILIES])
+@pytest.mark.parametrize("family", ["untied", *FAMILIES])
 def test_it_is_what_transformers_saves(family, tmp_path):
     """Every file of a model of every family, to the byte, weights under the names that they have on the hub."""
     source = tmp_path / "model"
     if family in FAMILIES:
         create(family, source)
     else:
-        create_tiny(source, seed=0, tie_word_embeddings=family != "untied")
+        create_tiny(source, seed=0, tie_word_embeddings=False)
     model = saved(source, tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
     PromptEncoder(load_processor(source), DataConfig()).processor.save_pretrained(tmp_path / "theirs")

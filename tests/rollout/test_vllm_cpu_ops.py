@@ -114,6 +114,19 @@ def test_rotations(size, interleaved, dtype, vllm, must_take):
             assert torch.equal(value, before)
 
 
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_every_head_is_rotated(dtype, vllm):
+    """Also where heads are a dimension of their own, as LFM2 hands them over."""
+    layer = vllm.RotaryEmbedding(32, 32, 64, 1e4, True, dtype)
+    assert layer._forward_method.__func__ is vllm.EveryHeadRotaryEmbedding.forward_cpu
+    places, (query, key) = torch.randint(0, 64, (5,)), torch.randn(2, 5, 3 * 32, dtype=dtype)
+    expected = layer.forward_native(places, query.clone(), key.clone())
+    for heads in (query.shape, (5, 3, 32)):
+        found = layer(places, query.clone().view(heads), key.clone().view(heads))
+        for part, wanted in zip(found, expected, strict=True):
+            close(part, wanted.view(heads))
+
+
 def test_a_server_has_them_before_its_model_is_built(vllm):
     """A server's worker imports its extension first; this process may have registered the classes already."""
     code = """
