@@ -92,9 +92,9 @@ def test_a_vllm_that_returns_none_is_refused(folder):
         make_engine(rollout_config(router_replay=True), str(folder), rank=0, world_size=1, local_rank=0)
 
 
-SETTINGS = """easy_vqa_cpu --rollout.group_size 4 --train.batch_pairs 16 --train.episode_queries 8
---rollout.router_replay true --rollout.max_new_tokens 24 --rollout.kv_cache_gb 0.1
---train.learning_rate 1e-3 --train.schedule constant --train.warmup_ratio 0 --validation.size 8""".split()
+SETTINGS = """easy_vqa_cpu --rollout.group_size 4 --train.batch_pairs 8 --train.episode_queries 4
+--rollout.router_replay true --rollout.max_new_tokens 12 --rollout.kv_cache_gb 0.1
+--train.learning_rate 1e-3 --train.schedule constant --train.warmup_ratio 0 --validation.size 4""".split()
 
 
 @pytest.mark.soak
