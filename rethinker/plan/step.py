@@ -236,7 +236,7 @@ def _experts(module: nn.Module, hidden: torch.Tensor, experts: torch.Tensor, wei
     As there, a token is copied for each of its experts, and the copies are sorted by them.
     """
     k = experts.shape[1]
-    ids, order = experts.flatten().sort()
+    _, order = experts.flatten().sort()
     inner = _Grouped.apply(hidden[order // k], module.gate_up_proj, module.gate_up_proj.shape[1])
     out = _Grouped.apply(module._apply_gate(inner), module.down_proj, module.down_proj.shape[1])
     out = (out * weights.flatten()[order, None])[torch.empty_like(order)]
