@@ -90,7 +90,12 @@ def save_weights(
         adapters: full, by peft's names; none without policy.lora.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(revert_weight_conversion(model, dict(weights)), folder, max_shard_size="50GB")
+    named = revert_weight_conversion(model, dict(weights))
+    # Parts of one tensor, as the experts of a layer where a file names each of them, are no tensors for safetensors.
+    named = {
+        name: part.clone() if part.untyped_storage().nbytes() > part.nbytes else part for name, part in named.items()
+    }
+    save_torch_state_dict(named, folder, max_shard_size="50GB")
     if adapters:
         lora.save_weights(folder / lora.FOLDER, adapters)
 
