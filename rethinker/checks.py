@@ -174,6 +174,10 @@ def _check_backend(config: Config) -> None:
             "rollout.check_sync=true compares whole tensors and needs rollout.tensor_parallel_size=1, not "
             f"{rollout.tensor_parallel_size}"
         )
+    if rollout.router_replay and rollout.backend != "vllm":
+        raise ConfigError(
+            f"rollout.router_replay=true needs rollout.backend=vllm: {rollout.backend} does not say what it chose"
+        )
     if not rollout.max_staleness:
         return
     if rollout.backend != "server":

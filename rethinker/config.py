@@ -210,6 +210,9 @@ class RolloutConfig:
     """Free vLLM's GPU memory while the policy trains (CUDA only)."""
     check_sync: bool = False
     """After every weight sync compare a checksum of every tensor on both sides (vllm and server)."""
+    router_replay: bool = False
+    """Of a mixture of experts: train with the experts that vLLM took for each token, whatever the trainer's rounding
+    would choose; their weights are the trainer's own. Only `vllm`, with its model runner V2."""
     max_staleness: ranges.ZeroOrOne = 0
     """Episodes by which rollouts may lag behind the policy: 0, or 1 to sample the next episode while this one trains
     (`server` only, with algorithm.rollout_correction). mismatch_kl then holds what an episode's steps changed, too."""

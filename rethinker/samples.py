@@ -94,6 +94,9 @@ class Completion:
     """The same from the trainer's forward, where the response was scored (episode.score_again)."""
     kept: np.ndarray | None = None  # [L] bool
     """Whether a token is among those that carry the policy gradient, when algorithm.top_entropy."""
+    experts: np.ndarray | None = None  # [P + L - 1, layers, k] uint8, or int16 for more than 256 experts
+    """Which experts the rollout engine took for the prompt's P tokens and the response's but its last, with
+    rollout.router_replay; layers without experts have any."""
 
     def __post_init__(self) -> None:
         import numpy as np
@@ -267,6 +270,7 @@ class PackedBatch:
     cu_seqlens: torch.Tensor  # [S + 1] int32: response boundaries within [R]
     image_inputs: dict[str, torch.Tensor]  # pixels and kin by the model's names for them; empty without images
     nll_weights: torch.Tensor | None = None  # [R] fp32: factor of the supervised term -log p, where there is one
+    experts: torch.Tensor | None = None  # [T, layers, k] int16: the experts to take, with router_replay
 
     @property
     def tokens(self) -> int:

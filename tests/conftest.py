@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from rethinker.runtime.torchvision_cpu import make_importable
+from tests.families import table
+from tests.families.table import cell  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +50,7 @@ integration/test_judge.py rewards/test_judge.py rewards/test_judge_faults.py rew
 rollout/server/test_serve.py kernels/test_precision.py families/test_rollout.py kernels/test_csrc_cuda_on_host.py
 kernels/test_merge_attention.py embedded/test_tiny.py integration/test_virl39k.py kernels/test_memory.py
 fuzz/test_fuzz.py families/test_packing.py families/test_pixels.py kernels/test_sum_tree.py kernels/test_compile.py
-benchmarks/test_kernels.py
+benchmarks/test_kernels.py families/test_ranks.py policy/test_recurrent.py
 benchmarks/test_replay_benchmark.py kernels/test_sum_tree_agreement.py rollout/test_hf_engine.py
 runtime/test_ownership.py embedded/test_files.py plan/test_families.py test_cli.py curation/test_curate.py
 policy/test_packing.py policy/test_lora.py data/test_streaming.py families/test_prompts.py policy/test_foreign_models.py
@@ -61,6 +63,15 @@ start vLLM, ranks, compilers or Triton's interpreter; `make quick` leaves them o
 assert all((ROOT / "tests" / name).is_file() for name in SLOW)
 
 make_importable()  # many tests import transformers' processors, and they import torchvision
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--families-table", type=Path, help="the page whose table gets what tests of families find")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if page := session.config.getoption("--families-table"):
+        table.write(page, session.config.stash.get(table.CELLS, {}))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -92,12 +92,14 @@ def continue_after_trigger(
         trigger, start = triggers[i], len(bodies[i])
         end = start + len(trigger.token_ids)
         token_ids = np.concatenate([bodies[i], trigger.token_ids, y2.token_ids])
+        before = len(prompts[i].token_ids) + start  # tokens of the prompt and y1
         results[i] = Completion(
             token_ids=token_ids,
             logprobs=np.concatenate([first[i].logprobs[:start], np.full(end - start, np.nan), y2.logprobs]),
             text=decode(token_ids.tolist()),
             finish_reason=y2.finish_reason,
             rethought=Rethought(start, end, trigger.name, start, end),
+            experts=None if y2.experts is None else np.concatenate([first[i].experts[:before], y2.experts[before:]]),
         )
     return results
 

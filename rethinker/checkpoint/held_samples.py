@@ -36,6 +36,7 @@ def held_responses(groups: Iterable[Group], samples: Iterable[Sample]) -> dict[s
         "trainer_logprobs": _joined([c.trainer_logprobs for c in completions], np.float32),  # [T of the scored ones]
         "ranked": [c.kept is not None for c in completions],
         "kept": _joined([c.kept for c in completions], np.bool_),  # [T of the ranked ones]
+        "experts": [None if c.experts is None else torch.from_numpy(c.experts) for c in completions],
         "texts": [c.text for c in completions],
         "finish_reasons": [c.finish_reason for c in completions],
         "rethought": [c.rethought for c in completions],
@@ -84,6 +85,7 @@ def _completions(saved: dict[str, Any]) -> dict[Key, Completion]:
     ranked = saved.get("ranked", [False] * len(lengths))  # an older release ranked no tokens
     of_ranked = [length for length, is_ranked in zip(lengths, ranked, strict=True) if is_ranked]
     kept = iter(saved["kept"].split(of_ranked)) if of_ranked else None
+    experts = saved.get("experts", [None] * len(lengths))
     return {
         (group, index): Completion(
             # Copies: one response that is kept would keep them all. An older release wrote int64 and fp64.
@@ -94,6 +96,7 @@ def _completions(saved: dict[str, Any]) -> dict[Key, Completion]:
             saved["rethought"][i] and Rethought(**saved["rethought"][i]),
             np.array(next(scores), np.float32) if saved["scored"][i] else None,
             np.array(next(kept), bool) if ranked[i] else None,
+            None if experts[i] is None else np.array(experts[i]),
         )
         for i, (group, index) in enumerate(saved["keys"].tolist())
     }

@@ -89,6 +89,10 @@ class Family:
         """The decoder, whose `layers` are the decoder layers."""
         return model.model.language_model
 
+    def routers(self, model: torch.nn.Module) -> dict[int, torch.nn.Module]:
+        """The modules that choose each token's experts, by the number of their decoder layer; see policy/experts.py."""
+        return {}
+
     def prepare(self, model: torch.nn.Module) -> None:
         """Change what of the model cannot read a packed row, in place; weights and their names stay."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rethinker.config import ConfigError
 from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text
 
 
@@ -46,6 +47,17 @@ class Gemma3(Family):
                     made.append(token)
             ids = made
         return ids
+
+    def prepare(self, model: torch.nn.Module) -> None:
+        """See Family. What transformers and vLLM treat differently is refused; published models have neither."""
+        text = model.config.text_config
+        if text.final_logit_softcapping is not None:
+            raise ConfigError(f"policy.model: its final_logit_softcapping is {text.final_logit_softcapping}, not null")
+        if model.config.mm_tokens_per_image > text.sliding_window:
+            raise ConfigError(
+                f"policy.model: its images have {model.config.mm_tokens_per_image} tokens, more than its sliding "
+                f"windows ({text.sliding_window})"
+            )
 
     def features(self, model: torch.nn.Module, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         return [model.model.get_image_features(image_inputs["pixel_values"]).pooler_output.flatten(0, 1)]

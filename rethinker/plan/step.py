@@ -1,7 +1,7 @@
 """A training step on tensors without data: the real policy runs forward and backward, and its allocations are counted.
 
 Nothing here is a formula for a transformer. What needs data has a stand-in that allocates as much: the attention
-kernel, the loss head, and ZeRO-3, which takes each gradient away.
+kernel, the products of a layer's experts, the loss head, and ZeRO-3, which takes each gradient away.
 
 Legend: T tokens of the packed row, R rows of the loss head, V vocabulary, D hidden size.
 """
@@ -86,6 +86,7 @@ def count_step(shape: Shape, batch: MicroBatch, *, chunk: int, bucket: int) -> d
         bucket: elements of ZeRO-3's gradient bucket: a full one is copied to be scattered, a larger gradient alone.
     """
     from transformers import AttentionInterface  # after rethinker.policy, which repairs torchvision
+    from transformers.integrations.moe import ExpertsInterface
 
     policy, head, made = shape.policy, shape.head, []
     make = functools.partial(torch.empty, device="meta")
@@ -99,6 +100,9 @@ def count_step(shape: Shape, batch: MicroBatch, *, chunk: int, bucket: int) -> d
     for name in (_TEXT, _VISION):
         AttentionInterface.register(name, functools.partial(_attention, policy.kernel))
     policy.hf.set_attn_implementation({"text_config": _TEXT, "vision_config": _VISION})
+    if policy.routers:
+        ExpertsInterface.register(_TEXT, _experts)
+        policy.hf.set_experts_implementation(_TEXT)
     policy.family.language_model(policy.hf).register_forward_pre_hook(lambda *_: made.append(count.bytes))
     policy.hf.lm_head.forward = loss
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -121,6 +125,7 @@ def count_step(shape: Shape, batch: MicroBatch, *, chunk: int, bucket: int) -> d
             response_id=response_id,
             source_index=ids(batch.rows),
             target_ids=ids(batch.rows),
+            experts=None,
             image_inputs=shape.images(batch.image_tokens) if batch.image_tokens else {},
         )
         (losses,) = policy(packed)
@@ -223,6 +228,33 @@ class _Chunks(torch.autograd.Function):
         chunks = -(-k.shape[1] // CHUNK)
         states = k.new_empty(len(k), chunks, *k.shape[2:], v.shape[3])
         return torch.empty_like(k), torch.empty_like(v), torch.empty_like(v), states
+
+
+def _experts(module: nn.Module, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Stand-in for transformers' grouped products of experts: hidden [X, D], experts and weights [X, k], to [X, D].
+
+    As there, a token is copied for each of its experts, and the copies are sorted by them.
+    """
+    k = experts.shape[1]
+    ids, order = experts.flatten().sort()
+    inner = _Grouped.apply(hidden[order // k], module.gate_up_proj, module.gate_up_proj.shape[1])
+    out = _Grouped.apply(module._apply_gate(inner), module.down_proj, module.down_proj.shape[1])
+    out = (out * weights.flatten()[order, None])[torch.empty_like(order)]
+    return out.view(len(hidden), k, -1).sum(dim=1).to(hidden.dtype)
+
+
+class _Grouped(torch.autograd.Function):
+    """The allocations of a product with a matrix for each expert, [S, inputs] to [S, outputs]."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, outputs):
+        ctx.save_for_backward(rows, weight)
+        return rows.new_empty(len(rows), outputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight = ctx.saved_tensors
+        return torch.empty_like(rows), torch.empty_like(weight), None
 
 
 class _Head(torch.autograd.Function):

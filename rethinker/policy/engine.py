@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rethinker.algorithm.objective import (
 from rethinker.config import AlgorithmConfig, Config, ConfigError, one_line
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora, optimizer_state, saved_model
+from rethinker.policy.experts import load_statistics
 from rethinker.policy.lora import FullWeights
 from rethinker.policy.model import Policy, gather_by_layer, load_model
 from rethinker.policy.out_of_memory import Plan, explained, noted_budget, reduce_budget
@@ -147,9 +148,9 @@ class PolicyEngine:
             `loss`, `entropy`, `kl`, `clip_fraction_low`, `clip_fraction_high`, `old_kl` (k3 of the current policy from
             the one that the ratio is taken against, on samples no older than rollout.max_staleness), `grad_norm`,
             `learning_rate`, `train_tokens` (processed, over all ranks), `supervised_loss` (the part of `loss` from
-            rethought responses), `skipped` (1 if a non-finite number kept the step from being applied); means are over
-            the tokens that were computed. An empty batch (every query all right or all wrong, and nothing to replay)
-            leaves the weights as they are.
+            rethought responses), `skipped` (1 if a non-finite number kept the step from being applied), and
+            `load_statistics` where the model has experts; means are over the tokens that were computed. An empty
+            batch (every query all right or all wrong, and nothing to replay) leaves the weights as they are.
 
         Raises:
             OutOfMemory: memory ran out on this rank.
@@ -158,13 +159,13 @@ class PolicyEngine:
         """
         if not samples:
             self.steps += 1
-            return _metrics(dict.fromkeys(_SUMS, 0.0), grad_norm=0.0, rate=0.0)
+            return _metrics(dict.fromkeys(_SUMS, 0.0), self._no_load().cpu(), grad_norm=0.0, rate=0.0)
         computed = [sample for sample in samples if has_gradient(sample, self.config.algorithm)]
         plan = plan_micro_batches(computed, budget=self.micro_batch_tokens, world_size=self.ranks.world_size)
         named = f"algorithm.loss={self.config.algorithm.loss}"
         with explained(lambda: self._smaller_next_time(plan)):
             try:
-                sums = self._accumulate(samples, plan)
+                sums, load = self._accumulate(samples, plan)
             except LossError as error:
                 raise ConfigError(f"{named}: in step {self.steps + 1}, {one_line(error)}") from error
         rate = learning_rate(self.steps, self.total_steps, self.config, self.budget_spent)
@@ -173,13 +174,14 @@ class PolicyEngine:
         with phase("optimizer"), explained(lambda: _OPTIMIZER_IS_FULL.format(self.steps + 1)):
             self.engine.step()
         self.steps += 1
-        sums = dict(zip(_SUMS, self.ranks.sum(sums).tolist(), strict=True))
+        totals = self.ranks.sum(torch.cat([sums, load.flatten()])).cpu()
+        sums = dict(zip(_SUMS, totals[: len(_SUMS)].tolist(), strict=True))
         if is_users(self.config.algorithm) and not (math.isfinite(sums["loss"]) or sums["nonfinite"]):
             raise ConfigError(
                 f"{named}: it is {sums['loss']} in step {self.steps}, though every log-prob of the "
                 "batch is finite; it must be finite for any finite logps, old_logps and advantages"
             )
-        return _metrics(sums, float(self.engine.get_global_grad_norm()), rate)
+        return _metrics(sums, totals[len(_SUMS) :].view(load.shape), float(self.engine.get_global_grad_norm()), rate)
 
     @torch.no_grad()
     def score(self, samples: list[Sample]) -> Scores:
@@ -290,12 +292,13 @@ class PolicyEngine:
         change = reduce_budget(self.budget_file, setting, self.micro_batch_tokens, plan)
         return f"rank {self.ranks.rank} ran out of memory in step {self.steps + 1}: {change}"
 
-    def _accumulate(self, samples: list[Sample], plan: Plan) -> torch.Tensor:
-        """Forward and backward of all micro-batches: gradients in ZeRO-3, this rank's sums [len(_SUMS)] returned."""
+    def _accumulate(self, samples: list[Sample], plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward of all micro-batches: gradients in ZeRO-3; this rank's sums [len(_SUMS)] and experts'
+        load [layers, experts] returned."""
         config = self.config
         normalizer = loss_normalizer(samples, config.algorithm, config.rollout.max_new_tokens)
         nll_weight = supervised_weight(samples, config.rethink.supervised_weight)
-        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.ranks.device)
+        sums, load = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.ranks.device), self._no_load()
         for bundles in fetch(plan, self.ranks):
             with phase("pack"):
                 batch = self._pack(bundles, config.algorithm, nll_weight)
@@ -303,6 +306,8 @@ class PolicyEngine:
                 reference = self._reference_logps(batch)
                 objective = loss_inputs(self.loss, batch, config.algorithm, normalizer, reference)
                 loss, logps, stats = self.engine(batch, config.rollout.temperature, objective)
+            if bundles and len(load):
+                load += torch.stack([router.load for router in self.policy.routers.values()])
             with phase("backward"):
                 # ZeRO averages gradients over ranks; the normalizer is global already. A non-finite loss poisons the
                 # gradient on purpose: ZeRO then sees a non-finite norm on every rank and leaves the weights alone.
@@ -310,7 +315,13 @@ class PolicyEngine:
                 self.engine.backward(loss * poison * self.ranks.world_size)
             with torch.no_grad():
                 sums += torch.cat([stats, self._extra_sums(loss, logps, batch)])
-        return sums
+        return sums, load
+
+    def _no_load(self) -> torch.Tensor:
+        """Zeros [layers, experts], of the layers that have experts."""
+        routers = list(self.policy.routers.values())
+        size = len(routers), routers[0].num_experts if routers else 0
+        return torch.zeros(size, dtype=torch.float64, device=self.ranks.device)
 
     def _pack(self, bundles: list[Bundle], algorithm: AlgorithmConfig, nll_weight: float) -> PackedBatch:
         factors = {"policy_version": self.version, "algorithm": algorithm, "nll_weight": nll_weight}
@@ -320,6 +331,7 @@ class PolicyEngine:
     def _reference_logps(self, batch: PackedBatch) -> torch.Tensor | None:
         if self.config.algorithm.kl_coef == 0:
             return None
+        batch = replace(batch, experts=None)  # another policy, which chooses for itself
         with torch.no_grad():
             if self.reference is not None:
                 return self.reference(batch, self.config.rollout.temperature)[0]
@@ -358,8 +370,8 @@ def learning_rate(step: int, total_steps: int, config: Config, budget_spent: flo
     return train.learning_rate * (floor + (1 - floor) * shape[train.schedule])
 
 
-def _metrics(of: dict[str, float], grad_norm: float, rate: float) -> dict[str, float]:
-    """What `train_step` returns, from the sums over all ranks by their names in `_SUMS`."""
+def _metrics(of: dict[str, float], load: torch.Tensor, grad_norm: float, rate: float) -> dict[str, float]:
+    """What `train_step` returns, from the sums over all ranks by their names in `_SUMS`, and the experts' load."""
     tokens = max(of["tokens"], 1.0)
     return {
         "loss": of["loss"],
@@ -373,4 +385,5 @@ def _metrics(of: dict[str, float], grad_norm: float, rate: float) -> dict[str, f
         "train_tokens": of["processed"],
         "supervised_loss": of["supervised_loss"],
         "skipped": float(not (math.isfinite(grad_norm) and math.isfinite(of["loss"]))),
+        **(load_statistics(load) if len(load) else {}),
     }

@@ -19,6 +19,7 @@ from rethinker.config import ConfigError, PolicyConfig, one_line
 from rethinker.families import family_of
 from rethinker.policy.attention import ROW, VISION, VISION_SDPA, LayerTypes, join_images, kernel_for, lay_out
 from rethinker.policy.cpu_layers import use_cpu_layers
+from rethinker.policy.experts import Router
 from rethinker.policy.segment_attention import moved
 from rethinker.samples import PackedBatch, Prompt
 from rethinker_kernels import linear_policy_loss, linear_selective_log_softmax
@@ -85,6 +86,9 @@ class Policy(nn.Module):
         model.lm_head = LossHead.around(model.lm_head)
         use_cpu_layers(model)
         self.family.prepare(model)
+        self.routers = self.family.routers(model)  # by the number of their layer
+        for router in self.routers.values():
+            router.__class__ = Router
         if config.compile:
             compile_layers(self.family.language_model(model))
         text, vision = ("sdpa", VISION_SDPA) if self.kernel == "sdpa" else (ROW, VISION)
@@ -145,6 +149,12 @@ class Policy(nn.Module):
             spots = layout.position[spots] if deep else None
         if deep:
             inputs |= {"visual_pos_masks": spots, "deepstack_visual_embeds": deep}
+        # They stay until the next forward: a layer that is recomputed in the backward needs them again.
+        experts = (
+            batch.experts if batch.experts is None or layout.index is None else batch.experts[layout.index.flatten()]
+        )
+        for number, router in self.routers.items():
+            router.real, router.chosen = layout.position, None if experts is None else experts[:, number]
         hidden = self.family.language_model(self.hf)(
             inputs_embeds=embeds,  # [B, L, D]
             position_ids=positions.squeeze(0),  # [3, B, L], or [B, L] without M-RoPE

@@ -91,6 +91,7 @@ def pack(
     inputs: list[tuple[np.ndarray, torch.Tensor, int, int]] = []
     # Of every response with a token: source, targets, old log-probs, weights, loss mask, nll weights, [L] each.
     labels: list[tuple[np.ndarray, ...]] = []
+    experts: list[np.ndarray] = []  # of every prompt and response, with rollout.router_replay
     image_parts: list[ImageInputs] = []
     row = 0  # tokens so far
     for number, bundle in enumerate(bundles):
@@ -106,12 +107,18 @@ def pack(
         image_parts.append(images)
         row += len(prompt.token_ids)
         last = row - 1
+        # A prompt that several policies answered is read as the latest of them read it.
+        latest = max(bundle.samples, key=lambda sample: sample.policy_version).completion
+        if latest.experts is not None:
+            experts.append(latest.experts[: len(prompt.token_ids)])
         for r, sample in enumerate(bundle.samples, start=1):
             completion, L = sample.completion, sample.completion.tokens
             if L == 0:
                 continue
             places = torch.arange(start, start + L - 1).expand(len(places), -1)
             inputs.append((completion.token_ids[:-1], places, number, r))
+            if completion.experts is not None:
+                experts.append(completion.experts[len(prompt.token_ids) :])
             source = np.arange(row - 1, row + L - 1)
             source[0] = last
             row += L - 1
@@ -126,7 +133,7 @@ def pack(
         places = positions(Prompt("", [PADDING] * 2, [PADDING] * 2, []), {})
         inputs = [(token, places[:, :1], 0, 0), (token, places[:, 1:], 0, 1)]
         labels = [(np.array([0]), token, zero, zero, np.zeros(1, bool), zero)]
-        samples, lengths, image_parts = [], [1], []
+        samples, lengths, image_parts, experts = [], [1], [], []
     ids, places, prompt_id, response_id = zip(*inputs, strict=True)
     source, targets, old, weights, mask, nll = zip(*labels, strict=True)
     counts = torch.tensor([len(part) for part in ids])
@@ -143,6 +150,7 @@ def pack(
         age=torch.tensor([policy_version - s.policy_version for s in samples] or [0]),
         loss_mask=_joined(mask, np.bool_),
         nll_weights=_joined(nll, np.float32) if nll_weight else None,
+        experts=torch.from_numpy(np.concatenate(experts).astype(np.int16)) if experts else None,
         cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
         image_inputs=joined(image_parts),
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rethinker.config import Config, ConfigError
+from rethinker.config import Config, ConfigError, one_line
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.engine import Checksum, RolloutEngine, WeightStream, copies
 from rethinker.rollout.sampling import preserved_random_state, seeded
@@ -71,6 +71,8 @@ class VLLMEngine(RolloutEngine):
         arguments = engine_arguments(self.config, self._requests, gpu=self._gpu)
         if self._gpu:
             arguments["enable_sleep_mode"] = settings.sleep
+        if settings.router_replay:
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the one that says which experts it took
         if world_size > 1:
             arguments["distributed_executor_backend"] = "external_launcher"
         set_num_threads = torch.set_num_threads
@@ -79,6 +81,11 @@ class VLLMEngine(RolloutEngine):
                 warnings.simplefilter("ignore", FutureWarning)  # vLLM's own imports
                 return LLM(model_dir, use_tqdm_on_load=False, **arguments)
         except ValueError as error:
+            if settings.router_replay and "Model Runner V2" in str(error):
+                raise ConfigError(
+                    "rollout.router_replay=true needs vLLM's model runner V2, which does not run here "
+                    f"({one_line(error)}); set it to false"
+                ) from error
             if "memory" not in str(error):
                 raise
             setting = "gpu_memory_utilization" if self._gpu else "kv_cache_gb"
@@ -190,7 +197,8 @@ class VLLMEngine(RolloutEngine):
             at = flat.start_indices  # of each position the sampled token comes first
             assert [flat.token_ids[i] for i in at] == token_ids
             logprobs = [flat.logprobs[i] for i in at]
-            completions.append(self._requests.completion(token_ids, logprobs, sample.finish_reason))
+            experts = sample.routed_experts
+            completions.append(self._requests.completion(token_ids, logprobs, sample.finish_reason, experts))
         return completions
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from typing import Any
 
+import numpy as np
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from rethinker.config import Config, ConfigError
@@ -45,7 +46,8 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
             "enforce_eager": True,
             "block_size": cpu_block_size(config.policy.dtype),
             "max_num_seqs": 512,
-            "disable_chunked_mm_input": requests.family.IMAGE_BLOCKS,  # as vLLM does on GPUs
+            # An image's tokens that see each other must be computed at once, and so is every prompt that has some.
+            **({"enable_chunked_prefill": False} if requests.family.IMAGE_BLOCKS else {}),
         }
     return {
         "dtype": config.policy.dtype,
@@ -61,6 +63,7 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "disable_log_stats": True,
+        "enable_return_routed_experts": settings.router_replay,
         **device,
     }
 
@@ -91,6 +94,11 @@ class VLLMRequests:
         )
         processor = AutoImageProcessor.from_pretrained(model_dir, trust_remote_code=False)
         self.family = family_of(self.model_config.model_type)
+        if config.rollout.router_replay and not getattr(self.model_config.get_text_config(), "num_experts", 0):
+            raise ConfigError(
+                f"rollout.router_replay=true: a {self.model_config.model_type} model has no experts to choose from; set "
+                "it to false"
+            )
         self.image_settings = self.family.image_settings(processor, config.data.min_pixels, config.data.max_pixels)
 
     def sampling(
@@ -130,10 +138,14 @@ class VLLMRequests:
                 f"data.min_pixels={data.min_pixels} and data.max_pixels={data.max_pixels}"
             )
 
-    def completion(self, token_ids: list[int], logprobs: list[float], finish_reason: str) -> Completion:
+    def completion(
+        self, token_ids: list[int], logprobs: list[float], finish_reason: str, experts: np.ndarray | None = None
+    ) -> Completion:
         """One answer as the trainer knows it."""
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return Completion(token_ids, logprobs, text, finish_reason)
+        if experts is not None and experts.dtype == np.uint16:
+            experts = experts.astype(np.int16)  # torch can do more with it
+        return Completion(token_ids, logprobs, text, finish_reason, experts=experts)
 
     def shared_settings(self) -> dict[str, Any]:
         """What a server must have been started with to sample for this run, by the names of settings; JSON."""

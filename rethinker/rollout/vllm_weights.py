@@ -3,7 +3,8 @@
 It runs in the trainer's process (vllm_engine.py) or in a server's (server/worker.py).
 
 Loading is vLLM's own layerwise reload, by names of a Hugging Face checkpoint, so every model that vLLM loads from a
-checkpoint also syncs. Nothing of vLLM is patched.
+checkpoint also syncs. Nothing of vLLM is patched. The experts of a layer come as transformers holds them: all in one
+tensor [experts, outputs, inputs], `gate_up_proj` with gate above up, and `down_proj`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm._custom_ops import cpu_prepack_moe_weight
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from rethinker.families import Family, family_of
 from rethinker.rollout.engine import Checksum, checksum
+
+_EXPERTS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}  # by transformers' names vLLM's
 
 
 def prepare_update(model: nn.Module, vllm_config: Any, names: list[str]) -> None:
@@ -33,14 +39,19 @@ def prepare_update(model: nn.Module, vllm_config: Any, names: list[str]) -> None
         _finish(model, vllm_config)
     served = _family(vllm_config).served
     mapped, fused_parts, missing = {_mapped(model, served(name)) for name in names}, _fused_parts(model), []
+    experts = {ours: part for part, ours in _EXPERTS.items()}
     for name in dict(model.named_parameters()).keys() - mapped:
         parent, layer, leaf = f".{name}".rsplit(".", 2)
         parts = {f"{parent}.{part}.{leaf}"[1:] for part in fused_parts.get(layer, [layer])}
-        missing += parts - mapped
+        missing += {f"{parent}.{experts[leaf]}"[1:]} - mapped if layer == "routed_experts" else parts - mapped
     if missing:
         raise RuntimeError(
             f"weight sync: the policy has no value for {len(missing)} of vLLM's parameters, the first {min(missing)}"
         )
+    for layer in _experts(model):
+        layer.is_fused_checkpoint_transposed = False  # as in files of some models
+        if layer.quant_method.unquantized_backend is UnquantizedMoeBackend.CPU:
+            layer.quant_method.moe_kernel = None  # what exists is not asked to pack new weights; a new one packs
 
 
 def load(model: nn.Module, vllm_config: Any, names: list[str], weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -106,9 +117,16 @@ def _mapped(model: nn.Module, name: str) -> str:
 
 
 def _fused_parts(model: nn.Module) -> dict[str, list[str]]:
-    """Names of fused layers and of their parts in a checkpoint; some models leave them to their language model."""
+    """Names of fused layers and of their parts in a checkpoint; some models leave them to their language model, some
+    name them only to their loader."""
+    fused: dict[str, list[str]] = {}
+    for module in model.modules():
+        stacked = getattr(getattr(module, "hf_to_vllm_mapper", None), "orig_to_new_stacked", {})
+        for part, (layer, _) in stacked.items():  # ".mlp.up_proj" to ".mlp.gate_up_proj"
+            parts = fused.setdefault(layer.strip(".").rpartition(".")[2], [])
+            parts += {part.strip(".").rpartition(".")[2]} - set(parts)
     mappings = (getattr(module, "packed_modules_mapping", None) or {} for module in model.modules())
-    return {fused: parts for mapping in mappings for fused, parts in mapping.items()}
+    return fused | {layer: parts for mapping in mappings for layer, parts in mapping.items()}
 
 
 def _live_tensors(model: nn.Module, name: str, sent: dict[str, Checksum]) -> Iterator[torch.Tensor]:
@@ -117,6 +135,9 @@ def _live_tensors(model: nn.Module, name: str, sent: dict[str, Checksum]) -> Ite
     path, leaf = _mapped(model, name).rsplit(".", 1)
     parent_path, _, child = path.rpartition(".")
     parent = model.get_submodule(parent_path)
+    if leaf in _EXPERTS:
+        yield _expert_weights(getattr(parent, child).routed_experts, _EXPERTS[leaf])
+        return
     if hasattr(parent, child):
         layer = getattr(parent, child)
         yield _unpacked(layer, leaf)
@@ -139,6 +160,27 @@ def _unpacked(layer: nn.Module, leaf: str, packed_first: bool = False) -> torch.
         return tensor.data
     width = tensor.shape[1] if tensor.numel() else getattr(layer, "input_size_per_partition", layer.input_size)
     return layer.cpu_linear(torch.eye(width, dtype=tensor.dtype), tensor, None).T
+
+
+def _experts(model: nn.Module) -> list[RoutedExperts]:
+    return [module for module in model.modules() if isinstance(module, RoutedExperts)]
+
+
+def _expert_weights(layer: RoutedExperts, name: str) -> torch.Tensor:
+    """Weights of a layer's experts [experts, outputs, inputs], as they were before vLLM's CPU kernel packed them."""
+    weight, method = getattr(layer, name).data, layer.quant_method
+    if method.unquantized_backend is UnquantizedMoeBackend.TRITON:
+        return weight
+    if method.unquantized_backend is not UnquantizedMoeBackend.CPU:
+        raise RuntimeError(
+            f"rollout.check_sync cannot read experts as vLLM's {method.unquantized_backend.value} kernel holds them; "
+            "set it to false"
+        )
+    # Packing moves numbers within an expert. Where to, is seen by packing their places, a byte at a time: every type
+    # holds 0 to 255.
+    isa, place = method.moe_kernel.fused_experts.isa, torch.arange(weight[0].numel()).view(1, *weight.shape[1:])
+    moved = sum(cpu_prepack_moe_weight((place >> 8 * i & 255).to(weight.dtype), isa).long() << 8 * i for i in range(4))
+    return torch.empty_like(weight).flatten(1).index_copy_(1, moved.flatten(), weight.flatten(1)).view_as(weight)
 
 
 def _tied_heads(model: nn.Module, embedding: nn.Module) -> list[nn.Module]:

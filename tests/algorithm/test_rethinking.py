@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from rethinker.algorithm.rethinking import (
@@ -90,6 +91,24 @@ def test_a_kept_response_takes_the_place_of_its_first_answer():
     assert prompts[0].token_ids[:4] == [1, 2, 7, 8] and prompts[0].compact_ids[:3] == [1, 7, 8]
     assert all(limit == 12 - (len(p.token_ids) - 2) for limit, p in zip(longest, prompts, strict=True))
     assert temperature == 1.0
+
+
+def test_experts_of_a_first_answer_stay():
+    """With rollout.router_replay those of prompt and y1 are the first pass's, of trigger and y2 the second's."""
+    first = spoken(7, 8)  # behind a prompt of two tokens
+    first.experts = np.full((4, 1, 1), 5, np.uint8)
+
+    class Engine(Script):
+        def generate(self, prompts, **settings):
+            answers = super().generate(prompts, **settings)
+            for prompt, (answer,) in zip(prompts, answers, strict=True):
+                answer.experts = np.full((len(prompt.token_ids) + answer.tokens - 1, 1, 1), 6, np.uint8)
+            return answers
+
+    one = group(first)
+    run([one], Engine())
+    (y,) = one.completions
+    assert y.rethought and y.experts.flatten().tolist() == [5] * 4 + [6] * (2 + y.tokens - 1 - 4)
 
 
 def test_only_right_ones_are_kept_and_two_at_most():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from rethinker.checkpoint.held_samples import Responses, held_responses
@@ -19,6 +20,7 @@ def response(number: int, index: int) -> Completion:
     if number == 1 and index == 0:  # a rethought and scored one
         spans = Rethought(1, 2, "doubt", 1, 2)
         numbers = {"trainer_logprobs": [-0.1, -0.2, -1e-300], "kept": [True, True, False]}
+        numbers |= {"experts": np.arange(19 * 2 * 3, dtype=np.uint8).reshape(19, 2, 3)}
         return Completion([7, 8, 9], [-0.5, math.nan, -1 / 3], "é Wait \U0001f600", "stop", spans, **numbers)
     return Completion([10 * number + index] * index, [-(0.1 + number)] * index, f"{number}/{index}", "length")
 

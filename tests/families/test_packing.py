@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -12,7 +14,7 @@ from rethinker.policy import attention
 from rethinker.policy.lora import add_adapters
 from rethinker.policy.model import Policy, load_model
 from rethinker.policy.packing import pack
-from tests.policy.helpers import queries_of_every_kind, samples_for
+from tests.policy.helpers import late_image, queries_of_every_kind, samples_for
 from tests.policy.test_packing import assert_queued, compare, packed
 
 
@@ -26,19 +28,25 @@ def without_deep(first, *deep):
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "flash"])
-def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, encoder, tmp_path):
+def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, encoder, tmp_path, cell):
     """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none."""
     if kernel == "flash" and family_of(model.config.model_type).IMAGE_BLOCKS:
         with pytest.raises(ConfigError, match="set policy.attention to sdpa"):
             make_policy(attention=kernel)
         return
-    samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 1, 9, 3])
-    logp_error, gradient_error = compare(samples, encoder, make_policy(attention=kernel), model)
+    policy, queries = make_policy(attention=kernel), queries_of_every_kind(tmp_path)
+    if policy.layers.window:
+        queries.append(late_image(tmp_path))
+    logp_error, gradient_error = compare(samples_for(queries, encoder, [5, 1, 9, 3]), encoder, policy, model)
     assert logp_error <= 1e-5
     assert gradient_error <= 1e-5
+    cell("shared prompts: nats", logp_error)
+    cell("gradients", gradient_error)
 
 
-@pytest.mark.parametrize("fault", ["no deepstack", "positions of a text", "images swapped"])
+@pytest.mark.parametrize(
+    "fault", ["no deepstack", "positions of a text", "images swapped", "causal images", "no windows"]
+)
 def test_planted_faults_are_seen(fault, folder, make_policy, model, encoder, tmp_path, monkeypatch):
     """The comparison above is able to fail: by what an adapter may get wrong."""
     policy = make_policy()
@@ -48,12 +56,17 @@ def test_planted_faults_are_seen(fault, folder, make_policy, model, encoder, tmp
     elif fault == "positions of a text":
         axes = 3 if family.MROPE else 1
         monkeypatch.setattr(family, "positions", lambda hf, ids, images: torch.arange(ids.shape[1]).expand(axes, -1))
+    elif fault == "causal images":
+        policy.layers = replace(policy.layers, blocks=False)
+    elif fault == "no windows":
+        policy.layers = replace(policy.layers, window=policy.layers.window and 10**6)
     else:
         monkeypatch.setattr(family, "features", lambda *given: [part.flip(0) for part in features(*given)])
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
     (batch,), _ = packed(samples, encoder, policy)
     deep = len(features(policy.hf, batch.image_inputs)) > 1
     concerned = {"no deepstack": deep, "positions of a text": family.MROPE, "images swapped": True}
+    concerned |= {"causal images": family.IMAGE_BLOCKS, "no windows": policy.layers.window is not None}
     logp_error = compare(samples, encoder, policy, model)[0]
     assert logp_error > 1e-3 if concerned[fault] else logp_error <= 1e-5
 
@@ -124,7 +137,7 @@ def test_frozen_vision_has_no_gradient_and_changes_no_other(make_policy, encoder
     torch.testing.assert_close({name: whole[name] for name in rest}, rest, rtol=1e-5, atol=1e-7)
 
 
-def test_adapters_alone_have_gradients(folder, encoder, tmp_path):
+def test_adapters_alone_have_gradients(folder, encoder, tmp_path, cell):
     """policy.lora: the log-probs are the plain policy's to the bit, and every adapter of the decoder layers, but
     nothing else, has a gradient: B at once, and A as soon as B is not zero."""
     samples = samples_for(queries_of_every_kind(tmp_path), encoder, [5, 9])
@@ -141,6 +154,8 @@ def test_adapters_alone_have_gradients(folder, encoder, tmp_path):
     trained = {id(p) for adapter in adapters.values() for p in (adapter.a, adapter.b)}
     gradients(policy, batch)
     assert {id(p) for p in policy.parameters() if p.grad is not None and p.grad.any()} == trained
+    for layer in layers:
+        cell("adapters a layer", sum(isinstance(module, torch.nn.Linear) for module in layer.modules()))
 
 
 def test_gradient_checkpointing_recomputes(make_policy, encoder, tmp_path):

@@ -12,13 +12,13 @@ from tests.families import ranks_step
 from tests.families.tiny_models import FAMILIES, create
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_two_ranks_is_that_of_one(family, tmp_path):
+@pytest.mark.parametrize("folder", FAMILIES)
+def test_a_step_of_two_ranks_is_that_of_one(folder, tmp_path, cell):
     """Law 3 where every layer is gathered a matrix at a time: loss and gradients to 1e-5 relative."""
-    folder, found = create(family, tmp_path / "model"), {}
+    model, found = create(folder, tmp_path / "model"), {}
     for ranks in (1, 2):
         output = tmp_path / f"{ranks}.pt"
-        arguments = [str(folder), str(tmp_path), str(output)]
+        arguments = [str(model), str(tmp_path), str(output)]
         forked.run(partial(ranks_step.main, *arguments), tmp_path / f"{ranks}.log", ranks)
         found[ranks] = torch.load(output, weights_only=False)
     one, two = found[1], found[2]
@@ -29,3 +29,4 @@ def test_a_step_of_two_ranks_is_that_of_one(family, tmp_path):
     for name, gradient in one["gradients"].items():
         error = (two["gradients"][name] - gradient).norm() / gradient.norm().clamp(min=least)
         assert error <= 1e-5, name
+        cell("2 ranks", float(error))

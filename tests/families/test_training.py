@@ -22,7 +22,7 @@ SETTINGS = """easy_vqa_cpu --rollout.group_size 4 --train.batch_pairs 32 --train
 
 @pytest.mark.soak
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_trains_and_its_checkpoint_starts_the_next(folder, ranks, tmp_path):
+def test_a_run_trains_and_its_checkpoint_starts_the_next(folder, ranks, tmp_path, cell):
     """Two episodes, with law 1 after every sync (mismatch_kl at rounding, every tensor compared), every weight moved,
     and a checkpoint from which a further run starts."""
     (tmp_path / "reward.py").write_text(REWARD)
@@ -47,3 +47,4 @@ def test_a_run_trains_and_its_checkpoint_starts_the_next(folder, ranks, tmp_path
     for name, options in (("two", ("--policy.freeze_vision", "true")), ("three", ("--policy.lora.rank", "4"))):
         again = train(name, last, "--train.max_steps", "2", *options)
         assert all(0 <= row["mismatch_kl"] < 1e-10 for row in again)
+    cell("runs with vLLM", f"{ranks} rank{'s' * (ranks > 1)}")

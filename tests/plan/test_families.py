@@ -47,7 +47,7 @@ def test_image_tokens_are_those_of_a_prompt(pixels, folder, tmp_path):
 
 @pytest.mark.parametrize("kernel", ["sdpa", "flash"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_forward_keeps_what_is_planned(checkpointing, kernel, folder):
+def test_a_forward_keeps_what_is_planned(checkpointing, kernel, folder, cell):
     """Bytes of real tensors between the forward of a micro-batch and its loss are the planned ones to 5%: of the
     language model and of the vision tower."""
     settings = PolicyConfig(model=str(folder), dtype="float32", attention=kernel, gradient_checkpointing=checkpointing)
@@ -72,12 +72,14 @@ def test_a_forward_keeps_what_is_planned(checkpointing, kernel, folder):
             response_id=batch.places()[1],
             source_index=torch.arange(128, 512),
             target_ids=torch.zeros(384, dtype=torch.int64),
+            experts=None,
             image_inputs={name: torch.randn(part.shape) if part.is_meta else part for name, part in images.items()},
         )
         _, kept = policy(packed)
     planned = count_step(shape, batch, chunk=0, bucket=0)
     vision, text = planned["activations, vision tower"], planned["activations, language model"]
     assert seen[0] == pytest.approx(vision, rel=0.05) and seen[1] - seen[0] == pytest.approx(text, rel=0.05)
+    cell("memory, planned", abs((seen[1] / (vision + text)) - 1))
     del kept
 
 

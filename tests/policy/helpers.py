@@ -32,6 +32,12 @@ def queries_of_every_kind(folder) -> list[Query]:
     ]
 
 
+def late_image(folder) -> Query:
+    """An image behind more text than a tiny model's sliding windows see."""
+    question = "of all that is seen here and there, and of all that was said of it before, what is this? <image>"
+    return Query("late", question, "circle", (picture(folder, 3),))
+
+
 def samples_for(queries, encoder, lengths, *, seed: int = 0, vocabulary: int = 260) -> list[Sample]:
     """Random responses of the given lengths to each query, with random behaviour log-probs and advantages."""
     rng = np.random.default_rng(seed)

@@ -38,14 +38,14 @@ def compare(samples, encoder, policy, model):
     (expected * weight).sum().backward()
     theirs = dict(model.named_parameters())
     gradient_error = max(
-        ((p.grad - theirs[name].grad).norm() / theirs[_scale(name)].grad.norm().clamp(min=1e-6)).item()
+        ((p.grad - theirs[name].grad).norm() / theirs[scale_of(name)].grad.norm().clamp(min=1e-6)).item()
         for name, p in policy.hf.named_parameters()
         if theirs[name].grad is not None
     )
     return (logps - expected).abs().max().item(), gradient_error
 
 
-def _scale(name):
+def scale_of(name):
     """The parameter whose gradient one is compared with: its own, but for a bias of keys that are not rotated. That
     changes all scores of a query alike, and so nothing: its gradient is rounding."""
     return name.replace("k_proj.bias", "v_proj.bias") if "vision" in name else name

@@ -1,0 +1,125 @@
+"""Routers in training: transformers' own choices, replayed ones, and how evenly they fall."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rethinker.config import DataConfig
+from rethinker.data.prompts import PromptEncoder
+from rethinker.policy.experts import load_statistics
+from rethinker.policy.model import load_model, load_processor
+from tests.families.tiny_models import create
+from tests.policy.helpers import queries_of_every_kind, samples_for
+from tests.policy.switches import make, outcome
+from tests.policy.test_packing import packed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return create("qwen3_vl_moe", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def encoder(folder):
+    return PromptEncoder(load_processor(folder), DataConfig(min_pixels=1024, max_pixels=8192))
+
+
+@pytest.fixture
+def samples(encoder, tmp_path):
+    return samples_for(queries_of_every_kind(tmp_path), encoder, [5, 1, 9])
+
+
+def choices(policy, batch):
+    """[T, layers, k]: the experts that the policy takes for the row's tokens, 0 in layers without."""
+    taken = torch.zeros(batch.tokens, 3, 2, dtype=torch.int16)
+
+    def note(number, router, made):
+        taken[:, number] = (made[2] if router.real is None else made[2][router.real]).short()
+
+    hooks = [
+        router.register_forward_hook(lambda router, _, made, number=number: note(number, router, made))
+        for number, router in policy.routers.items()
+    ]
+    policy(batch)
+    for hook in hooks:
+        hook.remove()
+    return taken
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_router_is_transformers_own_but_for_the_rounding(dtype, folder):
+    """In fp32 to the bit; in bf16 the choice is the same, and weights are what transformers rounds."""
+    policy, plain = make(folder), load_model(folder, torch.float32)
+    plain.load_state_dict(policy.hf.state_dict())
+    ours, theirs = (m.model.language_model.layers[2].mlp.gate.to(dtype) for m in (policy.hf, plain))
+    hidden = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    (logits, weights, experts), expected = ours(hidden), theirs(hidden)
+    assert type(ours) is not type(theirs) and weights.dtype == torch.float32
+    for found, right in zip((logits, weights.to(dtype), experts), expected, strict=True):
+        assert torch.equal(found, right)
+    assert (weights.sum(1) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_replayed_choice_is_taken(checkpointing, kernel, folder, encoder, samples):
+    """Replaying the policy's own choices changes nothing, to the bit, in log-probs and gradients; with one token's
+    choice in one layer planted otherwise, the log-probs behind it change, and the router learns from that choice."""
+    policy = make(folder, attention=kernel, gradient_checkpointing=checkpointing)
+    (batch,), _ = packed(samples, encoder, policy)
+    own = choices(policy, batch)
+    assert all((own[:, number].max(1).values < 8).all() and own[:, number].any() for number in policy.routers)
+    logps, gradients = outcome(policy, batch)
+    again = outcome(policy, replace(batch, experts=own))
+    assert torch.equal(again[0], logps) and all(torch.equal(again[1][name], g) for name, g in gradients.items())
+    planted, spot = own.clone(), int(batch.source_index[2])  # a token of the first response
+    planted[spot, 0] = (own[spot, 0] + 1 + own[spot, 0].flip(0)) % 8
+    planted[spot, 0, 1] += planted[spot, 0, 0] == planted[spot, 0, 1]
+    found, moved = outcome(policy, replace(batch, experts=planted))
+    changed = (found - logps).abs() > 1e-4
+    assert changed.any() and not changed[:2].any() and not changed[5:].any()  # of 5 tokens the last three
+    name = "hf.model.language_model.layers.0.mlp.gate.weight"
+    assert not torch.equal(moved[name], gradients[name]) and moved[name].any()
+
+
+def test_a_row_takes_the_choices_of_its_samples(folder, encoder, samples):
+    """Each response has its own, and a prompt those of the latest policy that answered it."""
+    policy = make(folder)
+    rng = np.random.default_rng(0)
+    for number, sample in enumerate(samples):
+        shape = (sample.prompt_tokens + sample.completion.tokens - 1, 3, 2)
+        sample.completion.experts = rng.integers(0, 8, shape, dtype=np.uint8)
+        sample.policy_version = number % 3
+    (batch,), (bundles,) = packed(samples, encoder, policy)
+    expected = []
+    for bundle in bundles:
+        prompt = bundle.samples[0].prompt_tokens
+        expected.append(bundle.samples[2].completion.experts[:prompt])
+        expected += [sample.completion.experts[prompt:] for sample in bundle.samples]
+    assert batch.experts.dtype == torch.int16
+    assert np.array_equal(batch.experts.numpy(), np.concatenate(expected)) and len(batch.experts) == batch.tokens
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+def test_load_is_what_the_tokens_took(kernel, folder, encoder, samples):
+    """Every token counts once, with padding of the kernel's rows left out."""
+    policy = make(folder, attention=kernel)
+    (batch,), _ = packed(samples, encoder, policy)
+    taken = choices(policy, batch)
+    for number, router in policy.routers.items():
+        assert torch.equal(router.load, torch.bincount(taken[:, number].flatten().long(), minlength=8).float())
+
+
+def test_statistics_of_a_load():
+    """1 is an even share; an expert without a token is unused."""
+    found = load_statistics(torch.tensor([[2.0, 2.0, 2.0, 2.0], [6.0, 2.0, 0.0, 0.0]], dtype=torch.float64))
+    assert found == {"expert_load_max": 3.0, "expert_load_mean": 2.0, "experts_unused": 0.25}
+    assert load_statistics(torch.zeros(2, 4)) == {
+        "expert_load_max": 0.0,
+        "expert_load_mean": 0.0,
+        "experts_unused": 1.0,
+    }
