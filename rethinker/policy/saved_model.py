@@ -90,7 +90,10 @@ def save_weights(
         adapters: full, by peft's names; none without policy.lora.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(revert_weight_conversion(model, dict(weights)), folder, max_shard_size="50GB")
+    named = revert_weight_conversion(model, dict(weights))
+    # Experts are parts of one tensor in a model, and tensors of their own in a file, which refuses parts.
+    named = {name: w if w.nbytes == w.untyped_storage().nbytes() else w.clone() for name, w in named.items()}
+    save_torch_state_dict(named, folder, max_shard_size="50GB")
     if adapters:
         lora.save_weights(folder / lora.FOLDER, adapters)
 
