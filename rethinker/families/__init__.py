@@ -90,8 +90,12 @@ class Family:
         return model.model.language_model
 
     def routers(self, model: torch.nn.Module) -> dict[int, torch.nn.Module]:
-        """The modules that choose each token's experts, by the number of their decoder layer; see policy/experts.py."""
-        return {}
+        """The modules that choose each token's experts, by the number of their decoder layer; policy/experts.py's Router
+        takes their place. Some layers of a model may have no experts."""
+        blocks = (
+            (number, getattr(layer, "mlp", None)) for number, layer in enumerate(self.language_model(model).layers)
+        )
+        return {number: block.gate for number, block in blocks if hasattr(block, "experts")}
 
     def prepare(self, model: torch.nn.Module) -> None:
         """Change what of the model cannot read a packed row, in place; weights and their names stay."""

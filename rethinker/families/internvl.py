@@ -23,10 +23,6 @@ class InternVL(Family):
     TINY = ("qwen2", "qwen3", "qwen3_moe")
     PLACEHOLDERS = ("<IMG_CONTEXT>", "<img>", "</img>", "<video>", "<|im_start|>")
 
-    def routers(self, model: torch.nn.Module) -> dict[int, torch.nn.Module]:
-        layers = enumerate(self.language_model(model).layers)
-        return {number: layer.mlp.gate for number, layer in layers if hasattr(layer.mlp, "experts")}
-
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
         """See Family. The tile of the whole image is not counted."""
         tile = image_processor.size["height"] * image_processor.size["width"]
