@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
-    """A family's router: softmax over the experts, the k largest, their weights divided by their sum (unless the model's
-    norm_topk_prob is false). It is only ever the class of a module that was made as another, and has that one's `weight`
+    """A family's router: softmax over the experts, the k largest, their weights divided by their sum unless the model's
+    norm_topk_prob is false. It is only ever the class of a module that was made as another, and has that one's `weight`
     [E, D] and `top_k`.
 
     As in vLLM, logits have the model's type, and the softmax and the weights are fp32; transformers rounds the weights.
