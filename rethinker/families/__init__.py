@@ -90,8 +90,10 @@ class Family:
         return model.model.language_model
 
     def routers(self, model: torch.nn.Module) -> dict[int, torch.nn.Module]:
-        """The modules that choose each token's experts, by the number of their decoder layer; see policy/experts.py."""
-        return {}
+        """The modules that choose each token's experts, by the number of their decoder layer, of the layers that have
+        experts; policy/experts.py's Router takes their place."""
+        blocks = [getattr(layer, "mlp", None) for layer in self.language_model(model).layers]
+        return {number: block.gate for number, block in enumerate(blocks) if hasattr(block, "experts")}
 
     def prepare(self, model: torch.nn.Module) -> None:
         """Change what of the model cannot read a packed row, in place; weights and their names stay."""

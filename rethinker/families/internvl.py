@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text, tiny_tokenizer
+from rethinker.families.qwen3_vl_moe import tiny_experts
 
 
 class InternVL(Family):
@@ -19,7 +20,7 @@ class InternVL(Family):
     """
 
     PROCESSOR = "InternVLProcessor"
-    TINY = ("qwen2", "qwen3")
+    TINY = ("qwen2", "qwen3", "qwen3_moe")
     PLACEHOLDERS = ("<IMG_CONTEXT>", "<img>", "</img>", "<video>", "<|im_start|>")
 
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
@@ -52,7 +53,7 @@ class InternVL(Family):
         return {"pixel_values": torch.empty(tiles, *self.blank(model)["pixel_values"].shape[1:], device="meta")}
 
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN, kind: str = "qwen2") -> tuple[type, Any, Any]:
-        """See Family. InternVL3's language model is Qwen2, InternVL3.5's is Qwen3."""
+        """See Family. InternVL3's language model is Qwen2, InternVL3.5's is Qwen3 or Qwen3-MoE."""
         from transformers import (
             GotOcr2ImageProcessor,
             InternVLConfig,
@@ -70,8 +71,11 @@ class InternVL(Family):
         tokenizer = tiny_tokenizer(tokenizer, names)
         side = SIDE // 2
         size, tokens = {"height": side, "width": side}, (side // PATCH) ** 2 // 4
+        text = tiny_text(tokenizer, hidden, model_type=kind, head_dim=hidden // 2, tie_word_embeddings=False)
+        if kind == "qwen3_moe":
+            text |= tiny_experts(hidden)
         config = InternVLConfig(
-            text_config=tiny_text(tokenizer, hidden, model_type=kind, head_dim=hidden // 2, tie_word_embeddings=False),
+            text_config=text,
             vision_config={
                 "hidden_size": 32,
                 "intermediate_size": 64,

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from rethinker.families import HIDDEN, tiny_text
 from rethinker.families.qwen2_vl import tiny_ids
 from rethinker.families.qwen3_5 import Qwen3_5, tiny_linear
 from rethinker.families.qwen3_vl import tiny_qwen3_processor, tiny_vision
-from rethinker.families.qwen3_vl_moe import routers_of, tiny_experts
+from rethinker.families.qwen3_vl_moe import tiny_experts
 
 
 class Qwen3_5Moe(Qwen3_5):
     """See Family."""
-
-    def routers(self, model: torch.nn.Module) -> dict[int, torch.nn.Module]:
-        return routers_of(self.language_model(model))
 
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN) -> tuple[type, Any, Any]:
         """See Family. Its layers are those of the dense model's tiny one, each with experts."""

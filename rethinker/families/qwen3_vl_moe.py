@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightConverter
 
@@ -15,9 +14,6 @@ from rethinker.families.qwen3_vl import TINY_ROPE, Qwen3VL, tiny_qwen3_processor
 
 class Qwen3VLMoe(Qwen3VL):
     """See Family. Its processor is Qwen3-VL's."""
-
-    def routers(self, model: torch.nn.Module) -> dict[int, torch.nn.Module]:
-        return routers_of(self.language_model(model))
 
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN) -> tuple[type, Any, Any]:
         """See Family. Its second layer is dense, and its experts' sizes differ from the hidden one: nothing is square
@@ -32,12 +28,6 @@ class Qwen3VLMoe(Qwen3VL):
             **tiny_ids(tokenizer),
         )
         return Qwen3VLMoeForConditionalGeneration, config, tiny_qwen3_processor(tokenizer)
-
-
-def routers_of(language_model: torch.nn.Module) -> dict[int, torch.nn.Module]:
-    """Family.routers of a Qwen, some of whose layers may be dense."""
-    layers = enumerate(language_model.layers)
-    return {number: layer.mlp.gate for number, layer in layers if hasattr(layer.mlp, "experts")}
 
 
 def tiny_experts(hidden: int) -> dict[str, Any]:

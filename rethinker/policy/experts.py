@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
-    """A family's router: softmax over the experts, the k largest, their weights divided by their sum. It is only ever
-    the class of a module that was made as another, and has that one's `weight` [E, D] and `top_k`.
+    """A family's router: softmax over the experts, the k largest, their weights divided by their sum unless the model's
+    norm_topk_prob is false. It is only ever the class of a module that was made as another, and has that one's `weight`
+    [E, D] and `top_k`.
 
     As in vLLM, logits have the model's type, and the softmax and the weights are fp32; transformers rounds the weights.
     """
@@ -36,7 +37,9 @@ class Router(nn.Module):
         counted = (experts if self.real is None else experts.index_select(0, self.real)).flatten()
         # Not bincount: it would ask the device for the largest number.
         self.load = probabilities.new_zeros(len(self.weight)).scatter_add_(0, counted, weights.new_ones(len(counted)))
-        return logits, weights / weights.sum(-1, keepdim=True), experts
+        if getattr(self, "norm_topk_prob", True):
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights, experts
 
 
 def load_statistics(load: Tensor) -> dict[str, float]:

@@ -91,10 +91,8 @@ def save_weights(
     """
     folder.mkdir(parents=True, exist_ok=True)
     named = revert_weight_conversion(model, dict(weights))
-    # Parts of one tensor, as the experts of a layer where a file names each of them, are no tensors for safetensors.
-    named = {
-        name: part.clone() if part.untyped_storage().nbytes() > part.nbytes else part for name, part in named.items()
-    }
+    # Experts are parts of one tensor in a model, and tensors of their own in a file, which refuses parts.
+    named = {name: w if w.nbytes == w.untyped_storage().nbytes() else w.clone() for name, w in named.items()}
     save_torch_state_dict(named, folder, max_shard_size="50GB")
     if adapters:
         lora.save_weights(folder / lora.FOLDER, adapters)

@@ -22,7 +22,8 @@ def test_a_step_of_two_ranks_is_that_of_one(folder, tmp_path, cell):
         forked.run(partial(ranks_step.main, *arguments), tmp_path / f"{ranks}.log", ranks)
         found[ranks] = torch.load(output, weights_only=False)
     one, two = found[1], found[2]
-    assert not one["whole"] | two["whole"]  # or a layer's weights would come together
+    # Or a layer's weights would come together; DeepSpeed itself gathers the experts that it knows so.
+    assert not (one["whole"] | two["whole"]) - {"Qwen3MoeSparseMoeBlock"}
     for key in ("loss", "grad_norm", "entropy"):
         assert two["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-5), key
     least = 1e-3 * one["metrics"]["grad_norm"]  # a key's bias has none where every query sees all keys: rounding alone

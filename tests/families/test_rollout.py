@@ -5,15 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
+from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder as GDNBuilder
+from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadataBuilder as ShortConvBuilder
 
 from rethinker.config import Config, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.episode import MismatchError, check_mismatch
 from rethinker.policy.model import Policy, load_model, load_processor
 from rethinker.policy.packing import pack
+from rethinker.rollout import vllm_engine
 from rethinker.rollout.engine import make_engine
+from rethinker.rollout.vllm_settings import engine_arguments
 from rethinker.samples import Bundle, Prompt, Query, Sample
 from tests.data.image_kinds import noise, oriented, tagged
+from tests.families.tiny_models import create
 from tests.policy.helpers import late_image, queries_of_every_kind
 from tests.rollout.helpers import rollout_config
 
@@ -53,7 +58,7 @@ class Setting:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in (parameter for module in parts[part] for parameter in module.parameters()):
-                parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
 
     def error(self, seed: int) -> float:
         """Largest difference between behaviour log-probs and the policy's packed forward, in nats."""
@@ -124,3 +129,29 @@ def test_transformers_rollouts_agree_too(folder, tmp_path):
     hf.engine.sync(Weights(hf.policy), 1)
     errors.append(hf.error(seed=1))
     assert max(errors) < TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "builder"), [("qwen3_5", GDNBuilder), ("lfm2_vl", ShortConvBuilder)])
+def test_a_prompt_that_is_read_in_parts_goes_on_from_its_state(family, builder, tmp_path, monkeypatch):
+    """Law 1 of recurrent layers where vLLM computes a prompt in several steps, beside others."""
+    monkeypatch.setattr(vllm_engine, "engine_arguments", in_parts)
+    setting = Setting(create(family, tmp_path / "model"), tmp_path, "vllm")
+    begun, build = [], builder.build
+
+    def record(self, *given, **named):
+        made = build(self, *given, **named)
+        states = getattr(made, "has_initial_state", getattr(made, "has_initial_states_p", None))
+        begun.extend([] if states is None else states.tolist())
+        return made
+
+    monkeypatch.setattr(builder, "build", record)
+    setting.queries = [Query(f"{n}", "what is two and two, and what is three? " * n, "4") for n in (1, 5, 9)]
+    setting.prompts = [setting.encoder.encode(query) for query in setting.queries]
+    assert setting.error(seed=0) < TOLERANCE
+    assert any(begun)
+    setting.engine.close()
+
+
+def in_parts(*given, **named):
+    """An engine's arguments, and no more than 64 tokens in a step."""
+    return engine_arguments(*given, **named) | {"max_num_batched_tokens": 64, "max_num_seqs": 8}

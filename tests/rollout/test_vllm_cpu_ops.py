@@ -138,8 +138,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 print(*(layer.__name__ for layer in op_registry_oot.values()), AttentionBackendEnum.CPU_ATTN.get_path())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    layers = ["KernelRMSNorm", "InPlaceSiluAndMul", "KernelMRotaryEmbedding"]
-    assert done.stdout.split()[-4:] == [*layers, f"{vllm.__name__}.SmallBlockAttention"]
+    layers = ["KernelRMSNorm", "InPlaceSiluAndMul", "EveryHeadRotaryEmbedding", "KernelMRotaryEmbedding"]
+    assert done.stdout.split()[-6:] == [
+        "AnyGatedDeltaNetAttention",
+        *layers,
+        f"{vllm.__name__}.SmallBlockAttention",
+    ]
 
 
 @pytest.mark.parametrize(
