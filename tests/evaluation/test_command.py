@@ -15,6 +15,7 @@ from rethinker.config import ConfigError
 from rethinker.evaluation import command
 from rethinker.evaluation.command import find_checkpoint, parse
 from rethinker.evaluation.settings import eval_config, run_settings
+from rethinker.families import SUPPORTED
 
 SMALL = ["--data.min_pixels", "4096", "--data.max_pixels", "4096", "--rollout.max_new_tokens", "12"]
 SMALL += ["--rollout.kv_cache_gb", "0.25", "--policy.dtype", "float32"]
@@ -108,9 +109,9 @@ def test_mistakes_about_a_checkpoint_and_settings(checkpoint, capsys, tmp_path, 
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llama"}')
-    assert "checkpoint other is a 'llama' model; supported: internvl" in error_of("other")
+    assert "checkpoint other is a 'llama' model; supported: " + SUPPORTED in error_of("other")
     (other / "model.safetensors").write_bytes(b"x" * 20)
-    assert "checkpoint ./other is a 'llama' model; supported: internvl" in error_of("./other")
+    assert "checkpoint ./other is a 'llama' model; supported: " + SUPPORTED in error_of("./other")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").touch()
     assert "--output taken holds files already" in error_of(here, "--output", "taken")

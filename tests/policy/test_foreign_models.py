@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import rethinker
 from rethinker.config import ConfigError
 from rethinker.embedded.tiny import create_tiny
+from rethinker.families import SUPPORTED
 from rethinker.model_folder import check_model_folder
 from rethinker.policy.model import load_model, load_processor
 from rethinker.settings import load_config
@@ -190,8 +191,8 @@ def index_of_numbers(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_bytes(b"\xff{}"), "config.json is damaged"),
         (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json is damaged"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged"),
-        (lambda folder: change_config(folder, model_type="llama"), "is a 'llama' model; supported: internvl"),
-        (lambda folder: change_config(folder, model_type=["a"]), "supported: internvl"),
+        (lambda folder: change_config(folder, model_type="llama"), "is a 'llama' model; supported: " + SUPPORTED),
+        (lambda folder: change_config(folder, model_type=["a"]), "supported: " + SUPPORTED),
     ],
 )
 def test_damaged_folders_are_refused_before_anything_is_loaded(folder, damage, message):
