@@ -154,8 +154,9 @@ def test_an_old_checkpoint_is_read_and_written_back_to_the_bit(tmp_path, rank):
         assert not new.get("progress", {}).pop("unvalidated", False)  # nor whether a validation was broken off
         for accuracy in ("before", "after", "best") if "progress" in new else ():  # nor which questions were right
             assert new["progress"][accuracy].pop("right") == new["progress"][accuracy].pop("asked") == ""
-        if "samples" in new:  # nor did it mask tokens
+        if "samples" in new:  # nor did it mask tokens, or have experts
             assert not any(new["samples"].pop("ranked")) and not len(new["samples"].pop("kept"))
+            assert set(new["samples"].pop("experts")) == {None}
         assert repr(new) == repr(old)
 
 
