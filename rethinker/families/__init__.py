@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 HIDDEN, PATCH, SIDE = 64, 8, 64
 """Of tiny models: hidden size of the language model, side of a patch, and of the largest image in training."""
+STRIP = 16
+"""Image tokens from top to bottom of the image that stands for all of a planned micro-batch's, if any size will do."""
 FAMILIES = sorted(module.name for module in pkgutil.iter_modules(__path__))
 SUPPORTED = ", ".join(FAMILIES)
 
@@ -125,8 +127,16 @@ class Family:
         raise NotImplementedError
 
     def blank(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """image_inputs of the smallest image: a rank without images runs it, to keep ZeRO-3's collectives in step."""
-        raise NotImplementedError
+        """image_inputs of the smallest image: a rank without images runs it, to keep ZeRO-3's collectives in step.
+
+        By default an image, or a tile of one, of the vision tower's own size.
+        """
+        import torch
+
+        vision = model.config.vision_config
+        size = vision.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return {"pixel_values": torch.zeros(1, vision.num_channels, height, width)}
 
     def image_tokens(self, config: Any, pixels: int) -> int:
         """Tokens of an image of so many pixels, from the model's config; what `rethinker plan` counts."""
@@ -134,7 +144,10 @@ class Family:
 
     def planned(self, model: torch.nn.Module, tokens: int) -> dict[str, torch.Tensor]:
         """image_inputs of at least so many image tokens, their pixels without data (device "meta")."""
-        raise NotImplementedError
+        import torch
+
+        count = -(-tokens // self.image_tokens(model.config, 0))
+        return {"pixel_values": torch.empty(count, *self.blank(model)["pixel_values"].shape[1:], device="meta")}
 
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN, kind: str = "") -> tuple[type, Any, Any]:
         """A tiny random model for tests: class, config and processor, around embedded/tokenizer.py's tokenizer.

@@ -62,17 +62,8 @@ class Gemma3(Family):
     def features(self, model: torch.nn.Module, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         return [model.model.get_image_features(image_inputs["pixel_values"]).pooler_output.flatten(0, 1)]
 
-    def blank(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """See Family: one image."""
-        vision = model.config.vision_config
-        return {"pixel_values": torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)}
-
     def image_tokens(self, config: Any, pixels: int) -> int:
         return config.mm_tokens_per_image
-
-    def planned(self, model: torch.nn.Module, tokens: int) -> dict[str, torch.Tensor]:
-        images = -(-tokens // model.config.mm_tokens_per_image)
-        return {"pixel_values": torch.empty(images, *self.blank(model)["pixel_values"].shape[1:], device="meta")}
 
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN) -> tuple[type, Any, Any]:
         """See Family. Its tokenizer is one of Gemma's kind, which learns from what the other has learned."""

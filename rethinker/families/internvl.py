@@ -37,20 +37,11 @@ class InternVL(Family):
     def features(self, model: torch.nn.Module, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         return [model.model.get_image_features(image_inputs["pixel_values"]).pooler_output.flatten(0, 1)]
 
-    def blank(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """See Family: one tile."""
-        vision = model.config.vision_config
-        return {"pixel_values": torch.zeros(1, vision.num_channels, *vision.image_size)}
-
     def image_tokens(self, config: Any, pixels: int) -> int:
         """See Family: of its tiles and, if there are several, one of the whole."""
         height, width = config.vision_config.image_size
         tiles = max(1, pixels // (height * width))
         return (tiles + (tiles > 1)) * config.image_seq_length
-
-    def planned(self, model: torch.nn.Module, tokens: int) -> dict[str, torch.Tensor]:
-        tiles = -(-tokens // model.config.image_seq_length)
-        return {"pixel_values": torch.empty(tiles, *self.blank(model)["pixel_values"].shape[1:], device="meta")}
 
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN, kind: str = "qwen2") -> tuple[type, Any, Any]:
         """See Family. InternVL3's language model is Qwen2, InternVL3.5's is Qwen3 or Qwen3-MoE."""
@@ -73,7 +64,7 @@ class InternVL(Family):
         size, tokens = {"height": side, "width": side}, (side // PATCH) ** 2 // 4
         text = tiny_text(tokenizer, hidden, model_type=kind, head_dim=hidden // 2, tie_word_embeddings=False)
         if kind == "qwen3_moe":
-            text |= tiny_experts(hidden)
+            text |= tiny_experts(hidden) | {"norm_topk_prob": False}
         config = InternVLConfig(
             text_config=text,
             vision_config={

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text
+from rethinker.families import HIDDEN, PATCH, SIDE, STRIP, Family, tiny_text
 from rethinker.families.internvl import tiny_template
 from rethinker_kernels.devices import to_device
 
-_STRIP = 16  # image tokens from top to bottom of the view that stands for all of a planned micro-batch's
 _SIZES = ("downsample_factor", "encoder_patch_size", "max_image_tokens")
 _TILE, _MOST_TILES = 512, 10  # of the published models
 
@@ -121,7 +120,7 @@ class LFM2VL(Family):
         return view + tiles * (tile // token) * (tiles > 1)
 
     def planned(self, model: torch.nn.Module, tokens: int) -> dict[str, torch.Tensor]:
-        high = min(_STRIP, tokens)
+        high = min(STRIP, tokens)
         return self._view(model, high, -(-tokens // high), "meta")
 
     @staticmethod

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 
 from rethinker.config import ConfigError
-from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text, tiny_tokenizer
+from rethinker.families import HIDDEN, PATCH, SIDE, STRIP, Family, tiny_text, tiny_tokenizer
 from rethinker_kernels.devices import to_device
-
-_STRIP = 16  # image tokens from top to bottom of the image that stands for all of a micro-batch's
 
 
 class Mistral3(Family):
@@ -57,7 +55,10 @@ class Mistral3(Family):
         return {"pixel_values": torch.cat(pixels), "image_sizes": sizes}
 
     def prepare(self, model: torch.nn.Module) -> None:
-        """See Family. Of the vision tower's layers, only the last one's features are handed on."""
+        """See Family. Of the vision tower's layers, only the last one's features are handed on; every token sees all
+        before it."""
+        if (window := model.config.get_text_config().sliding_window) is not None:
+            raise ConfigError(f"policy.model: its text_config.sliding_window is {window}; only null is supported")
         if model.config.vision_feature_layer != -1:
             raise ConfigError(
                 f"policy.model: its vision_feature_layer is {model.config.vision_feature_layer}; only -1 is supported"
@@ -96,7 +97,7 @@ class Mistral3(Family):
         return max(1, isqrt(pixels) // _token_side(config)) ** 2
 
     def planned(self, model: torch.nn.Module, tokens: int) -> dict[str, torch.Tensor]:
-        high, side = min(_STRIP, tokens), _token_side(model.config)
+        high, side = min(STRIP, tokens), _token_side(model.config)
         sizes = torch.tensor([[high * side, -(-tokens // high) * side]])
         channels = model.config.vision_config.num_channels
         return {"pixel_values": torch.empty(int(sizes.prod()), channels, device="meta"), "image_sizes": sizes}

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text
+from rethinker.families import HIDDEN, PATCH, SIDE, STRIP, Family, tiny_text
 from rethinker_kernels.devices import to_device
 
-LONGEST_STRIP = 200  # times as long as wide: what transformers' smart_resize takes
-_STRIP = 16  # image tokens from top to bottom of the image that stands for all of a planned micro-batch's
+LONGESTSTRIP = 200  # times as long as wide: what transformers' smart_resize takes
 
 
 class Qwen2VL(Family):
-    """See Family. An image that is more than LONGEST_STRIP times as long as wide raises ValueError."""
+    """See Family. An image that is more than LONGESTSTRIP times as long as wide raises ValueError."""
 
     PROCESSOR = "Qwen2VLProcessor"
     PLACEHOLDERS = (
@@ -47,7 +46,7 @@ class Qwen2VL(Family):
         # Only if the processor will leave the reduced image alone; it may not where the limits are close together, and
         # it refuses a strip that rounding to whole patches has made too long.
         short, long = sorted(small.shape[1:])
-        if not limits.shortest_edge <= copies * short * long <= limits.longest_edge or long > LONGEST_STRIP * short:
+        if not limits.shortest_edge <= copies * short * long <= limits.longest_edge or long > LONGESTSTRIP * short:
             return image
         return Image.fromarray(small.permute(1, 2, 0).contiguous().numpy())
 
@@ -102,7 +101,7 @@ class Qwen2VL(Family):
 
     def planned(self, model: torch.nn.Module, tokens: int) -> dict[str, torch.Tensor]:
         blank = self.blank(model)
-        high = min(_STRIP, tokens)
+        high = min(STRIP, tokens)
         wide = -(-tokens // high)
         patches, width = blank["pixel_values"].shape
         grid = blank["image_grid_thw"] * torch.tensor([1, high, wide])

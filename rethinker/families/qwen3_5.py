@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from rethinker.config import ConfigError
 from rethinker.families import HIDDEN, tiny_text
 from rethinker.families.qwen2_vl import tiny_ids
 from rethinker.families.qwen3_vl import Qwen3VL, tiny_qwen3_processor, tiny_vision
@@ -19,6 +20,12 @@ class Qwen3_5(Qwen3VL):
     """See Family."""
 
     def prepare(self, model: torch.nn.Module) -> None:
+        text = model.config.get_text_config()
+        if text.linear_num_value_heads % text.linear_num_key_heads:
+            raise ConfigError(
+                f"policy.model: its linear_num_value_heads={text.linear_num_value_heads} is no multiple of "
+                f"linear_num_key_heads={text.linear_num_key_heads}; correct its config.json"
+            )
         for layer in self.language_model(model).layers:
             if hasattr(layer, "linear_attn"):
                 layer.linear_attn.forward = MethodType(gated_delta_net, layer.linear_attn)

@@ -68,19 +68,10 @@ class SmolVLM(Family):
         hidden = tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
         return [model.model.connector(tower.post_layernorm(hidden)).flatten(0, 1)]
 
-    def blank(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """See Family: one tile."""
-        vision = model.config.vision_config
-        return {"pixel_values": torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)}
-
     def image_tokens(self, config: Any, pixels: int) -> int:
         """See Family: of its tiles and, if there are several, one of the whole."""
         tiles = max(1, isqrt(pixels) // config.vision_config.image_size) ** 2
         return (tiles + (tiles > 1)) * _tile_tokens(config)
-
-    def planned(self, model: torch.nn.Module, tokens: int) -> dict[str, torch.Tensor]:
-        tiles = -(-tokens // _tile_tokens(model.config))
-        return {"pixel_values": torch.empty(tiles, *self.blank(model)["pixel_values"].shape[1:], device="meta")}
 
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN) -> tuple[type, Any, Any]:
         from transformers import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rethinker.config import Config, ConfigError
+from rethinker.config import Config, ConfigError, one_line
 from rethinker.plan import memory
 from rethinker.plan.memory import GIB, VLLM_WEIGHTS, Budget, Rollout, total
 from rethinker.plan.model import Shape, shape_of
@@ -111,7 +111,13 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         )
     batches = batches_of(config, shape, ranks)
     state, offloaded = memory.training_state(config, shape, ranks, on_gpu)
-    step = memory.step_peak(config, shape, batches.largest, ranks, on_gpu)
+    try:
+        step = memory.step_peak(config, shape, batches.largest, ranks, on_gpu)
+    except RuntimeError as error:  # of parts whose sizes do not fit
+        raise ConfigError(
+            f"policy.model={config.policy.model}: a step of the model that its config.json describes cannot be "
+            f"computed: {one_line(error)}"
+        ) from error
     rollout = memory.rollout_of(config, shape, ranks, machine.gpu_memory if on_gpu else None)
     sync = memory.sync_peak(shape) if rollout.budget else {}
     b, keep = shape.weight_bytes, config.checkpoint.keep

@@ -113,7 +113,9 @@ def config_of(model: str) -> Any:
         return tiny._config(tiny.DEFAULT_SIZE, train_tokenizer((), merges=tiny.DEFAULT_SIZE.merges), True)
     try:
         return AutoConfig.from_pretrained(str(Path(model).expanduser()), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # a file may hold anything
         raise ConfigError(
             f"policy.model={model}: no config.json could be read; where the hub cannot be reached, give a folder that "
             f"holds it (elsewhere: hf download NAME config.json --local-dir FOLDER): {one_line(error, longest=150)}"

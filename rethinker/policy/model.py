@@ -88,6 +88,11 @@ class Policy(nn.Module):
         self.family.prepare(model)
         self.routers = self.family.routers(model)  # by the number of their layer
         for router in self.routers.values():
+            if router.top_k > router.num_experts:
+                raise ConfigError(
+                    f"policy.model: its num_experts_per_tok={router.top_k} is more than its "
+                    f"num_experts={router.num_experts}; correct its config.json"
+                )
             router.__class__ = Router
         if config.compile:
             compile_layers(self.family.language_model(model))

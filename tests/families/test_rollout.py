@@ -21,6 +21,7 @@ from tests.data.image_kinds import noise, oriented, tagged
 from tests.families.tiny_models import create
 from tests.policy.helpers import late_image, queries_of_every_kind
 from tests.rollout.helpers import rollout_config
+from tests.rollout.served import Served
 
 TOLERANCE = 1e-5  # nats, law 1
 PLAIN = {"n": 2, "max_new_tokens": 12, "temperature": 1.0}
@@ -150,6 +151,25 @@ def test_a_prompt_that_is_read_in_parts_goes_on_from_its_state(family, builder, 
     assert setting.error(seed=0) < TOLERANCE
     assert any(begun)
     setting.engine.close()
+
+
+def test_a_server_has_recurrent_layers(tmp_path):
+    """Law 1 of linear attention on a vLLM server, which reads prompts whole on a CPU, before and after a sync."""
+    folder = create("qwen3_5", tmp_path / "model")
+    config = rollout_config()
+    config.data.min_pixels, config.data.max_pixels = 1024, 8192
+    served = Served(folder, tmp_path / "log", config)
+    try:
+        setting = Setting(folder, tmp_path, "server", servers=[served.address()])
+        setting.engine.sync(Weights(setting.policy), 0)
+        errors = [setting.error(seed=0)]
+        setting.perturb(seed=1)
+        setting.engine.sync(Weights(setting.policy), 1)
+        errors.append(setting.error(seed=1))
+        setting.engine.close()
+    finally:
+        served.close()
+    assert max(errors) < TOLERANCE
 
 
 def in_parts(*given, **named):

@@ -10,7 +10,7 @@ import torch
 
 from rethinker.config import DataConfig
 from rethinker.data.prompts import PromptEncoder
-from rethinker.policy.experts import load_statistics
+from rethinker.policy.experts import Router, load_statistics
 from rethinker.policy.model import load_model, load_processor
 from tests.families.tiny_models import create
 from tests.policy.helpers import queries_of_every_kind, samples_for
@@ -84,6 +84,24 @@ def test_a_replayed_choice_is_taken(checkpointing, kernel, folder, encoder, samp
     assert changed.any() and not changed[:2].any() and not changed[5:].any()  # of 5 tokens the last three
     name = "hf.model.language_model.layers.0.mlp.gate.weight"
     assert not torch.equal(moved[name], gradients[name]) and moved[name].any()
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("replayed", [True, False])
+def test_weights_are_those_of_the_experts_that_are_taken(replayed, normalized):
+    """The softmax over all experts at the ones taken, divided by its sum there if the model says so."""
+    generator = torch.Generator().manual_seed(0)
+    router, hidden = Router(), torch.randn(5, 6, generator=generator)
+    router.weight, router.top_k = torch.nn.Parameter(torch.randn(8, 6, generator=generator)), 2
+    router.norm_topk_prob = normalized
+    probabilities = (hidden @ router.weight.T).softmax(-1)
+    taken = probabilities.topk(2).indices
+    if replayed:
+        taken = router.chosen = (taken + 3) % 8
+    expected = probabilities.gather(1, taken)
+    _, weights, experts = router(hidden)
+    assert torch.equal(experts, taken)
+    torch.testing.assert_close(weights, expected / expected.sum(-1, keepdim=True) if normalized else expected)
 
 
 def test_a_row_takes_the_choices_of_its_samples(folder, encoder, samples):

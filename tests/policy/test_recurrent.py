@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -89,6 +89,7 @@ prompts = st.lists(st.tuples(st.integers(1, 90), st.lists(st.integers(1, 70), ma
 @pytest.mark.parametrize("padded", [True, False])
 @settings(max_examples=25)
 @given(lengths=prompts)
+@example(lengths=[(40, [3]), (1, [4]), (2, [1, 5])])  # a short prompt behind a long one
 def test_every_response_goes_on_from_its_own_prompt(padded, lengths):
     """Outputs and gradients equal those of every sequence by itself to fp64 rounding: prompts shorter than the
     convolution, prompts without responses, runs of many chunks; padded, and by bounds as on a GPU."""
