@@ -385,5 +385,5 @@ def _metrics(of: dict[str, float], load: torch.Tensor, grad_norm: float, rate: f
         "train_tokens": of["processed"],
         "supervised_loss": of["supervised_loss"],
         "skipped": float(not (math.isfinite(grad_norm) and math.isfinite(of["loss"]))),
-        **(load_statistics(load) if len(load) else {}),
+        **load_statistics(load),
     }

@@ -43,11 +43,13 @@ class Router(nn.Module):
 
 
 def load_statistics(load: Tensor) -> dict[str, float]:
-    """What a step logs of its experts' load.
+    """What a step logs of its experts' load; nothing of a step that computed nothing.
 
     Args:
         load: [layers, E], tokens that each expert got, on the host.
     """
+    if not load.any():
+        return {}
     share = load / load.mean(dim=1, keepdim=True).clamp(min=1e-9)  # 1: an even share
     return {
         "expert_load_max": share.amax().item(),

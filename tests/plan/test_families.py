@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ from rethinker.config import ConfigError, DataConfig, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.families import SUPPORTED, Family, family_of
 from rethinker.plan.build import Machine, make_plan
-from rethinker.plan.memory import GIB
+from rethinker.plan.memory import GIB, rollout_of
 from rethinker.plan.model import shape_of
 from rethinker.plan.step import Count, MicroBatch, count_step
 from rethinker.policy.model import load_model, load_processor
@@ -112,6 +114,43 @@ def test_a_sequences_state_is_vllms(family, tmp_path):
     shapes = ModelRegistry.models[name].load_model_cls().get_mamba_state_shape_from_config(asked)
     layers = sum(kind not in ("full_attention", "sliding_attention") for kind in text.layer_types)
     assert family_of(family).state(text, size=4) == 4 * layers * sum(map(math.prod, shapes)) > 0
+
+
+def test_a_state_takes_room_beside_keys_and_values(tmp_path, monkeypatch):
+    """Fewer sequences fit a cache if recurrent layers keep a state of each; keys are those of full attention alone."""
+    config = resolve_config("easy_vqa_cpu", {"policy.model": str(create("qwen3_5", tmp_path))})
+    shape = shape_of(config.policy)
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    found = rollout_of(config, shape, 1, None)
+    token = 2 * 1 * shape.text.head_dim * 4  # one of three layers, one key head
+    assert found.cache_tokens == config.rollout.kv_cache_gb * GIB / token
+    monkeypatch.setattr(type(shape.policy.family), "state", lambda *_: found.cache_tokens * token / 2)
+    assert rollout_of(config, shape, 1, None).waves > found.waves
+    monkeypatch.setattr(type(shape.policy.family), "state", lambda *_: found.cache_tokens * token + longest)
+    assert rollout_of(config, shape, 1, None).waves == 0
+
+
+REFUSED = {
+    ("mistral3", "sliding_window"): (24, "text_config.sliding_window is 24"),
+    ("qwen3_5", "linear_num_value_heads"): (3, "linear_num_value_heads=3 is no multiple of linear_num_key_heads=2"),
+    ("qwen3_5", "layer_types"): (["foo", "full_attention", "foo"], "no config.json could be read"),
+    ("qwen3_vl_moe", "num_experts_per_tok"): (99, "num_experts_per_tok=99 is more than its num_experts=8"),
+    ("qwen3_vl", "hidden_size"): (96, "a step of the model that its config.json describes cannot be computed"),
+}
+
+
+@pytest.mark.parametrize(("family", "entry"), REFUSED)
+def test_a_config_that_cannot_be_computed(family, entry, tmp_path):
+    """It is one line that names what to correct."""
+    value, message = REFUSED[family, entry]
+    file = create(family, tmp_path) / "config.json"
+    content = json.loads(file.read_text())
+    content["text_config"] |= {entry: value} | ({"linear_num_key_heads": 2} if entry.startswith("linear") else {})
+    file.write_text(json.dumps(content))
+    config = resolve_config("easy_vqa_cpu", {"policy.model": str(tmp_path)})
+    with pytest.raises(ConfigError, match=re.escape(message)) as refused:
+        make_plan(config, Machine(0, host_memory=64 * GIB))
+    assert "\n" not in str(refused.value)
 
 
 def test_a_model_of_no_family(tmp_path):
