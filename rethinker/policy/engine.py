@@ -137,7 +137,7 @@ class PolicyEngine:
         # Resumed adapters need the very weights that they were trained beside.
         self._base = lora.fingerprint(FullWeights(lora.base_parameters(model))) if self.adapters else None
 
-    def train_step(self, samples: list[Sample]) -> dict[str, float]:
+    def train_step(self, samples: list[Sample]) -> dict[str, float | None]:
         """One optimizer step on a global batch, of which samples without a gradient (`has_gradient`) are not computed.
 
         Args:
@@ -370,7 +370,7 @@ def learning_rate(step: int, total_steps: int, config: Config, budget_spent: flo
     return train.learning_rate * (floor + (1 - floor) * shape[train.schedule])
 
 
-def _metrics(of: dict[str, float], load: torch.Tensor, grad_norm: float, rate: float) -> dict[str, float]:
+def _metrics(of: dict[str, float], load: torch.Tensor, grad_norm: float, rate: float) -> dict[str, float | None]:
     """What `train_step` returns, from the sums over all ranks by their names in `_SUMS`, and the experts' load."""
     tokens = max(of["tokens"], 1.0)
     return {

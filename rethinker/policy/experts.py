@@ -42,14 +42,14 @@ class Router(nn.Module):
         return logits, weights, experts
 
 
-def load_statistics(load: Tensor) -> dict[str, float]:
-    """What a step logs of its experts' load; nothing of a step that computed nothing.
+def load_statistics(load: Tensor) -> dict[str, float | None]:
+    """What a step logs of its experts' load: None of each without experts, or in a step that computed nothing.
 
     Args:
         load: [layers, E], tokens that each expert got, on the host.
     """
     if not load.any():
-        return {}
+        return dict.fromkeys(("expert_load_max", "expert_load_mean", "experts_unused"))
     share = load / load.mean(dim=1, keepdim=True).clamp(min=1e-9)  # 1: an even share
     return {
         "expert_load_max": share.amax().item(),

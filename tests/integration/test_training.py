@@ -16,6 +16,7 @@ import torch
 import rethinker
 from rethinker.algorithm.corrections import METRICS as WEIGHTS
 from rethinker.embedded.tiny import create_tiny
+from rethinker.policy.experts import load_statistics
 from rethinker.policy.model import load_model, load_processor
 from rethinker.runtime.completions import read_completions
 from tests import forked
@@ -78,8 +79,9 @@ def test_metrics_have_the_documented_names(ssr):
     assert [row["step"] for row in ssr] == [1, 2, 3, 4] and [row["episode"] for row in ssr] == [0, 0, 1, 1]
     for row in ssr:
         assert set(row) == METRICS
-        assert all(row[name] is None for name in WEIGHTS)  # neither is on
-        numbers = [v for k, v in row.items() if k not in ("val_accuracy", "mfu", "advantage_histogram", *WEIGHTS)]
+        nothing = [*WEIGHTS, *load_statistics(torch.zeros(0, 0))]  # neither correction is on, and there are no experts
+        assert all(row[name] is None for name in nothing)
+        numbers = [v for k, v in row.items() if k not in ("val_accuracy", "mfu", "advantage_histogram", *nothing)]
         numbers = [n for v in numbers for n in (v.values() if isinstance(v, dict) else [v])]
         assert all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
         assert row["queries_by_category"] and sum(row["queries_by_category"].values()) == pytest.approx(1)
