@@ -15,6 +15,7 @@ COLUMNS = {
     "vLLM: nats": "test_logprobs_equal_the_policys_before_and_after_every_sync",
     "shared prompts: nats": "test_packed_forward_equals_per_sample_forward",
     "gradients": "test_packed_forward_equals_per_sample_forward",
+    "experts": "test_packed_forward_equals_per_sample_forward",
     "2 ranks": "test_a_step_of_two_ranks_is_that_of_one",
     "adapters a layer": "test_adapters_alone_have_gradients",
     "memory, planned": "test_a_forward_keeps_what_is_planned",

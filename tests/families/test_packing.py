@@ -42,6 +42,8 @@ def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, en
     assert gradient_error <= 1e-5
     cell("shared prompts: nats", logp_error)
     cell("gradients", gradient_error)
+    routers = policy.routers.values()
+    cell("experts", ", ".join({f"{router.top_k} of {router.num_experts}" for router in routers}) or "dense")
 
 
 @pytest.mark.parametrize(
