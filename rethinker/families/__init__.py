@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pkgutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -30,11 +31,11 @@ FAMILIES = sorted(module.name for module in pkgutil.iter_modules(__path__))
 SUPPORTED = ", ".join(FAMILIES)
 
 
-class Family:
+class Family(ABC):
     """What a family defines. P tokens of a prompt, N image tokens, D hidden size of the language model.
 
     `image_inputs` are the tensors of one or more images by the names that the model gives them, joined along their
-    first dimension. The methods that have a body are right for a model with plain positions.
+    first dimension. What is not abstract is right for a model with plain positions and tiles of one size.
     """
 
     PROCESSOR: str | tuple[str, ...]
@@ -56,13 +57,13 @@ class Family:
     SERVED: tuple[tuple[str, str], ...] = ()
     """How names of weights begin in transformers' model and, in its place, in checkpoints, which vLLM reads."""
 
+    @abstractmethod
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
         """The image processor's own settings for `data.min_pixels` and `data.max_pixels`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def image_ids(self, processor: Any, height: int, width: int) -> list[int]:
         """The tokens of an image in the prompt. Raises ValueError for a shape that the processor does not take."""
-        raise NotImplementedError
 
     def image_arguments(self, processor: Any) -> dict[str, Any]:
         """What the processor tells its image processor besides the images."""
@@ -97,7 +98,7 @@ class Family:
         blocks = [getattr(layer, "mlp", None) for layer in self.language_model(model).layers]
         return {number: block.gate for number, block in enumerate(blocks) if hasattr(block, "experts")}
 
-    def prepare(self, model: torch.nn.Module) -> None:
+    def prepare(self, model: torch.nn.Module) -> None:  # noqa: B027  # most models need no change
         """Change what of the model cannot read a packed row, in place; weights and their names stay."""
 
     def tail(self, text_config: Any) -> int | None:
@@ -122,9 +123,9 @@ class Family:
 
         return torch.arange(ids.shape[1])[None]
 
+    @abstractmethod
     def features(self, model: torch.nn.Module, image_inputs: dict) -> list[torch.Tensor]:
         """Image tokens [N, D], and what else is added to them after each of the first decoder layers, [N, D] each."""
-        raise NotImplementedError
 
     def blank(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """image_inputs of the smallest image: a rank without images runs it, to keep ZeRO-3's collectives in step.
@@ -138,9 +139,9 @@ class Family:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return {"pixel_values": torch.zeros(1, vision.num_channels, height, width)}
 
+    @abstractmethod
     def image_tokens(self, config: Any, pixels: int) -> int:
         """Tokens of an image of so many pixels, from the model's config; what `rethinker plan` counts."""
-        raise NotImplementedError
 
     def planned(self, model: torch.nn.Module, tokens: int) -> dict[str, torch.Tensor]:
         """image_inputs of at least so many image tokens, their pixels without data (device "meta")."""
@@ -149,6 +150,7 @@ class Family:
         count = -(-tokens // self.image_tokens(model.config, 0))
         return {"pixel_values": torch.empty(count, *self.blank(model)["pixel_values"].shape[1:], device="meta")}
 
+    @abstractmethod
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN, kind: str = "") -> tuple[type, Any, Any]:
         """A tiny random model for tests: class, config and processor, around embedded/tokenizer.py's tokenizer.
 
@@ -159,7 +161,6 @@ class Family:
             hidden: size of the language model.
             kind: one of TINY.
         """
-        raise NotImplementedError
 
 
 def family_of(model_type: str, named: str = "policy.model") -> Family:
@@ -229,3 +230,27 @@ def tiny_text(tokenizer: Any, hidden: int, **others: Any) -> dict[str, Any]:
         "pad_token_id": to_id("<|endoftext|>"),
         **others,
     }
+
+
+def tiny_tower(**others: Any) -> dict[str, Any]:
+    """The vision_config of a tiny model whose tower is a plain one, with or in place of its entries the `others`."""
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "patch_size": PATCH,
+        **others,
+    }
+
+
+def tiny_template(image: str) -> str:
+    """A chat template as Qwen2's, which writes `image` for an image."""
+    return (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        "{% if message['content'] is string %}{{ message['content'] }}"
+        "{% else %}{% for content in message['content'] %}"
+        "{% if content['type'] == 'image' %}" + image + "{% elif content['type'] == 'text' %}{{ content['text'] }}"
+        "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )

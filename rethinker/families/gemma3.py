@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rethinker.config import ConfigError
-from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text
+from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text, tiny_tower
 
 
 class Gemma3(Family):
@@ -81,15 +81,7 @@ class Gemma3(Family):
             text_config=tiny_text(
                 tokenizer, hidden, num_hidden_layers=4, head_dim=32, query_pre_attn_scalar=32, **windows
             ),
-            vision_config={
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 1,
-                "image_size": side,
-                "patch_size": PATCH,
-                "vision_use_head": False,
-            },
+            vision_config=tiny_tower(image_size=side, vision_use_head=False),
             mm_tokens_per_image=(side // PATCH) ** 2 // 4,
             boi_token_index=to_id("<start_of_image>"),
             eoi_token_index=to_id("<end_of_image>"),

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from rethinker.families import HIDDEN, PATCH, SIDE, tiny_text
-from rethinker.families.internvl import tiny_template
+from rethinker.families import HIDDEN, PATCH, SIDE, tiny_template, tiny_text
 from rethinker.families.qwen2_vl import Qwen2VL
-from rethinker_kernels.devices import to_device
 
 
 class GLM4V(Qwen2VL):
@@ -43,12 +41,9 @@ class GLM4V(Qwen2VL):
     def copies(self, image_processor: Any) -> int:
         return image_processor.temporal_patch_size
 
-    def features(self, model: torch.nn.Module, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """See Family. The tower looks the extents up on the device, but asks for none of them."""
-        visual, pixels, grid = model.model.visual, image_inputs["pixel_values"], image_inputs["image_grid_thw"].cpu()
-        made = self.arrangement(visual, grid) | {"grid_thw": grid}
-        made = {name: to_device(part, pixels.device) if torch.is_tensor(part) else part for name, part in made.items()}
-        return [visual(pixels.to(visual.dtype), **made).pooler_output]
+    def arrangement(self, visual: torch.nn.Module, grid: torch.Tensor) -> dict[str, Any]:
+        """See Qwen2VL. The tower looks the extents up on the device, but asks for none of them."""
+        return super().arrangement(visual, grid) | {"grid_thw": grid}
 
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN, kind: str = "") -> tuple[type, Any, Any]:
         """See Family. Half of a head turns; the one head is so wide that vLLM's kernel takes that half."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text, tiny_tokenizer
+from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_template, tiny_text, tiny_tokenizer, tiny_tower
 from rethinker.families.qwen3_vl_moe import tiny_experts
 
 
@@ -67,14 +67,7 @@ class InternVL(Family):
             text |= tiny_experts(hidden) | {"norm_topk_prob": False}
         config = InternVLConfig(
             text_config=text,
-            vision_config={
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 1,
-                "image_size": [side, side],
-                "patch_size": [PATCH, PATCH],
-            },
+            vision_config=tiny_tower(image_size=[side, side], patch_size=[PATCH, PATCH]),
             image_seq_length=tokens,
             image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
             tie_word_embeddings=False,
@@ -87,18 +80,6 @@ class InternVL(Family):
             chat_template=tiny_template("<IMG_CONTEXT>\n"),
         )
         return InternVLForConditionalGeneration, config, processor
-
-
-def tiny_template(image: str) -> str:
-    """A chat template as Qwen2's, which writes `image` for an image."""
-    return (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-        "{% if message['content'] is string %}{{ message['content'] }}"
-        "{% else %}{% for content in message['content'] %}"
-        "{% if content['type'] == 'image' %}" + image + "{% elif content['type'] == 'text' %}{{ content['text'] }}"
-        "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
 
 
 FAMILY = InternVL()

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from rethinker.families import HIDDEN, PATCH, SIDE, STRIP, Family, tiny_text
-from rethinker.families.internvl import tiny_template
+from rethinker.families import HIDDEN, PATCH, SIDE, STRIP, Family, tiny_template, tiny_text, tiny_tower
 from rethinker_kernels.devices import to_device
 
 _SIZES = ("downsample_factor", "encoder_patch_size", "max_image_tokens")
@@ -29,7 +28,7 @@ class LFM2VL(Family):
         "<|image_end|>",
         "<|img_thumbnail|>",
         "<|im_start|>",
-        *(f"<|img_row_{row}_col_{col}|>" for row in range(1, 11) for col in range(1, 11)),
+        *(f"<|img_row_{row + 1}_col_{col + 1}|>" for row in range(_MOST_TILES) for col in range(_MOST_TILES)),
     )
     IMAGE_INPUTS = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
     SERVED = (("model.vision_tower.", "model.vision_tower.vision_model."),)
@@ -147,15 +146,7 @@ class LFM2VL(Family):
         side = SIDE // 2
         config = Lfm2VlConfig(
             text_config=text,
-            vision_config={
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 1,
-                "num_patches": (side // PATCH) ** 2,
-                "patch_size": PATCH,
-                "vision_use_head": False,
-            },
+            vision_config=tiny_tower(num_patches=(side // PATCH) ** 2, vision_use_head=False),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
             projector_hidden_size=hidden,
             tile_size=side,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rethinker.config import ConfigError
-from rethinker.families import HIDDEN, PATCH, SIDE, STRIP, Family, tiny_text, tiny_tokenizer
+from rethinker.families import HIDDEN, PATCH, SIDE, STRIP, Family, tiny_text, tiny_tokenizer, tiny_tower
 from rethinker_kernels.devices import to_device
 
 
@@ -114,16 +114,7 @@ class Mistral3(Family):
         text = tiny_text(tokenizer, hidden, model_type="mistral", head_dim=32, sliding_window=None)
         config = Mistral3Config(
             text_config={**text, "tie_word_embeddings": False},
-            vision_config={
-                "model_type": "pixtral",
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 1,
-                "head_dim": 32,
-                "image_size": 2 * SIDE,
-                "patch_size": PATCH,
-            },
+            vision_config=tiny_tower(model_type="pixtral", head_dim=32, image_size=2 * SIDE),
             spatial_merge_size=2,
             image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
             tie_word_embeddings=False,

@@ -10,11 +10,11 @@ from PIL import Image
 from rethinker.families import HIDDEN, PATCH, SIDE, STRIP, Family, tiny_text
 from rethinker_kernels.devices import to_device
 
-LONGESTSTRIP = 200  # times as long as wide: what transformers' smart_resize takes
+LONGEST_STRIP = 200  # times as long as wide: what transformers' smart_resize takes
 
 
 class Qwen2VL(Family):
-    """See Family. An image that is more than LONGESTSTRIP times as long as wide raises ValueError."""
+    """See Family. An image that is more than LONGEST_STRIP times as long as wide raises ValueError."""
 
     PROCESSOR = "Qwen2VLProcessor"
     PLACEHOLDERS = (
@@ -46,7 +46,7 @@ class Qwen2VL(Family):
         # Only if the processor will leave the reduced image alone; it may not where the limits are close together, and
         # it refuses a strip that rounding to whole patches has made too long.
         short, long = sorted(small.shape[1:])
-        if not limits.shortest_edge <= copies * short * long <= limits.longest_edge or long > LONGESTSTRIP * short:
+        if not limits.shortest_edge <= copies * short * long <= limits.longest_edge or long > LONGEST_STRIP * short:
             return image
         return Image.fromarray(small.permute(1, 2, 0).contiguous().numpy())
 
@@ -72,7 +72,7 @@ class Qwen2VL(Family):
         visual, pixels, grid = model.model.visual, image_inputs["pixel_values"], image_inputs["image_grid_thw"].cpu()
         made = self.arrangement(visual, grid)
         made = {name: to_device(part, pixels.device) if torch.is_tensor(part) else part for name, part in made.items()}
-        seen = visual(pixels.to(visual.dtype), grid_thw=grid, **made)
+        seen = visual(pixels.to(visual.dtype), **{"grid_thw": grid} | made)
         return [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ())]
 
     def arrangement(self, visual: torch.nn.Module, grid: torch.Tensor) -> dict[str, Any]:

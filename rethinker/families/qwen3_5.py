@@ -111,7 +111,7 @@ def tiny_linear() -> dict[str, Any]:
         "linear_value_head_dim": 32,
         "linear_num_key_heads": 1,
         "linear_num_value_heads": 2,
-        # A quarter of a head turns; of the 16 frequencies of a whole head that are 4.
+        # Half of a head turns: of the 16 frequencies of a whole one 8.
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,

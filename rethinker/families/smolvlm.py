@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text, tiny_tokenizer
+from rethinker.families import HIDDEN, SIDE, Family, tiny_text, tiny_tokenizer, tiny_tower
 
 MOST_TILES = 10  # of an edge: images are never larger than 4096 pixels
 
@@ -49,7 +49,8 @@ class SmolVLM(Family):
         return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def image_inputs(self, made: Any) -> dict[str, torch.Tensor]:
-        """See Family. Every tile is full: the processor's mask of pixels says nothing. vLLM's are of no prompt."""
+        """See Family. Every tile is full, so the processor's mask of pixels says nothing. Its pixels have a dimension
+        for prompts, vLLM's have none."""
         return {"pixel_values": made["pixel_values"].flatten(0, -4)}
 
     def language_model(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -92,14 +93,7 @@ class SmolVLM(Family):
         side = SIDE // 2
         config = SmolVLMConfig(
             text_config=tiny_text(tokenizer, hidden, model_type="llama", head_dim=32, tie_word_embeddings=False),
-            vision_config={
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 1,
-                "image_size": side,
-                "patch_size": PATCH,
-            },
+            vision_config=tiny_tower(image_size=side),
             scale_factor=2,
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
             pad_token_id=tokenizer.pad_token_id,

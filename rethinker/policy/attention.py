@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rethinker.config import ConfigError, PolicyConfig
 from rethinker.families import Family
-from rethinker.policy.recurrent import Sequences, sequences_of
+from rethinker.policy.recurrent import Sequences, runs_of, sequences_of
 from rethinker.policy.segment_attention import Segments, SharedKeys, Visible, attend
 from rethinker.samples import PackedBatch
 
@@ -157,9 +157,7 @@ def _in_rows(batch: PackedBatch, window: int | None) -> Layout:
 def _depths(batch: PackedBatch) -> torch.Tensor:
     """[T]: tokens that each one stands behind in its own sequence, prompt and response."""
     prompt, response = batch.prompt_id, batch.response_id
-    change = torch.cat([torch.ones(1, dtype=torch.bool), (prompt.diff() != 0) | (response.diff() != 0)])
-    at = torch.arange(len(prompt))
-    within = at - torch.where(change, at, 0).cummax(0).values
+    within = torch.arange(batch.tokens) - torch.repeat_interleave(*runs_of(batch))
     return within + torch.where(response > 0, torch.bincount(prompt[response == 0])[prompt], 0)
 
 
@@ -182,9 +180,7 @@ def _fill_rows(lengths: list[int]) -> tuple[list[int], list[int]]:
 def _shared(batch: PackedBatch) -> Visible:
     """Prompts and responses see themselves, causally; a prompt's responses, which follow it in the row, see it too."""
     prompt, response = batch.prompt_id, batch.response_id
-    change = (prompt[1:] != prompt[:-1]) | (response[1:] != response[:-1])
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.nonzero(change)[:, 0] + 1])
-    lengths = torch.diff(starts, append=torch.tensor([len(prompt)]))
+    _, lengths = runs_of(batch)
     own = Segments.of(lengths, lengths)
     answered = torch.bincount(prompt[response > 0], minlength=int(prompt[-1]) + 1)  # response tokens of each prompt
     if not answered.any():

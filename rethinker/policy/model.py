@@ -147,17 +147,15 @@ class Policy(nn.Module):
         if layout.visible:
             inputs["visible"] = layout.visible
         if layout.index is None:
-            embeds, positions = embeds[None], positions[:, None]
+            embeds, positions, experts = embeds[None], positions[:, None], batch.experts
         else:
             embeds, positions = embeds[layout.index], positions[:, layout.index]
             sources = layout.position[sources]
             spots = layout.position[spots] if deep else None
+            experts = None if batch.experts is None else batch.experts[layout.index.flatten()]
         if deep:
             inputs |= {"visual_pos_masks": spots, "deepstack_visual_embeds": deep}
         # They stay until the next forward: a layer that is recomputed in the backward needs them again.
-        experts = (
-            batch.experts if batch.experts is None or layout.index is None else batch.experts[layout.index.flatten()]
-        )
         for number, router in self.routers.items():
             router.real, router.chosen = layout.position, None if experts is None else experts[:, number]
         hidden = self.family.language_model(self.hf)(

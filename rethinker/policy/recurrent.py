@@ -31,6 +31,11 @@ class Runs:
     bounds_on_host: np.ndarray | None
     starts: Tensor | None  # [N] int64: the prompt from whose last state each goes on, as the calls return them
 
+    @property
+    def mask(self) -> Tensor:
+        """Of `places`: whether it is no padding."""
+        return torch.ones_like(self.places, dtype=torch.bool) if self.real is None else self.real
+
     def of_row(self, x: Tensor) -> Tensor:
         """[T, ...] to [N, A, ...], or to [1, all, ...]; padding repeats a run's last token."""
         part = x.index_select(0, self.places)
@@ -108,6 +113,14 @@ class Sequences:
         return torch.cat(outputs).index_select(0, self.order)
 
 
+def runs_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Where each prompt and each response of a packed row starts, and its length: [runs] int64 each, in their order."""
+    prompt, response = batch.prompt_id, batch.response_id
+    change = (prompt[1:] != prompt[:-1]) | (response[1:] != response[:-1])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.nonzero(change)[:, 0] + 1])
+    return starts, torch.diff(starts, append=torch.tensor([len(prompt)]))
+
+
 def sequences_of(batch: PackedBatch, tail: int, *, padded: bool) -> Sequences:
     """The prompts and responses of a batch, on the host.
 
@@ -117,42 +130,34 @@ def sequences_of(batch: PackedBatch, tail: int, *, padded: bool) -> Sequences:
         padded: whether runs are padded and those of about the same lengths read together; else all prompts, and all
             responses, stand in one row with their bounds.
     """
-    prompt, response = batch.prompt_id, batch.response_id
-    T = len(prompt)
-    change = (prompt[1:] != prompt[:-1]) | (response[1:] != response[:-1])
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.nonzero(change)[:, 0] + 1])  # of every run
-    lengths = torch.diff(starts, append=torch.tensor([T]))
-    answers = response[starts] > 0
-    asked = torch.nonzero(~answers)[:, 0]  # the run that is each prompt, in the order of prompt_id
-    of_prompt = prompt[starts]  # [runs]: the number of its prompt
-    # Inputs before each run: zeros before a prompt, the prompt's last ones before a response.
-    past = torch.arange(-tail, 0)
-    before = (starts + lengths)[asked][of_prompt][:, None] + past
-    known = answers[:, None] & (before >= starts[asked][of_prompt][:, None])
-    seen = torch.full((T + tail * len(starts),), T)
-    own = torch.arange(T) + tail * (1 + torch.repeat_interleave(torch.arange(len(starts)), lengths))
-    seen[own] = torch.arange(T)
-    heads = starts + tail * torch.arange(len(starts))
-    seen[(heads[:, None] + torch.arange(tail)).flatten()] = torch.where(known, before, T).flatten()
-    calls: list[Runs] = []
-    place = torch.empty(len(starts), dtype=torch.int64)  # of each prompt's last state among those of all calls
-    state = 0
-    for kind in (~answers, answers):
-        for chosen in _alike(torch.nonzero(kind)[:, 0], lengths, padded):
-            if not answers[chosen[0]]:
-                place[chosen] = state + torch.arange(len(chosen))
-                state += len(chosen)
-                start = None
-            else:
-                start = place[asked[of_prompt[chosen]]]
-            calls.append(_padded(starts, lengths, chosen, start) if padded else _joined(starts, lengths, chosen, start))
-    order = torch.empty(T, dtype=torch.int64)
-    done = 0
-    for call in calls:
-        real = torch.ones(len(call.places), dtype=torch.bool) if call.real is None else call.real.flatten()
-        order[call.places[real]] = done + torch.nonzero(real)[:, 0]
-        done += len(real)
-    return Sequences(tuple(calls), order, seen, own)
+    starts, lengths = runs_of(batch)
+    answers = batch.response_id[starts] > 0
+    asked = torch.nonzero(~answers)[:, 0][batch.prompt_id[starts]]  # [runs]: the run that is the prompt of each
+    prompts = _alike(torch.nonzero(~answers)[:, 0], lengths, padded)
+    responses = _alike(torch.nonzero(answers)[:, 0], lengths, padded)
+    state = torch.empty_like(starts)  # of each prompt: the place of its last state among those of all calls
+    state[torch.cat(prompts)] = torch.arange(int((~answers).sum()))
+    read = _padded if padded else _joined
+    calls = [read(starts, lengths, chosen, None) for chosen in prompts]
+    calls += [read(starts, lengths, chosen, state[asked[chosen]]) for chosen in responses]
+    places = torch.cat([call.places for call in calls])
+    real = torch.cat([call.mask.flatten() for call in calls])
+    order = torch.empty(batch.tokens, dtype=torch.int64)
+    order[places[real]] = torch.nonzero(real)[:, 0]
+    return Sequences(tuple(calls), order, *_with_pasts(starts, lengths, asked, answers, tail))
+
+
+def _with_pasts(starts: Tensor, lengths: Tensor, asked: Tensor, answers: Tensor, tail: int) -> tuple[Tensor, Tensor]:
+    """`Sequences.seen` and `own`: before a prompt there are zeros, before a response its prompt's last inputs."""
+    runs, tokens = len(starts), int(lengths.sum())
+    own = torch.arange(tokens) + tail * (1 + torch.repeat_interleave(torch.arange(runs), lengths))
+    seen = torch.full((tokens + tail * runs,), tokens)
+    seen[own] = torch.arange(tokens)
+    step = torch.arange(tail)
+    past = (starts + lengths)[asked][:, None] - tail + step  # [runs, tail]
+    known = answers[:, None] & (past >= starts[asked][:, None])
+    seen[(starts + tail * torch.arange(runs))[:, None] + step] = torch.where(known, past, tokens)
+    return seen, own
 
 
 def _alike(runs: Tensor, lengths: Tensor, padded: bool) -> list[Tensor]:

@@ -18,6 +18,8 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 
+from rethinker.rollout.vllm_weights import convolution_weight
+
 # Unwrapped: where flash-linear-attention is installed, transformers would call its kernels on a CPU, too.
 chunk_rule, step_rule = map(unwrap, (qwen3_5.torch_chunk_gated_delta_rule, qwen3_5.torch_recurrent_gated_delta_rule))
 
@@ -89,10 +91,3 @@ class AnyGatedDeltaNetAttention(QwenGatedDeltaNetAttention):
         groups = self.num_v_heads // self.num_k_heads
         q, k = (part.unflatten(-1, (-1, self.head_k_dim)).repeat_interleave(groups, dim=2) for part in (q, k))
         return [q, k, v.unflatten(-1, (-1, self.head_v_dim))]
-
-
-def convolution_weight(layer: torch.nn.Module) -> Tensor:
-    """The weight [C, 1, W] of a convolution, of which vLLM keeps a packed one in its place and this beside it, in
-    bfloat16 where the CPU has instructions for that."""
-    plain = getattr(layer, "_cpu_unpacked_conv_weight", None)
-    return layer.weight if plain is None else plain[:, None]

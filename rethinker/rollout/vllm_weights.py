@@ -157,11 +157,18 @@ def _unpacked(layer: nn.Module, leaf: str, packed_first: bool = False) -> torch.
     """A layer's parameter; where vLLM's CPU kernels packed the weight, the packed one, read by multiplying with 1."""
     tensor = getattr(layer, leaf)
     if leaf == "weight" and hasattr(layer, "_cpu_unpacked_conv_weight"):
-        return layer._cpu_unpacked_conv_weight[:, None]
+        return convolution_weight(layer)
     if leaf != "weight" or not hasattr(layer, "cpu_linear") or (tensor.numel() and not packed_first):
         return tensor.data
     width = tensor.shape[1] if tensor.numel() else getattr(layer, "input_size_per_partition", layer.input_size)
     return layer.cpu_linear(torch.eye(width, dtype=tensor.dtype), tensor, None).T
+
+
+def convolution_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight [C, 1, W] of a convolution, of which vLLM keeps a packed one in its place and this beside it, in
+    bfloat16 where the CPU has instructions for that."""
+    plain = getattr(layer, "_cpu_unpacked_conv_weight", None)
+    return layer.weight if plain is None else plain[:, None]
 
 
 def _experts(model: nn.Module) -> list[RoutedExperts]:
