@@ -15,6 +15,17 @@ def expect_what_stays() -> None:
 
 
 @contextmanager
+def frozen() -> Iterator[None]:
+    """Nothing that is there now is looked through, whatever a library asks for."""
+    unfreeze, gc.unfreeze = gc.unfreeze, lambda: None
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze = unfreeze
+
+
+@contextmanager
 def no_full_collections() -> Iterator[None]:
     """What is there now lives as long as the run: no garbage collection looks through it. Others come as usual.
 
