@@ -31,12 +31,12 @@ def no_full_collections() -> Iterator[None]:
 
     Objects that the caller froze stay frozen.
     """
-    frozen = gc.get_freeze_count()
+    some = gc.get_freeze_count()
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_USUAL)
     try:
         yield
     finally:
-        if not frozen:
+        if not some:
             gc.unfreeze()
