@@ -306,7 +306,7 @@ def main() -> int:
     kernels = [value for module in MODULES for name, value in vars(module).items() if name.endswith("_kernel")]
     wrong = [f"{kernel.__name__}: never launched" for kernel in kernels if kernel not in launched]
     print(
-        f"{'op':42} {'kernel':10} {'arch':>6} {'warps':>5} {'regs':>5} {'shared':>6} {'load':>4} "
+        f"{'op':46} {'kernel':10} {'arch':>6} {'warps':>5} {'regs':>5} {'shared':>6} {'load':>4} "
         f"{'ops/logit':>9} {'ms':>5} floor"
     )
     for (position, capability), found in zip(tasks, results, strict=True):
@@ -315,7 +315,7 @@ def main() -> int:
         if form.name:
             name = form.kernel.__name__.removesuffix("_kernel")
             line = (
-                f"{form.name:42} {name:10} sm_{capability:<3} {form.warps:5} {found['registers']:5} {found['shared']:6}"
+                f"{form.name:46} {name:10} sm_{capability:<3} {form.warps:5} {found['registers']:5} {found['shared']:6}"
             )
             line += f" {found['widest']:3}B"
             if found["work"]:
