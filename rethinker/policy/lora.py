@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -130,9 +130,13 @@ def add_adapters(model: nn.Module, lora: LoraConfig, seed: int) -> dict[str, Ada
         lora_dropout=0.0,  # the policy trains without: the ratio would not be 1 on policy
         target_modules=rf"{re.escape(path)}\.\d+\.({targets})",
     )
+    # Only the layers are handed over: in a whole model of some types peft takes every layer's gate_proj for experts'.
+    within = replace(config, target_modules=rf"\d+\.({targets})")
+    model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        peft.inject_adapter_in_model(config, model, _NAME)
+        peft.inject_adapter_in_model(within, layers, _NAME)
+    model.peft_config = {_NAME: config}
     return {f"{name}.weight": Adapter(part) for name, part in model.named_modules() if hasattr(part, "lora_A")}
 
 
