@@ -109,6 +109,9 @@ def _widen(model: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=std)
         elif name.endswith(".A_log"):
             torch.nn.init.uniform_(parameter, -4.0, 0.0)
+    for name, buffer in model.named_buffers():
+        if name.endswith(".e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.2)  # as far apart as the scores that it corrects
 
 
 def _config(size: TinySize, tokenizer, tie_word_embeddings: bool) -> Qwen2_5_VLConfig:

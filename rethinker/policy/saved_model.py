@@ -49,7 +49,7 @@ def files_beside_weights(model: nn.Module, processor: Any, base: str | Path) -> 
         load_processor(folder)
 
     def name_weights(folder: Path) -> None:
-        shapes = FullWeights(lora.base_parameters(model)).metadata()
+        shapes = FullWeights(lora.base_weights(model)).metadata()
         revert_weight_conversion(model, {name: torch.empty(shape, device="meta") for name, _, shape in shapes})
 
     parts: dict[str, Callable[[Path], None]] = {

@@ -8,6 +8,7 @@ import torch
 
 from rethinker.config import Config
 from rethinker.families import family_of, limit_pixels
+from rethinker.policy.lora import base_weights
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.engine import RolloutEngine, WeightStream
 from rethinker.rollout.sampling import limits, preserved_random_state, seeded, stop_token_ids
@@ -116,7 +117,7 @@ class HFEngine(RolloutEngine):
     def sync(self, weights: WeightStream, version: int) -> None:
         """Copy the policy's weights; see RolloutEngine."""
         self._model.to(self._device)
-        own = dict(self._model.named_parameters())
+        own = dict(base_weights(self._model))
         if strange := own.keys() ^ {name for name, *_ in weights.metadata()}:
             raise RuntimeError(f"weight sync: only one of policy and hf engine has the parameter {min(strange)}")
         with Deadline("the weight sync", self.config.rollout.timeout_s) as deadline:

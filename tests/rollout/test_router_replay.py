@@ -37,9 +37,9 @@ def run(*command: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return create("qwen3_vl_moe", tmp_path_factory.mktemp("model"))
+@pytest.fixture(scope="module", params=["qwen3_vl_moe", "glm4v_moe"])
+def folder(request, tmp_path_factory):
+    return create(request.param, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
