@@ -246,9 +246,11 @@ class PromptEncoder:
         messages = self._messages(kinds, texts, made.images)
         try:
             with self._one_at_a_time:
-                own = self.processor.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=True
-                )
+                # As its apply_chat_template with tokenize=True, but with all images in one list, as vLLM gives them:
+                # of several in a list for each prompt LLaVA-OneVision's would make one tile each.
+                text, bos = self.processor.apply_chat_template(messages, add_generation_prompt=True), self.tokenizer.bos_token
+                whole = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+                own = self.processor(text=[text], images=made.images or None, **whole)
         except Exception as error:  # of a template's code, anything
             raise ConfigError(f"policy.model: its processor cannot read query {query.id}: {one_line(error)}") from error
         theirs, ours = list(own["input_ids"][0]), made.token_ids

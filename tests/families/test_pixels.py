@@ -38,7 +38,7 @@ class Sides:
             model=str(folder),
             dtype="float32",
             limit_mm_per_prompt={"image": 8, "video": 0},
-            mm_processor_kwargs=settings,
+            **self.encoder.family.vllm_settings(settings),
             mm_device_do_normalize=False,  # of the numbers alone: by default vLLM's model does it, on its device
         )
         self.vllm = MULTIMODAL_REGISTRY.create_processor(config)
