@@ -58,7 +58,9 @@ class LlavaOnevision(Family):
         model.model.vision_tower.post_layernorm.requires_grad_(False)
 
     def vision_modules(self, model: nn.Module) -> list[nn.Module]:
-        return [*super().vision_modules(model), nn.ParameterList([model.model.image_newline])]
+        """See Family. The norm that is not read is none of them."""
+        tower, newline = model.model.vision_tower, nn.ParameterList([model.model.image_newline])
+        return [tower.embeddings, tower.encoder, model.model.multi_modal_projector, newline]
 
     def features(self, model: nn.Module, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """See Family. transformers would keep what every layer makes, and wait for the device to know of sizes."""
