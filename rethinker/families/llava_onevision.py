@@ -40,7 +40,12 @@ class LlavaOnevision(Family):
         return {"mm_processor_kwargs": {"images_kwargs": settings}, "hf_overrides": settings}
 
     def image_ids(self, processor: Any, height: int, width: int) -> list[int]:
-        side = processor.image_processor.size["height"]
+        """See Family. A strip of which nothing is left in any grid raises ValueError."""
+        from transformers.image_processing_utils import select_best_resolution
+
+        side, grids = processor.image_processor.size["height"], processor.image_processor.image_grid_pinpoints
+        if select_best_resolution((height, width), grids) is None:
+            raise ValueError(f"an image of {width} x {height} pixels, of which nothing is left in any grid of tiles")
         return [processor.image_token_id] * processor._get_number_of_features(height, width, side, side)
 
     def image_inputs(self, made: Any) -> dict[str, torch.Tensor]:
