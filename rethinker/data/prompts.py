@@ -248,7 +248,8 @@ class PromptEncoder:
             with self._one_at_a_time:
                 # As its apply_chat_template with tokenize=True, but with all images in one list, as vLLM gives them:
                 # of several in a list for each prompt LLaVA-OneVision's would make one tile each.
-                text, bos = self.processor.apply_chat_template(messages, add_generation_prompt=True), self.tokenizer.bos_token
+                text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+                bos = self.tokenizer.bos_token
                 whole = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
                 own = self.processor(text=[text], images=made.images or None, **whole)
         except Exception as error:  # of a template's code, anything
