@@ -1,7 +1,7 @@
 """LLaVA-OneVision: square tiles of one size in a grid that fits an image's shape, and one of the whole.
 
 Features of what was added to fill the grid are left out, and a learned token ends each row of the others. Every image
-of a prompt has the tiles that it would have alone, as in vLLM; transformers' chat template makes one of each of several.
+of a prompt has the tiles that it would have alone, as in vLLM; transformers' chat template makes one of each of two.
 `data.max_pixels` leaves out larger grids, in the processor and in the model's config; a checkpoint keeps what is left.
 """
 
