@@ -96,9 +96,8 @@ def test_the_largest_image_fits_a_step_of_vllm(tmp_path):
     requests = VLLMRequests(config, str(tmp_path))
     vllm = vllm_processor(tmp_path, family.vllm_settings(requests.image_settings))
     known = get_mm_max_toks_per_item(vllm, {"image": 1}, None)["image"]
-    tall = len(
-        PromptEncoder(processor, config.data)._image_ids({"bytes": saved(Image.new("RGB", (384, 2304)))}, "tall")
-    )
+    encoder, strip = PromptEncoder(processor, config.data), saved(Image.new("RGB", (384, 2304)))
+    tall = len(encoder._image_ids({"bytes": strip}, "tall"))
     assert known < tall == family.image_tokens(small, config.data.max_pixels)
     assert tall <= engine_arguments(config, requests, gpu=True).get("max_num_batched_tokens", 0)
 
