@@ -112,7 +112,7 @@ class LlavaOnevision(Family):
         }
 
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN, kind: str = "") -> tuple[type, Any, Any]:
-        """See Family. Of its grids one is larger than the images in tests may be."""
+        """See Family. Of its grids one is larger than images in tests may be, and features of (4, 3) are scaled down."""
         from transformers import (
             LlavaOnevisionConfig,
             LlavaOnevisionForConditionalGeneration,
@@ -124,7 +124,7 @@ class LlavaOnevision(Family):
         tokenizer = tiny_tokenizer(tokenizer, {"image_token": "<image>", "video_token": "<video>"})
         side = SIDE * 3 // 8
         size, patches = {"height": side, "width": side}, (side // PATCH) ** 2
-        shapes = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (3, 4), (4, 3), (4, 4)]
+        shapes = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 4), (4, 3), (5, 4)]
         grids = [[rows * side, columns * side] for rows, columns in shapes]
         to_id = tokenizer.convert_tokens_to_ids
         config = LlavaOnevisionConfig(

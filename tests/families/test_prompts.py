@@ -18,9 +18,11 @@ from rethinker.model_folder import check_model_folder
 from rethinker.policy.model import load_model, load_processor
 from rethinker.policy.packing import joined
 from rethinker.policy.saved_model import files_beside_weights
+from rethinker.rollout.engine import make_engine
 from rethinker.rollout.sampling import stop_token_ids
 from rethinker.samples import Query
 from tests.families.tiny_models import create
+from tests.rollout.helpers import rollout_config
 
 SIZES = [(64, 64), (97, 41), (20, 120), (300, 200), (33, 33)]
 
@@ -89,15 +91,18 @@ def test_pixel_limits_bound_the_image_tokens_and_are_saved(folder, tmp_path):
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if family_of(name).CONFIGURED])
-def test_a_checkpoint_has_the_limits_in_its_config(family, tmp_path):
-    """Where the model's config has them too, vLLM reads them there: a saved one says what its processor says."""
+def test_configs_have_the_limits_too(family, tmp_path):
+    """Where the model's config says what its processor says, vLLM and transformers' model read it there: a checkpoint's
+    has the limits, and that of rollout.backend=hf."""
     folder, settings = create(family, tmp_path), family_of(family).CONFIGURED
-    model, processor = load_model(folder, torch.float32), load_processor(folder)
-    PromptEncoder(processor, DataConfig(min_pixels=1024, max_pixels=2048))
+    model, processor, config = load_model(folder, torch.float32), load_processor(folder), rollout_config(backend="hf")
+    PromptEncoder(processor, config.data)
     limits = [getattr(processor.image_processor, name) for name in settings]
     assert limits != [getattr(model.config, name) for name in settings]
     saved = json.loads(files_beside_weights(model, processor, folder)["config.json"])
-    assert limits == [saved[name] for name in settings]
+    engine = make_engine(config, str(folder), rank=0, world_size=1, local_rank=0)
+    own = engine._model.config.to_dict()
+    assert [saved[name] for name in settings] == [own[name] for name in settings] == limits
 
 
 def test_placeholders_end_a_response(folder):
