@@ -17,6 +17,7 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from rethinker.config import ConfigError, one_line
+from rethinker.families import configure, family_of
 from rethinker.policy import lora
 from rethinker.policy.lora import FullWeights
 from rethinker.policy.model import load_processor
@@ -37,6 +38,7 @@ def files_beside_weights(model: nn.Module, processor: Any, base: str | Path) -> 
     def save_config(folder: Path) -> None:
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__]
+        configure(model.config, family_of(model.config.model_type), processor)
         model.config.save_pretrained(folder)
 
     def save_generation_config(folder: Path) -> None:

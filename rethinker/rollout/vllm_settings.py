@@ -57,7 +57,9 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
         "tensor_parallel_size": settings.tensor_parallel_size,
         "max_model_len": requests.max_length,
         "limit_mm_per_prompt": {"image": config.data.max_images, "video": 0},
-        "mm_processor_kwargs": requests.image_settings,
+        **requests.family.vllm_settings(requests.image_settings),
+        # Where grids are limited, vLLM does not know the largest image, and refuses those beyond a step's tokens.
+        **({"max_num_batched_tokens": max(8192, requests.max_length)} if requests.family.CONFIGURED else {}),
         # Every image is seen once per episode, so a cache of pixels only fills the host's memory.
         "mm_processor_cache_gb": 0,
         "logprobs_mode": "processed_logprobs",

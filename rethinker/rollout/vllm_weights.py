@@ -132,7 +132,10 @@ def _fused_parts(model: nn.Module) -> dict[str, list[str]]:
 def _live_tensors(model: nn.Module, name: str, sent: dict[str, Checksum]) -> Iterator[torch.Tensor]:
     """What the engine holds of one checkpoint tensor: usually one tensor, two where a tied head has a packed copy.
     Of a part of a fused layer, the rows behind those of the parts before it, which were `sent` too."""
-    path, leaf = _mapped(model, name).rsplit(".", 1)
+    path, _, leaf = _mapped(model, name).rpartition(".")
+    if not path:  # the model's own
+        yield getattr(model, leaf).data
+        return
     parent_path, _, child = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     if leaf in _EXPERTS:
@@ -140,6 +143,8 @@ def _live_tensors(model: nn.Module, name: str, sent: dict[str, Checksum]) -> Ite
         return
     if hasattr(parent, child):
         layer = getattr(parent, child)
+        if layer is None:  # what vLLM never computes with, such as a norm behind the features that are read
+            return
         yield _unpacked(layer, leaf)
         yield from (_unpacked(head, leaf, packed_first=True) for head in _tied_heads(model, layer))
         return
