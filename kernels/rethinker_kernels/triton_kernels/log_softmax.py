@@ -83,8 +83,7 @@ def tanh(x):
     series = 0.020639084 - 0.005704984 * square
     series = 0.13331442 + (-0.053739714 + series * square) * square
     near = x + x * (square * (-0.33333281 + series * square))
-    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0.0, -far, far))
+    return tl.where(tl.abs(x) < 0.625, near, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
 
 
 @triton.jit
