@@ -17,6 +17,7 @@ from rethinker_kernels.triton_kernels.log_softmax import (
     inverse_and_scale,
     join,
     log_prob_and_entropy,
+    registers,
     row_lanes,
     tiles,
     write_gradient,
@@ -156,6 +157,7 @@ def grpo_rows(
             SOFTCAP=softcap, ESTIMATOR=ESTIMATORS[options.kl_estimator] if options.kl_coef != 0 else 0,
             SUPERVISED=nll_weights is not None, ENTROPY=entropy_coef != 0, DEPTH=tile.depth,
             LANES=tile.lane_bytes // logits.element_size(), TILE=tile.gradient, num_warps=tile.warps,
+            maxnreg=registers(softcap),
         )  # fmt: skip
     return logps, entropies
 
