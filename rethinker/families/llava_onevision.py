@@ -107,7 +107,7 @@ class LlavaOnevision(Family):
         }
 
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN, kind: str = "") -> tuple[type, Any, Any]:
-        """See Family. Of its grids the last is larger than tests allow, and features of the one before are scaled down."""
+        """See Family. Of its grids the last is larger than tests allow; features of the one before are scaled down."""
         from transformers import (
             LlavaOnevisionConfig,
             LlavaOnevisionForConditionalGeneration,
