@@ -41,12 +41,7 @@ class LlavaOnevision(Family):
         return {"mm_processor_kwargs": {"images_kwargs": settings}, "hf_overrides": settings}
 
     def image_ids(self, processor: Any, height: int, width: int) -> list[int]:
-        """See Family. A strip of which nothing is left in any grid raises ValueError."""
-        from transformers.image_processing_utils import select_best_resolution
-
-        side, grids = processor.image_processor.size["height"], processor.image_processor.image_grid_pinpoints
-        if select_best_resolution((height, width), grids) is None:
-            raise ValueError(f"an image of {width} x {height} pixels, of which nothing is left in any grid of tiles")
+        side = processor.image_processor.size["height"]
         return [processor.image_token_id] * processor._get_number_of_features(height, width, side, side)
 
     def image_inputs(self, made: Any) -> dict[str, torch.Tensor]:
@@ -112,7 +107,7 @@ class LlavaOnevision(Family):
         }
 
     def tiny(self, tokenizer: Any, hidden: int = HIDDEN, kind: str = "") -> tuple[type, Any, Any]:
-        """See Family. Of its grids one is larger than images in tests may be, and features of (4, 3) are scaled down."""
+        """See Family. Of its grids the last is larger than tests allow; features of the one before are scaled down."""
         from transformers import (
             LlavaOnevisionConfig,
             LlavaOnevisionForConditionalGeneration,
