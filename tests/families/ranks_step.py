@@ -1,4 +1,5 @@
-"""Run on every rank by test_ranks.py: a ZeRO-3 step that gathers each weight alone; rank 0 saves its gradients."""
+"""Run on every rank by test_ranks.py: a ZeRO-3 step that gathers each weight alone. Rank 0 saves its gradients,
+and the buffers of a policy in bf16."""
 
 from __future__ import annotations
 
@@ -30,6 +31,9 @@ def main(model: str, scratch: str, output: str) -> None:
     gradients = gradients_at_step(engine)
     metrics = engine.train_step(scenario("mixed", pictures, encoder))
     whole = {type(module).__name__ for module in get_z3_leaf_modules(engine.policy.hf)}
+    config.policy.dtype = "bfloat16"
+    policy = PolicyEngine(config, model, encoder, ranks, total_steps=10).policy
+    buffers = {name: buffer.cpu() for name, buffer in policy.hf.named_buffers()}
     if ranks.is_main:
-        torch.save({"metrics": metrics, "gradients": gradients, "whole": whole}, output)
+        torch.save({"metrics": metrics, "gradients": gradients, "whole": whole, "buffers": buffers}, output)
     distributed.stop()

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from rethinker.policy.model import load_model
 from tests import forked
 from tests.families import ranks_step
 from tests.families.tiny_models import FAMILIES, create
@@ -26,8 +27,19 @@ def test_a_step_of_two_ranks_is_that_of_one(folder, tmp_path, cell):
     assert not (one["whole"] | two["whole"]) - {"Qwen3MoeSparseMoeBlock"}
     for key in ("loss", "grad_norm", "entropy"):
         assert two["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-5), key
+    check_buffers(model, two["buffers"])
     least = 1e-3 * one["metrics"]["grad_norm"]  # a key's bias has none where every query sees all keys: rounding alone
     for name, gradient in one["gradients"].items():
         error = (two["gradients"][name] - gradient).norm() / gradient.norm().clamp(min=least)
         assert error <= 1e-5, name
         cell("2 ranks", float(error))
+
+
+def check_buffers(model, found):
+    """What is no weight has the numbers that it has in a model that transformers loads in bf16: RoPE's frequencies, in
+    fp32, to the bit. DeepSpeed would make them bf16, which turns late tokens by a radian too much."""
+    expected = dict(load_model(model, torch.bfloat16).named_buffers())
+    assert found.keys() == expected.keys()
+    for name, buffer in expected.items():
+        assert torch.equal(found[name].float(), buffer.float()), name
+    assert any(name.endswith("inv_freq") and buffer.dtype == torch.float32 for name, buffer in found.items())
