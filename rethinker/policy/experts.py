@@ -25,9 +25,13 @@ class Router(nn.Module):
     load: Tensor
     """[E] fp32: how many of these tokens each expert got in the last forward."""
 
+    def score(self, hidden: Tensor) -> Tensor:
+        """Logits [X, E] for hidden states [X, D]."""
+        return nn.functional.linear(hidden, self.weight)
+
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [X, E], weights [X, k] fp32 and experts [X, k] int64 for hidden states [..., D]."""
-        logits = nn.functional.linear(hidden.flatten(0, -2), self.weight)
+        logits = self.score(hidden.flatten(0, -2))
         probabilities = logits.softmax(-1, dtype=torch.float32)
         if self.chosen is None:
             weights, experts = probabilities.topk(self.top_k, dim=-1)
@@ -36,10 +40,25 @@ class Router(nn.Module):
             weights = probabilities.gather(1, experts)
         counted = (experts if self.real is None else experts.index_select(0, self.real)).flatten()
         # Not bincount: it would ask the device for the largest number.
-        self.load = probabilities.new_zeros(len(self.weight)).scatter_add_(0, counted, weights.new_ones(len(counted)))
+        self.load = probabilities.new_zeros(probabilities.shape[-1]).scatter_add_(
+            0, counted, weights.new_ones(len(counted))
+        )
         if getattr(self, "norm_topk_prob", True):
             weights = weights / weights.sum(-1, keepdim=True)
         return logits, weights, experts
+
+
+class ScaledRouter(Router):
+    """Gemma 4's router, which scales the hidden states that it reads and the weights that it gives."""
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """See Router."""
+        return self.proj(self.norm(hidden) * self.scale * self.scalar_root_size)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See Router."""
+        logits, weights, experts = super().forward(hidden)
+        return logits, weights * self.per_expert_scale[experts], experts
 
 
 def load_statistics(load: Tensor) -> dict[str, float | None]:

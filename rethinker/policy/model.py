@@ -93,7 +93,8 @@ class Policy(nn.Module):
                     f"policy.model: its num_experts_per_tok={router.top_k} is more than its "
                     f"num_experts={router.num_experts}; correct its config.json"
                 )
-            router.__class__ = Router
+            if not isinstance(router, Router):  # or the family has made it one
+                router.__class__ = Router
         if config.compile:
             compile_layers(self.family.language_model(model))
         text, vision = ("sdpa", VISION_SDPA) if self.kernel == "sdpa" else (ROW, VISION)
@@ -136,14 +137,17 @@ class Policy(nn.Module):
         Without `objective` log-probs [R] and the entropies [R] of their distributions, fp32 nats.
         """
         device = batch.input_ids.device
-        embeds, spots, deep = self._embed(batch)  # [T, D]
+        image = self._is_image(batch)
+        embeds, spots, deep = self._embed(batch, image)  # [T, D]
         if torch.is_grad_enabled() and not embeds.requires_grad:  # a frozen embedding, under adapters
             # ZeRO-3 takes a whole layer's gradients away in a hook that comes before them if no input has one.
             embeds.requires_grad_()
         layout = moved(lay_out(batch, self.kernel, self.layers, self.padded), device)
         if self.layers.blocks:
-            join_images(layout, self._is_image(batch))
-        positions, sources, inputs = batch.position_ids[:, 0], batch.source_index, {}
+            join_images(layout, image, self.layers)
+        positions, sources = batch.position_ids[:, 0], batch.source_index
+        inputs = self.family.token_inputs(self.hf, batch.input_ids[0], image)
+        inputs = {name: part[None] if layout.index is None else part[layout.index] for name, part in inputs.items()}
         if layout.visible:
             inputs["visible"] = layout.visible
         if layout.index is None:
@@ -169,9 +173,11 @@ class Policy(nn.Module):
         rows = hidden.flatten(0, 1)[sources]
         return self.hf.lm_head(rows, batch.target_ids, temperature, objective)
 
-    def _embed(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
-        """Token embeddings [T, D] with each image's features in place of its placeholders; where those are, [N]; and
-        the features that decoder layers add there, [N, D] each."""
+    def _embed(
+        self, batch: PackedBatch, image: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        """Token embeddings [T, D] with each image's features in place of its placeholders, at `image` [T]; where those
+        are, [N]; and the features that decoder layers add there, [N, D] each."""
         ids = batch.input_ids[0]
         embeds = self.hf.model.get_input_embeddings()(ids)
         if not batch.image_inputs:
@@ -182,10 +188,9 @@ class Policy(nn.Module):
             seen = self._see(blank | pixels)
             return embeds + 0.0 * sum(part.sum() for part in seen).to(embeds.dtype), None, []
         features, *deep = self._see(batch.image_inputs)
-        place = self._is_image(batch)
         # That they are as many as the features is known: to count them would stop the host until the device is there.
-        torch._assert_async(place.sum() == len(features))
-        spots = torch.nonzero_static(place, size=len(features))[:, 0]
+        torch._assert_async(image.sum() == len(features))
+        spots = torch.nonzero_static(image, size=len(features))[:, 0]
         return embeds.index_copy(0, spots, features.to(embeds.dtype)), spots, deep
 
     def _is_image(self, batch: PackedBatch) -> torch.Tensor:

@@ -147,7 +147,7 @@ class ImageBlocksBuilder(CPUAttentionMetadataBuilder):
                 block_table_tensor=common.block_table_tensor[rows],
                 causal=False,
             )
-            made.images, made.places = super().build(0, images), torch.cat(places)
+            made.mm_prefix_range = super().build(0, images), torch.cat(places)
         return made
 
 
@@ -171,10 +171,12 @@ class ImageBlocks(CPUAttentionBackendImpl):
     ) -> Tensor:
         """See AttentionImpl."""
         super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *others, **named)
-        if hasattr(attn_metadata, "places"):
-            part = output[attn_metadata.places]
-            super().forward(layer, query[attn_metadata.places], key, value, kv_cache, attn_metadata.images, part)
-            output[attn_metadata.places] = part
+        # Named as on a GPU: where only the sliding layers have image blocks, vLLM's model takes it from the others.
+        if ranges := getattr(attn_metadata, "mm_prefix_range", None):
+            images, places = ranges
+            part = output[places]
+            super().forward(layer, query[places], key, value, kv_cache, images, part)
+            output[places] = part
         return output
 
 

@@ -59,7 +59,7 @@ def test_a_forward_keeps_what_is_planned(checkpointing, kernel, folder, cell):
     """Bytes of real tensors between the forward of a micro-batch and its loss are the planned ones to 5%: of the
     language model and of the vision tower."""
     settings = PolicyConfig(model=str(folder), dtype="float32", attention=kernel, gradient_checkpointing=checkpointing)
-    if kernel == "flash" and family_of(load_model(folder, torch.float32).config.model_type).IMAGE_BLOCKS:
+    if kernel == "flash" and make(folder).layers.masked:
         with pytest.raises(ConfigError, match="set policy.attention to sdpa"):
             shape_of(settings)
         return
