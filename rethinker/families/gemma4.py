@@ -68,8 +68,6 @@ class Gemma4(Family):
 
     def prepare(self, model: torch.nn.Module) -> None:
         """See Family. What transformers and vLLM treat differently is refused; published models have none of it."""
-        from rethinker.policy.experts import ScaledRouter  # it would import this package
-
         text = model.config.text_config
         if text.final_logit_softcapping is not None:
             raise ConfigError(f"policy.model: its final_logit_softcapping is {text.final_logit_softcapping}, not null")
@@ -77,8 +75,12 @@ class Gemma4(Family):
             raise ConfigError("policy.model: its use_bidirectional_attention is 'all', not 'vision' or null")
         if text.hidden_size_per_layer_input and text.pad_token_id != 0:
             raise ConfigError(f"policy.model: its pad_token_id is {text.pad_token_id}, not 0, as vLLM has it")
+        if suppressed := model.generation_config.suppress_tokens:
+            raise ConfigError(
+                f"policy.model: its generation_config.json has suppress_tokens={suppressed}, of which vLLM's log-probs "
+                "know; leave them out there"
+            )
         for router in self.routers(model).values():
-            router.__class__ = ScaledRouter
             router.top_k, router.num_experts = text.top_k_experts, text.num_experts
         if model.model.audio_tower is not None:  # nothing is heard: its weights stay as they are
             model.model.audio_tower.requires_grad_(False)
