@@ -16,10 +16,18 @@ grpo_loss = losses.grpo_loss
 
 
 def selective_log_softmax(
-    logits: Tensor, index: Tensor, *, temperature: float = 1.0, return_entropy: bool = False
+    logits: Tensor,
+    index: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`rethinker_kernels.selective_log_softmax` by its formula."""
-    log_probs = _temper(logits.to(torch.promote_types(logits.dtype, torch.float32)), temperature).log_softmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    log_probs = _temper(logits, temperature).log_softmax(-1)
     valid = (index >= 0) & (index < logits.shape[-1])
     chosen = log_probs.gather(-1, torch.where(valid, index, 0).unsqueeze(-1)).squeeze(-1)
     logps = torch.where(valid, chosen, math.nan)
@@ -38,10 +46,12 @@ def linear_selective_log_softmax(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`rethinker_kernels.linear_selective_log_softmax` by its lines, with all logits at once."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    return selective_log_softmax(logits, index, temperature=temperature, return_entropy=return_entropy)
+    options = {"temperature": temperature, "return_entropy": return_entropy, "softcap": softcap}
+    return selective_log_softmax(logits, index, **options)
 
 
 def linear_policy_loss(
@@ -55,10 +65,11 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     nll_weights: Tensor | None = None,
+    softcap: float | None = None,
     **given,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rethinker_kernels.linear_policy_loss` by its lines, with all logits at once."""
-    head = {"bias": bias, "temperature": temperature, "return_entropy": True}
+    head = {"bias": bias, "temperature": temperature, "return_entropy": True, "softcap": softcap}
     logps, entropies = linear_selective_log_softmax(hidden, weight, index, **head)
     objective = losses.Objective(loss, logps.detach(), old_logps, advantages, **given)
     value = objective.total(logps, entropies)

@@ -5,6 +5,7 @@ Each raises ValueError naming the argument, what it must be and what it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,6 +46,12 @@ def check_temperature(temperature: float) -> float:
     if isinstance(temperature, Tensor) or not temperature >= 0:
         raise ValueError(f"temperature={temperature}: must be one number, at least 0")
     return float(temperature)
+
+
+def check_softcap(softcap: float | None) -> float | None:
+    if softcap is not None and (isinstance(softcap, Tensor) or not 0 < softcap < math.inf):
+        raise ValueError(f"softcap={softcap}: must be one number above 0, or None")
+    return None if softcap is None else float(softcap)
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from rethinker_kernels.arguments import check_linear, check_temperature, wide
+from rethinker_kernels.arguments import check_linear, check_softcap, check_temperature, wide
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, chunk_rows, slices
 from rethinker_kernels.devices import processors, takes_exponentials
 from rethinker_kernels.log_softmax import row_kernels
@@ -28,11 +28,12 @@ def linear_selective_log_softmax(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of one chosen token per hidden state, and the entropy.
 
         logits = hidden @ weight.T + bias
-        logps, entropy = selective_log_softmax(logits, index, temperature=temperature, return_entropy=True)
+        logps, entropy = selective_log_softmax(logits, index, temperature=temperature, softcap=softcap, ...)
 
     The logits [R, V] are never held whole, only those of a chunk of rows, and in fp32 also where the inputs are of 16
     bits: rounded to bf16 they would move a log-prob by 0.01. The backward pass computes them again. The weight's
@@ -45,16 +46,17 @@ def linear_selective_log_softmax(
         bias: [V] of the same type, or None.
         temperature: as in `selective_log_softmax`.
         return_entropy: also return the entropy, in nats.
+        softcap: as in `selective_log_softmax`.
 
     Returns:
         logps [R], and entropy [R] if asked; fp32 (fp64 for fp64 inputs). Differentiable (once) in hidden, weight, bias.
 
     Raises:
-        ValueError: a shape, type or device that does not fit, or a temperature below 0.
+        ValueError: a shape, type or device that does not fit, a temperature below 0, or a softcap that is not above.
     """
     check_linear(hidden, weight, bias, index)
-    head = Head(hidden, weight, bias, index, check_temperature(temperature))
-    logps, entropies, _ = log_softmax_op(*head, return_entropy)
+    options = check_temperature(temperature), return_entropy, check_softcap(softcap)
+    logps, entropies, _ = log_softmax_op(hidden, weight, bias, index, *options)
     return (logps, entropies) if return_entropy else logps
 
 
@@ -66,6 +68,7 @@ class Head(NamedTuple):
     bias: Tensor | None
     index: Tensor
     temperature: float
+    softcap: float | None = None
 
     @property
     def chunks(self) -> tuple[int, int]:
@@ -84,7 +87,8 @@ class Head(NamedTuple):
         """
         hidden, weight, bias = self.hidden, self.weight, self.bias
         size, chunk = self.chunks
-        if exponentials and takes_exponentials(hidden, weight, bias, self.temperature):
+        # They are taken inside the product, of logits as they come: a cap has none.
+        if exponentials and self.softcap is None and takes_exponentials(hidden, weight, bias, self.temperature):
             from rethinker_kernels.triton_kernels.exponentials import Exponentials
 
             for part in slices(rows.start, rows.stop, chunk):
@@ -107,11 +111,11 @@ class Logits:
 
     def __init__(self, head: Head, rows: slice, logits: Tensor, out: Tensor | None) -> None:
         self.logits, self.out = logits, out  # [B, V]; `out` may be the logits themselves
-        self.chosen = head.index[rows], head.temperature
+        self.chosen, self.softcap = (head.index[rows], head.temperature), head.softcap
 
     def measure(self, _: Tensor, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs [B], entropies [B] ([0] if not asked for) and what a backward pass needs [2, B]."""
-        found = row_kernels(self.logits).forward_rows(self.logits, *self.chosen, return_entropy)
+        found = row_kernels(self.logits).forward_rows(self.logits, *self.chosen, return_entropy, self.softcap)
         self.saved = found[2]
         return found
 
@@ -123,9 +127,8 @@ class Logits:
         self, grad_logps: Tensor | None, entropies: Tensor | None = None, grad_entropies: Tensor | None = None
     ) -> None:
         """Make `out` the gradient of the logits, from those of log-probs and entropies [B]."""
-        row_kernels(self.logits).gradient_rows(
-            self.logits, *self.chosen, self.saved, entropies, grad_logps, grad_entropies, out=self.out
-        )
+        of_rows = *self.chosen, self.saved, entropies, grad_logps, grad_entropies, self.softcap
+        row_kernels(self.logits).gradient_rows(self.logits, *of_rows, out=self.out)
 
 
 class Gradients:
@@ -230,9 +233,10 @@ def log_softmax_op(
     index: Tensor,
     temperature: float,
     return_entropy: bool,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [R], entropies [R] ([0] if not asked for) and what the backward pass needs [2, R]."""
-    head, rows = Head(hidden, weight, bias, index, temperature), len(hidden)
+    head, rows = Head(hidden, weight, bias, index, temperature, softcap), len(hidden)
     logps = hidden.new_empty(rows, dtype=wide(hidden))
     entropies = logps.new_empty(rows if return_entropy else 0)
     saved = logps.new_empty(2, rows)
@@ -244,7 +248,7 @@ def log_softmax_op(
 
 
 @log_softmax_op.register_fake
-def _(hidden, weight, bias, index, temperature, return_entropy):
+def _(hidden, weight, bias, index, temperature, return_entropy, softcap=None):
     rows = hidden.shape[0]
     like = hidden.new_empty(rows, dtype=wide(hidden))
     return like, like.new_empty(rows if return_entropy else 0), like.new_empty(2, rows)
@@ -264,8 +268,9 @@ def log_softmax_backward_op(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(hidden, weight, bias, index, temperature)
+    head = Head(hidden, weight, bias, index, temperature, softcap)
     gradients = Gradients(head, (needs_hidden, needs_weight, needs_bias))
     gradients.accumulate_log_softmax(saved, entropies, grad_logps, grad_entropies)
     return tuple(gradient.to(hidden.dtype) for gradient in gradients.wide())
@@ -273,13 +278,13 @@ def log_softmax_backward_op(
 
 @log_softmax_backward_op.register_fake
 def _(hidden, weight, bias, *rest):
-    needed = zip((hidden, weight, bias), rest[-3:], strict=True)
+    needed = zip((hidden, weight, bias), rest[6:9], strict=True)
     return tuple(torch.empty_like(x) if need else hidden.new_empty(0) for x, need in needed)
 
 
 def _setup_log_softmax(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # an output that is not used gives None, and its work is left out
-    hidden, weight, bias, index, ctx.temperature, _ = inputs
+    hidden, weight, bias, index, ctx.temperature, _, ctx.softcap = inputs
     _, entropies, saved = output
     ctx.save_for_backward(hidden, weight, bias, index, saved, entropies)
 
@@ -287,10 +292,9 @@ def _setup_log_softmax(ctx, inputs, output) -> None:
 def _gradient_log_softmax(ctx, grad_logps, grad_entropies, _):
     hidden, weight, bias, index, saved, entropies = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    gradients = log_softmax_backward_op(
-        hidden, weight, bias, index, ctx.temperature, saved, entropies, grad_logps, grad_entropies, *needs
-    )
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 3)
+    given = hidden, weight, bias, index, ctx.temperature, saved, entropies, grad_logps, grad_entropies
+    gradients = log_softmax_backward_op(*given, *needs, ctx.softcap)
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 4)
 
 
 log_softmax_op.register_autograd(_gradient_log_softmax, setup_context=_setup_log_softmax)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rethinker_kernels.arguments import check, check_linear, check_temperature, wide
+from rethinker_kernels.arguments import check, check_linear, check_softcap, check_temperature, wide
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, slices
 from rethinker_kernels.devices import takes_triton
 from rethinker_kernels.linear import Gradients, Head, Logits, at, linear_selective_log_softmax, log_softmax_op
@@ -32,6 +32,7 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     nll_weights: Tensor | None = None,
+    softcap: float | None = None,
     **given,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Any loss on log-probs straight from hidden states and the head's weight, with an optional supervised term.
@@ -60,7 +61,7 @@ def linear_policy_loss(
         ValueError: as the two functions.
     """
     check_linear(hidden, weight, bias, index)
-    temperature = check_temperature(temperature)
+    temperature, softcap = check_temperature(temperature), check_softcap(softcap)
     # The log-probs do not exist yet; a column of the hidden states has their shape and device.
     rows = hidden.detach()[:, :1].reshape(-1)
     objective = Objective(loss, rows, old_logps, advantages, **given)
@@ -68,9 +69,9 @@ def linear_policy_loss(
         check("nll_weights", nll_weights, rows.shape, like=rows)
         nll_weights = nll_weights.detach().to(wide(hidden)).contiguous()
     if torch.compiler.is_compiling():
-        head = {"bias": bias, "temperature": temperature, "return_entropy": True}
+        head = {"bias": bias, "temperature": temperature, "return_entropy": True, "softcap": softcap}
         return _outcome(objective, nll_weights, *linear_selective_log_softmax(hidden, weight, index, **head))
-    head = Head(hidden, weight, bias, index, temperature)
+    head = Head(hidden, weight, bias, index, temperature, softcap)
     learns = torch.is_grad_enabled()
     needs = tuple(learns and x is not None and x.requires_grad for x in (hidden, weight, bias))
     return _LinearPolicyLoss.apply(hidden, weight, bias, head, objective, nll_weights, needs)
@@ -96,7 +97,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if any(needs) and not objective.whole_sequences:
             logps, entropies, gradients = one_pass(head, objective, nll_weights, needs)
         else:
-            logps, entropies, saved = log_softmax_op(*head, True)
+            logps, entropies, saved = log_softmax_op(*head[:-1], True, head.softcap)
             gradients = Gradients(head, needs)
             if any(needs):
                 slopes = _slopes(objective, nll_weights, slice(None), logps)
@@ -130,7 +131,7 @@ def one_pass(
             from rethinker_kernels.triton_kernels.linear_loss import grpo_rows
 
             known = objective.rows.at(rows), objective.factors[rows], at(nll_weights, rows), objective.surrogate
-            of_rows = *part.chosen, *known, objective.entropy_coef
+            of_rows = *part.chosen, *known, objective.entropy_coef, head.softcap
             logps[rows], entropies[rows] = grpo_rows(part.logits, *of_rows, out=part.out)
             return None
         logps[rows], entropies[rows], _ = part.measure(objective.rows.old_logps[rows], True)

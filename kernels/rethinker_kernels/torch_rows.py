@@ -1,6 +1,7 @@
 """The row kernels in plain PyTorch, for CPU tensors and fp64: a few rows at a time, in place, of bounded memory.
 
-The same functions as in `triton_kernels.log_softmax`. Shapes: R rows, V vocabulary.
+The same functions as in `triton_kernels.log_softmax`. Under a soft cap c at temperature T a row is tanh(logits / c) at
+temperature T / c. Shapes: R rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,22 +19,24 @@ _NO_MASS = -1e4
 
 
 def forward_rows(
-    logits: Tensor, index: Tensor, temperature: float, return_entropy: bool
+    logits: Tensor, index: Tensor, temperature: float, return_entropy: bool, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [R], entropies [R] ([0] if not asked for) and what `gradient_rows` needs [2, R].
 
     Args:
         logits: [..., V] with R rows in all.
         index: int64, R in all.
-        temperature: of all rows.
+        temperature, softcap: of all rows.
     """
     logits = logits.reshape(-1, logits.shape[-1])
-    index, inverse = index.reshape(-1), _inverse(logits, temperature)
+    index, inverse = index.reshape(-1), _inverse(logits, temperature / (softcap or 1.0))
     logps = logits.new_empty(logits.shape[0], dtype=wide(logits))
     entropies = torch.empty_like(logps[: logps.shape[0] if return_entropy else 0])
     saved = logits.new_empty(2, logits.shape[0], dtype=wide(logits))
     for rows in _pieces(logits.shape[0], logits.shape[1] * logps.element_size()):
         x = logits[rows].to(logps.dtype, copy=True)  # [C, V]
+        if softcap is not None:
+            x.div_(softcap).tanh_()
         top = x.amax(-1)
         x -= torch.where(top == -math.inf, torch.finfo(x.dtype).min, top)[:, None]
         valid = (index[rows] >= 0) & (index[rows] < x.shape[1])
@@ -57,6 +60,7 @@ def gradient_rows(
     entropies: Tensor | None,
     grad_logps: Tensor | None,
     grad_entropies: Tensor | None,
+    softcap: float | None = None,
     *,
     out: Tensor,
 ) -> Tensor:
@@ -65,7 +69,7 @@ def gradient_rows(
     Args: `saved` and `entropies` are `forward_rows`'s; a gradient that is None is 0.
     """
     flat = logits.reshape(-1, logits.shape[-1])
-    index, inverse = index.reshape(-1), _inverse(flat, temperature)
+    index, inverse = index.reshape(-1), _inverse(flat, temperature / (softcap or 1.0))
     vocabulary = flat.shape[1]
     live = (index >= 0) & (index < vocabulary) & (inverse < math.inf)
     none = torch.zeros_like(saved[0])
@@ -76,6 +80,8 @@ def gradient_rows(
     into = out.view(-1, vocabulary)
     for rows in _pieces(flat.shape[0], vocabulary * saved.element_size()):
         x = flat[rows].to(saved.dtype, copy=True)  # [C, V]
+        if softcap is not None:
+            slope = x.div_(softcap).tanh_().square().neg_().add_(1).div_(softcap)
         x.sub_(saved[0, rows, None]).mul_(_finite(inverse)).sub_(saved[1, rows, None])
         x.clamp_(min=_NO_MASS)  # log p
         if grad_entropies is None:
@@ -85,6 +91,8 @@ def gradient_rows(
             x.add_(entropies[rows, None]).mul_(per_entropy[rows, None]).add_(per_logp[rows, None]).mul_(p).neg_()
         at = torch.where(live[rows], index[rows], 0)[:, None]
         x.scatter_add_(1, at, per_logp[rows, None])
+        if softcap is not None:
+            x.mul_(slope)
         # Also where p is NaN: a row without a gradient has exactly none.
         x.masked_fill_(((per_logp[rows] == 0) & (per_entropy[rows] == 0))[:, None], 0.0)
         into[rows] = x

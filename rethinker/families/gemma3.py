@@ -53,6 +53,7 @@ class Gemma3(Family):
     def prepare(self, model: torch.nn.Module) -> None:
         """See Family. What transformers and vLLM treat differently is refused; published models have neither."""
         text = model.config.text_config
+        # vLLM caps the logits; transformers does so in its class for texts alone.
         if text.final_logit_softcapping is not None:
             raise ConfigError(f"policy.model: its final_logit_softcapping is {text.final_logit_softcapping}, not null")
         if model.config.mm_tokens_per_image > text.sliding_window:

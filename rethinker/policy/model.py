@@ -34,12 +34,17 @@ class LossHead(nn.Linear):
     """
 
     @classmethod
-    def around(cls, linear: nn.Linear) -> LossHead:
-        """A head that holds `linear`'s very parameters, so tying and names stay as they were."""
+    def around(cls, linear: nn.Linear, softcap: float | None = None) -> LossHead:
+        """A head that holds `linear`'s very parameters, so tying and names stay as they were.
+
+        Args:
+            softcap: Gemma's `final_logit_softcapping`.
+        """
         head = cls.__new__(cls)
         nn.Module.__init__(head)
         head.in_features, head.out_features = linear.in_features, linear.out_features
         head.weight, head.bias = linear.weight, linear.bias
+        head.softcap = softcap
         return head
 
     def forward(
@@ -51,7 +56,8 @@ class LossHead(nn.Linear):
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Loss, log-probs and statistics of the tokens `index`, as `rethinker_kernels.linear_policy_loss` returns them.
 
-        Without `objective` the log-probs and entropies, fp32 [R] each; without `index` the logits [R, V].
+        Without `objective` the log-probs and entropies, fp32 [R] each; without `index` the logits [R, V], which a model
+        with a cap caps itself.
 
         Args:
             hidden: [R, D].
@@ -61,7 +67,7 @@ class LossHead(nn.Linear):
         """
         if index is None:
             return super().forward(hidden)
-        head = {"bias": self.bias, "temperature": temperature}
+        head = {"bias": self.bias, "temperature": temperature, "softcap": self.softcap}
         if objective is None:
             return linear_selective_log_softmax(hidden, self.weight, index, **head, return_entropy=True)
         return linear_policy_loss(hidden, self.weight, index, **head, **objective)
@@ -78,12 +84,13 @@ class Policy(nn.Module):
         """
         super().__init__()
         self.family = family_of(model.config.model_type)
-        self.layers = LayerTypes.of(self.family, model.config.get_text_config())
+        text_config = model.config.get_text_config()
+        self.layers = LayerTypes.of(self.family, text_config)
         self.kernel = kernel_for(config, torch.cuda.is_available(), self.layers)
         # Only flash-linear-attention's kernels read runs of tokens by their bounds.
         self.padded = not (torch.cuda.is_available() and find_spec("fla"))
         self.freeze_vision = config.freeze_vision or bool(config.lora.rank)
-        model.lm_head = LossHead.around(model.lm_head)
+        model.lm_head = LossHead.around(model.lm_head, getattr(text_config, "final_logit_softcapping", None))
         use_cpu_layers(model)
         self.family.prepare(model)
         self.routers = self.family.routers(model)  # by the number of their layer

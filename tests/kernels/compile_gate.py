@@ -151,10 +151,11 @@ class Launches:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             short = str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
             for rows, kind in ((ROWS, ""), (512, ", half filled")):
-                for entropy in (False, True):
+                for entropy, softcap in ((False, None), (True, None), (True, 30.0)):
                     logits = torch.empty(rows, VOCABULARY, dtype=dtype, requires_grad=True)
-                    self.name = f"log-softmax{' + entropy' * entropy}, {short}{kind}"
-                    outputs = ops.selective_log_softmax(logits, index[:rows], return_entropy=entropy)
+                    self.name = f"log-softmax{' + entropy' * entropy}{' + cap' * bool(softcap)}, {short}{kind}"
+                    options = {"return_entropy": entropy, "softcap": softcap}
+                    outputs = ops.selective_log_softmax(logits, index[:rows], **options)
                     (sum(o.sum() for o in outputs) if entropy else outputs.sum()).backward()
             hidden = torch.empty(ROWS, 16, dtype=dtype, requires_grad=True)
             weight = torch.empty(VOCABULARY, 16, dtype=dtype, requires_grad=True)
@@ -172,6 +173,9 @@ class Launches:
                 self.name = f"linear grpo + entropy, {short}{kind}"
                 more = {"entropy_coef": 0.01, **surrogate}
                 ops.linear_grpo_loss(hidden, weight, index, values, values, **more)[0].backward()
+                if not fused:
+                    self.name = f"linear grpo + entropy + cap, {short}"
+                    ops.linear_grpo_loss(hidden, weight, index, values, values, softcap=30.0, **more)[0].backward()
             linear.takes_exponentials = lambda *_: False
             for width in (64, 80, 128):
                 self.name = f"merge attention, {short}, heads of {width}"
@@ -302,7 +306,7 @@ def main() -> int:
     kernels = [value for module in MODULES for name, value in vars(module).items() if name.endswith("_kernel")]
     wrong = [f"{kernel.__name__}: never launched" for kernel in kernels if kernel not in launched]
     print(
-        f"{'op':42} {'kernel':10} {'arch':>6} {'warps':>5} {'regs':>5} {'shared':>6} {'load':>4} "
+        f"{'op':46} {'kernel':10} {'arch':>6} {'warps':>5} {'regs':>5} {'shared':>6} {'load':>4} "
         f"{'ops/logit':>9} {'ms':>5} floor"
     )
     for (position, capability), found in zip(tasks, results, strict=True):
@@ -311,7 +315,7 @@ def main() -> int:
         if form.name:
             name = form.kernel.__name__.removesuffix("_kernel")
             line = (
-                f"{form.name:42} {name:10} sm_{capability:<3} {form.warps:5} {found['registers']:5} {found['shared']:6}"
+                f"{form.name:46} {name:10} sm_{capability:<3} {form.warps:5} {found['registers']:5} {found['shared']:6}"
             )
             line += f" {found['widest']:3}B"
             if found["work"]:

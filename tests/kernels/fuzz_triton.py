@@ -113,16 +113,45 @@ def test_log_softmax(kind, rows, vocabulary):
     torch.testing.assert_close(got, want, **tolerance)
 
 
+@pytest.mark.parametrize("vocabulary", [1, 129, 1000])
+@pytest.mark.parametrize(("kind", "softcap"), [*((kind, 5.0) for kind in KINDS[:3]), ("random", 0.5), ("random", 30.0)])
+def test_log_softmax_of_capped_logits(kind, softcap, vocabulary):
+    """Log-prob, entropy and the gradient of both; columns beyond the vocabulary have no mass though a cap is finite."""
+    x = logits_of(kind, 7, vocabulary)
+    index = indices(7, vocabulary, x)
+    upstream = [torch.randn(7, device=DEVICE), torch.randn(7, device=DEVICE)]
+    poison(7, 14, 7 * vocabulary)
+    options = {"temperature": 0.7, "return_entropy": True, "softcap": softcap}
+    got, want = both(
+        lambda z: selective_log_softmax(z, index, **options),
+        lambda z: reference.selective_log_softmax(z, index, **options),
+        [x],
+        upstream,
+    )
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e-3, 0.1, 1.0, 10.0, 18.0, 30.0, 100.0])
+def test_a_soft_cap_is_accurate(size):
+    """tanh to 1e-6 relative, also near 0: differences of capped logits show it at a temperature of their size."""
+    x = size * torch.randn(3, 130, device=DEVICE)
+    index = torch.arange(3, device=DEVICE)
+    options = {"temperature": size, "softcap": 30.0}
+    want = reference.selective_log_softmax(x.double(), index, **options)
+    torch.testing.assert_close(selective_log_softmax(x, index, **options).double(), want, atol=2e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [129, 4099])
-@pytest.mark.parametrize("entropy", [True, False])
-def test_low_precision(dtype, vocabulary, entropy):
+@pytest.mark.parametrize(("entropy", "softcap"), [(True, None), (False, None), (True, 5.0)])
+def test_low_precision(dtype, vocabulary, entropy, softcap):
     """16-bit logits: fp32 results as exact as those numbers in fp64, and a gradient rounded once."""
     x = (3 * logits_of("random", 7, vocabulary)).to(dtype)
     index = indices(7, vocabulary, x)
+    options = {"temperature": 0.9, "return_entropy": entropy, "softcap": softcap}
     got, want = both(
-        lambda z: selective_log_softmax(z, index, temperature=0.9, return_entropy=entropy),
-        lambda z: reference.selective_log_softmax(z, index, temperature=0.9, return_entropy=entropy),
+        lambda z: selective_log_softmax(z, index, **options),
+        lambda z: reference.selective_log_softmax(z, index, **options),
         [x],
         [torch.randn(7, device=DEVICE) for _ in range(1 + entropy)],
     )
@@ -239,24 +268,29 @@ def test_rows_that_are_not_numbers():
     index = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     for output in selective_log_softmax(x, index, return_entropy=True):
         assert output.isnan().tolist() == [True, True, True, False]
+    for output in selective_log_softmax(x, index, return_entropy=True, softcap=5.0):  # of infinities it makes numbers
+        assert output.isnan().tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-38, 1e-30, 1e-3, 1e3])
-def test_extreme_temperatures(temperature):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_extreme_temperatures(temperature, softcap):
     """From the greedy limit, ties shared, to nearly uniform; in value and gradient."""
     x = torch.randn(3, 130, device=DEVICE).round(decimals=1)
     x[1, 7] = x[1, 8] = x[0, 129] = x.max() + 1
     x[2, :100] = -INF
     index = torch.tensor([129, 7, 129], device=DEVICE)
     x[2, 129] = x[2].max() + 1
+    options = {"temperature": temperature, "return_entropy": True, "softcap": softcap}
     got, want = both(
-        lambda z: selective_log_softmax(z, index, temperature=temperature, return_entropy=True),
-        lambda z: reference.selective_log_softmax(z, index, temperature=temperature, return_entropy=True),
+        lambda z: selective_log_softmax(z, index, **options),
+        lambda z: reference.selective_log_softmax(z, index, **options),
         [x],
         [torch.ones(3, device=DEVICE)] * 2,
     )
     torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-5)
-    assert selective_log_softmax(x, torch.tensor([0, 0, 0], device=DEVICE), temperature=0.0).eq(-INF).all()
+    zeros = torch.tensor([0, 0, 0], device=DEVICE)
+    assert selective_log_softmax(x, zeros, temperature=0.0, softcap=softcap).eq(-INF).all()
 
 
 # The surrogate
@@ -325,8 +359,8 @@ def as_good_as(plain, got, want) -> None:
 
 @pytest.mark.parametrize(("rows", "vocabulary"), [(0, 129), *itertools.product((1, 19), (1, 129, 1000))])
 @pytest.mark.parametrize("dtype", [torch.float32, SIXTEEN_BITS])
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_log_softmax(rows, vocabulary, dtype, bias, monkeypatch):
+@pytest.mark.parametrize(("bias", "softcap"), [(True, None), (False, None), (True, 1.0)])
+def test_linear_log_softmax(rows, vocabulary, dtype, bias, softcap, monkeypatch):
     """Values and gradients of hidden, weight and bias across chunks."""
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: (8, 16))
     inputs = [torch.randn(*s, device=DEVICE).to(dtype) for s in ((rows, 8), (vocabulary, 8), (vocabulary,))[: 2 + bias]]
@@ -334,7 +368,7 @@ def test_linear_log_softmax(rows, vocabulary, dtype, bias, monkeypatch):
 
     def run(module):
         return lambda h, w, *b: module.linear_selective_log_softmax(
-            h, w, index, bias=b[0] if b else None, temperature=0.7, return_entropy=True
+            h, w, index, bias=b[0] if b else None, temperature=0.7, return_entropy=True, softcap=softcap
         )
 
     poison(rows, rows * 8, vocabulary * 8)
@@ -351,7 +385,12 @@ def test_linear_log_softmax(rows, vocabulary, dtype, bias, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, SIXTEEN_BITS])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"kl_coef": 0.3, "dual_clip": 1.5}, {"kl_coef": 0.3, "kl_estimator": "k1", "entropy_coef": 0.5}],
+    [
+        {},
+        {"kl_coef": 0.3, "dual_clip": 1.5},
+        {"kl_coef": 0.3, "kl_estimator": "k1", "entropy_coef": 0.5},
+        {"kl_coef": 0.3, "entropy_coef": 0.5, "softcap": 0.5},
+    ],
 )
 def test_linear_grpo_loss(importance, aggregation, dtype, options, monkeypatch):
     """Loss, log-probs, statistics and gradients of the composed definition; what does not count is full of NaN."""
@@ -402,15 +441,16 @@ def test_linear_grpo_loss_needs():
     assert values_of[0] == values_of[1] == pytest.approx(values_of[2], rel=1e-6)
 
 
-@pytest.mark.parametrize("entropy_coef", [0.0, 0.5])
+@pytest.mark.parametrize(("entropy_coef", "softcap"), [(0.0, None), (0.5, None), (0.0, 0.5), (0.5, 0.5)])
 @pytest.mark.parametrize("dtype", [torch.float32, SIXTEEN_BITS])
-def test_any_loss(dtype, entropy_coef, monkeypatch):
+def test_any_loss(dtype, entropy_coef, softcap, monkeypatch):
     """CISPO, which no kernel knows: the kernels of log-probs and of their gradient around autograd on a vector."""
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: (16, 24))
     inputs = on_device(tokens())
     old = inputs.pop("logps") - 3
     given = (old, inputs["advantages"])
     more = {"mask": inputs["mask"], "cu_seqlens": inputs["cu_seqlens"], "normalizer": 5.0, "entropy_coef": entropy_coef}
+    more["softcap"] = softcap
     index = torch.randint(261, (len(old),), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
     leaves = [torch.randn(*s, device=DEVICE).to(dtype) / 2 for s in ((len(old), 8), (261, 8))]
 
@@ -468,7 +508,7 @@ def test_two_runs_agree_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("op", ["log_softmax", "linear"])
+@pytest.mark.parametrize("op", ["log_softmax", "linear", "log_softmax, soft cap", "linear, soft cap"])
 def test_registration(op):
     """torch.library's own checks: schema, fake implementation and autograd registration agree with the op."""
     rows = 19
@@ -481,4 +521,5 @@ def test_registration(op):
         "log_softmax": (library.selective_log_softmax, (logits, index, 0.7, True)),
         "linear": (library.linear_selective_log_softmax, (hidden, weight, None, index, 0.7, True)),
     }
+    call |= {f"{name}, soft cap": (function, (*given, 2.0)) for name, (function, given) in call.items()}
     torch.library.opcheck(*call[op], test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))

@@ -39,9 +39,14 @@ def cases(device: str) -> dict[str, tuple]:
     def linear(h, w, b):
         return both(linear_selective_log_softmax(h, w, index, bias=b, temperature=0.8, return_entropy=True))
 
+    def capped(h, w, b):
+        return both(linear_selective_log_softmax(h, w, index, bias=b, softcap=2.0, return_entropy=True))
+
     return {
         "selective_log_softmax": (log_softmax, (logits,)),
         "linear_selective_log_softmax": (linear, (hidden, weight, bias)),
+        "selective_log_softmax, soft cap": (lambda x: selective_log_softmax(x, index, softcap=2.0).sum(), (logits,)),
+        "linear_selective_log_softmax, soft cap": (capped, (hidden, weight, bias)),
         "grpo_loss": (lambda x: grpo_loss(x, old, advantages, **plain)[0], (logps,)),
         "grpo_loss, all options": (lambda x: grpo_loss(x, old, advantages, **full)[0], (logps,)),
         "linear_grpo_loss": (lambda h, w: linear_grpo_loss(h, w, index, old, advantages, **plain)[0], (hidden, weight)),
@@ -51,6 +56,10 @@ def cases(device: str) -> dict[str, tuple]:
         ),
         "linear_grpo_loss, entropy bonus": (
             lambda h, w: linear_grpo_loss(h, w, index, old, advantages, entropy_coef=0.1, **plain)[0],
+            (hidden, weight),
+        ),
+        "linear_grpo_loss, soft cap": (
+            lambda h, w: linear_grpo_loss(h, w, index, old, advantages, softcap=2.0, **plain)[0],
             (hidden, weight),
         ),
     }

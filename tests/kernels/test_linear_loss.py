@@ -115,6 +115,10 @@ def bonus(leaves: list[torch.Tensor], inputs: dict, aggregation: str, temperatur
     return total
 
 
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+"""Of gradients against fp64 formulas."""
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", [grpo, cispo, gmpo])
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
@@ -137,13 +141,44 @@ def test_the_entropy_bonus_is_its_formula(loss, aggregation, dtype, monkeypatch)
     want = -0.3 / 6 * bonus(leaves, inputs, aggregation, 0.6)
     torch.testing.assert_close((value - plain).double(), want, atol=1e-12 if dtype == torch.float64 else 1e-6, rtol=0)
     gradients = [torch.autograd.grad(x, leaves) for x in (value, plain, want)]
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    tolerance = TOLERANCES[dtype]
     for got, without, expected in zip(*gradients, strict=True):
         torch.testing.assert_close((got.double() - without.double()), expected.double(), atol=tolerance, rtol=tolerance)
         assert expected.norm() > 1e-2
     if dtype == torch.float64 and loss is not cispo:  # whose slope is no difference: it detaches the ratio
         more |= {"loss": loss, "index": index}
         assert gradcheck(lambda h, w, b: linear_policy_loss(h, w, **more | {"bias": b}, **given)[0], leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [grpo, cispo, gmpo])
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_a_soft_cap_is_its_formula(loss, dtype, softcap, monkeypatch):
+    """Loss, log-probs, entropies and gradients of hidden, weight and bias are those that autograd makes in fp64 of
+    softcap * tanh(logits / softcap), across chunks, of a tempered distribution, with an entropy bonus and a supervised
+    term; 0.5 is far below these logits. Exponentials in place of logits are not taken where there are any."""
+    monkeypatch.setattr(linear, "chunk_rows", lambda *_: (3, 4))
+    monkeypatch.setattr(linear, "takes_exponentials", lambda *_: True)
+    leaves, index = head(dtype)
+    given = rows_of(dtype) | {"normalizer": 6.0, "whole_sequences": loss is gmpo, "entropy_coef": 0.3}
+    nll_weights = 0.1 * (torch.arange(ROWS) % 3).to(given["old_logps"].dtype)
+    options = {"bias": leaves[2], "temperature": 0.6, "softcap": softcap}
+    got = linear_policy_loss(*leaves[:2], index, loss, **options, **given, nll_weights=nll_weights)
+
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    logits = exact[0] @ exact[1].T + exact[2]
+    log_p = (softcap * (2 / (1 + (-2 * logits / softcap).exp()) - 1) / 0.6).log_softmax(1)
+    logps, entropies = log_p[torch.arange(ROWS), index], -(log_p.exp() * log_p).sum(1)
+    widened = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in given.items()}
+    want = policy_loss(logps, loss, entropies=entropies, **widened)[0] - (nll_weights.double() * logps).sum()
+    counted = given["mask"] & (given["weights"].repeat_interleave(torch.tensor(LENGTHS)) != 0)
+    close = partial(torch.testing.assert_close, atol=1e-12 if dtype == torch.float64 else 2e-6, rtol=1e-6)
+    close((got[0].double(), got[1].double()), (want, logps.detach()))
+    close(got[2][-1], entropies.detach()[counted].sum())
+    tolerance = TOLERANCES[dtype]
+    for a, b in zip(torch.autograd.grad(got[0], leaves), torch.autograd.grad(want, exact), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=tolerance, rtol=tolerance)
+        assert b.norm() > 1e-2
 
 
 @pytest.mark.parametrize("loss", [grpo, cispo, gmpo])

@@ -13,9 +13,15 @@ from rethinker_kernels import linear, linear_selective_log_softmax, selective_lo
 INF = math.inf
 
 
-def naive(logits: torch.Tensor, index: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def naive(
+    logits: torch.Tensor, index: torch.Tensor, temperature: float = 1.0, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob and entropy from probabilities, in float64."""
-    p = torch.softmax(logits.double() / temperature, -1)
+    logits = logits.double()
+    if softcap is not None:
+        up, down = (logits / softcap).exp(), (-logits / softcap).exp()
+        logits = softcap * (up - down) / (up + down)
+    p = torch.softmax(logits / temperature, -1)
     logps = p.gather(-1, index.unsqueeze(-1)).squeeze(-1).log()
     return logps, torch.special.entr(p).sum(-1)
 
@@ -29,27 +35,31 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize("vocabulary", [1, 2, 127, 129, 1000])
 @pytest.mark.parametrize("shape", [(0,), (1,), (7,), (2, 5)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
-def test_equals_the_naive_formula(vocabulary, shape, temperature):
-    """Values are log-softmax and entropy of the tempered logits, for any leading shape, rows of zero included."""
+@pytest.mark.parametrize("softcap", [None, 4.0, 30.0])
+def test_equals_the_naive_formula(vocabulary, shape, temperature, softcap):
+    """Values are log-softmax and entropy of the tempered logits, capped or not, for any leading shape, rows of zero
+    included."""
     torch.manual_seed(0)
     logits = 5 * torch.randn(*shape, vocabulary)
     index = torch.randint(vocabulary, shape)
-    logps, entropy = selective_log_softmax(logits, index, temperature=temperature, return_entropy=True)
-    expected_logps, expected_entropy = naive(logits, index, temperature)
+    head = {"temperature": temperature, "softcap": softcap}
+    logps, entropy = selective_log_softmax(logits, index, **head, return_entropy=True)
+    expected_logps, expected_entropy = naive(logits, index, temperature, softcap)
     assert logps.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close(logps.double(), expected_logps, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(entropy.double(), expected_entropy, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(selective_log_softmax(logits, index, temperature=temperature), logps)
+    torch.testing.assert_close(selective_log_softmax(logits, index, **head), logps)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_logits_are_computed_in_fp32(dtype):
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_low_precision_logits_are_computed_in_fp32(dtype, softcap):
     """bf16 and fp16 logits give fp32 results as exact as those numbers in float64, and gradients of their own type."""
     torch.manual_seed(0)
     logits = (5 * torch.randn(6, 300)).to(dtype).requires_grad_()
     index = torch.randint(300, (6,))
-    logps = selective_log_softmax(logits, index)
-    torch.testing.assert_close(logps.double(), naive(logits, index)[0], atol=2e-5, rtol=0)
+    logps = selective_log_softmax(logits, index, softcap=softcap)
+    torch.testing.assert_close(logps.double(), naive(logits, index, 1.0, softcap)[0], atol=2e-5, rtol=0)
     logps.sum().backward()
     assert logits.grad.dtype == dtype
 
@@ -67,26 +77,28 @@ def test_strided_rows():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_gradcheck_of_both_outputs(temperature):
+@pytest.mark.parametrize("softcap", [None, 0.9])
+def test_gradcheck_of_both_outputs(temperature, softcap):
     """Autograd's gradient of log-prob and entropy equals finite differences."""
     torch.manual_seed(0)
     logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([0, 4, 2, 2])
-    assert gradcheck(lambda x: selective_log_softmax(x, index, temperature=temperature, return_entropy=True), (logits,))
+    options = {"temperature": temperature, "return_entropy": True, "softcap": softcap}
+    assert gradcheck(lambda x: selective_log_softmax(x, index, **options), (logits,))
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("entropy", [True, False])
-def test_linear_gradcheck(small_chunks, bias, entropy):
+@pytest.mark.parametrize("softcap", [None, 0.9])
+def test_linear_gradcheck(small_chunks, bias, entropy, softcap):
     """The chunked backward's gradients of hidden, weight and bias equal finite differences across chunk borders."""
     torch.manual_seed(0)
     inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((7, 3), (5, 3), (5,))[: 2 + bias]]
     index = torch.randint(5, (7,))
 
     def op(hidden, weight, *rest):
-        return linear_selective_log_softmax(
-            hidden, weight, index, bias=rest[0] if rest else None, temperature=0.8, return_entropy=entropy
-        )
+        options = {"temperature": 0.8, "return_entropy": entropy, "softcap": softcap}
+        return linear_selective_log_softmax(hidden, weight, index, bias=rest[0] if rest else None, **options)
 
     assert gradcheck(op, inputs)
 
@@ -155,6 +167,17 @@ def test_banned_tokens_are_legal():
     assert selective_log_softmax(logits, torch.tensor([1, 1])).eq(-INF).all()
 
 
+def test_a_cap_lifts_a_ban():
+    """Under a cap -inf is the logit -softcap, as PyTorch's tanh has it, and has no gradient; logits of +-1e4 are at
+    either cap."""
+    logits = torch.tensor([[1.0, -INF, 1e4, -1e4]], requires_grad=True)
+    logps, entropy = selective_log_softmax(logits, torch.tensor([1]), return_entropy=True, softcap=2.0)
+    expected = naive(torch.tensor([[2 * math.tanh(0.5), -2.0, 2.0, -2.0]]), torch.tensor([1]))
+    torch.testing.assert_close((logps.double(), entropy.double()), expected, atol=1e-6, rtol=0)
+    (logps + entropy).sum().backward()
+    assert logits.grad.ne(0).tolist() == [[True, False, False, False]]
+
+
 def test_large_logits():
     """Logits of +-1e4 neither overflow nor lose the difference between them."""
     logits = torch.tensor([[1e4, 1e4 - 1, -1e4]])
@@ -198,6 +221,11 @@ def test_temperature_zero_is_the_greedy_limit():
         ("temperature", {"temperature": -0.1}),
         ("temperature", {"temperature": math.nan}),
         ("temperature", {"temperature": torch.ones(3)}),
+        ("softcap", {"softcap": 0.0}),
+        ("softcap", {"softcap": -30.0}),
+        ("softcap", {"softcap": math.nan}),
+        ("softcap", {"softcap": INF}),
+        ("softcap", {"softcap": torch.ones(3)}),
     ],
 )
 def test_wrong_arguments_are_named(name, changes):
@@ -216,6 +244,7 @@ def test_wrong_arguments_are_named(name, changes):
         ("weight", {"weight": torch.zeros(5, 4, device="meta")}),
         ("bias", {"bias": torch.zeros(4)}),
         ("index", {"index": torch.zeros(4, dtype=torch.int64)}),
+        ("softcap", {"softcap": 0.0}),
     ],
 )
 def test_wrong_linear_arguments_are_named(name, changes):

@@ -31,11 +31,23 @@ def test_the_kernels_equal_their_definitions(suite, interpreter):
 
 
 FAULTS = {
-    "none": ("log_softmax.py", [], "near and uniform and 7-129 or k3 or out_of_range or beyond"),
+    "none": ("log_softmax.py", [], "near and uniform and 7-129 or soft_cap or k3 or out_of_range or beyond"),
     "padding columns enter the sum": (
         "log_softmax.py",
-        [('other=-float("inf")).to(tl.float32)\n        higher', "other=0.0).to(tl.float32)\n        higher")],
+        [('-float("inf"), SOFTCAP)\n        higher', "0.0, SOFTCAP)\n        higher")],
         "near and uniform and 7-129",
+    ),
+    "padding columns are capped": (
+        "log_softmax.py", [("tl.where(inside, tanh(x * (1.0 / SOFTCAP)), outside)", "tanh(x * (1.0 / SOFTCAP))")],
+        "test_log_softmax_of_capped_logits and near and 129",
+    ),
+    "a gradient without the cap's slope": (
+        "log_softmax.py", [("gradient *= (1.0 - x * x) * (1.0 / SOFTCAP)", "gradient *= 1.0 / SOFTCAP")],
+        "test_linear_grpo_loss and options3-dtype0 and token",
+    ),
+    "tanh as it is written": (
+        "log_softmax.py", [("tl.where(tl.abs(x) < 0.625, near, tl.where", "tl.where(tl.abs(x) < 0.0, near, tl.where")],
+        "test_a_soft_cap_is_accurate",
     ),
     "32-bit offsets": ("log_softmax.py", [(".to(tl.int64)", "")], "beyond_32_bits"),
     "the dual clip is left out": (

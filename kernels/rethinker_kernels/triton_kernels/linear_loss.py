@@ -74,7 +74,7 @@ def divergence_slope(reference, now, ESTIMATOR: tl.constexpr):
 def grpo_rows_kernel(
     logits, out, index, temperature, old_logps, advantages, factors, ref_logps, nll_weights, logps,
     entropies, stride, out_stride, vocabulary, lower, upper, dual, kl_coef, entropy_coef,
-    ESTIMATOR: tl.constexpr, SUPERVISED: tl.constexpr, ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr, ESTIMATOR: tl.constexpr, SUPERVISED: tl.constexpr, ENTROPY: tl.constexpr,
     DEPTH: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Reads the row twice: for log-prob and entropy, then for the gradient.
@@ -86,8 +86,8 @@ def grpo_rows_kernel(
     place = out + row.to(tl.int64) * out_stride
     inverse, scale = inverse_and_scale(temperature)
     chosen = chosen_column(tl.load(index + row), vocabulary)
-    x_chosen = chosen_logit(x, chosen)
-    lane_top, lane_s, lane_u = row_lanes(x, vocabulary, scale, True, DEPTH, LANES)
+    x_chosen = chosen_logit(x, chosen, SOFTCAP)
+    lane_top, lane_s, lane_u = row_lanes(x, vocabulary, scale, SOFTCAP, True, DEPTH, LANES)
     top, s, u = join(lane_top, lane_s, lane_u, scale)
     logp, entropy = log_prob_and_entropy(x_chosen, top, s, u, inverse)
     tl.store(logps + row, logp)
@@ -112,7 +112,7 @@ def grpo_rows_kernel(
     if (chosen >= 0) & (inverse < float("inf")) & ((per_logp != 0.0) | (per_entropy != 0.0)):
         write_gradient(
             x, place, vocabulary, chosen, top, tl.log2(s), scale, per_logp * inverse, per_entropy * inverse, entropy,
-            ENTROPY, TILE,
+            SOFTCAP, ENTROPY, TILE,
         )  # fmt: skip
     else:
         write_zeros(place, vocabulary, TILE)
@@ -127,6 +127,7 @@ def grpo_rows(
     nll_weights: Tensor | None,
     options: Surrogate,
     entropy_coef: float = 0.0,
+    softcap: float | None = None,
     *,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -137,7 +138,7 @@ def grpo_rows(
         out: [R, V] of any type; may be the logits themselves.
         rows: of these logits.
         factors: [R] fp32, what each row's loss is multiplied by; 0 where it does not count.
-        nll_weights: [R] fp32, as in `rethinker_kernels.linear_policy_loss`; and so is `entropy_coef`.
+        nll_weights: [R] fp32, as in `rethinker_kernels.linear_policy_loss`; so are `entropy_coef` and `softcap`.
     """
     count, vocabulary = logits.shape
     logps = torch.empty(count, dtype=torch.float32, device=logits.device)
@@ -148,11 +149,11 @@ def grpo_rows(
     highest = math.inf if options.dual_clip is None else options.dual_clip
     with on_device_of(logits):
         grpo_rows_kernel[(count,)](
-            logits, out, index, temperature, rows.old_logps, rows.advantages, factors, rows.ref_logps,
-            nll_weights, logps, entropies,
+            logits, out, index, temperature / (softcap or 1.0), rows.old_logps, rows.advantages, factors,
+            rows.ref_logps, nll_weights, logps, entropies,
             logits.stride(0), out.stride(0), vocabulary, 1.0 - options.clip_low, 1.0 + options.clip_high, highest,
             options.kl_coef, entropy_coef,
-            ESTIMATOR=ESTIMATORS[options.kl_estimator] if options.kl_coef != 0 else 0,
+            SOFTCAP=softcap, ESTIMATOR=ESTIMATORS[options.kl_estimator] if options.kl_coef != 0 else 0,
             SUPERVISED=nll_weights is not None, ENTROPY=entropy_coef != 0, DEPTH=tile.depth,
             LANES=tile.lane_bytes // logits.element_size(), TILE=tile.gradient, num_warps=tile.warps,
         )  # fmt: skip

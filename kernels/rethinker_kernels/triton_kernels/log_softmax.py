@@ -2,7 +2,8 @@
 
 A row's softmax is kept as (top, s, u) in powers of two: top its largest logit, d = (x - top) * scale with
 scale = log2(e) / temperature, s = sum of 2^d and u = sum of 2^d * d. So log p = (x - top) / temperature - ln s, and
-the entropy is ln s - ln 2 * u / s. Differences are taken before they are scaled: exact at any temperature.
+the entropy is ln s - ln 2 * u / s. Differences are taken before they are scaled: exact at any temperature. Under a
+soft cap c a row is tanh(logits / c) at temperature T / c; without one none of that is compiled.
 """
 
 from __future__ import annotations
@@ -76,7 +77,29 @@ def inverse_and_scale(temperature):
 
 
 @triton.jit
-def row_lanes(row, vocabulary, scale, ENTROPY: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr):
+def tanh(x):
+    """To full precision: near 0 a polynomial in x^2 (of the smallest relative error), where the difference cancels."""
+    square = x * x
+    series = 0.020639084 - 0.005704984 * square
+    series = 0.13331442 + (-0.053739714 + series * square) * square
+    near = x + x * (square * (-0.33333281 + series * square))
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def load_logits(place, inside, outside, SOFTCAP: tl.constexpr):
+    """Logits in fp32, under a cap the tanh of logits / SOFTCAP; `outside` in place of those that are not `inside`."""
+    x = tl.load(place, mask=inside, other=outside).to(tl.float32)
+    if SOFTCAP is not None:
+        x = tl.where(inside, tanh(x * (1.0 / SOFTCAP)), outside)
+    return x
+
+
+@triton.jit
+def row_lanes(
+    row, vocabulary, scale, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
     """(top, s, u) of the row, per lane: one exp per entry, and one per DEPTH entries to rescale."""
     offsets = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     top = tl.full([LANES], LOWEST, tl.float32)
@@ -84,7 +107,7 @@ def row_lanes(row, vocabulary, scale, ENTROPY: tl.constexpr, DEPTH: tl.constexpr
     u = tl.zeros([LANES], tl.float32)
     for first in range(0, vocabulary, DEPTH * LANES):
         columns = first + offsets
-        x = tl.load(row + columns, mask=columns < vocabulary, other=-float("inf")).to(tl.float32)
+        x = load_logits(row + columns, columns < vocabulary, -float("inf"), SOFTCAP)
         higher = tl.maximum(top, tl.max(x, axis=0))
         d = (x - higher[None, :]) * scale
         shift = (top - higher) * scale
@@ -117,9 +140,9 @@ def chosen_column(index, vocabulary):
 
 
 @triton.jit
-def chosen_logit(row, column):
+def chosen_logit(row, column, SOFTCAP: tl.constexpr):
     """The logit of a `chosen_column`, NaN if there is none: nothing is read out of bounds."""
-    return tl.load(row + column, mask=column >= 0, other=float("nan")).to(tl.float32)
+    return load_logits(row + column, column >= 0, float("nan"), SOFTCAP)
 
 
 @triton.jit
@@ -135,13 +158,13 @@ def log_prob_and_entropy(x, top, s, u, inverse):
 @triton.jit
 def write_gradient(
     row, out, vocabulary, chosen, top, log2_s, scale, per_logp, per_entropy, entropy,
-    ENTROPY: tl.constexpr, TILE: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """per_logp * d logp / dx + per_entropy * d entropy / dx, times T. `out` may be the row."""
     for first in range(0, vocabulary, TILE):
         columns = first + tl.arange(0, TILE)
         inside = columns < vocabulary
-        x = tl.load(row + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        x = load_logits(row + columns, inside, -float("inf"), SOFTCAP)
         log2_p = (x - top) * scale - log2_s
         if ENTROPY:
             log2_p = at_least_no_mass(log2_p)
@@ -149,6 +172,8 @@ def write_gradient(
         gradient = tl.where(columns == chosen, per_logp, 0.0) - per_logp * p
         if ENTROPY:
             gradient -= per_entropy * (p * (log2_p * LN2 + entropy))
+        if SOFTCAP is not None:
+            gradient *= (1.0 - x * x) * (1.0 / SOFTCAP)
         tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=inside)
 
 
@@ -163,16 +188,16 @@ def write_zeros(out, vocabulary, TILE: tl.constexpr):
 def forward_kernel(
     logits, index, temperature, logps, entropies, saved,
     rows, inner, outer_stride, inner_stride, vocabulary,
-    ENTROPY: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program per row."""
     row = tl.program_id(0)
     inverse, scale = inverse_and_scale(temperature)
     x = logits + row_offset(row, inner, outer_stride, inner_stride)
-    lane_top, lane_s, lane_u = row_lanes(x, vocabulary, scale, ENTROPY, DEPTH, LANES)
+    lane_top, lane_s, lane_u = row_lanes(x, vocabulary, scale, SOFTCAP, ENTROPY, DEPTH, LANES)
     top, s, u = join(lane_top, lane_s, lane_u, scale)
     chosen = chosen_column(tl.load(index + row), vocabulary)
-    logp, entropy = log_prob_and_entropy(chosen_logit(x, chosen), top, s, u, inverse)
+    logp, entropy = log_prob_and_entropy(chosen_logit(x, chosen, SOFTCAP), top, s, u, inverse)
     tl.store(logps + row, logp)
     tl.store(saved + row, top)
     tl.store(saved + rows + row, tl.log2(s))
@@ -184,7 +209,7 @@ def forward_kernel(
 def backward_kernel(
     logits, out, index, temperature, saved, entropies, grad_logps, grad_entropies,
     rows, inner, outer_stride, inner_stride, out_stride, vocabulary,
-    LOGPS: tl.constexpr, ENTROPY: tl.constexpr, TILE: tl.constexpr,
+    SOFTCAP: tl.constexpr, LOGPS: tl.constexpr, ENTROPY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program per row. Rows without a gradient are written, and not read."""
     row = tl.program_id(0)
@@ -207,7 +232,7 @@ def backward_kernel(
         log2_s = tl.load(saved + rows + row)
         write_gradient(
             x, place, vocabulary, chosen, top, log2_s, scale, per_logp * inverse, per_entropy * inverse, entropy,
-            ENTROPY, TILE,
+            SOFTCAP, ENTROPY, TILE,
         )  # fmt: skip
     else:
         write_zeros(place, vocabulary, TILE)
@@ -231,7 +256,7 @@ def rows_of(logits: Tensor) -> tuple[Tensor, int, int, int, int]:
 
 
 def forward_rows(
-    logits: Tensor, index: Tensor, temperature: float, return_entropy: bool
+    logits: Tensor, index: Tensor, temperature: float, return_entropy: bool, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `torch_rows.forward_rows`; all results are fp32."""
     logits, rows, inner, outer_stride, inner_stride = rows_of(logits)
@@ -243,8 +268,8 @@ def forward_rows(
     tile = tiles(logits.device, rows)
     with on_device_of(logits):
         forward_kernel[(rows,)](
-            logits, _flat(index), temperature, logps, entropies, saved,
-            rows, inner, outer_stride, inner_stride, logits.shape[-1], ENTROPY=return_entropy,
+            logits, _flat(index), temperature / (softcap or 1.0), logps, entropies, saved,
+            rows, inner, outer_stride, inner_stride, logits.shape[-1], SOFTCAP=softcap, ENTROPY=return_entropy,
             DEPTH=tile.depth, LANES=tile.lane_bytes // logits.element_size(), num_warps=tile.warps,
         )  # fmt: skip
     return logps, entropies, saved
@@ -258,6 +283,7 @@ def gradient_rows(
     entropies: Tensor | None,
     grad_logps: Tensor | None,
     grad_entropies: Tensor | None,
+    softcap: float | None = None,
     *,
     out: Tensor,
 ) -> Tensor:
@@ -270,9 +296,9 @@ def gradient_rows(
     tile = tiles(logits.device, rows)
     with on_device_of(logits):
         backward_kernel[(rows,)](
-            logits, out, _flat(index), temperature, saved, entropies, _flat(grad_logps),
+            logits, out, _flat(index), temperature / (softcap or 1.0), saved, entropies, _flat(grad_logps),
             _flat(grad_entropies), rows, inner, outer_stride, inner_stride, out.stride(-2), logits.shape[-1],
-            LOGPS=grad_logps is not None, ENTROPY=grad_entropies is not None,
+            SOFTCAP=softcap, LOGPS=grad_logps is not None, ENTROPY=grad_entropies is not None,
             TILE=tile.gradient, num_warps=tile.warps,
         )  # fmt: skip
     return out
