@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from rethinker import ranges
 
@@ -102,6 +102,8 @@ class DataConfig:
     """Prompt template; `{question}` stands for the question."""
     system: str | None = None
     """System message, if any."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the model's chat template lets one choose, as `{enable_thinking: false}` for Qwen3.5."""
     max_prompt_tokens: ranges.Count = 2048
     """Queries with longer prompts are left out, whole, and counted."""
     min_pixels: ranges.Count = 256 * 28 * 28

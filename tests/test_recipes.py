@@ -18,6 +18,8 @@ SCALES = {
     "qwen2_5_vl_32b": (32, 80),
     "qwen2_5_vl_72b": (64, 80),
     "qwen3_vl_8b": (8, 80),
+    "qwen3_vl_30b_a3b": (16, 80),
+    "qwen3_5_9b": (8, 80),
 }
 # Presets of a published method, whose formulas are held in tests/algorithm/test_formulas.py.
 METHODS = {"dapo", "dr_grpo", "gspo", "cispo", "sapo", "gmpo", "rloo", "reinforce_pp"}

@@ -3,9 +3,8 @@
 Equal to the Hugging Face processor's own output, but for one thing: text that spells a special token stays text. A
 question that contains `<|image_pad|>` would otherwise ask for the features of an image that does not exist.
 
-The chat template is rendered once per layout (how texts and images alternate); a query then costs one tokenizer call.
-That is right for templates that write every text and image of a message once, as it is or trimmed. Others are refused,
-and the first prompts of a layout are compared with what the processor itself makes of them.
+A query costs one tokenizer call; the first prompts of a layout (how texts and images alternate) are compared with what
+the processor itself makes of them.
 """
 
 from __future__ import annotations
@@ -13,12 +12,9 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +22,7 @@ from cachetools import LRUCache, cached
 from PIL import Image
 
 from rethinker.config import ConfigError, DataConfig, one_line
+from rethinker.data.chat_template import ChatTemplate
 from rethinker.data.datasets import IMAGE_MARK, BadRowError, check_bad_rows
 from rethinker.data.images import UnreadableImageError, check_image, image_key, image_size, open_image
 from rethinker.data.query_stream import QueryStream
@@ -44,32 +41,6 @@ COMPARED = 2
 FIRST = 16
 """Queries that are looked through for these before a model is loaded."""
 
-# Stands for a text while the chat template is rendered: its number, and what a template that quotes or changes texts
-# would not leave as it is, between private-use characters.
-_TOUCHY = " \"'<&>\n  aA "
-_SLOT = re.compile(f"\ue000(\\d+){re.escape(_TOUCHY)}\ue001")
-# What a template leaves of white space before and after a text, and what it does to the text then.
-_TRIMS: dict[tuple[bool, bool], Callable[[str], str]] = {
-    (True, True): str,
-    (False, True): str.lstrip,
-    (True, False): str.rstrip,
-    (False, False): str.strip,
-}
-_FIX = (
-    "a chat template must write every text and image of a message once and leave texts as they are; use the "
-    "chat_template.jinja of the model that it was made from"
-)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """A chat template around some texts and images."""
-
-    pieces: list[int | str]
-    """The ids of what is fixed, and texts with slots."""
-    trims: dict[int, Callable[[str], str]]
-    """What the template does to each text, by the number of its slot."""
-
 
 class PromptEncoder:
     """Encodes queries for one model.
@@ -80,7 +51,7 @@ class PromptEncoder:
 
     Raises:
         ConfigError: a processor of no supported family, a tokenizer whose special tokens cannot be kept out of
-            ordinary text, or a chat template that does not leave texts as they are.
+            ordinary text, or a chat template that `ChatTemplate` refuses.
     """
 
     def __init__(self, processor: Any, config: DataConfig) -> None:
@@ -94,9 +65,6 @@ class PromptEncoder:
         self.dropped: Counter[str] = Counter()
         self._image_id = processor.image_token_id
         tokens = self.tokenizer.added_tokens_decoder
-        special = sorted((token.content for token in tokens.values() if token.special), key=len, reverse=True)
-        self._special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
-        self._layouts: dict[str, _Layout] = {}
         self._compared: Counter[str] = Counter()
         self._prefix, self._suffix = config.prompt.split("{question}")
         images = LRUCache(IMAGE_CACHE_BYTES, lambda image: 3 * image.width * image.height)
@@ -116,7 +84,7 @@ class PromptEncoder:
                 raise ConfigError(
                     f"policy.model: its tokenizer reads {token.content!r} within ordinary text as a special token"
                 )
-        self._layout("t")
+        self._template = ChatTemplate(processor, config, self._text_ids)
 
     def encode(self, query: Query) -> Prompt:
         """The query's prompt, with its images decoded.
@@ -238,17 +206,14 @@ class PromptEncoder:
         """Compare one of the first prompts of a layout with what the processor makes of the same message."""
         kinds, texts = self._parts(query)
         # A template that trims a message as a whole goes on into the next text where one is blank.
-        trims = any(trim is not str for trim in self._layout(kinds).trims.values())
-        doubtful = trims and not all(map(str.strip, texts[:-1]))
-        if (self._compared[kinds] >= COMPARED and not doubtful) or any(map(self._special.search, texts)):
+        doubtful = self._template.trims(kinds) and not all(map(str.strip, texts[:-1]))
+        if (self._compared[kinds] >= COMPARED and not doubtful) or any(map(self._template.special.search, texts)):
             return
         self._compared[kinds] += 1
-        messages = self._messages(kinds, texts, made.images)
+        messages = self._template.messages(kinds, texts, made.images)
         try:
             with self._one_at_a_time:
-                own = self.processor.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=True
-                )
+                own = self._template.apply(messages, tokenize=True, return_dict=True)
         except Exception as error:  # of a template's code, anything
             raise ConfigError(f"policy.model: its processor cannot read query {query.id}: {one_line(error)}") from error
         theirs, ours = list(own["input_ids"][0]), made.token_ids
@@ -265,14 +230,7 @@ class PromptEncoder:
     def _tokenize(self, query: Query) -> tuple[list[int], list[int]]:
         """(compact, expanded) ids, as `_token_ids` returns them; not to be changed by the caller."""
         kinds, texts = self._parts(query)
-        layout = self._layout(kinds)
-        texts = [layout.trims.get(number, str)(text) for number, text in enumerate(texts)]
-        compact: list[int] = []
-        for piece in layout.pieces:
-            if isinstance(piece, int):
-                compact.append(piece)
-            else:
-                compact += self._text_ids(_SLOT.sub(lambda slot: texts[int(slot[1])], piece))
+        compact = self._template.ids(kinds, texts)
         shown = iter([self._image_ids(image, query.id) for image in query.images])
         expanded: list[int] = []
         for i in compact:
@@ -295,81 +253,6 @@ class PromptEncoder:
         kinds = "".join(("i" if n else "") + ("t" if text else "") for n, text in enumerate(parts))
         return kinds, [*filter(None, parts), self.config.system or ""]
 
-    def _layout(self, kinds: str) -> _Layout:
-        """The chat template around such a message."""
-        if kinds not in self._layouts:
-            rendered = self._render(kinds)
-            numbers = Counter(int(number) for number in _SLOT.findall(rendered))
-            texts = kinds.count("t")
-            if self.config.system is not None and numbers.pop(texts, 0) != 1:
-                raise ConfigError(
-                    f"data.system={self.config.system!r}: the model's chat template does not write a system message "
-                    "once; set data.system to null, and put the text into data.prompt"
-                )
-            for times in (numbers[number] for number in range(texts)):
-                if times != 1:
-                    what = f"writes a text of a message {times} times" if times else "leaves out or changes a text"
-                    raise self._unfit(what)
-            to_id, pieces = self.tokenizer.convert_tokens_to_ids, []
-            for n, text in enumerate(self._special.split(rendered)):  # every second one is a special token
-                pieces += [to_id(text)] if n % 2 else [text] if _SLOT.search(text) else self._text_ids(text)
-            if (shown := pieces.count(self._image_id)) != kinds.count("i"):
-                raise self._unfit(f"writes {shown} image placeholders for {kinds.count('i')} images")
-            self._layouts[kinds] = _Layout(pieces, self._trims(kinds, rendered))
-        return self._layouts[kinds]
-
-    def _trims(self, kinds: str, rendered: str) -> dict[int, Callable[[str], str]]:
-        """How the template, once `rendered`, trims texts: seen in what it leaves of white space around them."""
-        parts, kept = _SLOT.split(rendered), set()  # every second one is a slot's number
-        for space in (" ", "\n", "\u2003"):
-            pattern = "".join(
-                f"({space})?{re.escape(_slot(part))}({space})?" if n % 2 else re.escape(part)
-                for n, part in enumerate(parts)
-            )
-            found = re.fullmatch(pattern, self._render(kinds, space))
-            kept.add(found and tuple(group is not None for group in found.groups()))
-        if len(kept) > 1 or None in kept:
-            raise self._unfit("takes some white space from texts and leaves other")
-        (sides,) = kept
-        return {int(number): _TRIMS[sides[2 * n : 2 * n + 2]] for n, number in enumerate(parts[1::2])}
-
-    def _render(self, kinds: str, space: str = "") -> str:
-        """The chat template around slots, with white space around each."""
-        slots = [f"{space}{_slot(number)}{space}" for number in range(kinds.count("t") + 1)]
-        messages = self._messages(kinds, slots)
-
-        def render(messages: list[dict[str, Any]]) -> str:
-            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-        try:
-            return render(messages)
-        except Exception as error:  # of a template's code, anything
-            fault = self._unfit(f"cannot be rendered ({one_line(error)})")
-            if self.config.system is not None:
-                with suppress(Exception):
-                    render(messages[1:])
-                    fault = ConfigError(
-                        f"data.system={self.config.system!r}: the model's chat template takes no system message "
-                        f"({one_line(error)}); set data.system to null, and put the text into data.prompt"
-                    )
-            raise fault from error
-
-    def _messages(self, kinds: str, texts: list[str], images: Sequence[Image.Image] = ()) -> list[dict[str, Any]]:
-        """A conversation of such a message, with its images or with their places alone."""
-        spoken, shown = iter(texts), iter(images)
-        content: list[dict[str, Any]] = []
-        for kind in kinds:
-            part = {"type": "image"} if kind == "i" else {"type": "text", "text": next(spoken)}
-            content.append(part | {"image": next(shown)} if kind == "i" and images else part)
-        messages = [{"role": "user", "content": content}]
-        if self.config.system is not None:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": texts[-1]}]})
-        return messages
-
-    @staticmethod
-    def _unfit(what: str) -> ConfigError:
-        return ConfigError(f"policy.model: its chat template {what}; {_FIX}")
-
     def _text_ids(self, text: str) -> list[int]:
         """Ids of ordinary text; what spells a special token is split like any other characters."""
         with self._one_at_a_time:
@@ -387,11 +270,6 @@ class PromptEncoder:
         """Above `max_pixels` in the processor's size if possible, so that no photo fills the memory."""
         image = open_image(reference, query_id, self.config.max_image_pixels)
         return self.family.reduced(self.processor.image_processor, image)
-
-
-def _slot(number: int | str) -> str:
-    """What stands for a text; `_SLOT` finds it."""
-    return f"\ue000{number}{_TOUCHY}\ue001"
 
 
 def _shown(query: Query) -> tuple[Hashable, ...]:

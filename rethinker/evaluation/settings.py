@@ -20,8 +20,8 @@ Mode = Literal["normal", "forced", "oracle"]
 CHUNK = 256
 
 # How a model is asked.
-ASKED = ("data.prompt", "data.system", "data.min_pixels", "data.max_pixels", "policy.dtype", "rollout.backend")
-ASKED += ("rollout.max_new_tokens",)
+ASKED = ("data.prompt", "data.system", "data.chat_template_kwargs", "data.min_pixels", "data.max_pixels")
+ASKED += ("policy.dtype", "rollout.backend", "rollout.max_new_tokens")
 # How its answers are judged.
 JUDGED = ("reward.rounding", "reward.percent", "reward.degrees")
 # What a checkpoint inherits from the run's config.yaml, and what a result records, since its answers depend on it.
@@ -59,7 +59,9 @@ def run_settings(checkpoint: str) -> dict[str, Any]:
     """How a run asked its model, from the config.yaml above the run's checkpoint; {} for any other model."""
     folder = Path(checkpoint).absolute().parent
     given = read_settings(folder.parent) if folder.name == "checkpoints" else {}
-    return {key: given[key] for key in INHERITED if given.get(key) not in (None, "recorded", "server")}
+    entries = tuple(f"{key}." for key in INHERITED)
+    inherited = {key: value for key, value in given.items() if key in INHERITED or key.startswith(entries)}
+    return {key: value for key, value in inherited.items() if value not in (None, "recorded", "server", {})}
 
 
 def read_settings(run: Path) -> dict[str, Any]:

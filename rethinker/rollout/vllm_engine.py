@@ -6,6 +6,7 @@ group that exists: ranks of one tensor-parallel engine work on the same prompts,
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -67,6 +68,7 @@ class VLLMEngine(RolloutEngine):
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
         if not self._gpu:
             from rethinker.rollout import vllm_cpu_ops  # noqa: F401  # registers its classes
+        gc.freeze()  # vLLM looks three times through all there is while it starts, which takes 0.5 s each time
         settings = self.config.rollout
         arguments = engine_arguments(self.config, self._requests, gpu=self._gpu)
         if self._gpu:

@@ -35,7 +35,7 @@ def as_bytes(image: Image.Image, kind: str = "PNG", **options) -> dict[str, byte
     return {"bytes": buffer.getvalue()}
 
 
-def reference(encoder: PromptEncoder, query: Query, images: list[Image.Image], system: str | None = None):
+def reference(encoder: PromptEncoder, query: Query, images: list[Image.Image], system: str | None = None, **choices):
     """What the processor itself makes of the same conversation."""
     text = encoder.config.prompt.replace("{question}", query.question)
     content, left = [], list(images)
@@ -47,5 +47,5 @@ def reference(encoder: PromptEncoder, query: Query, images: list[Image.Image], s
     messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system is not None else []
     messages.append({"role": "user", "content": content})
     return encoder.processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **choices
     )

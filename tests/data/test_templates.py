@@ -171,3 +171,24 @@ def test_a_template_is_refused_before_a_model_is_loaded(folder, tmp_path, comman
     assert cli.main([command, *arguments]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert line.startswith("error: policy.model: its processor reads query ")
+
+
+THINKS = template().replace("assistant\n", "assistant\n{% if enable_thinking is not false %}<think>\n{% endif %}")
+
+
+@pytest.mark.parametrize("thinks", [True, False, None])
+def test_what_a_template_lets_one_choose(make, thinks):
+    """data.chat_template_kwargs reaches the template, and the comparison with the processor's own prompts."""
+    chosen = {} if thinks is None else {"enable_thinking": thinks}
+    encoder = make(chat_template=THINKS, chat_template_kwargs=chosen)
+    query = Query("q", "2 + 2?", "")
+    ids = encoder.encode(query).token_ids
+    assert ids == reference(encoder, query, [], **chosen)["input_ids"][0].tolist()
+    assert encoder.decode(ids).endswith("<think>\n") == (thinks is not False)
+
+
+@pytest.mark.parametrize("name", ["enable_thinkin", "messages", "add_generation_prompt", "tools", "thinking"])
+def test_choices_that_a_template_does_not_have(make, name):
+    """A template would ignore them, or they are not the user's."""
+    with pytest.raises(ConfigError, match=f"^data.chat_template_kwargs: .* has no choice '{name}'"):
+        make(chat_template=THINKS, chat_template_kwargs={name: True})

@@ -138,11 +138,13 @@ def test_a_runs_checkpoint_is_asked_as_the_run_asked_it(checkpoint, tmp_path):
     best = tmp_path / "run/checkpoints/best"
     best.mkdir(parents=True)
     settings = {"data": {"prompt": "{question}\nThink: {x}", "min_pixels": 4096, "max_pixels": 8192, "train": "digits"}}
+    settings["data"]["chat_template_kwargs"] = {"enable_thinking": False}
     settings |= {"rollout": {"max_new_tokens": 24, "backend": "hf", "group_size": 4}, "train": {"unknown": 1}}
     settings |= {"reward": {"percent": False, "rounding": 0.05, "function": "mine.py:f"}}
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(settings))
     config = eval_config(str(best), ["--rollout.max_new_tokens=48"])
     assert config.data.prompt == "{question}\nThink: {x}" and config.data.max_pixels == 8192
+    assert config.data.chat_template_kwargs == {"enable_thinking": False}
     assert config.rollout.max_new_tokens == 48 and config.rollout.backend == "hf"
     assert (config.reward.percent, config.reward.rounding, config.reward.function) == (False, 0.05, "boxed")
     assert config.rollout.group_size == 8 and config.policy.model == str(best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ import torch
 from rethinker.config import DataConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.experts import Router, load_statistics
-from rethinker.policy.model import load_model, load_processor
+from rethinker.policy.model import compile_layers, load_model, load_processor
 from tests.families.tiny_models import create
 from tests.policy.helpers import queries_of_every_kind, samples_for
-from tests.policy.switches import make, outcome
+from tests.policy.switches import errors, make, outcome
 from tests.policy.test_packing import packed
 
 
@@ -138,3 +139,21 @@ def test_statistics_of_a_load():
     assert found == {"expert_load_max": 3.0, "expert_load_mean": 2.0, "experts_unused": 0.25}
     for load in (torch.zeros(2, 4), torch.zeros(0, 0)):
         assert load_statistics(load) == dict.fromkeys(found)
+
+
+def test_compiled_layers_leave_experts_apart(folder, encoder, samples, monkeypatch):
+    """policy.compile: no graph has the experts' products, which inductor cannot make on a CPU; the results are those
+    of plain layers."""
+    traced = []
+
+    def keep(graph, _):
+        traced.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    monkeypatch.setattr("rethinker.policy.model.compile_layers", partial(compile_layers, backend=keep))
+    torch._dynamo.reset()
+    plain, compiled = make(folder), make(folder, compile=True)
+    (batch,), _ = packed(samples, encoder, plain)
+    logp_error, gradient_error = errors(outcome(compiled, batch), outcome(plain, batch))
+    assert logp_error <= 1e-5 and gradient_error <= 1e-5
+    assert traced and not any("grouped_mm" in name for name in traced)

@@ -19,6 +19,7 @@ from rethinker.families import SUPPORTED
 from rethinker.model_folder import check_model_folder
 from rethinker.policy.model import load_model, load_processor
 from rethinker.settings import load_config
+from tests.families.tiny_models import create
 
 WEIGHTS = "model.safetensors"
 
@@ -253,3 +254,17 @@ def test_damaged_processors(folder, name, content):
         load_processor(folder)
     except ConfigError as error:
         assert "\n" not in str(error) and str(error).startswith("policy.model=")
+
+
+def test_layers_that_predict_a_second_token_are_left_out(tmp_path):
+    """Qwen3.5 is published with them, and transformers has none: the model loads with the rest."""
+    folder = create("qwen3_5", tmp_path / "model")
+    weights = load_file(folder / WEIGHTS)
+    further = {"mtp.fc.weight": torch.zeros(4, 8), "mtp.layers.0.mlp.up_proj.weight": torch.zeros(8, 4)}
+    save_file(weights | further, folder / WEIGHTS, metadata={"format": "pt"})
+    change_config(folder, "text_config", mtp_num_hidden_layers=1)
+    loaded = load_model(folder, torch.float32).state_dict()
+    assert not any("mtp" in name for name in loaded) and loaded.keys() - weights.keys() <= {"lm_head.weight"}
+    save_file(weights | {"mtq.fc.weight": torch.zeros(4, 8)}, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="1 unexpected_keys, the first mtq.fc.weight"):
+        load_model(folder, torch.float32)

@@ -1,0 +1,180 @@
+"""A model's chat template around what a message says: rendered once per layout (how texts and images alternate).
+
+That is right for templates that write every text and image of a message once, as it is or trimmed. Others are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+from PIL import Image
+
+from rethinker.config import ConfigError, DataConfig, one_line
+
+# Stands for a text while the chat template is rendered: its number, and what a template that quotes or changes texts
+# would not leave as it is, between private-use characters.
+_TOUCHY = " \"'<&>\n  aA "
+_SLOT = re.compile(f"\ue000(\\d+){re.escape(_TOUCHY)}\ue001")
+# What a template leaves of white space before and after a text, and what it does to the text then.
+_TRIMS: dict[tuple[bool, bool], Callable[[str], str]] = {
+    (True, True): str,
+    (False, True): str.lstrip,
+    (True, False): str.rstrip,
+    (False, False): str.strip,
+}
+_FIX = (
+    "a chat template must write every text and image of a message once and leave texts as they are; use the "
+    "chat_template.jinja of the model that it was made from"
+)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A chat template around some texts and images."""
+
+    pieces: list[int | str]
+    """The ids of what is fixed, and texts with slots."""
+    trims: dict[int, Callable[[str], str]]
+    """What the template does to each text, by the number of its slot."""
+
+
+class ChatTemplate:
+    """The chat template of one model, with what the settings choose of it.
+
+    A layout, `kinds`, has a letter "t" for each text of a message and an "i" for each image, in their order.
+
+    Args:
+        processor: the model's Hugging Face processor.
+        config: system message, `chat_template_kwargs`.
+        text_ids: ids of ordinary text.
+
+    Raises:
+        ConfigError: it does not leave texts as they are, or has no such choice or no system message.
+    """
+
+    def __init__(self, processor: Any, config: DataConfig, text_ids: Callable[[str], list[int]]) -> None:
+        self.processor, self.config, self._text_ids = processor, config, text_ids
+        tokens = processor.tokenizer.added_tokens_decoder.values()
+        special = sorted((token.content for token in tokens if token.special), key=len, reverse=True)
+        self.special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+        self._layouts: dict[str, _Layout] = {}
+        self._check_choices()
+        self._layout("t")
+
+    def ids(self, kinds: str, texts: list[str]) -> list[int]:
+        """The prompt of a message, with one placeholder per image.
+
+        Args:
+            kinds: its layout.
+            texts: its texts, and the system message ("" without one).
+        """
+        layout = self._layout(kinds)
+        texts = [layout.trims.get(number, str)(text) for number, text in enumerate(texts)]
+        ids: list[int] = []
+        for piece in layout.pieces:
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                ids += self._text_ids(_SLOT.sub(lambda slot: texts[int(slot[1])], piece))
+        return ids
+
+    def trims(self, kinds: str) -> bool:
+        """Whether it takes white space from texts of such a message."""
+        return any(trim is not str for trim in self._layout(kinds).trims.values())
+
+    def _layout(self, kinds: str) -> _Layout:
+        """The chat template around such a message."""
+        if kinds not in self._layouts:
+            rendered = self._render(kinds)
+            numbers = Counter(int(number) for number in _SLOT.findall(rendered))
+            texts = kinds.count("t")
+            if self.config.system is not None and numbers.pop(texts, 0) != 1:
+                raise ConfigError(
+                    f"data.system={self.config.system!r}: the model's chat template does not write a system message "
+                    "once; set data.system to null, and put the text into data.prompt"
+                )
+            for times in (numbers[number] for number in range(texts)):
+                if times != 1:
+                    what = f"writes a text of a message {times} times" if times else "leaves out or changes a text"
+                    raise self._unfit(what)
+            to_id, pieces = self.processor.tokenizer.convert_tokens_to_ids, []
+            for n, text in enumerate(self.special.split(rendered)):  # every second one is a special token
+                pieces += [to_id(text)] if n % 2 else [text] if _SLOT.search(text) else self._text_ids(text)
+            if (shown := pieces.count(self.processor.image_token_id)) != kinds.count("i"):
+                raise self._unfit(f"writes {shown} image placeholders for {kinds.count('i')} images")
+            self._layouts[kinds] = _Layout(pieces, self._trims(kinds, rendered))
+        return self._layouts[kinds]
+
+    def _trims(self, kinds: str, rendered: str) -> dict[int, Callable[[str], str]]:
+        """How the template, once `rendered`, trims texts: seen in what it leaves of white space around them."""
+        parts, kept = _SLOT.split(rendered), set()  # every second one is a slot's number
+        for space in (" ", "\n", "\u2003"):
+            pattern = "".join(
+                f"({space})?{re.escape(_slot(part))}({space})?" if n % 2 else re.escape(part)
+                for n, part in enumerate(parts)
+            )
+            found = re.fullmatch(pattern, self._render(kinds, space))
+            kept.add(found and tuple(group is not None for group in found.groups()))
+        if len(kept) > 1 or None in kept:
+            raise self._unfit("takes some white space from texts and leaves other")
+        (sides,) = kept
+        return {int(number): _TRIMS[sides[2 * n : 2 * n + 2]] for n, number in enumerate(parts[1::2])}
+
+    def _render(self, kinds: str, space: str = "") -> str:
+        """The chat template around slots, with white space around each."""
+        slots = [f"{space}{_slot(number)}{space}" for number in range(kinds.count("t") + 1)]
+        messages = self.messages(kinds, slots)
+        try:
+            return self.apply(messages, tokenize=False)
+        except Exception as error:  # of a template's code, anything
+            fault = self._unfit(f"cannot be rendered ({one_line(error)})")
+            if self.config.system is not None:
+                with suppress(Exception):
+                    self.apply(messages[1:], tokenize=False)
+                    fault = ConfigError(
+                        f"data.system={self.config.system!r}: the model's chat template takes no system message "
+                        f"({one_line(error)}); set data.system to null, and put the text into data.prompt"
+                    )
+            raise fault from error
+
+    def apply(self, messages: list[dict[str, Any]], **how: bool) -> Any:
+        """The processor's own prompt of a conversation, as text or as it makes it."""
+        choices = self.config.chat_template_kwargs
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, **choices, **how)
+
+    def _check_choices(self) -> None:
+        """Check data.chat_template_kwargs: a template would ignore what it does not know."""
+        given = {*signature(self.processor.apply_chat_template).parameters, "messages"}
+        for name in self.config.chat_template_kwargs:
+            if name in given or not re.search(rf"\b{re.escape(name)}\b", str(self.processor.chat_template)):
+                raise ConfigError(
+                    f"data.chat_template_kwargs: the model's chat template has no choice {name!r}; look at its "
+                    "chat_template.jinja, and leave out what is not there"
+                )
+
+    def messages(self, kinds: str, texts: list[str], images: Sequence[Image.Image] = ()) -> list[dict[str, Any]]:
+        """A conversation of such a message, with its images or with their places alone."""
+        spoken, shown = iter(texts), iter(images)
+        content: list[dict[str, Any]] = []
+        for kind in kinds:
+            part = {"type": "image"} if kind == "i" else {"type": "text", "text": next(spoken)}
+            content.append(part | {"image": next(shown)} if kind == "i" and images else part)
+        messages = [{"role": "user", "content": content}]
+        if self.config.system is not None:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": texts[-1]}]})
+        return messages
+
+    @staticmethod
+    def _unfit(what: str) -> ConfigError:
+        return ConfigError(f"policy.model: its chat template {what}; {_FIX}")
+
+
+def _slot(number: int | str) -> str:
+    """What stands for a text; `_SLOT` finds it."""
+    return f"\ue000{number}{_TOUCHY}\ue001"
