@@ -129,6 +129,11 @@ class ImageBlocksBuilder(CPUAttentionMetadataBuilder):
             for begin, end in images:
                 if begin < seen[row] <= end:
                     raise RuntimeError(f"vLLM computes an image's tokens {begin} to {end} up to {seen[row] - 1} only")
+                if 0 < self.window_size <= end - begin:
+                    raise RuntimeError(
+                        f"an image of {end + 1 - begin} tokens is longer than the model's sliding windows "
+                        f"({self.window_size}), which vLLM's CPU kernel does not take; set data.max_pixels lower"
+                    )
                 if first <= end < seen[row]:  # otherwise it has been computed, or will be
                     begin = max(begin, first)
                     places.append(torch.arange(begin, end + 1) - first + starts[row])
@@ -154,7 +159,7 @@ class ImageBlocksBuilder(CPUAttentionMetadataBuilder):
 class ImageBlocks(CPUAttentionBackendImpl):
     """Attention by the CPU kernel, and once more for the tokens of images: up to their image's end, not their own.
 
-    A sliding window bounds what is behind a token, and (not causal) as much before it: vLLM takes no longer images.
+    A sliding window bounds what is behind a token, and (not causal) as much before it: no image may be longer.
     """
 
     def forward(

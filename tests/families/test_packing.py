@@ -46,7 +46,8 @@ def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, en
 
 
 @pytest.mark.parametrize(
-    "fault", ["no deepstack", "positions of a text", "images swapped", "causal images", "no windows"]
+    "fault",
+    ["no deepstack", "positions of a text", "images swapped", "causal images", "no windows", "inputs of other tokens"],
 )
 def test_planted_faults_are_seen(fault, folder, make_policy, model, encoder, tmp_path, monkeypatch):
     """The comparison above is able to fail: by what an adapter may get wrong."""
@@ -59,6 +60,9 @@ def test_planted_faults_are_seen(fault, folder, make_policy, model, encoder, tmp
         monkeypatch.setattr(family, "positions", lambda hf, ids, images: torch.arange(ids.shape[1]).expand(axes, -1))
     elif fault == "causal images":
         policy.layers = replace(policy.layers, blocks=())
+    elif fault == "inputs of other tokens":
+        given = family.token_inputs
+        monkeypatch.setattr(family, "token_inputs", lambda *a: {k: v.roll(1, 0) for k, v in given(*a).items()})
     elif fault == "no windows":
         policy.layers = replace(policy.layers, window=policy.layers.window and 10**6)
     else:
@@ -67,6 +71,7 @@ def test_planted_faults_are_seen(fault, folder, make_policy, model, encoder, tmp
     (batch,), _ = packed(samples, encoder, policy)
     deep = len(features(policy.hf, batch.image_inputs)) > 1
     concerned = {"no deepstack": deep, "positions of a text": family.MROPE, "images swapped": True}
+    concerned["inputs of other tokens"] = bool(family.token_inputs(policy.hf, *batch.input_ids, batch.response_id > 0))
     concerned |= {"causal images": bool(blocks), "no windows": policy.layers.window is not None}
     logp_error = compare(samples, encoder, policy, model)[0]
     assert logp_error > 1e-3 if concerned[fault] else logp_error <= 1e-5

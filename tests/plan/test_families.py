@@ -137,6 +137,11 @@ REFUSED = {
     ("qwen3_5", "linear_num_value_heads"): (3, "linear_num_value_heads=3 is no multiple of linear_num_key_heads=2"),
     ("qwen3_5", "layer_types"): (["foo", "full_attention", "foo"], "no config.json could be read"),
     ("qwen3_vl_moe", "num_experts_per_tok"): (99, "num_experts_per_tok=99 is more than its num_experts=8"),
+    ("gemma4", "use_bidirectional_attention"): (
+        "all",
+        "its use_bidirectional_attention is 'all', not 'vision' or null",
+    ),
+    ("gemma4-per_layer", "pad_token_id"): (3, "its pad_token_id is 3, not 0"),
     ("qwen3_vl", "hidden_size"): (96, "a step of the model that its config.json describes cannot be computed"),
 }
 
