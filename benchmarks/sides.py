@@ -66,8 +66,8 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
     from rethinker.rewards.checker import AnswerChecker
     from rethinker.rollout.engine import make_engine
     from rethinker.rollout.sampling import seed_everything
-    from rethinker.run import no_full_collections
     from rethinker.runtime import distributed
+    from rethinker.runtime.garbage import no_full_collections
     from rethinker.runtime.ownership import share
     from rethinker.runtime.profiling import phase
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import math
 import random
@@ -39,6 +38,7 @@ from rethinker.rewards.functions import load_rewards
 from rethinker.rollout.sampling import seed_everything
 from rethinker.runtime import distributed, signals
 from rethinker.runtime.display import Display
+from rethinker.runtime.garbage import no_full_collections
 from rethinker.runtime.logs import rank_log
 from rethinker.runtime.ownership import collect
 from rethinker.runtime.profiling import PHASES, StepProfiler, phase
@@ -362,22 +362,6 @@ def load_held_out(config: Config) -> list[Query]:
     trained = {name for name, weight in config.data.category_weights.items() if weight > 0}
     queries = [query for query in queries if category_of(query) in trained] or queries
     return queries[: config.validation.size]
-
-
-@contextmanager
-def no_full_collections() -> Iterator[None]:
-    """What is there now lives as long as the run: no garbage collection looks through it, which takes 0.4 s each time.
-
-    Objects that the caller froze stay frozen.
-    """
-    frozen = gc.get_freeze_count()
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if not frozen:
-            gc.unfreeze()
 
 
 def return_free_memory() -> None:

@@ -18,8 +18,9 @@ from rethinker.checks import schedule_length
 from rethinker.config import Config, ConfigError, DataConfig, ReplayConfig, RethinkConfig, RolloutConfig, TrainConfig
 from rethinker.episode import Episode, judge, note_kinds
 from rethinker.policy.engine import PolicyEngine, learning_rate
-from rethinker.run import Run, load_held_out, no_full_collections
+from rethinker.run import Run, load_held_out
 from rethinker.runtime.distributed import ALONE
+from rethinker.runtime.garbage import expect_what_stays, no_full_collections
 from rethinker.samples import Accuracy, Completion, Group, Query, Rethought
 from rethinker.settings import resolve_config
 
@@ -340,3 +341,14 @@ def test_a_run_freezes_what_is_there_and_only_its_own(monkeypatch):
     with pytest.raises(KeyError), no_full_collections():
         raise KeyError
     assert calls == ["collect", "freeze"] * 2
+
+
+def test_a_process_starts_with_few_full_collections():
+    """Objects that stay are not looked through as they come; in a run collections come as usual again."""
+    usual, full = gc.get_threshold(), gc.get_stats()[2]["collections"]
+    expect_what_stays()
+    kept = [[n] for n in range(10**6)]
+    assert gc.get_stats()[2]["collections"] == full
+    with no_full_collections():
+        assert gc.get_threshold() == usual
+    assert len(kept) == 10**6

@@ -52,7 +52,7 @@ def linear_selective_log_softmax(
         logps [R], and entropy [R] if asked; fp32 (fp64 for fp64 inputs). Differentiable (once) in hidden, weight, bias.
 
     Raises:
-        ValueError: a shape, type or device that does not fit, a temperature below 0, or a softcap that is not above.
+        ValueError: a shape, type or device that does not fit, a temperature below 0, or a softcap not above 0.
     """
     check_linear(hidden, weight, bias, index)
     options = check_temperature(temperature), return_entropy, check_softcap(softcap)

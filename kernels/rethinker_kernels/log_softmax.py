@@ -41,7 +41,7 @@ def selective_log_softmax(
         logps [...], and entropy [...] if asked; fp32 (fp64 for fp64 logits). Both differentiable (once) in `logits`.
 
     Raises:
-        ValueError: a shape, type or device that does not fit, a temperature below 0, or a softcap that is not above.
+        ValueError: a shape, type or device that does not fit, a temperature below 0, or a softcap not above 0.
     """
     if logits.dim() < 1 or logits.shape[-1] == 0 or not logits.is_floating_point():
         raise ValueError(f"logits: must be floating [..., V] with V > 0, not {describe(logits)}")

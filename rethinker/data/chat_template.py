@@ -131,22 +131,22 @@ class ChatTemplate:
         slots = [f"{space}{_slot(number)}{space}" for number in range(kinds.count("t") + 1)]
         messages = self.messages(kinds, slots)
         try:
-            return self.apply(messages, tokenize=False)
+            return self.apply(messages)
         except Exception as error:  # of a template's code, anything
             fault = self._unfit(f"cannot be rendered ({one_line(error)})")
             if self.config.system is not None:
                 with suppress(Exception):
-                    self.apply(messages[1:], tokenize=False)
+                    self.apply(messages[1:])
                     fault = ConfigError(
                         f"data.system={self.config.system!r}: the model's chat template takes no system message "
                         f"({one_line(error)}); set data.system to null, and put the text into data.prompt"
                     )
             raise fault from error
 
-    def apply(self, messages: list[dict[str, Any]], **how: bool) -> Any:
-        """The processor's own prompt of a conversation, as text or as it makes it."""
+    def apply(self, messages: list[dict[str, Any]]) -> str:
+        """The processor's own text of a conversation."""
         choices = self.config.chat_template_kwargs
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, **choices, **how)
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **choices)
 
     def _check_choices(self) -> None:
         """Check data.chat_template_kwargs: a template would ignore what it does not know."""

@@ -213,7 +213,12 @@ class PromptEncoder:
         messages = self._template.messages(kinds, texts, made.images)
         try:
             with self._one_at_a_time:
-                own = self._template.apply(messages, tokenize=True, return_dict=True)
+                # As its apply_chat_template with tokenize=True, but with all images in one list, as vLLM gives them:
+                # of several in a list for each prompt LLaVA-OneVision's would make one tile each.
+                text = self._template.apply(messages)
+                bos = self.tokenizer.bos_token
+                whole = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+                own = self.processor(text=[text], images=made.images or None, **whole)
         except Exception as error:  # of a template's code, anything
             raise ConfigError(f"policy.model: its processor cannot read query {query.id}: {one_line(error)}") from error
         theirs, ours = list(own["input_ids"][0]), made.token_ids

@@ -115,7 +115,11 @@ def _widen(model: torch.nn.Module) -> None:
             module.q_norm.weight.fill_(module.head_dim**-0.5)
     for name in sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()):
         buffer = model.get_buffer(name)
-        buffer.copy_(torch.empty(buffer.shape).uniform_(0.5, 1.5) * (-1.0 if name.endswith("_min") else 1.0))
+        if name.endswith(".e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.2)  # as far apart as the scores that it corrects
+        elif name.endswith(("layer_scalar", "_min", "_max", "std_bias", "std_scale")):
+            torch.nn.init.uniform_(buffer, 0.5, 1.5)
+            buffer.mul_(-1.0 if name.endswith("_min") else 1.0)
 
 
 def _config(size: TinySize, tokenizer, tie_word_embeddings: bool) -> Qwen2_5_VLConfig:

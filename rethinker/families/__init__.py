@@ -54,12 +54,18 @@ class Family(ABC):
     """Whether an image below `data.min_pixels` is enlarged to them."""
     TINY: tuple[str, ...] = ("",)
     """Kinds of tiny models, by what they are called in tests after the family: one for each part that may differ."""
+    CONFIGURED: tuple[str, ...] = ()
+    """Which of `image_settings` the model's config has too, where vLLM and transformers' model read them."""
     SERVED: tuple[tuple[str, str], ...] = ()
     """How names of weights begin in transformers' model and, in its place, in checkpoints, which vLLM reads."""
 
     @abstractmethod
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
         """The image processor's own settings for `data.min_pixels` and `data.max_pixels`."""
+
+    def vllm_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """vLLM's engine arguments for what `image_settings` has returned."""
+        return {"mm_processor_kwargs": settings}
 
     @abstractmethod
     def image_ids(self, processor: Any, height: int, width: int) -> list[int]:
@@ -218,6 +224,12 @@ def limit_pixels(processor: Any, family: Family, min_pixels: int, max_pixels: in
     images = processor.image_processor
     for name, value in family.image_settings(images, min_pixels, max_pixels).items():
         setattr(images, name, type(getattr(images, name))(**value) if isinstance(value, dict) else value)
+
+
+def configure(config: Any, family: Family, processor: Any) -> None:
+    """Set in a model's config, in place, what it has of its processor's pixel limits."""
+    for name in family.CONFIGURED:
+        setattr(config, name, getattr(processor.image_processor, name))
 
 
 def tiny_tokenizer(tokenizer: Any, names: dict[str, str], others: Iterable[str] = ()) -> Any:

@@ -98,7 +98,7 @@ def count_step(shape: Shape, batch: MicroBatch, *, chunk: int, bucket: int) -> d
         return (_Head.apply(rows, head, chunk),)
 
     for name in (_TEXT, _VISION):
-        AttentionInterface.register(name, functools.partial(_attention, policy.kernel))
+        AttentionInterface.register(name, functools.partial(_attention, policy.kernel, shape.on_gpu))
     policy.hf.set_attn_implementation({"text_config": _TEXT, "vision_config": _VISION})
     if policy.routers:
         ExpertsInterface.register(_TEXT, _experts)
@@ -140,6 +140,7 @@ def count_step(shape: Shape, batch: MicroBatch, *, chunk: int, bucket: int) -> d
 
 def _attention(
     kernel: str,
+    on_gpu: bool,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -156,15 +157,17 @@ def _attention(
     if kernel == "sdpa" and attention_mask is not None and key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     segments = 0 if cu_seq_lens_q is None else len(cu_seq_lens_q) - 1
-    return _Fused.apply(query, key, value, attention_mask, kernel, segments).transpose(1, 2).contiguous(), None
+    return _Fused.apply(query, key, value, attention_mask, kernel, on_gpu, segments).transpose(1, 2).contiguous(), None
 
 
 class _Fused(torch.autograd.Function):
     """A fused attention kernel's allocations."""
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, kernel, segments):
-        out = torch.empty_like(query)
+    def forward(ctx, query, key, value, mask, kernel, on_gpu, segments):
+        # Laid out token by token; but CUDA's flash attention takes after the query, whose parts may have been joined
+        # head by head.
+        out = torch.empty_like(query) if on_gpu and kernel == "flash" else _by_token(query)
         if kernel == "flash" and not segments:
             torch.empty_like(query)  # the part over shared keys, until it is merged
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -185,7 +188,12 @@ class _Fused(torch.autograd.Function):
             padded = rows * tokens + 128 * ctx.segments, heads, -(-size // 32) * 32
             scratch += [query.new_empty(padded, dtype=torch.float32)]
             scratch += [torch.empty_like(query) for _ in range(2) if key.shape != query.shape]
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
+
+
+def _by_token(query: torch.Tensor) -> torch.Tensor:
+    """An empty tensor of its shape [B, heads, L, d], which is [B, L, heads, d] in memory."""
+    return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _linear_attention(

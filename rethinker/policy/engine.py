@@ -135,7 +135,7 @@ class PolicyEngine:
         )
         self._files = self._files_beside_weights()
         # Resumed adapters need the very weights that they were trained beside.
-        self._base = lora.fingerprint(FullWeights(lora.base_parameters(model))) if self.adapters else None
+        self._base = lora.fingerprint(FullWeights(lora.base_weights(model))) if self.adapters else None
 
     def train_step(self, samples: list[Sample]) -> dict[str, float | None]:
         """One optimizer step on a global batch, of which samples without a gradient (`has_gradient`) are not computed.
@@ -213,7 +213,7 @@ class PolicyEngine:
     @property
     def weights(self) -> FullWeights:
         """The policy's full weights under their Hugging Face names, adapters merged in, gathered a few at a time."""
-        return FullWeights(lora.base_parameters(self.policy.hf), self.adapters)
+        return FullWeights(lora.base_weights(self.policy.hf), self.adapters)
 
     def model_snapshot(self) -> Callable[[Path], None]:
         """The policy as it is now (collective); what comes back writes it, in Hugging Face format, on rank 0.

@@ -15,50 +15,86 @@ class Router(nn.Module):
     norm_topk_prob is false. It is only ever the class of a module that was made as another, and has that one's `weight`
     [E, D] and `top_k`.
 
-    As in vLLM, logits have the model's type, and the softmax and the weights are fp32; transformers rounds the weights.
+    As in vLLM, logits have the model's type, and scores and weights are fp32; transformers rounds the weights.
     """
 
     chosen: Tensor | None = None
-    """[X, k], any integers: the experts to take (rollout.router_replay); None: those of the largest probability."""
+    """[X, k], any integers: the experts to take (rollout.router_replay); None: the router's own choice."""
     real: Tensor | None = None
     """[T] int64: which of the X tokens are no padding; None: all."""
     load: Tensor
     """[E] fp32: how many of these tokens each expert got in the last forward."""
 
-    def score(self, hidden: Tensor) -> Tensor:
-        """Logits [X, E] for hidden states [X, D]."""
-        return nn.functional.linear(hidden, self.weight)
-
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [X, E], weights [X, k] fp32 and experts [X, k] int64 for hidden states [..., D]."""
-        logits = self.score(hidden.flatten(0, -2))
-        probabilities = logits.softmax(-1, dtype=torch.float32)
-        if self.chosen is None:
-            weights, experts = probabilities.topk(self.top_k, dim=-1)
-        else:
-            experts = self.chosen.long()
-            weights = probabilities.gather(1, experts)
+        logits, scores = self.score(hidden.flatten(0, -2))
+        experts = self.choose(scores.detach()) if self.chosen is None else self.chosen.long()
+        weights = scores.gather(1, experts)
         counted = (experts if self.real is None else experts.index_select(0, self.real)).flatten()
         # Not bincount: it would ask the device for the largest number.
-        self.load = probabilities.new_zeros(probabilities.shape[-1]).scatter_add_(
-            0, counted, weights.new_ones(len(counted))
-        )
+        self.load = scores.new_zeros(scores.shape[-1]).scatter_add_(0, counted, weights.new_ones(len(counted)))
         if getattr(self, "norm_topk_prob", True):
             weights = weights / weights.sum(-1, keepdim=True)
         return logits, weights, experts
+
+    def score(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and scores [X, E], of which weights are made, for hidden states [X, D]."""
+        logits = nn.functional.linear(hidden, self.weight)
+        return logits, logits.softmax(-1, dtype=torch.float32)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """The experts [X, k] int64 that tokens of these scores take."""
+        return scores.topk(self.top_k, dim=-1).indices
+
+
+class GroupedRouter(Router):
+    """Sigmoids in place of the softmax, and experts in groups. Those are taken whose scores are the largest once
+    `e_score_correction_bias` [E] is added, of the `topk_group` groups whose two largest have the largest sum; weights
+    are made of the scores themselves, and multiplied by `routed_scaling_factor`.
+
+    Logits are fp32, too. The corrections are no parameter: they balanced the experts' load before, and are kept.
+    """
+
+    e_score_correction_bias: Tensor
+    """[E] fp32."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See Router."""
+        logits, weights, experts = super().forward(hidden)
+        return logits, weights * self.routed_scaling_factor, experts
+
+    def score(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """See Router."""
+        logits = nn.functional.linear(hidden.float(), self.weight.float())
+        return logits, logits.sigmoid()
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """See Router."""
+        grouped = (scores + self.e_score_correction_bias).unflatten(1, (self.num_group, -1))
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.topk_group, dim=-1).indices  # [X, topk_group]
+        closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)  # [X, num_group]
+        return grouped.masked_fill(closed[..., None], -torch.inf).flatten(1).topk(self.top_k, dim=-1).indices
 
 
 class ScaledRouter(Router):
     """Gemma 4's router, which scales the hidden states that it reads and the weights that it gives."""
 
-    def score(self, hidden: Tensor) -> Tensor:
+    def score(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """See Router."""
-        return self.proj(self.norm(hidden) * self.scale * self.scalar_root_size)
+        logits = self.proj(self.norm(hidden) * self.scale * self.scalar_root_size)
+        return logits, logits.softmax(-1, dtype=torch.float32)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See Router."""
         logits, weights, experts = super().forward(hidden)
         return logits, weights * self.per_expert_scale[experts], experts
+
+
+def router_class(router: nn.Module) -> type[Router]:
+    """Which of these takes the place of a model's own router."""
+    if hasattr(router, "e_score_correction_bias"):
+        return GroupedRouter
+    return ScaledRouter if hasattr(router, "per_expert_scale") else Router
 
 
 def load_statistics(load: Tensor) -> dict[str, float | None]:

@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -65,11 +65,11 @@ class FullWeights:
     """
 
     def __init__(
-        self, named: list[tuple[str, torch.nn.Parameter]], adapters: Mapping[str, Adapter] = MappingProxyType({})
+        self, named: list[tuple[str, torch.Tensor]], adapters: Mapping[str, Adapter] = MappingProxyType({})
     ) -> None:
         """
         Args:
-            named: parameters in order, whole or partitioned.
+            named: parameters, whole or partitioned, and buffers, in order.
             adapters: by the name of the weight that each is merged into, on its way out.
         """
         self._named, self._adapters = named, adapters
@@ -89,8 +89,8 @@ class FullWeights:
                     weight = parameter.detach()
                     yield name, adapters[name].merged(weight) if name in adapters else weight
 
-    def _groups(self) -> Iterator[dict[str, torch.nn.Parameter]]:
-        group: dict[str, torch.nn.Parameter] = {}
+    def _groups(self) -> Iterator[dict[str, torch.Tensor]]:
+        group: dict[str, torch.Tensor] = {}
         elements = 0
         for name, parameter in self._named:
             more = getattr(parameter, "ds_numel", parameter.numel())
@@ -130,9 +130,13 @@ def add_adapters(model: nn.Module, lora: LoraConfig, seed: int) -> dict[str, Ada
         lora_dropout=0.0,  # the policy trains without: the ratio would not be 1 on policy
         target_modules=rf"{re.escape(path)}\.\d+\.({targets})",
     )
+    # Only the layers are handed over: in a whole model of some types peft takes every layer's gate_proj for experts'.
+    within = replace(config, target_modules=rf"\d+\.({targets})")
+    model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        peft.inject_adapter_in_model(config, model, _NAME)
+        peft.inject_adapter_in_model(within, layers, _NAME)
+    model.peft_config = {_NAME: config}
     return {f"{name}.weight": Adapter(part) for name, part in model.named_modules() if hasattr(part, "lora_A")}
 
 
@@ -156,6 +160,13 @@ def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters that the model has without adapters, under their Hugging Face names and in its order."""
     named = model.named_parameters()
     return [(name.replace(".base_layer.", "."), p) for name, p in named if not re.search(r"\.lora_[AB]\.", name)]
+
+
+def base_weights(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """All that a checkpoint has of the model without adapters: `base_parameters`, and the buffers that it keeps, which
+    are whole on every rank."""
+    kept = model.state_dict(keep_vars=True).keys()
+    return base_parameters(model) + [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
 
 
 def adapter_parameters(adapters: dict[str, Adapter]) -> list[tuple[str, nn.Parameter]]:
@@ -209,5 +220,5 @@ def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in weights:
         digest.update(name.encode())
-        digest.update(tensor[:1].cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(torch.atleast_1d(tensor)[:1].cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -19,7 +19,7 @@ from rethinker.config import ConfigError, PolicyConfig, one_line
 from rethinker.families import family_of
 from rethinker.policy.attention import ROW, VISION, VISION_SDPA, LayerTypes, join_images, kernel_for, lay_out
 from rethinker.policy.cpu_layers import use_cpu_layers
-from rethinker.policy.experts import Router, ScaledRouter
+from rethinker.policy.experts import router_class
 from rethinker.policy.segment_attention import moved
 from rethinker.samples import PackedBatch, Prompt
 from rethinker_kernels import linear_policy_loss, linear_selective_log_softmax
@@ -100,7 +100,7 @@ class Policy(nn.Module):
                     f"policy.model: its num_experts_per_tok={router.top_k} is more than its "
                     f"num_experts={router.num_experts}; correct its config.json"
                 )
-            router.__class__ = ScaledRouter if hasattr(router, "per_expert_scale") else Router
+            router.__class__ = router_class(router)
         if config.compile:
             compile_layers(self.family.language_model(model))
         text, vision = ("sdpa", VISION_SDPA) if self.kernel == "sdpa" else (ROW, VISION)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from rethinker.config import ConfigError, one_line
+from rethinker.families import configure, family_of
 from rethinker.policy import lora
 from rethinker.policy.lora import FullWeights
 from rethinker.policy.model import load_processor
@@ -37,6 +38,7 @@ def files_beside_weights(model: nn.Module, processor: Any, base: str | Path) -> 
     def save_config(folder: Path) -> None:
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__]
+        configure(model.config, family_of(model.config.model_type), processor)
         model.config.save_pretrained(folder)
 
     def save_generation_config(folder: Path) -> None:
@@ -49,9 +51,8 @@ def files_beside_weights(model: nn.Module, processor: Any, base: str | Path) -> 
         load_processor(folder)
 
     def name_weights(folder: Path) -> None:
-        shapes = FullWeights(lora.base_parameters(model)).metadata()
-        named = {name: torch.empty(shape, device="meta") for name, _, shape in shapes}
-        revert_weight_conversion(model, named | _constants(model))
+        shapes = FullWeights(lora.base_weights(model)).metadata()
+        revert_weight_conversion(model, {name: torch.empty(shape, device="meta") for name, _, shape in shapes})
 
     parts: dict[str, Callable[[Path], None]] = {
         "config.json": save_config,
@@ -91,22 +92,12 @@ def save_weights(
         adapters: full, by peft's names; none without policy.lora.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    named = revert_weight_conversion(model, {**weights, **_constants(model)})
+    named = revert_weight_conversion(model, dict(weights))
     # Experts are parts of one tensor in a model, and tensors of their own in a file, which refuses parts.
     named = {name: w if w.nbytes == w.untyped_storage().nbytes() else w.clone() for name, w in named.items()}
     save_torch_state_dict(named, folder, max_shard_size="50GB")
     if adapters:
         lora.save_weights(folder / lora.FOLDER, adapters)
-
-
-def _constants(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a model's files hold besides its weights, such as the bounds of Gemma 4's layers; it never changes."""
-    return {
-        f"{path}.{name}": buffer.detach().cpu()
-        for path, module in model.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
-    }
 
 
 def save_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from rethinker.config import Config
-from rethinker.families import family_of, limit_pixels
+from rethinker.families import configure, family_of, limit_pixels
+from rethinker.policy.lora import base_weights
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.engine import RolloutEngine, WeightStream
 from rethinker.rollout.sampling import limits, preserved_random_state, seeded, stop_token_ids
@@ -34,6 +35,7 @@ class HFEngine(RolloutEngine):
         self._family = family_of(model.config.model_type)
         self._processor = load_processor(model_dir)
         limit_pixels(self._processor, self._family, config.data.min_pixels, config.data.max_pixels)
+        configure(model.config, self._family, self._processor)
         self._tokenizer = self._processor.tokenizer
         self._stop_ids = stop_token_ids(self._tokenizer, model.config, model.generation_config)
         pad_id = self._tokenizer.pad_token_id
@@ -116,7 +118,7 @@ class HFEngine(RolloutEngine):
     def sync(self, weights: WeightStream, version: int) -> None:
         """Copy the policy's weights; see RolloutEngine."""
         self._model.to(self._device)
-        own = dict(self._model.named_parameters())
+        own = dict(base_weights(self._model))
         if strange := own.keys() ^ {name for name, *_ in weights.metadata()}:
             raise RuntimeError(f"weight sync: only one of policy and hf engine has the parameter {min(strange)}")
         with Deadline("the weight sync", self.config.rollout.timeout_s) as deadline:

@@ -23,6 +23,7 @@ from rethinker.rollout.engine import Checksum, RolloutEngine, WeightStream, copi
 from rethinker.rollout.sampling import preserved_random_state, seeded
 from rethinker.rollout.vllm_settings import Request, VLLMRequests, engine_arguments
 from rethinker.runtime.distributed import Ranks
+from rethinker.runtime.garbage import frozen
 from rethinker.samples import Completion, Prompt
 
 
@@ -68,7 +69,6 @@ class VLLMEngine(RolloutEngine):
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
         if not self._gpu:
             from rethinker.rollout import vllm_cpu_ops  # noqa: F401  # registers its classes
-        gc.freeze()  # vLLM looks three times through all there is while it starts, which takes 0.5 s each time
         settings = self.config.rollout
         arguments = engine_arguments(self.config, self._requests, gpu=self._gpu)
         if self._gpu:
@@ -79,7 +79,7 @@ class VLLMEngine(RolloutEngine):
             arguments["distributed_executor_backend"] = "external_launcher"
         set_num_threads = torch.set_num_threads
         try:
-            with warnings.catch_warnings():
+            with frozen(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # vLLM's own imports
                 return LLM(model_dir, use_tqdm_on_load=False, **arguments)
         except ValueError as error:
@@ -140,7 +140,9 @@ class VLLMEngine(RolloutEngine):
 
     def close(self) -> None:
         """Shut the engine down."""
-        self._engine.engine_core.shutdown()
+        with frozen():
+            self._engine.engine_core.shutdown()
+        gc.unfreeze()  # as vLLM leaves it
 
     def _run(self, requests: list[Request], own: slice) -> list[list[Completion]]:
         """The completions of requests[own], after all have run. An output, which is large, is read and dropped."""

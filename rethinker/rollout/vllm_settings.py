@@ -58,7 +58,9 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
         "tensor_parallel_size": settings.tensor_parallel_size,
         "max_model_len": requests.max_length,
         "limit_mm_per_prompt": {"image": config.data.max_images, "video": 0, "audio": 0},
-        "mm_processor_kwargs": requests.image_settings,
+        **requests.family.vllm_settings(requests.image_settings),
+        # Where grids are limited, vLLM does not know the largest image, and refuses those beyond a step's tokens.
+        **({"max_num_batched_tokens": max(8192, requests.max_length)} if requests.family.CONFIGURED else {}),
         # Every image is seen once per episode, so a cache of pixels only fills the host's memory.
         "mm_processor_cache_gb": 0,
         "logprobs_mode": "processed_logprobs",
@@ -95,7 +97,7 @@ class VLLMRequests:
         )
         processor = AutoImageProcessor.from_pretrained(model_dir, trust_remote_code=False)
         self.family = family_of(self.model_config.model_type)
-        if config.rollout.router_replay and not getattr(self.model_config.get_text_config(), "num_experts", 0):
+        if config.rollout.router_replay and not getattr(self.model_config.get_text_config(), "num_experts_per_tok", 0):
             raise ConfigError(
                 f"rollout.router_replay=true: a {self.model_config.model_type} model has no experts to choose from; "
                 "set it to false"

@@ -104,7 +104,7 @@ def first_difference(model: nn.Module, vllm_config: Any, sent: dict[str, Checksu
     for name, (digest, rows) in sent.items():
         for live in _live_tensors(model, name, sent):
             # vLLM pads the vocabulary: rows beyond the checkpoint's are never read.
-            if checksum(live[:rows], vllm_config.model_config.dtype) != (digest, rows):
+            if checksum(torch.atleast_1d(live)[:rows], vllm_config.model_config.dtype) != (digest, rows):
                 return name
     return None
 
@@ -139,7 +139,10 @@ def _live_tensors(model: nn.Module, name: str, sent: dict[str, Checksum]) -> Ite
     where it leaves out a tower.
     Of a part of a fused layer, the rows behind those of the parts before it, which were `sent` too; the last part may
     be there more than once."""
-    path, leaf = _mapped(model, name).rsplit(".", 1)
+    path, _, leaf = _mapped(model, name).rpartition(".")
+    if not path:  # the model's own
+        yield getattr(model, leaf).data
+        return
     if isinstance(getattr(model, path.partition(".")[0]), StageMissingLayer):
         return
     parent_path, _, child = path.rpartition(".")
@@ -149,6 +152,8 @@ def _live_tensors(model: nn.Module, name: str, sent: dict[str, Checksum]) -> Ite
         return
     if hasattr(parent, child):
         layer = getattr(parent, child)
+        if layer is None:  # what vLLM never computes with, such as a norm behind the features that are read
+            return
         yield _unpacked(layer, leaf)
         yield from (_unpacked(head, leaf, packed_first=True) for head in _tied_heads(model, layer))
         return

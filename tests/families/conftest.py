@@ -10,6 +10,7 @@ import torch
 
 from rethinker.config import DataConfig
 from rethinker.data.prompts import PromptEncoder
+from rethinker.families import configure
 from rethinker.policy.model import load_model, load_processor
 from tests.families.tiny_models import FAMILIES, create
 from tests.policy.switches import make
@@ -33,8 +34,9 @@ def make_policy(folder):
 
 
 @pytest.fixture
-def model(folder, make_policy):
-    """The plain transformers model with the policies' weights."""
+def model(folder, make_policy, encoder):
+    """The plain transformers model with the policies' weights and the encoder's limits."""
     model = load_model(folder, torch.float32)
+    configure(model.config, encoder.family, encoder.processor)
     model.load_state_dict(make_policy().hf.state_dict())
     return model

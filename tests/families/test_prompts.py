@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -12,11 +13,16 @@ from transformers import AutoConfig, GenerationConfig
 
 from rethinker.config import ConfigError, DataConfig
 from rethinker.data.prompts import PromptEncoder
-from rethinker.families import SUPPORTED, family_of, family_of_processor
+from rethinker.families import FAMILIES, SUPPORTED, family_of, family_of_processor
 from rethinker.model_folder import check_model_folder
 from rethinker.policy.model import load_model, load_processor
+from rethinker.policy.packing import joined
+from rethinker.policy.saved_model import files_beside_weights
+from rethinker.rollout.engine import make_engine
 from rethinker.rollout.sampling import stop_token_ids
 from rethinker.samples import Query
+from tests.families.tiny_models import create
+from tests.rollout.helpers import rollout_config
 
 SIZES = [(64, 64), (97, 41), (20, 120), (300, 200), (33, 33)]
 
@@ -33,7 +39,8 @@ def png(image: Image.Image) -> bytes:
 
 @pytest.mark.parametrize("pixels", [(1024, 8192), (4096, 4096), (256 * 28 * 28, 1280 * 28 * 28)])
 def test_token_ids_and_pixels_are_the_processors(folder, pixels):
-    """For images of many shapes, alone and in twos, and for texts: what the family's processor makes of the message."""
+    """For images of many shapes, alone and in twos, and for texts: what the family's processor makes of the message,
+    and of each image what it makes of it alone."""
     encoder = PromptEncoder(
         load_processor(folder), DataConfig(prompt="{question}", min_pixels=pixels[0], max_pixels=pixels[1])
     )
@@ -56,13 +63,18 @@ def test_token_ids_and_pixels_are_the_processors(folder, pixels):
         assert bool(inputs) == bool(count)
         theirs = encoder.family.image_inputs(expected) if count else {}
         assert inputs.keys() == theirs.keys() and all(torch.equal(inputs[name], theirs[name]) for name in theirs)
+        arguments = encoder.family.image_arguments(encoder.processor)
+        each = [encoder.processor.image_processor([i], return_tensors="pt", **arguments) for i in images]
+        alone = joined(list(map(encoder.family.image_inputs, each)))
+        assert all(torch.equal(inputs[name], alone[name]) for name in inputs)
 
 
 def test_pixel_limits_bound_the_image_tokens_and_are_saved(folder, tmp_path):
     """An image has no more tokens than are planned for data.max_pixels, and no fewer than data.min_pixels call for, if
     the family enlarges images; a saved processor keeps the limits."""
-    config, processor, tokens = AutoConfig.from_pretrained(folder), load_processor(folder), {}
+    config, tokens = AutoConfig.from_pretrained(folder), {}
     for low, high in ((1024, 2048), (4096, 8192)):
+        processor = load_processor(folder)
         encoder = PromptEncoder(processor, DataConfig(min_pixels=low, max_pixels=high))
         for size in SIZES:
             ids = encoder.family.image_ids(processor, size[1], size[0])
@@ -76,6 +88,21 @@ def test_pixel_limits_bound_the_image_tokens_and_are_saved(folder, tmp_path):
     images = [picture(size, 0) for size in SIZES]
     ours = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     assert torch.equal(loaded.image_processor(images, return_tensors="pt")["pixel_values"], ours)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if family_of(name).CONFIGURED])
+def test_configs_have_the_limits_too(family, tmp_path):
+    """Where the model's config says what its processor says, vLLM and transformers' model read it there: a checkpoint's
+    has the limits, and that of rollout.backend=hf."""
+    folder, settings = create(family, tmp_path), family_of(family).CONFIGURED
+    model, processor, config = load_model(folder, torch.float32), load_processor(folder), rollout_config(backend="hf")
+    PromptEncoder(processor, config.data)
+    limits = [getattr(processor.image_processor, name) for name in settings]
+    assert limits != [getattr(model.config, name) for name in settings]
+    saved = json.loads(files_beside_weights(model, processor, folder)["config.json"])
+    engine = make_engine(config, str(folder), rank=0, world_size=1, local_rank=0)
+    own = engine._model.config.to_dict()
+    assert [saved[name] for name in settings] == [own[name] for name in settings] == limits
 
 
 def test_placeholders_end_a_response(folder):

@@ -11,6 +11,7 @@ from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadat
 from rethinker.config import Config, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.episode import MismatchError, check_mismatch
+from rethinker.policy.lora import base_weights
 from rethinker.policy.model import Policy, load_model, load_processor
 from rethinker.policy.packing import pack
 from rethinker.rollout import vllm_engine
@@ -31,7 +32,7 @@ class Weights:
     """The policy's weights as a WeightStream."""
 
     def __init__(self, policy):
-        self.named = list(policy.hf.named_parameters())
+        self.named = base_weights(policy.hf)
 
     def metadata(self):
         return [(name, p.dtype, tuple(p.shape)) for name, p in self.named]
@@ -53,13 +54,13 @@ class Setting:
         self.engine = make_engine(self.config, str(folder), rank=0, world_size=1, local_rank=0)
 
     def perturb(self, seed: int, part: str = "all") -> None:
-        """Move every weight of a part."""
+        """Move every weight of a part, corrections of a router's scores included."""
         family, hf = self.policy.family, self.policy.hf
         parts = {"all": [hf], "language model": [family.language_model(hf)], "vision": family.vision_modules(hf)}
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in (parameter for module in parts[part] for parameter in module.parameters()):
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+            for _, weight in (named for module in parts[part] for named in base_weights(module)):
+                weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
 
     def error(self, seed: int) -> float:
         """Largest difference between behaviour log-probs and the policy's packed forward, in nats."""

@@ -11,7 +11,7 @@ import torch
 
 from rethinker.config import DataConfig
 from rethinker.data.prompts import PromptEncoder
-from rethinker.policy.experts import Router, load_statistics
+from rethinker.policy.experts import GroupedRouter, Router, load_statistics
 from rethinker.policy.model import compile_layers, load_model, load_processor
 from tests.families.tiny_models import create
 from tests.policy.helpers import queries_of_every_kind, samples_for
@@ -19,9 +19,9 @@ from tests.policy.switches import errors, make, outcome
 from tests.policy.test_packing import packed
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return create("qwen3_vl_moe", tmp_path_factory.mktemp("model"))
+@pytest.fixture(scope="module", params=["qwen3_vl_moe", "glm4v_moe"])
+def folder(request, tmp_path_factory):
+    return create(request.param, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -51,6 +51,12 @@ def choices(policy, batch):
     return taken
 
 
+def by_expert(logits, weights, experts):
+    """What a router returns, each token's experts in the order of their numbers: which comes first means nothing."""
+    experts, order = experts.sort(dim=1)
+    return logits, weights.gather(1, order), experts
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_router_is_transformers_own_but_for_the_rounding(dtype, folder):
     """In fp32 to the bit; in bf16 the choice is the same, and weights are what transformers rounds."""
@@ -58,11 +64,11 @@ def test_a_router_is_transformers_own_but_for_the_rounding(dtype, folder):
     plain.load_state_dict(policy.hf.state_dict())
     ours, theirs = (m.model.language_model.layers[2].mlp.gate.to(dtype) for m in (policy.hf, plain))
     hidden = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    (logits, weights, experts), expected = ours(hidden), theirs(hidden)
-    assert type(ours) is not type(theirs) and weights.dtype == torch.float32
-    for found, right in zip((logits, weights.to(dtype), experts), expected, strict=True):
-        assert torch.equal(found, right)
-    assert (weights.sum(1) - 1).abs().max() < 1e-6
+    found, expected = by_expert(*ours(hidden)), by_expert(*theirs(hidden))
+    assert type(ours) is not type(theirs) and found[1].dtype == torch.float32
+    for part, right in zip(found, expected, strict=True):
+        assert torch.equal(part.to(right.dtype), right)
+    assert (found[1].sum(1) - getattr(ours, "routed_scaling_factor", 1)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "flash"])
@@ -78,12 +84,13 @@ def test_a_replayed_choice_is_taken(checkpointing, kernel, folder, encoder, samp
     again = outcome(policy, replace(batch, experts=own))
     assert torch.equal(again[0], logps) and all(torch.equal(again[1][name], g) for name, g in gradients.items())
     planted, spot = own.clone(), int(batch.source_index[2])  # a token of the first response
-    planted[spot, 0] = (own[spot, 0] + 1 + own[spot, 0].flip(0)) % 8
-    planted[spot, 0, 1] += planted[spot, 0, 0] == planted[spot, 0, 1]
+    first = min(policy.routers)
+    planted[spot, first] = (own[spot, first] + 1 + own[spot, first].flip(0)) % 8
+    planted[spot, first, 1] += planted[spot, first, 0] == planted[spot, first, 1]
     found, moved = outcome(policy, replace(batch, experts=planted))
     changed = (found - logps).abs() > 1e-4
     assert changed.any() and not changed[:2].any() and not changed[5:].any()  # of 5 tokens the last three
-    name = "hf.model.language_model.layers.0.mlp.gate.weight"
+    name = f"hf.model.language_model.layers.{first}.mlp.gate.weight"
     assert not torch.equal(moved[name], gradients[name]) and moved[name].any()
 
 
@@ -103,6 +110,35 @@ def test_weights_are_those_of_the_experts_that_are_taken(replayed, normalized):
     _, weights, experts = router(hidden)
     assert torch.equal(experts, taken)
     torch.testing.assert_close(weights, expected / expected.sum(-1, keepdim=True) if normalized else expected)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("replayed", [True, False])
+def test_groups_are_chosen_before_their_experts(replayed, normalized):
+    """Of each token in turn: corrected scores rank the groups, by their best two, and then these groups' experts; the
+    weights are those of plain scores."""
+    generator = torch.Generator().manual_seed(0)
+    router, hidden = GroupedRouter(), torch.randn(50, 6, generator=generator)
+    router.weight, router.top_k = torch.nn.Parameter(torch.randn(12, 6, generator=generator)), 3
+    router.num_group, router.topk_group, router.routed_scaling_factor = 3, 2, 2.5
+    router.norm_topk_prob = normalized
+    router.e_score_correction_bias = 0.5 * torch.randn(12, generator=generator)
+    scores = (hidden @ router.weight.T).sigmoid()
+    taken = []
+    for corrected in (scores + router.e_score_correction_bias).tolist():
+        groups = [range(start, start + 4) for start in (0, 4, 8)]
+        groups.sort(key=lambda group, of=corrected: sum(sorted(of[i] for i in group)[-2:]))
+        best = sorted([*groups[1], *groups[2]], key=lambda i, of=corrected: of[i])[-3:]
+        taken.append(sorted(best))
+    taken = torch.tensor(taken)
+    assert not torch.equal(taken, scores.topk(3).indices.sort(dim=1).values)
+    if replayed:
+        taken = router.chosen = ((taken + 3) % 12).sort(dim=1).values
+    expected = scores.gather(1, taken)
+    expected = 2.5 * (expected / expected.sum(-1, keepdim=True) if normalized else expected)
+    _, weights, experts = by_expert(*router(hidden))
+    assert torch.equal(experts, taken)
+    torch.testing.assert_close(weights, expected)
 
 
 def test_a_row_takes_the_choices_of_its_samples(folder, encoder, samples):

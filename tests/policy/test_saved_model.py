@@ -40,7 +40,7 @@ def saved(folder: Path, output: Path, rank: int = 0) -> torch.nn.Module:
     model = load_model(folder, torch.float32)
     processor = PromptEncoder(load_processor(folder), DataConfig()).processor
     adapters = lora.add_adapters(model, LoraConfig(rank=rank), seed=0) if rank else {}
-    weights = dict(FullWeights(lora.base_parameters(model), adapters))
+    weights = dict(FullWeights(lora.base_weights(model), adapters))
     save_weights(output, model, weights, dict(FullWeights(lora.adapter_parameters(adapters))))
     save_files(output, files_beside_weights(model, processor, folder))
     return model

@@ -37,7 +37,7 @@ def run(*command: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl_moe", "gemma4-moe"])
+@pytest.fixture(scope="module", params=["qwen3_vl_moe", "glm4v_moe", "gemma4-moe"])
 def folder(request, tmp_path_factory):
     return create(request.param, tmp_path_factory.mktemp("model"))
 

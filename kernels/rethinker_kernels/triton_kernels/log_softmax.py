@@ -92,7 +92,7 @@ def load_logits(place, inside, outside, SOFTCAP: tl.constexpr):
     """Logits in fp32, under a cap the tanh of logits / SOFTCAP; `outside` in place of those that are not `inside`."""
     x = tl.load(place, mask=inside, other=outside).to(tl.float32)
     if SOFTCAP is not None:
-        x = tl.where(inside, tanh(x * (1.0 / SOFTCAP)), outside)
+        x = tl.where(inside, tanh(x / SOFTCAP), outside)
     return x
 
 
@@ -173,7 +173,7 @@ def write_gradient(
         if ENTROPY:
             gradient -= per_entropy * (p * (log2_p * LN2 + entropy))
         if SOFTCAP is not None:
-            gradient *= (1.0 - x * x) * (1.0 / SOFTCAP)
+            gradient *= (1.0 - x * x) / SOFTCAP
         tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=inside)
 
 
