@@ -101,7 +101,8 @@ def _widen(model: torch.nn.Module) -> None:
     """Draw every matrix with variance 1 / inputs. Qwen's 0.02 suits widths in the thousands; here it learns slowly.
 
     Linear attention gets a memory of several tokens: transformers would mostly draw decays to nothing within one, and
-    of those its fp32 gradient is wrong by 5e-4.
+    of those its fp32 gradient is wrong by 5e-4. Where scores have no scale (Gemma 4), the queries' norm gets it, or
+    each token would see one other. What a checkpoint holds besides weights gets values that change something.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
@@ -109,9 +110,16 @@ def _widen(model: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=std)
         elif name.endswith(".A_log"):
             torch.nn.init.uniform_(parameter, -4.0, 0.0)
-    for name, buffer in model.named_buffers():
+    for module in model.modules():
+        if getattr(module, "scaling", None) == 1.0 and hasattr(module, "q_norm"):
+            module.q_norm.weight.fill_(module.head_dim**-0.5)
+    for name in sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()):
+        buffer = model.get_buffer(name)
         if name.endswith(".e_score_correction_bias"):
             torch.nn.init.normal_(buffer, std=0.2)  # as far apart as the scores that it corrects
+        elif name.endswith(("layer_scalar", "_min", "_max", "std_bias", "std_scale")):
+            torch.nn.init.uniform_(buffer, 0.5, 1.5)
+            buffer.mul_(-1.0 if name.endswith("_min") else 1.0)
 
 
 def _config(size: TinySize, tokenizer, tie_word_embeddings: bool) -> Qwen2_5_VLConfig:

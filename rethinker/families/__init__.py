@@ -27,6 +27,8 @@ HIDDEN, PATCH, SIDE = 64, 8, 64
 """Of tiny models: hidden size of the language model, side of a patch, and of the largest image in training."""
 STRIP = 16
 """Image tokens from top to bottom of the image that stands for all of a planned micro-batch's, if any size will do."""
+ATTENTION = ("full_attention", "sliding_attention")
+"""Types of layers that look at earlier tokens; those of any other type are recurrent."""
 FAMILIES = sorted(module.name for module in pkgutil.iter_modules(__path__))
 SUPPORTED = ", ".join(FAMILIES)
 
@@ -48,8 +50,6 @@ class Family(ABC):
     """Whether a position has three parts (temporal, height, width)."""
     TOKEN_TYPES: str | None = None
     """The input of transformers' own forward that is 1 at image tokens, by its name, if it needs one."""
-    IMAGE_BLOCKS = False
-    """Whether the tokens of an image in the prompt, a run of placeholders, see each other both ways."""
     ENLARGES = True
     """Whether an image below `data.min_pixels` is enlarged to them."""
     TINY: tuple[str, ...] = ("",)
@@ -104,6 +104,17 @@ class Family(ABC):
         blocks = [getattr(layer, "mlp", None) for layer in self.language_model(model).layers]
         return {number: block.gate for number, block in enumerate(blocks) if hasattr(block, "experts")}
 
+    def image_blocks(self, text_config: Any) -> tuple[str, ...]:
+        """Types of layers in which the tokens of an image in the prompt, a run of placeholders, see each other both
+        ways, as far as a window reaches back."""
+        return ()
+
+    def cached(self, text_config: Any) -> list[tuple[int, int]]:
+        """Of every layer that keeps keys of its own: how many heads they have, and their size."""
+        types = getattr(text_config, "layer_types", None) or ["full_attention"] * text_config.num_hidden_layers
+        size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+        return [(text_config.num_key_value_heads, size) for kind in types if kind in ATTENTION]
+
     def prepare(self, model: torch.nn.Module) -> None:  # noqa: B027  # most models need no change
         """Change what of the model cannot read a packed row, in place; weights and their names stay."""
 
@@ -128,6 +139,15 @@ class Family(ABC):
         import torch
 
         return torch.arange(ids.shape[1])[None]
+
+    def token_inputs(self, model: torch.nn.Module, ids: torch.Tensor, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the decoder is given of every token besides its embedding, by the decoder's own names: [T, ...] each.
+
+        Args:
+            ids: [T] int64.
+            image: [T] bool: an image's token in a prompt.
+        """
+        return {}
 
     @abstractmethod
     def features(self, model: torch.nn.Module, image_inputs: dict) -> list[torch.Tensor]:

@@ -23,7 +23,6 @@ class Gemma3(Family):
     PROCESSOR = "Gemma3Processor"
     PLACEHOLDERS = ("<image_soft_token>", "<start_of_image>", "<end_of_image>", "<start_of_turn>")
     TOKEN_TYPES = "token_type_ids"
-    IMAGE_BLOCKS = True
     SERVED = (("model.vision_tower.", "model.vision_tower.vision_model."),)
     ENLARGES = False
 
@@ -47,6 +46,9 @@ class Gemma3(Family):
                     made.append(token)
             ids = made
         return ids
+
+    def image_blocks(self, text_config: Any) -> tuple[str, ...]:
+        return ("full_attention", "sliding_attention")
 
     def prepare(self, model: torch.nn.Module) -> None:
         """See Family. What transformers and vLLM treat differently is refused; published models have neither."""
@@ -75,7 +77,8 @@ class Gemma3(Family):
             Gemma3Processor,
         )
 
-        tokenizer = _tiny_tokenizer([tokenizer.decode(i) for i in range(tokenizer.vocab_size)])
+        names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+        tokenizer = tiny_gemma_tokenizer(tokenizer, names, ("<start_of_turn>", "<end_of_turn>"))
         to_id, side = tokenizer.convert_tokens_to_ids, SIDE // 2
         windows = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
         config = Gemma3Config(
@@ -97,8 +100,14 @@ class Gemma3(Family):
         return Gemma3ForConditionalGeneration, config, processor
 
 
-def _tiny_tokenizer(texts: list[str]) -> Any:
-    """A Gemma tokenizer: words with the space before them, bytes for what it has not learned, line breaks in a row."""
+def tiny_gemma_tokenizer(tokenizer: Any, names: dict[str, str], others: tuple[str, ...]) -> Any:
+    """A Gemma tokenizer: words with the space before them, bytes for what it has not learned, line breaks in a row.
+
+    Args:
+        tokenizer: another's, from whose tokens this one learns.
+        names: further special tokens, by the names that a processor asks for.
+        others: further special tokens.
+    """
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import GemmaTokenizer
 
@@ -107,18 +116,14 @@ def _tiny_tokenizer(texts: list[str]) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "removed"), pre_tokenizers.Split("▁", "merged_with_next")]
     )
+    texts = [tokenizer.decode(i) for i in range(tokenizer.vocab_size)]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=512, show_progress=False))
     learned = json.loads(bpe.to_str())["model"]
-    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
     # The last two are those by which every tiny model ends a response.
-    special = [
-        *("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"),
-        *names.values(),
-        *("<|im_end|>", "<|endoftext|>"),
-    ]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *names.values(), *others, "<|im_end|>", "<|endoftext|>"]
     added = dict.fromkeys(special, True) | {"\n" * count: False for count in range(1, 5)}
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys([*bytes_, *learned["vocab"], *added]))}
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(["<pad>", *bytes_, *learned["vocab"], *added]))}
     return GemmaTokenizer(
         vocab=vocab,
         merges=[tuple(pair) for pair in learned["merges"]],

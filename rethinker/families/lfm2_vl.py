@@ -91,20 +91,11 @@ class LFM2VL(Family):
         not agree on how often a module is called otherwise."""
         pixels, shapes = image_inputs["pixel_values"], image_inputs["spatial_shapes"].cpu()
         tower, side = model.model.vision_tower, model.config.downsample_factor
-        lengths = shapes.prod(-1)
-        longest = int(lengths.max())
-        real = torch.arange(longest) < lengths[:, None]  # [views, longest]
-        starts = torch.cumsum(lengths, 0) - lengths
-        padded = torch.where(real, starts[:, None] + torch.arange(longest), 0)
-        # transformers' tower would make no mask for attention functions that it does not know; one of 4 dimensions it
-        # hands on as it is.
-        mask = None if real.all() else to_device(real[:, None, None], pixels.device)
-        views = pixels.to(tower.dtype)[to_device(padded, pixels.device)]
+        padded, mask = padded_views(shapes, pixels.device)
+        views = pixels.to(tower.dtype)[padded]
         seen = tower(views, pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state
-        # Patches of every token, row by row: [N, side * side] places in the flattened [views * longest].
-        places = torch.cat([longest * n + _squares(*shape, side) for n, shape in enumerate(shapes.tolist())])
-        squares = seen.flatten(0, 1)[to_device(places, pixels.device)]
-        return [model.model.multi_modal_projector(squares.unflatten(1, (side, side))).flatten(0, 2)]
+        patches = seen.flatten(0, 1)[to_device(squares(shapes, side), pixels.device)]
+        return [model.model.multi_modal_projector(patches.unflatten(1, (side, side))).flatten(0, 2)]
 
     def blank(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """See Family: one image token."""
@@ -176,10 +167,32 @@ def short_convolution(self: Any, hidden_states: torch.Tensor, attention_mask: An
     return attention_mask.rows(self.out_proj(after * mixed))
 
 
-def _squares(high: int, wide: int, side: int) -> torch.Tensor:
-    """Where in a view of high x wide patches those of each token are, [tokens, side * side]."""
-    places = torch.arange(high * wide).view(high // side, side, wide // side, side)
-    return places.transpose(1, 2).reshape(-1, side * side)
+def padded_views(shapes: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Views of several extents as a batch: the patches of each, and what hides the padding.
+
+    Args:
+        shapes: patches of the views whose patches follow each other, on the host: [views, 2].
+
+    Returns:
+        Where in the patches of all views those of each are, [views, longest], and a mask [views, 1, 1, longest], unless
+        all are as long. transformers' towers would make no mask for attention functions that they do not know; one of 4
+        dimensions they hand on as it is.
+    """
+    lengths = shapes.prod(-1)
+    place = torch.arange(int(lengths.max()))
+    real = place < lengths[:, None]
+    padded = torch.where(real, (torch.cumsum(lengths, 0) - lengths)[:, None] + place, 0)
+    return to_device(padded, device), None if real.all() else to_device(real[:, None, None], device)
+
+
+def squares(shapes: torch.Tensor, side: int) -> torch.Tensor:
+    """Where in the flattened batch of `padded_views` the patches of each token are, view by view and row by row:
+    [tokens, side * side]."""
+    longest, found = int(shapes.prod(-1).max()), []
+    for number, (high, wide) in enumerate(shapes.tolist()):
+        places = torch.arange(high * wide).view(high // side, side, wide // side, side)
+        found.append(number * longest + places.transpose(1, 2).reshape(-1, side * side))
+    return torch.cat(found)
 
 
 FAMILY = LFM2VL()

@@ -114,11 +114,8 @@ def rollout_of(config: Config, shape: Shape, ranks: int, memory: float | None) -
     if settings.backend in ("recorded", "server"):
         return Rollout({})
     text = shape.text
-    heads = max(1, text.num_key_value_heads / tp)  # of a rank: divided among an engine's, not below one
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    recurrent = shape.policy.layers.recurrent
-    types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    token = 2 * sum(kind not in recurrent for kind in types) * heads * size * b  # keys and values
+    # Keys and values of a token; heads are divided among an engine's ranks, but none has less than one.
+    token = 2 * b * sum(max(1, heads / tp) * size for heads, size in shape.policy.family.cached(text))
     state = shape.policy.family.state(text, b) / tp
     longest = min(config.data.max_prompt_tokens + settings.max_new_tokens, text.max_position_embeddings)
     sequences = math.ceil(config.train.episode_queries / (ranks // tp)) * settings.group_size

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rethinker.config import ConfigError, PolicyConfig
-from rethinker.families import Family
+from rethinker.families import ATTENTION, Family
 from rethinker.policy.recurrent import Sequences, runs_of, sequences_of
 from rethinker.policy.segment_attention import Segments, SharedKeys, Visible, attend
 from rethinker.samples import PackedBatch
@@ -33,7 +33,7 @@ class LayerTypes:
     """What the layers of a model need to know of a row besides the shared-prompt rule."""
 
     window: int | None = None  # tokens that "sliding_attention" sees, its own among them
-    blocks: bool = False  # whether the tokens of an image see each other both ways
+    blocks: tuple[str, ...] = ()  # types of layers in which the tokens of an image see each other both ways
     recurrent: tuple[str, ...] = ()  # types of layers that read tokens in their order
     tail: int = 0  # earlier inputs that these layers' convolutions see
 
@@ -42,13 +42,13 @@ class LayerTypes:
         """Those of a model."""
         types = set(getattr(text_config, "layer_types", None) or ())
         window = text_config.sliding_window if "sliding_attention" in types else None
-        recurrent = sorted(types - {"full_attention", "sliding_attention"})
-        return cls(window, family.IMAGE_BLOCKS, tuple(recurrent), family.tail(text_config) if recurrent else 0)
+        recurrent, blocks = sorted(types - set(ATTENTION)), family.image_blocks(text_config)
+        return cls(window, blocks, tuple(recurrent), family.tail(text_config) if recurrent else 0)
 
     @property
     def masked(self) -> bool:
         """Whether only a mask tells what a token sees."""
-        return self.blocks or self.window is not None
+        return bool(self.blocks) or self.window is not None
 
 
 PLAIN = LayerTypes()
@@ -93,6 +93,7 @@ class Layout:
     position: torch.Tensor | None = None  # [T] int64
     mask: torch.Tensor | dict[str, torch.Tensor | Sequences | None] | None = None  # [B, 1, L, L] bool
     visible: Visible | None = None
+    depth: torch.Tensor | None = None  # [B, L]: tokens before each one in its own sequence; with sliding windows
 
 
 def lay_out(batch: PackedBatch, kernel: str, layers: LayerTypes = PLAIN, padded: bool = True) -> Layout:
@@ -114,20 +115,23 @@ def lay_out(batch: PackedBatch, kernel: str, layers: LayerTypes = PLAIN, padded:
     return layout
 
 
-def join_images(layout: Layout, image: torch.Tensor) -> None:
+def join_images(layout: Layout, image: torch.Tensor, layers: LayerTypes) -> None:
     """Let the tokens of an image, one run of them, see each other both ways: in the masks, in place.
 
     Args:
         layout: of the kernel "sdpa", on the device.
         image: [T] bool there: an image's token in a prompt.
+        layers: of the model.
     """
     begins = image & ~torch.cat([image.new_zeros(1), image[:-1]])
     block = image.new_zeros(layout.tokens, dtype=torch.int64)
     block[layout.position] = torch.where(image, begins.cumsum(0), 0)
     block = block.view(layout.index.shape)
     same = (block[:, None, :] == block[:, :, None]) & (block[:, None, :] > 0)
-    for mask in layout.mask.values() if isinstance(layout.mask, dict) else [layout.mask]:
-        mask |= same[:, None]
+    masks = layout.mask if isinstance(layout.mask, dict) else {"full_attention": layout.mask}
+    for kind in masks.keys() & set(layers.blocks):
+        near = kind != "sliding_attention" or _near(layout.depth, layers.window)
+        masks[kind] |= (same & near)[:, None]
 
 
 def _in_rows(batch: PackedBatch, window: int | None) -> Layout:
@@ -150,8 +154,13 @@ def _in_rows(batch: PackedBatch, window: int | None) -> Layout:
     if window is None:
         return Layout(rows * width, index, position, mask)
     depth = _depths(batch)[index]
-    near = depth[:, None, :] > depth[:, :, None] - window
-    return Layout(rows * width, index, position, {"full_attention": mask, "sliding_attention": mask & near[:, None]})
+    masks = {"full_attention": mask, "sliding_attention": mask & _near(depth, window)[:, None]}
+    return Layout(rows * width, index, position, masks, depth=depth)
+
+
+def _near(depth: torch.Tensor, window: int) -> torch.Tensor:
+    """[B, L, L]: the second of two tokens of a sequence is at most so far behind the first."""
+    return depth[:, None, :] > depth[:, :, None] - window
 
 
 def _depths(batch: PackedBatch) -> torch.Tensor:

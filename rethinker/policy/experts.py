@@ -32,7 +32,7 @@ class Router(nn.Module):
         weights = scores.gather(1, experts)
         counted = (experts if self.real is None else experts.index_select(0, self.real)).flatten()
         # Not bincount: it would ask the device for the largest number.
-        self.load = scores.new_zeros(len(self.weight)).scatter_add_(0, counted, weights.new_ones(len(counted)))
+        self.load = scores.new_zeros(scores.shape[-1]).scatter_add_(0, counted, weights.new_ones(len(counted)))
         if getattr(self, "norm_topk_prob", True):
             weights = weights / weights.sum(-1, keepdim=True)
         return logits, weights, experts
@@ -74,6 +74,27 @@ class GroupedRouter(Router):
         best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.topk_group, dim=-1).indices  # [X, topk_group]
         closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)  # [X, num_group]
         return grouped.masked_fill(closed[..., None], -torch.inf).flatten(1).topk(self.top_k, dim=-1).indices
+
+
+class ScaledRouter(Router):
+    """Gemma 4's router, which scales the hidden states that it reads and the weights that it gives."""
+
+    def score(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """See Router."""
+        logits = self.proj(self.norm(hidden) * self.scale * self.scalar_root_size)
+        return logits, logits.softmax(-1, dtype=torch.float32)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See Router."""
+        logits, weights, experts = super().forward(hidden)
+        return logits, weights * self.per_expert_scale[experts], experts
+
+
+def router_class(router: nn.Module) -> type[Router]:
+    """Which of these takes the place of a model's own router."""
+    if hasattr(router, "e_score_correction_bias"):
+        return GroupedRouter
+    return ScaledRouter if hasattr(router, "per_expert_scale") else Router
 
 
 def load_statistics(load: Tensor) -> dict[str, float | None]:

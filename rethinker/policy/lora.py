@@ -220,5 +220,5 @@ def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in weights:
         digest.update(name.encode())
-        digest.update(tensor[:1].cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(torch.atleast_1d(tensor)[:1].cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

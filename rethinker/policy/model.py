@@ -19,7 +19,7 @@ from rethinker.config import ConfigError, PolicyConfig, one_line
 from rethinker.families import family_of
 from rethinker.policy.attention import ROW, VISION, VISION_SDPA, LayerTypes, join_images, kernel_for, lay_out
 from rethinker.policy.cpu_layers import use_cpu_layers
-from rethinker.policy.experts import GroupedRouter, Router
+from rethinker.policy.experts import router_class
 from rethinker.policy.segment_attention import moved
 from rethinker.samples import PackedBatch, Prompt
 from rethinker_kernels import linear_policy_loss, linear_selective_log_softmax
@@ -100,7 +100,7 @@ class Policy(nn.Module):
                     f"policy.model: its num_experts_per_tok={router.top_k} is more than its "
                     f"num_experts={router.num_experts}; correct its config.json"
                 )
-            router.__class__ = GroupedRouter if hasattr(router, "e_score_correction_bias") else Router
+            router.__class__ = router_class(router)
         if config.compile:
             compile_layers(self.family.language_model(model))
         text, vision = ("sdpa", VISION_SDPA) if self.kernel == "sdpa" else (ROW, VISION)
@@ -143,14 +143,17 @@ class Policy(nn.Module):
         Without `objective` log-probs [R] and the entropies [R] of their distributions, fp32 nats.
         """
         device = batch.input_ids.device
-        embeds, spots, deep = self._embed(batch)  # [T, D]
+        image = self._is_image(batch)
+        embeds, spots, deep = self._embed(batch, image)  # [T, D]
         if torch.is_grad_enabled() and not embeds.requires_grad:  # a frozen embedding, under adapters
             # ZeRO-3 takes a whole layer's gradients away in a hook that comes before them if no input has one.
             embeds.requires_grad_()
         layout = moved(lay_out(batch, self.kernel, self.layers, self.padded), device)
         if self.layers.blocks:
-            join_images(layout, self._is_image(batch))
-        positions, sources, inputs = batch.position_ids[:, 0], batch.source_index, {}
+            join_images(layout, image, self.layers)
+        positions, sources = batch.position_ids[:, 0], batch.source_index
+        inputs = self.family.token_inputs(self.hf, batch.input_ids[0], image)
+        inputs = {name: part[None] if layout.index is None else part[layout.index] for name, part in inputs.items()}
         if layout.visible:
             inputs["visible"] = layout.visible
         if layout.index is None:
@@ -176,9 +179,11 @@ class Policy(nn.Module):
         rows = hidden.flatten(0, 1)[sources]
         return self.hf.lm_head(rows, batch.target_ids, temperature, objective)
 
-    def _embed(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
-        """Token embeddings [T, D] with each image's features in place of its placeholders; where those are, [N]; and
-        the features that decoder layers add there, [N, D] each."""
+    def _embed(
+        self, batch: PackedBatch, image: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        """Token embeddings [T, D] with each image's features in place of its placeholders, at `image` [T]; where those
+        are, [N]; and the features that decoder layers add there, [N, D] each."""
         ids = batch.input_ids[0]
         embeds = self.hf.model.get_input_embeddings()(ids)
         if not batch.image_inputs:
@@ -189,10 +194,9 @@ class Policy(nn.Module):
             seen = self._see(blank | pixels)
             return embeds + 0.0 * sum(part.sum() for part in seen).to(embeds.dtype), None, []
         features, *deep = self._see(batch.image_inputs)
-        place = self._is_image(batch)
         # That they are as many as the features is known: to count them would stop the host until the device is there.
-        torch._assert_async(place.sum() == len(features))
-        spots = torch.nonzero_static(place, size=len(features))[:, 0]
+        torch._assert_async(image.sum() == len(features))
+        spots = torch.nonzero_static(image, size=len(features))[:, 0]
         return embeds.index_copy(0, spots, features.to(embeds.dtype)), spots, deep
 
     def _is_image(self, batch: PackedBatch) -> torch.Tensor:

@@ -80,7 +80,7 @@ class RolloutEngine(Protocol):
 def checksum(tensor: torch.Tensor, dtype: torch.dtype) -> Checksum:
     """Checksum of a tensor as `dtype`, in row-major order, whatever its device."""
     flat = tensor.detach().to(dtype).cpu().contiguous().view(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest(), len(tensor)
+    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest(), len(torch.atleast_1d(tensor))
 
 
 def copies(

@@ -129,6 +129,11 @@ class ImageBlocksBuilder(CPUAttentionMetadataBuilder):
             for begin, end in images:
                 if begin < seen[row] <= end:
                     raise RuntimeError(f"vLLM computes an image's tokens {begin} to {end} up to {seen[row] - 1} only")
+                if 0 < self.window_size <= end - begin:
+                    raise RuntimeError(
+                        f"an image of {end + 1 - begin} tokens is longer than the model's sliding windows "
+                        f"({self.window_size}), which vLLM's CPU kernel does not take; set data.max_pixels lower"
+                    )
                 if first <= end < seen[row]:  # otherwise it has been computed, or will be
                     begin = max(begin, first)
                     places.append(torch.arange(begin, end + 1) - first + starts[row])
@@ -147,14 +152,14 @@ class ImageBlocksBuilder(CPUAttentionMetadataBuilder):
                 block_table_tensor=common.block_table_tensor[rows],
                 causal=False,
             )
-            made.images, made.places = super().build(0, images), torch.cat(places)
+            made.mm_prefix_range = super().build(0, images), torch.cat(places)
         return made
 
 
 class ImageBlocks(CPUAttentionBackendImpl):
     """Attention by the CPU kernel, and once more for the tokens of images: up to their image's end, not their own.
 
-    A sliding window bounds what is behind a token, and (not causal) as much before it: vLLM takes no longer images.
+    A sliding window bounds what is behind a token, and (not causal) as much before it: no image may be longer.
     """
 
     def forward(
@@ -171,10 +176,12 @@ class ImageBlocks(CPUAttentionBackendImpl):
     ) -> Tensor:
         """See AttentionImpl."""
         super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *others, **named)
-        if hasattr(attn_metadata, "places"):
-            part = output[attn_metadata.places]
-            super().forward(layer, query[attn_metadata.places], key, value, kv_cache, attn_metadata.images, part)
-            output[attn_metadata.places] = part
+        # Named as on a GPU: where only the sliding layers have image blocks, vLLM's model takes it from the others.
+        if ranges := getattr(attn_metadata, "mm_prefix_range", None):
+            images, places = ranges
+            part = output[places]
+            super().forward(layer, query[places], key, value, kv_cache, images, part)
+            output[places] = part
         return output
 
 

@@ -38,6 +38,7 @@ def cpu_block_size(dtype: str) -> int:
 def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> dict[str, Any]:
     """vLLM's engine arguments, all but the model; `gpu`: whether it runs on CUDA."""
     settings = config.rollout
+    blocks = requests.family.image_blocks(requests.model_config.get_text_config())
     if gpu:
         device: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
     else:
@@ -47,7 +48,7 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
             "block_size": cpu_block_size(config.policy.dtype),
             "max_num_seqs": 512,
             # An image's tokens that see each other must be computed at once, and so is every prompt that has some.
-            **({"enable_chunked_prefill": False} if requests.family.IMAGE_BLOCKS else {}),
+            **({"enable_chunked_prefill": False} if blocks else {}),
         }
     return {
         "dtype": config.policy.dtype,
@@ -56,7 +57,7 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
         "seed": config.seed,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "max_model_len": requests.max_length,
-        "limit_mm_per_prompt": {"image": config.data.max_images, "video": 0},
+        "limit_mm_per_prompt": {"image": config.data.max_images, "video": 0, "audio": 0},
         **requests.family.vllm_settings(requests.image_settings),
         # Where grids are limited, vLLM does not know the largest image, and refuses those beyond a step's tokens.
         **({"max_num_batched_tokens": max(8192, requests.max_length)} if requests.family.CONFIGURED else {}),

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.models.utils import StageMissingLayer
 
 from rethinker.families import Family, family_of
 from rethinker.rollout.engine import Checksum, checksum
@@ -42,7 +43,8 @@ def prepare_update(model: nn.Module, vllm_config: Any, names: list[str]) -> None
     experts = {ours: part for part, ours in _EXPERTS.items()}
     for name in dict(model.named_parameters()).keys() - mapped:
         parent, layer, leaf = f".{name}".rsplit(".", 2)
-        parts = {f"{parent}.{part}.{leaf}"[1:] for part in fused_parts.get(layer, [layer])}
+        own = fused_parts.get(f"{parent}.{layer}"[1:]) or fused_parts.get(layer, [layer])
+        parts = {f"{parent}.{part}.{leaf}"[1:] for part in own}
         missing += {f"{parent}.{experts[leaf]}"[1:]} - mapped if layer == "routed_experts" else parts - mapped
     if missing:
         raise RuntimeError(
@@ -102,7 +104,7 @@ def first_difference(model: nn.Module, vllm_config: Any, sent: dict[str, Checksu
     for name, (digest, rows) in sent.items():
         for live in _live_tensors(model, name, sent):
             # vLLM pads the vocabulary: rows beyond the checkpoint's are never read.
-            if checksum(live[:rows], vllm_config.model_config.dtype) != (digest, rows):
+            if checksum(torch.atleast_1d(live)[:rows], vllm_config.model_config.dtype) != (digest, rows):
                 return name
     return None
 
@@ -118,23 +120,30 @@ def _mapped(model: nn.Module, name: str) -> str:
 
 def _fused_parts(model: nn.Module) -> dict[str, list[str]]:
     """Names of fused layers and of their parts in a checkpoint; some models leave them to their language model, some
-    name them only to their loader."""
+    name them only to their loader. A layer that a loader names by its whole path, as its parts may differ from those of
+    others (Gemma 4's keys may be its values, too), is here by its path."""
     fused: dict[str, list[str]] = {}
-    for module in model.modules():
+    paths = dict(model.named_modules())
+    for path, module in paths.items():
         stacked = getattr(getattr(module, "hf_to_vllm_mapper", None), "orig_to_new_stacked", {})
         for part, (layer, _) in stacked.items():  # ".mlp.up_proj" to ".mlp.gate_up_proj"
-            parts = fused.setdefault(layer.strip(".").rpartition(".")[2], [])
+            whole = f"{path}.{layer}".strip(".")
+            parts = fused.setdefault(whole if whole in paths else layer.strip(".").rpartition(".")[2], [])
             parts += {part.strip(".").rpartition(".")[2]} - set(parts)
     mappings = (getattr(module, "packed_modules_mapping", None) or {} for module in model.modules())
     return fused | {layer: parts for mapping in mappings for layer, parts in mapping.items()}
 
 
 def _live_tensors(model: nn.Module, name: str, sent: dict[str, Checksum]) -> Iterator[torch.Tensor]:
-    """What the engine holds of one checkpoint tensor: usually one tensor, two where a tied head has a packed copy.
-    Of a part of a fused layer, the rows behind those of the parts before it, which were `sent` too."""
+    """What the engine holds of one checkpoint tensor: usually one tensor, two where a tied head has a packed copy, none
+    where it leaves out a tower.
+    Of a part of a fused layer, the rows behind those of the parts before it, which were `sent` too; the last part may
+    be there more than once."""
     path, _, leaf = _mapped(model, name).rpartition(".")
     if not path:  # the model's own
         yield getattr(model, leaf).data
+        return
+    if isinstance(getattr(model, path.partition(".")[0]), StageMissingLayer):
         return
     parent_path, _, child = path.rpartition(".")
     parent = model.get_submodule(parent_path)
@@ -148,14 +157,17 @@ def _live_tensors(model: nn.Module, name: str, sent: dict[str, Checksum]) -> Ite
         yield _unpacked(layer, leaf)
         yield from (_unpacked(head, leaf, packed_first=True) for head in _tied_heads(model, layer))
         return
-    fused, before = next(
-        (fused, parts[: parts.index(child)])
-        for fused, parts in _fused_parts(model).items()
+    fused_parts = _fused_parts(model)
+    fused, parts = next(
+        (fused, fused_parts.get(f"{parent_path}.{fused}", parts))
+        for fused, parts in fused_parts.items()
         if child in parts and hasattr(parent, fused)
     )
     prefix = name.removesuffix(f"{child}.{leaf}")
-    start = sum(sent[f"{prefix}{part}.{leaf}"][1] for part in before)
-    yield _unpacked(getattr(parent, fused), leaf)[start : start + sent[name][1]]
+    start = sum(sent[f"{prefix}{part}.{leaf}"][1] for part in parts[: parts.index(child)])
+    whole, rows = _unpacked(getattr(parent, fused), leaf), sent[name][1]
+    for at in range(start, len(whole) if child == parts[-1] else start + 1, rows):
+        yield whole[at : at + rows]
 
 
 def _unpacked(layer: nn.Module, leaf: str, packed_first: bool = False) -> torch.Tensor:

@@ -9,7 +9,6 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rethinker.config import ConfigError, LoraConfig, PolicyConfig
-from rethinker.families import family_of
 from rethinker.policy import attention
 from rethinker.policy.lora import add_adapters
 from rethinker.policy.model import Policy, load_model
@@ -30,7 +29,7 @@ def without_deep(first, *deep):
 @pytest.mark.parametrize("kernel", ["sdpa", "flash"])
 def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, encoder, tmp_path, cell):
     """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none."""
-    if kernel == "flash" and family_of(model.config.model_type).IMAGE_BLOCKS:
+    if kernel == "flash" and make_policy().layers.masked:
         with pytest.raises(ConfigError, match="set policy.attention to sdpa"):
             make_policy(attention=kernel)
         return
@@ -47,19 +46,23 @@ def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, en
 
 
 @pytest.mark.parametrize(
-    "fault", ["no deepstack", "positions of a text", "images swapped", "causal images", "no windows"]
+    "fault",
+    ["no deepstack", "positions of a text", "images swapped", "causal images", "no windows", "inputs of other tokens"],
 )
 def test_planted_faults_are_seen(fault, folder, make_policy, model, encoder, tmp_path, monkeypatch):
     """The comparison above is able to fail: by what an adapter may get wrong."""
     policy = make_policy()
-    family, features = policy.family, policy.family.features
+    family, features, blocks = policy.family, policy.family.features, policy.layers.blocks
     if fault == "no deepstack":
         monkeypatch.setattr(family, "features", lambda *given: without_deep(*features(*given)))
     elif fault == "positions of a text":
         axes = 3 if family.MROPE else 1
         monkeypatch.setattr(family, "positions", lambda hf, ids, images: torch.arange(ids.shape[1]).expand(axes, -1))
     elif fault == "causal images":
-        policy.layers = replace(policy.layers, blocks=False)
+        policy.layers = replace(policy.layers, blocks=())
+    elif fault == "inputs of other tokens":
+        given = family.token_inputs
+        monkeypatch.setattr(family, "token_inputs", lambda *a: {k: v.roll(1, 0) for k, v in given(*a).items()})
     elif fault == "no windows":
         policy.layers = replace(policy.layers, window=policy.layers.window and 10**6)
     else:
@@ -68,7 +71,8 @@ def test_planted_faults_are_seen(fault, folder, make_policy, model, encoder, tmp
     (batch,), _ = packed(samples, encoder, policy)
     deep = len(features(policy.hf, batch.image_inputs)) > 1
     concerned = {"no deepstack": deep, "positions of a text": family.MROPE, "images swapped": True}
-    concerned |= {"causal images": family.IMAGE_BLOCKS, "no windows": policy.layers.window is not None}
+    concerned["inputs of other tokens"] = bool(family.token_inputs(policy.hf, *batch.input_ids, batch.response_id > 0))
+    concerned |= {"causal images": bool(blocks), "no windows": policy.layers.window is not None}
     logp_error = compare(samples, encoder, policy, model)[0]
     assert logp_error > 1e-3 if concerned[fault] else logp_error <= 1e-5
 

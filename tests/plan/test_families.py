@@ -45,12 +45,14 @@ def test_parameters_are_those_of_the_model(folder):
 
 @pytest.mark.parametrize("pixels", [1024, 4096])
 def test_image_tokens_are_those_of_a_prompt(pixels, folder, tmp_path):
-    """Of a square image as large as data.max_pixels; InternVL's tiles and its view of the whole too."""
+    """Of an image as large as data.max_pixels, a square or (Gemma 4 has more for it) 10 by 7; InternVL's tiles and its
+    view of the whole too."""
     encoder = PromptEncoder(load_processor(folder), DataConfig(min_pixels=pixels, max_pixels=pixels))
     side = int(pixels**0.5)
-    ids = encoder.encode(Query("one", "?", "!", (picture(tmp_path, 0, (side, side)),))).token_ids
     shape = shape_of(PolicyConfig(model=str(folder)))
-    assert ids.count(shape.config.image_token_id) == shape.image_tokens(pixels)
+    images = picture(tmp_path, 0, (side, side)), picture(tmp_path, 1, (side * 5 // 4, side * 7 // 8))
+    prompts = [encoder.encode(Query(image, "?", "!", (image,))).token_ids for image in images]
+    assert max(ids.count(shape.config.image_token_id) for ids in prompts) == shape.image_tokens(pixels)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "flash"])
@@ -59,7 +61,7 @@ def test_a_forward_keeps_what_is_planned(checkpointing, kernel, folder, cell):
     """Bytes of real tensors between the forward of a micro-batch and its loss are the planned ones to 5%: of the
     language model and of the vision tower."""
     settings = PolicyConfig(model=str(folder), dtype="float32", attention=kernel, gradient_checkpointing=checkpointing)
-    if kernel == "flash" and family_of(load_model(folder, torch.float32).config.model_type).IMAGE_BLOCKS:
+    if kernel == "flash" and make(folder).layers.masked:
         with pytest.raises(ConfigError, match="set policy.attention to sdpa"):
             shape_of(settings)
         return
@@ -139,6 +141,11 @@ REFUSED = {
     ("qwen3_5", "linear_num_value_heads"): (3, "linear_num_value_heads=3 is no multiple of linear_num_key_heads=2"),
     ("qwen3_5", "layer_types"): (["foo", "full_attention", "foo"], "no config.json could be read"),
     ("qwen3_vl_moe", "num_experts_per_tok"): (99, "num_experts_per_tok=99 is more than its num_experts=8"),
+    ("gemma4", "use_bidirectional_attention"): (
+        "all",
+        "its use_bidirectional_attention is 'all', not 'vision' or null",
+    ),
+    ("gemma4-per_layer", "pad_token_id"): (3, "its pad_token_id is 3, not 0"),
     ("qwen3_vl", "hidden_size"): (96, "a step of the model that its config.json describes cannot be computed"),
 }
 

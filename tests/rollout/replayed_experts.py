@@ -27,7 +27,7 @@ def blur(setting: Setting, policy_version: int) -> None:
     """Make the experts of a router so alike that rounding chooses among them, and tell the engine."""
     generator = torch.Generator().manual_seed(0)
     for router in setting.policy.routers.values():
-        weight, alike = router.weight.data, [0, 0, 0, 1, 1, 1, 1, 1]
+        weight, alike = getattr(router, "proj", router).weight.data, [0, 0, 0, 1, 1, 1, 1, 1]
         weight[:] = weight[alike] + 1e-8 * torch.randn(weight.shape, generator=generator)
         if hasattr(router, "e_score_correction_bias"):
             router.e_score_correction_bias[:] = router.e_score_correction_bias[alike]
