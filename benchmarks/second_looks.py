@@ -29,7 +29,8 @@ from rethinker.embedded.sums import Parts, answer_text, slow_answer, sums, with_
 from rethinker.embedded.warmup import as_bundle
 from rethinker.evaluation.intervals import mean_interval
 from rethinker.model_folder import check_model_folder
-from rethinker.policy.model import Policy, load_model, load_processor
+from rethinker.policy.loading import load_model, load_processor
+from rethinker.policy.model import Policy
 from rethinker.policy.packing import pack
 from rethinker.samples import Query
 from rethinker.settings import resolve_config

@@ -62,7 +62,7 @@ def rethinker_side(pipe: Connection, config: Config, model_dir: Path, steps: int
     from rethinker.data.prompts import PromptEncoder
     from rethinker.episode import judge, roll_out
     from rethinker.policy.engine import PolicyEngine
-    from rethinker.policy.model import load_processor
+    from rethinker.policy.loading import load_processor
     from rethinker.rewards.checker import AnswerChecker
     from rethinker.rollout.engine import make_engine
     from rethinker.rollout.sampling import seed_everything
@@ -120,7 +120,7 @@ def trl_side(pipe: Connection, config: Config, model_dir: Path, steps: int, micr
     from trl import GRPOConfig, GRPOTrainer
 
     from rethinker.data.prompts import PromptEncoder
-    from rethinker.policy.model import load_processor
+    from rethinker.policy.loading import load_processor
     from rethinker.rewards.checker import AnswerChecker
 
     disable_progress_bar()
@@ -204,7 +204,7 @@ def generate_side(pipe: Connection, config: Config, model_dir: Path, steps: int,
 
     from rethinker.data.images import open_image
     from rethinker.data.prompts import PromptEncoder
-    from rethinker.policy.model import load_processor
+    from rethinker.policy.loading import load_processor
     from rethinker.rollout.sampling import seed_everything, stop_token_ids
 
     seed_everything(config.seed)

@@ -30,7 +30,7 @@ from rethinker.embedded.files import as_files, model_folder
 from rethinker.episode import Episode, Episodes, check_mismatch, score_again
 from rethinker.evaluation.answering import open_model, validate
 from rethinker.policy.engine import PolicyEngine
-from rethinker.policy.model import load_processor
+from rethinker.policy.loading import load_processor
 from rethinker.policy.throughput import model_flops_utilization, peak_memory_gb
 from rethinker.report.learning import learning_curve
 from rethinker.report.page import report_or_warning

@@ -11,7 +11,7 @@ import yaml
 from rethinker.config import ConfigError
 from rethinker.embedded.tiny import create_tiny
 from rethinker.export import export, model_card
-from rethinker.policy.model import load_model, load_processor
+from rethinker.policy.loading import load_model, load_processor
 from rethinker.report.runs import read_run
 from tests.report.examples import write_run
 

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     from rethinker.data.prompts import FIRST, PromptEncoder
     from rethinker.embedded.files import as_files, model_folder
     from rethinker.evaluation.answering import fit_model, open_model, ranks_of_torchrun, sample
-    from rethinker.policy.model import load_processor
+    from rethinker.policy.loading import load_processor
 
     # All questions: with data.validation=split the subset is split again, and by hash alike.
     everything = as_files(dataclasses.replace(config.data, validation=None), "train")

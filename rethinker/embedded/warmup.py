@@ -32,7 +32,8 @@ from rethinker.embedded import own_files
 from rethinker.embedded.easy_vqa import EasyVqaTeacher
 from rethinker.embedded.sums import Parts, SumsTeacher
 from rethinker.embedded.tiny import DEFAULT_SIZE, TinySize, create_tiny
-from rethinker.policy.model import Policy, load_model, load_processor
+from rethinker.policy.loading import load_model, load_processor
+from rethinker.policy.model import Policy
 from rethinker.policy.packing import joined, pack
 from rethinker.runtime.display import progress
 from rethinker.runtime.distributed import Ranks

@@ -24,7 +24,7 @@ from rethinker.evaluation.answering import AnsweringModel, fit_model, judge, ope
 from rethinker.evaluation.benchmark import Benchmark
 from rethinker.evaluation.results import accepted_answers, answered, unanswered
 from rethinker.evaluation.settings import CHUNK, Mode, recorded
-from rethinker.policy.model import load_processor
+from rethinker.policy.loading import load_processor
 from rethinker.runtime.display import progress
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Group, Query

@@ -28,8 +28,9 @@ from rethinker.config import AlgorithmConfig, Config, ConfigError, one_line
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy import lora, optimizer_state, saved_model
 from rethinker.policy.experts import load_statistics
+from rethinker.policy.loading import load_model
 from rethinker.policy.lora import FullWeights
-from rethinker.policy.model import Policy, gather_by_layer, load_model
+from rethinker.policy.model import Policy, gather_by_layer
 from rethinker.policy.out_of_memory import Plan, explained, noted_budget, reduce_budget
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.policy.reference import MovingReference

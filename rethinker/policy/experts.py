@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rethinker.config import ConfigError
+
 
 class Router(nn.Module):
     """A family's router: softmax over the experts, the k largest, their weights divided by their sum unless the model's
@@ -90,11 +92,29 @@ class ScaledRouter(Router):
         return logits, weights * self.per_expert_scale[experts], experts
 
 
-def router_class(router: nn.Module) -> type[Router]:
-    """Which of these takes the place of a model's own router."""
-    if hasattr(router, "e_score_correction_bias"):
-        return GroupedRouter
-    return ScaledRouter if hasattr(router, "per_expert_scale") else Router
+def take_over(routers: dict[int, nn.Module]) -> dict[int, Router]:
+    """Make a model's own routers, by the number of their layer, one of these, in place.
+
+    Raises:
+        ConfigError: a router cannot choose as it is to.
+    """
+    for router in routers.values():
+        if router.top_k > router.num_experts:
+            raise ConfigError(
+                f"policy.model: its routers are to choose {router.top_k} of {router.num_experts} experts; correct its "
+                "config.json"
+            )
+        grouped, scaled = (hasattr(router, name) for name in ("e_score_correction_bias", "per_expert_scale"))
+        if grouped:
+            size, rest = divmod(router.num_experts, router.num_group)
+            if rest or size < 2 or not router.top_k <= size * router.topk_group <= router.num_experts:
+                raise ConfigError(
+                    f"policy.model: its routers are to choose {router.top_k} of {router.num_experts} experts, in "
+                    f"{router.topk_group} of {router.num_group} groups; correct n_group and topk_group in "
+                    "its config.json"
+                )
+        router.__class__ = GroupedRouter if grouped else ScaledRouter if scaled else Router
+    return routers
 
 
 def load_statistics(load: Tensor) -> dict[str, float | None]:

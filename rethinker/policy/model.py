@@ -6,8 +6,8 @@ size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rethinker.config import ConfigError, PolicyConfig, one_line
+from rethinker.config import ConfigError, PolicyConfig
 from rethinker.families import family_of
 from rethinker.policy.attention import ROW, VISION, VISION_SDPA, LayerTypes, join_images, kernel_for, lay_out
 from rethinker.policy.cpu_layers import use_cpu_layers
-from rethinker.policy.experts import router_class
+from rethinker.policy.experts import take_over
 from rethinker.policy.segment_attention import moved
 from rethinker.samples import PackedBatch, Prompt
 from rethinker_kernels import linear_policy_loss, linear_selective_log_softmax
@@ -79,7 +79,7 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module, config: PolicyConfig) -> None:
         """
         Args:
-            model: from `load_model`.
+            model: from loading.py's `load_model`.
             config: `attention`, `freeze_vision`, `lora`, `gradient_checkpointing` and `compile` are read here.
         """
         super().__init__()
@@ -90,17 +90,13 @@ class Policy(nn.Module):
         # Only flash-linear-attention's kernels read runs of tokens by their bounds.
         self.padded = not (torch.cuda.is_available() and find_spec("fla"))
         self.freeze_vision = config.freeze_vision or bool(config.lora.rank)
-        model.lm_head = LossHead.around(model.lm_head, getattr(text_config, "final_logit_softcapping", None))
+        cap = getattr(text_config, "final_logit_softcapping", None)
+        if cap is not None and not 0 < cap < math.inf:
+            raise ConfigError(f"policy.model: its final_logit_softcapping is {cap}; set a number above 0, or null")
+        model.lm_head = LossHead.around(model.lm_head, cap)
         use_cpu_layers(model)
         self.family.prepare(model)
-        self.routers = self.family.routers(model)  # by the number of their layer
-        for router in self.routers.values():
-            if router.top_k > router.num_experts:
-                raise ConfigError(
-                    f"policy.model: its num_experts_per_tok={router.top_k} is more than its "
-                    f"num_experts={router.num_experts}; correct its config.json"
-                )
-            router.__class__ = router_class(router)
+        self.routers = take_over(self.family.routers(model))
         if config.compile:
             compile_layers(self.family.language_model(model))
         text, vision = ("sdpa", VISION_SDPA) if self.kernel == "sdpa" else (ROW, VISION)
@@ -251,83 +247,3 @@ def _add_at(hidden: torch.Tensor, spots: torch.Tensor, features: torch.Tensor) -
     transformers' own takes a mask of the tokens, and asks the device twice a layer how many they are.
     """
     return hidden.flatten(0, 1).index_add(0, spots, features.to(hidden.dtype)).view_as(hidden)
-
-
-def load_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
-    """Load a model from a Hugging Face folder or hub name, partitioned at once if ZeRO-3 is announced.
-
-    Weights are read from safetensors only, and no code that comes with a model is run.
-
-    Raises:
-        ConfigError: no such model, another kind, or weights that are not exactly the model's.
-    """
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    named = f"policy.model={str(folder)!r}"
-    load_generation_config(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        family_of(config.model_type, named)
-        model, loaded = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # the check below names them
-            output_loading_info=True,
-        )
-    except ConfigError:
-        raise
-    except Exception as error:  # a damaged file may raise anything
-        raise ConfigError(f"{named} could not be loaded: {one_line(error)}") from error
-    # transformers would fill a gap with random numbers and only log it.
-    for fault in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
-        if names := sorted(map(str, loaded.get(fault) or ())):
-            raise ConfigError(f"{named}: its weights are not the model's: {len(names)} {fault}, the first {names[0]}")
-    return model
-
-
-def load_generation_config(folder: str | Path):
-    """Load a model's own generation settings, of which a run takes the end tokens; None where it has no such file.
-
-    Raises:
-        ConfigError: transformers refuses it.
-    """
-    from transformers import GenerationConfig
-
-    try:
-        loaded = GenerationConfig.from_pretrained(folder)
-        tokens = loaded.eos_token_id if isinstance(loaded.eos_token_id, list) else [loaded.eos_token_id]
-        if not all(token is None or isinstance(token, int) for token in tokens):
-            raise ValueError(f"eos_token_id={loaded.eos_token_id!r} is no token id, and no list of such")
-        return loaded
-    except Exception as error:  # a file may hold anything
-        if isinstance(error, OSError) and not (Path(folder) / "generation_config.json").is_file():
-            return None
-        raise ConfigError(
-            f"policy.model={str(folder)!r}: its generation_config.json is refused ({one_line(error)}); correct the file"
-        ) from error
-
-
-def load_processor(folder: str | Path):
-    """Load the tokenizer, chat template and image processor that belong to a model; none of its own code is run.
-
-    Raises:
-        ConfigError: there is none, or none for images and texts, or no chat template.
-    """
-    from transformers import AutoProcessor
-
-    named = f"policy.model={str(folder)!r}"
-    try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # no such folder; a folder without processor files; files with any content
-        raise ConfigError(f"{named} has no processor: {one_line(error)}") from error
-    for part in ("tokenizer", "image_processor", "image_token_id"):
-        if getattr(processor, part, None) is None:
-            raise ConfigError(f"{named} has no processor for images and texts: a {type(processor).__name__}, no {part}")
-    if processor.chat_template is None:
-        processor.chat_template = processor.tokenizer.chat_template
-    if processor.chat_template is None:
-        raise ConfigError(f"{named} has no chat template; put its chat_template.jinja into the folder")
-    return processor

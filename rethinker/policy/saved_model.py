@@ -19,8 +19,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from rethinker.config import ConfigError, one_line
 from rethinker.families import configure, family_of
 from rethinker.policy import lora
+from rethinker.policy.loading import load_processor
 from rethinker.policy.lora import FullWeights
-from rethinker.policy.model import load_processor
 
 
 def files_beside_weights(model: nn.Module, processor: Any, base: str | Path) -> dict[str, bytes]:

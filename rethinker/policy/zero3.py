@@ -23,9 +23,9 @@ def deepspeed_config(config: Config, world_size: int, on_gpu: bool) -> dict[str,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.policy.dtype == "bfloat16"},
-        # Micro-batches add up in fp32: bf16 would lose what is small beside the sum so far. And what is no weight stays
-        # as transformers makes it: RoPE's frequencies in bf16 would turn the 5,000th token by a radian too much.
-        "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["*"]},
+        # Micro-batches add up in fp32: bf16 would lose what is small beside the sum so far. And what transformers and
+        # vLLM keep in fp32 stays so: RoPE's frequencies in bf16 would turn the 5,000th token by a radian too much.
+        "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq", "e_score_correction_bias"]},
         "zero_optimization": {
             "stage": 3,
             "overlap_comm": on_gpu,

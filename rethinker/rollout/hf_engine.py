@@ -24,7 +24,7 @@ class HFEngine(RolloutEngine):
 
     def __init__(self, config: Config, model_dir: str, ranks: Ranks):
         """Load the model onto this rank's device."""
-        from rethinker.policy.model import load_model, load_processor
+        from rethinker.policy.loading import load_model, load_processor
 
         self.config = config
         self._rank, self._device = ranks.rank, ranks.device

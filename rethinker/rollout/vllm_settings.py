@@ -85,7 +85,7 @@ class VLLMRequests:
 
     def __init__(self, config: Config, model_dir: str):
         """Read the model's folder."""
-        from rethinker.policy.model import load_generation_config
+        from rethinker.policy.loading import load_generation_config
 
         self.config = config
         self.model_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)

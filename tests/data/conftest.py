@@ -5,7 +5,7 @@ import pytest
 from rethinker.config import DataConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded.tiny import create_tiny
-from rethinker.policy.model import load_processor
+from rethinker.policy.loading import load_processor
 from tests.data.encoders import LIMITS
 
 

@@ -16,7 +16,7 @@ from rethinker.data.datasets import load_queries
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.query_stream import QueryStream
 from rethinker.embedded.tiny import create_tiny
-from rethinker.policy.model import load_processor
+from rethinker.policy.loading import load_processor
 from rethinker.samples import Query
 from tests.data.virl39k import SCHEMA, write_fixture
 

@@ -16,7 +16,7 @@ from rethinker.data.draw import open_draw
 from rethinker.data.prompts import select_fitting
 from rethinker.data.query_stream import QueryStream
 from rethinker.embedded.files import as_files
-from rethinker.policy.model import load_processor
+from rethinker.policy.loading import load_processor
 from rethinker.samples import Group, Query
 from tests.data.encoders import QUESTIONS, as_bytes, picture, reference
 from tests.speed import least_cpu_s

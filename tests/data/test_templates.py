@@ -10,7 +10,7 @@ import pytest
 from rethinker import cli
 from rethinker.config import ConfigError, DataConfig
 from rethinker.data.prompts import PromptEncoder
-from rethinker.policy.model import load_processor
+from rethinker.policy.loading import load_processor
 from rethinker.runtime.distributed import ALONE
 from rethinker.samples import Query
 from tests.data.encoders import IMAGE, LIMITS, QUESTIONS, as_bytes, picture, reference

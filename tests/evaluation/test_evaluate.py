@@ -50,7 +50,7 @@ class Scripted:
 
 @pytest.fixture(scope="module")
 def encoder(checkpoint):
-    from rethinker.policy.model import load_processor
+    from rethinker.policy.loading import load_processor
 
     config = Config().data
     config.min_pixels = config.max_pixels = 4096

@@ -11,7 +11,7 @@ import torch
 from rethinker.config import DataConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.families import configure
-from rethinker.policy.model import load_model, load_processor
+from rethinker.policy.loading import load_model, load_processor
 from tests.families.tiny_models import FAMILIES, create
 from tests.policy.switches import make
 

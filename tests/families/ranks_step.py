@@ -11,7 +11,7 @@ from deepspeed.utils import get_z3_leaf_modules
 from rethinker.config import AlgorithmConfig, Config, DataConfig, PolicyConfig, TrainConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.engine import PolicyEngine
-from rethinker.policy.model import load_processor
+from rethinker.policy.loading import load_processor
 from rethinker.runtime import distributed
 from tests.integration.compiled_steps import TIGHT
 from tests.integration.zero3_steps import gradients_at_step, scenario

@@ -10,8 +10,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rethinker.config import ConfigError, LoraConfig, PolicyConfig
 from rethinker.policy import attention
+from rethinker.policy.loading import load_model
 from rethinker.policy.lora import add_adapters
-from rethinker.policy.model import Policy, load_model
+from rethinker.policy.model import Policy
 from rethinker.policy.packing import pack
 from tests.policy.helpers import late_image, queries_of_every_kind, samples_for
 from tests.policy.test_packing import assert_queued, compare, packed
@@ -47,17 +48,23 @@ def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, en
 
 @pytest.mark.parametrize(
     "fault",
-    ["no deepstack", "positions of a text", "images swapped", "causal images", "no windows", "inputs of other tokens"],
+    [
+        *("no deepstack", "positions of a text", "images swapped", "causal images", "no windows"),
+        *("inputs of other tokens", "no cap"),
+    ],
 )
 def test_planted_faults_are_seen(fault, folder, make_policy, model, encoder, tmp_path, monkeypatch):
     """The comparison above is able to fail: by what an adapter may get wrong."""
     policy = make_policy()
     family, features, blocks = policy.family, policy.family.features, policy.layers.blocks
+    capped = policy.hf.lm_head.softcap is not None
     if fault == "no deepstack":
         monkeypatch.setattr(family, "features", lambda *given: without_deep(*features(*given)))
     elif fault == "positions of a text":
         axes = 3 if family.MROPE else 1
         monkeypatch.setattr(family, "positions", lambda hf, ids, images: torch.arange(ids.shape[1]).expand(axes, -1))
+    elif fault == "no cap":
+        policy.hf.lm_head.softcap = None
     elif fault == "causal images":
         policy.layers = replace(policy.layers, blocks=())
     elif fault == "inputs of other tokens":
@@ -72,7 +79,7 @@ def test_planted_faults_are_seen(fault, folder, make_policy, model, encoder, tmp
     deep = len(features(policy.hf, batch.image_inputs)) > 1
     concerned = {"no deepstack": deep, "positions of a text": family.MROPE, "images swapped": True}
     concerned["inputs of other tokens"] = bool(family.token_inputs(policy.hf, *batch.input_ids, batch.response_id > 0))
-    concerned |= {"causal images": bool(blocks), "no windows": policy.layers.window is not None}
+    concerned |= {"no cap": capped, "causal images": bool(blocks), "no windows": policy.layers.window is not None}
     logp_error = compare(samples, encoder, policy, model)[0]
     assert logp_error > 1e-3 if concerned[fault] else logp_error <= 1e-5
 

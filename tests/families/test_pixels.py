@@ -19,7 +19,7 @@ from rethinker.data.images import open_image
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded.tokenizer import train_tokenizer
 from rethinker.families import family_of
-from rethinker.policy.model import load_processor
+from rethinker.policy.loading import load_processor
 from rethinker.rollout.server.engine import _as_url
 from rethinker.rollout.vllm_settings import VLLMRequests, engine_arguments
 from rethinker.samples import Prompt, Query

@@ -15,7 +15,7 @@ from rethinker.config import ConfigError, DataConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.families import FAMILIES, SUPPORTED, family_of, family_of_processor
 from rethinker.model_folder import check_model_folder
-from rethinker.policy.model import load_model, load_processor
+from rethinker.policy.loading import load_model, load_processor
 from rethinker.policy.packing import joined
 from rethinker.policy.saved_model import files_beside_weights
 from rethinker.rollout.engine import make_engine

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from rethinker.policy.model import load_model
+from rethinker.policy.loading import load_model
 from tests import forked
 from tests.families import ranks_step
 from tests.families.tiny_models import FAMILIES, create
@@ -36,10 +36,10 @@ def test_a_step_of_two_ranks_is_that_of_one(folder, tmp_path, cell):
 
 
 def check_buffers(model, found):
-    """What is no weight has the numbers that it has in a model that transformers loads in bf16: RoPE's frequencies, in
-    fp32, to the bit. DeepSpeed would make them bf16, which turns late tokens by a radian too much."""
+    """What is no weight has the type and the numbers that it has in a model that transformers loads in bf16: RoPE's
+    frequencies fp32. DeepSpeed would make them bf16, which turns late tokens by a radian too much."""
     expected = dict(load_model(model, torch.bfloat16).named_buffers())
     assert found.keys() == expected.keys()
     for name, buffer in expected.items():
-        assert torch.equal(found[name].float(), buffer.float()), name
+        assert found[name].dtype == buffer.dtype and torch.equal(found[name], buffer), name
     assert any(name.endswith("inv_freq") and buffer.dtype == torch.float32 for name, buffer in found.items())

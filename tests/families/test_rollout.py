@@ -11,8 +11,9 @@ from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadat
 from rethinker.config import Config, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.episode import MismatchError, check_mismatch
+from rethinker.policy.loading import load_model, load_processor
 from rethinker.policy.lora import base_weights
-from rethinker.policy.model import Policy, load_model, load_processor
+from rethinker.policy.model import Policy
 from rethinker.policy.packing import pack
 from rethinker.rollout import vllm_engine
 from rethinker.rollout.engine import make_engine

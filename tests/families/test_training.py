@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rethinker.config import PolicyConfig
-from rethinker.policy.model import Policy, load_model
+from rethinker.policy.loading import load_model
+from rethinker.policy.model import Policy
 from tests.conftest import ROOT
 
 # A random model never answers right; this reward makes its groups differ.

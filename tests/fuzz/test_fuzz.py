@@ -24,7 +24,7 @@ from rethinker.data.images import check_image, image_size, open_image
 from rethinker.data.prompts import PromptEncoder
 from rethinker.data.query_stream import QueryStream
 from rethinker.embedded.tiny import create_tiny
-from rethinker.policy.model import load_processor
+from rethinker.policy.loading import load_processor
 from rethinker.rewards.answers import compare, extract_boxed, undecided
 from rethinker.rewards.checker import AnswerChecker
 from rethinker.samples import Query

@@ -12,7 +12,8 @@ from rethinker.algorithm.objective import load_loss
 from rethinker.config import AlgorithmConfig, Config, ConfigError, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.engine import PolicyEngine
-from rethinker.policy.model import LossHead, load_processor
+from rethinker.policy.loading import load_processor
+from rethinker.policy.model import LossHead
 from rethinker.policy.packing import plan_micro_batches
 from rethinker.runtime import distributed
 from rethinker_kernels import linear_selective_log_softmax, policy_loss

@@ -13,7 +13,7 @@ import torch
 from rethinker.config import Config, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.engine import PolicyEngine
-from rethinker.policy.model import load_processor
+from rethinker.policy.loading import load_processor
 from rethinker.runtime import distributed
 from tests.policy.helpers import queries_of_every_kind, samples_for
 

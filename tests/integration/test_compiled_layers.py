@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rethinker.policy.model import compile_layers, gather_by_layer, load_model
+from rethinker.policy.loading import load_model
+from rethinker.policy.model import compile_layers, gather_by_layer
 from tests import forked
 from tests.integration import compiled_steps
 from tests.integration.compiled_steps import COMPILED_BY

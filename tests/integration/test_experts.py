@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from rethinker.policy.model import load_model
+from rethinker.policy.loading import load_model
 from tests import forked
 from tests.families.tiny_models import create
 from tests.integration import expert_steps

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from rethinker.policy.model import load_model
+from rethinker.policy.loading import load_model
 from tests import forked
 from tests.integration import lora_steps
 from tests.integration.interruptions import assert_equal_runs, disturb, finish, prepare, rows

@@ -15,7 +15,7 @@ import torch
 
 from rethinker import cli
 from rethinker.export import export
-from rethinker.policy.model import load_model, load_processor
+from rethinker.policy.loading import load_model, load_processor
 from tests.forked import Forked
 from tests.integration.interruptions import arguments_of, finish, prepare, rows
 

@@ -17,7 +17,7 @@ import rethinker
 from rethinker.algorithm.corrections import METRICS as WEIGHTS
 from rethinker.embedded.tiny import create_tiny
 from rethinker.policy.experts import load_statistics
-from rethinker.policy.model import load_model, load_processor
+from rethinker.policy.loading import load_model, load_processor
 from rethinker.runtime.completions import read_completions
 from tests import forked
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rethinker.config import AlgorithmConfig, PolicyConfig
-from rethinker.policy.model import Policy, load_model
+from rethinker.policy.loading import load_model
+from rethinker.policy.model import Policy
 from rethinker.policy.packing import pack, plan_micro_batches
 from tests import forked
 from tests.integration import zero3_steps
@@ -151,7 +152,7 @@ def test_the_size_of_a_checkpoint_is_known_before_it_is_written(ranks, runs):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_saved_checkpoint_loads_in_transformers(ranks, runs):
     """A checkpoint written from shards loads with transformers, weights and processor, and equals the live weights."""
-    from rethinker.policy.model import load_processor
+    from rethinker.policy.loading import load_processor
 
     folder = runs["scratch"] / f"saved_{ranks}"
     model = load_model(folder, torch.float32)

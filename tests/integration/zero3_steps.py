@@ -14,7 +14,7 @@ from rethinker.algorithm.objective import has_gradient
 from rethinker.config import AlgorithmConfig, Config, DataConfig, PolicyConfig, RolloutConfig, TrainConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.engine import PolicyEngine
-from rethinker.policy.model import load_processor
+from rethinker.policy.loading import load_processor
 from rethinker.runtime import distributed
 from rethinker.samples import Rethought
 from tests.policy.helpers import queries_of_every_kind, samples_for

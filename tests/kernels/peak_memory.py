@@ -11,7 +11,8 @@ import torch
 from rethinker.algorithm.objective import load_loss, loss_inputs
 from rethinker.config import AlgorithmConfig, DataConfig, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
-from rethinker.policy.model import Policy, load_model, load_processor
+from rethinker.policy.loading import load_model, load_processor
+from rethinker.policy.model import Policy
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.samples import Query
 from rethinker_kernels import policy_loss

@@ -30,7 +30,7 @@ from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded.tiny import TinySize, create_tiny
 from rethinker.plan.step import MicroBatch
 from rethinker.policy.engine import PolicyEngine
-from rethinker.policy.model import load_processor
+from rethinker.policy.loading import load_processor
 from rethinker.policy.packing import plan_micro_batches
 from rethinker.runtime import distributed
 from rethinker.samples import Query
@@ -93,7 +93,7 @@ def model_of(name: str, case: Case, scratch: Path) -> Path:
         return tiny_models.create(case.family, scratch / name, hidden=256)  # large beside what libraries take
     folder = create_tiny(scratch / name, tie_word_embeddings=case.tied, size=case.size)
     if name in VOCABULARY:
-        from rethinker.policy.model import load_model
+        from rethinker.policy.loading import load_model
 
         model = load_model(folder, torch.float32)
         model.resize_token_embeddings(VOCABULARY[name], mean_resizing=False)

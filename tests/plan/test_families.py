@@ -20,7 +20,7 @@ from rethinker.plan.build import Machine, make_plan
 from rethinker.plan.memory import GIB, rollout_of
 from rethinker.plan.model import shape_of
 from rethinker.plan.step import Count, MicroBatch, count_step
-from rethinker.policy.model import load_model, load_processor
+from rethinker.policy.loading import load_model, load_processor
 from rethinker.samples import Query
 from rethinker.settings import resolve_config
 from tests.families.tiny_models import FAMILIES, create
@@ -140,7 +140,11 @@ REFUSED = {
     ("mistral3", "sliding_window"): (24, "text_config.sliding_window is 24"),
     ("qwen3_5", "linear_num_value_heads"): (3, "linear_num_value_heads=3 is no multiple of linear_num_key_heads=2"),
     ("qwen3_5", "layer_types"): (["foo", "full_attention", "foo"], "no config.json could be read"),
-    ("qwen3_vl_moe", "num_experts_per_tok"): (99, "num_experts_per_tok=99 is more than its num_experts=8"),
+    ("qwen3_vl_moe", "num_experts_per_tok"): (99, "choose 99 of 8 experts"),
+    ("glm4v_moe", "n_group"): (3, "2 of 8 experts, in 1 of 3 groups; correct n_group and topk_group in its config"),
+    ("glm4v_moe", "topk_group"): (3, "2 of 8 experts, in 3 of 2 groups"),
+    ("glm4v_moe", "num_experts_per_tok"): (5, "5 of 8 experts, in 1 of 2 groups"),
+    ("gemma4", "final_logit_softcapping"): (0.0, "its final_logit_softcapping is 0.0; set a number above 0, or null"),
     ("gemma4", "use_bidirectional_attention"): (
         "all",
         "its use_bidirectional_attention is 'all', not 'vision' or null",

@@ -6,7 +6,8 @@ import torch
 from rethinker.config import DataConfig, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded.tiny import create_tiny
-from rethinker.policy.model import Policy, load_model, load_processor
+from rethinker.policy.loading import load_model, load_processor
+from rethinker.policy.model import Policy
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from rethinker.config import DataConfig
 from rethinker.data.prompts import PromptEncoder
-from rethinker.policy.model import load_processor
+from rethinker.policy.loading import load_processor
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Query, Sample
 

@@ -8,7 +8,8 @@ import torch
 
 from rethinker.config import DataConfig, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
-from rethinker.policy.model import Policy, load_model, load_processor
+from rethinker.policy.loading import load_model, load_processor
+from rethinker.policy.model import Policy
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.samples import PackedBatch, Query, Sample
 from tests.policy.helpers import picture, samples_for

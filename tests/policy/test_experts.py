@@ -12,7 +12,8 @@ import torch
 from rethinker.config import DataConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.experts import GroupedRouter, Router, load_statistics
-from rethinker.policy.model import compile_layers, load_model, load_processor
+from rethinker.policy.loading import load_model, load_processor
+from rethinker.policy.model import compile_layers
 from tests.families.tiny_models import create
 from tests.policy.helpers import queries_of_every_kind, samples_for
 from tests.policy.switches import errors, make, outcome

@@ -17,7 +17,7 @@ from rethinker.config import ConfigError
 from rethinker.embedded.tiny import create_tiny
 from rethinker.families import SUPPORTED
 from rethinker.model_folder import check_model_folder
-from rethinker.policy.model import load_model, load_processor
+from rethinker.policy.loading import load_model, load_processor
 from rethinker.settings import load_config
 from tests.families.tiny_models import create
 

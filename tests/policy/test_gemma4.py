@@ -10,7 +10,8 @@ import torch
 
 from rethinker.config import ConfigError, DataConfig, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
-from rethinker.policy.model import Policy, load_model, load_processor
+from rethinker.policy.loading import load_model, load_processor
+from rethinker.policy.model import Policy
 from tests.families.tiny_models import create
 from tests.policy.helpers import late_image, queries_of_every_kind, samples_for
 from tests.policy.switches import make

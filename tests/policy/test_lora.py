@@ -13,8 +13,9 @@ import torch
 from rethinker.checks import lora_targets
 from rethinker.config import ConfigError, LoraConfig, PolicyConfig
 from rethinker.policy import lora
+from rethinker.policy.loading import load_model
 from rethinker.policy.lora import FullWeights
-from rethinker.policy.model import Policy, load_model
+from rethinker.policy.model import Policy
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.settings import load_config, resolve_config
 from tests.policy.helpers import queries_of_every_kind, samples_for

@@ -7,7 +7,8 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from rethinker.config import PolicyConfig
-from rethinker.policy.model import LossHead, Policy, load_model
+from rethinker.policy.loading import load_model
+from rethinker.policy.model import LossHead, Policy
 from tests.policy.helpers import queries_of_every_kind, samples_for
 from tests.policy.test_packing import compare
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from rethinker.config import AlgorithmConfig, ConfigError, PolicyConfig
 from rethinker.policy import attention
-from rethinker.policy.model import Policy, load_model
+from rethinker.policy.loading import load_model
+from rethinker.policy.model import Policy
 from rethinker.policy.packing import pack, plan_micro_batches
 from rethinker.samples import Bundle, Completion, Prompt, Query, Rethought, Sample
 from rethinker.settings import load_config

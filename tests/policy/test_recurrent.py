@@ -162,7 +162,7 @@ def test_a_model_with_linear_attention(fault, tmp_path, monkeypatch):
     from rethinker.config import DataConfig
     from rethinker.data.prompts import PromptEncoder
     from rethinker.policy import attention
-    from rethinker.policy.model import load_model, load_processor
+    from rethinker.policy.loading import load_model, load_processor
 
     folder = create("qwen3_5", tmp_path / "model")
     encoder = PromptEncoder(load_processor(folder), DataConfig(min_pixels=1024, max_pixels=8192))

@@ -16,8 +16,8 @@ from rethinker.config import ConfigError, DataConfig, LoraConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded.tiny import create_tiny
 from rethinker.policy import lora
+from rethinker.policy.loading import load_model, load_processor
 from rethinker.policy.lora import FullWeights
-from rethinker.policy.model import load_model, load_processor
 from rethinker.policy.saved_model import files_beside_weights, save_files, save_weights
 from tests.families.tiny_models import FAMILIES, create
 

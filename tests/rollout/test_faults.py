@@ -18,7 +18,7 @@ from rethinker.algorithm.corrections import weigh
 from rethinker.config import AlgorithmConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.episode import MismatchError, check_mismatch
-from rethinker.policy.model import load_processor
+from rethinker.policy.loading import load_processor
 from rethinker.rollout import deadline, vllm_weights
 from rethinker.runtime.distributed import ALONE
 from rethinker.samples import Query

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from rethinker.algorithm.rethinking import Trigger, answer_tokens, continue_after_trigger, make_triggers
 from rethinker.config import ConfigError, LoraConfig, RethinkConfig
+from rethinker.policy.loading import load_model
 from rethinker.policy.lora import FullWeights, add_adapters, base_parameters
-from rethinker.policy.model import load_model
 from rethinker.rollout.hf_engine import HFEngine
 from rethinker.rollout.vllm_settings import cpu_block_size
 from rethinker.runtime.distributed import ALONE

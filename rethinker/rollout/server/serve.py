@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     from rethinker.embedded.files import model_folder
-    from rethinker.policy.model import load_processor
+    from rethinker.policy.loading import load_processor
     from rethinker.runtime.distributed import ALONE
 
     gpu, folder = torch.cuda.is_available(), model_folder(config, ALONE)
