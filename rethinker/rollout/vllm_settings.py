@@ -97,7 +97,9 @@ class VLLMRequests:
         )
         processor = AutoImageProcessor.from_pretrained(model_dir, trust_remote_code=False)
         self.family = family_of(self.model_config.model_type)
-        if config.rollout.router_replay and not getattr(self.model_config.get_text_config(), "num_experts_per_tok", 0):
+        text = self.model_config.get_text_config()
+        experts = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts"))
+        if config.rollout.router_replay and not experts:
             raise ConfigError(
                 f"rollout.router_replay=true: a {self.model_config.model_type} model has no experts to choose from; "
                 "set it to false"
