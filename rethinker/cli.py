@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rethinker.command_line import Parser
 from rethinker.config import ConfigError
 from rethinker.doctor import how_to_install
-from rethinker.runtime.garbage import expect_what_stays
+from rethinker.runtime.garbage import few_full_collections
 from rethinker.settings import presets, resolve_config, shipped_recipes, to_yaml
 from rethinker.train import train
 from rethinker.version import __version__
@@ -50,7 +50,6 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `rethinker` script; returns its exit code."""
-    expect_what_stays()
     command, *arguments = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if command in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -98,5 +97,6 @@ def train_command(arguments: Sequence[str]) -> int:
     if options.print_config:
         print(to_yaml(resolve_config(options.recipe, overrides)), end="")
         return 0
-    train(options.recipe, overrides)
+    with few_full_collections():
+        train(options.recipe, overrides)
     return 0

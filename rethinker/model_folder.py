@@ -37,8 +37,11 @@ def check_model_folder(folder: Path, named: str) -> int:
     config = _read_json(folder / "config.json", named)
     detail = ", with code of its own (auto_map), which is never run" if "auto_map" in config else ""
     check_supported(config.get("model_type"), named, detail)
-    if not isinstance(config.get("text_config", {}), dict):
-        raise ConfigError(f"{named}: its config.json's text_config is no object; {AGAIN}")
+    for part, default in (("text_config", {}), ("vision_config", None)):
+        if not isinstance(config.get(part, default), dict):
+            raise ConfigError(
+                f"{named}: its config.json's {part} is {'no object' if part in config else 'missing'}; {AGAIN}"
+            )
     for file in (folder / "tekken.json", *folder.glob("consolidated*.safetensors")):
         if file.is_file():
             raise ConfigError(

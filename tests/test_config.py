@@ -439,7 +439,7 @@ def model_folder(folder: Path, **files: bytes | str) -> Path:
     return folder
 
 
-MODEL = json.dumps({"model_type": "qwen2_5_vl"})
+MODEL = json.dumps({"model_type": "qwen2_5_vl", "vision_config": {}})
 
 
 def weights(size: int = 8) -> bytes:

@@ -19,8 +19,9 @@ from rethinker.config import Config, ConfigError, DataConfig, ReplayConfig, Reth
 from rethinker.episode import Episode, judge, note_kinds
 from rethinker.policy.engine import PolicyEngine, learning_rate
 from rethinker.run import Run, load_held_out
+from rethinker.runtime import garbage
 from rethinker.runtime.distributed import ALONE
-from rethinker.runtime.garbage import expect_what_stays, no_full_collections
+from rethinker.runtime.garbage import no_full_collections
 from rethinker.samples import Accuracy, Completion, Group, Query, Rethought
 from rethinker.settings import resolve_config
 
@@ -343,12 +344,24 @@ def test_a_run_freezes_what_is_there_and_only_its_own(monkeypatch):
     assert calls == ["collect", "freeze"] * 2
 
 
-def test_a_process_starts_with_few_full_collections():
-    """Objects that stay are not looked through as they come; in a run collections come as usual again."""
+def test_a_run_starts_with_few_full_collections():
+    """Objects that stay are not looked through as they come; in a run, and after it, collections come as usual."""
     usual, full = gc.get_threshold(), gc.get_stats()[2]["collections"]
-    expect_what_stays()
-    kept = [[n] for n in range(10**6)]
-    assert gc.get_stats()[2]["collections"] == full
-    with no_full_collections():
-        assert gc.get_threshold() == usual
-    assert len(kept) == 10**6
+    with garbage.few_full_collections():
+        kept = [[n] for n in range(10**6)]
+        assert gc.get_stats()[2]["collections"] == full
+        with no_full_collections():
+            assert gc.get_threshold() == usual
+    with garbage.few_full_collections():
+        pass
+    assert gc.get_threshold() == usual and len(kept) == 10**6
+
+
+def test_what_is_frozen_stays_so_whatever_a_library_asks_for():
+    """A library's unfreeze does nothing then, and is back afterwards, also after an error."""
+    before = gc.unfreeze
+    with pytest.raises(KeyError), garbage.frozen():
+        gc.unfreeze()
+        assert gc.get_freeze_count() > 10**5
+        raise KeyError
+    assert gc.unfreeze is before and gc.get_freeze_count() > 10**5

@@ -5,8 +5,8 @@ Each raises ValueError naming the argument, what it must be and what it is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -49,9 +49,11 @@ def check_temperature(temperature: float) -> float:
 
 
 def check_softcap(softcap: float | None) -> float | None:
-    if softcap is not None and (isinstance(softcap, Tensor) or not 0 < softcap < math.inf):
+    if softcap is None:
+        return None
+    if not isinstance(softcap, Real) or not 1e-30 < softcap < 1e30:  # whose quotients fp32 can hold
         raise ValueError(f"softcap={softcap}: must be one number above 0, or None")
-    return None if softcap is None else float(softcap)
+    return float(softcap)
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
 from PIL import Image
 
 from rethinker.config import ConfigError, DataConfig, one_line
@@ -150,13 +152,23 @@ class ChatTemplate:
 
     def _check_choices(self) -> None:
         """Check data.chat_template_kwargs: a template would ignore what it does not know."""
-        given = {*signature(self.processor.apply_chat_template).parameters, "messages"}
-        for name in self.config.chat_template_kwargs:
-            if name in given or not re.search(rf"\b{re.escape(name)}\b", str(self.processor.chat_template)):
-                raise ConfigError(
-                    f"data.chat_template_kwargs: the model's chat template has no choice {name!r}; look at its "
-                    "chat_template.jinja, and leave out what is not there"
-                )
+        if not (asked := self.config.chat_template_kwargs):
+            return
+        template = str(self.processor.chat_template)
+        try:
+            # transformers' own tags, which mark what an assistant says.
+            plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)
+            read = find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+        except TemplateError as error:
+            raise self._unfit(f"cannot be rendered ({one_line(error)})") from error
+        # What is not the user's: the conversation, functions, arguments of the call, and special tokens.
+        own = {*signature(self.processor.apply_chat_template).parameters, "messages", "raise_exception", "strftime_now"}
+        choices = sorted(name for name in read - own if not name.endswith("_token"))
+        for name in asked.keys() - set(choices):
+            raise ConfigError(
+                f"data.chat_template_kwargs: the model's chat template has no choice {name!r}; it has "
+                f"{', '.join(choices) or 'none'}"
+            )
 
     def messages(self, kinds: str, texts: list[str], images: Sequence[Image.Image] = ()) -> list[dict[str, Any]]:
         """A conversation of such a message, with its images or with their places alone."""
@@ -170,9 +182,10 @@ class ChatTemplate:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": texts[-1]}]})
         return messages
 
-    @staticmethod
-    def _unfit(what: str) -> ConfigError:
-        return ConfigError(f"policy.model: its chat template {what}; {_FIX}")
+    def _unfit(self, what: str) -> ConfigError:
+        asked = self.config.chat_template_kwargs
+        given = f" with data.chat_template_kwargs={asked}" if asked else ""
+        return ConfigError(f"policy.model: its chat template{given} {what}; {_FIX}")
 
 
 def _slot(number: int | str) -> str:

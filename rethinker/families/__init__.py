@@ -63,8 +63,8 @@ class Family(ABC):
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
         """The image processor's own settings for `data.min_pixels` and `data.max_pixels`."""
 
-    def vllm_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """vLLM's engine arguments for what `image_settings` has returned."""
+    def vllm_settings(self, settings: dict[str, Any], longest: int) -> dict[str, Any]:
+        """vLLM's engine arguments for what `image_settings` returned; `longest`: tokens of a prompt and response."""
         return {"mm_processor_kwargs": settings}
 
     @abstractmethod

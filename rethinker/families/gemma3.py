@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rethinker.config import ConfigError
-from rethinker.families import HIDDEN, PATCH, SIDE, Family, tiny_text, tiny_tower
+from rethinker.families import ATTENTION, HIDDEN, PATCH, SIDE, Family, tiny_text, tiny_tower
 
 
 class Gemma3(Family):
@@ -48,7 +48,7 @@ class Gemma3(Family):
         return ids
 
     def image_blocks(self, text_config: Any) -> tuple[str, ...]:
-        return ("full_attention", "sliding_attention")
+        return ATTENTION
 
     def prepare(self, model: torch.nn.Module) -> None:
         """See Family. What transformers and vLLM treat differently is refused; published models have neither."""

@@ -65,9 +65,17 @@ class Gemma4(Family):
         """See Family. What transformers and vLLM treat differently is refused; published models have none of it."""
         text = model.config.text_config
         if text.use_bidirectional_attention == "all":
-            raise ConfigError("policy.model: its use_bidirectional_attention is 'all', not 'vision' or null")
+            raise ConfigError(
+                "policy.model: its use_bidirectional_attention is 'all'; only 'vision' and null are supported"
+            )
+        if (shared := text.num_kv_shared_layers) >= text.num_hidden_layers:
+            raise ConfigError(
+                f"policy.model: its num_kv_shared_layers={shared} leaves none to share; correct its config.json"
+            )
         if text.hidden_size_per_layer_input and text.pad_token_id != 0:
-            raise ConfigError(f"policy.model: its pad_token_id is {text.pad_token_id}, not 0, as vLLM has it")
+            raise ConfigError(
+                f"policy.model: its pad_token_id is {text.pad_token_id}; vLLM has 0: set it so in its config.json"
+            )
         if suppressed := model.generation_config.suppress_tokens:
             raise ConfigError(
                 f"policy.model: its generation_config.json has suppress_tokens={suppressed}, of which vLLM's log-probs "

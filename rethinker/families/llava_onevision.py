@@ -34,11 +34,14 @@ class LlavaOnevision(Family):
 
     def image_settings(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
         """See Family. Every image is enlarged to a grid, so `min_pixels` changes nothing; the smallest grids stay."""
-        return {"image_grid_pinpoints": _grids(image_processor.image_grid_pinpoints, max_pixels)}
+        grids, side = image_processor.image_grid_pinpoints, image_processor.size["height"]
+        return {"image_grid_pinpoints": _grids(grids, side, max_pixels)}
 
-    def vllm_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """See Family. vLLM counts tokens by the model's config, and cannot look up a processor by a list of lists."""
-        return {"mm_processor_kwargs": {"images_kwargs": settings}, "hf_overrides": settings}
+    def vllm_settings(self, settings: dict[str, Any], longest: int) -> dict[str, Any]:
+        """See Family. vLLM counts tokens by the model's config, and cannot look up a processor by a list of lists. Of
+        the grids that are left it does not know the largest image, and would refuse one beyond a step's tokens."""
+        settings = {"mm_processor_kwargs": {"images_kwargs": settings}, "hf_overrides": settings}
+        return settings | {"max_num_batched_tokens": max(8192, longest)}
 
     def image_ids(self, processor: Any, height: int, width: int) -> list[int]:
         side = processor.image_processor.size["height"]
@@ -84,7 +87,7 @@ class LlavaOnevision(Family):
         patches = side // config.vision_config.patch_size
         most = int(_MOST * _ROOM**2 * patches**2)  # that are not scaled down
         found = 0
-        for height, width in _grids(config.image_grid_pinpoints, pixels):
+        for height, width in _grids(config.image_grid_pinpoints, side, pixels):
             rows, columns = patches * (height // side), patches * (width // side)
             found = max(found, min(rows * columns, most) + rows)
         return patches**2 + found
@@ -141,8 +144,17 @@ class LlavaOnevision(Family):
         return LlavaOnevisionForConditionalGeneration, config, processor
 
 
-def _grids(grids: list[list[int]], pixels: int) -> list[list[int]]:
-    """Those of at most so many pixels, or the smallest."""
+def _grids(grids: Any, side: int, pixels: int) -> list[list[int]]:
+    """Those of at most so many pixels, or the smallest; tiles are of side x side."""
+
+    def fits(grid: Any) -> bool:
+        return isinstance(grid, list | tuple) and len(grid) == 2 and all(n in range(side, 10**6, side) for n in grid)
+
+    if not isinstance(grids, list | tuple) or not grids or not all(map(fits, grids)):
+        raise ConfigError(
+            "policy.model: its image_grid_pinpoints must be a list of [height, width], whole multiples of the side of "
+            f"a tile ({side}); correct its config.json and its processor's"
+        )
     smallest = min(height * width for height, width in grids)
     return [[height, width] for height, width in grids if height * width <= max(pixels, smallest)]
 

@@ -112,11 +112,12 @@ def config_of(model: str) -> Any:
     if model == "tiny":
         return tiny._config(tiny.DEFAULT_SIZE, train_tokenizer((), merges=tiny.DEFAULT_SIZE.merges), True)
     try:
-        return AutoConfig.from_pretrained(str(Path(model).expanduser()), trust_remote_code=False)
-    except ConfigError:
-        raise
+        config = AutoConfig.from_pretrained(str(Path(model).expanduser()), trust_remote_code=False)
     except Exception as error:  # a file may hold anything
         raise ConfigError(
             f"policy.model={model}: no config.json could be read; where the hub cannot be reached, give a folder that "
             f"holds it (elsewhere: hf download NAME config.json --local-dir FOLDER): {one_line(error, longest=150)}"
         ) from None
+    if getattr(config, "vision_config", config) is None:
+        raise ConfigError(f"policy.model={model}: its config.json has no vision_config")
+    return config

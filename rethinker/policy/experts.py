@@ -14,10 +14,11 @@ from rethinker.config import ConfigError
 
 class Router(nn.Module):
     """A family's router: softmax over the experts, the k largest, their weights divided by their sum unless the model's
-    norm_topk_prob is false. It is only ever the class of a module that was made as another, and has that one's `weight`
-    [E, D] and `top_k`.
+    norm_topk_prob is false. It is only ever the class of a module that was made as another, and has that one's weights
+    and `top_k`.
 
-    As in vLLM, logits have the model's type, and scores and weights are fp32; transformers rounds the weights.
+    As in vLLM, logits have the model's type (but for GroupedRouter), and scores and weights are fp32; transformers
+    rounds the weights.
     """
 
     chosen: Tensor | None = None
@@ -99,19 +100,19 @@ def take_over(routers: dict[int, nn.Module]) -> dict[int, Router]:
         ConfigError: a router cannot choose as it is to.
     """
     for router in routers.values():
-        if router.top_k > router.num_experts:
+        if not 0 < router.top_k <= router.num_experts:
             raise ConfigError(
                 f"policy.model: its routers are to choose {router.top_k} of {router.num_experts} experts; correct its "
                 "config.json"
             )
         grouped, scaled = (hasattr(router, name) for name in ("e_score_correction_bias", "per_expert_scale"))
         if grouped:
-            size, rest = divmod(router.num_experts, router.num_group)
-            if rest or size < 2 or not router.top_k <= size * router.topk_group <= router.num_experts:
+            groups = router.num_group
+            size = router.num_experts // groups if groups > 0 and router.num_experts % groups == 0 else 0
+            if size < 2 or not router.top_k <= size * router.topk_group <= router.num_experts:
                 raise ConfigError(
                     f"policy.model: its routers are to choose {router.top_k} of {router.num_experts} experts, in "
-                    f"{router.topk_group} of {router.num_group} groups; correct n_group and topk_group in "
-                    "its config.json"
+                    f"{router.topk_group} of {groups} groups; correct n_group and topk_group in its config.json"
                 )
         router.__class__ = GroupedRouter if grouped else ScaledRouter if scaled else Router
     return routers

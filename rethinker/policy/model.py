@@ -230,11 +230,13 @@ def compile_layers(language_model: nn.Module, backend: str = "inductor") -> None
     """Compile the forwards of its decoder layers in place (policy.compile), before DeepSpeed has it.
 
     There is one graph for batches laid out in one row and one for several, each with and without gradients: four at
-    most, whatever the shapes, since the layers share their class's code. ZeRO-3 gathers a layer's weights in hooks
+    most, whatever the shapes, since the layers share their class's code; experts, which are called as they are, cut
+    each in two. ZeRO-3 gathers a layer's weights in hooks
     around the whole of it (`gather_by_layer`); what is compiled is its `forward`, which stands inside them.
     """
     for layer in language_model.layers:
-        # On a CPU the experts' products ask how many tokens each one has, which inductor cannot compile.
+        # Their products are a library's kernels; and on a CPU they ask how many tokens each expert has, which inductor
+        # cannot compile.
         for module in layer.modules():
             if experts := getattr(module, "experts", None):
                 experts.forward = torch.compiler.disable(experts.forward)

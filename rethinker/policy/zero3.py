@@ -24,7 +24,7 @@ def deepspeed_config(config: Config, world_size: int, on_gpu: bool) -> dict[str,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.policy.dtype == "bfloat16"},
         # Micro-batches add up in fp32: bf16 would lose what is small beside the sum so far. And what transformers and
-        # vLLM keep in fp32 stays so: RoPE's frequencies in bf16 would turn the 5,000th token by a radian too much.
+        # vLLM keep in fp32 stays so: RoPE's frequencies in bf16 would turn late tokens by radians too much.
         "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq", "e_score_correction_bias"]},
         "zero_optimization": {
             "stage": 3,

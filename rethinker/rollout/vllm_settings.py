@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from typing import Any
 
@@ -38,7 +39,14 @@ def cpu_block_size(dtype: str) -> int:
 def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> dict[str, Any]:
     """vLLM's engine arguments, all but the model; `gpu`: whether it runs on CUDA."""
     settings = config.rollout
-    blocks = requests.family.image_blocks(requests.model_config.get_text_config())
+    text = requests.model_config.get_text_config()
+    blocks = requests.family.image_blocks(text)
+    longest = requests.family.image_tokens(requests.model_config, config.data.max_pixels) if blocks and not gpu else 0
+    if longest > (getattr(text, "sliding_window", None) or math.inf):
+        raise ConfigError(
+            f"data.max_pixels={config.data.max_pixels} allows images of {longest} tokens, and on a CPU vLLM takes none "
+            f"longer than the model's windows of {text.sliding_window}; set it lower, or rollout.backend to hf"
+        )
     if gpu:
         device: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
     else:
@@ -58,9 +66,7 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
         "tensor_parallel_size": settings.tensor_parallel_size,
         "max_model_len": requests.max_length,
         "limit_mm_per_prompt": {"image": config.data.max_images, "video": 0, "audio": 0},
-        **requests.family.vllm_settings(requests.image_settings),
-        # Where grids are limited, vLLM does not know the largest image, and refuses those beyond a step's tokens.
-        **({"max_num_batched_tokens": max(8192, requests.max_length)} if requests.family.CONFIGURED else {}),
+        **requests.family.vllm_settings(requests.image_settings, requests.max_length),
         # Every image is seen once per episode, so a cache of pixels only fills the host's memory.
         "mm_processor_cache_gb": 0,
         "logprobs_mode": "processed_logprobs",

@@ -137,6 +137,7 @@ def _fused_parts(model: nn.Module) -> dict[str, list[str]]:
 def _live_tensors(model: nn.Module, name: str, sent: dict[str, Checksum]) -> Iterator[torch.Tensor]:
     """What the engine holds of one checkpoint tensor: usually one tensor, two where a tied head has a packed copy, none
     where it leaves out a tower.
+
     Of a part of a fused layer, the rows behind those of the parts before it, which were `sent` too; the last part may
     be there more than once."""
     path, _, leaf = _mapped(model, name).rpartition(".")

@@ -9,14 +9,19 @@ from contextlib import contextmanager
 _USUAL = gc.get_threshold()
 
 
-def expect_what_stays() -> None:
-    """Let a process start with few full collections; the usual ones take 2 s of the 17 in which a trainer starts."""
+@contextmanager
+def few_full_collections() -> Iterator[None]:
+    """For a run's start, until `no_full_collections`: the usual ones take 2 s of its 17."""
     gc.set_threshold(*_USUAL[:2], 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*_USUAL)
 
 
 @contextmanager
 def frozen() -> Iterator[None]:
-    """Nothing that is there now is looked through, whatever a library asks for."""
+    """Nothing that is there now is looked through, whatever a library asks for; also after this, until an unfreeze."""
     unfreeze, gc.unfreeze = gc.unfreeze, lambda: None
     gc.freeze()
     try:

@@ -37,7 +37,7 @@ def test_a_step_of_two_ranks_is_that_of_one(folder, tmp_path, cell):
 
 def check_buffers(model, found):
     """What is no weight has the type and the numbers that it has in a model that transformers loads in bf16: RoPE's
-    frequencies fp32. DeepSpeed would make them bf16, which turns late tokens by a radian too much."""
+    frequencies fp32. DeepSpeed would make them bf16, which turns late tokens by radians too much."""
     expected = dict(load_model(model, torch.bfloat16).named_buffers())
     assert found.keys() == expected.keys()
     for name, buffer in expected.items():

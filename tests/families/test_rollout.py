@@ -8,7 +8,7 @@ from PIL import Image
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder as GDNBuilder
 from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadataBuilder as ShortConvBuilder
 
-from rethinker.config import Config, PolicyConfig
+from rethinker.config import Config, ConfigError, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.episode import MismatchError, check_mismatch
 from rethinker.policy.loading import load_model, load_processor
@@ -177,3 +177,19 @@ def test_a_server_has_recurrent_layers(tmp_path):
 def in_parts(*given, **named):
     """An engine's arguments, and no more than 64 tokens in a step."""
     return engine_arguments(*given, **named) | {"max_num_batched_tokens": 64, "max_num_seqs": 8}
+
+
+def test_images_longer_than_a_window_are_refused_on_a_cpu(tmp_path):
+    """Before vLLM starts, in one line: its CPU kernel takes none."""
+    folder = create("gemma4", tmp_path / "model")
+    with pytest.raises(
+        ConfigError, match=r"^data.max_pixels=36000 allows images of 140 tokens, .* windows of 80; set it"
+    ):
+        make_engine(with_pixels(36000), str(folder), rank=0, world_size=1, local_rank=0)
+
+
+def with_pixels(most: int) -> Config:
+    """A run's settings with images up to so many pixels."""
+    config = rollout_config(backend="vllm")
+    config.data.max_pixels = most
+    return config

@@ -15,7 +15,7 @@ from vllm.model_executor.models import ModelRegistry
 from rethinker import families
 from rethinker.config import ConfigError, DataConfig, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
-from rethinker.families import SUPPORTED, Family, family_of
+from rethinker.families import STRIP, SUPPORTED, Family, family_of
 from rethinker.plan.build import Machine, make_plan
 from rethinker.plan.memory import GIB, rollout_of
 from rethinker.plan.model import shape_of
@@ -41,6 +41,16 @@ def test_parameters_are_those_of_the_model(folder):
     shape = shape_of(PolicyConfig(model=str(folder), freeze_vision=True))
     assert shape.parameters == sum(p.numel() for p in load_model(folder, torch.float32).parameters())
     assert shape.trained == sum(p.numel() for p in policy.parameters() if p.requires_grad) < shape.parameters
+
+
+def test_keys_are_those_of_a_cache(folder):
+    """The heads of each layer's keys, and their size, as transformers caches them; some layers keep none."""
+    model = load_model(folder, torch.float32)
+    with torch.no_grad():
+        cache = model(input_ids=torch.full((1, 3), 5), use_cache=True).past_key_values
+    keys = [layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    shape = shape_of(PolicyConfig(model=str(folder)))
+    assert shape.policy.family.cached(shape.text) == [(key.shape[1], key.shape[3]) for key in keys]
 
 
 @pytest.mark.parametrize("pixels", [1024, 4096])
@@ -75,7 +85,8 @@ def test_a_forward_keeps_what_is_planned(checkpointing, kernel, folder, cell):
     with torch.no_grad():  # whole images may have a few tokens more than are asked for
         images = shape.images(batch.image_tokens)
         images = {name: torch.zeros(part.shape) if part.is_meta else part for name, part in images.items()}
-        shown = len(policy.family.features(policy.hf, images)[0])
+        shown, one = (len(policy.family.features(policy.hf, x)[0]) for x in (images, policy.family.blank(policy.hf)))
+    assert batch.image_tokens <= shown < batch.image_tokens + max(one, STRIP)
     with Count("cpu") as count:
         images = shape.images(batch.image_tokens)
         packed = SimpleNamespace(
@@ -144,12 +155,23 @@ REFUSED = {
     ("glm4v_moe", "n_group"): (3, "2 of 8 experts, in 1 of 3 groups; correct n_group and topk_group in its config"),
     ("glm4v_moe", "topk_group"): (3, "2 of 8 experts, in 3 of 2 groups"),
     ("glm4v_moe", "num_experts_per_tok"): (5, "5 of 8 experts, in 1 of 2 groups"),
+    ("glm4v_moe", "n_group "): (0, "2 of 8 experts, in 1 of 0 groups"),
+    ("gemma4-moe", "top_k_experts"): (0, "choose 0 of 8 experts"),
+    ("gemma4-per_layer", "num_kv_shared_layers"): (5, "its num_kv_shared_layers=5 leaves none to share"),
+    ("gemma4", "vision_config"): (None, "its config.json has no vision_config"),
+    ("llava_onevision", "vision_feature_layer"): (-2, "its vision_feature_layer is -2; only -1 is supported"),
+    ("llava_onevision", "image_grid_pinpoints"): (
+        [[24, 24, 24]],
+        "its image_grid_pinpoints must be a list of [height,",
+    ),
+    ("llava_onevision", "image_grid_pinpoints "): ([[30, 24]], "whole multiples of the side of a tile (24)"),
+    ("llava_onevision", "image_grid_pinpoints  "): ([], "its image_grid_pinpoints must be a list"),
     ("gemma4", "final_logit_softcapping"): (0.0, "its final_logit_softcapping is 0.0; set a number above 0, or null"),
     ("gemma4", "use_bidirectional_attention"): (
         "all",
-        "its use_bidirectional_attention is 'all', not 'vision' or null",
+        "its use_bidirectional_attention is 'all'; only 'vision' and null are supported",
     ),
-    ("gemma4-per_layer", "pad_token_id"): (3, "its pad_token_id is 3, not 0"),
+    ("gemma4-per_layer", "pad_token_id"): (3, "its pad_token_id is 3; vLLM has 0: set it so"),
     ("qwen3_vl", "hidden_size"): (96, "a step of the model that its config.json describes cannot be computed"),
 }
 
@@ -157,10 +179,11 @@ REFUSED = {
 @pytest.mark.parametrize(("family", "entry"), REFUSED)
 def test_a_config_that_cannot_be_computed(family, entry, tmp_path):
     """It is one line that names what to correct."""
-    value, message = REFUSED[family, entry]
+    (value, message), entry = REFUSED[family, entry], entry.strip()
     file = create(family, tmp_path) / "config.json"
     content = json.loads(file.read_text())
-    content["text_config"] |= {entry: value} | ({"linear_num_key_heads": 2} if entry.startswith("linear") else {})
+    part = content if entry in content else content["text_config"]
+    part |= {entry: value} | ({"linear_num_key_heads": 2} if entry.startswith("linear") else {})
     file.write_text(json.dumps(content))
     config = resolve_config("easy_vqa_cpu", {"policy.model": str(tmp_path)})
     with pytest.raises(ConfigError, match=re.escape(message)) as refused:
