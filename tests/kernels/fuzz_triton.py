@@ -519,7 +519,8 @@ def test_registration(op):
     library = torch.ops.rethinker
     call = {
         "log_softmax": (library.selective_log_softmax, (logits, index, 0.7, True)),
-        "linear": (library.linear_selective_log_softmax, (hidden, weight, None, index, 0.7, True)),
+        "log_softmax, soft cap": (library.selective_log_softmax, (logits, index, 0.7, True, 2.0)),
+        "linear": (library.linear_selective_log_softmax, (hidden, weight, None, index, 0.7, None, True)),
+        "linear, soft cap": (library.linear_selective_log_softmax, (hidden, weight, None, index, 0.7, 2.0, True)),
     }
-    call |= {f"{name}, soft cap": (function, (*given, 2.0)) for name, (function, given) in call.items()}
     torch.library.opcheck(*call[op], test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
