@@ -56,6 +56,11 @@ def check_softcap(softcap: float | None) -> float | None:
     return float(softcap)
 
 
+def row_temperature(temperature: float, softcap: float | None) -> float:
+    """At which the row kernels take a row: under a soft cap c it is tanh(logits / c) at temperature T / c."""
+    return temperature / (softcap or 1.0)
+
+
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> None:
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden: must be floating [R, D], not {describe(hidden)}")

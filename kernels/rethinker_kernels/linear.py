@@ -55,8 +55,8 @@ def linear_selective_log_softmax(
         ValueError: a shape, type or device that does not fit, a temperature below 0, or a softcap not above 0.
     """
     check_linear(hidden, weight, bias, index)
-    options = check_temperature(temperature), return_entropy, check_softcap(softcap)
-    logps, entropies, _ = log_softmax_op(hidden, weight, bias, index, *options)
+    head = Head(hidden, weight, bias, index, check_temperature(temperature), check_softcap(softcap))
+    logps, entropies, _ = log_softmax_op(*head, return_entropy)
     return (logps, entropies) if return_entropy else logps
 
 
@@ -232,8 +232,8 @@ def log_softmax_op(
     bias: Tensor | None,
     index: Tensor,
     temperature: float,
+    softcap: float | None,
     return_entropy: bool,
-    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [R], entropies [R] ([0] if not asked for) and what the backward pass needs [2, R]."""
     head, rows = Head(hidden, weight, bias, index, temperature, softcap), len(hidden)
@@ -248,7 +248,7 @@ def log_softmax_op(
 
 
 @log_softmax_op.register_fake
-def _(hidden, weight, bias, index, temperature, return_entropy, softcap=None):
+def _(hidden, weight, bias, index, temperature, softcap, return_entropy):
     rows = hidden.shape[0]
     like = hidden.new_empty(rows, dtype=wide(hidden))
     return like, like.new_empty(rows if return_entropy else 0), like.new_empty(2, rows)
@@ -261,6 +261,7 @@ def log_softmax_backward_op(
     bias: Tensor | None,
     index: Tensor,
     temperature: float,
+    softcap: float | None,
     saved: Tensor,
     entropies: Tensor,
     grad_logps: Tensor | None,
@@ -268,7 +269,6 @@ def log_softmax_backward_op(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
-    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(hidden, weight, bias, index, temperature, softcap)
     gradients = Gradients(head, (needs_hidden, needs_weight, needs_bias))
@@ -278,13 +278,13 @@ def log_softmax_backward_op(
 
 @log_softmax_backward_op.register_fake
 def _(hidden, weight, bias, *rest):
-    needed = zip((hidden, weight, bias), rest[6:9], strict=True)
+    needed = zip((hidden, weight, bias), rest[-3:], strict=True)
     return tuple(torch.empty_like(x) if need else hidden.new_empty(0) for x, need in needed)
 
 
 def _setup_log_softmax(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # an output that is not used gives None, and its work is left out
-    hidden, weight, bias, index, ctx.temperature, _, ctx.softcap = inputs
+    hidden, weight, bias, index, ctx.temperature, ctx.softcap, _ = inputs
     _, entropies, saved = output
     ctx.save_for_backward(hidden, weight, bias, index, saved, entropies)
 
@@ -292,8 +292,8 @@ def _setup_log_softmax(ctx, inputs, output) -> None:
 def _gradient_log_softmax(ctx, grad_logps, grad_entropies, _):
     hidden, weight, bias, index, saved, entropies = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    given = hidden, weight, bias, index, ctx.temperature, saved, entropies, grad_logps, grad_entropies
-    gradients = log_softmax_backward_op(*given, *needs, ctx.softcap)
+    given = hidden, weight, bias, index, ctx.temperature, ctx.softcap, saved, entropies, grad_logps, grad_entropies
+    gradients = log_softmax_backward_op(*given, *needs)
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 4)
 
 

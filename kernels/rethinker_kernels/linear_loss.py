@@ -97,7 +97,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if any(needs) and not objective.whole_sequences:
             logps, entropies, gradients = one_pass(head, objective, nll_weights, needs)
         else:
-            logps, entropies, saved = log_softmax_op(*head[:-1], True, head.softcap)
+            logps, entropies, saved = log_softmax_op(*head, True)
             gradients = Gradients(head, needs)
             if any(needs):
                 slopes = _slopes(objective, nll_weights, slice(None), logps)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from rethinker_kernels.arguments import wide
+from rethinker_kernels.arguments import row_temperature, wide
 from rethinker_kernels.chunks import CPU_LOGITS_BYTES, slices
 
 _NO_MASS = -1e4
@@ -29,7 +29,7 @@ def forward_rows(
         temperature, softcap: of all rows.
     """
     logits = logits.reshape(-1, logits.shape[-1])
-    index, inverse = index.reshape(-1), _inverse(logits, temperature / (softcap or 1.0))
+    index, inverse = index.reshape(-1), _inverse(logits, temperature, softcap)
     logps = logits.new_empty(logits.shape[0], dtype=wide(logits))
     entropies = torch.empty_like(logps[: logps.shape[0] if return_entropy else 0])
     saved = logits.new_empty(2, logits.shape[0], dtype=wide(logits))
@@ -69,7 +69,7 @@ def gradient_rows(
     Args: `saved` and `entropies` are `forward_rows`'s; a gradient that is None is 0.
     """
     flat = logits.reshape(-1, logits.shape[-1])
-    index, inverse = index.reshape(-1), _inverse(flat, temperature / (softcap or 1.0))
+    index, inverse = index.reshape(-1), _inverse(flat, temperature, softcap)
     vocabulary = flat.shape[1]
     live = (index >= 0) & (index < vocabulary) & (inverse < math.inf)
     none = torch.zeros_like(saved[0])
@@ -104,9 +104,9 @@ def _pieces(rows: int, row_bytes: int) -> list[slice]:
     return slices(0, rows, max(CPU_LOGITS_BYTES // row_bytes, 1))
 
 
-def _inverse(logits: Tensor, temperature: float) -> Tensor:
-    """A scalar: 1 / T, which is inf at 0."""
-    return 1 / torch.full((), abs(temperature), dtype=wide(logits), device=logits.device)
+def _inverse(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """A scalar: 1 / T of the rows, which is inf at 0."""
+    return 1 / torch.full((), abs(row_temperature(temperature, softcap)), dtype=wide(logits), device=logits.device)
 
 
 def _finite(inverse: Tensor) -> Tensor:

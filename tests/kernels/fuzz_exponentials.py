@@ -220,8 +220,8 @@ def test_out_of_range():
 def test_without_a_gradient_of_any_output():
     """Zeros for hidden states and the weight, which no product is needed for."""
     hidden, weight, index = head(20, 50, 8)
-    _, entropies, saved = linear.log_softmax_op(hidden, weight, None, index, 1.0, True)
-    given = (hidden, weight, None, index, 1.0, saved, entropies, None, None, True, True, False)
+    _, entropies, saved = linear.log_softmax_op(hidden, weight, None, index, 1.0, None, True)
+    given = (hidden, weight, None, index, 1.0, None, saved, entropies, None, None, True, True, False)
     poison(20 * 8, 50 * 8)
     for gradient, like in zip(linear.log_softmax_backward_op(*given)[:2], (hidden, weight), strict=True):
         assert torch.equal(gradient, torch.zeros_like(like))

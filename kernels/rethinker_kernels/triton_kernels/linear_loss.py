@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rethinker_kernels.arguments import row_temperature
 from rethinker_kernels.devices import on_device_of
 from rethinker_kernels.losses import Rows, Surrogate
 from rethinker_kernels.triton_kernels.log_softmax import (
@@ -150,7 +151,7 @@ def grpo_rows(
     highest = math.inf if options.dual_clip is None else options.dual_clip
     with on_device_of(logits):
         grpo_rows_kernel[(count,)](
-            logits, out, index, temperature / (softcap or 1.0), rows.old_logps, rows.advantages, factors,
+            logits, out, index, row_temperature(temperature, softcap), rows.old_logps, rows.advantages, factors,
             rows.ref_logps, nll_weights, logps, entropies,
             logits.stride(0), out.stride(0), vocabulary, 1.0 - options.clip_low, 1.0 + options.clip_high, highest,
             options.kl_coef, entropy_coef,

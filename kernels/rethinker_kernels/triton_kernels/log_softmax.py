@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rethinker_kernels.arguments import row_temperature
 from rethinker_kernels.devices import on_device_of, processors
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -272,7 +273,7 @@ def forward_rows(
     tile = tiles(logits.device, rows)
     with on_device_of(logits):
         forward_kernel[(rows,)](
-            logits, _flat(index), temperature / (softcap or 1.0), logps, entropies, saved,
+            logits, _flat(index), row_temperature(temperature, softcap), logps, entropies, saved,
             rows, inner, outer_stride, inner_stride, logits.shape[-1], SOFTCAP=softcap, ENTROPY=return_entropy,
             DEPTH=tile.depth, LANES=tile.lane_bytes // logits.element_size(), num_warps=tile.warps,
             maxnreg=registers(softcap),
@@ -301,7 +302,7 @@ def gradient_rows(
     tile = tiles(logits.device, rows)
     with on_device_of(logits):
         backward_kernel[(rows,)](
-            logits, out, _flat(index), temperature / (softcap or 1.0), saved, entropies, _flat(grad_logps),
+            logits, out, _flat(index), row_temperature(temperature, softcap), saved, entropies, _flat(grad_logps),
             _flat(grad_entropies), rows, inner, outer_stride, inner_stride, out.stride(-2), logits.shape[-1],
             SOFTCAP=softcap, LOGPS=grad_logps is not None, ENTROPY=grad_entropies is not None,
             TILE=tile.gradient, num_warps=tile.warps, maxnreg=registers(softcap),
