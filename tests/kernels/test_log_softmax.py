@@ -256,3 +256,10 @@ def test_wrong_linear_arguments_are_named(name, changes):
     } | changes
     with pytest.raises(ValueError, match=f"^{name}"):
         linear_selective_log_softmax(**arguments)
+
+
+@pytest.mark.parametrize("softcap", [0, -1.0, math.inf, math.nan, 1e-40, 1e300, "30", [1.0], 1j, torch.tensor(3.0)])
+def test_a_soft_cap_that_cannot_be(softcap):
+    """It is named, whatever it is."""
+    with pytest.raises(ValueError, match=r"^softcap=.*: must be one number above 0, or None"):
+        selective_log_softmax(torch.randn(2, 5), torch.tensor([0, 1]), softcap=softcap)
