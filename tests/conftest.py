@@ -36,26 +36,24 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os
 
 SLOW = """
 integration/test_resume.py kernels/test_triton.py integration/test_training.py kernels/test_compile_gate.py
-plan/test_measured.py integration/test_faults.py rollout/test_two_ranks.py rollout/server/test_engine.py
-integration/test_compiled_layers.py benchmarks/test_gpu_suite.py benchmarks/test_end_to_end.py
-integration/test_saving.py integration/test_refill.py integration/test_out_of_memory.py
-integration/test_lora.py benchmarks/test_train_step.py
-integration/test_moving_reference.py
-rollout/test_vllm_engine.py rollout/test_vllm_cpu_ops.py benchmarks/test_ablation.py
-evaluation/test_command.py integration/test_zero3.py test_recipes.py embedded/test_warmup.py plan/test_plan.py
-runtime/test_torchvision_cpu.py report/test_browser.py rewards/test_checker.py integration/test_loss_head.py
-rewards/test_mutations.py report/test_page.py rollout/test_faults.py kernels/test_csrc.py rollout/test_weight_sync.py
-test_wheel.py rewards/test_published.py rewards/test_several.py integration/test_rewards.py
-integration/test_judge.py rewards/test_judge.py rewards/test_judge_faults.py rewards/test_judge_server.py
-rollout/server/test_serve.py kernels/test_precision.py families/test_rollout.py kernels/test_csrc_cuda_on_host.py
-kernels/test_merge_attention.py embedded/test_tiny.py integration/test_virl39k.py kernels/test_memory.py
-fuzz/test_fuzz.py families/test_packing.py families/test_pixels.py kernels/test_sum_tree.py kernels/test_compile.py
-benchmarks/test_kernels.py families/test_ranks.py policy/test_recurrent.py
-benchmarks/test_replay_benchmark.py kernels/test_sum_tree_agreement.py rollout/test_hf_engine.py
-runtime/test_ownership.py embedded/test_files.py plan/test_families.py test_cli.py curation/test_curate.py
-policy/test_packing.py policy/test_lora.py data/test_streaming.py families/test_prompts.py policy/test_foreign_models.py
-report/test_figures.py data/test_formats.py data/test_templates.py data/test_prompts.py rewards/test_bounds.py
-policy/test_saved_model.py test_export.py
+rollout/test_router_replay.py plan/test_measured.py integration/test_faults.py rollout/test_two_ranks.py
+rollout/server/test_engine.py integration/test_compiled_layers.py benchmarks/test_gpu_suite.py
+benchmarks/test_end_to_end.py integration/test_saving.py integration/test_refill.py integration/test_out_of_memory.py
+integration/test_lora.py benchmarks/test_train_step.py integration/test_moving_reference.py rollout/test_vllm_engine.py
+rollout/test_vllm_cpu_ops.py benchmarks/test_ablation.py evaluation/test_command.py integration/test_zero3.py
+test_recipes.py embedded/test_warmup.py plan/test_plan.py runtime/test_torchvision_cpu.py report/test_browser.py
+rewards/test_checker.py integration/test_loss_head.py rewards/test_mutations.py report/test_page.py
+rollout/test_faults.py kernels/test_csrc.py rollout/test_weight_sync.py test_wheel.py rewards/test_published.py
+rewards/test_several.py integration/test_rewards.py integration/test_judge.py rewards/test_judge.py
+rewards/test_judge_faults.py rewards/test_judge_server.py rollout/server/test_serve.py kernels/test_precision.py
+families/test_rollout.py kernels/test_csrc_cuda_on_host.py kernels/test_merge_attention.py embedded/test_tiny.py
+integration/test_virl39k.py kernels/test_memory.py fuzz/test_fuzz.py families/test_packing.py families/test_pixels.py
+kernels/test_sum_tree.py kernels/test_compile.py benchmarks/test_kernels.py families/test_ranks.py
+policy/test_recurrent.py benchmarks/test_replay_benchmark.py kernels/test_sum_tree_agreement.py
+rollout/test_hf_engine.py runtime/test_ownership.py embedded/test_files.py plan/test_families.py test_cli.py
+curation/test_curate.py policy/test_experts.py policy/test_packing.py policy/test_lora.py data/test_streaming.py
+families/test_prompts.py policy/test_foreign_models.py report/test_figures.py data/test_formats.py
+data/test_templates.py data/test_prompts.py rewards/test_bounds.py policy/test_saved_model.py test_export.py
 """.split()
 """Files that take about 3 seconds or more, the longest first, so that no long one begins when the others end. They
 start vLLM, ranks, compilers or Triton's interpreter; `make quick` leaves them out, and shows which others belong here.

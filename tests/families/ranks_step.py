@@ -31,9 +31,11 @@ def main(model: str, scratch: str, output: str) -> None:
     gradients = gradients_at_step(engine)
     metrics = engine.train_step(scenario("mixed", pictures, encoder))
     whole = {type(module).__name__ for module in get_z3_leaf_modules(engine.policy.hf)}
-    config.policy.dtype = "bfloat16"
-    policy = PolicyEngine(config, model, encoder, ranks, total_steps=10).policy
-    buffers = {name: buffer.cpu() for name, buffer in policy.hf.named_buffers()}
+    buffers = None
+    if ranks.world_size > 1:
+        config.policy.dtype = "bfloat16"
+        policy = PolicyEngine(config, model, encoder, ranks, total_steps=10).policy
+        buffers = {name: buffer.cpu() for name, buffer in policy.hf.named_buffers()}
     if ranks.is_main:
         torch.save({"metrics": metrics, "gradients": gradients, "whole": whole, "buffers": buffers}, output)
     distributed.stop()

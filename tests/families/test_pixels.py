@@ -38,7 +38,7 @@ def vllm_processor(folder, arguments: dict):
         dtype="float32",
         limit_mm_per_prompt={"image": 8, "video": 0},
         mm_device_do_normalize=False,  # of the numbers alone: by default vLLM's model does it, on its device
-        **arguments,
+        **{name: value for name, value in arguments.items() if name != "max_num_batched_tokens"},  # the scheduler's
     )
     return MULTIMODAL_REGISTRY.create_processor(config)
 
@@ -50,7 +50,7 @@ class Sides:
         folder = create(family, folder)
         self.encoder = PromptEncoder(load_processor(folder), LIMITS)
         settings = self.encoder.family.image_settings(self.encoder.processor.image_processor, 1024, 8192)
-        self.vllm = vllm_processor(folder, self.encoder.family.vllm_settings(settings))
+        self.vllm = vllm_processor(folder, self.encoder.family.vllm_settings(settings, 4096))
 
     def differences(self, query: Query, fault: Callable[[Prompt], Prompt] = lambda prompt: prompt) -> list[str]:
         """What of a query is not the same, its tokens or tensors by their name, once a `fault` has befallen it."""
@@ -94,7 +94,7 @@ def test_the_largest_image_fits_a_step_of_vllm(tmp_path):
     for part in (small, processor):
         part.save_pretrained(tmp_path)
     requests = VLLMRequests(config, str(tmp_path))
-    vllm = vllm_processor(tmp_path, family.vllm_settings(requests.image_settings))
+    vllm = vllm_processor(tmp_path, family.vllm_settings(requests.image_settings, requests.max_length))
     known = get_mm_max_toks_per_item(vllm, {"image": 1}, None)["image"]
     encoder, strip = PromptEncoder(processor, config.data), saved(Image.new("RGB", (384, 2304)))
     tall = len(encoder._image_ids({"bytes": strip}, "tall"))

@@ -37,7 +37,11 @@ def run(*command: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl_moe", "glm4v_moe", "gemma4-moe"])
+# The other kinds of routers: each takes vLLM in Triton's interpreter half a minute.
+OTHERS = [pytest.param(name, marks=pytest.mark.soak) for name in ("glm4v_moe", "gemma4-moe")]
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl_moe", *OTHERS])
 def folder(request, tmp_path_factory):
     return create(request.param, tmp_path_factory.mktemp("model"))
 
