@@ -91,8 +91,9 @@ def test_a_model_without_experts_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing to refuse: with Triton vLLM returns them")
-def test_a_vllm_that_returns_none_is_refused(folder):
+def test_a_vllm_that_returns_none_is_refused(folder, monkeypatch):
     """On a CPU without Triton, in one line."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")  # as the engine sets it: no other test is to have it
     with pytest.raises(ConfigError, match="needs vLLM's model runner V2, which does not run here .*; set it to false$"):
         make_engine(rollout_config(router_replay=True), str(folder), rank=0, world_size=1, local_rank=0)
 
