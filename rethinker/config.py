@@ -111,8 +111,8 @@ class DataConfig:
     and 4, LLaVA-OneVision, Mistral 3, SmolVLM)."""
     max_pixels: ranges.Count = 1280 * 28 * 28
     """Larger images are reduced to this many pixels (InternVL, LLaVA-OneVision, SmolVLM: rounded down to whole tiles;
-    Mistral 3: to a square's side; Gemma 3: all images have one size; Gemma 4: all, smaller ones too,
-    to one of five sizes)."""
+    Mistral 3: to a square's side; Gemma 3: all images have one size; Gemma 4: all, smaller ones too, to one of five
+    sizes)."""
     max_images: ranges.Natural = 8
     """Queries with more images are left out and counted."""
     max_image_pixels: ranges.ImagePixels = 89_000_000

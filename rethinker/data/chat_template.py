@@ -158,7 +158,8 @@ class ChatTemplate:
         try:
             # transformers' own tags, which mark what an assistant says.
             plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)
-            read = find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+            environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+            read = find_undeclared_variables(environment.parse(plain)) - environment.globals.keys()
         except TemplateError as error:
             raise self._unfit(f"cannot be rendered ({one_line(error)})") from error
         # What is not the user's: the conversation, functions, arguments of the call, and special tokens.

@@ -28,7 +28,7 @@ from transformers import (  # noqa: E402
 )
 
 from rethinker.embedded.tokenizer import train_tokenizer  # noqa: E402
-from rethinker.families import family_of  # noqa: E402
+from rethinker.families import Family, family_of  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,11 @@ def write_random(folder: str | Path, model_class: type, config: PreTrainedConfig
     """Write a model of any family with random weights, and its processor, to `folder`, which is made if missing."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    family = family_of(config.model_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
-        _widen(model)
+        _widen(model, family)
     to_id = processor.tokenizer.convert_tokens_to_ids
     model.generation_config = GenerationConfig(
         bos_token_id=to_id("<|endoftext|>"),
@@ -90,36 +91,28 @@ def write_random(folder: str | Path, model_class: type, config: PreTrainedConfig
         pad_token_id=to_id("<|endoftext|>"),
         do_sample=True,
     )
-    served = family_of(config.model_type).served
-    model.save_pretrained(folder, state_dict={served(name): tensor for name, tensor in model.state_dict().items()})
+    weights = {family.served(name): tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=weights)
     processor.save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
-def _widen(model: torch.nn.Module) -> None:
+def _widen(model: torch.nn.Module, family: Family) -> None:
     """Draw every matrix with variance 1 / inputs. Qwen's 0.02 suits widths in the thousands; here it learns slowly.
 
-    Linear attention gets a memory of several tokens: transformers would mostly draw decays to nothing within one, and
-    of those its fp32 gradient is wrong by 5e-4. Where scores have no scale (Gemma 4), the queries' norm gets it, or
-    each token would see one other. What a checkpoint holds besides weights gets values that change something.
+    Vectors, and buffers of the checkpoint, are the family's to draw.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             std = 0.06 if "embed_tokens" in name else parameter[0].numel() ** -0.5
             torch.nn.init.normal_(parameter, std=std)
-        elif name.endswith(".A_log"):
-            torch.nn.init.uniform_(parameter, -4.0, 0.0)
-    for module in model.modules():
-        if getattr(module, "scaling", None) == 1.0 and hasattr(module, "q_norm"):
-            module.q_norm.weight.fill_(module.head_dim**-0.5)
-    for name in sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()):
-        buffer = model.get_buffer(name)
-        if name.endswith(".e_score_correction_bias"):
-            torch.nn.init.normal_(buffer, std=0.2)  # as far apart as the scores that it corrects
-        elif name.endswith(("layer_scalar", "_min", "_max", "std_bias", "std_scale")):
-            torch.nn.init.uniform_(buffer, 0.5, 1.5)
-            buffer.mul_(-1.0 if name.endswith("_min") else 1.0)
+        else:
+            family.draw(name, parameter)
+    kept = model.state_dict().keys()
+    for name, buffer in sorted(model.named_buffers()):
+        if name in kept:
+            family.draw(name, buffer)
 
 
 def _config(size: TinySize, tokenizer, tie_word_embeddings: bool) -> Qwen2_5_VLConfig:

@@ -188,6 +188,9 @@ class Family(ABC):
             kind: one of TINY.
         """
 
+    def draw(self, name: str, values: torch.Tensor) -> None:  # noqa: B027  # most change something as they are
+        """Draw, in place, a vector of a tiny random model's weights, or a buffer of its checkpoint, by its name."""
+
 
 def family_of(model_type: str, named: str = "policy.model") -> Family:
     """The family of a config's `model_type`; see `check_supported`."""

@@ -215,6 +215,15 @@ class Gemma4(Family):
         )
         return Gemma4ForConditionalGeneration, config, processor
 
+    def draw(self, name: str, values: torch.Tensor) -> None:
+        """See Family. Scores have no scale of their own: without one in the queries' norm each token would see one
+        other. Buffers are scalars of layers, and the tower's bounds, shift and scale."""
+        if name.endswith(".q_norm.weight"):
+            values.fill_(len(values) ** -0.5)
+        elif name.endswith(("layer_scalar", "_min", "_max", "std_bias", "std_scale")):
+            torch.nn.init.uniform_(values, 0.5, 1.5)
+            values.mul_(-1.0 if name.endswith("_min") else 1.0)
+
 
 _TYPES = ["sliding_attention", "full_attention"]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from rethinker.families import HIDDEN
 from rethinker.families.glm4v import GLM4V
 
@@ -36,6 +38,11 @@ class GLM4VMoe(GLM4V):
             "first_k_dense_replace": 1,
         }
         return Glm4vMoeForConditionalGeneration, Glm4vMoeConfig(**settings), processor
+
+    def draw(self, name: str, values: torch.Tensor) -> None:
+        """See Family. Corrections are as far apart as the scores that they correct."""
+        if name.endswith(".e_score_correction_bias"):
+            torch.nn.init.normal_(values, std=0.2)
 
 
 FAMILY = GLM4VMoe()

@@ -231,8 +231,8 @@ def compile_layers(language_model: nn.Module, backend: str = "inductor") -> None
 
     There is one graph for batches laid out in one row and one for several, each with and without gradients: four at
     most, whatever the shapes, since the layers share their class's code; experts, which are called as they are, cut
-    each in two. ZeRO-3 gathers a layer's weights in hooks
-    around the whole of it (`gather_by_layer`); what is compiled is its `forward`, which stands inside them.
+    each in two. ZeRO-3 gathers a layer's weights in hooks around the whole of it (`gather_by_layer`); what is compiled
+    is its `forward`, which stands inside them.
     """
     for layer in language_model.layers:
         # Their products are a library's kernels; and on a CPU they ask how many tokens each expert has, which inductor

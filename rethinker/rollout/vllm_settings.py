@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from typing import Any
 
@@ -41,12 +40,13 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
     settings = config.rollout
     text = requests.model_config.get_text_config()
     blocks = requests.family.image_blocks(text)
-    longest = requests.family.image_tokens(requests.model_config, config.data.max_pixels) if blocks and not gpu else 0
-    if longest > (getattr(text, "sliding_window", None) or math.inf):
-        raise ConfigError(
-            f"data.max_pixels={config.data.max_pixels} allows images of {longest} tokens, and on a CPU vLLM takes none "
-            f"longer than the model's windows of {text.sliding_window}; set it lower, or rollout.backend to hf"
-        )
+    if blocks and not gpu and text.sliding_window:
+        longest = requests.family.image_tokens(requests.model_config, config.data.max_pixels)
+        if longest > text.sliding_window:
+            raise ConfigError(
+                f"data.max_pixels={config.data.max_pixels} allows images of {longest} tokens, and on a CPU vLLM takes "
+                f"none longer than the model's windows of {text.sliding_window}; set it lower, or rollout.backend to hf"
+            )
     if gpu:
         device: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
     else:

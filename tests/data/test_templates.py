@@ -187,12 +187,14 @@ def test_what_a_template_lets_one_choose(make, thinks):
     assert encoder.decode(ids).endswith("<think>\n") == (thinks is not False)
 
 
-@pytest.mark.parametrize(
-    "name", ["enable_thinkin", "messages", "add_generation_prompt", "tools", "thinking", "role", "message", "bos_token"]
-)
+OTHERS = ("enable_thinkin", "messages", "add_generation_prompt", "tools", "thinking", "role", "message")
+OTHERS += ("bos_token", "namespace")
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_choices_that_a_template_does_not_have(make, name):
     """A template would ignore them, or they are not the user's."""
-    with pytest.raises(
-        ConfigError, match=f"^data.chat_template_kwargs: .* has no choice '{name}'; it has enable_thinking$"
-    ):
-        make(chat_template="{# thinking #}{{ bos_token }}" + THINKS, chat_template_kwargs={name: True})
+    template = "{# thinking #}{% set n = namespace() %}{{ bos_token }}" + THINKS
+    message = f"^data.chat_template_kwargs: .* has no choice '{name}'; it has enable_thinking$"
+    with pytest.raises(ConfigError, match=message):
+        make(chat_template=template, chat_template_kwargs={name: True})

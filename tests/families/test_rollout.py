@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -15,11 +17,11 @@ from rethinker.policy.loading import load_model, load_processor
 from rethinker.policy.lora import base_weights
 from rethinker.policy.model import Policy
 from rethinker.policy.packing import pack
-from rethinker.rollout import vllm_engine
+from rethinker.rollout import vllm_engine, vllm_weights
 from rethinker.rollout.engine import make_engine
 from rethinker.rollout.vllm_settings import engine_arguments
 from rethinker.samples import Bundle, Prompt, Query, Sample
-from tests.data.image_kinds import noise, oriented, tagged
+from tests.data.image_kinds import noise, oriented, saved, tagged
 from tests.families.tiny_models import create
 from tests.policy.helpers import late_image, queries_of_every_kind
 from tests.rollout.helpers import rollout_config
@@ -179,17 +181,43 @@ def in_parts(*given, **named):
     return engine_arguments(*given, **named) | {"max_num_batched_tokens": 64, "max_num_seqs": 8}
 
 
+def test_values_that_are_a_layers_keys_are_compared_too(tmp_path, monkeypatch):
+    """rollout.check_sync: a checkpoint has such keys once, and vLLM twice."""
+    setting = Setting(create("gemma4", tmp_path / "model"), tmp_path, "vllm")
+    layers, unpacked = setting.engine._in_model(lambda model, _: dict(model.named_modules())), vllm_weights._unpacked
+    (fused,) = (layer for name, layer in layers.items() if name.endswith("model.layers.1.self_attn.qkv_proj"))
+    setting.engine.sync(Weights(setting.policy), 1)
+
+    def damaged(layer, leaf, *how, **named):
+        found = unpacked(layer, leaf, *how, **named).clone()
+        if layer is fused:
+            found[-1, -1] += 1e-6  # of the last value head
+        return found
+
+    monkeypatch.setattr(vllm_weights, "_unpacked", damaged)
+    with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn\.k_proj\.weight differs"):
+        setting.engine.sync(Weights(setting.policy), 2)
+    setting.engine.close()
+
+
 def test_images_longer_than_a_window_are_refused_on_a_cpu(tmp_path):
     """Before vLLM starts, in one line: its CPU kernel takes none."""
+    folder, config = create("gemma4", tmp_path / "model"), rollout_config(backend="vllm")
+    config.data.max_pixels = 36000
+    with pytest.raises(ConfigError, match=r"^data.max_pixels=36000 allows images of 140 tokens, .* windows of 80; set"):
+        make_engine(config, str(folder), rank=0, world_size=1, local_rank=0)
+
+
+def test_an_image_as_long_as_a_window(tmp_path):
+    """Law 1 at the bound: vLLM's CPU kernel takes it, and every token sees all of its image."""
     folder = create("gemma4", tmp_path / "model")
-    with pytest.raises(
-        ConfigError, match=r"^data.max_pixels=36000 allows images of 140 tokens, .* windows of 80; set it"
-    ):
-        make_engine(with_pixels(36000), str(folder), rank=0, world_size=1, local_rank=0)
-
-
-def with_pixels(most: int) -> Config:
-    """A run's settings with images up to so many pixels."""
-    config = rollout_config(backend="vllm")
-    config.data.max_pixels = most
-    return config
+    content = json.loads((folder / "config.json").read_text())
+    content["text_config"]["sliding_window"] = 70
+    (folder / "config.json").write_text(json.dumps(content))
+    setting = Setting(folder, tmp_path, "vllm")
+    wide = {"bytes": saved(Image.fromarray(noise(160, 112)))}
+    setting.queries.append(Query("wide", "what is it?", "", (wide,)))
+    setting.prompts.append(setting.encoder.encode(setting.queries[-1]))
+    assert setting.prompts[-1].token_ids.count(setting.policy.image_token_id) == 70
+    assert setting.error(seed=0) < TOLERANCE
+    setting.engine.close()

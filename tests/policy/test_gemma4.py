@@ -10,6 +10,7 @@ import torch
 
 from rethinker.config import ConfigError, DataConfig, PolicyConfig
 from rethinker.data.prompts import PromptEncoder
+from rethinker.plan.model import shape_of
 from rethinker.policy.loading import load_model, load_processor
 from rethinker.policy.model import Policy
 from tests.families.tiny_models import create
@@ -49,3 +50,10 @@ def test_tokens_that_vllm_suppresses_are_refused(tmp_path):
     change(folder / "generation_config.json", suppress_tokens=[7])
     with pytest.raises(ConfigError, match=r"generation_config.json has suppress_tokens=\[7\]"):
         Policy(load_model(folder, torch.float32), PolicyConfig(dtype="float32"))
+
+
+def test_a_budget_that_is_met_exactly(tmp_path):
+    """An image has the largest number of tokens that its pixels fill, to the last one."""
+    shape = shape_of(PolicyConfig(model=str(create("gemma4", tmp_path))))
+    area = 16 * 16  # pixels of a token
+    assert [shape.image_tokens(pixels) for pixels in (140 * area - 1, 140 * area, 1)] == [70, 140, 70]
