@@ -100,6 +100,10 @@ class EasyVqaTeacher:
         """Whether it is known what the query's image shows."""
         return self.description(query) is not None
 
+    def view(self, query: Query, rng: random.Random) -> Query:
+        """The query as looking is practised on it: as it is."""
+        return query
+
     def look_loss(
         self, scores: torch.Tensor, owner: torch.Tensor, queries: Sequence[Query]
     ) -> tuple[torch.Tensor, int]:

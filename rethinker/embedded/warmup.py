@@ -29,6 +29,7 @@ from rethinker.data.mixture import category_of, check_category_weights
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.query_stream import QueryStream
 from rethinker.embedded import own_files
+from rethinker.embedded.boards import BoardsTeacher
 from rethinker.embedded.easy_vqa import EasyVqaTeacher
 from rethinker.embedded.sums import Parts, SumsTeacher
 from rethinker.embedded.tiny import DEFAULT_SIZE, TinySize, create_tiny
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
-Teacher = EasyVqaTeacher | SumsTeacher
+Teacher = EasyVqaTeacher | SumsTeacher | BoardsTeacher
 BETAS = (0.9, 0.95)  # Adam's
 MUON = 3.0  # Muon's learning rate over Adam's: in 5 steps it learns as much about sums as Adam in 8
 
@@ -130,7 +131,10 @@ def _write_untrained(
 
 def teacher_of(queries: list[Query]) -> Teacher:
     """Who teaches these questions; of a mixture of data sets, one for all."""
-    return SumsTeacher() if all(map(SumsTeacher().sees, queries)) else EasyVqaTeacher(queries)
+    for teacher in (BoardsTeacher(), SumsTeacher()):  # a board, too, knows of a sum
+        if all(map(teacher.sees, queries)):
+            return teacher
+    return EasyVqaTeacher(queries)
 
 
 def _lessons(queries: list[Query], teacher: Teacher, encoder: PromptEncoder, warmup: WarmupConfig) -> list[Query]:
@@ -181,12 +185,13 @@ class Course:
         optimizers = {_adam([*tower.parameters(), *probe.parameters()]): 1.0}
         rng = random.Random(warmup.seed)
         for step in self._steps(warmup.look_steps, "warm-up, looking"):
-            batch, counts = self._share(rng.sample(images, min(warmup.batch_size, len(images))))
+            asked = rng.sample(images, min(warmup.batch_size, len(images)))
+            batch, counts = self._share([teacher.view(query, rng) for query in asked])
             seen = joined([self.encoder.pixels(query) for query in batch])
             grid = seen["image_grid_thw"]
             tokens = tower(seen["pixel_values"], grid_thw=grid).pooler_output  # [tokens, hidden]
             scores = probe(F.rms_norm(tokens, tokens.shape[-1:]))  # [tokens, classes]
-            owner = torch.arange(len(batch)).repeat_interleave(grid.prod(-1) // tower.spatial_merge_unit)  # [tokens]
+            owner = torch.arange(len(grid)).repeat_interleave(grid.prod(-1) // tower.spatial_merge_unit)  # [tokens]
             loss, number = teacher.look_loss(scores, owner, batch)
             self._update(optimizers, loss, counts * number, step / warmup.look_steps)
         return True
