@@ -141,6 +141,7 @@ class SumsTeacher:
     """
 
     classes = len(SYMBOLS)
+    environment = None
 
     def sees(self, query: Query) -> bool:
         """Whether it is known what the query's image shows."""
