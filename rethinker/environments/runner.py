@@ -1,0 +1,4 @@
+"""Arrives with the environments."""
+
+
+class Runner: ...
