@@ -44,8 +44,8 @@ SHRUNK = 4  # how many times a side of the board is as long as that of the image
 SPLITS = {"train": 1000, "validation": 150, "test": 150}
 QUESTIONS = ("What is the marked result?", "What does the marked sum come to?", "Work out the marked sum.")
 # To how many of its questions the warm-up teaches a look besides a guess, and how many of these are at any tile.
-LOOKS, MISSES = 0.8, 0.5
-# What an image token may show: a symbol, a blank cell, or of the reduced board which of its four rows is marked or none.
+LOOKS, MISSES = 1.0, 0.5
+# What an image token may show: a symbol, a blank cell, or, of the reduced board, which of four rows is marked or none.
 BLANK = len(SYMBOLS)
 UNMARKED = BLANK + 1 + SHRUNK
 
@@ -125,7 +125,7 @@ class BoardsTeacher:
     """
 
     classes = UNMARKED + 1
-    environment = "crop"
+    environment, hears = "crop", ("<tool_response>\nimage 2: ", "\n</tool_response>")
 
     def sees(self, query: Query) -> bool:
         """Whether it is known what the query's image shows."""

@@ -86,7 +86,7 @@ class EasyVqaTeacher:
     """
 
     classes = len(COLORS) + len(SHAPES) + 1  # and a weight of the token
-    environment = None
+    environment, hears = None, ()
 
     def __init__(self, queries: Iterable[Query]) -> None:
         self._shown = describe_images(queries)

@@ -141,7 +141,7 @@ class SumsTeacher:
     """
 
     classes = len(SYMBOLS)
-    environment = None
+    environment, hears = None, ()
 
     def sees(self, query: Query) -> bool:
         """Whether it is known what the query's image shows."""

@@ -133,7 +133,7 @@ def _write_untrained(
 ) -> None:
     """Write the tiny model as it begins, with a tokenizer for these questions and their responses."""
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-    rng, texts = random.Random(warmup.seed), []
+    rng, texts = random.Random(warmup.seed), list(teacher.hears)
     for query in queries:
         texts += [query.question, *(text for parts in teacher.responses(query, rng) for text, _ in parts)]
     create_tiny(folder, warmup.seed, texts=texts, size=size)

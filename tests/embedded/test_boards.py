@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import re
 
@@ -16,6 +17,8 @@ from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded.boards import (
     BLANK,
     CELLS,
+    LOOKS,
+    MISSES,
     SHRUNK,
     SPLITS,
     TILES,
@@ -23,10 +26,21 @@ from rethinker.embedded.boards import (
     BoardsTeacher,
     boards,
     box_of,
+    crop_call,
     cut_out,
 )
-from rethinker.embedded.sums import CELL, SYMBOLS, digit_images, row_of_cells, steps_of
+from rethinker.embedded.sums import (
+    CELL,
+    SYMBOLS,
+    SumsTeacher,
+    digit_images,
+    row_of_cells,
+    slow_answer,
+    steps_of,
+    sums,
+)
 from rethinker.embedded.tiny import create_tiny
+from rethinker.embedded.warmup import as_bundle, dialogue_of, teacher_of
 from rethinker.policy.loading import load_processor
 
 DATA = DataConfig(prompt="{question}", system="", min_pixels=256, max_pixels=2048)
@@ -137,7 +151,40 @@ def test_the_probe_learns_what_a_view_shows(splits):
         teacher.look_loss(scores.repeat(2, 1), owner.repeat(2), views)
 
 
+def test_responses_guess_or_look(splits):
+    """A guess to every question, and a look to a share: a call for one tile's box, as the model sees the board, and the
+    slow answer to what that tile shows; the share of marked ones is what it is meant to be."""
+    teacher, rng, looks, hits = BoardsTeacher(), random.Random(0), 0, 0
+    for query in splits["train"]:
+        guess, *look = teacher.responses(query, rng)
+        assert guess == [(f"\\boxed{{{query.answer}}}", True)]
+        for (call, first_taught), (answer, second_taught) in look:
+            box = json.loads(call.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))["arguments"]["bbox_2d"]
+            tile = [box_of(tile) for tile in range(TILES)].index([SHRUNK * side for side in box])
+            assert answer == slow_answer(query.metadata["tiles"][tile]) and first_taught and second_taught
+            looks, hits = looks + 1, hits + (tile == query.metadata["tile"])
+    assert looks / len(splits["train"]) == pytest.approx(LOOKS, abs=0.04)
+    assert hits / looks == pytest.approx(1 - MISSES + MISSES / TILES, abs=0.04)
+
+
+def test_a_look_is_what_a_rollout_makes_of_it(splits, encoder):
+    """Every tile's call shows that tile in full, between the turns; the turns are taught with their ends, the rest is
+    not."""
+    query, environment = splits["test"][7], dialogue_of(BoardsTeacher(), encoder)
+    looks = [[(crop_call(tile), True), ("\\boxed{1}", True)] for tile in range(TILES)]
+    for tile, sample in enumerate(as_bundle(query, looks, encoder, environment).samples):
+        completion, (seen,) = sample.completion, sample.completion.observed
+        assert (pixels(seen.images[0]["bytes"]) == pixels(cut_out(query, tile))).all()
+        ids, image = completion.token_ids, encoder.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        assert (ids == image).sum() == (ids[seen.start : seen.end] == image).sum() == CELLS
+        said = encoder.tokenizer.decode(ids[completion.trainable])
+        assert said == f"{crop_call(tile)}<|im_end|>\\boxed{{1}}<|im_end|>"
+        assert completion.text == f"{crop_call(tile)}\\boxed{{1}}" and seen.calls == 1 and not seen.failures
+        assert all(text in seen.text for text in BoardsTeacher.hears)
+
+
 def test_other_data_is_not_taken_for_boards(splits):
-    """Its images tell nothing of tiles."""
-    query = splits["test"][0]
-    assert BoardsTeacher().sees(query)
+    """Sums know nothing of tiles; boards are not taken for sums either, though they have the sums' columns."""
+    assert not any(map(BoardsTeacher().sees, sums("test")[::100]))
+    assert isinstance(teacher_of(splits["test"]), BoardsTeacher)
+    assert isinstance(teacher_of([*splits["test"], *sums("test")[::100]]), SumsTeacher)
