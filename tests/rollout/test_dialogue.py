@@ -104,16 +104,18 @@ def test_a_slow_environment_delays_no_other_conversation(side):
 
 @pytest.mark.parametrize("side", ["vllm"], indirect=True)
 def test_a_later_turn_finds_in_vllms_caches_what_went_before_it(side, monkeypatch):
-    """vLLM computes what is new in a turn's prompt, and a block that was not full; and it prepares no image twice."""
+    """vLLM computes what is new in a turn's prompt, and a block that was not full; and it looks at no image twice."""
     side.engine.sync(FolderWeights(str(side.folder)), 1)  # which clears the caches of other tests
-    outputs, prepared = [], []
+    outputs, seen = [], []
     monkeypatch.setattr(
         side.engine, "_read", lambda output, plain=side.engine._read: outputs.append(output) or plain(output)
     )
-    images = type(side.engine._llm.renderer.get_mm_processor().info.get_hf_processor().image_processor)
-    preprocess = images.preprocess
-    monkeypatch.setattr(
-        images, "preprocess", lambda self, shown, **kw: prepared.extend(shown) or preprocess(self, shown, **kw)
+
+    def look(module, args, kwargs):
+        seen.extend(map(tuple, kwargs.get("grid_thw", args[-1])))
+
+    (hook,) = side.engine._engine.apply_model(
+        lambda model: model.visual.register_forward_pre_hook(look, with_kwargs=True)
     )
     begun = side.begin(Scripted())
     firsts = {len(one.prompt.token_ids) for one in begun}
@@ -125,4 +127,5 @@ def test_a_later_turn_finds_in_vllms_caches_what_went_before_it(side, monkeypatc
         new = len(output.prompt_token_ids) - output.num_cached_tokens
         # The answer to the last turn, and of what was computed before the last tokens of a block.
         assert 0 < new < 60 + block
-    assert 0 < len(prepared) <= 3 + sum(len(one.images) for one in responses)  # of the questions, and of the answers
+    hook.remove()
+    assert len(seen) == 3 + sum(len(one.images) for one in responses)  # the questions' images, and the answers'
