@@ -236,6 +236,37 @@ class RolloutConfig:
 
 
 @dataclass
+class EnvironmentConfig:
+    """What answers the policy within a response: tools, or an environment of yours (docs/environments.md)."""
+
+    use: list[ranges.PathOrName] = field(default_factory=list)
+    """`[crop, python]`: tools, which the policy may call in any turn; `[verify]`; or `[path/to/file.py:Name]`, a class
+    with reset and step or a function. Empty: a response is one turn."""
+    max_turns: ranges.Count = 4
+    """Most turns of the policy in a response. rollout.max_new_tokens is for all of them, and for what they are
+    answered."""
+    max_calls: ranges.Count = 4
+    """Most tool calls of a turn; further ones are refused."""
+    max_images: ranges.Natural = 4
+    """Most images that a response is shown, besides the question's."""
+    max_text_tokens: ranges.Count = 512
+    """Longest text of an answer; a longer one loses its middle."""
+    boxes: Literal["pixels", "thousandths"] = "pixels"
+    """What the coordinates of a box count: pixels of the image as the model sees it (Qwen2.5-VL), or thousandths of its
+    width and height (Qwen2-VL, Qwen3-VL)."""
+    describe: bool = True
+    """Tell the model of its tools, through its chat template where that knows of tools, else in the system message."""
+    reward_weight: ranges.NotNegative = 0.0
+    """Weight, in a response's reward, of the sum of what the environment gave its turns."""
+    workers: ranges.Processes = 4
+    """Processes of each rank in which `python` and environments of yours run."""
+    timeout_s: ranges.Seconds = 10.0
+    """Deadline of an answer; after it its process is killed."""
+    memory_gb: ranges.Positive = 2.0
+    """Most memory, GiB, that such a process may take."""
+
+
+@dataclass
 class RethinkConfig:
     """Forced Rethinking: after a first answer a trigger lets the model go on. The second stage's settings."""
 
@@ -465,6 +496,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     rethink: RethinkConfig = field(default_factory=RethinkConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
