@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from rethinker.config import ConfigError
 
@@ -55,6 +55,8 @@ class Killable:
     """What messages call it."""
     closed = "the process is closed"
     """What a message to a closed one is answered."""
+    variables: ClassVar[dict[str, str]] = {}
+    """Variables of its environment, beside the trainer's."""
 
     def __init__(self, named: str, opening: Any, memory_gb: float) -> None:
         self._named, self._opening, self._memory_gb = named, opening, memory_gb
@@ -82,7 +84,7 @@ class Killable:
             try:
                 self._link.send(message)
                 if self._link.poll(timeout_s):
-                    return self._link.recv()
+                    return self._received()
                 lost = LostError("timeout", f"no answer within {timeout_s:g} seconds")
             except (EOFError, OSError):
                 lost = self._obituary()
@@ -118,6 +120,10 @@ class Killable:
                     raise
             raise RuntimeError(self.closed)
 
+    def _received(self) -> Any:
+        """The answer that has arrived; a subclass may read another form."""
+        return self._link.recv()
+
     def _get_ready(self) -> None:
         """A running process that has what it needs."""
         if self._link is None or self._process.poll() is not None:  # it may have died since its last answer
@@ -145,15 +151,16 @@ class Killable:
 
     def _launch(self) -> None:
         ours, theirs = socket.socketpair()
-        # A message longer than the socket's buffer waits for its reader: not for ever.
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(START_S), 0))
+        # A message longer than the socket's buffer waits for its reader, or its writer: not for ever.
+        for limit in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", int(START_S), 0))
         with theirs:
             code = f"import sys; sys.path[:] = {sys.path!r}; from {self.inside} import serve; serve({theirs.fileno()})"
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={"OMP_NUM_THREADS": "1", **os.environ},
+                env={"OMP_NUM_THREADS": "1", **os.environ, **self.variables},
                 start_new_session=True,  # so that it and its children can be killed as one, and Ctrl-C is not theirs
             )
         if self._closed:  # meanwhile: `close` did not know this process yet
