@@ -110,8 +110,8 @@ def _json(text: str, start: int) -> tuple[Any, int]:
     try:
         return _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError, IndexError) as error:
-        said = "it is nested too deep" if isinstance(error, RecursionError) else f"it is no JSON ({error!s:.80})"
-        raise _malformed(said) from None
+        said = "nested too deep" if isinstance(error, RecursionError) else getattr(error, "msg", "numbers too long")
+        raise _malformed(f"it is no JSON ({said})") from None
 
 
 def _parameters(text: str, at: int) -> tuple[dict[str, Any], int]:

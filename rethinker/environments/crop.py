@@ -61,14 +61,12 @@ class Cropper:
     Args:
         boxes: `environment.boxes`.
         open_image: (reference, query id) to the image in full.
-        shown_size: (width, height) to the same as the model sees it.
-        most_pixels: of what is cut; more are reduced.
+        shown_size: (width, height) to the same as the model sees it; what is cut has no more pixels than that.
     """
 
     boxes: Literal["pixels", "thousandths"]
     open_image: Callable[[Any, str], Image.Image]
     shown_size: ShownSize
-    most_pixels: int
 
     def describe(self) -> dict:
         """The tool's JSON schema."""
@@ -113,7 +111,8 @@ class Cropper:
         left, right = _side(box[0], box[2], size[0] if self.boxes == "pixels" else 1000, area[0], area[2], "x")
         top, bottom = _side(box[1], box[3], size[1] if self.boxes == "pixels" else 1000, area[1], area[3], "y")
         check_shape(right - left, bottom - top, "box")
-        png, cut_size = as_png(image.crop((left, top, right, bottom)), self.most_pixels)
+        most_pixels = math.prod(self.shown_size(right - left, bottom - top))
+        png, cut_size = as_png(image.crop((left, top, right, bottom)), most_pixels)
         return png, View(source, (left, top, right, bottom), self.shown_size(*cut_size))
 
 

@@ -1,4 +1,4 @@
-"""Images that an environment shows: plain RGB as PNG, no larger than the model could see."""
+"""Images that an environment shows: plain RGB as PNG, not much larger than the model could see."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def as_png(image: Image.Image, most_pixels: int) -> tuple[bytes, tuple[int, int]
     """An RGB image as a PNG file of at most `most_pixels`, reduced if it has more, and its (width, height)."""
     scale = math.sqrt(most_pixels / (image.width * image.height))
     if scale < 1:
-        size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
+        size = [max(1, int(side * scale + 1e-6)) for side in image.size]  # 499.9999999 is 500
         image = image.resize(size, Image.Resampling.BICUBIC)
     with io.BytesIO() as file:
         image.save(file, "PNG", compress_level=1)

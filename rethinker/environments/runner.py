@@ -8,6 +8,7 @@ call does, the others get their own answers. No signal is used, so any thread ma
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from PIL import Image
 from rethinker.config import ConfigError, EnvironmentConfig, RethinkConfig
 from rethinker.environments import TOOLS, Observation, load
 from rethinker.environments.crop import Cropper, ShownSize
-from rethinker.environments.images import MOST_PIXELS
 from rethinker.environments.process import EnvironmentProcess
 from rethinker.environments.python import PythonProcess
 from rethinker.environments.tools import Tools
@@ -66,16 +66,15 @@ class Runner:
     ) -> None:
         named = load(config)
         assert named, "environment.use is empty: there is nothing to run"
-        width, height = shown_size(LARGE, LARGE)
-        most_pixels = min(width * height, MOST_PIXELS)
         self._config, self._closed = config, False
         self._tools: Tools | None = None
         self._verify: Verify | None = None
         self._processes: list[Killable] = []
         if callable(named):
+            most_pixels = 2 * math.prod(shown_size(LARGE, LARGE))  # other shapes are rounded to more than a square is
             self._processes = [EnvironmentProcess(config, most_pixels) for _ in range(config.workers)]
         elif set(named) <= set(TOOLS):
-            cropper = Cropper(config.boxes, open_image, shown_size, most_pixels)
+            cropper = Cropper(config.boxes, open_image, shown_size)
             self._tools = Tools(named, config, cropper, self._run_code)
             if "python" in named:
                 self._processes = [PythonProcess(config) for _ in range(config.workers)]

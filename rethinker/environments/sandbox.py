@@ -108,6 +108,9 @@ def check(tree: ast.AST) -> None:
         for module in modules:
             if module not in MODULES:
                 raise ForbiddenError(f"{module[:40]} cannot be imported{line}; there are {', '.join(MODULES)}")
+        for name in (alias.name for alias in node.names) if isinstance(node, ast.ImportFrom) else ():
+            if name != "*" and name not in MODULES[node.module]:
+                raise ForbiddenError(f"{node.module} has no {name[:40]} here{line}")
 
 
 def run(code: str, most: int) -> tuple[str, str]:
