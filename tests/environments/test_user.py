@@ -7,12 +7,13 @@ import io
 import logging
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -23,6 +24,7 @@ from rethinker.environments.images import png_of
 from rethinker.environments.runner import Runner
 from tests.environments.helpers import IMAGE, QUERY, open_image, pixels, shown_size
 
+ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = '''
 import asyncio, ctypes, io, os, sys, time
 from PIL import Image
@@ -231,7 +233,7 @@ def test_what_a_step_may_answer(runner, text, expected):
 
 
 def test_images_are_png_of_a_bounded_size(runner, tmp_path):
-    """PIL images of any mode, bytes and paths; large ones are reduced. Marks stand where the text has them, or first."""
+    """PIL images of any mode, bytes, paths; large ones are reduced. Marks stand where the text has them, or first."""
     IMAGE.crop((0, 0, 50, 40)).save(tmp_path / "a.png")
     path = repr(str(tmp_path / "a.png"))
     given = f"Image.new('I;16', (30, 20), 65535), {path}, open({path}, 'rb').read()"
@@ -377,7 +379,7 @@ def test_close_ends_all_at_once(config, moment):
         assert future.cancelled() or isinstance(future.exception(1), RuntimeError) or not state
     assert time.monotonic() - start < 5
     assert all(process._process is None for process in runner._processes)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("environment") and state]
+    assert not [thread for thread in runner._pool._threads if thread.is_alive()]
     with pytest.raises(RuntimeError, match="closed"):
         runner.reset(QUERY).result(1)
     runner.start()
@@ -425,6 +427,28 @@ def test_no_torch():
     code = "import sys; from rethinker.environments import runner; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_the_examples_of_the_page_work(tmp_path):
+    """docs/environments.md: both of them, as they stand there."""
+    blocks = re.findall(r"```python\n# (\w+\.py)(.*?)```", (ROOT / "docs" / "environments.md").read_text(), flags=re.S)
+    assert [name for name, _ in blocks] == ["hints.py", "tutor.py"]
+    for name, code in blocks:
+        (tmp_path / name).write_text(f"#{code}")
+    hints = Runner(EnvironmentConfig(use=[f"{tmp_path / 'hints.py'}:Hints"], workers=1), open_image, shown_size)
+    state, first = step(hints, hints.reset(QUERY).result(60), "It is \\boxed{5}.")
+    assert first == Observation("No. Its first sign is 4.")
+    assert step(hints, state, "It is \\boxed{4}.")[1] == Observation(done=True, reward=0.5)
+    state, second = step(hints, state, "It is \\boxed{6}.")
+    assert not second.done and step(hints, state, "6?")[1] == Observation(done=True)
+    hints.close()
+    IMAGE.crop((0, 0, 50, 40)).save(tmp_path / "a.png")
+    query = replace(QUERY, images=(str(tmp_path / "a.png"),))
+    tutor = Runner(EnvironmentConfig(use=[f"{tmp_path / 'tutor.py'}:tutor"], workers=1), open_image, shown_size)
+    state, first = step(tutor, tutor.reset(query).result(60), "4")
+    assert first.text == "<image>Are you sure?" and pixels(first.images[0]).shape == (40, 50, 3)
+    assert step(tutor, state, "4")[1].done
+    tutor.close()
 
 
 def test_descriptors_do_not_add_up(runner):
