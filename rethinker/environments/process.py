@@ -121,13 +121,13 @@ def plain(given: Any, config: EnvironmentConfig, most_images: int, most_pixels: 
     marks = given.text.count(IMAGE_MARK) if images else 0
     if marks not in (0, len(images)):
         raise CallError("error", f"{marks} {IMAGE_MARK} marks for {len(images)} images; give one each, or none")
-    text = given.text if marks else IMAGE_MARK * len(images) + harmless(given.text)
-    longest = CHARACTERS_PER_TOKEN * config.max_text_tokens
-    if len(text) > longest and images:  # a mark may stand in the middle that is cut
-        text = IMAGE_MARK * len(images) + harmless(given.text.replace(IMAGE_MARK, ""))
+    text, longest = given.text, CHARACTERS_PER_TOKEN * config.max_text_tokens
+    if not marks or len(text) > longest:  # of a long one the middle goes, and a mark may stand there
+        words = harmless(text.replace(IMAGE_MARK, "") if marks else text)
+        text = IMAGE_MARK * len(images) + cut_middle(words, longest)
     pngs = tuple(png_of(image, most_pixels) for image in images)
     return Observation(  # of plain types: the trainer unpickles it
-        whole(cut_middle(text, longest)),
+        whole(text),
         pngs,
         bool(given.done),
         float(given.reward),

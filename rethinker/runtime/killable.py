@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 # Until a process has imported what it needs; far beyond any healthy start, since a loaded machine is slow.
 START_S = 120.0
+# Until a message that has begun has gone through: large ones take seconds, and one that stops half-way would for ever.
+TRANSFER_S = 120.0
 READY = "ready"
 OUT_OF_MEMORY = 77  # exit code
 
@@ -151,9 +153,8 @@ class Killable:
 
     def _launch(self) -> None:
         ours, theirs = socket.socketpair()
-        # A message longer than the socket's buffer waits for its reader, or its writer: not for ever.
         for limit in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            ours.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", int(START_S), 0))
+            ours.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", int(TRANSFER_S), 0))
         with theirs:
             code = f"import sys; sys.path[:] = {sys.path!r}; from {self.inside} import serve; serve({theirs.fileno()})"
             self._process = subprocess.Popen(

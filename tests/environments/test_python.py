@@ -15,6 +15,7 @@ from rethinker.config import EnvironmentConfig
 from rethinker.environments import sandbox
 from rethinker.environments.python import PythonProcess
 from rethinker.environments.runner import Runner
+from rethinker.runtime import killable
 from rethinker.runtime.killable import LostError
 from tests.environments.helpers import QUERY, call, open_image, pixels, shown_size
 
@@ -312,8 +313,10 @@ class Made:
         return os.mkdir, (self.folder,)
 
 
-def test_the_tools_process_without_the_first_wall(tmp_path):
-    """Code that has all builtins, and reaches modules, opens nothing; a pickle in place of an answer is not read."""
+def test_the_tools_process_without_the_first_wall(tmp_path, monkeypatch):
+    """Code that has all builtins, and reaches modules, opens nothing; a pickle in place of an answer is not read, and
+    an answer that stops half-way is not waited for."""
+    monkeypatch.setattr(killable, "TRANSFER_S", 1.0)
 
     class Process(PythonProcess):
         inside = "tests.environments.without_first_wall"
@@ -326,9 +329,10 @@ def test_the_tools_process_without_the_first_wall(tmp_path):
         assert process.ask((f"{reach}['getpid']()", 1000), 30.0) == (str(process._process.pid), "")
         assert "Too many open files" in process.ask(("open('/etc/passwd')", 1000), 30.0)[0]
         assert "Resource temporarily unavailable" in process.ask((f"{reach}['fork']()", 1000), 30.0)[0]
-        forged = f"for fd in range(3, 20):\n try: {reach}['write'](fd, {message})\n except OSError: pass"
-        with pytest.raises(LostError, match="connection was closed"):
-            process.ask((forged, 1000), 30.0)
+        for written in (message, message[:5]):
+            forged = f"for fd in range(3, 20):\n try: {reach}['write'](fd, {written})\n except OSError: pass"
+            with pytest.raises(LostError, match="connection was closed"):
+                process.ask((f"{forged}\nwhile True: pass", 1000), 30.0)
         assert process.ask(("6 * 7", 1000), 30.0) == ("42", "")
     finally:
         process.close()
