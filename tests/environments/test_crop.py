@@ -127,8 +127,8 @@ def test_a_cut_too_narrow_for_any_model_is_refused():
     wide = Image.new("RGB", (6000, 40))
     of = Runner(EnvironmentConfig(use=["crop"]), lambda *_: wide, lambda w, h: (w, h))
     state = of.reset(QUERY).result()
-    assert of.step(state, call("crop", bbox_2d=[0, 0, 6000, 10])).result()[1].failures == ("box",)
-    assert of.step(state, call("crop", bbox_2d=[0, 0, 5600, 10])).result()[1].failures == ()
+    assert of.step(state, call("crop", bbox_2d=[0, 0, 3300, 10])).result()[1].failures == ("box",)
+    assert of.step(state, call("crop", bbox_2d=[0, 0, 3200, 10])).result()[1].failures == ()
 
 
 def test_thousandths():
