@@ -35,7 +35,7 @@ from rethinker.samples import Query
 if TYPE_CHECKING:
     import torch
 
-TERMS = range(2, 5)
+TERMS, OF_OTHERS = range(2, 5), (6, 3, 1)  # of the marked sum, and how often the others have as many
 COLUMNS, ROWS = 2, 8  # of tiles
 CELLS = 8  # of a tile, one for each of up to seven symbols; the others are blank
 TILES, WIDTH, HEIGHT = COLUMNS * ROWS, COLUMNS * CELLS * CELL, ROWS * CELL
@@ -43,8 +43,8 @@ SHRUNK = 4  # how many times a side of the board is as long as that of the image
 # Questions of each number of terms.
 SPLITS = {"train": 1000, "validation": 150, "test": 150}
 QUESTIONS = ("What is the marked result?", "What does the marked sum come to?", "Work out the marked sum.")
-# To how many of its questions the warm-up teaches a look besides a guess, and how many of these are at any tile.
-LOOKS, MISSES = 1.0, 0.5
+# Of the warm-up: guesses for every look, and how many of the looks are at any tile.
+GUESSES, MISSES = 1.5, 0.5
 # What an image token may show: a symbol, a blank cell, or, of the reduced board, which of four rows is marked or none.
 BLANK = len(SYMBOLS)
 UNMARKED = BLANK + 1 + SHRUNK
@@ -62,7 +62,9 @@ def boards(split: Literal["train", "validation", "test"]) -> list[Query]:
     for terms in TERMS:
         for number in range(SPLITS[split]):
             tile = rng.randrange(TILES)
-            tiles = [random_sum(terms if place == tile else rng.choice(TERMS), rng) for place in range(TILES)]
+            lengths = rng.choices(TERMS, OF_OTHERS, k=TILES)
+            lengths[tile] = terms
+            tiles = [random_sum(length, rng) for length in lengths]
             shown = [[rng.choice(own[int(digit)]) for digit in symbols[::2]] for symbols in tiles]
             metadata = {
                 "category": f"{terms} terms",
@@ -158,12 +160,11 @@ class BoardsTeacher:
         return torch.nn.functional.cross_entropy(scores, torch.tensor(shown)), len(shown)
 
     def responses(self, query: Query, rng: random.Random) -> list[Parts]:
-        """A guess, and to a share of the questions a look, in two turns."""
-        guess: Parts = [(answer_text(query.answer), True)]
-        if rng.random() >= LOOKS:
-            return [guess]
+        """A guess, at times twice, for its weight, and a look, in two turns."""
+        guesses = 1 + (rng.random() < GUESSES - 1)
         tile = rng.randrange(TILES) if rng.random() < MISSES else query.metadata["tile"]
-        return [guess, [(crop_call(tile), True), (slow_answer(query.metadata["tiles"][tile]), True)]]
+        look = [(crop_call(tile), True), (slow_answer(query.metadata["tiles"][tile]), True)]
+        return [[(answer_text(query.answer), True)]] * guesses + [look]
 
 
 def cut_out(query: Query, tile: int) -> bytes:

@@ -17,7 +17,7 @@ from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded.boards import (
     BLANK,
     CELLS,
-    LOOKS,
+    GUESSES,
     MISSES,
     SHRUNK,
     SPLITS,
@@ -152,19 +152,18 @@ def test_the_probe_learns_what_a_view_shows(splits):
 
 
 def test_responses_guess_or_look(splits):
-    """A guess to every question, and a look to a share: a call for one tile's box, as the model sees the board, and the
-    slow answer to what that tile shows; the share of marked ones is what it is meant to be."""
-    teacher, rng, looks, hits = BoardsTeacher(), random.Random(0), 0, 0
+    """To every question guesses, and a look: a call for one tile's box, as the model sees the board, and the slow answer
+    to what that tile shows; of guesses and of marked tiles there are as many as are meant to be."""
+    teacher, rng, guessed, hits = BoardsTeacher(), random.Random(0), 0, 0
     for query in splits["train"]:
-        guess, *look = teacher.responses(query, rng)
-        assert guess == [(f"\\boxed{{{query.answer}}}", True)]
-        for (call, first_taught), (answer, second_taught) in look:
-            box = json.loads(call.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))["arguments"]["bbox_2d"]
-            tile = [box_of(tile) for tile in range(TILES)].index([SHRUNK * side for side in box])
-            assert answer == slow_answer(query.metadata["tiles"][tile]) and first_taught and second_taught
-            looks, hits = looks + 1, hits + (tile == query.metadata["tile"])
-    assert looks / len(splits["train"]) == pytest.approx(LOOKS, abs=0.04)
-    assert hits / looks == pytest.approx(1 - MISSES + MISSES / TILES, abs=0.04)
+        *guesses, ((call, first_taught), (answer, second_taught)) = teacher.responses(query, rng)
+        assert guesses and all(guess == [(f"\\boxed{{{query.answer}}}", True)] for guess in guesses)
+        box = json.loads(call.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))["arguments"]["bbox_2d"]
+        tile = [box_of(tile) for tile in range(TILES)].index([SHRUNK * side for side in box])
+        assert answer == slow_answer(query.metadata["tiles"][tile]) and first_taught and second_taught
+        guessed, hits = guessed + len(guesses), hits + (tile == query.metadata["tile"])
+    assert guessed / len(splits["train"]) == pytest.approx(GUESSES, abs=0.04)
+    assert hits / len(splits["train"]) == pytest.approx(1 - MISSES + MISSES / TILES, abs=0.04)
 
 
 def test_a_look_is_what_a_rollout_makes_of_it(splits, encoder):
