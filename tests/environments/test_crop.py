@@ -163,7 +163,8 @@ def test_images_are_bounded_and_counted():
     assert of.step(later, box).result()[1].failures == ("images",)
     _, third = of.step(state, box).result()  # a state is not changed by the steps from it
     assert not third.failures and third.images == first.images
-    assert runner().step(state, call("crop", bbox_2d=[1, 1, 50, 50], image=3) + box).result()[1].failures == ("image",)
+    _, fourth = runner().step(state, box + call("crop", bbox_2d=[1, 1, 50, 50], image=3)).result()
+    assert fourth.failures == ("image",) and "there are 2" in fourth.text
 
 
 def test_a_question_without_images_has_nothing_to_crop():

@@ -30,6 +30,11 @@ import asyncio, ctypes, io, os, sys, time
 from PIL import Image
 from rethinker.environments import Observation
 
+def png(*size):
+    with io.BytesIO() as file:
+        Image.new("1", size).save(file, "PNG")
+        return file.getvalue()
+
 class Counter:
     """Counts turns; the word that a turn begins with says what else happens."""
 
@@ -186,6 +191,8 @@ FAILURES = [
     ("eval Observation('', ['/dev/zero'])", "image"),
     ("eval Observation('', [Image.new('RGB', (20_000, 20))])", "size"),
     ("eval Observation('', [Image.new('1', (20_000, 5_000))])", "size"),
+    ("eval Observation('', [png(20_000, 20)])", "size"),
+    ("eval Observation('', [png(20_000, 5_000)])", "size"),
     ("eval Observation('', [Image.new('RGB', (12_000, 6_000))])", "memory"),  # 216 MB
 ]
 
