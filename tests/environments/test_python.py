@@ -81,7 +81,7 @@ GOES_WRONG = [
     ("10 ** 10 ** 10", "timeout memory", ""),
     ("x = []\nwhile True: x.append('x' * 10**6)", "memory", "0.125 GiB"),
     ("while True: print('x' * 1000)", "timeout", ""),
-    ("x = iter([1])\nfor _ in range(10**6): x = map(abs, x)\nnext(x)", "crash", "SIGSEGV"),
+    ("x = iter([1])\nfor _ in range(2 * 10**5): x = map(abs, x)\nnext(x)", "crash", "SIGSEGV"),
     ("-" * 90_000 + "1", "error memory crash", ""),
     ("(" * 90_000, "error", "SyntaxError"),
     ("1" + " + 1" * 20_000, "error memory crash", ""),

@@ -335,7 +335,7 @@ def test_kinds_of_environments(file, config, name):
         (["FILE:Counter", "FILE:function"], "crop and python may stand together"),
         (["zoom"], "environment.use=zoom: give crop, python, verify, or path/to/file.py:function"),
         (["/nowhere.py:Name"], "environment.use=/nowhere.py:Name: there is no file /nowhere.py"),
-        (["FILE:Nothing"], "has no function 'Nothing'; it has Counter, Unpicklable, Async, function, Argument,"),
+        (["FILE:Nothing"], "has no function 'Nothing'; it has png, Counter, Unpicklable, Async, function,"),
         (["FILE:number"], "has no function 'number'"),
         (["FILE:short"], "environment.use=[FILE:short]: it must take (state, text); too many positional arguments"),
         (["FILE:Argument"], "environment.use=[FILE:Argument]: the class must take no arguments; missing a required"),
