@@ -68,9 +68,30 @@ def check_geometry(config: Config) -> None:
             "rollout.backend=recorded set it to 0 (recorded responses keep what rethinking made of them)"
         )
     reward_entries(config.reward)
+    _check_environment(config)
     _check_algorithm(config)
     _check_reference(config)
     _check_backend(config)
+
+
+def _check_environment(config: Config) -> None:
+    """What answers the policy goes with the other settings."""
+    environment, fraction = config.environment, config.rethink.fraction
+    if environment.use and fraction:
+        raise ConfigError(
+            f"rethink.fraction={fraction} forces second answers after a response's end, and environment.use="
+            f"{environment.use} makes responses of several turns; set the one to 0, or the other to [verify] with it"
+        )
+    if environment.reward_weight and not environment.use:
+        raise ConfigError(
+            f"environment.reward_weight={environment.reward_weight} weighs what an environment gives; name one in "
+            "environment.use, or set it to 0"
+        )
+    if environment.reward_weight and config.algorithm.advantages_per_reward:
+        raise ConfigError(
+            "algorithm.advantages_per_reward=true takes an advantage of each reward function, and "
+            f"environment.reward_weight={environment.reward_weight} is of none; set it to 0, or the other to false"
+        )
 
 
 def _check_algorithm(config: Config) -> None:

@@ -28,7 +28,8 @@ from rethinker.data.query_stream import QueryStream
 from rethinker.policy.engine import PolicyEngine
 from rethinker.rewards.checker import AnswerChecker
 from rethinker.rewards.functions import reward_weights
-from rethinker.rollout.engine import RolloutEngine
+from rethinker.rollout.dialogue import Dialogue
+from rethinker.rollout.engine import RolloutEngine, respond
 from rethinker.runtime import signals
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.ownership import share
@@ -83,8 +84,9 @@ class Episodes:
         rollout: RolloutEngine,
         checker: AnswerChecker,
         ranks: Ranks,
+        dialogue: Dialogue | None = None,
     ) -> None:
-        self.config, self.stream, self.encoder = config, stream, encoder
+        self.config, self.stream, self.encoder, self.dialogue = config, stream, encoder, dialogue
         self.rollout, self.checker, self.ranks = rollout, checker, ranks
         self.rethinker = None
         if config.rethink.fraction:
@@ -213,7 +215,8 @@ class Episodes:
         config, mine = self.config, work.queries[self.ranks.rank :: self.ranks.world_size]
         with phase("rollout", times):
             with suppress(StopRequested), signals.interruptible(work.abandoned):
-                work.groups = roll_out(mine, work.prompts, work.version, self.rollout, config, self._seed(work))
+                asked = mine, work.prompts, work.version, self.rollout, config, self._seed(work), self.dialogue
+                work.groups = roll_out(*asked)
             if any_stopped(work.groups is None):
                 return False
         with phase("reward", times):
@@ -244,19 +247,22 @@ class Episodes:
 
 
 def roll_out(
-    queries: list[Query], prompts: list[Prompt], version: int, rollout: RolloutEngine, config: Config, seed: int
+    queries: list[Query],
+    prompts: list[Prompt],
+    version: int,
+    rollout: RolloutEngine,
+    config: Config,
+    seed: int,
+    dialogue: Dialogue | None = None,
 ) -> list[Group]:
     """One group of `rollout.group_size` responses to every query, not rewarded yet."""
-    answers = rollout.generate(
-        prompts,
-        n=config.rollout.group_size,
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
-        seed=seed,
-    )
+    settings = config.rollout
+    sampling = {"n": settings.group_size, "max_new_tokens": settings.max_new_tokens}
+    sampling |= {"temperature": settings.temperature, "seed": seed}
+    answers = respond(rollout, dialogue, queries, prompts, **sampling)
     return [
-        Group(query, completions, version, len(prompt.token_ids), sampled_tokens=sum(c.tokens for c in completions))
-        for query, prompt, completions in zip(queries, prompts, answers, strict=True)
+        Group(query, responses, version, len(prompt.token_ids), sampled_tokens=sum(c.sampled_tokens for c in responses))
+        for query, prompt, responses in zip(queries, prompts, answers, strict=True)
     ]
 
 
@@ -275,17 +281,28 @@ def judge(groups: list[Group], checker: AnswerChecker, config: Config) -> None:
         group.scores = {name: [values[name][f"{g}/{i}"] for i in places] for name in weights}
         if config.rethink.fraction > 0 and config.rethink.preset == "released_code":
             group.scores[first] = list(map(released_reward, group.scores[first], group.completions))
-        group.rewards = [sum(weight * group.scores[name][i] for name, weight in weights.items()) for i in places]
+        given = [sum(part.reward for part in completion.observed) for completion in group.completions]
+        group.rewards = [
+            sum(weight * group.scores[name][i] for name, weight in weights.items())
+            + config.environment.reward_weight * given[i]
+            for i in places
+        ]
 
 
 def note_kinds(groups: list[Group], config: Config) -> None:
-    """Set what is known of each response beside its reward: `group.rethinks`, `fast`, `truncated` and `nlls`."""
+    """Set what is known of each response beside its reward: `group.rethinks`, `fast`, `truncated`, `nlls`, `turns`,
+    `calls` and `failures`."""
     for group in groups:
         forced = [c.rethought and config.rethink.triggers.get(c.rethought.name) for c in group.completions]
         group.rethinks = [rethinks(c.text, phrase or "") for c, phrase in zip(group.completions, forced, strict=True)]
         group.fast = [c.rethought is None and answers_at_once(c.text) for c in group.completions]
         group.nlls = [c.mean_nll for c in group.completions]
         group.truncated = [c.truncated for c in group.completions]
+        group.turns = [len(c.observed) + (not c.observed or c.observed[-1].end < c.tokens) for c in group.completions]
+        group.calls = [sum(part.calls for part in c.observed) for c in group.completions]
+        group.failures = dict(
+            Counter(reason for c in group.completions for part in c.observed for reason in part.failures)
+        )
 
 
 def score_again(

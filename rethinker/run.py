@@ -16,7 +16,7 @@ import numpy as np
 
 from rethinker.algorithm.objective import load_loss
 from rethinker.algorithm.replay import ReplayBuffer
-from rethinker.algorithm.selection import Batch, category_metrics, function_metrics
+from rethinker.algorithm.selection import Batch, category_metrics, environment_metrics, function_metrics
 from rethinker.checkpoint.checkpoint import Checkpoints
 from rethinker.checkpoint.resume import Progress, RunState, saved_state
 from rethinker.checkpoint.run_directory import RunDirectory
@@ -99,7 +99,8 @@ class Run:
         self.policy = PolicyEngine(config, model, self.encoder, ranks, self.total_steps, initial, budget_file)
         self.model = stack.enter_context(open_model(config, str(model), ranks, self.encoder))
         self.rollout, self.checker = self.model.rollout, self.model.checker
-        self.episodes = Episodes(config, stream, self.encoder, self.rollout, self.checker, ranks)
+        parts = stream, self.encoder, self.rollout, self.checker, ranks, self.model.dialogue
+        self.episodes = Episodes(config, *parts)
         stack.callback(self.episodes.close)
         self.replay = ReplayBuffer(config.replay, config.seed)
         self.progress = Progress()
@@ -211,6 +212,7 @@ class Run:
             "truncated_ratio": sum(cut for group in fresh for cut in group.truncated) / len(responses),
             "fast_ratio": sum(fast for group in fresh for fast in group.fast) / len(responses),
             "rethink_ratio": float(np.mean([cue for group in fresh for cue in group.rethinks])),
+            **environment_metrics(fresh, self.config),
             **{
                 f"rethink_{what}": sum(getattr(group.rethinking, what) for group in fresh) / len(responses)
                 for what in ("forced", "kept", "fixed", "broken")

@@ -66,6 +66,25 @@ class Rethought:
     masked_end: int
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What an environment answered to a turn: tokens [start, end) of the response, which nobody sampled.
+
+    `place` counts the characters of the response's text that stand before it. `text` is what the model reads, without
+    the chat template's own tokens, and `images` are what it sees there, as `Query.images`. `reward` is that of the turn
+    before it, `calls` are the tools called in that turn, and `failures` name, a word each, why calls of it failed.
+    """
+
+    start: int
+    end: int
+    place: int
+    text: str = ""
+    images: tuple[Any, ...] = ()
+    reward: float = 0.0
+    calls: int = 0
+    failures: tuple[str, ...] = ()
+
+
 @dataclass
 class Rethinking:
     """What forced rethinking did to a group: responses forced, kept, wrong before and right after, and the reverse."""
@@ -78,11 +97,12 @@ class Rethinking:
 
 @dataclass
 class Completion:
-    """One response: L sampled token ids, its end token included when it ended by itself.
+    """One response: L token ids, its end token included when it ended by itself.
 
     `logprobs[i]` is the behaviour policy's log-probability of `token_ids[i]` under the distribution that was
-    sampled (nats; NaN for a token that was forced). `finish_reason` is "stop" or "length". Any sequences of numbers
-    may be given; arrays are kept: 8 bytes a token.
+    sampled (nats; NaN for a token that was forced). `text` is what rewards judge: the policy's own words of all turns,
+    without what an environment answered. `finish_reason` is "stop" or "length". Any sequences of numbers may be given;
+    arrays are kept: 8 bytes a token.
     """
 
     token_ids: np.ndarray  # [L] int32
@@ -97,6 +117,8 @@ class Completion:
     experts: np.ndarray | None = None  # [P + L - 1, layers, k] uint8, or int16 for more than 256 experts
     """Which experts the rollout engine took for the prompt's P tokens and the response's but its last, with
     rollout.router_replay; layers without experts have any."""
+    observed: tuple[Observed, ...] = ()
+    """What an environment answered, in order; each but perhaps the last stands between two turns."""
 
     def __post_init__(self) -> None:
         import numpy as np
@@ -121,9 +143,42 @@ class Completion:
         return len(self.token_ids)
 
     @property
+    def sampled(self) -> np.ndarray:
+        """bool [L]: whether the policy sampled a token; nobody sampled a forced trigger or an observation."""
+        forced = [(self.rethought.trigger_start, self.rethought.trigger_end)] if self.rethought else []
+        return self._all_but(forced)
+
+    @property
+    def trainable(self) -> np.ndarray:
+        """bool [L]: whether a token carries a policy gradient.
+
+        A non-finite log-prob of such a token is a fault and stays in, to be noticed where the sample is computed.
+        """
+        masked = [(self.rethought.masked_start, self.rethought.masked_end)] if self.rethought else []
+        return self._all_but(masked)
+
+    def _all_but(self, spans: list[tuple[int, int]]) -> np.ndarray:
+        import numpy as np
+
+        mask = np.ones(self.tokens, bool)
+        for start, end in (*spans, *((part.start, part.end) for part in self.observed)):
+            mask[start:end] = False
+        return mask
+
+    @property
+    def sampled_tokens(self) -> int:
+        """How many tokens the policy sampled."""
+        return int(self.sampled.sum())
+
+    @property
     def trainable_tokens(self) -> int:
-        """Tokens that carry a policy gradient: all but masked ones."""
-        return self.tokens - (self.rethought.masked_end - self.rethought.masked_start if self.rethought else 0)
+        """Tokens that carry a policy gradient: all but masked ones and observations."""
+        return int(self.trainable.sum())
+
+    @property
+    def images(self) -> tuple[Any, ...]:
+        """References to the images that observations show, in order."""
+        return tuple(image for part in self.observed for image in part.images)
 
     @property
     def truncated(self) -> bool:
@@ -171,6 +226,9 @@ class Group:
     fast: list[bool] = field(default_factory=list)  # per completion: is it nothing but the answer
     nlls: list[float] = field(default_factory=list)  # per completion: `Completion.mean_nll` as it was sampled
     truncated: list[bool] = field(default_factory=list)  # per completion: did the longest length end it
+    turns: list[int] = field(default_factory=list)  # per completion: turns of the policy
+    calls: list[int] = field(default_factory=list)  # per completion: tools that it called
+    failures: dict[str, int] = field(default_factory=dict)  # why calls or environments failed, over all completions
     rethinking: Rethinking = field(default_factory=Rethinking)
     sampled_tokens: int = 0  # by the policy for this query, discarded second passes included
     number: int = 0
@@ -260,6 +318,7 @@ class PackedBatch:
     position_ids: torch.Tensor  # [3, 1, T] int64 under M-RoPE (temporal, height, width), else [1, 1, T]
     prompt_id: torch.Tensor  # [T] int64 on the host: which prompt a token belongs to
     response_id: torch.Tensor  # [T] int64 on the host: 0 in the prompt, 1.. in its responses
+    given: torch.Tensor  # [T] bool on the host: of a prompt or an observation, where placeholders are images
     source_index: torch.Tensor  # [R] int64: the row position whose hidden state predicts the token
     target_ids: torch.Tensor  # [R] int64: the response tokens
     old_logps: torch.Tensor  # [R] fp32: behaviour log-probs
@@ -279,10 +338,10 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device, without stopping the host. What layouts are made of stays on the host:
-        `prompt_id`, `response_id` and the extents of images."""
+        `prompt_id`, `response_id`, `given` and the extents of images."""
         from rethinker_kernels.devices import to_device
 
-        stay = ("prompt_id", "response_id", "image_inputs")
+        stay = ("prompt_id", "response_id", "given", "image_inputs")
         moved = {k: v if k in stay or v is None else to_device(v, device) for k, v in vars(self).items()}
         pixels = {k: to_device(v, device) for k, v in self.image_inputs.items() if v.is_floating_point()}
         return PackedBatch(**moved | {"image_inputs": self.image_inputs | pixels})

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rethinker.algorithm.objective import trainable_mask
 from rethinker.config import AlgorithmConfig
 from rethinker.samples import Completion
 
@@ -44,14 +43,6 @@ def bounds(config: AlgorithmConfig) -> tuple[float, float]:
     return default if config.correction_low is None else config.correction_low, high
 
 
-def sampled(completion: Completion) -> np.ndarray:
-    """bool [L]: whether the policy sampled a token; nobody sampled a forced trigger."""
-    mask = np.ones(completion.tokens, bool)
-    if completion.rethought is not None:
-        mask[completion.rethought.trigger_start : completion.rethought.trigger_end] = False
-    return mask
-
-
 def token_weights(completion: Completion, config: AlgorithmConfig) -> np.ndarray:
     """fp64 [L]: what multiplies each token's loss.
 
@@ -61,7 +52,7 @@ def token_weights(completion: Completion, config: AlgorithmConfig) -> np.ndarray
     if config.rollout_correction is not None:
         weights = corrected(*_log_ratio(completion, config.rollout_correction), config)
     else:
-        known = np.isfinite(completion.logprobs) | ~sampled(completion)
+        known = np.isfinite(completion.logprobs) | ~completion.sampled
         weights = np.where(known, 1.0, np.nan) if config.top_entropy is not None else np.ones(completion.tokens)
     if config.top_entropy is not None and completion.kept is not None:
         weights = weights * completion.kept
@@ -89,7 +80,7 @@ def _log_ratio(completion: Completion, kind: str) -> tuple[Tensor, Tensor]:
     assert completion.trainer_logprobs is not None, "PolicyEngine.score comes first"
     dtype = torch.float32 if kind.startswith("token") else torch.float64
     gap = torch.tensor(completion.trainer_logprobs, dtype=dtype) - torch.tensor(completion.logprobs, dtype=dtype)
-    return gap, torch.from_numpy(sampled(completion))
+    return gap, torch.from_numpy(completion.sampled)
 
 
 def _level(log_ratio: Tensor, is_sampled: Tensor, kind: str) -> Tensor:
@@ -128,7 +119,7 @@ def weigh(
     """
     top, rankable = config.top_entropy is not None, [np.zeros(0, np.float32)]
     if top:
-        rankable += [of[trainable_mask(one)] for one, of in zip(completions, entropies, strict=True)]
+        rankable += [of[one.trainable] for one, of in zip(completions, entropies, strict=True)]
     shares = ranks.gather((_counts(completions, config), np.concatenate(rankable)))
     metrics: dict[str, Any] = dict.fromkeys(METRICS)
     if config.rollout_correction is not None:

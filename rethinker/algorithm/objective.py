@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rethinker.algorithm import losses
 from rethinker.config import AlgorithmConfig, ConfigError, one_line
 from rethinker.runtime.user_code import user_function
-from rethinker.samples import Completion, PackedBatch, Sample
+from rethinker.samples import PackedBatch, Sample
 from rethinker_kernels.losses import SURROGATE_OPTIONS, NeedsSequences, Objective, Surrogate, kl_estimate
 
 
@@ -191,14 +190,3 @@ def supervised_weight(samples: list[Sample], weight: float) -> float:
     step, over all ranks."""
     tokens = sum(sample.completion.tokens for sample in samples if sample.completion.supervised)
     return weight / tokens if tokens else 0.0
-
-
-def trainable_mask(completion: Completion) -> np.ndarray:
-    """bool [L]: whether a token carries a policy gradient. Masked tokens (forced ones were not sampled) do not.
-
-    A non-finite log-prob elsewhere is a fault and stays in, to be noticed where the sample is computed.
-    """
-    mask = np.ones(completion.tokens, bool)
-    if completion.rethought is not None:
-        mask[completion.rethought.masked_start : completion.rethought.masked_end] = False
-    return mask

@@ -1,7 +1,6 @@
 """Forced Rethinking: a trigger after the first answer lets the model go on, y = y1 + trigger + y2.
 
-Everything is done on token ids: y1 loses its end token, the trigger's ids follow, and the model goes on from there.
-Nothing is decoded and encoded again, so positions, log-probs and masks line up to the token.
+y1 loses its end token, the trigger's ids follow, and the model goes on from there (`Trajectory`).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 from rethinker.config import RethinkConfig
 from rethinker.rewards.answers import boxed_span
 from rethinker.samples import Completion, Group, Prompt, Rethinking, Rethought
+from rethinker.trajectory import Trajectory
 
 Generate = Callable[..., list[list[Completion]]]
 """RolloutEngine.generate: (prompts, n, max_new_tokens, temperature, seed) to completions [prompt][n]."""
@@ -79,28 +79,23 @@ def continue_after_trigger(
     Prompts, first answers and triggers are one of each per second pass, and so is what is returned: None where y1 and
     the trigger leave no room for y2 within `max_new_tokens`, which is for all parts together.
     """
-    bodies = [answer_tokens(y1) for y1 in first]
-    rooms = [max_new_tokens - len(body) - len(t.token_ids) for body, t in zip(bodies, triggers, strict=True)]
-    fits = [i for i, room in enumerate(rooms) if room > 0]
-    longer = []
-    for i in fits:
-        prompt, forced = prompts[i], [*bodies[i].tolist(), *triggers[i].token_ids]
-        longer.append(replace(prompt, token_ids=prompt.token_ids + forced, compact_ids=prompt.compact_ids + forced))
-    passes = generate(longer, n=1, max_new_tokens=[rooms[i] for i in fits], temperature=temperature, seed=seed)
+    responses = []
+    for prompt, y1, trigger in zip(prompts, first, triggers, strict=True):
+        response = Trajectory(prompt, max_new_tokens)
+        response.say(y1, kept=len(answer_tokens(y1)))
+        response.hear(trigger.token_ids, trigger.token_ids)
+        responses.append(response)
+    fits = [i for i, response in enumerate(responses) if response.room > 0]
+    longer, rooms = [responses[i].prompt for i in fits], [responses[i].room for i in fits]
+    passes = generate(longer, n=1, max_new_tokens=rooms, temperature=temperature, seed=seed)
     results: list[Completion | None] = [None] * len(first)
     for i, (y2,) in zip(fits, passes, strict=True):
-        trigger, start = triggers[i], len(bodies[i])
-        end = start + len(trigger.token_ids)
-        token_ids = np.concatenate([bodies[i], trigger.token_ids, y2.token_ids])
-        before = len(prompts[i].token_ids) + start  # tokens of the prompt and y1
-        results[i] = Completion(
-            token_ids=token_ids,
-            logprobs=np.concatenate([first[i].logprobs[:start], np.full(end - start, np.nan), y2.logprobs]),
-            text=decode(token_ids.tolist()),
-            finish_reason=y2.finish_reason,
-            rethought=Rethought(start, end, trigger.name, start, end),
-            experts=None if y2.experts is None else np.concatenate([first[i].experts[:before], y2.experts[before:]]),
-        )
+        end = responses[i].tokens
+        start = end - len(triggers[i].token_ids)
+        responses[i].say(y2)
+        y = responses[i].completion("", rethought=Rethought(start, end, triggers[i].name, start, end))
+        y.text = decode(y.token_ids.tolist())
+        results[i] = y
     return results
 
 

@@ -116,6 +116,20 @@ def function_metrics(fresh: list[Group]) -> dict[str, dict[str, float]]:
     }
 
 
+def environment_metrics(fresh: list[Group], config: Config) -> dict[str, Any]:
+    """Turns and tool calls of a response, and failures of a response by their reasons; null without an environment."""
+    if not config.environment.use:
+        return {"turns_mean": None, "tool_calls_mean": None, "tool_use_ratio": None, "environment_failures": {}}
+    calls = [number for group in fresh for number in group.calls]
+    failures = sum((Counter(group.failures) for group in fresh), Counter())
+    return {
+        "turns_mean": float(np.mean([number for group in fresh for number in group.turns])),
+        "tool_calls_mean": float(np.mean(calls)),
+        "tool_use_ratio": float(np.mean([number > 0 for number in calls])),
+        "environment_failures": {reason: failures[reason] / len(calls) for reason in sorted(failures)},
+    }
+
+
 def _shares(names: list[str]) -> dict[str, float]:
     counts = Counter(names)
     return {name: counts[name] / len(names) for name in sorted(counts)}

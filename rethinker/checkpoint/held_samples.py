@@ -9,13 +9,15 @@ Legend: n responses, T tokens of all of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import starmap
 from typing import Any
 
 import numpy as np
 import torch
 
 from rethinker.runtime.distributed import Ranks
-from rethinker.samples import Completion, Group, Query, RemoteCompletion, Rethinking, Rethought, Sample
+from rethinker.samples import Completion, Group, Observed, Query, RemoteCompletion, Rethinking, Rethought, Sample
 
 Key = tuple[int, int]  # (group, index)
 
@@ -40,6 +42,14 @@ def held_responses(groups: Iterable[Group], samples: Iterable[Sample]) -> dict[s
         "texts": [c.text for c in completions],
         "finish_reasons": [c.finish_reason for c in completions],
         "rethought": [c.rethought for c in completions],
+        "observed": [[replace(part, images=()) for part in c.observed] for c in completions],
+        "observed_images": [
+            [
+                [torch.frombuffer(bytearray(image["bytes"]), dtype=torch.uint8) for image in part.images]
+                for part in c.observed
+            ]
+            for c in completions
+        ],
     }
 
 
@@ -86,6 +96,8 @@ def _completions(saved: dict[str, Any]) -> dict[Key, Completion]:
     of_ranked = [length for length, is_ranked in zip(lengths, ranked, strict=True) if is_ranked]
     kept = iter(saved["kept"].split(of_ranked)) if of_ranked else None
     experts = saved.get("experts", [None] * len(lengths))
+    observed = saved.get("observed", [[]] * len(lengths))
+    shown = saved.get("observed_images", observed)
     return {
         (group, index): Completion(
             # Copies: one response that is kept would keep them all. An older release wrote int64 and fp64.
@@ -97,6 +109,12 @@ def _completions(saved: dict[str, Any]) -> dict[Key, Completion]:
             np.array(next(scores), np.float32) if saved["scored"][i] else None,
             np.array(next(kept), bool) if ranked[i] else None,
             None if experts[i] is None else np.array(experts[i]),
+            tuple(starmap(_observed, zip(observed[i], shown[i], strict=True))),
         )
         for i, (group, index) in enumerate(saved["keys"].tolist())
     }
+
+
+def _observed(saved: dict[str, Any], images: list[torch.Tensor]) -> Observed:
+    shown = tuple({"bytes": image.numpy().tobytes()} for image in images)
+    return Observed(**saved | {"images": shown, "failures": tuple(saved["failures"])})

@@ -30,6 +30,8 @@ _TRIMS: dict[tuple[bool, bool], Callable[[str], str]] = {
     (True, False): str.rstrip,
     (False, False): str.strip,
 }
+_TURN = "\ue000turn\ue001"
+"""Stands for a turn of the policy."""
 _FIX = (
     "a chat template must write every text and image of a message once and leave texts as they are; use the "
     "chat_template.jinja of the model that it was made from"
@@ -65,18 +67,20 @@ class ChatTemplate:
         tokens = processor.tokenizer.added_tokens_decoder.values()
         special = sorted((token.content for token in tokens if token.special), key=len, reverse=True)
         self.special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
-        self._layouts: dict[str, _Layout] = {}
+        self._layouts: dict[tuple[str, bool], _Layout] = {}
         self._check_choices()
         self._layout("t")
 
-    def ids(self, kinds: str, texts: list[str]) -> list[int]:
+    def ids(self, kinds: str, texts: list[str], answer: bool = False) -> list[int]:
         """The prompt of a message, with one placeholder per image.
 
         Args:
             kinds: its layout.
             texts: its texts, and the system message ("" without one).
+            answer: the message answers a turn of the policy instead: what follows the turn's text, beginning with the
+                token that ends it, up to where the policy goes on.
         """
-        layout = self._layout(kinds)
+        layout = self._layout(kinds, answer)
         texts = [layout.trims.get(number, str)(text) for number, text in enumerate(texts)]
         ids: list[int] = []
         for piece in layout.pieces:
@@ -90,13 +94,13 @@ class ChatTemplate:
         """Whether it takes white space from texts of such a message."""
         return any(trim is not str for trim in self._layout(kinds).trims.values())
 
-    def _layout(self, kinds: str) -> _Layout:
+    def _layout(self, kinds: str, answer: bool = False) -> _Layout:
         """The chat template around such a message."""
-        if kinds not in self._layouts:
-            rendered = self._render(kinds)
+        if (kinds, answer) not in self._layouts:
+            rendered = self._render(kinds, answer=answer)
             numbers = Counter(int(number) for number in _SLOT.findall(rendered))
             texts = kinds.count("t")
-            if self.config.system is not None and numbers.pop(texts, 0) != 1:
+            if self.config.system is not None and not answer and numbers.pop(texts, 0) != 1:
                 raise ConfigError(
                     f"data.system={self.config.system!r}: the model's chat template does not write a system message "
                     "once; set data.system to null, and put the text into data.prompt"
@@ -105,15 +109,17 @@ class ChatTemplate:
                 if times != 1:
                     what = f"writes a text of a message {times} times" if times else "leaves out or changes a text"
                     raise self._unfit(what)
+            if answer and not self.special.match(rendered):
+                raise self._unfit("writes no special token behind a turn of the assistant")
             to_id, pieces = self.processor.tokenizer.convert_tokens_to_ids, []
             for n, text in enumerate(self.special.split(rendered)):  # every second one is a special token
                 pieces += [to_id(text)] if n % 2 else [text] if _SLOT.search(text) else self._text_ids(text)
             if (shown := pieces.count(self.processor.image_token_id)) != kinds.count("i"):
                 raise self._unfit(f"writes {shown} image placeholders for {kinds.count('i')} images")
-            self._layouts[kinds] = _Layout(pieces, self._trims(kinds, rendered))
-        return self._layouts[kinds]
+            self._layouts[kinds, answer] = _Layout(pieces, self._trims(kinds, rendered, answer))
+        return self._layouts[kinds, answer]
 
-    def _trims(self, kinds: str, rendered: str) -> dict[int, Callable[[str], str]]:
+    def _trims(self, kinds: str, rendered: str, answer: bool) -> dict[int, Callable[[str], str]]:
         """How the template, once `rendered`, trims texts: seen in what it leaves of white space around them."""
         parts, kept = _SLOT.split(rendered), set()  # every second one is a slot's number
         for space in (" ", "\n", "\u2003"):
@@ -121,19 +127,27 @@ class ChatTemplate:
                 f"({space})?{re.escape(_slot(part))}({space})?" if n % 2 else re.escape(part)
                 for n, part in enumerate(parts)
             )
-            found = re.fullmatch(pattern, self._render(kinds, space))
+            found = re.fullmatch(pattern, self._render(kinds, space, answer))
             kept.add(found and tuple(group is not None for group in found.groups()))
         if len(kept) > 1 or None in kept:
             raise self._unfit("takes some white space from texts and leaves other")
         (sides,) = kept
         return {int(number): _TRIMS[sides[2 * n : 2 * n + 2]] for n, number in enumerate(parts[1::2])}
 
-    def _render(self, kinds: str, space: str = "") -> str:
-        """The chat template around slots, with white space around each."""
+    def _render(self, kinds: str, space: str = "", answer: bool = False) -> str:
+        """The chat template around slots, with white space around each; of an answer what follows the policy's turn."""
         slots = [f"{space}{_slot(number)}{space}" for number in range(kinds.count("t") + 1)]
         messages = self.messages(kinds, slots)
         try:
-            return self.apply(messages)
+            if not answer:
+                return self.apply(messages)
+            # A turn of a word: the template must leave it alone, and end it.
+            turns = [("user", "question"), ("assistant", _TURN)]
+            before = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+            _, turn, rest = self.apply([*messages[:-1], *before, messages[-1]]).rpartition(_TURN)
+            if turn:
+                return rest
+            raise ValueError("it leaves out the assistant's turns")
         except Exception as error:  # of a template's code, anything
             fault = self._unfit(f"cannot be rendered ({one_line(error)})")
             if self.config.system is not None:

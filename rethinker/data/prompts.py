@@ -98,6 +98,43 @@ class PromptEncoder:
         self._compare(query, prompt)
         return prompt
 
+    def observation(self, text: str, images: Sequence[Any], query_id: str) -> Prompt:
+        """What the policy reads between two of its turns: a message, with `<image>` where its images stand.
+
+        Its ids begin with the token that ends the policy's turn and end where the next one begins.
+
+        Args:
+            images: references, as of a query; as many as marks.
+
+        Raises:
+            ConfigError: an image that cannot be read or shown, or a chat template without such messages.
+        """
+        texts = text.split(IMAGE_MARK)
+        kinds = "i".join("t" if part else "" for part in texts)
+        compact = self._template.ids(kinds, [*filter(None, texts), ""], answer=True)
+        expanded = self._expand(compact, images, query_id)
+        return Prompt(query_id, expanded, compact, [self._image(i, query_id) for i in images])
+
+    def continuation(self, text: str) -> list[int]:
+        """The ids of text that is put into the policy's mouth; what spells a special token is ordinary text."""
+        return self._text_ids(text)
+
+    def shortened(self, text: str, longest: int) -> str:
+        """A text of at most about so many tokens: a longer one loses the middle of its parts between images."""
+        parts = text.split(IMAGE_MARK)
+        return IMAGE_MARK.join(self._cut(part, max(2, longest // len(parts))) for part in parts)
+
+    def _cut(self, text: str, longest: int) -> str:
+        ids = self._text_ids(text)
+        if len(ids) <= longest:
+            return text
+        head, tail = self.decode(ids[: longest // 2]), self.decode(ids[longest // 2 - longest :])
+        return f"{head} [... {len(ids) - longest} tokens left out ...] {tail}"
+
+    def shown_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) in which the model sees an image of that size."""
+        return self.family.shown(self.processor.image_processor, height, width)[::-1]
+
     def pixels(self, query: Query) -> dict[str, torch.Tensor]:
         """For the vision tower: the family's image_inputs of all images of the query, fp32; empty without images."""
         return self._pixels(query) if query.images else {}
@@ -107,10 +144,11 @@ class PromptEncoder:
         arguments = self.family.image_arguments(self.processor)
         return self.family.image_inputs(self.processor.image_processor(images=images, return_tensors="pt", **arguments))
 
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of a response, spaces as they are, without special tokens."""
+    def decode(self, token_ids: Iterable[int], special: bool = False) -> str:
+        """The text of a response, spaces as they are, with or without special tokens."""
         with self._one_at_a_time:
-            return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            ids = list(token_ids)
+            return self.tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
     def png_images(self, query: Query) -> list[bytes]:
         """The query's images as the model sees them, as PNG files in bytes; any thread may ask.
@@ -236,11 +274,15 @@ class PromptEncoder:
         """(compact, expanded) ids, as `_token_ids` returns them; not to be changed by the caller."""
         kinds, texts = self._parts(query)
         compact = self._template.ids(kinds, texts)
-        shown = iter([self._image_ids(image, query.id) for image in query.images])
+        return compact, self._expand(compact, query.images, query.id)
+
+    def _expand(self, compact: list[int], images: Sequence[Any], query_id: str) -> list[int]:
+        """The ids with each image's own in place of its placeholder."""
+        shown = iter([self._image_ids(image, query_id) for image in images])
         expanded: list[int] = []
         for i in compact:
             expanded += next(shown) if i == self._image_id else (i,)
-        return compact, self.family.joined(self.processor, expanded) if query.images else expanded
+        return self.family.joined(self.processor, expanded) if images else expanded
 
     def _parts(self, query: Query) -> tuple[str, list[str]]:
         """How texts ("t") and images ("i") alternate in the query's message, and the texts, the system's last."""
@@ -271,10 +313,13 @@ class PromptEncoder:
         except ValueError as error:
             raise BadRowError("image shape", f"query {query_id}: {error}") from error
 
+    def open_image(self, reference: Any, query_id: str) -> Image.Image:
+        """An image in full, as its file has it."""
+        return open_image(reference, query_id, self.config.max_image_pixels)
+
     def _open_image(self, reference: Any, query_id: str) -> Image.Image:
         """Above `max_pixels` in the processor's size if possible, so that no photo fills the memory."""
-        image = open_image(reference, query_id, self.config.max_image_pixels)
-        return self.family.reduced(self.processor.image_processor, image)
+        return self.family.reduced(self.processor.image_processor, self.open_image(reference, query_id))
 
 
 def _shown(query: Query) -> tuple[Hashable, ...]:

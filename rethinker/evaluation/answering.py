@@ -20,7 +20,8 @@ from rethinker.data.prompts import PromptEncoder
 from rethinker.families import family_of
 from rethinker.rewards.checker import AnswerChecker
 from rethinker.rewards.entries import first_alone
-from rethinker.rollout.engine import RolloutEngine, make_engine
+from rethinker.rollout.dialogue import Dialogue
+from rethinker.rollout.engine import RolloutEngine, make_engine, respond
 from rethinker.runtime import distributed
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Accuracy, Group, Query
@@ -33,6 +34,8 @@ class AnsweringModel:
     rollout: RolloutEngine
     encoder: PromptEncoder
     checker: AnswerChecker
+    dialogue: Dialogue | None = None
+    """What answers within a response; None: a response is one turn."""
 
     def answer(
         self,
@@ -50,7 +53,7 @@ class AnsweringModel:
         """
         prompts = [self.encoder.encode(query) for query in queries]
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        answers = self.rollout.generate(prompts, n=n, **sampling)
+        answers = respond(self.rollout, self.dialogue, queries, prompts, n=n, **sampling)
         groups = [Group(query, completions, 0) for query, completions in zip(queries, answers, strict=True)]
         judge(groups, self.checker, accepted)
         return groups
@@ -104,12 +107,15 @@ def validate(
 def open_model(config: Config, folder: str, ranks: Ranks, encoder: PromptEncoder) -> Iterator[AnsweringModel]:
     """The engine and the checker of a model (a folder, or a name on the hub) on a rank; see `fit_model`."""
     with ExitStack() as stack:
+        dialogue = Dialogue(config, encoder) if config.environment.use else None
+        if dialogue:
+            stack.callback(dialogue.close)
         checker = stack.enter_context(AnswerChecker(config.reward, config.rollout.max_new_tokens, encoder.png_images))
         rollout = make_engine(config, folder, **vars(ranks))
         stack.callback(rollout.close)
         checker.start()  # after an engine that measures what memory is free: a reward may take some
         checker.try_out()
-        yield AnsweringModel(rollout, encoder, checker)
+        yield AnsweringModel(rollout, encoder, checker, dialogue)
 
 
 @contextmanager

@@ -87,6 +87,11 @@ class Family(ABC):
         """A large image in the size that the processor would give it, where that changes no pixel of the result."""
         return image
 
+    def shown(self, image_processor: Any, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in which the model sees an image of that size, in whose pixels it counts; by default its
+        own."""
+        return height, width
+
     def served(self, name: str) -> str:
         """A parameter's name in checkpoints; see SERVED."""
         for ours, theirs in self.SERVED:

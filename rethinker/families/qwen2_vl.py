@@ -55,6 +55,10 @@ class Qwen2VL(Family):
         factor = image_processor.patch_size * image_processor.merge_size
         return image_processor.resize(pixels, image_processor.size, image_processor.resample, factor)
 
+    def shown(self, image_processor: Any, height: int, width: int) -> tuple[int, int]:
+        pixels = torch.empty((1, 3, height, width), dtype=torch.uint8, device="meta")
+        return tuple(self.resized(image_processor, pixels).shape[-2:])
+
     def copies(self, image_processor: Any) -> int:
         """Of an image, which the processor's limits on pixels count."""
         return 1

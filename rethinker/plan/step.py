@@ -123,6 +123,7 @@ def count_step(shape: Shape, batch: MicroBatch, *, chunk: int, bucket: int) -> d
             position_ids=ids(3 if policy.family.MROPE else 1, 1, batch.tokens),
             prompt_id=prompt_id,
             response_id=response_id,
+            given=response_id == 0,
             source_index=ids(batch.rows),
             target_ids=ids(batch.rows),
             experts=None,

@@ -352,10 +352,8 @@ class PolicyEngine:
 
 
 def _sampled(completion: Completion) -> np.ndarray:
-    """Behaviour's and trainer's log-probs [2, tokens] without a forced trigger, which nobody sampled."""
-    both = np.stack([completion.logprobs, completion.trainer_logprobs])
-    forced = completion.rethought
-    return both if forced is None else np.delete(both, slice(forced.trigger_start, forced.trigger_end), axis=1)
+    """Behaviour's and trainer's log-probs [2, tokens] of what the policy sampled."""
+    return np.stack([completion.logprobs, completion.trainer_logprobs])[:, completion.sampled]
 
 
 def learning_rate(step: int, total_steps: int, config: Config, budget_spent: float = 0.0) -> float:

@@ -196,9 +196,9 @@ class Policy(nn.Module):
         return embeds.index_copy(0, spots, features.to(embeds.dtype)), spots, deep
 
     def _is_image(self, batch: PackedBatch) -> torch.Tensor:
-        """[T] bool. Placeholders inside responses were sampled by the policy and are no images."""
+        """[T] bool. Placeholders that the policy sampled are no images."""
         ids = batch.input_ids[0]
-        return (ids == self.image_token_id) & to_device(batch.response_id == 0, ids.device)
+        return (ids == self.image_token_id) & to_device(batch.given, ids.device)
 
     def _see(self, image_inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Image features [N, D], and those for the decoder layers."""

@@ -2,18 +2,19 @@
 
 One row reads `[prompt][r1][r2]..[rG] [next prompt]..`. Every response starts at the same position (the prompt's largest
 plus 1); its first token is predicted by the prompt's last token, and its last token is a label only, never an input.
+Images that an environment showed stand in the response where the policy saw them.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from rethinker.algorithm.corrections import token_weights
-from rethinker.algorithm.objective import trainable_mask
 from rethinker.config import AlgorithmConfig
 from rethinker.samples import Bundle, Completion, PackedBatch, Prompt, Query, Sample
 
@@ -87,8 +88,9 @@ def pack(
         algorithm: the settings by which tokens are weighted (corrections.py); by default each has its sample's weight.
         nll_weight: factor of the supervised term on tokens of rethought responses.
     """
-    # Of every prompt and response: its tokens, their positions, the prompt's number, the response's (0: the prompt).
-    inputs: list[tuple[np.ndarray, torch.Tensor, int, int]] = []
+    # Of every prompt and response: its tokens, their positions, which of them were given (not sampled), the prompt's
+    # number, the response's (0: the prompt).
+    inputs: list[tuple[np.ndarray, torch.Tensor, np.ndarray, int, int]] = []
     # Of every response with a token: source, targets, old log-probs, weights, loss mask, nll weights, [L] each.
     labels: list[tuple[np.ndarray, ...]] = []
     experts: list[np.ndarray] = []  # of every prompt and response, with rollout.router_replay
@@ -103,7 +105,7 @@ def pack(
             )
         places = positions(prompt, images)
         start = int(places.max()) + 1
-        inputs.append((np.asarray(prompt.token_ids), places, number, 0))
+        inputs.append((np.asarray(prompt.token_ids), places, np.ones(len(prompt.token_ids), bool), number, 0))
         image_parts.append(images)
         row += len(prompt.token_ids)
         last = row - 1
@@ -115,15 +117,21 @@ def pack(
             completion, L = sample.completion, sample.completion.tokens
             if L == 0:
                 continue
-            places = torch.arange(start, start + L - 1).expand(len(places), -1)
-            inputs.append((completion.token_ids[:-1], places, number, r))
+            if completion.images:
+                shown = pixels(replace(bundle.query, images=completion.images))
+                image_parts.append(shown)
+                whole = replace(prompt, token_ids=prompt.token_ids + completion.token_ids[:-1].tolist())
+                places = positions(whole, joined([images, shown]))[:, len(prompt.token_ids) :]
+            else:
+                places = torch.arange(start, start + L - 1).expand(len(places), -1)
+            inputs.append((completion.token_ids[:-1], places, ~completion.sampled[:-1], number, r))
             if completion.experts is not None:
                 experts.append(completion.experts[len(prompt.token_ids) :])
             source = np.arange(row - 1, row + L - 1)
             source[0] = last
             row += L - 1
             old, factor = _behaviour(completion, algorithm or AlgorithmConfig())
-            mask = trainable_mask(completion) & (sample.weight != 0)
+            mask = completion.trainable & (sample.weight != 0)
             nll = np.full(L, nll_weight if completion.supervised else 0.0)
             labels.append((source, completion.token_ids, old, sample.weight * factor, mask, nll))
     samples = [sample for bundle in bundles for sample in bundle.samples]
@@ -131,10 +139,10 @@ def pack(
     if not labels:  # nothing to train on: a row that only keeps the ranks' collectives in step
         token, zero = np.array([PADDING]), np.zeros(1)
         places = positions(Prompt("", [PADDING] * 2, [PADDING] * 2, []), {})
-        inputs = [(token, places[:, :1], 0, 0), (token, places[:, 1:], 0, 1)]
+        inputs = [(token, places[:, :1], np.ones(1, bool), 0, 0), (token, places[:, 1:], np.zeros(1, bool), 0, 1)]
         labels = [(np.array([0]), token, zero, zero, np.zeros(1, bool), zero)]
         samples, lengths, image_parts, experts = [], [1], [], []
-    ids, places, prompt_id, response_id = zip(*inputs, strict=True)
+    ids, places, given, prompt_id, response_id = zip(*inputs, strict=True)
     source, targets, old, weights, mask, nll = zip(*labels, strict=True)
     counts = torch.tensor([len(part) for part in ids])
     return PackedBatch(
@@ -142,6 +150,7 @@ def pack(
         position_ids=torch.cat(places, dim=1)[:, None],
         prompt_id=torch.tensor(prompt_id).repeat_interleave(counts),
         response_id=torch.tensor(response_id).repeat_interleave(counts),
+        given=_joined(given, np.bool_),
         source_index=_joined(source, np.int64),
         target_ids=_joined(targets, np.int64),
         old_logps=_joined(old, np.float32),

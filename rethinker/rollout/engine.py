@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pkgutil import resolve_name
 from typing import Any, Protocol
 
@@ -11,9 +11,12 @@ import torch
 
 from rethinker.config import Config
 from rethinker.rollout.deadline import Deadline
+from rethinker.rollout.dialogue import Conversation, Dialogue
 from rethinker.runtime.distributed import Ranks
-from rethinker.samples import Completion, Prompt
+from rethinker.samples import Completion, Prompt, Query
 
+SEED_OF_A_TURN = 7919
+"""Seeds of two turns are so far apart."""
 Checksum = tuple[str, int]
 """SHA-256 of a tensor's bytes as one type, and its length along the first dimension."""
 
@@ -55,6 +58,32 @@ class RolloutEngine(Protocol):
             ConfigError: a prompt does not fit, or its image tokens differ from the engine's.
         """
 
+    def converse(self, conversations: list[Conversation], *, temperature: float, seed: int) -> list[Completion]:
+        """Sample responses of several turns, each until it does not go on.
+
+        Here all conversations say their turns together; a backend that can lets each go on by itself.
+
+        Args:
+            conversations: this rank's, not begun yet.
+            temperature, seed: as in `generate`. Every turn draws other samples.
+
+        Returns:
+            The response of each conversation.
+        """
+        waiting, turn = conversations, 0
+        while self._any(bool(waiting := [one for one in waiting if one.goes_on()])):
+            prompts, rooms = [one.prompt for one in waiting], [one.room for one in waiting]
+            drawn = seed + turn * SEED_OF_A_TURN
+            said = self.generate(prompts, n=1, max_new_tokens=rooms, temperature=temperature, seed=drawn)
+            for one, (completion,) in zip(waiting, said, strict=True):
+                one.say(completion)
+            turn += 1
+        return [one.completion() for one in conversations]
+
+    def _any(self, here: bool) -> bool:
+        """Whether a rank that must call `generate` whenever this one does still has prompts."""
+        return here
+
     def sync(self, weights: WeightStream, version: int) -> None:
         """Take over the policy's weights (collective). After it, `generate` samples from policy `version`.
 
@@ -75,6 +104,27 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release the engine."""
+
+
+def respond(
+    engine: RolloutEngine,
+    dialogue: Dialogue | None,
+    queries: Sequence[Query],
+    prompts: list[Prompt],
+    *,
+    n: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[list[Completion]]:
+    """Sample n responses to every query, [query][response]: of one turn, or of several where there is a dialogue; the
+    other arguments are those of `RolloutEngine.generate`."""
+    if dialogue is None:
+        return engine.generate(prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    asked = zip(queries, prompts, strict=True)
+    begun = [Conversation(dialogue, query, prompt, max_new_tokens) for query, prompt in asked for _ in range(n)]
+    responses = engine.converse(begun, temperature=temperature, seed=seed)
+    return [responses[i : i + n] for i in range(0, len(responses), n)]
 
 
 def checksum(tensor: torch.Tensor, dtype: torch.dtype) -> Checksum:

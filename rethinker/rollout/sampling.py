@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,12 @@ def stop_token_ids(tokenizer: Any, model_config: Any, generation_config: Any | N
 def limits(max_new_tokens: int | list[int], prompts: int) -> list[int]:
     """The longest completion of each prompt."""
     return max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * prompts
+
+
+def request_seed(seed: int, *numbers: int) -> int:
+    """A request's own seed, 0 <= seed < 2**62, from the rollout's and what tells the request apart; vLLM adds a
+    sample's number to it."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, (seed, *numbers))).encode()).digest()[:8], "big") >> 2
 
 
 @contextmanager

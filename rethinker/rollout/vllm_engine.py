@@ -10,21 +10,26 @@ import gc
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager, suppress
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from rethinker.config import Config, ConfigError, one_line
 from rethinker.rollout.deadline import Deadline
+from rethinker.rollout.dialogue import Conversation
 from rethinker.rollout.engine import Checksum, RolloutEngine, WeightStream, copies
-from rethinker.rollout.sampling import preserved_random_state, seeded
+from rethinker.rollout.sampling import preserved_random_state, request_seed, seeded
 from rethinker.rollout.vllm_settings import Request, VLLMRequests, engine_arguments
 from rethinker.runtime.distributed import Ranks
 from rethinker.runtime.garbage import frozen
 from rethinker.samples import Completion, Prompt
+
+T = TypeVar("T")
+LOOK_S = 0.05  # how often a wait for environments looks at the deadline
 
 
 class VLLMEngine(RolloutEngine):
@@ -45,7 +50,7 @@ class VLLMEngine(RolloutEngine):
         self._gpu = torch.cuda.is_available()
         self._asleep = False
         self._asked = 0
-        self._replica = ranks.rank // config.rollout.tensor_parallel_size
+        self._replica, self._place = divmod(ranks.rank, config.rollout.tensor_parallel_size)  # engine, rank in it
         self._requests = VLLMRequests(config, model_dir)
         with preserved_random_state():
             self._llm = self._build(model_dir, ranks.world_size)
@@ -105,6 +110,41 @@ class VLLMEngine(RolloutEngine):
         with seeded(seed, self._replica):
             return self._run(requests, own)
 
+    def converse(self, conversations: list[Conversation], *, temperature: float, seed: int) -> list[Completion]:
+        """Sample responses of several turns; see RolloutEngine. Each goes on by itself: the engine computes others
+        while an environment thinks. The ranks of a tensor-parallel engine, which must ask the same, go together."""
+        if self.config.rollout.tensor_parallel_size > 1:
+            return super().converse(conversations, temperature=temperature, seed=seed)
+        running: dict[str, int] = {}  # by request
+        waiting = dict.fromkeys(range(len(conversations)))  # for their environments, in a fixed order
+        what = f"the rollout of {len(conversations)} conversations"
+        with preserved_random_state(), Deadline(what, self.config.rollout.timeout_s) as deadline:
+            try:
+                while running or waiting:
+                    for place in [place for place in waiting if conversations[place].waits.done()]:
+                        del waiting[place]
+                        one = conversations[place]
+                        if one.goes_on():
+                            ((prompt, settings),) = self._requests.sampling([one.prompt], 1, one.room, temperature)
+                            drawn = request_seed(seed, self._replica, place, one.turns)
+                            running[self._add(prompt, settings | {"seed": drawn})] = place
+                        deadline.check(f"{len(running)} turns under way, {len(waiting)} waited for")
+                    if not running:
+                        wait([conversations[place].waits for place in waiting], LOOK_S, FIRST_COMPLETED)
+                    for output in self._step(what) if running else ():
+                        place = running.pop(output.request_id)
+                        conversations[place].say(*self._read(output))
+                        waiting[place] = None
+                    deadline.check(f"{len(running)} turns under way, {len(waiting)} waited for")
+            except BaseException:
+                self._abort(running)
+                raise
+        return [one.completion() for one in conversations]
+
+    def _any(self, here: bool) -> bool:
+        """See RolloutEngine: of the ranks of this engine."""
+        return any(self._gather(here))
+
     def sync(self, weights: WeightStream, version: int) -> None:
         """Take over the policy's weights; see RolloutEngine. Wakes the weights' memory, not the key-value cache's."""
         from rethinker.rollout import vllm_weights
@@ -146,6 +186,26 @@ class VLLMEngine(RolloutEngine):
 
     def _run(self, requests: list[Request], own: slice) -> list[list[Completion]]:
         """The completions of requests[own], after all have run. An output, which is large, is read and dropped."""
+        finished: dict[str, list[Completion]] = {}
+        ids: list[str] = []
+        places, what = range(len(requests))[own], f"the rollout of {len(requests)} requests"
+        with Deadline(what, self.config.rollout.timeout_s) as deadline:
+            try:
+                for prompt, settings in requests:
+                    ids.append(self._add(prompt, settings))
+                    deadline.check(f"{ids[-1]} is prepared")
+                kept = {ids[place] for place in places}
+                while self._engine.has_unfinished_requests():
+                    for output in self._step(f"{what}, after {len(finished)} of them"):
+                        finished[output.request_id] = self._read(output) if output.request_id in kept else []
+                    deadline.check(f"{len(finished)} requests ended")
+            except BaseException:
+                self._abort([request_id for request_id in ids if request_id not in finished])
+                raise
+        return [finished[ids[place]] for place in places]
+
+    def _add(self, prompt: Prompt, settings: dict[str, Any]) -> str:
+        """Give vLLM a request; its id."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -153,46 +213,43 @@ class VLLMEngine(RolloutEngine):
             torch.cuda.empty_cache()
             self._engine.wake_up()
             self._asleep = False
-        finished: dict[str, list[Completion]] = {}
-        ids = [f"rollout-{self._asked + i}" for i in range(len(requests))]
-        self._asked += len(requests)
-        kept, what = set(ids[own]), f"the rollout of {len(requests)} requests"
-        with Deadline(what, self.config.rollout.timeout_s) as deadline:
-            try:
-                for request_id, (prompt, settings) in zip(ids, requests, strict=True):
-                    inputs = {"prompt_token_ids": prompt.compact_ids}
-                    if prompt.images:
-                        inputs["multi_modal_data"] = {"image": prompt.images}
-                    (rendered,) = self._llm.renderer.render_cmpl([inputs])
-                    self._requests.check_prompt(prompt, rendered["prompt_token_ids"])
-                    # flat_logprobs: a few lists per response, not a few objects per token.
-                    params = SamplingParams(**settings, output_kind=RequestOutputKind.FINAL_ONLY, flat_logprobs=True)
-                    self._engine.add_request(request_id, rendered, params)
-                    deadline.check(f"{request_id} is prepared")
-                while self._engine.has_unfinished_requests():
-                    with _named(f"{what}, after {len(finished)} of them"):
-                        outputs = self._engine.step()
-                    for output in outputs:
-                        if output.finished:
-                            finished[output.request_id] = self._read(output) if output.request_id in kept else []
-                    deadline.check(f"{len(finished)} requests ended")
-            except BaseException:
-                with suppress(Exception):  # an engine that is dead cannot do that either; the cause is what matters
-                    self._engine.abort_request([request_id for request_id in ids if request_id not in finished])
-                raise
-        return [finished[request_id] for request_id in ids[own]]
+        inputs: dict[str, Any] = {"prompt_token_ids": prompt.compact_ids}
+        if prompt.images:
+            inputs["multi_modal_data"] = {"image": prompt.images}
+        (rendered,) = self._llm.renderer.render_cmpl([inputs])
+        self._requests.check_prompt(prompt, rendered["prompt_token_ids"])
+        # flat_logprobs: a few lists per response, not a few objects per token.
+        params = SamplingParams(**settings, output_kind=RequestOutputKind.FINAL_ONLY, flat_logprobs=True)
+        request_id = f"rollout-{self._asked}"
+        self._asked += 1
+        self._engine.add_request(request_id, rendered, params)
+        return request_id
+
+    def _step(self, what: str) -> list[Any]:
+        """The requests that have ended after another step of vLLM."""
+        with _named(what):
+            return [output for output in self._engine.step() if output.finished]
+
+    def _abort(self, request_ids: Iterable[str]) -> None:
+        with suppress(Exception):  # an engine that is dead cannot do that either; the cause is what matters
+            self._engine.abort_request(list(request_ids))
 
     def _share(self, requests: list[Request]) -> tuple[list[Request], slice]:
         """All requests of the ranks of this tensor-parallel engine, in rank order, and where this rank's are."""
+        gathered = self._gather(requests)
+        start = sum(len(part) for part in gathered[: self._place])
+        return list(chain.from_iterable(gathered)), slice(start, start + len(requests))
+
+    def _gather(self, mine: T) -> list[T]:
+        """What each rank of this tensor-parallel engine gives, in rank order."""
         if self.config.rollout.tensor_parallel_size == 1:
-            return requests, slice(None)
+            return [mine]
         from vllm.distributed.parallel_state import get_tp_group
 
         group = get_tp_group()
         gathered: list[Any] = [None] * group.world_size
-        torch.distributed.all_gather_object(gathered, requests, group=group.cpu_group)
-        start = sum(len(part) for part in gathered[: group.rank_in_group])
-        return list(chain.from_iterable(gathered)), slice(start, start + len(requests))
+        torch.distributed.all_gather_object(gathered, mine, group=group.cpu_group)
+        return gathered
 
     def _read(self, output: Any) -> list[Completion]:
         completions = []

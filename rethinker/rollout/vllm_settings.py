@@ -22,7 +22,9 @@ _SHAPES = """
 SERVED = "RETHINKER_SERVED"  # environment variable of a server: its VLLMRequests.shared_settings and TRANSFER, as JSON
 TRANSFER = "how weights arrive"  # "nccl" or "file"
 # Of these a server may have more than a run needs.
-MAX_IMAGES, MAX_LENGTH = "data.max_images", "data.max_prompt_tokens + rollout.max_new_tokens"
+MAX_IMAGES, MAX_LENGTH = "data.max_images + environment.max_images", "data.max_prompt_tokens + rollout.max_new_tokens"
+PIXEL_CACHE_GB = 0.5
+"""Of images as the model takes them, which all turns of a conversation show."""
 Request = tuple[Prompt, dict[str, Any]]
 """A prompt and the arguments of vLLM's SamplingParams."""
 
@@ -33,6 +35,11 @@ def cpu_block_size(dtype: str) -> int:
     (an Intel Xeon core). AMX's kernel for bfloat16 and ARM's take no fewer than 32; others are not measured.
     """
     return 16 if dtype == "float32" and platform.machine() == "x86_64" else 32
+
+
+def most_images(config: Config) -> int:
+    """That a prompt may have: the question's, and those that an environment shows."""
+    return config.data.max_images + (config.environment.max_images if config.environment.use else 0)
 
 
 def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> dict[str, Any]:
@@ -57,6 +64,7 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
             "max_num_seqs": 512,
             # An image's tokens that see each other must be computed at once, and so is every prompt that has some.
             **({"enable_chunked_prefill": False} if blocks else {}),
+            **(requests.for_seeds() if config.environment.use else {}),  # of turns
         }
     return {
         "dtype": config.policy.dtype,
@@ -65,10 +73,10 @@ def engine_arguments(config: Config, requests: VLLMRequests, *, gpu: bool) -> di
         "seed": config.seed,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "max_model_len": requests.max_length,
-        "limit_mm_per_prompt": {"image": config.data.max_images, "video": 0, "audio": 0},
+        "limit_mm_per_prompt": {"image": most_images(config), "video": 0, "audio": 0},
         **requests.family.vllm_settings(requests.image_settings, requests.max_length),
-        # Every image is seen once per episode, so a cache of pixels only fills the host's memory.
-        "mm_processor_cache_gb": 0,
+        # Where every image is seen once per episode, a cache of pixels only fills the host's memory.
+        "mm_processor_cache_gb": PIXEL_CACHE_GB if config.environment.use else 0,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "disable_log_stats": True,
@@ -111,6 +119,14 @@ class VLLMRequests:
                 "set it to false"
             )
         self.image_settings = self.family.image_settings(processor, config.data.min_pixels, config.data.max_pixels)
+
+    def for_seeds(self) -> dict[str, Any]:
+        """What engines on a CPU need for requests with seeds: a prompt in two parts takes back a draw of the request's
+        own generator, which CPU generators cannot."""
+        settings = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, self.max_length)}
+        if self.family.tail(self.model_config.get_text_config()) is not None:
+            settings["enable_prefix_caching"] = False  # of states, vLLM needs parts of prompts for it
+        return settings
 
     def sampling(
         self, prompts: list[Prompt], n: int, max_new_tokens: int | list[int], temperature: float
@@ -166,7 +182,7 @@ class VLLMRequests:
         return {
             "policy.dtype": config.policy.dtype,
             "data.min_pixels, data.max_pixels": self.image_settings,
-            MAX_IMAGES: config.data.max_images,
+            MAX_IMAGES: most_images(config),
             MAX_LENGTH: self.max_length,
             **{f"policy.model's {name}": value for name, value in shape.items() if value is not None},
         }

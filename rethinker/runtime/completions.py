@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from rethinker.config import ConfigError, one_line
 from rethinker.runtime.files import whole_file
-from rethinker.samples import Completion, Group, Query, Rethought
+from rethinker.samples import Completion, Group, Observed, Query, Rethought
 
 _NUMBERS = ("token_ids", "logprobs", "trainer_logprobs")  # of a completion, as arrays; the last one may be missing
 
@@ -75,7 +75,14 @@ def read_completions(folder: str | Path, episode: int) -> list[Group]:
             query = Query(row["query_id"], row["question"], row["answer"], images, json.loads(row["metadata"]))
             groups.append(Group(query, [], row["policy_version"], prompt_tokens=row["prompt_tokens"]))
         rethought = row["rethought"] and Rethought(**row["rethought"])
-        ends = {"text": row["response"], "finish_reason": row["finish_reason"], "rethought": rethought}
+        observed = tuple(
+            Observed(
+                **part | {"images": tuple({"bytes": png} for png in part["images"]), "failures": (*part["failures"],)}
+            )
+            for part in row["observed"] or ()
+        )
+        ends = {"text": row["response"], "finish_reason": row["finish_reason"]}
+        ends |= {"rethought": rethought, "observed": observed}
         groups[-1].completions.append(Completion(**dict(zip(_NUMBERS, arrays, strict=True)), **ends))
         groups[-1].rewards += [] if row["reward"] is None else [row["reward"]]
         for name, value in row["scores"] or ():
@@ -87,6 +94,8 @@ def read_completions(folder: str | Path, episode: int) -> list[Group]:
 def _schema() -> Any:
     number, real, text = pa.int64(), pa.float64(), pa.string()
     span = {"trigger_start": number, "trigger_end": number, "name": text, "masked_start": number, "masked_end": number}
+    observed = {"start": number, "end": number, "place": number, "text": text, "images": pa.list_(pa.binary())}
+    observed |= {"reward": real, "calls": number, "failures": pa.list_(text)}
     columns = {
         "episode": number,
         "group": number,  # place of the query in the episode
@@ -107,6 +116,7 @@ def _schema() -> Any:
         "logprobs": pa.list_(real),  # of fp32 numbers
         "trainer_logprobs": pa.list_(real),
         "rethought": pa.struct(span),
+        "observed": pa.list_(pa.struct(observed)),
     }
     return pa.schema(columns)
 
@@ -137,4 +147,7 @@ def _to_row(episode: int, number: int, index: int, group: Group, completion: Com
         "logprobs": completion.logprobs.astype(np.float64),
         "trainer_logprobs": None if scores is None else scores.astype(np.float64),
         "rethought": completion.rethought and dataclasses.asdict(completion.rethought),
+        "observed": [
+            vars(part) | {"images": [image["bytes"] for image in part.images]} for part in completion.observed
+        ],
     }

@@ -6,7 +6,6 @@ import itertools
 
 import torch
 
-from rethinker.algorithm.objective import trainable_mask
 from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.algorithm.selection import Batch, select_batch
 from rethinker.config import AlgorithmConfig, Config, TrainConfig
@@ -52,13 +51,14 @@ def packed(samples: list[Sample]) -> PackedBatch:
         position_ids=nothing[None, None].expand(3, 1, 0),
         prompt_id=nothing,
         response_id=nothing,
+        given=nothing.bool(),
         source_index=nothing,
         target_ids=torch.tensor([t for s in samples for t in s.completion.token_ids], dtype=torch.int64),
         old_logps=torch.tensor([x for s in samples for x in s.completion.logprobs], dtype=torch.float64),
         advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float64),
         weights=torch.tensor([s.weight for s in samples for _ in s.completion.token_ids], dtype=torch.float64),
         age=torch.zeros(len(samples), dtype=torch.int64),
-        loss_mask=torch.tensor([m & (s.weight != 0) for s in samples for m in trainable_mask(s.completion)]).bool(),
+        loss_mask=torch.tensor([m & (s.weight != 0) for s in samples for m in s.completion.trainable]).bool(),
         cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
         image_inputs={},
     )

@@ -16,7 +16,6 @@ from rethinker.algorithm.objective import (
     loss_normalizer,
     shipped_losses,
     supervised_weight,
-    trainable_mask,
 )
 from rethinker.algorithm.replay import ReplayBuffer
 from rethinker.config import AlgorithmConfig, ReplayConfig
@@ -200,10 +199,10 @@ def test_mask_is_the_triggers_span():
     """Only [trigger_start, trigger_end) is masked; a NaN elsewhere is a fault and stays unmasked."""
     plain = completion(4)
     plain.logprobs[2] = math.nan
-    assert trainable_mask(plain).tolist() == [True] * 4
-    assert trainable_mask(completion(6, TRIGGER)).tolist() == [True, True, False, False, True, True]
-    assert trainable_mask(completion(4, Rethought(1, 4, "x", 1, 4))).tolist() == [True, False, False, False]
-    assert trainable_mask(completion(0)).tolist() == []
+    assert plain.trainable.tolist() == [True] * 4
+    assert completion(6, TRIGGER).trainable.tolist() == [True, True, False, False, True, True]
+    assert completion(4, Rethought(1, 4, "x", 1, 4)).trainable.tolist() == [True, False, False, False]
+    assert completion(0).trainable.tolist() == []
 
 
 def test_supervised_weight_is_a_mean_over_rethought_tokens():
@@ -219,7 +218,7 @@ def test_the_masked_span_decides():
     """Which tokens carry a policy gradient is the masked span's to say: y1 too, or none; the count agrees."""
     for span in ((2, 4), (0, 4), (0, 0), (0, 2)):
         one = completion(6, Rethought(2, 4, "x", *span))
-        mask = trainable_mask(one)
+        mask = one.trainable
         assert [i for i, trained in enumerate(mask) if not trained] == list(range(*span))
         assert one.trainable_tokens == sum(mask)
 

@@ -146,6 +146,7 @@ def test_an_old_checkpoint_is_read_and_written_back_to_the_bit(tmp_path, rank):
         for group in new.get("progress", {}).get("groups", []):
             # That release did not note what a response is like, nor the values of each reward function,
             assert group.pop("fast") == group.pop("nlls") == group.pop("truncated") == [] and group.pop("scores") == {}
+            assert group.pop("turns") == group.pop("calls") == [] and group.pop("failures") == {}
         for _, unit, _ in new.get("replay", {}).get("entries", []):  # nor what its own rule does not draw by.
             assert [(s.pop("right"), s.pop("correctness"), s.pop("nll")) for s in unit] == [(False, 0.0, 0.0)]
         for count in ("sampled_queries", "sampled_effective", "refill_rounds"):  # nor what was sampled for an episode
@@ -154,7 +155,8 @@ def test_an_old_checkpoint_is_read_and_written_back_to_the_bit(tmp_path, rank):
         assert not new.get("progress", {}).pop("unvalidated", False)  # nor whether a validation was broken off
         for accuracy in ("before", "after", "best") if "progress" in new else ():  # nor which questions were right
             assert new["progress"][accuracy].pop("right") == new["progress"][accuracy].pop("asked") == ""
-        if "samples" in new:  # nor did it mask tokens, or have experts
+        if "samples" in new:  # nor did it mask tokens, or have experts or environments
+            assert not any(new["samples"].pop("observed") + new["samples"].pop("observed_images"))
             assert not any(new["samples"].pop("ranked")) and not len(new["samples"].pop("kept"))
             assert set(new["samples"].pop("experts")) == {None}
         assert repr(new) == repr(old)

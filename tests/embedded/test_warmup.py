@@ -26,7 +26,6 @@ from rethinker.embedded.easy_vqa import EasyVqaTeacher, describe_images, easy_vq
 from rethinker.embedded.sums import SumsTeacher, sums
 from rethinker.embedded.tiny import TinySize, create_tiny
 from rethinker.embedded.warmup import warmed_up_tiny
-from rethinker.policy.packing import trainable_mask
 from rethinker.runtime import distributed
 from rethinker.runtime.distributed import ALONE, Ranks
 from rethinker.samples import Query
@@ -142,10 +141,10 @@ def test_a_slip_is_not_taught(tmp_path):
     tokenizer = AutoProcessor.from_pretrained(create_tiny(tmp_path, size=SMALL)).tokenizer
     parts = [("1+1=3\n\\boxed{3}", False), ("\n\nWait, let's double check", True), ("\n\\boxed{2}", True)]
     completion = module._completion(parts, tokenizer)
-    mask = trainable_mask(completion)
+    mask = completion.trainable
     assert tokenizer.decode(completion.token_ids[~mask]) == parts[0][0]
     assert tokenizer.decode(completion.token_ids[mask]) == parts[1][0] + parts[2][0] + "<|im_end|>"
-    assert trainable_mask(module._completion(parts[1:], tokenizer)).all()
+    assert module._completion(parts[1:], tokenizer).trainable.all()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 # Headings, and the tests that fill the cells below them.
 COLUMNS = {
     "vLLM: nats": "test_logprobs_equal_the_policys_before_and_after_every_sync",
+    "turns: nats": "test_logprobs_equal_the_policys_over_turns_with_images",
     "shared prompts: nats": "test_packed_forward_equals_per_sample_forward",
     "gradients": "test_packed_forward_equals_per_sample_forward",
     "experts": "test_packed_forward_equals_per_sample_forward",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import chain
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +23,8 @@ from rethinker.policy.packing import pack
 from rethinker.rollout import vllm_engine, vllm_weights
 from rethinker.rollout.engine import make_engine
 from rethinker.rollout.vllm_settings import engine_arguments
-from rethinker.samples import Bundle, Prompt, Query, Sample
+from rethinker.samples import Bundle, Completion, Observed, Prompt, Query, Sample
+from rethinker.trajectory import Trajectory
 from tests.data.image_kinds import noise, oriented, saved, tagged
 from tests.families.tiny_models import create
 from tests.policy.helpers import late_image, queries_of_every_kind
@@ -50,6 +54,7 @@ class Setting:
     def __init__(self, folder, images, backend: str, **rollout):
         self.config = rollout_config(backend=backend, check_sync=True, **rollout)
         self.config.data.min_pixels, self.config.data.max_pixels = 1024, 8192
+        self.config.data.max_images, self.config.rollout.max_new_tokens = 4, 512
         self.policy = Policy(load_model(folder, torch.float32), PolicyConfig(dtype="float32"))
         self.encoder = PromptEncoder(load_processor(folder), self.config.data)
         self.queries = [*queries_of_every_kind(images), late_image(images)]
@@ -69,16 +74,40 @@ class Setting:
         """Largest difference between behaviour log-probs and the policy's packed forward, in nats."""
         return self.gaps(self.queries, self.prompts, seed).abs().max().item()
 
-    @torch.no_grad()
     def gaps(self, queries: list[Query], prompts: list[Prompt], seed: int) -> torch.Tensor:
         """Behaviour log-probs of what the engine samples for the prompts, less the policy's own for the queries."""
-        sampled = self.engine.generate(prompts, seed=seed, **PLAIN)
+        return self.compare(queries, prompts, self.engine.generate(prompts, seed=seed, **PLAIN))
+
+    def turns(self, prompts: list[Prompt], seed: int) -> list[list[Completion]]:
+        """Two responses to every prompt of three turns each, and between these an image and some text."""
+        responses = [Trajectory(prompt, 500) for prompt in prompts for _ in range(2)]
+        observed = [[] for _ in responses]
+        for turn in range(3):
+            prompts = [one.prompt for one in responses]
+            said = self.engine.generate(prompts, n=1, max_new_tokens=5, temperature=1.0, seed=seed + turn)
+            for number, (one, (completion,), parts) in enumerate(zip(responses, said, observed, strict=True)):
+                # Its last token may be an image's placeholder, which ends a response.
+                one.say(completion, kept=None if turn == 2 else completion.tokens - 1)
+                if turn < 2:
+                    sides = 48 + 16 * (number % 3), 32 + 16 * (number % 2)
+                    image = {"bytes": saved(Image.fromarray(noise(*sides, seed=10 * number + turn)))}
+                    heard = self.encoder.observation("part <image>, then?", (image,), "q")
+                    one.hear(heard.token_ids, heard.compact_ids, heard.images)
+                    parts.append(Observed(one.tokens - len(heard.token_ids), one.tokens, 0, images=(image,)))
+        made = [one.completion("", observed=tuple(parts)) for one, parts in zip(responses, observed, strict=True)]
+        return [made[i : i + 2] for i in range(0, len(made), 2)]
+
+    @torch.no_grad()
+    def compare(self, queries: list[Query], prompts: list[Prompt], sampled: list[list[Completion]]) -> torch.Tensor:
+        """Behaviour log-probs of responses, less the policy's own, at the tokens that count."""
         bundles = []
         for query, prompt, group in zip(queries, prompts, sampled, strict=True):
             shared = {"advantage": 1.0, "policy_version": 0, "prompt_tokens": len(prompt.token_ids)}
             bundles.append(Bundle(query, tuple(Sample(query, completion, **shared) for completion in group)))
         batch = pack(bundles, self.encoder.encode, self.encoder.pixels, self.policy.positions)
-        return batch.old_logps.double() - self.policy(batch)[0].double()
+        gaps = batch.old_logps.double() - self.policy(batch)[0].double()
+        assert batch.loss_mask.equal(batch.old_logps.isfinite())  # what was sampled counts, and nothing else
+        return gaps[batch.loss_mask]
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +129,29 @@ def test_logprobs_equal_the_policys_before_and_after_every_sync(vllm, cell):
         errors.append(vllm.error(seed=version))
     assert max(errors) < TOLERANCE
     cell("vLLM: nats", max(errors))
+
+
+def test_logprobs_equal_the_policys_over_turns_with_images(vllm, cell):
+    """Laws 1 and 6: three turns, of which the second and the third follow images that the first prompt did not have,
+    behind a prompt with one image, with two, and without. Images that change places, or positions that pass them over,
+    are seen."""
+    vllm.engine.sync(Weights(vllm.policy), 2)
+    responses = vllm.turns(vllm.prompts, seed=0)
+    gap = vllm.compare(vllm.queries, vllm.prompts, responses).abs().max().item()
+    assert gap < TOLERANCE
+    cell("turns: nats", gap)
+    plain = vllm.policy.positions
+    with patch.object(
+        vllm.policy,
+        "positions",
+        lambda prompt, images: torch.arange(len(plain(prompt, images)[0])).expand(len(plain(prompt, images)), -1),
+    ):
+        moved = vllm.compare(vllm.queries, vllm.prompts, responses).abs().max().item()
+    assert moved > 1e-3 or not vllm.policy.family.MROPE
+    for one in chain.from_iterable(responses):
+        first, second = one.observed
+        one.observed = replace(first, images=second.images), replace(second, images=first.images)
+    assert vllm.compare(vllm.queries, vllm.prompts, responses).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("part", ["language model", "vision"])

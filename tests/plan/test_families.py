@@ -95,6 +95,7 @@ def test_a_forward_keeps_what_is_planned(checkpointing, kernel, folder, cell):
             position_ids=place.expand(3 if policy.family.MROPE else 1, 1, -1).clone(),
             prompt_id=batch.places()[0],
             response_id=batch.places()[1],
+            given=batch.places()[1] == 0,
             source_index=torch.arange(128, 512),
             target_ids=torch.zeros(384, dtype=torch.int64),
             experts=None,

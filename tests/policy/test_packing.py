@@ -99,7 +99,7 @@ def test_a_batch_on_a_device_keeps_its_layout_on_the_host(encoder, policy, tmp_p
     moved = batch.to("meta")
     kept = {name for name, value in vars(moved).items() if isinstance(value, torch.Tensor) and not value.is_meta}
     kept |= {name for name, value in moved.image_inputs.items() if not value.is_meta}
-    assert kept == {"prompt_id", "response_id", "image_grid_thw"}
+    assert kept == {"prompt_id", "response_id", "given", "image_grid_thw"}
     for kernel in ("sdpa", "flash"):
         attention.lay_out(moved, kernel)
 

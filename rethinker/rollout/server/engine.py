@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import io
 import os
 import time
@@ -18,10 +17,12 @@ import torch
 
 from rethinker.config import Config, ConfigError
 from rethinker.rollout.deadline import Deadline
+from rethinker.rollout.dialogue import Conversation
 from rethinker.rollout.engine import Checksum, RolloutEngine, WeightStream, copies
-from rethinker.rollout.server.replicas import ReplicaLost, Replicas, ServerError
+from rethinker.rollout.sampling import request_seed
+from rethinker.rollout.server.replicas import IN_FLIGHT, ReplicaLost, Replicas, ServerError
 from rethinker.rollout.server.sync import FileTransfer, FolderWeights, NCCLTransfer
-from rethinker.rollout.vllm_settings import MAX_IMAGES, MAX_LENGTH, TRANSFER, VLLMRequests
+from rethinker.rollout.vllm_settings import MAX_IMAGES, MAX_LENGTH, TRANSFER, Request, VLLMRequests
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt
 
@@ -81,28 +82,57 @@ class ServerEngine(RolloutEngine):
         Every request has a seed of its own, so that neither the servers' number nor their pace matters.
         """
         requests = self._requests.sampling(prompts, n, max_new_tokens, temperature)
+        self._begin()
+
+        async def ask(address: str, number: int) -> list[Completion]:
+            return await self._ask(address, requests[number], seed, number)
+
+        with Deadline(f"the rollout of {len(requests)} requests", self.config.rollout.timeout_s) as deadline:
+            return self._replicas.spread(len(requests), ask, deadline)
+
+    def converse(self, conversations: list[Conversation], *, temperature: float, seed: int) -> list[Completion]:
+        """Sample responses of several turns; see RolloutEngine. Each goes on by itself, at the server that has its
+        first turns in its cache; where that is lost, at another from the turn that it had come to."""
+        self._begin()
+        asked: set[int] = set()  # whose turn is to be said
+
+        async def ask(address: str, number: int) -> Completion:
+            one = conversations[number]
+            while number in asked or await _goes_on(one):
+                asked.add(number)
+                (request,) = self._requests.sampling([one.prompt], 1, one.room, temperature)
+                (turn,) = await self._ask(address, request, seed, number, one.turns)
+                await asyncio.to_thread(one.say, turn)
+                asked.discard(number)
+            return one.completion()
+
+        what = f"the rollout of {len(conversations)} conversations"
+        with Deadline(what, self.config.rollout.timeout_s) as deadline:
+            # Those that wait for their environments ask the servers nothing.
+            return self._replicas.spread(len(conversations), ask, deadline, at_once=4 * IN_FLIGHT)
+
+    def _begin(self) -> None:
         if not self._label:  # servers hold what they were started with, or another run's weights
             self.sync(FolderWeights(self._model_dir) if self._ranks.is_main else [], 0)  # rank 0 sends
         self._asked += 1  # an id is used once
 
-        async def ask(address: str, number: int) -> list[Completion]:
-            (prompt, settings), key = requests[number], f"{self._prefix}-{self._ranks.rank}-{self._asked}-{number}"
-            body = {
-                "request_id": key,
-                "token_ids": prompt.compact_ids,
-                "sampling_params": settings | {"seed": _seed(seed, self._ranks.rank, number)},
-                "return_token_ids": True,
-            }
-            if prompt.images:
-                urls = await asyncio.to_thread(lambda: [_as_url(image) for image in prompt.images])
-                body["content_parts"] = [{"type": "image_url", "url": url} for url in urls]
-            answer = await self._replicas.call(address, "/inference/v1/generate", body)
-            self._check_answer(address, key, answer)
-            self._requests.check_prompt(prompt, answer["prompt_token_ids"])
-            return self._read(answer)  # an answer, which is large, is dropped
-
-        with Deadline(f"the rollout of {len(requests)} requests", self.config.rollout.timeout_s) as deadline:
-            return self._replicas.spread(len(requests), ask, deadline)
+    async def _ask(self, address: str, request: Request, seed: int, *numbers: int) -> list[Completion]:
+        """What a server samples for a request, which `numbers` tell from the others of a rollout."""
+        rank, (prompt, settings) = self._ranks.rank, request
+        key = "-".join(map(str, (self._prefix, rank, self._asked, *numbers)))
+        body = {
+            "request_id": key,
+            "token_ids": prompt.compact_ids,
+            "sampling_params": settings | {"seed": request_seed(seed, rank, *numbers)},
+            "return_token_ids": True,
+        }
+        if prompt.images:
+            urls = await asyncio.to_thread(lambda: [_as_url(image) for image in prompt.images])
+            body["content_parts"] = [{"type": "image_url", "url": url} for url in urls]
+        answer = await self._replicas.call(address, "/inference/v1/generate", body)
+        self._check_answer(address, key, answer)
+        self._requests.check_prompt(prompt, answer["prompt_token_ids"])
+        return self._read(answer)  # an answer, which is large, is dropped
 
     def _check_answer(self, address: str, key: str, answer: dict[str, Any]) -> None:
         """The answer is to this request, whole, and sampled with this policy's weights alone."""
@@ -176,9 +206,9 @@ class ServerEngine(RolloutEngine):
         self._replicas.close()
 
 
-def _seed(seed: int, rank: int, index: int) -> int:
-    """A request's own seed, 0 <= seed < 2**62; vLLM adds the sample's number to it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{rank}/{index}".encode()).digest()[:8], "big") >> 2
+async def _goes_on(one: Conversation) -> bool:
+    await asyncio.wait([asyncio.wrap_future(one.waits)])
+    return await asyncio.to_thread(one.goes_on)
 
 
 def _as_url(image: Any) -> str:

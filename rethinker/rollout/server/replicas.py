@@ -99,11 +99,14 @@ class Replicas:
         answers = self.each("/collective_rpc", deadline, body, keep_all=keep_all)
         return {address: answer["results"][0] for address, answer in answers.items()}
 
-    def spread(self, count: int, ask: Callable[[str, int], Awaitable[T]], deadline: Deadline) -> list[T]:
+    def spread(
+        self, count: int, ask: Callable[[str, int], Awaitable[T]], deadline: Deadline, at_once: int = IN_FLIGHT
+    ) -> list[T]:
         """Ask for 0 ... count - 1, each at some server, evenly; the answers in that order.
 
         Args:
             ask: (address, number) to the answer, by way of `call`.
+            at_once: most of them at a server at a time.
         """
         waiting, answers = deque(range(count)), {}
 
@@ -118,7 +121,7 @@ class Replicas:
 
         async def work() -> None:
             while waiting:
-                slots = min(IN_FLIGHT, -(-len(waiting) // len(self.alive)))
+                slots = min(at_once, -(-len(waiting) // len(self.alive)))
                 async with asyncio.TaskGroup() as group:  # one error ends all
                     for address in self.alive * slots:
                         group.create_task(slot(address))

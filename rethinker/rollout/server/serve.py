@@ -88,10 +88,7 @@ def command(config: Config, model_dir: str, host: str, port: int, *, gpu: bool) 
         settings["weight_transfer_config"] = {"backend": "nccl"}
     else:
         variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | child_environment()
-        # A prompt in two parts takes back a draw of the request's own generator, which CPU generators cannot.
-        settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, settings["max_model_len"])}
-        if requests.family.tail(requests.model_config.get_text_config()) is not None:
-            settings["enable_prefix_caching"] = False  # of states, vLLM needs parts of prompts for it
+        settings |= requests.for_seeds()
         if config.rollout.tensor_parallel_size == 1:
             settings["distributed_executor_backend"] = "uni"  # one process fewer
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_dir]
