@@ -123,12 +123,19 @@ def test_arguments(arguments, reason):
 
 
 def test_a_cut_too_narrow_for_any_model_is_refused():
-    """Qwen's image processors refuse sides of more than 200 to 1."""
+    """Qwen's image processors refuse sides of more than 200 to 1; rounding does not make a shape narrower than that."""
+
+    def qwens(width: int, height: int) -> tuple[int, int]:
+        if width > 200 * height:
+            raise ValueError(f"absolute aspect ratio must be smaller than 200, got {width / height}")
+        return shown_size(width, height)
+
     wide = Image.new("RGB", (6000, 40))
-    of = Runner(EnvironmentConfig(use=["crop"]), lambda *_: wide, lambda w, h: (w, h))
+    of = Runner(EnvironmentConfig(use=["crop"], boxes="thousandths"), lambda *_: wide, qwens)
     state = of.reset(QUERY).result()
-    assert of.step(state, call("crop", bbox_2d=[0, 0, 6000, 10])).result()[1].failures == ("box",)
-    assert of.step(state, call("crop", bbox_2d=[0, 0, 5600, 10])).result()[1].failures == ()
+    assert of.step(state, call("crop", bbox_2d=[0, 0, 1000, 700])).result()[1].failures == ("box",)
+    for width in range(900, 934):
+        assert of.step(state, call("crop", bbox_2d=[0, 0, width, 700])).result()[1].failures == ()
 
 
 def test_thousandths():
