@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # a checking process needs Query, not numpy and torch
     import numpy as np
     import torch
 
+IMAGE_MARK = "<image>"
+"""Where an image stands in a text."""
+
 
 @dataclass(frozen=True)
 class Query:
