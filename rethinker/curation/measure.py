@@ -125,7 +125,7 @@ def _ask(queries: Sequence[Query], samples: int, number: int, model: AnsweringMo
     model.checker.check_working()
     for i, group in zip(fit, groups, strict=True):
         right = sum(group.right)
-        tokens = sum(completion.tokens for completion in group.completions) / samples
+        tokens = sum(completion.sampled_tokens for completion in group.completions) / samples
         rates[i] = dataclasses.replace(rates[i], right=right, samples=samples, tokens=tokens)
     return rates
 
