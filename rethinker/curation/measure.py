@@ -69,9 +69,9 @@ def begin(folder: Path, measured: dict[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--output {folder}: cannot be used ({error}); choose another folder") from error
     # The same content may lie in another place now.
-    differing = [k for k in measured if before.get(k) != measured[k] and k not in ("model", "data")]
+    differing = [k for k in {**before, **measured} if before.get(k) != measured.get(k) and k not in ("model", "data")]
     if differing:
-        changes = ", ".join(f"{key}={measured[key]} (was {before.get(key)})" for key in differing)
+        changes = ", ".join(f"{key}={measured.get(key)} (was {before.get(key)})" for key in differing)
         raise ConfigError(
             f"--output {folder} holds a measurement with other settings: {changes}; choose another folder"
         )

@@ -24,9 +24,12 @@ ASKED = ("data.prompt", "data.system", "data.chat_template_kwargs", "data.min_pi
 ASKED += ("policy.dtype", "rollout.backend", "rollout.max_new_tokens")
 # How its answers are judged.
 JUDGED = ("reward.rounding", "reward.percent", "reward.degrees")
+# What answers it within a response: recorded where environment.use names something.
+ANSWERED = ("use", "max_turns", "max_calls", "max_images", "max_text_tokens", "boxes", "describe", "timeout_s")
+ANSWERED = (*(f"environment.{name}" for name in ANSWERED), "environment.memory_gb")
 # What a checkpoint inherits from the run's config.yaml, and what a result records, since its answers depend on it.
-INHERITED = (*ASKED, *JUDGED, "rollout.kv_cache_gb")
-RECORDED = (*ASKED, *JUDGED, "data.max_images", "reward.function")
+INHERITED = (*ASKED, *ANSWERED, *JUDGED, "rollout.kv_cache_gb", "environment.workers")
+RECORDED = (*ASKED, *ANSWERED, *JUDGED, "data.max_images", "reward.function")
 
 
 def eval_config(checkpoint: str, overrides: Sequence[str]) -> Config:
@@ -40,6 +43,19 @@ def eval_config(checkpoint: str, overrides: Sequence[str]) -> Config:
     config.policy.model = checkpoint
     check_engine(config, "rethinker eval")
     return config
+
+
+def check_mode(mode: Mode, config: Config) -> None:
+    """Report a second pass over responses that an environment answers.
+
+    Raises:
+        ConfigError: naming what to change.
+    """
+    if mode != "normal" and config.environment.use:
+        raise ConfigError(
+            f"--mode {mode} goes on behind a response's end, and environment.use={config.environment.use} makes "
+            "responses of several turns; use --mode normal, or --environment.use '[]'"
+        )
 
 
 def check_engine(config: Config, command: str) -> None:
@@ -83,4 +99,5 @@ def flat_settings(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def recorded(config: Config, *further: str) -> dict[str, Any]:
     """The values of RECORDED, and of further settings; of reward.functions the first, which judges."""
     several = {"reward.functions": config.reward.functions[:1]} if config.reward.functions else {}
-    return {key: value for key, value in flat(config).items() if key in (*RECORDED, *further)} | several
+    names = {*RECORDED, *further}.difference(() if config.environment.use else ANSWERED)
+    return {key: value for key, value in flat(config).items() if key in names} | several

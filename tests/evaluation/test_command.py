@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pyarrow.parquet as parquet
 import pytest
@@ -14,8 +15,9 @@ from rethinker import cli
 from rethinker.config import ConfigError
 from rethinker.evaluation import command
 from rethinker.evaluation.command import find_checkpoint, parse
-from rethinker.evaluation.settings import eval_config, run_settings
+from rethinker.evaluation.settings import eval_config, recorded, run_settings
 from rethinker.families import SUPPORTED
+from rethinker.settings import resolve_config, to_yaml
 
 SMALL = ["--data.min_pixels", "4096", "--data.max_pixels", "4096", "--rollout.max_new_tokens", "12"]
 SMALL += ["--rollout.kv_cache_gb", "0.25", "--policy.dtype", "float32"]
@@ -72,6 +74,10 @@ def test_a_foreign_checkpoint_through_vllm_and_hf(checkpoint, rethinker, tmp_pat
         (["x", "--benchmark", "digits", "--limit", "0"], "--limit 0: give a number"),
         (["x", "--benchmark", "digits", "--limit"], "argument --limit: expected one argument"),
         (["Qwen/x", "--benchmark", "digits", "--bench", "1"], "unknown setting 'bench'"),
+        (
+            ["Qwen/x", "--benchmark", "digits", "--mode", "oracle", "--environment.use", "[crop]"],
+            "--mode oracle goes on behind a response's end, and environment.use=['crop'] makes",
+        ),
         (["--compare", "a"], "--compare needs at least two result folders"),
         (["--compare", "--mode", "forced"], "--mode holds no result.json: give the folder"),
     ],
@@ -150,6 +156,24 @@ def test_a_runs_checkpoint_is_asked_as_the_run_asked_it(checkpoint, tmp_path):
     assert config.rollout.group_size == 8 and config.policy.model == str(best)
     assert run_settings(str(checkpoint)) == {}
     assert eval_config(str(checkpoint), []).rollout.gpu_memory_utilization == 0.9
+
+
+def test_a_runs_environment_is_inherited_and_recorded(tmp_path):
+    """The tools that answered the run's policy answer its checkpoint, and stand in the result with what shapes their
+    answers; its reward's weight stays behind. Without them nothing is recorded."""
+    best = tmp_path / "run/checkpoints/best"
+    best.mkdir(parents=True)
+    run = resolve_config("easy_vqa_cpu", ["--environment.use=[crop]", "--environment.boxes=thousandths"])
+    run.environment.max_turns, run.environment.workers, run.environment.reward_weight = 7, 2, 0.5
+    (tmp_path / "run/config.yaml").write_text(to_yaml(run))
+    config = eval_config(str(best), [])
+    assert config.environment == replace(run.environment, reward_weight=0.0)
+    written = {name: value for name, value in recorded(config).items() if name.startswith("environment.")}
+    assert written.pop("environment.use") == ["crop"] and written.pop("environment.boxes") == "thousandths"
+    kept = {"use", "boxes", "workers", "reward_weight"}
+    assert written == {f"environment.{k}": v for k, v in vars(run.environment).items() if k not in kept}
+    plain = eval_config(str(best), ["--environment.use", "[]"])
+    assert plain.environment.use == [] and not any(name.startswith("environment.") for name in recorded(plain))
 
 
 def test_benchmarks_are_named_in_any_way():
