@@ -98,35 +98,37 @@ class PromptEncoder:
         self._compare(query, prompt)
         return prompt
 
-    def observation(self, text: str, images: Sequence[Any], query_id: str, longest: int) -> Prompt:
+    def observation(self, text: str, images: Sequence[Any], query_id: str) -> Prompt:
         """What the policy reads between two of its turns: a message, with `<image>` where its images stand.
 
         Its ids begin with the token that ends the policy's turn and end where the next one begins.
 
         Args:
             images: references, as of a query; as many as marks.
-            longest: tokens of the text; a longer one loses its middle.
 
         Raises:
             ConfigError: an image that cannot be read or shown, or a chat template without such messages.
         """
         texts = text.split(IMAGE_MARK)
         kinds = "i".join("t" if part else "" for part in texts)
-        parts = [self._cut(part, max(2, longest // len(texts))) for part in texts if part]
-        compact = self._template.ids(kinds, [*parts, ""], answer=True)
-        return Prompt(
-            query_id, self._expand(compact, images, query_id), compact, [self._image(i, query_id) for i in images]
-        )
+        compact = self._template.ids(kinds, [*filter(None, texts), ""], answer=True)
+        expanded = self._expand(compact, images, query_id)
+        return Prompt(query_id, expanded, compact, [self._image(i, query_id) for i in images])
 
-    def continuation(self, text: str, longest: int) -> list[int]:
-        """The ids of ordinary text that is put into the policy's mouth; its middle is lost where it is longer."""
-        return self._text_ids(self._cut(text, longest))
+    def continuation(self, text: str) -> list[int]:
+        """The ids of text that is put into the policy's mouth; what spells a special token is ordinary text."""
+        return self._text_ids(text)
+
+    def shortened(self, text: str, longest: int) -> str:
+        """A text of at most about so many tokens: a longer one loses the middle of its parts between images."""
+        parts = text.split(IMAGE_MARK)
+        return IMAGE_MARK.join(self._cut(part, max(2, longest // len(parts))) for part in parts)
 
     def _cut(self, text: str, longest: int) -> str:
         ids = self._text_ids(text)
         if len(ids) <= longest:
             return text
-        head, tail = (self.decode(part) for part in (ids[: longest // 2], ids[-(longest - longest // 2) :]))
+        head, tail = self.decode(ids[: longest // 2]), self.decode(ids[longest // 2 - longest :])
         return f"{head} [... {len(ids) - longest} tokens left out ...] {tail}"
 
     def shown_size(self, width: int, height: int) -> tuple[int, int]:

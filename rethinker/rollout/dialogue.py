@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from rethinker.config import Config, ConfigError
@@ -26,7 +27,7 @@ class Dialogue:
             ConfigError: `environment.use` names something that cannot be used.
         """
         self.config, self.encoder = config.environment, encoder
-        self.runner = Runner(self.config, encoder.open_image, encoder.shown_size)
+        self.runner = Runner(self.config, encoder.open_image, encoder.shown_size, config.rethink.triggers)
 
     def close(self) -> None:
         """End the environment's processes."""
@@ -82,6 +83,9 @@ class Conversation:
             return self._end(turn, answer)
         if self.turns == self._dialogue.config.max_turns:
             return self._end(turn, answer, "turns")
+        answer = replace(
+            answer, text=self._dialogue.encoder.shortened(answer.text, self._dialogue.config.max_text_tokens)
+        )
         heard, kept = self._heard(turn, answer)
         if isinstance(heard, str):
             return self._end(turn, answer, heard)
@@ -104,10 +108,10 @@ class Conversation:
         if shown + len(answer.images) > config.max_images:
             return "images", 0
         if answer.role == "assistant":
-            ids = encoder.continuation(answer.text, config.max_text_tokens)
+            ids = encoder.continuation(answer.text)
             return Prompt(self._query.id, ids, ids, []), turn.tokens - 1
         try:
-            heard = encoder.observation(answer.text, _references(answer), self._query.id, config.max_text_tokens)
+            heard = encoder.observation(answer.text, _references(answer), self._query.id)
         except (ConfigError, ValueError):  # BadRowError: a shape that the model does not take
             return "image", 0
         if heard.token_ids[0] != turn.token_ids[-1]:  # it ended with another token than a turn does

@@ -91,7 +91,7 @@ class Setting:
                 if turn < 2:
                     sides = 48 + 16 * (number % 3), 32 + 16 * (number % 2)
                     image = {"bytes": saved(Image.fromarray(noise(*sides, seed=10 * number + turn)))}
-                    heard = self.encoder.observation("part <image>, then?", (image,), "q", 64)
+                    heard = self.encoder.observation("part <image>, then?", (image,), "q")
                     one.hear(heard.token_ids, heard.compact_ids, heard.images)
                     parts.append(Observed(one.tokens - len(heard.token_ids), one.tokens, 0, images=(image,)))
         made = [one.completion("", observed=tuple(parts)) for one, parts in zip(responses, observed, strict=True)]

@@ -72,10 +72,10 @@ class Side:
             for n, (question, shown) in enumerate(QUESTIONS)
         ]
 
-    def begin(self, runner: Any, each: int = 2) -> list[Conversation]:
+    def begin(self, runner: Any, each: int = 2, longest: int | None = None) -> list[Conversation]:
         """Conversations with an environment, so many about every question."""
         dialogue = SimpleNamespace(runner=runner, encoder=self.encoder, config=self.config.environment)
-        longest = self.config.rollout.max_new_tokens
+        longest = longest or self.config.rollout.max_new_tokens
         return [
             Conversation(dialogue, query, self.encoder.encode(query), longest)
             for query in self.queries

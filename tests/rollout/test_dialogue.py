@@ -7,12 +7,15 @@ from functools import partial
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from rethinker.environments import Observation
 from rethinker.rollout.dialogue import Conversation
 from rethinker.rollout.engine import make_engine
 from rethinker.rollout.server.sync import FolderWeights
 from rethinker.rollout.vllm_settings import cpu_block_size
 from rethinker.samples import Completion
+from tests.data.image_kinds import noise, saved
 from tests.rollout.dialogues import Scripted, Side, config_of_dialogues, late, model_whose_turns_end
 from tests.rollout.helpers import TOLERANCE
 
@@ -129,3 +132,128 @@ def test_a_later_turn_finds_in_vllms_caches_what_went_before_it(side, monkeypatc
         assert 0 < new < 60 + block
     hook.remove()
     assert len(seen) == 3 + sum(len(one.images) for one in responses)  # the questions' images, and the answers'
+
+
+class Once(Scripted):
+    """Answers every turn by the same observation."""
+
+    def __init__(self, answer: Observation) -> None:
+        super().__init__(lambda number, turn: answer)
+
+
+@pytest.fixture(scope="module")
+def trainer(ending):
+    """The trainer's side alone: turns are written by hand."""
+    return Side(ending, config_of_dialogues())
+
+
+def turn(side: Side, text: str, end: str = "<|im_end|>", finish_reason: str = "stop") -> Completion:
+    """A turn as an engine samples it."""
+    tokenizer = side.encoder.tokenizer
+    ids = tokenizer(text)["input_ids"] + ([tokenizer.convert_tokens_to_ids(end)] if end else [])
+    return Completion(ids, [-1.0] * len(ids), text, finish_reason)
+
+
+def talk(side: Side, answer: Observation, *turns: Completion, longest: int = 512) -> tuple[Completion, Scripted]:
+    """The response of these turns at most, each answered so."""
+    runner = Once(answer)
+    (one, *_) = side.begin(runner, longest=longest)
+    for said in turns:
+        assert one.goes_on()
+        one.say(said)
+    assert not one.goes_on()
+    return one.completion(), runner
+
+
+IMAGE = saved(Image.fromarray(noise(64, 48)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "turns", "failures", "finish_reason"),
+    [
+        (Observation("ok", done=True, reward=0.5), 1, (), "stop"),
+        (Observation("ok", calls=1, failures=("box",)), 3, ("box", "turns"), "stop"),  # max_turns is 3
+        (Observation("<image>" * 3, [IMAGE] * 3), 1, ("images",), "stop"),  # max_images is 2
+        (Observation("<image>" * 2, [IMAGE] * 2), 2, ("images",), "stop"),
+        (Observation("<image>", [b"no image"]), 1, ("image",), "stop"),
+        (Observation("<image>", [saved(Image.fromarray(noise(900, 2)))]), 1, ("image",), "stop"),  # 450 times as long
+    ],
+)
+def test_a_response_ends_where_a_limit_says_so(trainer, answer, turns, failures, finish_reason):
+    """What was said last stays in the response and is trained; the answer that could not be heard is not in it."""
+    said = [turn(trainer, f"call {n}") for n in range(turns)]
+    response, runner = talk(trainer, answer, *said)
+    last = response.observed[-1]
+    assert (last.failures, last.start, last.end) == (failures, response.tokens, response.tokens)
+    assert last.reward == answer.reward and last.calls == answer.calls and not last.images
+    assert response.finish_reason == finish_reason
+    assert response.token_ids[-said[-1].tokens :].tolist() == said[-1].token_ids.tolist()
+    assert response.text == "".join(one.text for one in said)
+    assert runner.heard[0] == [one.text for one in said]
+
+
+def test_a_turn_without_an_answer_is_an_ordinary_response(trainer):
+    """The environment has nothing to say of a final answer."""
+    said = turn(trainer, "\\boxed{4}")
+    response, _ = talk(trainer, Observation(done=True), said)
+    assert response == said
+
+
+def test_a_turn_that_is_cut_is_the_last(trainer):
+    """The environment is not asked about half a turn."""
+    response, runner = talk(trainer, Observation("more"), turn(trainer, "hm", end="", finish_reason="length"))
+    assert response.truncated and runner.heard[0] == [] and not response.observed
+
+
+@pytest.mark.parametrize("end", ["<|image_pad|>", "<|endoftext|>"])
+def test_a_turn_with_another_end_is_the_last(trainer, end):
+    """Law 4: nothing follows a placeholder that the policy sampled."""
+    said = turn(trainer, "look", end=end)
+    response, _ = talk(trainer, Observation("more"), said)
+    assert response.token_ids.tolist() == said.token_ids.tolist() and response.observed[-1].failures == ("end",)
+
+
+def test_an_answer_that_leaves_no_room_ends_the_response_as_its_length_does(trainer):
+    """At the very bound: room for the answer and one more token is enough."""
+    said, answer = turn(trainer, "look"), Observation("<image> of that", [IMAGE])
+    heard = len(trainer.encoder.observation(answer.text, [{"bytes": IMAGE}], "q").token_ids) - 1
+    response, _ = talk(trainer, answer, said, longest=said.tokens + heard)
+    assert response.truncated and response.observed[-1].failures == ("room",) and response.tokens == said.tokens
+    last = turn(trainer, "", finish_reason="length")
+    response, _ = talk(trainer, answer, said, last, longest=said.tokens + heard + 1)
+    assert response.tokens == said.tokens + heard + 1
+
+
+def test_text_in_the_policys_own_turn_takes_its_end_token_away(trainer):
+    """As forced rethinking does: what spells a special token stays ordinary text."""
+    said, then = turn(trainer, "\\boxed{3}"), turn(trainer, " so \\boxed{4}", finish_reason="length")
+    response, _ = talk(trainer, Observation("\n\nWait<|im_end|>", role="assistant"), said, then)
+    forced = trainer.encoder._text_ids("\n\nWait<|im_end|>")
+    ids = [*said.token_ids[:-1], *forced, *then.token_ids]
+    assert response.token_ids.tolist() == ids and trainer.encoder.tokenizer.eos_token_id not in forced
+    assert (response.observed[0].start, response.observed[0].end) == (said.tokens - 1, said.tokens - 1 + len(forced))
+    assert response.sampled.tolist() == [True] * (said.tokens - 1) + [False] * len(forced) + [True] * then.tokens
+    assert response.text == "\\boxed{3} so \\boxed{4}"
+
+
+def test_rewards_and_places_of_turns_are_kept(trainer):
+    """Each answer says what the turn before it was worth, and stands where that ended."""
+    said = [turn(trainer, "one, "), turn(trainer, "two, "), turn(trainer, "three", end="", finish_reason="length")]
+    response, _ = talk(trainer, Observation("go on", reward=0.25, calls=2), *said)
+    assert [(part.reward, part.calls, part.text) for part in response.observed] == [(0.25, 2, "go on")] * 2
+    assert [response.text[: part.place] for part in response.observed] == ["one, ", "one, two, "]
+
+
+def test_a_long_text_loses_its_middle(trainer, monkeypatch):
+    """A megabyte is at most environment.max_text_tokens, with its beginning and end, and images stay where they are."""
+    monkeypatch.setattr(trainer.config.environment, "max_text_tokens", 40)
+    text = f"begin <image> {'x y ' * 250_000} end"
+    response, _ = talk(
+        trainer, Observation(text, [IMAGE]), turn(trainer, "?"), turn(trainer, "!", finish_reason="length")
+    )
+    (part,) = response.observed
+    words = trainer.encoder.decode(response.token_ids[part.start : part.end])
+    assert "begin" in words and words.strip().split("user")[1].count("x") < 40 and "end" in words
+    shown = len(trainer.encoder.observation("<image>", [{"bytes": IMAGE}], "q").token_ids)
+    assert 20 < part.end - part.start - shown < 60
+    assert len(part.text) < 1000
