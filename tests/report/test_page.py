@@ -187,20 +187,21 @@ def test_turns_are_shown_in_order(tmp_path, no_figures):
     whole = conversation(said[0], crop, said[1], refused, said[2])
     cut = conversation(CALL, ended)
     plain = conversation("\\boxed{four}")
-    run = write_run(tmp_path / "run", groups=[looked(0, (whole, 1.0), (cut, 0.0), (plain, 1.0))])
+    asked = conversation("\\boxed{3}", {"text": "sure?"}, "\\boxed{four}")
+    run = write_run(tmp_path / "run", groups=[looked(0, (whole, 1.0), (cut, 0.0), (plain, 1.0), (asked, 1.0))])
     file = write_report([run])
     (shown,) = sample_completions([read_run(run)])["groups"]
-    first, second, _ = shown["responses"]
+    first, second, *_ = shown["responses"]
     assert [part.by for part in first["parts"]] == ["policy", "environment"] * 2 + ["policy"]
     assert [part.text for part in first["parts"]] == [said[0], crop["text"], said[1], refused["text"], said[2]]
     assert [part.by for part in second["parts"]] == ["policy", "environment"] and second["parts"][1].text == ""
     counts = [(r["turns"], r["calls"], r["failures"], r["fast"]) for r in shown["responses"]]
-    assert counts == [(3, 3, ["box", "limit"], False), (1, 0, ["turns"], False), (1, 0, [], True)]
-    assert [r["tokens"] for r in shown["responses"]] == [len("".join(said)), len(CALL), len(plain.text)]
+    assert counts == [(3, 3, ["box", "limit"], False), (1, 0, ["turns"], False), (1, 0, [], True), (2, 0, [], False)]
+    assert [r["tokens"] for r in shown["responses"]] == [len(r.text) for r in (whole, cut, plain, asked)]
     html = file.read_text()
     items = re.findall(r"<li.*?</li>", html, flags=re.DOTALL)
     marks = [re.findall(r"<mark[^>]*answered by the environment[^>]*>(.*?)</mark>", item, re.DOTALL) for item in items]
-    assert [len(found) for found in marks] == [2, 1, 0]
+    assert [len(found) for found in marks] == [2, 1, 0, 1]
     assert "3 turns" in items[0] and "3 tool calls" in items[0] and "2 failed" in items[0]
     assert marks[0][0].count("<img") == 1 and marks[0][1].count("<img") == 0 and "failed: box" in marks[0][1]
     assert "not heard" in marks[1][0] and "failed: turns" in marks[1][0] and "reward -0.5" in marks[1][0]
