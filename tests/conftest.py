@@ -45,7 +45,8 @@ test_recipes.py embedded/test_warmup.py plan/test_plan.py runtime/test_torchvisi
 rewards/test_checker.py integration/test_loss_head.py rewards/test_mutations.py report/test_page.py
 rollout/test_faults.py kernels/test_csrc.py rollout/test_weight_sync.py test_wheel.py rewards/test_published.py
 rewards/test_several.py integration/test_rewards.py integration/test_judge.py rewards/test_judge.py
-rewards/test_judge_faults.py rewards/test_judge_server.py rollout/server/test_serve.py kernels/test_precision.py
+rewards/test_judge_faults.py environments/test_user.py environments/test_python.py rewards/test_judge_server.py
+rollout/server/test_serve.py kernels/test_precision.py
 families/test_rollout.py kernels/test_csrc_cuda_on_host.py kernels/test_merge_attention.py embedded/test_tiny.py
 integration/test_virl39k.py kernels/test_memory.py fuzz/test_fuzz.py families/test_packing.py families/test_pixels.py
 kernels/test_sum_tree.py kernels/test_compile.py benchmarks/test_kernels.py families/test_ranks.py

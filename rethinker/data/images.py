@@ -74,7 +74,7 @@ def open_image(reference: Any, query_id: str, max_pixels: int = DataConfig.max_i
         UnreadableImageError: naming the query and the file that cannot be decoded.
     """
     with _opened(reference, query_id, max_pixels) as image:
-        return _plain(image)
+        return plain_image(image)
 
 
 def check_image(reference: Any, query_id: str, max_pixels: int = DataConfig.max_image_pixels) -> None:
@@ -86,7 +86,7 @@ def check_image(reference: Any, query_id: str, max_pixels: int = DataConfig.max_
     with _opened(reference, query_id, max_pixels) as image:
         if image.format in ("JPEG", "MPO"):
             image.draft(None, (1, 1))  # every bit is still read, but only an eighth of each side computed
-        _plain(image)
+        plain_image(image)
 
 
 def image_key(reference: Any) -> Hashable:
@@ -142,7 +142,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def plain_image(image: Image.Image) -> Image.Image:
     """A new image that knows nothing but its pixels: see `open_image`."""
     turn = _turn(image)
     image.load()

@@ -17,7 +17,8 @@ from typing import Any
 
 from rethinker.rewards import worker as process
 from rethinker.rewards.functions import RewardFunction, call_with
-from rethinker.rewards.worker import LOOK_S, SKIPPED, Asked, Verdict, Worker
+from rethinker.rewards.worker import LOOK_S, SKIPPED, Asked, Verdict, Worker, failure_of
+from rethinker.runtime.killable import OUT_OF_MEMORY, LostError, end_if_stuck
 
 
 class AsyncWorker(Worker):
@@ -71,9 +72,9 @@ class AsyncWorker(Worker):
                 elif left > 0:
                     continue
                 else:
-                    lost = f"timeout: {entry.timeout_setting}={entry.timeout_s}"
+                    lost = failure_of(LostError("timeout", ""), entry)
             except (EOFError, OSError):
-                lost = f"crash: {self._obituary()}"
+                lost = failure_of(self._obituary(), entry)
             if lost:
                 self.kill()
                 if len(under_way) > 1:
@@ -104,7 +105,7 @@ async def _answer(link: Connection, function: RewardFunction) -> None:
             except (EOFError, OSError):
                 os._exit(0)
             except MemoryError:
-                os._exit(process.OUT_OF_MEMORY)
+                os._exit(OUT_OF_MEMORY)
             loop.call_soon_threadsafe(begin, place, asked)
 
     def begin(place: int, asked: Asked) -> None:
@@ -127,7 +128,7 @@ async def _answer(link: Connection, function: RewardFunction) -> None:
 
     threading.Thread(target=read, daemon=True).start()
     while True:
-        process.end_if_stuck(function.entry.timeout_s)
+        end_if_stuck(function.entry.timeout_s)
         await asyncio.sleep(function.entry.timeout_s / 2)
 
 
@@ -136,6 +137,6 @@ async def _guarded(function: RewardFunction, asked: Asked) -> Verdict:
     try:
         return process.verdict(await call_with(function, [asked]))
     except MemoryError:
-        os._exit(process.OUT_OF_MEMORY)
+        os._exit(OUT_OF_MEMORY)
     except BaseException as error:  # SystemExit and a cancellation of its own, too: they are the call's
         return process.failed(error)

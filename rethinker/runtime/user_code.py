@@ -47,6 +47,7 @@ def user_function(setting: str, spec: str, shipped: Mapping[str, Callable[..., A
         raise ConfigError(f"{setting}={spec}: {path} fails to import ({one_line(error)})") from error
     function = getattr(module, name, None)
     if not callable(function):
-        names = [n for n, value in vars(module).items() if inspect.isfunction(value)]
+        own = [(n, v) for n, v in vars(module).items() if getattr(v, "__module__", None) == module_spec.name]
+        names = [n for n, value in own if inspect.isfunction(value) or inspect.isclass(value)]
         raise ConfigError(f"{setting}={spec}: {path} has no function {name!r}; it has {', '.join(names) or 'none'}")
     return function

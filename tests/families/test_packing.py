@@ -14,7 +14,7 @@ from rethinker.policy.loading import load_model
 from rethinker.policy.lora import add_adapters
 from rethinker.policy.model import Policy
 from rethinker.policy.packing import pack
-from tests.policy.helpers import late_image, queries_of_every_kind, samples_for
+from tests.policy.helpers import late_image, observing, queries_of_every_kind, samples_for
 from tests.policy.test_packing import assert_queued, compare, packed
 
 
@@ -29,7 +29,8 @@ def without_deep(first, *deep):
 
 @pytest.mark.parametrize("kernel", ["sdpa", "flash"])
 def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, encoder, tmp_path, cell):
-    """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none."""
+    """Law 2: log-probs within 1e-5 and gradients within 1e-5 relative, with one image, two images and none, in the
+    prompts and between the turns of responses."""
     if kernel == "flash" and make_policy().layers.masked:
         with pytest.raises(ConfigError, match="set policy.attention to sdpa"):
             make_policy(attention=kernel)
@@ -37,7 +38,9 @@ def test_packed_forward_equals_per_sample_forward(kernel, make_policy, model, en
     policy, queries = make_policy(attention=kernel), queries_of_every_kind(tmp_path)
     if policy.layers.window:
         queries.append(late_image(tmp_path))
-    logp_error, gradient_error = compare(samples_for(queries, encoder, [5, 1, 9, 3]), encoder, policy, model)
+    samples = samples_for(queries, encoder, [5, 1, 9, 3])
+    samples[2], samples[7] = observing(samples[2], encoder, 3, 6), observing(samples[7], encoder, 2)
+    logp_error, gradient_error = compare(samples, encoder, policy, model)
     assert logp_error <= 1e-5
     assert gradient_error <= 1e-5
     cell("shared prompts: nats", logp_error)

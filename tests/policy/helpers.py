@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,13 @@ import torch
 from PIL import Image
 
 from rethinker.config import DataConfig
+from rethinker.data.images import open_image
 from rethinker.data.prompts import PromptEncoder
 from rethinker.policy.loading import load_processor
 from rethinker.runtime.distributed import Ranks
-from rethinker.samples import Completion, Query, Sample
+from rethinker.samples import Completion, Observed, Query, Sample
+from rethinker.trajectory import Trajectory
+from tests.data.image_kinds import noise, saved
 
 
 def picture(folder, number: int, size: tuple[int, int] = (64, 64)) -> str:
@@ -65,6 +69,24 @@ def samples_for(queries, encoder, lengths, *, seed: int = 0, vocabulary: int = 2
     return samples
 
 
+def observing(sample: Sample, encoder: PromptEncoder, *places: int) -> Sample:
+    """The sample with an image and some words observed behind so many of its tokens, at each of the places."""
+    response, done, observed = Trajectory(encoder.encode(sample.query), 10**6), 0, []
+    for number, place in enumerate(places):
+        response.say(cut(sample.completion, done, place))
+        image = {"bytes": saved(Image.fromarray(noise(48 - 16 * number, 32, seed=number)))}
+        heard = encoder.observation("so: <image>", (image,), "")
+        response.hear(heard.token_ids, heard.compact_ids, heard.images)
+        observed.append(Observed(response.tokens - len(heard.token_ids), response.tokens, 0, images=(image,)))
+        done = place
+    response.say(cut(sample.completion, done, None))
+    return replace(sample, completion=response.completion("", observed=tuple(observed)))
+
+
+def cut(completion: Completion, start: int, end: int | None) -> Completion:
+    return replace(completion, token_ids=completion.token_ids[start:end], logprobs=completion.logprobs[start:end])
+
+
 def encoder_and_samples(model: str, scratch: Path, ranks: Ranks) -> tuple[PromptEncoder, list[Sample]]:
     """A model's encoder, and on every rank the same four responses: two with an image, two without."""
     pictures = scratch / f"pictures_{ranks.world_size}_{ranks.rank}"
@@ -79,13 +101,14 @@ def per_sample_log_softmax(model, encoder, sample: Sample) -> torch.Tensor:
     prompt = encoder.encode(sample.query)
     ids = torch.tensor([[*prompt.token_ids, *sample.completion.token_ids]])
     family, inputs = encoder.family, {}
-    if prompt.images:
+    seen = [open_image(image, "") for image in sample.completion.images]
+    if images := [*prompt.images, *seen]:
         arguments = family.image_arguments(encoder.processor)
-        made = encoder.processor.image_processor(images=prompt.images, return_tensors="pt", **arguments)
+        made = encoder.processor.image_processor(images=images, return_tensors="pt", **arguments)
         inputs = {name: made[name] for name in family.IMAGE_INPUTS}
     if family.TOKEN_TYPES:
         is_image = (ids == model.config.image_token_id).int()
-        is_image[:, len(prompt.token_ids) :] = 0
+        is_image[:, len(prompt.token_ids) :] *= torch.from_numpy(~sample.completion.sampled)
         inputs[family.TOKEN_TYPES] = is_image
     logits = model(input_ids=ids, use_cache=False, **inputs).logits[0]
     return logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1)

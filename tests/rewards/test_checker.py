@@ -17,7 +17,6 @@ from dataclasses import replace
 import pytest
 
 from rethinker.config import ConfigError, RewardConfig
-from rethinker.rewards import worker as process
 from rethinker.rewards.checker import AnswerChecker
 from rethinker.rewards.functions import load_rewards
 from rethinker.samples import Query
@@ -292,7 +291,7 @@ def test_close_leaves_no_process_behind(config):
 def test_close_ends_checks_under_way(moment, config, monkeypatch):
     """A call that runs in another thread while the checker is closed ends at once, and starts no further process."""
     checker, ends, made = AnswerChecker(replace(config, timeout_s=60.0)), [], threading.Event()
-    workers, popen = checker._workers, process.subprocess.Popen
+    workers, popen = checker._workers, subprocess.Popen
 
     def slow(*arguments, **options):  # the process is there, and its worker does not know it yet
         process = popen(*arguments, **options)
@@ -302,7 +301,7 @@ def test_close_ends_checks_under_way(moment, config, monkeypatch):
         return process
 
     if moment == "while a process is made":
-        monkeypatch.setattr(process.subprocess, "Popen", slow)
+        monkeypatch.setattr(subprocess, "Popen", slow)
     if moment == "while they check":
         checker.score(ask({"a": "4", "b": "5"}))
 

@@ -18,6 +18,7 @@ from rethinker.samples import Completion
 from tests.data.image_kinds import noise, saved
 from tests.rollout.dialogues import Scripted, Side, config_of_dialogues, late, model_whose_turns_end
 from tests.rollout.helpers import TOLERANCE
+from tests.rollout.served import Relay, Served
 
 SAMPLING = {"temperature": 1.0, "seed": 0}
 
@@ -28,10 +29,14 @@ def ending(tmp_path_factory):
     return model_whose_turns_end(tmp_path_factory.mktemp("ending"))
 
 
-@pytest.fixture(scope="module", params=["vllm", "hf"])
-def side(request, ending):
+@pytest.fixture(scope="module", params=["vllm", "hf", "server"])
+def side(request, ending, tmp_path_factory):
     """The trainer's side, and its engine."""
     side = Side(ending, config_of_dialogues(backend=request.param))
+    if request.param == "server":
+        side.served = Served(ending, tmp_path_factory.mktemp("served") / "log", side.config)
+        request.addfinalizer(side.served.close)
+        side.config.rollout.servers = [side.served.address()]
     side.engine = make_engine(side.config, str(ending), rank=0, world_size=1, local_rank=0)
     yield side
     side.engine.close()
@@ -83,7 +88,7 @@ def test_answers_that_come_late_change_no_token(side):
         assert np.allclose(one.logprobs, other.logprobs, atol=TOLERANCE, equal_nan=True)
 
 
-@pytest.mark.parametrize("side", ["vllm"], indirect=True)
+@pytest.mark.parametrize("side", ["vllm", "server"], indirect=True)
 def test_a_slow_environment_delays_no_other_conversation(side):
     """The first conversation is answered only when all others have ended; in lock step it would wait for ever."""
     held: list[Callable[[], None]] = []
@@ -132,6 +137,24 @@ def test_a_later_turn_finds_in_vllms_caches_what_went_before_it(side, monkeypatc
         assert 0 < new < 60 + block
     hook.remove()
     assert len(seen) == 3 + sum(len(one.images) for one in responses)  # the questions' images, and the answers'
+
+
+@pytest.mark.parametrize("side", ["server"], indirect=True)
+def test_conversations_of_a_lost_server_go_on_at_another(side):
+    """From the turn that each had come to: nothing is asked of an environment twice, and the tokens are the same."""
+    whole = side.engine.converse(side.begin(Scripted(), each=4), **SAMPLING)
+    relay = Relay(side.served.address())
+    try:
+        side.engine._replicas.alive.append(relay.address)
+        relay.last = 9  # of about 18
+        runner = Scripted()
+        responses = side.engine.converse(side.begin(runner, each=4), **SAMPLING)
+    finally:
+        relay.close()
+    assert relay.requests >= relay.last and side.engine._replicas.alive == [side.served.address()]
+    assert [one.token_ids.tolist() for one in responses] == [one.token_ids.tolist() for one in whole]
+    assert all(len(heard) <= one.text.count("") for heard, one in zip(runner.heard, responses, strict=True))
+    assert sum(map(len, runner.heard)) == sum(len(one.observed) for one in responses)
 
 
 class Once(Scripted):

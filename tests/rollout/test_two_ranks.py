@@ -8,14 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rethinker.embedded.tiny import create_tiny
+from tests.rollout.dialogues import model_whose_turns_end
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_every_rank_samples_its_own_prompts_from_the_synced_policy(tmp_path):
-    """Law 1 on both ranks, with different numbers of prompts: an engine per rank, and one engine over both."""
-    folder = create_tiny(tmp_path / "model", seed=0)
+    """Law 1 on both ranks, with different numbers of prompts, and of conversations and turns: an engine per rank, and
+    one engine over both."""
+    folder = model_whose_turns_end(tmp_path / "model")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "tests.rollout.two_ranks", str(folder), str(tmp_path)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
@@ -29,3 +30,6 @@ def test_every_rank_samples_its_own_prompts_from_the_synced_policy(tmp_path):
         assert max(first["errors"] + second["errors"]) < 1e-5
         # The same prompts and seed: ranks of their own engines must not all draw the same samples.
         assert first["tokens"] != second["tokens"]
+        assert [len(ranks["talks"]) for ranks in (first, second)] == [3, 6]  # with different numbers of turns, too
+        assert max(turns for turns, _ in first["talks"] + second["talks"]) == 3
+        assert first["talks"][0] != second["talks"][0]

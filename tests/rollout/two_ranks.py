@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from rethinker.rollout.engine import make_engine
 from rethinker.runtime.distributed import Ranks, start, stop
-from tests.rollout.helpers import Policy, make_prompts, rollout_config
+from tests.rollout.dialogues import Scripted, Side, config_of_dialogues
+from tests.rollout.helpers import Policy, make_prompts
 
 
 class CollectiveStream(Policy):
@@ -32,7 +33,7 @@ class CollectiveStream(Policy):
 def sample(folder: str, ranks: Ranks, tensor_parallel_size: int) -> dict:
     """What this rank saw."""
     check_sync = tensor_parallel_size == 1
-    config = rollout_config(tensor_parallel_size=tensor_parallel_size, check_sync=check_sync)
+    config = config_of_dialogues(tensor_parallel_size=tensor_parallel_size, check_sync=check_sync)
     engine = make_engine(config, folder, **vars(ranks))
     policy = CollectiveStream(folder)
     own = make_prompts(folder, seed=ranks.rank)[ranks.rank :]  # 4 prompts on rank 0, other 3 on rank 1
@@ -45,10 +46,16 @@ def sample(folder: str, ranks: Ranks, tensor_parallel_size: int) -> dict:
         errors.append(policy.error(own, sampled))
     shared = make_prompts(folder, seed=9)
     tokens = [one.token_ids.tolist() for group in engine.generate(shared, seed=3, **sampling) for one in group]
+    side = Side(Path(folder), config)
+    policy.model.load_state_dict({name: tensor for name, tensor in side.policy.hf.state_dict().items()})
+    engine.sync(policy, 3)
+    responses = engine.converse(side.begin(Scripted(), each=1 + ranks.rank), temperature=1.0, seed=4)
+    talks = [(len(one.observed), one.token_ids.tolist()) for one in responses]
+    errors.append(side.gaps(responses).abs().max().item())
     from vllm.distributed.parallel_state import destroy_model_parallel
 
     destroy_model_parallel()  # the next engine's groups are others; closing this one would end the process group, too
-    return {"errors": errors, "tokens": tokens, "groups": len(sampled)}
+    return {"errors": errors, "tokens": tokens, "groups": len(sampled), "talks": talks}
 
 
 def main(folder: str, results: str) -> None:

@@ -34,7 +34,7 @@ from rethinker.runtime.signals import StopRequested
 from rethinker.samples import Prompt
 from rethinker.settings import resolve_config
 from tests.rollout.helpers import TOLERANCE, Policy, check_sampled_placeholders, make_prompts, rollout_config
-from tests.rollout.served import Served, free_port
+from tests.rollout.served import Relay, Served, free_port
 
 PLAIN = {"n": 2, "max_new_tokens": 12, "temperature": 1.0}
 LONG = {"n": 32, "max_new_tokens": 32, "temperature": 1.0, "seed": 0}
@@ -308,50 +308,6 @@ def test_what_is_no_server_is_refused(served):
         with pytest.raises(ConfigError, match=rf"{config.rollout.servers[0]} answered /collective_rpc.* HTTP 404"):
             make_engine(config, served.folder, rank=0, world_size=1, local_rank=0)
         stub.shutdown()
-
-
-class Relay:
-    """Another address of the same server, which is cut off at its request number `last`: all connections break, and new
-    ones are refused."""
-
-    def __init__(self, address: str):
-        self.port = int(address.rpartition(":")[2])
-        self.requests, self.last = 0, None
-        self._writers: list[asyncio.StreamWriter] = []
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._server = asyncio.run_coroutine_threadsafe(
-            asyncio.start_server(self._serve, "127.0.0.1", 0), self._loop
-        ).result()
-        self.address = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def _serve(self, reader, writer):
-        behind, before = await asyncio.open_connection("127.0.0.1", self.port)
-        self._writers += [writer, before]
-        self.requests += 1
-        if self.requests == self.last:
-            self._close()
-
-        async def pump(source, sink):
-            try:
-                while data := await source.read(65536):
-                    sink.write(data)
-                    await sink.drain()
-                sink.write_eof()
-            except OSError:
-                pass
-
-        await asyncio.gather(pump(reader, before), pump(behind, writer))
-        writer.close(), before.close()
-
-    def _close(self) -> None:
-        self._server.close()
-        for writer in self._writers:
-            writer.transport.abort()
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._close)
-        self._loop.call_soon_threadsafe(self._loop.stop)
 
 
 @pytest.fixture
