@@ -5,6 +5,7 @@ torch is not imported here: mistakes are reported before anything slow.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -38,11 +39,16 @@ def eval_config(checkpoint: str, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: a setting that is unknown or wrong; a package that is missing.
     """
-    inherited = [f"--{key}={value}" for key, value in run_settings(checkpoint).items()]
+    inherited = [f"--{key}={_spelled(key, value)}" for key, value in run_settings(checkpoint).items()]
     config = resolve_config(Path(__file__).with_suffix(".yaml"), [*inherited, *overrides])
     config.policy.model = checkpoint
     check_engine(config, "rethinker eval")
     return config
+
+
+def _spelled(key: str, value: Any) -> str:
+    """A setting's value as an argument; an entry of a mapping that is a text needs its quotes, as `" Wait,"` does."""
+    return value if isinstance(value, str) and key in INHERITED else json.dumps(value, ensure_ascii=False)
 
 
 def check_mode(mode: Mode, config: Config) -> None:
@@ -75,9 +81,15 @@ def run_settings(checkpoint: str) -> dict[str, Any]:
     """How a run asked its model, from the config.yaml above the run's checkpoint; {} for any other model."""
     folder = Path(checkpoint).absolute().parent
     given = read_settings(folder.parent) if folder.name == "checkpoints" else {}
-    entries = tuple(f"{key}." for key in INHERITED)
-    inherited = {key: value for key, value in given.items() if key in INHERITED or key.startswith(entries)}
+    names = (*INHERITED, *_verified(given.get("environment.use")))
+    entries = tuple(f"{key}." for key in names)
+    inherited = {key: value for key, value in given.items() if key in names or key.startswith(entries)}
     return {key: value for key, value in inherited.items() if value not in (None, "recorded", "server", {})}
+
+
+def _verified(use: Sequence[str] | None) -> tuple[str, ...]:
+    """What the environment `verify` says."""
+    return ("rethink.triggers",) if "verify" in (use or ()) else ()
 
 
 def read_settings(run: Path) -> dict[str, Any]:
@@ -99,5 +111,6 @@ def flat_settings(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def recorded(config: Config, *further: str) -> dict[str, Any]:
     """The values of RECORDED, and of further settings; of reward.functions the first, which judges."""
     several = {"reward.functions": config.reward.functions[:1]} if config.reward.functions else {}
-    names = {*RECORDED, *further}.difference(() if config.environment.use else ANSWERED)
+    names = {*RECORDED, *further, *_verified(config.environment.use)}
+    names -= set() if config.environment.use else {*ANSWERED}
     return {key: value for key, value in flat(config).items() if key in names} | several

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from rethinker.algorithm.rethinking import make_triggers
-from rethinker.config import Config, RewardConfig
+from rethinker.config import Config, EnvironmentConfig, RewardConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.environments import Observation
 from rethinker.evaluation import answering
@@ -17,6 +17,7 @@ from rethinker.evaluation.answering import AnsweringModel, validate
 from rethinker.evaluation.evaluate import evaluate
 from rethinker.evaluation.results import summarize
 from rethinker.rewards.checker import AnswerChecker
+from rethinker.rollout.dialogue import Dialogue
 from rethinker.rollout.engine import RolloutEngine
 from rethinker.rollout.vllm_settings import most_images
 from rethinker.runtime.distributed import ALONE, Ranks
@@ -172,6 +173,25 @@ def test_an_environment_answers_as_in_training(encoder, checker):
     }
     _, plain, _ = ask(encoder, checker, "normal")
     assert summarize(plain)["environment"] is None and {row["turns"] for row in plain} == {None}
+
+
+def test_tools_are_called_for_real(encoder, checker, monkeypatch):
+    """A crop of the question's image, one that lies outside it, and an answer at once: the model hears an image and an
+    error, and each counts where it belongs."""
+    call = '<tool_call>\n{{"name": "crop", "arguments": {{"bbox_2d": {}}}}}\n</tool_call>'
+    inside, outside = call.format([0, 0, 30, 30]), call.format([900, 900, 990, 990])
+    turns = {"kept": (inside, "\\boxed{1}"), "fixed": ("\\boxed{2}",), "broken": (inside + outside, "\\boxed{0}")}
+    monkeypatch.setattr(f"{__name__}.TURNS", turns)
+    config = Config(environment=EnvironmentConfig(use=["crop"]))
+    queries = [Query(name, f"Say {name}.", SCRIPT[name][0], ({"bytes": png("red")},)) for name in turns]
+    dialogue = Dialogue(config, encoder)
+    engine = Talking(encoder.tokenizer)
+    model = AnsweringModel(engine, encoder, checker, dialogue)
+    rows = evaluate(queries, model, ALONE, mode="normal", max_new_tokens=1024)
+    dialogue.close()
+    assert engine.calls == [["kept", "fixed", "broken"], ["kept", "broken"]] and rights(rows) == [True, True, False]
+    assert [(row["turns"], row["calls"], len(row["failures"])) for row in rows] == [(2, 1, 0), (1, 0, 0), (2, 2, 1)]
+    assert len(rows[0]["token_ids"]) > len(encoder.tokenizer(rows[0]["response"])["input_ids"]) + 4  # an image's
 
 
 def test_the_engine_takes_the_images_of_answers(checkpoint):
