@@ -184,6 +184,21 @@ class Completion:
         return tuple(image for part in self.observed for image in part.images)
 
     @property
+    def turns(self) -> int:
+        """Turns of the policy; each but perhaps the last was answered."""
+        return len(self.observed) + (not self.observed or self.observed[-1].end < self.tokens)
+
+    @property
+    def calls(self) -> int:
+        """Tools that it called."""
+        return sum(part.calls for part in self.observed)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Why calls or the environment failed, a word each."""
+        return tuple(reason for part in self.observed for reason in part.failures)
+
+    @property
     def truncated(self) -> bool:
         """Whether the longest length ended it."""
         return self.finish_reason == "length"
