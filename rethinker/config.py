@@ -62,7 +62,7 @@ class DataConfig:
     """The questions: which data set, which columns, which prompt."""
 
     train: ranges.PathOrName = "easy_vqa"
-    """`sums`, `easy_vqa` or `digits` (embedded), a Hugging Face data set name or folder, or a .parquet, .jsonl
+    """`sums`, `boards`, `easy_vqa` or `digits` (embedded), a Hugging Face data set name or folder, or a .parquet, .jsonl
     or .json file; `sources` mixes those of data.sources."""
     sources: dict[str, dict] = field(default_factory=dict)
     """Data sets to mix: `{geometry: {train: a.parquet, weight: 2}, charts: {train: b.jsonl, weight: 1}}`. Weights are

@@ -106,7 +106,7 @@ def test_unknown_commands(capsys):
     """A command that does not exist, and a train without a recipe, name what does."""
     assert cli.main(["trian"]) == 2
     assert "commands are train, plan, eval, curate, report, export, serve, doctor" in capsys.readouterr().err
-    assert cli.main(["train"]) == 2 and "name a recipe first: easy_vqa_cpu" in capsys.readouterr().err
+    assert cli.main(["train"]) == 2 and "name a recipe first: crop_cpu, easy_vqa_cpu" in capsys.readouterr().err
     assert cli.main(["doctor", "now"]) == 2 and "takes no arguments" in capsys.readouterr().err
 
 

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 IMAGE_CACHE_BYTES = 128 * 2**20
 PIXEL_CACHE_BYTES = 256 * 2**20
 PROMPT_CACHE_TOKENS = 2 * 10**6
+SIZES = 10_000  # of images, with those in which the model sees them
 
 COMPARED = 2
 """Prompts of each layout that are compared with the processor's own."""
@@ -73,6 +74,7 @@ class PromptEncoder:
         self._pixels = cached(pixels, key=_shown)(self._process)
         ids = LRUCache(PROMPT_CACHE_TOKENS, lambda pair: len(pair[0]) + len(pair[1]))
         self._token_ids = cached(ids, key=lambda query: (query.question, _shown(query)))(self._tokenize)
+        self._shown_size = cached(LRUCache(SIZES))(self._resized)
         self._misfits: set[str] = set()
         self._whole: set[Hashable] = set()  # images that have been read to their end
         # Characters that no prompt within the limit can have: a longer text need not be tokenised to be left out. A
@@ -133,6 +135,9 @@ class PromptEncoder:
 
     def shown_size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) in which the model sees an image of that size."""
+        return self._shown_size(width, height)
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
         return self.family.shown(self.processor.image_processor, height, width)[::-1]
 
     def pixels(self, query: Query) -> dict[str, torch.Tensor]:

@@ -86,6 +86,7 @@ class EasyVqaTeacher:
     """
 
     classes = len(COLORS) + len(SHAPES) + 1  # and a weight of the token
+    environment, hears = None, ()
 
     def __init__(self, queries: Iterable[Query]) -> None:
         self._shown = describe_images(queries)
@@ -99,6 +100,10 @@ class EasyVqaTeacher:
     def sees(self, query: Query) -> bool:
         """Whether it is known what the query's image shows."""
         return self.description(query) is not None
+
+    def view(self, query: Query, rng: random.Random) -> Query:
+        """The query as looking is practised on it: as it is."""
+        return query
 
     def look_loss(
         self, scores: torch.Tensor, owner: torch.Tensor, queries: Sequence[Query]

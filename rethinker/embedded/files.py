@@ -1,9 +1,9 @@
 """What the words of the settings stand for that come with the package: data sets and a model, as files and a folder.
 
-`data.train: sums`, `easy_vqa` and `digits` become parquet files, which are read as any other data set is; `tiny` as
-`policy.model` becomes the folder of a model. Both lie in the cache, and are made when they are asked for first. A data
-set's name may say which split is meant (`data.validation: sums:test`); by default data.train is `train`, and
-data.validation is `validation`, or `test` where there is no such split.
+`data.train: sums`, `boards`, `easy_vqa` and `digits` become parquet files, which are read as any other data set is;
+`tiny` as `policy.model` becomes the folder of a model. Both lie in the cache, and are made when they are asked for
+first. A data set's name may say which split is meant (`data.validation: sums:test`); by default data.train is `train`,
+and data.validation is `validation`, or `test` where there is no such split.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rethinker.data.datasets import SPLIT, load_queries
 from rethinker.data.mixture import OF_A_SOURCE, source_configs
 from rethinker.data.subsets import Side
 from rethinker.doctor import check_packages
+from rethinker.embedded.boards import boards
 from rethinker.embedded.digits import digits
 from rethinker.embedded.easy_vqa import easy_vqa
 from rethinker.embedded.sums import sums
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 # By name: the questions of a split, its splits (for training, for validation, others), and the package that they come
 # with: its module and what it is installed as.
 DATA_SETS = {
+    "boards": (boards, ("train", "validation", "test"), "sklearn", "scikit-learn"),
     "sums": (sums, ("train", "validation", "test"), "sklearn", "scikit-learn"),
     "easy_vqa": (easy_vqa, ("train", "test"), "easy_vqa", "easy-vqa"),
     "digits": (digits, ("train", "test"), "sklearn", "scikit-learn"),
@@ -101,7 +103,8 @@ def _file(given: str | None, setting: str) -> str | None:
         raise ConfigError(f"{setting}={given}: {name} has no split {split!r}, but {', '.join(splits)}")
     check_packages(f"{setting}={name}", package)
     made_of = [find_spec(package).origin, version(distribution), version("pillow")]
-    made_of += [Path(file).read_bytes() for file in (__file__, load.__code__.co_filename)]
+    # Boards are made of sums, too.
+    made_of += [Path(file).read_bytes() for file in (__file__, *(f.__code__.co_filename for f in (load, sums)))]
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
     path = cache_folder() / f"{name}-{split}-{key}.parquet"
     try:

@@ -43,30 +43,44 @@ def sums(split: Literal["train", "validation", "test"]) -> list[Query]:
     Ids are `sums/<split>/<terms>/<number>`. Metadata holds `category` ("2 terms"), `symbols` (as "6-0+8"), `steps` (as
     ["6-0=6", "6+8=14"]) and `image_ids`, which count scikit-learn's images. A digit's image belongs to one split.
     """
-    own = _digits()[split]  # the images of this split, by digit
-    cells, rng = _cells(), random.Random(f"sums {split}")
+    own, rng = digit_images()[split], random.Random(f"sums {split}")
     queries = []
     for terms in TERMS:
         for number in range(SPLITS[split][1]):
-            digits = [rng.randrange(10) for _ in range(terms)]
-            symbols, total = str(digits[0]), digits[0]
-            for digit in digits[1:]:
-                sign = "-" if digit <= total and rng.random() < 0.5 else "+"
-                total += int(f"{sign}{digit}")
-                symbols += f"{sign}{digit}"
-            shown = [rng.choice(own[digit]) for digit in digits]
+            symbols = random_sum(terms, rng)
+            shown = [rng.choice(own[int(digit)]) for digit in symbols[::2]]
             metadata = {
                 "category": f"{terms} terms",
                 "symbols": symbols,
                 "steps": steps_of(symbols),
                 "image_ids": shown,
             }
-            images = iter(shown)
-            row = [cells[symbol if symbol in "+-" else next(images)] for symbol in symbols]
-            image = {"bytes": _png(np.concatenate(row, axis=1))}
+            image = {"bytes": _png(row_of_cells(symbols, shown))}
             question = QUESTIONS[number % len(QUESTIONS)]
-            queries.append(Query(f"sums/{split}/{terms}/{number}", question, str(total), (image,), metadata))
+            queries.append(Query(f"sums/{split}/{terms}/{number}", question, answer_of(symbols), (image,), metadata))
     return queries
+
+
+def random_sum(terms: int, rng: random.Random) -> str:
+    """The symbols of a sum, as "6-0+8", whose running total is never below 0."""
+    digits = [rng.randrange(10) for _ in range(terms)]
+    symbols, total = str(digits[0]), digits[0]
+    for digit in digits[1:]:
+        sign = "-" if digit <= total and rng.random() < 0.5 else "+"
+        total += int(f"{sign}{digit}")
+        symbols += f"{sign}{digit}"
+    return symbols
+
+
+def answer_of(symbols: str) -> str:
+    """The result of a sum."""
+    return steps_of(symbols)[-1].partition("=")[2]
+
+
+def row_of_cells(symbols: str, image_ids: Sequence[int]) -> np.ndarray:
+    """A sum as grey values [CELL, CELL * symbols]; `image_ids` are the images of its digits."""
+    images = iter(image_ids)
+    return np.concatenate([_cells()[symbol if symbol in "+-" else next(images)] for symbol in symbols], axis=1)
 
 
 def steps_of(symbols: str) -> list[str]:
@@ -79,8 +93,8 @@ def steps_of(symbols: str) -> list[str]:
 
 
 @cache
-def _digits() -> dict[str, dict[int, list[int]]]:
-    """By split and digit the numbers of scikit-learn's images."""
+def digit_images() -> dict[str, dict[int, list[int]]]:
+    """By split and digit the numbers of scikit-learn's images: an image belongs to one split."""
     from sklearn.datasets import load_digits
 
     values = load_digits().target.tolist()  # [1797]
@@ -127,10 +141,15 @@ class SumsTeacher:
     """
 
     classes = len(SYMBOLS)
+    environment, hears = None, ()
 
     def sees(self, query: Query) -> bool:
         """Whether it is known what the query's image shows."""
         return re.fullmatch(r"[0-9]([+-][0-9])+", str(query.metadata.get("symbols"))) is not None
+
+    def view(self, query: Query, rng: random.Random) -> Query:
+        """The query as looking is practised on it: as it is."""
+        return query
 
     def look_loss(
         self, scores: torch.Tensor, owner: torch.Tensor, queries: Sequence[Query]
@@ -169,8 +188,7 @@ def answer_text(answer: str) -> str:
 
 def slow_answer(symbols: str) -> str:
     """The steps of a sum, a line each, and the answer."""
-    steps = steps_of(symbols)
-    return "\n".join([*steps, answer_text(steps[-1].partition("=")[2])])
+    return "\n".join([*steps_of(symbols), answer_text(answer_of(symbols))])
 
 
 def with_slip(symbols: str, rng: random.Random) -> str:

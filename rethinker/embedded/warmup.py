@@ -23,18 +23,28 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch.nn import functional as F
 
-from rethinker.config import ConfigError, DataConfig, PolicyConfig, RethinkConfig, WarmupConfig
+from rethinker.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EnvironmentConfig,
+    PolicyConfig,
+    RethinkConfig,
+    WarmupConfig,
+)
 from rethinker.data.images import image_key
 from rethinker.data.mixture import category_of, check_category_weights
 from rethinker.data.prompts import PromptEncoder, select_fitting
 from rethinker.data.query_stream import QueryStream
 from rethinker.embedded import own_files
+from rethinker.embedded.boards import BoardsTeacher
 from rethinker.embedded.easy_vqa import EasyVqaTeacher
 from rethinker.embedded.sums import Parts, SumsTeacher
 from rethinker.embedded.tiny import DEFAULT_SIZE, TinySize, create_tiny
 from rethinker.policy.loading import load_model, load_processor
 from rethinker.policy.model import Policy
 from rethinker.policy.packing import joined, pack
+from rethinker.rollout.dialogue import Conversation, Dialogue
 from rethinker.runtime.display import progress
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Bundle, Completion, Query, Rethought, Sample
@@ -43,7 +53,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
-Teacher = EasyVqaTeacher | SumsTeacher
+LONGEST = 1024  # tokens of a response of several turns
+Teacher = EasyVqaTeacher | SumsTeacher | BoardsTeacher
 BETAS = (0.9, 0.95)  # Adam's
 MUON = 3.0  # Muon's learning rate over Adam's: in 5 steps it learns as much about sums as Adam in 8
 
@@ -122,7 +133,7 @@ def _write_untrained(
 ) -> None:
     """Write the tiny model as it begins, with a tokenizer for these questions and their responses."""
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-    rng, texts = random.Random(warmup.seed), []
+    rng, texts = random.Random(warmup.seed), list(teacher.hears)
     for query in queries:
         texts += [query.question, *(text for parts in teacher.responses(query, rng) for text, _ in parts)]
     create_tiny(folder, warmup.seed, texts=texts, size=size)
@@ -130,7 +141,10 @@ def _write_untrained(
 
 def teacher_of(queries: list[Query]) -> Teacher:
     """Who teaches these questions; of a mixture of data sets, one for all."""
-    return SumsTeacher() if all(map(SumsTeacher().sees, queries)) else EasyVqaTeacher(queries)
+    for teacher in (BoardsTeacher(), SumsTeacher()):  # a board, too, knows of a sum
+        if all(map(teacher.sees, queries)):
+            return teacher
+    return EasyVqaTeacher(queries)
 
 
 def _lessons(queries: list[Query], teacher: Teacher, encoder: PromptEncoder, warmup: WarmupConfig) -> list[Query]:
@@ -181,12 +195,13 @@ class Course:
         optimizers = {_adam([*tower.parameters(), *probe.parameters()]): 1.0}
         rng = random.Random(warmup.seed)
         for step in self._steps(warmup.look_steps, "warm-up, looking"):
-            batch, counts = self._share(rng.sample(images, min(warmup.batch_size, len(images))))
+            asked = rng.sample(images, min(warmup.batch_size, len(images)))
+            batch, counts = self._share([teacher.view(query, rng) for query in asked])
             seen = joined([self.encoder.pixels(query) for query in batch])
             grid = seen["image_grid_thw"]
             tokens = tower(seen["pixel_values"], grid_thw=grid).pooler_output  # [tokens, hidden]
             scores = probe(F.rms_norm(tokens, tokens.shape[-1:]))  # [tokens, classes]
-            owner = torch.arange(len(batch)).repeat_interleave(grid.prod(-1) // tower.spatial_merge_unit)  # [tokens]
+            owner = torch.arange(len(grid)).repeat_interleave(grid.prod(-1) // tower.spatial_merge_unit)  # [tokens]
             loss, number = teacher.look_loss(scores, owner, batch)
             self._update(optimizers, loss, counts * number, step / warmup.look_steps)
         return True
@@ -202,10 +217,11 @@ class Course:
         muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         optimizers = {_adam(others): 1.0, muon: MUON}
         rng = random.Random(warmup.seed)
+        environment = dialogue_of(self.teacher, encoder)
         for step in self._steps(warmup.steps, "warm-up, answering"):
             answered = [(query, self.teacher.responses(query, rng)) for query in stream.next(warmup.batch_size)]
             own, counts = self._share(answered)
-            bundles = [as_bundle(query, responses, encoder) for query, responses in own]
+            bundles = [as_bundle(query, responses, encoder, environment) for query, responses in own]
             batch = pack(bundles, encoder.encode, encoder.pixels, policy.positions)
             logps, _ = policy(batch)  # [R]
             taught = logps[batch.loss_mask]
@@ -239,12 +255,38 @@ class Course:
             optimizer.step()
 
 
-def as_bundle(query: Query, responses: list[Parts], encoder: PromptEncoder) -> Bundle:
-    """A query with these responses, as if they had been sampled; of each, what comes before its first taught part is
-    masked."""
-    prompt_tokens = len(encoder.encode(query).token_ids)
-    completions = [_completion(parts, encoder.tokenizer) for parts in responses]
-    return Bundle(query, tuple(Sample(query, c, 0.0, 0, prompt_tokens=prompt_tokens) for c in completions))
+def as_bundle(
+    query: Query, responses: list[Parts], encoder: PromptEncoder, environment: Dialogue | None = None
+) -> Bundle:
+    """A query with these responses, as if they had been sampled.
+
+    Without an environment, what comes before a response's first taught part is masked. With one, each part is a turn,
+    which the environment answers.
+    """
+    prompt = encoder.encode(query)
+    if environment:
+        completions = [
+            _spoken(parts, Conversation(environment, query, prompt, LONGEST), encoder) for parts in responses
+        ]
+    else:
+        completions = [_completion(parts, encoder.tokenizer) for parts in responses]
+    return Bundle(query, tuple(Sample(query, c, 0.0, 0, prompt_tokens=len(prompt.token_ids)) for c in completions))
+
+
+def dialogue_of(teacher: Teacher, encoder: PromptEncoder) -> Dialogue | None:
+    """The environment that the teacher's responses are turns for; of other teachers none."""
+    if not teacher.environment:
+        return None
+    return Dialogue(Config(environment=EnvironmentConfig(use=[teacher.environment])), encoder)
+
+
+def _spoken(turns: Parts, conversation: Conversation, encoder: PromptEncoder) -> Completion:
+    """The response in which the policy says these turns, with what it is answered between them."""
+    for text, _ in turns:
+        assert conversation.goes_on()
+        conversation.say(_completion([(text, True)], encoder.tokenizer))
+    assert not conversation.goes_on()
+    return conversation.completion()
 
 
 def _completion(parts: Parts, tokenizer) -> Completion:

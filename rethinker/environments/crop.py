@@ -20,8 +20,8 @@ from rethinker.environments.images import as_png, check_shape
 from rethinker.samples import Query
 
 BOX_NAMES = ("bbox_2d", "box", "bbox")
-LEAST_SIDE = 28
-"""Pixels of the full image: a smaller cut would be less than a patch."""
+LEAST_SIDE = 16
+"""Pixels of the full image: a smaller cut would be about a patch, or less."""
 _NUMBER = r"\s*(-?\d{1,30}(?:\.\d{1,30})?)\s*"
 _POINTS = re.compile(
     rf"\s*(?:<\|box_start\|>)?\s*\({_NUMBER},{_NUMBER}\)\s*,?\s*\({_NUMBER},{_NUMBER}\)\s*(?:<\|box_end\|>)?\s*"
