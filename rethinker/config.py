@@ -62,8 +62,8 @@ class DataConfig:
     """The questions: which data set, which columns, which prompt."""
 
     train: ranges.PathOrName = "easy_vqa"
-    """`sums`, `boards`, `easy_vqa` or `digits` (embedded), a Hugging Face data set name or folder, or a .parquet, .jsonl
-    or .json file; `sources` mixes those of data.sources."""
+    """`sums`, `boards`, `easy_vqa` or `digits` (embedded), a Hugging Face data set name or folder, or a .parquet,
+    .jsonl or .json file; `sources` mixes those of data.sources."""
     sources: dict[str, dict] = field(default_factory=dict)
     """Data sets to mix: `{geometry: {train: a.parquet, weight: 2}, charts: {train: b.jsonl, weight: 1}}`. Weights are
     shares of the questions drawn, given for all or for none (then by size). An entry may have its own train_split,

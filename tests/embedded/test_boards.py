@@ -152,8 +152,8 @@ def test_the_probe_learns_what_a_view_shows(splits):
 
 
 def test_responses_guess_or_look(splits):
-    """To every question guesses, and a look: a call for one tile's box, as the model sees the board, and the slow answer
-    to what that tile shows; of guesses and of marked tiles there are as many as are meant to be."""
+    """To every question guesses, and a look: a call for one tile's box, as the model sees the board, and the slow
+    answer to what that tile shows; of guesses and of marked tiles there are as many as are meant to be."""
     teacher, rng, guessed, hits = BoardsTeacher(), random.Random(0), 0, 0
     for query in splits["train"]:
         *guesses, ((call, first_taught), (answer, second_taught)) = teacher.responses(query, rng)
