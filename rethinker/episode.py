@@ -295,14 +295,13 @@ def note_kinds(groups: list[Group], config: Config) -> None:
     for group in groups:
         forced = [c.rethought and config.rethink.triggers.get(c.rethought.name) for c in group.completions]
         group.rethinks = [rethinks(c.text, phrase or "") for c, phrase in zip(group.completions, forced, strict=True)]
-        group.fast = [c.rethought is None and answers_at_once(c.text) for c in group.completions]
+        alone = [c.rethought is None and c.turns == 1 for c in group.completions]
+        group.fast = [one and answers_at_once(c.text) for one, c in zip(alone, group.completions, strict=True)]
         group.nlls = [c.mean_nll for c in group.completions]
         group.truncated = [c.truncated for c in group.completions]
-        group.turns = [len(c.observed) + (not c.observed or c.observed[-1].end < c.tokens) for c in group.completions]
-        group.calls = [sum(part.calls for part in c.observed) for c in group.completions]
-        group.failures = dict(
-            Counter(reason for c in group.completions for part in c.observed for reason in part.failures)
-        )
+        group.turns = [c.turns for c in group.completions]
+        group.calls = [c.calls for c in group.completions]
+        group.failures = dict(Counter(reason for c in group.completions for reason in c.failures))
 
 
 def score_again(

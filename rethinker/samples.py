@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # a checking process needs Query, not numpy and torch
     import numpy as np
     import torch
 
+IMAGE_MARK = "<image>"
+"""Where an image stands in a text."""
+
 
 @dataclass(frozen=True)
 class Query:
@@ -179,6 +182,21 @@ class Completion:
     def images(self) -> tuple[Any, ...]:
         """References to the images that observations show, in order."""
         return tuple(image for part in self.observed for image in part.images)
+
+    @property
+    def turns(self) -> int:
+        """Turns of the policy; each but perhaps the last was answered."""
+        return len(self.observed) + (not self.observed or self.observed[-1].end < self.tokens)
+
+    @property
+    def calls(self) -> int:
+        """Tools that it called."""
+        return sum(part.calls for part in self.observed)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Why calls or the environment failed, a word each."""
+        return tuple(reason for part in self.observed for reason in part.failures)
 
     @property
     def truncated(self) -> bool:

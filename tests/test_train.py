@@ -22,7 +22,7 @@ from rethinker.run import Run, load_held_out
 from rethinker.runtime import garbage
 from rethinker.runtime.distributed import ALONE
 from rethinker.runtime.garbage import no_full_collections
-from rethinker.samples import Accuracy, Completion, Group, Query, Rethought
+from rethinker.samples import Accuracy, Completion, Group, Observed, Query, Rethought
 from rethinker.settings import resolve_config
 
 
@@ -63,6 +63,42 @@ def test_a_forced_response_is_not_a_fast_one():
     one.completions[0].rethought = Rethought(1, 2, "doubt", 1, 2)
     note_kinds([one], config)
     assert one.fast == [False, True, False, True] and one.rethinks == [False, False, True, False]
+
+
+def test_an_answered_response_is_not_a_fast_one():
+    """Two short turns with an answer between them were no answer at once, though a single turn that was judged so is;
+    what the environment said is no rethinking of the policy's."""
+    one = group("x", r"\boxed{4} \boxed{5}", r"\boxed{5}", r"\boxed{5}")
+    answer, end = Observed(1, 3, 9, text="Wait, are you sure?"), Observed(1, 1, 9, reward=1.0)
+    one.completions[0] = Completion([1] * 4, [-1.0] * 4, one.completions[0].text, "stop", observed=(answer,))
+    one.completions[1].observed = (end,)
+    note_kinds([one], Config())
+    assert one.fast == [False, True, True] and one.rethinks == [False] * 3 and one.turns == [2, 1, 1]
+
+
+def test_what_a_step_logs_of_an_environment():
+    """Lengths are of what was sampled; turns, calls and the share that calls; failures per response by reason. Without
+    an environment they are null."""
+    config = Config()
+    answers = (
+        Observed(2, 4, 2, calls=2, failures=("box",)),
+        Observed(5, 9, 3, calls=1),
+        Observed(10, 10, 4, failures=("box", "turns")),
+    )
+    one = of_category("a", ("abcd", 1.0), ("ab", 0.0))
+    one.completions = [
+        Completion(range(10), [-1.0] * 10, "abcd", "stop", observed=answers),
+        Completion([1, 2], [-1.0] * 2, "ab", "stop"),
+    ]
+    assert (one.completions[0].turns, one.completions[0].calls) == (3, 3)
+    plain = trained_row([one], Batch([], 0, 1.0, 0.0))
+    assert plain["response_length_mean"] == (4 + 2) / 2
+    names = ("turns_mean", "tool_calls_mean", "tool_use_ratio")
+    assert [plain[name] for name in names] == [None] * 3 and plain["environment_failures"] == {}
+    config.environment.use = ["crop"]
+    row = trained_row([one], Batch([], 0, 1.0, 0.0), config)
+    assert [row[name] for name in names] == [2.0, 1.5, 0.5]
+    assert row["environment_failures"] == {"box": 1.0, "turns": 0.5}
 
 
 def test_how_probable_a_response_was_is_noted():
@@ -127,9 +163,9 @@ def test_a_question_that_a_refill_drops_leaves_replay(monkeypatch):
     assert {sample.query.id for sample in replay.draw(100)} == {"z", "w"}
 
 
-def trained_row(fresh: list[Group], batch: Batch) -> dict:
+def trained_row(fresh: list[Group], batch: Batch, config: Config | None = None) -> dict:
     """What a step logs about groups whose rewards are known."""
-    run = Run(Config())
+    run = Run(config or Config())
     run.policy, run.progress = SimpleNamespace(steps=1), Progress(mismatch=0.0)
     run.replay = ReplayBuffer(Config().replay, 0)
     run.encoder, run.checkpoints = SimpleNamespace(dropped=Counter()), SimpleNamespace(failed=0)

@@ -69,9 +69,9 @@ def begin(folder: Path, measured: dict[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--output {folder}: cannot be used ({error}); choose another folder") from error
     # The same content may lie in another place now.
-    differing = [k for k in measured if before.get(k) != measured[k] and k not in ("model", "data")]
+    differing = [k for k in {**before, **measured} if before.get(k) != measured.get(k) and k not in ("model", "data")]
     if differing:
-        changes = ", ".join(f"{key}={measured[key]} (was {before.get(key)})" for key in differing)
+        changes = ", ".join(f"{key}={measured.get(key)} (was {before.get(key)})" for key in differing)
         raise ConfigError(
             f"--output {folder} holds a measurement with other settings: {changes}; choose another folder"
         )
@@ -125,7 +125,7 @@ def _ask(queries: Sequence[Query], samples: int, number: int, model: AnsweringMo
     model.checker.check_working()
     for i, group in zip(fit, groups, strict=True):
         right = sum(group.right)
-        tokens = sum(completion.tokens for completion in group.completions) / samples
+        tokens = sum(completion.sampled_tokens for completion in group.completions) / samples
         rates[i] = dataclasses.replace(rates[i], right=right, samples=samples, tokens=tokens)
     return rates
 

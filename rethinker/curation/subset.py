@@ -19,7 +19,7 @@ class PassRate:
     samples: int = 0
     """0 for a question that was left out."""
     tokens: float = 0.0
-    """Mean length of its responses."""
+    """Mean length of its responses, in tokens that were sampled."""
     left_out: str | None = None
     """The limit that the question exceeds, as in training."""
 

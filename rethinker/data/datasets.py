@@ -18,7 +18,6 @@ from rethinker.config import ConfigError, DataConfig, nearest
 from rethinker.data.archives import in_archive
 from rethinker.data.formats import (
     FORMATS,
-    IMAGE_MARK,
     BadValueError,
     answer_of,
     cell,
@@ -35,7 +34,7 @@ from rethinker.data.formats import (
 from rethinker.data.mixture import of_source, source_configs
 from rethinker.data.sources import PEEKED, SUFFIXES, Row, Table, open_table
 from rethinker.data.subsets import Side, content_name, side_of, why_not
-from rethinker.samples import Query
+from rethinker.samples import IMAGE_MARK, Query
 
 log = logging.getLogger(__name__)
 

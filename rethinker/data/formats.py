@@ -17,8 +17,9 @@ from decimal import Decimal
 from typing import Any
 
 from rethinker.rewards.answers import extract_boxed
+from rethinker.samples import IMAGE_MARK
 
-IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
+VIDEO_MARK = "<video>"
 
 # By format and noun: the columns that may hold it, the first that is there. A chat as answer is its last reply.
 FORMATS: dict[str, dict[str, tuple[str, ...]]] = {

@@ -23,11 +23,11 @@ from PIL import Image
 
 from rethinker.config import ConfigError, DataConfig, one_line
 from rethinker.data.chat_template import ChatTemplate
-from rethinker.data.datasets import IMAGE_MARK, BadRowError, check_bad_rows
+from rethinker.data.datasets import BadRowError, check_bad_rows
 from rethinker.data.images import UnreadableImageError, check_image, image_key, image_size, open_image
 from rethinker.data.query_stream import QueryStream
 from rethinker.families import family_of_processor, limit_pixels
-from rethinker.samples import Prompt, Query
+from rethinker.samples import IMAGE_MARK, Prompt, Query
 
 log = logging.getLogger(__name__)
 

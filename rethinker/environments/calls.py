@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rethinker.data.formats import IMAGE_MARK
+from rethinker.samples import IMAGE_MARK
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _SPACE = re.compile(r"\s*")

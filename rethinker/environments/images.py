@@ -20,11 +20,13 @@ MOST_PIXELS = DataConfig.max_image_pixels
 
 
 def as_png(image: Image.Image, most_pixels: int) -> tuple[bytes, tuple[int, int]]:
-    """An RGB image as a PNG file of at most `most_pixels`, reduced if it has more, and its (width, height)."""
+    """An RGB image as a PNG file of about `most_pixels`, reduced if it has more, and its (width, height)."""
     scale = math.sqrt(most_pixels / (image.width * image.height))
     if scale < 1:
-        size = [max(1, int(side * scale + 1e-6)) for side in image.size]  # 499.9999999 is 500
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        sides = [side * scale for side in image.size]
+        # The shorter side is rounded up, so that the shape does not become narrower; 499.9999999 is 500.
+        rounded = [math.ceil(n - 1e-6) if n < max(image.size) * scale else int(n + 1e-6) for n in sides]
+        image = image.resize(rounded, Image.Resampling.BICUBIC)
     with io.BytesIO() as file:
         image.save(file, "PNG", compress_level=1)
         return file.getvalue(), image.size

@@ -17,12 +17,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rethinker.config import EnvironmentConfig
-from rethinker.data.formats import IMAGE_MARK
 from rethinker.environments import Environment, Observation, load
 from rethinker.environments.calls import CallError, harmless
 from rethinker.environments.images import png_of
 from rethinker.environments.texts import CHARACTERS_PER_TOKEN, cut_middle, whole
 from rethinker.runtime.killable import OUT_OF_MEMORY, Killable, described, end_if_stuck, limit_memory, prepared
+from rethinker.samples import IMAGE_MARK
 
 Answer = tuple[bytes, Observation | None] | str
 """(the pickled state, the answer to a turn), or what went wrong as "reason: detail"."""

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from rethinker.config import EnvironmentConfig
-from rethinker.data.formats import IMAGE_MARK
 from rethinker.environments import Observation
 from rethinker.environments.calls import Call, CallError, calls_of, harmless, takes
 from rethinker.environments.crop import Cropper, Seen
 from rethinker.environments.python import DESCRIPTION, LONGEST_CODE
 from rethinker.environments.texts import CHARACTERS_PER_TOKEN, whole
-from rethinker.samples import Query
+from rethinker.samples import IMAGE_MARK, Query
 
 RunCode = Callable[[str, int], tuple[str, str]]
 """(code, most characters of the answer) to (text, reason), as `sandbox.run`."""

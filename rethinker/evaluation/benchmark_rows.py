@@ -16,14 +16,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rethinker.config import ConfigError, DataConfig
-from rethinker.data.datasets import IMAGE_MARK, Reader, load_queries
+from rethinker.data.datasets import Reader, load_queries
 from rethinker.data.sources import Row, Table, open_table
 from rethinker.embedded.files import DATA_SETS, as_files
 from rethinker.evaluation.benchmark import MATHVISTA, Benchmark, data_files, load_benchmark
 from rethinker.rewards.answers import clean
 from rethinker.rewards.choices import options_of
 from rethinker.rewards.published import MEGABENCH
-from rethinker.samples import Query
+from rethinker.samples import IMAGE_MARK, Query
 
 NO_ANSWER = "no answer"
 # Lists within texts within texts: more quotes than anyone puts around them.

@@ -16,11 +16,11 @@ from rethinker.command_line import Parser
 from rethinker.config import ConfigError
 from rethinker.doctor import check_packages
 from rethinker.evaluation.benchmark import load_benchmark, shipped_benchmarks
-from rethinker.evaluation.settings import RECORDED, Mode, eval_config
+from rethinker.evaluation.settings import RECORDED, Mode, check_mode, eval_config
 
 _DESCRIPTION = """Answer a benchmark greedily, check the answers as the training reward does, and write result.json and
 responses.parquet. CHECKPOINT is a run's checkpoints/best, or any supported folder or Hugging Face name. A run's
-checkpoint is asked as the run's config.yaml says: prompt, pixel limits, longest answer."""
+checkpoint is asked as the run's config.yaml says: prompt, pixel limits, longest answer, tools."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     benchmarks = [load_benchmark(name) for name in options.benchmark]
     checkpoint = find_checkpoint(options.checkpoint)
     config = eval_config(checkpoint, overrides)
+    check_mode(options.mode, config)
     if options.data is not None and len(benchmarks) > 1:
         raise ConfigError(f"--data {options.data} is for one --benchmark; for several set RETHINKER_DATA")
     folders = _output_folders(options, checkpoint, [benchmark.name for benchmark in benchmarks])
@@ -72,7 +73,7 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     names = {"type": lambda text: [name for name in text.split(",") if name], "action": "extend", "metavar": "NAME"}
     add("--benchmark", required=True, **names, help=f"one or several of {known}, or a .yaml file; also A,B")
     modes = "normal; forced: a rethinking trigger follows every first answer and the model goes on; oracle: only after "
-    modes += "wrong answers, an upper bound"
+    modes += "wrong answers, an upper bound; both without environment.use"
     add("--mode", default="normal", metavar="MODE", choices=get_args(Mode), help=modes)
     add("--limit", type=int, metavar="N", help="a random sample of N questions, the same every time")
     places = "its data: a folder or file [$RETHINKER_DATA/NAME, the Hugging Face cache, or the hub]"

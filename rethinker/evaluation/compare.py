@@ -11,6 +11,7 @@ import pandas as pd
 from rethinker.config import ConfigError
 from rethinker.evaluation.intervals import mcnemar, paired_difference
 from rethinker.evaluation.results import read_result
+from rethinker.evaluation.settings import ANSWERED
 
 
 def compare_results(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -62,7 +63,10 @@ def describe_comparison(compared: Sequence[dict[str, Any]]) -> str:
     lines = [f"{base['title']}, the same {base['questions']} questions; differences are to the first result"]
     lines.append(pd.DataFrame(table, index=["mode", "accuracy", "95% interval", *paired]).T.to_string())
     lines.append("p: exact McNemar test on the questions that only one of both has right")
-    for setting in base["settings"]:
+    alone = any("environment.use" not in entry["settings"] for entry in compared)  # then that is all the difference
+    for setting in dict.fromkeys(name for entry in compared for name in entry["settings"]):
+        if alone and setting in ANSWERED and setting != "environment.use":
+            continue
         values = {entry["folder"]: repr(entry["settings"].get(setting)) for entry in compared}
         if len(set(values.values())) > 1:
             lines.append(f"note: {setting} differs ({', '.join(map(': '.join, values.items()))})")

@@ -22,7 +22,7 @@ from rethinker.data.prompts import FIRST, PromptEncoder
 from rethinker.evaluation import results
 from rethinker.evaluation.answering import AnsweringModel, fit_model, judge, open_model, ranks_of_torchrun, sample
 from rethinker.evaluation.benchmark import Benchmark
-from rethinker.evaluation.results import accepted_answers, answered, unanswered
+from rethinker.evaluation.results import accepted_answers, answered, conversed, unanswered
 from rethinker.evaluation.settings import CHUNK, Mode, recorded
 from rethinker.policy.loading import load_processor
 from rethinker.runtime.display import progress
@@ -122,6 +122,7 @@ def _answer(
     for i, group in zip(fit, groups, strict=True):
         first[i] = group.completions[0]
         rows[i] = answered(rows[i], first[i], group.rewards[0])
+        rows[i] |= conversed(first[i]) if model.dialogue else {}
     if mode == "normal":
         return rows
 

@@ -30,6 +30,9 @@ ROW = pa.schema(
         "reward": pa.float64(),
         "finish_reason": pa.string(),
         "token_ids": pa.list_(pa.int64()),
+        "turns": pa.int64(),  # of the model; with its tool calls and failures null where no environment answers it
+        "calls": pa.int64(),
+        "failures": pa.list_(pa.string()),
         "trigger": pa.string(),  # of the second pass; so are its place and the first response
         "trigger_start": pa.int64(),
         "trigger_end": pa.int64(),
@@ -61,6 +64,11 @@ def answered(row: dict[str, Any], completion: Completion, reward: float) -> dict
     return row | first | spans | said | {"token_ids": completion.token_ids.astype("int64")}
 
 
+def conversed(completion: Completion) -> dict[str, Any]:
+    """What a row has besides where an environment answers the model."""
+    return {"turns": completion.turns, "calls": completion.calls, "failures": list(completion.failures)}
+
+
 def accepted_answers(query: Query) -> list[str]:
     """The answers of which any counts: one, unless the benchmark has several."""
     return query.metadata.get("answers") or [query.answer]
@@ -79,6 +87,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "left_out": table.left_out.value_counts().to_dict(),
         "unfinished": int((table.finish_reason == "length").sum()),
         "rethink_ratio": float(table.rethinks.mean()),
+        "environment": _environment(table[table.turns.notna()]),
         "second_pass": None,
     }
     again = table.first_reward.notna()
@@ -92,6 +101,19 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "right_to_wrong": int((was_right & ~right).sum()),
         }
     return summary
+
+
+def _environment(table: pd.DataFrame) -> dict[str, Any] | None:
+    """Turns and tool calls of an answer, the share of answers that call a tool, and how often what failed; None where
+    no environment answered."""
+    if table.empty:
+        return None
+    return {
+        "turns_mean": float(table.turns.mean()),
+        "tool_calls_mean": float(table.calls.mean()),
+        "tool_use_ratio": float((table.calls > 0).mean()),
+        "failures": table.failures.explode().value_counts().sort_index().to_dict(),
+    }
 
 
 def _accuracy(right: pd.Series) -> dict[str, Any]:
@@ -147,6 +169,12 @@ def describe_result(result: dict[str, Any], folder: Path) -> str:
             f"second pass on {second['answers']} answers: accuracy {second['first_accuracy']:.3f} -> "
             f"{result['accuracy']:.3f} ({second['wrong_to_right']} became right, {second['right_to_wrong']} wrong; "
             f"{second['no_room']} had no room for it)"
+        )
+    if talk := result["environment"]:
+        failed = ", ".join(f"{reason} {count}" for reason, count in talk["failures"].items())
+        lines.append(
+            f"environment: {talk['turns_mean']:.2f} turns and {talk['tool_calls_mean']:.2f} tool calls per answer, "
+            f"{talk['tool_use_ratio']:.0%} of the answers call a tool" + f"; failed: {failed}" * bool(failed)
         )
     covered = result["questions_in_benchmark"] + sum(result["uncovered"].values())
     if result["questions_published"] not in (None, covered):

@@ -5,6 +5,7 @@ torch is not imported here: mistakes are reported before anything slow.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +25,12 @@ ASKED = ("data.prompt", "data.system", "data.chat_template_kwargs", "data.min_pi
 ASKED += ("policy.dtype", "rollout.backend", "rollout.max_new_tokens")
 # How its answers are judged.
 JUDGED = ("reward.rounding", "reward.percent", "reward.degrees")
+# What answers it within a response: recorded where environment.use names something.
+ANSWERED = ("use", "max_turns", "max_calls", "max_images", "max_text_tokens", "boxes", "describe", "timeout_s")
+ANSWERED = (*(f"environment.{name}" for name in ANSWERED), "environment.memory_gb")
 # What a checkpoint inherits from the run's config.yaml, and what a result records, since its answers depend on it.
-INHERITED = (*ASKED, *JUDGED, "rollout.kv_cache_gb")
-RECORDED = (*ASKED, *JUDGED, "data.max_images", "reward.function")
+INHERITED = (*ASKED, *ANSWERED, *JUDGED, "rollout.kv_cache_gb", "environment.workers")
+RECORDED = (*ASKED, *ANSWERED, *JUDGED, "data.max_images", "reward.function")
 
 
 def eval_config(checkpoint: str, overrides: Sequence[str]) -> Config:
@@ -35,11 +39,29 @@ def eval_config(checkpoint: str, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: a setting that is unknown or wrong; a package that is missing.
     """
-    inherited = [f"--{key}={value}" for key, value in run_settings(checkpoint).items()]
+    inherited = [f"--{key}={_spelled(key, value)}" for key, value in run_settings(checkpoint).items()]
     config = resolve_config(Path(__file__).with_suffix(".yaml"), [*inherited, *overrides])
     config.policy.model = checkpoint
     check_engine(config, "rethinker eval")
     return config
+
+
+def _spelled(key: str, value: Any) -> str:
+    """A setting's value as an argument; an entry of a mapping that is a text needs its quotes, as `" Wait,"` does."""
+    return value if isinstance(value, str) and key in INHERITED else json.dumps(value, ensure_ascii=False)
+
+
+def check_mode(mode: Mode, config: Config) -> None:
+    """Report a second pass over responses that an environment answers.
+
+    Raises:
+        ConfigError: naming what to change.
+    """
+    if mode != "normal" and config.environment.use:
+        raise ConfigError(
+            f"--mode {mode} goes on behind a response's end, and environment.use={config.environment.use} makes "
+            "responses of several turns; use --mode normal, or --environment.use '[]'"
+        )
 
 
 def check_engine(config: Config, command: str) -> None:
@@ -59,9 +81,15 @@ def run_settings(checkpoint: str) -> dict[str, Any]:
     """How a run asked its model, from the config.yaml above the run's checkpoint; {} for any other model."""
     folder = Path(checkpoint).absolute().parent
     given = read_settings(folder.parent) if folder.name == "checkpoints" else {}
-    entries = tuple(f"{key}." for key in INHERITED)
-    inherited = {key: value for key, value in given.items() if key in INHERITED or key.startswith(entries)}
+    names = (*INHERITED, *_verified(given.get("environment.use")))
+    entries = tuple(f"{key}." for key in names)
+    inherited = {key: value for key, value in given.items() if key in names or key.startswith(entries)}
     return {key: value for key, value in inherited.items() if value not in (None, "recorded", "server", {})}
+
+
+def _verified(use: Sequence[str] | None) -> tuple[str, ...]:
+    """What the environment `verify` says."""
+    return ("rethink.triggers",) if "verify" in (use or ()) else ()
 
 
 def read_settings(run: Path) -> dict[str, Any]:
@@ -83,4 +111,6 @@ def flat_settings(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def recorded(config: Config, *further: str) -> dict[str, Any]:
     """The values of RECORDED, and of further settings; of reward.functions the first, which judges."""
     several = {"reward.functions": config.reward.functions[:1]} if config.reward.functions else {}
-    return {key: value for key, value in flat(config).items() if key in (*RECORDED, *further)} | several
+    names = {*RECORDED, *further, *_verified(config.environment.use)}
+    names -= set() if config.environment.use else {*ANSWERED}
+    return {key: value for key, value in flat(config).items() if key in names} | several

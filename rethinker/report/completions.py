@@ -1,4 +1,5 @@
-"""A sample of a run's groups to look at: question, images, all responses with reward, advantage and forced triggers.
+"""A sample of a run's groups to look at: question, images, all responses with reward, advantage, forced triggers, and
+turn by turn what an environment answered.
 
 The sample is bounded, so that a page about a run of weeks still opens: MOST_GROUPS groups in all, spread evenly over
 the runs and over their episodes, at random within an episode; long texts lose their middle, images become thumbnails.
@@ -12,8 +13,9 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
@@ -26,14 +28,27 @@ from rethinker.report.runs import RunRecord
 
 MOST_GROUPS = 48
 MOST_CHARACTERS = 6000
+MOST_IMAGES = 4
+"""Of those that a response was shown."""
 THUMBNAIL = 160
 """Longest side of an image, in pixels."""
 COLUMNS = (
     *("episode", "group", "query_id", "question", "images", "answer", "metadata", "response", "reward", "advantage"),
     *("finish_reason", "token_ids", "rethought"),
 )
-SCORES = "scores"
-"""The column with each reward function's value, which older runs do not have."""
+SCORES, OBSERVED = "scores", "observed"
+"""The columns with each reward function's value and with an environment's answers, which older runs do not have."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a response, and whose it is. Of an environment's answer `facts` are what is known of it in words, and
+    `images` are thumbnails, None where one cannot be read."""
+
+    text: str
+    by: Literal["policy", "trainer", "environment"] = "policy"
+    images: tuple[str | None, ...] = ()
+    facts: tuple[str, ...] = ()
 
 
 def sample_completions(runs: Sequence[RunRecord]) -> dict[str, Any]:
@@ -78,8 +93,8 @@ def describe_group(run: RunRecord, row: dict[str, Any], longest_side: int = THUM
 
 
 def columns_of(file: Path) -> list[str]:
-    """Of COLUMNS and SCORES those that a file has."""
-    return [*COLUMNS, *({SCORES} & set(pq.read_schema(file).names))]
+    """COLUMNS, and of SCORES and OBSERVED those that a file has."""
+    return [*COLUMNS, *({SCORES, OBSERVED} & set(pq.read_schema(file).names))]
 
 
 def first_value(row: dict[str, Any]) -> float | None:
@@ -89,27 +104,62 @@ def first_value(row: dict[str, Any]) -> float | None:
 
 
 def describe_response(row: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """`parts` are (text, whether the trainer forced it); `verdict` is right (at least 1 by the first reward function),
-    wrong or unjudged; `scores` are (name, value) of each function where there are several; `trigger` names the forced
-    one, if any; `rethinks` says whether a cue outside of it was the model's, and `fast` whether the response is nothing
-    but the answer."""
+    """`parts` are a `Part` each, in order; `verdict` is right (at least 1 by the first reward function), wrong or
+    unjudged; `scores` are (name, value) of each function where there are several; `trigger` names the forced one, if
+    any; `rethinks` says whether a cue outside of it was the model's, and `fast` whether the response is nothing but the
+    answer. `tokens` counts what the policy sampled, in so many `turns` with so many tool `calls`; `failures` says why
+    some failed."""
     text, reward, rethought = row["response"], row["reward"], row["rethought"]
     scores, first = row.get(SCORES) or [], first_value(row)
-    start, end = find_trigger(text, len(row["token_ids"]), rethought, settings) if rethought else (len(text), len(text))
-    # Cut apart first and shorten after: the trigger stays whole whatever is left out around it.
-    parts = [(_shortened(text[:start]), False), (text[start:end], True), (_shortened(text[end:]), False)]
+    observed, tokens = row.get(OBSERVED) or [], len(row["token_ids"])
+    start, end = find_trigger(text, tokens, rethought, settings) if rethought else (len(text), len(text))
+    turns = len(observed) + (not observed or observed[-1]["end"] < tokens)
+    given = sum(part["end"] - part["start"] for part in observed)
+    given += rethought["trigger_end"] - rethought["trigger_start"] if rethought else 0
     return {
-        "parts": [part for part in parts if part[0]],
+        "parts": _parts(text, (start, end), observed, row["query_id"]),
         "verdict": "unjudged" if first is None else "right" if first >= 1 else "wrong",
         "reward": reward,
         "scores": scores if len(scores) > 1 else [],
         "advantage": row["advantage"],
         "finish_reason": row["finish_reason"],
-        "tokens": len(row["token_ids"]),
+        "tokens": tokens - given,
+        "turns": turns,
+        "calls": sum(part["calls"] for part in observed),
+        "failures": [reason for part in observed for reason in part["failures"]],
         "trigger": rethought and rethought["name"],
         "rethinks": rethinks(text[:start] + text[end:]),
-        "fast": rethought is None and answers_at_once(text),
+        "fast": rethought is None and turns == 1 and answers_at_once(text),
     }
+
+
+def _parts(text: str, trigger: tuple[int, int], observed: list[dict[str, Any]], query_id: str) -> list[Part]:
+    """The policy's text, cut where a trigger stands and where it was answered, with both in their places."""
+    # Cut apart first and shorten after: the trigger stays whole whatever is left out around it.
+    inserted = [(*trigger, Part(text[slice(*trigger)], "trainer"))] if trigger[0] < trigger[1] else []
+    longest, room = MOST_CHARACTERS // max(1, len(observed)), MOST_IMAGES
+    for answer in observed:
+        part = _answer(answer, query_id, longest, room)
+        inserted.append((answer["place"], answer["place"], part))
+        room -= len(part.images)
+    parts, done = [], 0
+    for start, end, part in sorted(inserted, key=lambda one: one[0]):
+        parts += [Part(_shortened(text[done:start], longest)), part]
+        done = end
+    parts.append(Part(_shortened(text[done:], longest)))
+    return [part for part in parts if part.text or part.facts]
+
+
+def _answer(answer: dict[str, Any], query_id: str, longest: int, most_images: int) -> Part:
+    """What an environment answered, with at most so many characters and images."""
+    images, tokens = answer["images"] or [], answer["end"] - answer["start"]
+    shown = tuple(_thumbnail({"bytes": image}, query_id, THUMBNAIL) for image in images[:most_images])
+    lost = {"could not be read": shown.count(None), "not shown here": len(images) - len(shown)}
+    facts = ["environment" if tokens else "environment, not heard", *([f"{tokens} tokens"] if tokens else [])]
+    facts += [f"reward {answer['reward']:.4g}"] if answer["reward"] else []
+    facts += [f"failed: {reason}" for reason in answer["failures"]]
+    facts += [f"{number} image{'s' if number > 1 else ''} {why}" for why, number in lost.items() if number]
+    return Part(_shortened(answer["text"], longest), "environment", shown, tuple(facts))
 
 
 def find_trigger(text: str, tokens: int, rethought: dict[str, Any], settings: dict[str, Any]) -> tuple[int, int]:
@@ -122,11 +172,11 @@ def find_trigger(text: str, tokens: int, rethought: dict[str, Any], settings: di
     return min(places, key=lambda span: abs(span[0] - expected), default=(len(text), len(text)))
 
 
-def _shortened(text: str) -> str:
+def _shortened(text: str, longest: int = MOST_CHARACTERS) -> str:
     """A long text without its middle: how it begins and what it ends with say most."""
-    if len(text) <= MOST_CHARACTERS:
+    if len(text) <= longest:
         return text
-    half = MOST_CHARACTERS // 2
+    half = longest // 2
     return f"{text[:half]} [... {len(text) - 2 * half:,} characters left out ...] {text[-half:]}"
 
 

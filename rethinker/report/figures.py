@@ -32,7 +32,8 @@ ADVANTAGES = ("0", "0 to 0.5", "0.5 to 1", "1 to 1.5", "1.5 to 2", "above 2")
 """The bins of `advantage_histogram` in words (algorithm/selection.py: ADVANTAGE_BINS)."""
 MOST_CATEGORIES = 8
 """Lines of one panel: the first ones by name."""
-SHARES = ("effective_query_ratio", "sampled_effective_ratio", "replay_fraction")  # drawn from 0 to 1
+# Drawn from 0 to 1.
+SHARES = ("effective_query_ratio", "sampled_effective_ratio", "replay_fraction", "tool_use_ratio")
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,12 @@ class ReportFigure:
     panels: dict[str, str]  # {metric: title of its panel}
     draw: Callable[[Runs], Figure | None] | None = None
     of: Literal["any", "one", "several"] = "any"  # how many runs the page is about
+    needs: str | None = None  # a metric that is null in runs which the figure says nothing about
 
     def suits(self, runs: Runs) -> bool:
-        """Whether it is a figure of a page about so many runs."""
-        return self.of in ("any", "one" if len(runs) == 1 else "several")
+        """Whether it is a figure of a page about these runs."""
+        known = self.needs is None or any(not run.series(self.needs).empty for run in runs)
+        return known and self.of in ("any", "one" if len(runs) == 1 else "several")
 
     @in_our_look
     def drawn(self, runs: Runs) -> Figure | None:
@@ -163,6 +166,29 @@ def replay_categories(runs: Runs) -> Figure | None:
     return figure
 
 
+def environment_failures(runs: Runs) -> Figure | None:
+    """What failed per response: of one run a line per reason, of several a line per run."""
+    lines: dict[str, pd.DataFrame] = {}
+    for run in runs:
+        steps = run.series("turns_mean").index  # a step in which nothing failed has no reasons
+        failed = run.mapping("environment_failures").reindex(steps).fillna(0)  # [steps, reasons]
+        if len(runs) == 1:
+            lines = {short_label(name): failed[[name]] for name in failed.columns[:MOST_CATEGORIES]}
+        elif len(steps):
+            lines[run.label] = failed.sum(axis=1).to_frame()
+    if not any(line.any(axis=None) for line in lines.values()):
+        return None
+    figure = new_figure(2.9)
+    axes = figure.subplots()
+    for number, (label, line) in enumerate(lines.items()):
+        draw_line(axes, line, label, single_steps=len(runs) == 1, **style_of(number))
+    draw_joins(axes, {step for run in runs for step in run.joins})
+    axes.set_title("failures per response")
+    axes.set_xlabel("optimizer step")
+    legend(figure)
+    return figure
+
+
 FIGURES = (
     ReportFigure(
         "validation",
@@ -224,6 +250,26 @@ FIGURES = (
         "Mean tokens per sampled response, and the share of responses that rethink unforced.",
         {"response_length_mean": "tokens per response", "rethink_ratio": "share that rethinks"},
         of="several",
+    ),
+    ReportFigure(
+        "tools",
+        "Tool use",
+        "Sampled responses that call a tool, tool calls per response, and turns of the policy per response.",
+        {
+            "tool_use_ratio": "responses that call a tool (0 to 1)",
+            "tool_calls_mean": "tool calls per response",
+            "turns_mean": "turns per response",
+        },
+        needs="turns_mean",
+    ),
+    ReportFigure(
+        "environment_failures",
+        "Failures of the environment",
+        "Tool calls that failed, and responses that the environment or a limit ended, per response: of one run by "
+        "their reasons.",
+        {},
+        environment_failures,
+        needs="turns_mean",
     ),
     ReportFigure(
         "policy",

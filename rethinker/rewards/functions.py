@@ -19,8 +19,9 @@ from rethinker.runtime.user_code import user_function
 from rethinker.samples import Query
 
 FACTS = ("tokens", "truncated", "max_tokens", "images")
-"""What a function may ask for by the names of its parameters: the response's length in tokens, whether that limit ended
-it, rollout.max_new_tokens, and the query's images as PNG files in bytes, upright RGB as the model sees them."""
+"""What a function may ask for by the names of its parameters: the response's length in tokens, with all that
+rollout.max_new_tokens counts, whether that limit ended it, rollout.max_new_tokens itself, and the query's images as PNG
+files in bytes, upright RGB as the model sees them."""
 
 ONE_BOX = r"(?!(?:.*\\boxed){2})\s*(?!\\boxed)\S.*\\boxed\s*\{.*\}.*"
 r"""Exactly one `\boxed{}`, with text before it."""

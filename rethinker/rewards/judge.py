@@ -22,7 +22,7 @@ from pydantic import AfterValidator, Field, ValidationError, create_model
 
 from rethinker import ranges
 from rethinker.rewards.judge_server import LONGEST_QUOTE, JudgeError, Server, once
-from rethinker.samples import Query
+from rethinker.samples import IMAGE_MARK, Query
 
 PROMPT = """\
 Grade a response to a question.
@@ -44,7 +44,6 @@ then end with one line of exactly this form, X being a number from {low} (wrong)
 Score: X"""
 KEPT_SCORES = 16_384
 
-_IMAGE_MARK = "<image>"
 _SLOT = re.compile(r"\{(question|answer|response|low|high)\}")
 _NUMBER = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"
 _SCORE_LINE = re.compile(rf"score\s*[:=]\s*{_NUMBER}\.?", re.IGNORECASE)
@@ -149,13 +148,13 @@ def _messages(
     low, high = (f"{end:g}" for end in scale)
     values = {"answer": answer, "response": response, "low": low, "high": high}
     urls = [f"data:image/png;base64,{b64encode(image).decode()}" for image in images]
-    marked = "{question}" in prompt and query.question.count(_IMAGE_MARK) == len(urls)
+    marked = "{question}" in prompt and query.question.count(IMAGE_MARK) == len(urls)
     left, parts = iter(urls), [] if marked else [*map(_image, urls)]
     for n, piece in enumerate(_SLOT.split(prompt)):  # every second one is a slot's name
         if piece != "question" or n % 2 == 0:
             parts.append(_plain(values[piece]) if n % 2 else piece)
             continue
-        first, *others = query.question.split(_IMAGE_MARK)
+        first, *others = query.question.split(IMAGE_MARK)
         parts.append(_plain(first))
         for text in others:
             url = next(left, None) if marked else None

@@ -23,6 +23,7 @@ _COLUMNS = (
     ("length", "response_length_mean", ".1f"),
     ("fast", "fast_ratio", ".2f"),
     ("rethink", "rethink_ratio", ".2f"),
+    ("tools", "tool_use_ratio", ".2f"),
     ("entropy", "entropy", ".3f"),
     ("tok/s", "tokens_per_s", ",.0f"),
     ("s/step", "step_s", ".2f"),
@@ -45,7 +46,10 @@ class Display:
         now, done = time.perf_counter(), metrics["step"]
         self._first_step = self._first_step or now - (metrics.get("step_s") or 0.0)
         seconds = (now - self._first_step) / (done - self._done_before) * (self.total_steps - done)
-        shown = [f"{label} {metrics[name]:{form}}" for label, name, form in _COLUMNS if metrics.get(name) is not None]
+        known = {name for name in metrics if metrics[name] is not None}
+        if "tool_use_ratio" in known:  # whose place the line has not; the one after a validation tells of fast answers
+            known -= {"fast_ratio"}
+        shown = [f"{label} {metrics[name]:{form}}" for label, name, form in _COLUMNS if name in known]
         self._print("  ".join([f"step {done}/{self.total_steps}", *shown, f"left {timedelta(seconds=round(seconds))}"]))
 
     def validated(self, step: int, accuracy: Accuracy, data: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -16,7 +18,7 @@ from rethinker.curation.command import main
 from rethinker.data.datasets import load_queries
 from rethinker.embedded.tiny import create_tiny
 from rethinker.runtime.distributed import Ranks
-from rethinker.samples import Completion
+from rethinker.samples import Completion, Observed
 from rethinker.settings import resolve_config
 from tests.data.virl39k import make_rows, write_fixture
 
@@ -165,6 +167,35 @@ def test_mistakes(curate, options, message):
     with pytest.raises(ConfigError, match=message):
         curate(*options)
     assert not curate.engine.asked
+
+
+def test_an_environment_answers(curate, monkeypatch):
+    """The recipe's environment answers within a response and stays in the subset's recipe; lengths are of what the
+    model said. In a folder that was measured with it, more turns or none are another measurement, and so is it in a
+    folder without."""
+    dialogue = SimpleNamespace(close=lambda: None)
+
+    def heard(engine, given, queries, prompts, **sampling):
+        assert given is dialogue
+        answers = engine.generate(prompts, **sampling)
+        return [[replace(one, observed=(Observed(1, 3, 0, calls=1),)) for one in group] for group in answers]
+
+    plain = curate("--limit", "50", output="plain")
+    monkeypatch.setattr("rethinker.evaluation.answering.Dialogue", lambda config, encoder: dialogue)
+    monkeypatch.setattr("rethinker.evaluation.answering.respond", heard)
+    crop = ("--environment.use", "[crop]", "--limit", "50")
+    folder = curate(*crop)
+    assert resolve_config(folder / "recipe.yaml").environment.use == ["crop"]
+    rates, before = (parquet.read_table(one / "pass_rates.parquet").to_pylist() for one in (folder, plain))
+    assert {row.pop("tokens") for row in rates} == {1.0} and {row.pop("tokens") for row in before} == {3.0}
+    assert rates == before
+    for options, output, message in (
+        (crop[2:], "out", r"environment\.use=None \(was \['crop'\]\)"),
+        ((*crop, "--environment.max_turns", "8"), "out", r"environment\.max_turns=8 \(was 4\)"),
+        (crop, "plain", r"environment\.use=\['crop'\] \(was None\)"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            curate(*options, output=output)
 
 
 def test_a_folder_with_other_files_is_left_alone(curate, tmp_path):

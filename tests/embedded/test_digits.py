@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from rethinker.data.datasets import IMAGE_MARK
 from rethinker.embedded.digits import SIDE, digits
+from rethinker.samples import IMAGE_MARK
 
 
 @pytest.fixture(scope="module")

@@ -123,12 +123,19 @@ def test_arguments(arguments, reason):
 
 
 def test_a_cut_too_narrow_for_any_model_is_refused():
-    """Qwen's image processors refuse sides of more than 200 to 1."""
+    """Qwen's image processors refuse sides of more than 200 to 1; rounding does not make a shape narrower than that."""
+
+    def qwens(width: int, height: int) -> tuple[int, int]:
+        if width > 200 * height:
+            raise ValueError(f"absolute aspect ratio must be smaller than 200, got {width / height}")
+        return shown_size(width, height)
+
     wide = Image.new("RGB", (6000, 40))
-    of = Runner(EnvironmentConfig(use=["crop"]), lambda *_: wide, lambda w, h: (w, h))
+    of = Runner(EnvironmentConfig(use=["crop"], boxes="thousandths"), lambda *_: wide, qwens)
     state = of.reset(QUERY).result()
-    assert of.step(state, call("crop", bbox_2d=[0, 0, 3300, 10])).result()[1].failures == ("box",)
-    assert of.step(state, call("crop", bbox_2d=[0, 0, 3200, 10])).result()[1].failures == ()
+    assert of.step(state, call("crop", bbox_2d=[0, 0, 1000, 700])).result()[1].failures == ("box",)
+    for width in range(900, 934):
+        assert of.step(state, call("crop", bbox_2d=[0, 0, width, 700])).result()[1].failures == ()
 
 
 def test_thousandths():
@@ -163,7 +170,8 @@ def test_images_are_bounded_and_counted():
     assert of.step(later, box).result()[1].failures == ("images",)
     _, third = of.step(state, box).result()  # a state is not changed by the steps from it
     assert not third.failures and third.images == first.images
-    assert runner().step(state, call("crop", bbox_2d=[1, 1, 50, 50], image=3) + box).result()[1].failures == ("image",)
+    _, fourth = runner().step(state, box + call("crop", bbox_2d=[1, 1, 50, 50], image=3)).result()
+    assert fourth.failures == ("image",) and "there are 2" in fourth.text
 
 
 def test_a_question_without_images_has_nothing_to_crop():

@@ -12,14 +12,13 @@ import pytest
 from PIL import Image
 
 from rethinker.config import ConfigError, RewardConfig
-from rethinker.data.datasets import IMAGE_MARK
 from rethinker.evaluation import benchmark_rows
 from rethinker.evaluation.benchmark import load_benchmark, shipped_benchmarks
 from rethinker.evaluation.benchmark_rows import benchmark_queries
 from rethinker.evaluation.results import accepted_answers
 from rethinker.rewards.checker import AnswerChecker
 from rethinker.rewards.functions import boxed_reward
-from rethinker.samples import Query
+from rethinker.samples import IMAGE_MARK, Query
 from tests.evaluation import fixtures
 
 

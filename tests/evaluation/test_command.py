@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pyarrow.parquet as parquet
 import pytest
 import yaml
 
 from rethinker import cli
-from rethinker.config import ConfigError
+from rethinker.config import ConfigError, RethinkConfig
 from rethinker.evaluation import command
 from rethinker.evaluation.command import find_checkpoint, parse
-from rethinker.evaluation.settings import eval_config, run_settings
+from rethinker.evaluation.settings import eval_config, recorded, run_settings
 from rethinker.families import SUPPORTED
+from rethinker.settings import resolve_config, to_yaml
+from tests.rollout.dialogues import model_whose_turns_end
 
 SMALL = ["--data.min_pixels", "4096", "--data.max_pixels", "4096", "--rollout.max_new_tokens", "12"]
 SMALL += ["--rollout.kv_cache_gb", "0.25", "--policy.dtype", "float32"]
@@ -72,6 +75,10 @@ def test_a_foreign_checkpoint_through_vllm_and_hf(checkpoint, rethinker, tmp_pat
         (["x", "--benchmark", "digits", "--limit", "0"], "--limit 0: give a number"),
         (["x", "--benchmark", "digits", "--limit"], "argument --limit: expected one argument"),
         (["Qwen/x", "--benchmark", "digits", "--bench", "1"], "unknown setting 'bench'"),
+        (
+            ["Qwen/x", "--benchmark", "digits", "--mode", "oracle", "--environment.use", "[crop]"],
+            "--mode oracle goes on behind a response's end, and environment.use=['crop'] makes",
+        ),
         (["--compare", "a"], "--compare needs at least two result folders"),
         (["--compare", "--mode", "forced"], "--mode holds no result.json: give the folder"),
     ],
@@ -150,6 +157,79 @@ def test_a_runs_checkpoint_is_asked_as_the_run_asked_it(checkpoint, tmp_path):
     assert config.rollout.group_size == 8 and config.policy.model == str(best)
     assert run_settings(str(checkpoint)) == {}
     assert eval_config(str(checkpoint), []).rollout.gpu_memory_utilization == 0.9
+
+
+LOOK = """
+from PIL import Image
+from rethinker.environments import Observation
+
+def look(state, text):
+    state["turns"] = state.get("turns", 0) + 1
+    shown = Image.new("RGB", (64, 48), "red")
+    again = Observation("<image> again", images=[shown], calls=1, failures=("blur",))
+    return again if state["turns"] == 1 else Observation(done=True)
+"""
+
+
+def test_an_environment_at_test_time(tmp_path, capsys, monkeypatch):
+    """A function of the user's shows each response an image; tools that nobody calls leave it at one turn. Both are in
+    the table's last lines, in result.json and beside every response."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "look.py").write_text(LOOK)
+    model = model_whose_turns_end(tmp_path / "model")
+    asked = [
+        str(model),
+        "--benchmark=digits",
+        "--limit=4",
+        "--rollout.backend=hf",
+        *SMALL,
+        "--rollout.max_new_tokens=96",
+    ]
+    told = {}
+    for use, turns, calls, failures in (("look.py:look", 2, 1, ["blur"]), ("crop", 1, 0, [])):
+        folder = tmp_path / use[:4]
+        command.main([*asked, f"--environment.use=[{use}]", f"--output={folder}"])
+        rows = parquet.read_table(folder / "responses.parquet").to_pylist()
+        assert [(row["turns"], row["calls"], row["failures"]) for row in rows] == [(turns, calls, failures)] * 4
+        told[use] = json.loads((folder / "result.json").read_text())
+        assert told[use]["environment"]["turns_mean"] == turns and told[use]["settings"]["environment.use"] == [use]
+        assert f"environment: {turns}.00 turns and {calls}.00 tool calls per answer" in capsys.readouterr().out
+    assert (
+        told["look.py:look"]["environment"]["failures"] == {"blur": 4} and told["crop"]["environment"]["failures"] == {}
+    )
+
+
+def test_a_runs_environment_is_inherited_and_recorded(tmp_path):
+    """The tools that answered the run's policy answer its checkpoint, and stand in the result with what shapes their
+    answers; its reward's weight stays behind. Without them nothing is recorded."""
+    best = tmp_path / "run/checkpoints/best"
+    best.mkdir(parents=True)
+    run = resolve_config("easy_vqa_cpu", ["--environment.use=[crop]", "--environment.boxes=thousandths"])
+    run.environment.max_turns, run.environment.workers, run.environment.reward_weight = 7, 2, 0.5
+    (tmp_path / "run/config.yaml").write_text(to_yaml(run))
+    config = eval_config(str(best), [])
+    assert config.environment == replace(run.environment, reward_weight=0.0)
+    written = {name: value for name, value in recorded(config).items() if name.startswith("environment.")}
+    assert written.pop("environment.use") == ["crop"] and written.pop("environment.boxes") == "thousandths"
+    kept = {"use", "boxes", "workers", "reward_weight"}
+    assert written == {f"environment.{k}": v for k, v in vars(run.environment).items() if k not in kept}
+    plain = eval_config(str(best), ["--environment.use", "[]"])
+    assert plain.environment.use == [] and not any(name.startswith("environment.") for name in recorded(plain))
+
+
+def test_what_verify_says_is_inherited(tmp_path):
+    """A run with `verify` asks its checkpoint by its own triggers, to the letter; no other run's triggers are taken."""
+    best = tmp_path / "run/checkpoints/best"
+    best.mkdir(parents=True)
+    own = {**RethinkConfig().triggers, "doubt": '\n\nno: "Hm" é 😀 {x} ', "self_correction": " yes"}
+    for use in (["verify"], ["crop"]):
+        run = resolve_config("easy_vqa_cpu", [f"--environment.use={use}"])
+        run.rethink.triggers = own
+        (tmp_path / "run/config.yaml").write_text(to_yaml(run))
+        config = eval_config(str(best), [])
+        asked = use == ["verify"]
+        assert config.rethink.triggers == (own if asked else RethinkConfig().triggers)
+        assert recorded(config).get("rethink.triggers") == (own if asked else None)
 
 
 def test_benchmarks_are_named_in_any_way():

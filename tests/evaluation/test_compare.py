@@ -13,13 +13,14 @@ from rethinker.evaluation.compare import compare_results, describe_comparison
 from rethinker.evaluation.intervals import mcnemar, paired_difference, wilson_interval
 from rethinker.evaluation.results import (
     answered,
+    conversed,
     describe_result,
     read_result,
     summarize,
     unanswered,
     write_result,
 )
-from rethinker.samples import Completion, Query
+from rethinker.samples import Completion, Observed, Query
 
 
 def queries(n: int = 10) -> list[Query]:
@@ -71,6 +72,30 @@ def test_comparison(tmp_path):
     text = describe_comparison([base, second, third])
     assert "+0.200" in text and "0.69" in text
     assert "note: data.prompt differs" in text and "rollout.max_new_tokens differs" in text
+
+
+def test_tool_use_is_told(tmp_path):
+    """Where an environment answered: turns and calls per answer, the share that calls, and what failed; two results
+    differ in it by one line, or where both have one by what shapes its answers."""
+    said = [
+        Completion([5, 6], [-1.0, -1.0], "so", "stop", observed=(Observed(1, 2, 1, calls=2, failures=("box", "box")),)),
+        Completion([5, 6], [-1.0, -1.0], "so", "stop"),
+    ]
+    rows = [
+        answered(unanswered(query, None), one, 1.0) | conversed(one)
+        for query, one in zip(queries(2), said, strict=True)
+    ]
+    shaped = {"environment.use": ["crop"], "environment.max_turns": 4}
+    plain = write(tmp_path / "a", [True] * 2)
+    tools = write(tmp_path / "b", [True] * 2, **summarize(rows), settings=shaped)
+    more = write(tmp_path / "c", [True] * 2, **summarize(rows), settings=shaped | {"environment.max_turns": 8})
+    line = "environment: 1.00 turns and 1.00 tool calls per answer, 50% of the answers call a tool; failed: box 2"
+    assert line in describe_result(read_result(tools)[0], tmp_path)
+    assert "environment" not in describe_result(read_result(plain)[0], tmp_path)
+    told = describe_comparison(compare_results([plain, tools]))
+    assert "note: environment.use differs" in told and "environment.max_turns" not in told
+    both = describe_comparison(compare_results([tools, more]))
+    assert "note: environment.max_turns differs" in both and "environment.use" not in both
 
 
 def test_different_questions_are_refused(tmp_path):

@@ -8,16 +8,22 @@ from types import SimpleNamespace
 import pytest
 
 from rethinker.algorithm.rethinking import make_triggers
-from rethinker.config import Config, RewardConfig
+from rethinker.config import Config, EnvironmentConfig, RewardConfig
 from rethinker.data.prompts import PromptEncoder
+from rethinker.environments import Observation
 from rethinker.evaluation import answering
 from rethinker.evaluation import evaluate as module
 from rethinker.evaluation.answering import AnsweringModel, validate
 from rethinker.evaluation.evaluate import evaluate
 from rethinker.evaluation.results import summarize
 from rethinker.rewards.checker import AnswerChecker
+from rethinker.rollout.dialogue import Dialogue
+from rethinker.rollout.engine import RolloutEngine
+from rethinker.rollout.vllm_settings import most_images
 from rethinker.runtime.distributed import ALONE, Ranks
 from rethinker.samples import Completion, Query
+from tests.evaluation.fixtures import png
+from tests.rollout.dialogues import Scripted as EnvironmentScript
 
 SCRIPT = {  # query id: its answer, first response, what follows the trigger
     "kept": ("1", "\\boxed{1}", " yes \\boxed{1}"),
@@ -122,6 +128,78 @@ def test_an_answer_that_leaves_no_room_counts_as_it_is(encoder, checker):
         _, rows, _ = ask(encoder, checker, "forced", engine=engine, max_new_tokens=tokens // 3)
     assert rows[0]["no_room"] and rights(rows)[0] and rows[0]["first_response"] is None
     assert summarize(rows)["second_pass"]["no_room"] == 1
+
+
+class Talking(Scripted, RolloutEngine):
+    """Says what TURNS has of a question, turn by turn."""
+
+    def generate(self, prompts, *, n, max_new_tokens, temperature, seed):
+        assert n == 1 and temperature == 0.0
+        turn = len(self.calls)
+        self.calls.append([prompt.query_id for prompt in prompts])
+        return [[self._say(TURNS[prompt.query_id][turn])] for prompt in prompts]
+
+
+TURNS = {
+    "kept": ("a look <tool_call>", "one more <tool_call>", "\\boxed{1}"),
+    "fixed": ("\\boxed{2}",),
+    "broken": ("\\boxed{3} <tool_call>", "no, \\boxed{0}"),
+}
+ANSWERS = {  # by question and turn
+    (0, 1): Observation("here: <image>", (png("red"),), calls=1),
+    (0, 2): Observation("no such box", calls=2, failures=("box", "limit")),
+    (2, 1): Observation("no such box", calls=1, failures=("box",)),
+}
+
+
+def test_an_environment_answers_as_in_training(encoder, checker):
+    """Each question goes on until its environment has nothing to say; a response is judged by the policy's own words of
+    all turns, and its turns, tool calls and failures are counted."""
+    runner = EnvironmentScript(lambda number, turn: ANSWERS.get((number, turn), Observation(done=True)))
+    dialogue = SimpleNamespace(runner=runner, encoder=encoder, config=Config().environment)
+    queries = [Query(name, f"Say {name}.", SCRIPT[name][0]) for name in TURNS] + [Query("lost", "long " * 3000, "4")]
+    engine = Talking(encoder.tokenizer)
+    rows = evaluate(
+        queries, AnsweringModel(engine, encoder, checker, dialogue), ALONE, mode="normal", max_new_tokens=256
+    )
+    assert engine.calls == [["kept", "fixed", "broken"], ["kept", "broken"], ["kept"]]
+    assert rights(rows) == [True, True, False, False]
+    assert [row["response"] for row in rows] == [*map("".join, TURNS.values()), None]
+    assert [(row["turns"], row["calls"]) for row in rows] == [(3, 3), (1, 0), (2, 1), (None, None)]
+    assert [row["failures"] for row in rows] == [["box", "limit"], [], ["box"], None]
+    assert summarize(rows)["environment"] == {
+        **{"turns_mean": 2.0, "tool_calls_mean": 4 / 3, "tool_use_ratio": 2 / 3},
+        "failures": {"box": 2, "limit": 1},
+    }
+    _, plain, _ = ask(encoder, checker, "normal")
+    assert summarize(plain)["environment"] is None and {row["turns"] for row in plain} == {None}
+
+
+def test_tools_are_called_for_real(encoder, checker, monkeypatch):
+    """A crop of the question's image, one that lies outside it, and an answer at once: the model hears an image and an
+    error, and each counts where it belongs."""
+    call = '<tool_call>\n{{"name": "crop", "arguments": {{"bbox_2d": {}}}}}\n</tool_call>'
+    inside, outside = call.format([0, 0, 30, 30]), call.format([900, 900, 990, 990])
+    turns = {"kept": (inside, "\\boxed{1}"), "fixed": ("\\boxed{2}",), "broken": (inside + outside, "\\boxed{0}")}
+    monkeypatch.setattr(f"{__name__}.TURNS", turns)
+    config = Config(environment=EnvironmentConfig(use=["crop"]))
+    queries = [Query(name, f"Say {name}.", SCRIPT[name][0], ({"bytes": png("red")},)) for name in turns]
+    dialogue = Dialogue(config, encoder)
+    engine = Talking(encoder.tokenizer)
+    model = AnsweringModel(engine, encoder, checker, dialogue)
+    rows = evaluate(queries, model, ALONE, mode="normal", max_new_tokens=1024)
+    dialogue.close()
+    assert engine.calls == [["kept", "fixed", "broken"], ["kept", "broken"]] and rights(rows) == [True, True, False]
+    assert [(row["turns"], row["calls"], len(row["failures"])) for row in rows] == [(2, 1, 0), (1, 0, 0), (2, 2, 1)]
+    assert len(rows[0]["token_ids"]) > len(encoder.tokenizer(rows[0]["response"])["input_ids"]) + 4  # an image's
+
+
+def test_the_engine_takes_the_images_of_answers(checkpoint):
+    """An evaluation's engine lets a response be shown the question's images and those that the environment shows."""
+    config = Config()
+    assert most_images(answering.fit_model(config, str(checkpoint))) == config.data.max_images
+    config.environment.use, config.environment.max_images = ["crop"], 7
+    assert most_images(answering.fit_model(config, str(checkpoint))) == config.data.max_images + 7
 
 
 def test_questions_that_do_not_fit_count_as_wrong(encoder, checker):

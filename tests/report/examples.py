@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from rethinker.config import AlgorithmConfig, Config, PolicyConfig, RunConfig, TrainConfig
 from rethinker.runtime.completions import validation_name, write_completions, write_groups
-from rethinker.samples import Completion, Group, Query, Rethought
+from rethinker.samples import Completion, Group, Observed, Query, Rethought
 from rethinker.settings import to_yaml
 
 HISTOGRAMS = {"grpo": [6, 2, 1, 1, 0, 0], "filter": [0, 2, 1, 1, 0, 0], "ssr": [0, 3, 2, 2, 1, 2]}
@@ -27,6 +29,7 @@ def metrics_of(step: int, algorithm: str = "ssr") -> dict:
         "response_length_mean": 20.0 + step,
         "fast_ratio": 0.6 - 0.05 * step,
         "rethink_ratio": 0.02 * step,
+        **{"turns_mean": None, "tool_calls_mean": None, "tool_use_ratio": None, "environment_failures": {}},
         "effective_query_ratio": 1 - step / 10,
         "replay_fraction": step / 10 if ssr else 0.0,
         "reward_by_category": {"2 terms": 0.8, "6 terms": step / 20},
@@ -150,6 +153,32 @@ def group(
     rewards = [reward for _, reward in pairs]
     mean = sum(rewards) / len(rewards)
     return Group(query, completions, 0, rewards=rewards, advantages=[reward - mean for reward in rewards])
+
+
+CALL = '<tool_call>\n{"name": "crop", "arguments": {"box": [0, 0, 32, 32]}}\n</tool_call>'
+
+
+def conversation(*parts: str | dict, finish_reason: str = "stop") -> Completion:
+    """A response of several turns: what the policy said, and as fields of `Observed` what it was answered; a token is a
+    character of either."""
+    ids, logprobs, text, observed = [], [], "", []
+    for part in parts:
+        heard = "" if isinstance(part, str) else part.get("text", "")
+        start, said = len(ids), part if isinstance(part, str) else heard
+        ids += [ord(c) for c in said]
+        logprobs += [-1.0 if isinstance(part, str) else math.nan] * len(said)
+        if isinstance(part, str):
+            text += part
+        else:
+            images = tuple({"bytes": image} for image in part.get("images", ()))
+            observed.append(Observed(start, len(ids), len(text), **part | {"images": images}))
+    return Completion(ids, logprobs, text, finish_reason, observed=tuple(observed))
+
+
+def looked(number: int, *responses: tuple[Completion, float]) -> Group:
+    """A judged group of (response, reward) whose responses are made by hand."""
+    judged = group(number, [(response.text, reward) for response, reward in responses], image=picture())
+    return replace(judged, completions=[response for response, _ in responses])
 
 
 def picture(width: int = 64, height: int = 64, color: str = "teal") -> bytes:

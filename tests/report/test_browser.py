@@ -10,9 +10,20 @@ from rethinker.report.page import write_report
 from rethinker.report.story import STORY
 from tests import forked
 from tests.report.conftest import DESKTOP, PHONE
-from tests.report.examples import TRIGGER, forced, group, picture, write_evaluation, write_run, write_stages
+from tests.report.examples import (
+    CALL,
+    TRIGGER,
+    conversation,
+    forced,
+    group,
+    looked,
+    picture,
+    write_evaluation,
+    write_run,
+    write_stages,
+)
 
-DRAWN = [figure for figure in FIGURES if figure.name != "refill"]  # of runs that do not refill
+DRAWN = [figure for figure in FIGURES if figure.name != "refill" and not figure.needs]  # without refill and tools
 OF_ONE = [figure for figure in (*STORY, *DRAWN) if figure.of != "several"]
 SCRIPT = "<script>window.taken = 1</script><img src=x onerror='window.taken = 2'>"
 
@@ -27,6 +38,8 @@ def page(tmp_path_factory):
         group(1, [(SCRIPT, 1.0), ("w" * 3000, 0.0), (text, 1.0)], SCRIPT, rethought={2: forced(text)}),
     ]
     grpo += [group(2, [("e" * 500, 1.0)], "q" * 500, "c" * 100)]
+    answer = {"text": SCRIPT + "o" * 500, "images": [picture(900, 300), b"damaged"], "failures": (SCRIPT,), "calls": 1}
+    grpo += [looked(3, (conversation(CALL, answer, "four"), 1.0))]
     ssr = [group(i, [(f"answer {i}", 1.0), (f"needle{i}", 0.0)]) for i in range(20)]
     accuracies = {0: 0.5, 3: 0.6, 6: 0.7}
     runs = [
@@ -68,6 +81,22 @@ def test_nothing_that_a_model_wrote_runs(browser, page):
     assert SCRIPT in [element.text for element in browser.visible(".question")]
     assert browser.run("return window.taken ?? null") is None
     assert browser.messages() == []
+
+
+def test_an_answer_is_read_between_two_turns(browser, page):
+    """What an environment answered stands below the call and above the next turn, whole in the response's width, with
+    the image that could be read; nothing in it runs."""
+    browser.open(page)
+    browser.click("details.group:nth-of-type(4) summary")
+    (answer,) = browser.visible("mark.observed")
+    assert SCRIPT in answer.text and "1 image could not be read" in answer.text
+    text = answer.find_element("xpath", "..")
+    assert text.text.startswith("<tool_call>") and text.text.endswith("four")
+    (image,) = answer.find_elements("css selector", "img")
+    assert browser.run("return arguments[0].naturalWidth", image) == 160
+    inside, around = answer.rect, text.rect
+    assert around["x"] <= inside["x"] and inside["x"] + inside["width"] <= around["x"] + around["width"]
+    assert browser.run("return window.taken ?? null") is None and browser.messages() == []
 
 
 def test_an_injected_script_would_be_blocked(browser, page, tmp_path):

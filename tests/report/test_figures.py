@@ -14,6 +14,7 @@ from rethinker.algorithm.selection import ADVANTAGE_BINS
 from rethinker.config import ConfigError
 from rethinker.report import figures
 from rethinker.report.drawing import new_figure, save_figure
+from rethinker.report.page import write_report
 from rethinker.report.rethinking import compare, read_evaluations, rethinking_analysis
 from rethinker.report.runs import all_stages, read_runs
 from rethinker.report.story import STORY
@@ -191,6 +192,53 @@ def test_draws_by_category_beside_the_fresh_queries(three):
     np.testing.assert_allclose(draws["6 terms"], [range(2, 7), [50] * 5])
     assert list(fresh) == list(draws) == ["2 terms", "6 terms"]
     assert draw("replay_categories", three[:1]) is None
+
+
+def with_tools(folder, name="ssr", failures=None, **metrics):
+    """A run with an environment: tool calls grow with the steps; `failures` by step."""
+    run = write_run(folder, name)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for step, row in enumerate(rows, start=1):
+        row |= {"turns_mean": 1 + step / 4, "tool_calls_mean": step / 4, "tool_use_ratio": step / 8}
+        row |= {"environment_failures": (failures or {}).get(step, {})} | metrics
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def test_tool_use_over_steps(tmp_path):
+    """Turns, calls and the share that calls, of the runs that have an environment; a page about others does not speak
+    of it, even as of something that is missing."""
+    runs = read_runs([with_tools(tmp_path / "tools", "grpo"), write_run(tmp_path / "none", "ssr")])
+    panels = {axes.get_title(loc="left"): lines(axes) for axes in draw("tools", runs).axes}
+    shown = {title: drawn["grpo"][1][-1] for title, drawn in panels.items()}
+    assert shown == {
+        "responses that call a tool (0 to 1)": 0.75,
+        "tool calls per response": 1.5,
+        "turns per response": 2.5,
+    }
+    assert all(list(drawn) == ["grpo"] for drawn in panels.values())
+    asked = {figure.name for figure in figures.FIGURES if figure.suits(runs)}
+    plain = {figure.name for figure in figures.FIGURES if figure.suits(runs[1:])}
+    assert {"tools", "environment_failures"} <= asked - plain
+    assert "Tool use" not in write_report([tmp_path / "none"]).read_text()
+
+
+def test_what_failed_in_the_environment(tmp_path):
+    """Of one run a line per reason, 0 where a step has none of it; of several a run's sum, without runs that have no
+    environment; nothing where nothing failed."""
+    failures = {2: {"timeout": 0.5}, 3: {"timeout": 0.25, "box": 0.125}}
+    one = with_tools(tmp_path / "one", "grpo", failures)
+    (run,) = read_runs([one])
+    (axes,) = draw("environment_failures", [run]).axes
+    drawn = lines(axes)
+    np.testing.assert_allclose(drawn["timeout"], [range(1, 7), [0, 0.5, 0.25, 0, 0, 0]])
+    np.testing.assert_allclose(drawn["box"], [range(1, 7), [0, 0, 0.125, 0, 0, 0]])
+    runs = read_runs([one, with_tools(tmp_path / "two", "filter"), write_run(tmp_path / "none", "ssr")])
+    (axes,) = draw("environment_failures", runs).axes
+    drawn = lines(axes)
+    np.testing.assert_allclose(drawn["grpo"][1], [0, 0.5, 0.375, 0, 0, 0])
+    np.testing.assert_allclose(drawn["filter"][1], [0] * 6)
+    assert list(drawn) == ["grpo", "filter"] and draw("environment_failures", runs[1:]) is None
 
 
 def test_stages_are_one_line(tmp_path):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -23,12 +24,15 @@ from rethinker.report.runs import read_run
 from rethinker.report.story import STORY, before_and_after, own_rethinking
 from rethinker.runtime.completions import write_completions
 from tests.report.examples import (
+    CALL,
     FAST,
     RETHINKS,
     SLOW,
     TRIGGER,
+    conversation,
     forced,
     group,
+    looked,
     picture,
     write_evaluation,
     write_run,
@@ -100,7 +104,9 @@ def test_every_figure_lies_beside_the_page(tmp_path):
     """One SVG file per figure of the page, described for screen readers; a figure that is gone leaves no old file."""
     run = write_run(tmp_path / "run", accuracies={0: 0.1, 6: 0.2})
     elements = Elements(write_report([run]))
-    names = {figure.name for figure in (*STORY, *FIGURES) if figure.suits([run])} - {"refill"}  # which it did not
+    names = {figure.name for figure in (*STORY, *FIGURES) if figure.suits([read_run(run)])} - {
+        "refill"
+    }  # which it did not
     assert {path.stem for path in (run / "report_figures").glob("*.svg")} == names
     shown = elements.all("img")
     assert len(shown) == len(names) and all(len(image["alt"]) > 10 for image in shown)
@@ -171,6 +177,67 @@ def test_groups_show_all_responses(tmp_path, no_figures):
     assert image["src"].startswith("data:image/jpeg;base64,") and "q3" in image["alt"]
 
 
+def test_turns_are_shown_in_order(tmp_path, no_figures):
+    """What the policy said and what it was answered stand where they stood, the answers marked as not the policy's,
+    with their images, calls and failures; a response without an environment has none of it."""
+    said = ("Look. " + CALL, "Again. " + CALL, "\\boxed{four} done")
+    crop = {"text": "<tool_response>\n<image>\n</tool_response>", "images": [picture(40, 20)], "calls": 1}
+    refused = {"text": "<tool_response>\nno such box\n</tool_response>", "calls": 2, "failures": ("box", "limit")}
+    ended = {"reward": -0.5, "failures": ("turns",)}
+    whole = conversation(said[0], crop, said[1], refused, said[2])
+    cut = conversation(CALL, ended)
+    plain = conversation("\\boxed{four}")
+    asked = conversation("\\boxed{3}", {"text": "sure?"}, "\\boxed{four}")
+    run = write_run(tmp_path / "run", groups=[looked(0, (whole, 1.0), (cut, 0.0), (plain, 1.0), (asked, 1.0))])
+    file = write_report([run])
+    (shown,) = sample_completions([read_run(run)])["groups"]
+    first, second, *_ = shown["responses"]
+    assert [part.by for part in first["parts"]] == ["policy", "environment"] * 2 + ["policy"]
+    assert [part.text for part in first["parts"]] == [said[0], crop["text"], said[1], refused["text"], said[2]]
+    assert [part.by for part in second["parts"]] == ["policy", "environment"] and second["parts"][1].text == ""
+    counts = [(r["turns"], r["calls"], r["failures"], r["fast"]) for r in shown["responses"]]
+    assert counts == [(3, 3, ["box", "limit"], False), (1, 0, ["turns"], False), (1, 0, [], True), (2, 0, [], False)]
+    assert [r["tokens"] for r in shown["responses"]] == [len(r.text) for r in (whole, cut, plain, asked)]
+    html = file.read_text()
+    items = re.findall(r"<li.*?</li>", html, flags=re.DOTALL)
+    marks = [re.findall(r"<mark[^>]*answered by the environment[^>]*>(.*?)</mark>", item, re.DOTALL) for item in items]
+    assert [len(found) for found in marks] == [2, 1, 0, 1]
+    assert "3 turns" in items[0] and "3 tool calls" in items[0] and "2 failed" in items[0]
+    assert marks[0][0].count("<img") == 1 and marks[0][1].count("<img") == 0 and "failed: box" in marks[0][1]
+    assert "not heard" in marks[1][0] and "failed: turns" in marks[1][0] and "reward -0.5" in marks[1][0]
+    assert not any(word in items[2] for word in ("turns", "tool call", "environment", "failed"))
+    pictures = [Image.open(io.BytesIO(base64.b64decode(uri))) for uri in re.findall(r"base64,([^\"]+)\"", items[0])]
+    assert [image.size for image in pictures] == [(40, 20)]
+
+
+def test_what_an_environment_answered_is_bounded_text(tmp_path, no_figures):
+    """Markup in an answer or a reason is shown as it is; a long answer is cut, many images are not all shown, and one
+    that is damaged is said to be."""
+    script = "<script>document.title = 'taken'</script><img src=x onerror='1'>"
+    hostile = {"text": script, "failures": (script,), "images": [b"no picture", b""], "calls": 1}
+    crowd = {"text": "x" * 200_000, "images": [picture(2000, 1000)] * 40}
+    turns = [part for _ in range(50) for part in ("s" * 9000, crowd)]
+    groups = [looked(0, (conversation("a", hostile, "b"), 1.0), (conversation(*turns, "end"), 0.0))]
+    run = write_run(tmp_path / "run", groups=groups)
+    file = write_report([run])
+    elements = Elements(file)
+    assert len(elements.all("script")) == 1 and "".join(elements.words).count(script) == 2
+    assert "2 images could not be read" in elements.text and "characters left out" in elements.text
+    shown = elements.all("img", alt="Image 1 of an answer") + elements.all("img", alt="Image 4 of an answer")
+    assert len(shown) == 2 and "36 images not shown here" in elements.text and "40 images not" in elements.text
+    assert file.stat().st_size < 100_000
+
+
+def test_files_from_before_environments_are_shown(tmp_path, no_figures):
+    """Completions without the column of answers are read as ever."""
+    run = write_run(tmp_path / "run", groups=[group(0, [(SLOW, 1.0), (RETHINKS, 1.0)])])
+    file = run / "completions" / "episode_00000.parquet"
+    before = sample_completions([read_run(run)])
+    pq.write_table(pq.read_table(file).drop_columns(["observed"]), file)
+    assert sample_completions([read_run(run)]) == before and before["unreadable"] == []
+    assert responses(own_rethinking(read_run(run), [])) == [("sampled", RETHINKS, "right")]
+
+
 def test_the_page_is_bounded(tmp_path, no_figures):
     """Many groups, long texts and large images: as many as the page says, cut in the middle, as thumbnails."""
     long = "begin " + "x" * 10_000 + " \\boxed{end}"
@@ -211,7 +278,7 @@ def test_the_sample_covers_the_run(tmp_path):
 
 def responses(example: dict) -> list[tuple[str, str, str]]:
     """When, text and verdict of a before and after."""
-    return [(r["when"], "".join(text for text, _ in r["parts"]), r["verdict"]) for r in example["responses"]]
+    return [(r["when"], "".join(part.text for part in r["parts"]), r["verdict"]) for r in example["responses"]]
 
 
 def test_before_and_after(tmp_path):

@@ -38,8 +38,9 @@ def test_a_line_per_step(capsys):
     display = Display(10)
     display.step(row(1, 0.5))
     display.step(row(2, 0.6))
+    display.step(row(3, 0.6) | {"turns_mean": 2.5, "tool_use_ratio": 0.75, "environment_failures": {"box": 0.5}})
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3 and "length 9.1  rethink 0.06  tools 0.75  tok/s" in lines[2]
     assert lines[0].startswith(
         "step 1/10  reward 0.500  effective 0.75  replay 0.25  length 9.1  fast 0.45  rethink 0.06  tok/s 4,321"
     )
@@ -48,7 +49,13 @@ def test_a_line_per_step(capsys):
 def test_a_line_fits_a_terminal(capsys):
     """With every number at its longest a line has at most 160 characters, and so has the one after a validation."""
     display = Display(1000)
-    long = {"response_length_mean": 1234.5, "entropy": 1.234, "tokens_per_s": 123456.0, "step_s": 123.45}
+    long = {
+        "response_length_mean": 1234.5,
+        "tool_use_ratio": 0.85,
+        "entropy": 1.234,
+        "tokens_per_s": 123456.0,
+        "step_s": 123.45,
+    }
     long |= {"replay_by_category": {f"{n} terms": n / 35 for n in range(2, 9)}, "trained_pairs": 512}
     display.step(row(1000, 0.5) | long)
     display.validated(1000, accuracy(0.5), "sums", [row(1000, 0.5) | long])
