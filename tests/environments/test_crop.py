@@ -38,9 +38,9 @@ WORKS = [  # boxes in the shown image, 500 x 300; what is cut of the full one, 2
     ([450, 250, 9e9, float("inf")], (1800, 1000, 2000, 1200)),
     ([450, 250, 10**400, 10**400], (1800, 1000, 2000, 1200)),
     ([0, 0, 500, 300], (0, 0, 2000, 1200)),
-    ([100, 100, 100.1, 100.1], (387, 387, 415, 415)),  # less than a pixel: grows to a patch around it
-    ([0, 0, 1, 1], (0, 0, 28, 28)),
-    ([499, 299, 500, 300], (1972, 1172, 2000, 1200)),
+    ([100, 100, 100.1, 100.1], (393, 393, 409, 409)),  # less than a pixel: grows to a patch around it
+    ([0, 0, 1, 1], (0, 0, 16, 16)),
+    ([499, 299, 500, 300], (1984, 1184, 2000, 1200)),
     ("(10,20),(60,80)", (40, 80, 240, 320)),
     ("<|box_start|>(10,20),(60,80)<|box_end|>", (40, 80, 240, 320)),
     ("[10, 20, 60, 80]", (40, 80, 240, 320)),
@@ -69,7 +69,7 @@ FAILS = [
     ([10, 20, 10, 80], "box"),  # no area
     ([0, 0, 0, 0], "box"),
     ([float("nan"), 0, 10, 10], "box"),
-    ([0, 0, 500, 1], "ok"),  # 2000 x 28
+    ([0, 0, 500, 1], "ok"),  # 2000 x 16
     (["10", "20", "60", "80"], "box"),
     ([10, 20, 60], "box"),
     ([10, 20, 60, 80, 90], "box"),
@@ -93,7 +93,7 @@ def test_boxes_that_are_none(box, reason):
     """The model reads what is wrong, sees no image, and the reason is counted."""
     answer = answered(call("crop", bbox_2d=box))
     if reason == "ok":
-        assert pixels(answer.images[0]).shape[:2] == (28, 2000)
+        assert pixels(answer.images[0]).shape[:2] == (16, 2000)
         return
     assert answer.failures == (reason,) and not answer.images and not answer.done
     assert "error: the box" in answer.text and "<image>" not in answer.text and len(answer.text) < 300
