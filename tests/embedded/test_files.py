@@ -112,7 +112,8 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_several_at_once(tmp_path, monkeypatch):
-    """Ranks that find no file each write it whole; another version of the package has another file."""
+    """Ranks that find no file each write it whole; another version of the package has another file, and so have
+    other sums, of which boards are made."""
     monkeypatch.setenv("RETHINKER_CACHE", str(tmp_path))
     monkeypatch.setitem(files.DATA_SETS, "digits", (few, ("train", "test"), "sklearn", "scikit-learn"))
     asked = (DataConfig(train="digits"), "train")
@@ -122,6 +123,9 @@ def test_several_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "version", lambda name: "another")
     load(*asked)
     assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(files, "sums", few)  # of another file
+    load(*asked)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def few(split: str):
