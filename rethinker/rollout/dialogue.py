@@ -29,6 +29,7 @@ class Dialogue:
         self.config, self.encoder = config.environment, encoder
         encoder.observation("so", (), "")  # a chat template's faults are to come before a rollout
         self.runner = Runner(self.config, encoder.open_image, encoder.shown_size, config.rethink.triggers)
+        self.runner.start()  # so that the first turns need not wait for it
 
     def close(self) -> None:
         """End the environment's processes."""
