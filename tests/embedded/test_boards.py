@@ -42,6 +42,7 @@ from rethinker.embedded.sums import (
 from rethinker.embedded.tiny import create_tiny
 from rethinker.embedded.warmup import as_bundle, dialogue_of, teacher_of
 from rethinker.policy.loading import load_processor
+from rethinker.settings import resolve_config
 
 DATA = DataConfig(prompt="{question}", system="", min_pixels=256, max_pixels=2048)
 
@@ -180,6 +181,22 @@ def test_a_look_is_what_a_rollout_makes_of_it(splits, encoder):
         assert said == f"{crop_call(tile)}<|im_end|>\\boxed{{1}}<|im_end|>"
         assert completion.text == f"{crop_call(tile)}\\boxed{{1}}" and seen.calls == 1 and not seen.failures
         assert all(text in seen.text for text in BoardsTeacher.hears)
+
+
+def test_the_recipe_has_room_for_a_look(splits, tmp_path):
+    """Its limits show boards and tiles as they are meant to be, and the longest look fits in a response."""
+    config, teacher, rng = resolve_config("crop_cpu"), BoardsTeacher(), random.Random(0)
+    asked = [query for query in splits["train"][::50] if query.category in config.data.category_weights]
+    texts = [text for query in asked for parts in teacher.responses(query, rng) for text, _ in parts]
+    encoder = PromptEncoder(load_processor(create_tiny(tmp_path, texts=[*teacher.hears, *texts])), config.data)
+    assert (config.environment.use, encoder.shown_size(256, 128)) == (["crop"], (64, 32))
+    environment, lengths = dialogue_of(teacher, encoder), []
+    for query in asked:
+        *_, look = as_bundle(query, teacher.responses(query, rng), encoder, environment).samples
+        (seen,) = look.completion.observed
+        assert encoder.shown_size(*Image.open(io.BytesIO(seen.images[0]["bytes"])).size) == (128, 16)
+        lengths.append(look.completion.tokens)
+    assert 80 < max(lengths) <= config.rollout.max_new_tokens and config.environment.max_turns >= 2
 
 
 def test_other_data_is_not_taken_for_boards(splits):

@@ -22,6 +22,7 @@ from rethinker.config import Config, ConfigError, DataConfig, WarmupConfig
 from rethinker.data.prompts import PromptEncoder
 from rethinker.embedded import files, own_files
 from rethinker.embedded import warmup as module
+from rethinker.embedded.boards import boards
 from rethinker.embedded.easy_vqa import EasyVqaTeacher, describe_images, easy_vqa, is_negated
 from rethinker.embedded.sums import SumsTeacher, sums
 from rethinker.embedded.tiny import TinySize, create_tiny
@@ -172,7 +173,8 @@ UNTRAINED = WarmupConfig(look_steps=0, steps=0, data_fraction=0.05)
 def warmups(cache, ranks=ALONE):
     cells = DataConfig(prompt="{question}", min_pixels=256, max_pixels=4096)
     asked = [(warmup, cells, sums("train")[::40]) for warmup in (*SHARED, UNTRAINED)]
-    asked += [(SHARED[0], DATA, QUERIES), (SHARED[0], DATA, TEXT_ONLY)]  # the other teacher; nothing to look at
+    asked += [(SHARED[0], DATA, QUERIES), (SHARED[0], DATA, TEXT_ONLY)]  # another teacher; nothing to look at
+    asked.append((SHARED[0], replace(cells, max_pixels=2048), boards("train")[::10]))  # responses of several turns
     return [made(warmup, data, queries, cache, ranks) for warmup, data, queries in asked]
 
 

@@ -26,6 +26,7 @@ METHODS = {
     "sapo with a KL term and replay": ("sums_cpu+sapo", {"name": "ssr", "kl_coef": 0.01}),
     "entropy bonus": ("sums_cpu", {"name": "grpo", "entropy_coef": 0.001}),
     "tokens of high entropy": ("sums_cpu", {"name": "grpo", "top_entropy": 0.2}),
+    "a tool": ("crop_cpu", {}),
     "a reference that moves": ("sums_cpu", {"name": "grpo", "kl_coef": 0.01, "reference_every": 1}),
 }
 """The recipe, and settings of `algorithm` or by their whole names."""
