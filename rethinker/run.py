@@ -27,6 +27,7 @@ from rethinker.data.mixture import category_of
 from rethinker.data.prompts import FIRST, PromptEncoder, select_fitting
 from rethinker.data.streaming import open_stream
 from rethinker.embedded.files import as_files, model_folder
+from rethinker.environments.tools import schemas
 from rethinker.episode import Episode, Episodes, check_mismatch, score_again
 from rethinker.evaluation.answering import open_model, validate
 from rethinker.policy.engine import PolicyEngine
@@ -90,7 +91,7 @@ class Run:
         saved = saved_state(checkpoint, config)
         self.metrics: list[dict[str, Any]] = self.directory.open_logs(saved.get("log", {}))
         model = checkpoint or Path(model_folder(config, ranks))
-        self.encoder = PromptEncoder(load_processor(model), config.data)
+        self.encoder = PromptEncoder(load_processor(model), config.data, schemas(config.environment))
         self.held_out, _ = select_fitting(held_out, self.encoder)
         self.encoder.check([*stream.peek(FIRST), *self.held_out[:FIRST]])
         started_elsewhere = checkpoint and (config.algorithm.kl_coef > 0 or config.policy.lora.rank)

@@ -53,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     from rethinker.data.datasets import load_queries
     from rethinker.data.prompts import FIRST, PromptEncoder
     from rethinker.embedded.files import as_files, model_folder
+    from rethinker.environments.tools import schemas
     from rethinker.evaluation.answering import fit_model, open_model, ranks_of_torchrun, sample
     from rethinker.policy.loading import load_processor
 
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
         if ranks.any(bool(measure.missing_chunks(folder, len(queries)))):
             if ranks.any(not (folder / measure.MANIFEST).is_file()):
                 raise ConfigError(f"--output {folder}: a rank does not see it; choose a folder that all ranks share")
-            encoder = PromptEncoder(load_processor(name), fitted.data)
+            encoder = PromptEncoder(load_processor(name), fitted.data, schemas(fitted.environment))
             encoder.check(queries[:FIRST])
             model = stack.enter_context(open_model(fitted, name, ranks, encoder))
             measure.measure(queries, samples, folder, model, ranks, fitted)

@@ -5,11 +5,12 @@ That is right for templates that write every text and image of a message once, a
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -30,6 +31,20 @@ _TRIMS: dict[tuple[bool, bool], Callable[[str], str]] = {
     (True, False): str.rstrip,
     (False, False): str.strip,
 }
+_TOOLS = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+"""How Qwen's chat templates tell of tools (Qwen2.5)."""
 _TURN = "\ue000turn\ue001"
 """Stands for a turn of the policy."""
 _FIX = (
@@ -57,13 +72,28 @@ class ChatTemplate:
         processor: the model's Hugging Face processor.
         config: system message, `chat_template_kwargs`.
         text_ids: ids of ordinary text.
+        tools: JSON schemas of what the policy may call, in OpenAI's form. A template that knows of tools tells of them,
+            as the model was trained with; else the system message does, in the words of Qwen's.
 
     Raises:
         ConfigError: it does not leave texts as they are, or has no such choice or no system message.
     """
 
-    def __init__(self, processor: Any, config: DataConfig, text_ids: Callable[[str], list[int]]) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        config: DataConfig,
+        text_ids: Callable[[str], list[int]],
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> None:
         self.processor, self.config, self._text_ids = processor, config, text_ids
+        self._tools: dict[str, Any] = {}
+        self._told = bool(tools)
+        if tools and "tools" in self._names():
+            self._tools = {"tools": list(tools)}
+        elif tools:
+            told = _TOOLS.format("\n".join(map(json.dumps, tools)))
+            self.config = replace(config, system=f"{config.system or 'You are a helpful assistant.'}\n\n{told}")
         tokens = processor.tokenizer.added_tokens_decoder.values()
         special = sorted((token.content for token in tokens if token.special), key=len, reverse=True)
         self.special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
@@ -101,10 +131,7 @@ class ChatTemplate:
             numbers = Counter(int(number) for number in _SLOT.findall(rendered))
             texts = kinds.count("t")
             if self.config.system is not None and not answer and numbers.pop(texts, 0) != 1:
-                raise ConfigError(
-                    f"data.system={self.config.system!r}: the model's chat template does not write a system message "
-                    "once; set data.system to null, and put the text into data.prompt"
-                )
+                raise self._without_system("does not write a system message once")
             for times in (numbers[number] for number in range(texts)):
                 if times != 1:
                     what = f"writes a text of a message {times} times" if times else "leaves out or changes a text"
@@ -153,37 +180,36 @@ class ChatTemplate:
             if self.config.system is not None:
                 with suppress(Exception):
                     self.apply(messages[1:])
-                    fault = ConfigError(
-                        f"data.system={self.config.system!r}: the model's chat template takes no system message "
-                        f"({one_line(error)}); set data.system to null, and put the text into data.prompt"
-                    )
+                    fault = self._without_system(f"takes no system message ({one_line(error)})")
             raise fault from error
 
     def apply(self, messages: list[dict[str, Any]]) -> str:
         """The processor's own text of a conversation."""
-        choices = self.config.chat_template_kwargs
+        choices = self.config.chat_template_kwargs | self._tools
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **choices)
 
     def _check_choices(self) -> None:
         """Check data.chat_template_kwargs: a template would ignore what it does not know."""
         if not (asked := self.config.chat_template_kwargs):
             return
-        template = str(self.processor.chat_template)
-        try:
-            # transformers' own tags, which mark what an assistant says.
-            plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)
-            environment = Environment(extensions=["jinja2.ext.loopcontrols"])
-            read = find_undeclared_variables(environment.parse(plain)) - environment.globals.keys()
-        except TemplateError as error:
-            raise self._unfit(f"cannot be rendered ({one_line(error)})") from error
         # What is not the user's: the conversation, functions, arguments of the call, and special tokens.
         own = {*signature(self.processor.apply_chat_template).parameters, "messages", "raise_exception", "strftime_now"}
-        choices = sorted(name for name in read - own if not name.endswith("_token"))
+        choices = sorted(name for name in self._names() - own if not name.endswith("_token"))
         for name in asked.keys() - set(choices):
             raise ConfigError(
                 f"data.chat_template_kwargs: the model's chat template has no choice {name!r}; it has "
                 f"{', '.join(choices) or 'none'}"
             )
+
+    def _names(self) -> set[str]:
+        """What the template reads."""
+        try:
+            # transformers' own tags, which mark what an assistant says.
+            plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", str(self.processor.chat_template))
+            environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+            return find_undeclared_variables(environment.parse(plain)) - environment.globals.keys()
+        except TemplateError as error:
+            raise self._unfit(f"cannot be rendered ({one_line(error)})") from error
 
     def messages(self, kinds: str, texts: list[str], images: Sequence[Image.Image] = ()) -> list[dict[str, Any]]:
         """A conversation of such a message, with its images or with their places alone."""
@@ -196,6 +222,17 @@ class ChatTemplate:
         if self.config.system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": texts[-1]}]})
         return messages
+
+    def _without_system(self, what: str) -> ConfigError:
+        if self._told and not self._tools:
+            return ConfigError(
+                f"environment.describe=true: the model's chat template knows of no tools and {what}; set it to false, "
+                "and describe the tools in data.prompt"
+            )
+        return ConfigError(
+            f"data.system={self.config.system!r}: the model's chat template {what}; set data.system to null, and put "
+            "the text into data.prompt"
+        )
 
     def _unfit(self, what: str) -> ConfigError:
         asked = self.config.chat_template_kwargs

@@ -49,13 +49,14 @@ class PromptEncoder:
     Args:
         processor: the model's Hugging Face processor; its pixel limits are set to the config's.
         config: template, system message, limits.
+        tools: what the policy may call; see `ChatTemplate`.
 
     Raises:
         ConfigError: a processor of no supported family, a tokenizer whose special tokens cannot be kept out of
             ordinary text, or a chat template that `ChatTemplate` refuses.
     """
 
-    def __init__(self, processor: Any, config: DataConfig) -> None:
+    def __init__(self, processor: Any, config: DataConfig, tools: Sequence[dict[str, Any]] = ()) -> None:
         self.processor, self.config = processor, config
         self.tokenizer = processor.tokenizer
         self.family = family_of_processor(processor)
@@ -86,7 +87,7 @@ class PromptEncoder:
                 raise ConfigError(
                     f"policy.model: its tokenizer reads {token.content!r} within ordinary text as a special token"
                 )
-        self._template = ChatTemplate(processor, config, self._text_ids)
+        self._template = ChatTemplate(processor, config, self._text_ids, tools)
 
     def encode(self, query: Query) -> Prompt:
         """The query's prompt, with its images decoded.
@@ -303,7 +304,7 @@ class PromptEncoder:
         if len(parts) <= len(query.images):  # without marks the images come first
             parts = [""] * len(query.images) + parts
         kinds = "".join(("i" if n else "") + ("t" if text else "") for n, text in enumerate(parts))
-        return kinds, [*filter(None, parts), self.config.system or ""]
+        return kinds, [*filter(None, parts), self._template.config.system or ""]
 
     def _text_ids(self, text: str) -> list[int]:
         """Ids of ordinary text; what spells a special token is split like any other characters."""

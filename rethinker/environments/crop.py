@@ -54,6 +54,28 @@ class Seen:
         return len(self.query.images) + len(self.crops)
 
 
+def describe(boxes: Literal["pixels", "thousandths"]) -> dict:
+    """The tool's JSON schema; `boxes`: environment.boxes."""
+    unit = {"pixels": "in pixels", "thousandths": "each from 0 to 1000 (thousandths of the image's sides)"}
+    box = {
+        "type": "array",
+        "items": {"type": "number"},
+        "minItems": 4,
+        "maxItems": 4,
+        "description": f"The box as [x1, y1, x2, y2], {unit[boxes]}, from the upper left corner.",
+    }
+    number = {"type": "integer", "description": "Which image, counted from 1 in the order in which they came."}
+    return {
+        "name": "crop",
+        "description": "Zoom in: shows a box of an image, enlarged, as a further image.",
+        "parameters": {
+            "type": "object",
+            "properties": {"bbox_2d": box, "image": number | {"default": 1}},
+            "required": ["bbox_2d"],
+        },
+    }
+
+
 @dataclass(frozen=True)
 class Cropper:
     """Cuts boxes out of a query's images.
@@ -67,27 +89,6 @@ class Cropper:
     boxes: Literal["pixels", "thousandths"]
     open_image: Callable[[Any, str], Image.Image]
     shown_size: ShownSize
-
-    def describe(self) -> dict:
-        """The tool's JSON schema."""
-        unit = {"pixels": "in pixels", "thousandths": "each from 0 to 1000 (thousandths of the image's sides)"}
-        box = {
-            "type": "array",
-            "items": {"type": "number"},
-            "minItems": 4,
-            "maxItems": 4,
-            "description": f"The box as [x1, y1, x2, y2], {unit[self.boxes]}, from the upper left corner.",
-        }
-        number = {"type": "integer", "description": "Which image, counted from 1 in the order in which they came."}
-        return {
-            "name": "crop",
-            "description": "Zoom in: shows a box of an image, enlarged, as a further image.",
-            "parameters": {
-                "type": "object",
-                "properties": {"bbox_2d": box, "image": number | {"default": 1}},
-                "required": ["bbox_2d"],
-            },
-        }
 
     def cut(self, call: Call, seen: Seen) -> tuple[bytes, View]:
         """What a call of the tool shows: a PNG file, and what of the query's images that is.

@@ -97,10 +97,6 @@ class Runner:
         for process in self._processes:
             process.start()
 
-    def describe(self) -> list[dict]:
-        """JSON schemas of the tools in OpenAI's form; [] where there are none."""
-        return self._tools.describe() if self._tools else []
-
     def reset(self, query: Query) -> Future[Any]:
         """The state of a response that begins.
 

@@ -8,13 +8,19 @@ from dataclasses import replace
 from rethinker.config import EnvironmentConfig
 from rethinker.environments import Observation
 from rethinker.environments.calls import Call, CallError, calls_of, harmless, takes
-from rethinker.environments.crop import Cropper, Seen
+from rethinker.environments.crop import Cropper, Seen, describe
 from rethinker.environments.python import DESCRIPTION, LONGEST_CODE
 from rethinker.environments.texts import CHARACTERS_PER_TOKEN, whole
 from rethinker.samples import IMAGE_MARK, Query
 
 RunCode = Callable[[str, int], tuple[str, str]]
 """(code, most characters of the answer) to (text, reason), as `sandbox.run`."""
+
+
+def schemas(config: EnvironmentConfig) -> list[dict]:
+    """What the model is told of its tools, as JSON schemas in OpenAI's form; nothing without environment.describe."""
+    known = {"crop": describe(config.boxes), "python": DESCRIPTION}
+    return [{"type": "function", "function": known[name]} for name in config.use if config.describe and name in known]
 
 
 class Tools:
@@ -27,11 +33,6 @@ class Tools:
 
     def __init__(self, names: Sequence[str], config: EnvironmentConfig, cropper: Cropper, run_code: RunCode) -> None:
         self._names, self._config, self._cropper, self._run_code = names, config, cropper, run_code
-
-    def describe(self) -> list[dict]:
-        """The tools' schemas, in OpenAI's form."""
-        schemas = {"crop": self._cropper.describe(), "python": DESCRIPTION}
-        return [{"type": "function", "function": schemas[name]} for name in self._names]
 
     def reset(self, query: Query) -> Seen:
         return Seen(query)

@@ -19,6 +19,7 @@ import torch
 from rethinker.algorithm.rethinking import Trigger, continue_after_trigger, make_triggers
 from rethinker.config import Config
 from rethinker.data.prompts import FIRST, PromptEncoder
+from rethinker.environments.tools import schemas
 from rethinker.evaluation import results
 from rethinker.evaluation.answering import AnsweringModel, fit_model, judge, open_model, ranks_of_torchrun, sample
 from rethinker.evaluation.benchmark import Benchmark
@@ -47,7 +48,7 @@ def run_benchmarks(config: Config, mode: Mode, limit: int | None, tasks: list[Ta
         processor = load_processor(folder)
         triggers = make_triggers(processor.tokenizer, config.rethink.triggers)
         engine_config = fit_model(config, folder, triggers if mode != "normal" else ())
-        encoder = PromptEncoder(processor, engine_config.data)
+        encoder = PromptEncoder(processor, engine_config.data, schemas(config.environment))
         encoder.check(query for _, (queries, _), _ in tasks for query in queries[:FIRST])
         model = stack.enter_context(open_model(engine_config, folder, ranks, encoder))
         for benchmark, (queries, uncovered), output in tasks:

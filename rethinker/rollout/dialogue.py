@@ -24,9 +24,10 @@ class Dialogue:
     def __init__(self, config: Config, encoder: PromptEncoder) -> None:
         """
         Raises:
-            ConfigError: `environment.use` names something that cannot be used.
+            ConfigError: `environment.use` names something that cannot be used, or the chat template has no turns.
         """
         self.config, self.encoder = config.environment, encoder
+        encoder.observation("so", (), "")  # a chat template's faults are to come before a rollout
         self.runner = Runner(self.config, encoder.open_image, encoder.shown_size, config.rethink.triggers)
 
     def close(self) -> None:

@@ -8,8 +8,9 @@ import shutil
 import pytest
 
 from rethinker import cli
-from rethinker.config import ConfigError, DataConfig
+from rethinker.config import ConfigError, DataConfig, EnvironmentConfig
 from rethinker.data.prompts import PromptEncoder
+from rethinker.environments.tools import schemas
 from rethinker.policy.loading import load_processor
 from rethinker.runtime.distributed import ALONE
 from rethinker.samples import Query
@@ -198,3 +199,59 @@ def test_choices_that_a_template_does_not_have(make, name):
     message = f"^data.chat_template_kwargs: .* has no choice '{name}'; it has enable_thinking$"
     with pytest.raises(ConfigError, match=message):
         make(chat_template=template, chat_template_kwargs={name: True})
+
+
+TOOLS = schemas(EnvironmentConfig(use=["crop", "python"]))
+
+
+@pytest.mark.parametrize("system", [None, "Answer briefly."])
+def test_a_template_that_knows_of_tools_tells_of_them(make, system):
+    """The prompt is the processor's own with the same tools, and an answer's is not longer for them."""
+    knowing = (
+        "{% if tools %}<|im_start|>tools\n{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    )
+    encoder = make(system=system, chat_template=knowing + template())
+    encoder = PromptEncoder(encoder.processor, encoder.config, TOOLS)
+    query = Query("q", "what is it?", "", (as_bytes(picture(64, 64)),))
+    prompt = encoder.encode(query)  # compared with the processor's
+    text = encoder.decode(prompt.token_ids, special=True)
+    assert "tools\n" in text and text.count('"name": "crop"') == text.count('"name": "python"') == 1
+    assert "# Tools" not in text
+    answer = encoder.decode(encoder.observation("so", (), "q").token_ids, special=True)
+    assert answer == "<|im_end|>\n<|im_start|>user\nso<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("system", [None, "Answer briefly."])
+def test_other_templates_tell_of_tools_in_the_system_message(make, system):
+    """In Qwen's words, behind the user's own message or Qwen's."""
+    encoder = make(system=system)
+    encoder = PromptEncoder(encoder.processor, encoder.config, TOOLS)
+    text = encoder.decode(encoder.encode(Query("q", "what is it?", "")).token_ids, special=True)
+    begin = f"<|im_start|>system\n{system or 'You are a helpful assistant.'}\n\n# Tools\n\nYou may call"
+    assert text.startswith(begin) and text.count("<|im_start|>system") == 1
+    assert [json.loads(line) for line in text.split("<tools>\n")[1].split("\n</tools>")[0].split("\n")] == TOOLS
+
+
+def test_a_template_that_can_tell_of_no_tools_is_named(make):
+    """It takes no system message."""
+    processor = make().processor
+    processor.chat_template = template(system="{{ raise_exception('no system message') }}")
+    with pytest.raises(ConfigError, match="environment.describe=true.*set it to false"):
+        PromptEncoder(processor, DataConfig(**LIMITS), TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ("in messages %}", "in messages if message['role'] != 'assistant' %}", "leaves out the assistant"),
+        ("<|im_end|>", "{% if message['role'] == 'assistant' %}.{% endif %}<|im_end|>", "no special token behind"),
+        ("in messages %}", "in messages[-1:] %}", "leaves out the assistant"),
+    ],
+)
+def test_a_template_without_turns_is_named(make, old, new, what):
+    """As soon as an answer is to be written: the policy would read something else than it was trained with."""
+    processor = make().processor
+    processor.chat_template = template().replace(old, new, 1)
+    encoder = PromptEncoder(processor, DataConfig(**LIMITS))
+    with pytest.raises(ConfigError, match=f"policy.model: its chat template .*{what}"):
+        encoder.observation("so", (), "q")

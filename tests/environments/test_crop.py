@@ -11,6 +11,7 @@ from PIL import Image
 
 from rethinker.config import EnvironmentConfig
 from rethinker.environments.runner import Runner
+from rethinker.environments.tools import schemas
 from tests.environments.helpers import HEIGHT, IMAGE, QUERY, SHOWN, WIDTH, call, open_image, pixels, shown_size
 
 FULL = np.asarray(IMAGE)
@@ -193,6 +194,8 @@ def test_it_is_repeatable_and_at_once():
 
 
 def test_the_description_says_what_coordinates_count():
-    (schema,) = runner().describe()
+    (schema,) = schemas(EnvironmentConfig(use=["crop"]))
     assert schema["type"] == "function" and schema["function"]["name"] == "crop"
-    assert "pixels" in str(schema) and "thousandths" in str(runner(boxes="thousandths").describe())
+    assert "pixels" in str(schema) and "thousandths" in str(
+        schemas(EnvironmentConfig(use=["crop"], boxes="thousandths"))
+    )

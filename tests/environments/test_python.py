@@ -15,6 +15,7 @@ from rethinker.config import EnvironmentConfig
 from rethinker.environments import sandbox
 from rethinker.environments.python import PythonProcess
 from rethinker.environments.runner import Runner
+from rethinker.environments.tools import schemas
 from rethinker.runtime import killable
 from rethinker.runtime.killable import LostError
 from tests.environments.helpers import QUERY, call, open_image, pixels, shown_size
@@ -146,7 +147,10 @@ def test_tools_together(runner):
     assert crop.done() and not slow.done() and not runner.inline
     assert runner.step(state, "It is 4.").result()[1].done
     assert slow.result()[1].failures == ("timeout",)
-    assert [schema["function"]["name"] for schema in runner.describe()] == ["crop", "python"]
+    assert [schema["function"]["name"] for schema in schemas(EnvironmentConfig(use=["crop", "python"]))] == [
+        "crop",
+        "python",
+    ]
 
 
 ESCAPES = r"""
