@@ -218,7 +218,7 @@ def test_a_runs_environment_is_inherited_and_recorded(tmp_path):
 
 
 def test_a_runs_code_is_named_again(tmp_path):
-    """A folder from elsewhere may name any file of this machine: its environment is used only if the command says so."""
+    """A folder from elsewhere may name any file of this machine: an environment is run only if the command says so."""
     best = tmp_path / "run/checkpoints/best"
     best.mkdir(parents=True)
     run = resolve_config("easy_vqa_cpu", ["--environment.use=[mine.py:Look]", "--environment.max_turns=7"])
