@@ -290,8 +290,8 @@ def judge(groups: list[Group], checker: AnswerChecker, config: Config) -> None:
 
 
 def note_kinds(groups: list[Group], config: Config) -> None:
-    """Set what is known of each response beside its reward: `group.rethinks`, `fast`, `truncated`, `nlls`, `turns`,
-    `calls` and `failures`."""
+    """Set what is known of each response beside its reward: `group.rethinks`, `fast`, `truncated`, `nlls`, `lengths`,
+    `turns`, `calls` and `failures`."""
     for group in groups:
         forced = [c.rethought and config.rethink.triggers.get(c.rethought.name) for c in group.completions]
         group.rethinks = [rethinks(c.text, phrase or "") for c, phrase in zip(group.completions, forced, strict=True)]
@@ -299,6 +299,7 @@ def note_kinds(groups: list[Group], config: Config) -> None:
         group.fast = [one and answers_at_once(c.text) for one, c in zip(alone, group.completions, strict=True)]
         group.nlls = [c.mean_nll for c in group.completions]
         group.truncated = [c.truncated for c in group.completions]
+        group.lengths = [c.sampled_tokens for c in group.completions]
         group.turns = [c.turns for c in group.completions]
         group.calls = [c.calls for c in group.completions]
         group.failures = dict(Counter(reason for c in group.completions for reason in c.failures))

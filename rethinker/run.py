@@ -209,7 +209,7 @@ class Run:
             "step": self.policy.steps,
             "episode": self.progress.episode,
             "reward_mean": float(np.mean([reward for group in fresh for reward in group.rewards])),
-            "response_length_mean": float(np.mean([c.sampled_tokens for c in responses])),
+            "response_length_mean": float(np.mean([length for group in fresh for length in group.lengths])),
             "truncated_ratio": sum(cut for group in fresh for cut in group.truncated) / len(responses),
             "fast_ratio": sum(fast for group in fresh for fast in group.fast) / len(responses),
             "rethink_ratio": float(np.mean([cue for group in fresh for cue in group.rethinks])),

@@ -244,6 +244,7 @@ class Group:
     fast: list[bool] = field(default_factory=list)  # per completion: is it nothing but the answer
     nlls: list[float] = field(default_factory=list)  # per completion: `Completion.mean_nll` as it was sampled
     truncated: list[bool] = field(default_factory=list)  # per completion: did the longest length end it
+    lengths: list[int] = field(default_factory=list)  # per completion: tokens that the policy sampled
     turns: list[int] = field(default_factory=list)  # per completion: turns of the policy
     calls: list[int] = field(default_factory=list)  # per completion: tools that it called
     failures: dict[str, int] = field(default_factory=dict)  # why calls or environments failed, over all completions

@@ -37,9 +37,18 @@ def eval_config(checkpoint: str, overrides: Sequence[str]) -> Config:
     """The settings of an evaluation: settings.yaml beside this file, the run's own, the command line.
 
     Raises:
-        ConfigError: a setting that is unknown or wrong; a package that is missing.
+        ConfigError: a setting that is unknown or wrong; a package that is missing; a run's environment of the user's,
+            which the command line must name again.
     """
-    inherited = [f"--{key}={_spelled(key, value)}" for key, value in run_settings(checkpoint).items()]
+    settings = run_settings(checkpoint)
+    use = settings.get("environment.use") or []
+    named = any(override.partition("=")[0] == "--environment.use" for override in overrides)
+    if any(":" in entry for entry in use) and not named:  # as with a reward: whose folder this is, is not known
+        raise ConfigError(
+            f"checkpoint {checkpoint}: its run has environment.use=[{', '.join(use)}], and code that a run's folder "
+            f"names is run only if you say so; give --environment.use '[{', '.join(use)}]', or '[]' to ask without it"
+        )
+    inherited = [f"--{key}={_spelled(key, value)}" for key, value in settings.items()]
     config = resolve_config(Path(__file__).with_suffix(".yaml"), [*inherited, *overrides])
     config.policy.model = checkpoint
     check_engine(config, "rethinker eval")

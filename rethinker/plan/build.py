@@ -150,9 +150,10 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 def batches_of(config: Config, shape: Shape, ranks: int) -> Batches:
     """The batches of a run.
 
-    The largest micro-batch is a full one, with as many image tokens as prompts may hold. A row is full when it reaches
-    train.micro_batch_tokens; one longer sample has a row of its own. Samples from replay stand alone behind their
-    prompt, so under `ssr` a prompt at its limit may come with every response of likely length.
+    The largest micro-batch is a full one, with as many image tokens as prompts and, with an environment, responses may
+    hold. A row is full when it reaches train.micro_batch_tokens; one longer sample has a row of its own. Samples from
+    replay stand alone behind their prompt, so under `ssr` a prompt at its limit may come with every response of likely
+    length.
     """
     G, N, data = config.rollout.group_size, config.train.batch_pairs, config.data
     image = shape.image_tokens(data.max_pixels)
@@ -160,8 +161,10 @@ def batches_of(config: Config, shape: Shape, ranks: int) -> Batches:
     response = max(1, config.rollout.max_new_tokens // 4)
     longest = data.max_prompt_tokens + config.rollout.max_new_tokens
     tokens = max(longest, min(config.train.micro_batch_tokens, math.ceil(N * longest / ranks)))
-    behind = response * (1 if config.algorithm.name == "ssr" else G)
-    share = min(data.max_prompt_tokens, data.max_images * image) / (data.max_prompt_tokens + behind)
+    environment = config.environment
+    seen = min(config.rollout.max_new_tokens, environment.max_images * image) if environment.use else 0  # in a response
+    shown, behind = min(data.max_prompt_tokens, data.max_images * image), 1 if config.algorithm.name == "ssr" else G
+    share = (shown + behind * seen) / (data.max_prompt_tokens + behind * max(response, seen))
     likely = N // G * prompt + N * response
     return Batches(
         prompt,

@@ -155,7 +155,7 @@ def _answer(answer: dict[str, Any], query_id: str, longest: int, most_images: in
     images, tokens = answer["images"] or [], answer["end"] - answer["start"]
     shown = tuple(_thumbnail({"bytes": image}, query_id, THUMBNAIL) for image in images[:most_images])
     lost = {"could not be read": shown.count(None), "not shown here": len(images) - len(shown)}
-    facts = ["environment" if tokens else "environment, not heard", *([f"{tokens} tokens"] if tokens else [])]
+    facts = ["environment" if tokens else "environment, at the end", *([f"{tokens} tokens"] if tokens else [])]
     facts += [f"reward {answer['reward']:.4g}"] if answer["reward"] else []
     facts += [f"failed: {reason}" for reason in answer["failures"]]
     facts += [f"{number} image{'s' if number > 1 else ''} {why}" for why, number in lost.items() if number]

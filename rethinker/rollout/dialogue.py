@@ -29,6 +29,7 @@ class Dialogue:
         self.config, self.encoder = config.environment, encoder
         encoder.observation("so", (), "")  # a chat template's faults are to come before a rollout
         self.runner = Runner(self.config, encoder.open_image, encoder.shown_size, config.rethink.triggers)
+        self.runner.start()  # so that the first turns need not wait for it
 
     def close(self) -> None:
         """End the environment's processes."""
@@ -36,10 +37,11 @@ class Dialogue:
 
 
 class Conversation:
-    """A response while it is made: an engine samples from `prompt`, at most `room` tokens, as long as `goes_on`.
+    """A response while it is made: an engine opens it, and samples from `prompt`, at most `room` tokens, as long as it
+    `goes_on`.
 
     Attributes:
-        waits: what the next `goes_on` waits for, if it is not there yet.
+        waits: what the next `goes_on` waits for, if it is not there yet; None before `open`.
         turns: how many turns the policy has said.
     """
 
@@ -51,7 +53,7 @@ class Conversation:
         self._turn: Completion | None = None  # said, and not answered yet
         self._state: Any = None
         self.turns = 0
-        self.waits: Future = dialogue.runner.reset(query)
+        self.waits: Future | None = None
 
     @property
     def prompt(self) -> Prompt:
@@ -62,6 +64,10 @@ class Conversation:
     def room(self) -> int:
         """The longest that the next turn may be, in tokens."""
         return self._response.room
+
+    def open(self) -> None:
+        """Ask the environment for the state in which the response begins; an open conversation holds it."""
+        self.waits = self._dialogue.runner.reset(self._query)
 
     def say(self, turn: Completion) -> None:
         """Take the policy's next turn, and ask the environment about it if it ended by itself."""

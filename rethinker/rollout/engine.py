@@ -64,12 +64,14 @@ class RolloutEngine(Protocol):
         Here all conversations say their turns together; a backend that can lets each go on by itself.
 
         Args:
-            conversations: this rank's, not begun yet.
+            conversations: this rank's, not opened yet.
             temperature, seed: as in `generate`. Every turn draws other samples.
 
         Returns:
             The response of each conversation.
         """
+        for one in conversations:
+            one.open()
         waiting, turn = conversations, 0
         while self._any(bool(waiting := [one for one in waiting if one.goes_on()])):
             prompts, rooms = [one.prompt for one in waiting], [one.room for one in waiting]

@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ from rethinker.samples import Completion, Prompt
 
 T = TypeVar("T")
 LOOK_S = 0.05  # how often a wait for environments looks at the deadline
+OPEN = 2  # conversations for each sequence that vLLM advances at a time: open ones hold images and states
 
 
 class VLLMEngine(RolloutEngine):
@@ -115,12 +117,16 @@ class VLLMEngine(RolloutEngine):
         while an environment thinks. The ranks of a tensor-parallel engine, which must ask the same, go together."""
         if self.config.rollout.tensor_parallel_size > 1:
             return super().converse(conversations, temperature=temperature, seed=seed)
-        running: dict[str, int] = {}  # by request
-        waiting = dict.fromkeys(range(len(conversations)))  # for their environments, in a fixed order
+        unopened, running = deque(range(len(conversations))), dict[str, int]()  # by request
+        waiting = dict[int, None]()  # for their environments, in a fixed order
+        most = OPEN * self._engine.vllm_config.scheduler_config.max_num_seqs
         what = f"the rollout of {len(conversations)} conversations"
         with preserved_random_state(), Deadline(what, self.config.rollout.timeout_s) as deadline:
             try:
-                while running or waiting:
+                while unopened or running or waiting:
+                    while unopened and len(running) + len(waiting) < most:
+                        waiting[place := unopened.popleft()] = None
+                        conversations[place].open()
                     for place in [place for place in waiting if conversations[place].waits.done()]:
                         del waiting[place]
                         one = conversations[place]

@@ -146,7 +146,9 @@ def test_an_old_checkpoint_is_read_and_written_back_to_the_bit(tmp_path, rank):
         for group in new.get("progress", {}).get("groups", []):
             # That release did not note what a response is like, nor the values of each reward function,
             assert group.pop("fast") == group.pop("nlls") == group.pop("truncated") == [] and group.pop("scores") == {}
-            assert group.pop("turns") == group.pop("calls") == [] and group.pop("failures") == {}
+            assert (
+                group.pop("turns") == group.pop("calls") == group.pop("lengths") == [] and group.pop("failures") == {}
+            )
         for _, unit, _ in new.get("replay", {}).get("entries", []):  # nor what its own rule does not draw by.
             assert [(s.pop("right"), s.pop("correctness"), s.pop("nll")) for s in unit] == [(False, 0.0, 0.0)]
         for count in ("sampled_queries", "sampled_effective", "refill_rounds"):  # nor what was sampled for an episode

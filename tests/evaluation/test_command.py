@@ -217,6 +217,19 @@ def test_a_runs_environment_is_inherited_and_recorded(tmp_path):
     assert plain.environment.use == [] and not any(name.startswith("environment.") for name in recorded(plain))
 
 
+def test_a_runs_code_is_named_again(tmp_path):
+    """A folder from elsewhere may name any file of this machine: an environment is run only if the command says so."""
+    best = tmp_path / "run/checkpoints/best"
+    best.mkdir(parents=True)
+    run = resolve_config("easy_vqa_cpu", ["--environment.use=[mine.py:Look]", "--environment.max_turns=7"])
+    (tmp_path / "run/config.yaml").write_text(to_yaml(run))
+    with pytest.raises(ConfigError, match=r"give --environment.use '\[mine.py:Look\]', or '\[\]'"):
+        eval_config(str(best), [])
+    for given in ("[mine.py:Look]", "[]"):
+        for overrides in ([f"--environment.use={given}"], ["--environment.use", given]):
+            assert eval_config(str(best), overrides).environment.max_turns == 7
+
+
 def test_what_verify_says_is_inherited(tmp_path):
     """A run with `verify` asks its checkpoint by its own triggers, to the letter; no other run's triggers are taken."""
     best = tmp_path / "run/checkpoints/best"

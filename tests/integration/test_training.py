@@ -79,7 +79,8 @@ def test_metrics_have_the_documented_names(ssr):
     assert [row["step"] for row in ssr] == [1, 2, 3, 4] and [row["episode"] for row in ssr] == [0, 0, 1, 1]
     for row in ssr:
         assert set(row) == METRICS
-        nothing = [*WEIGHTS, *load_statistics(torch.zeros(0, 0))]  # neither correction is on, and there are no experts
+        # Neither correction is on, and there are no experts and no environment.
+        nothing = [*WEIGHTS, *load_statistics(torch.zeros(0, 0)), "turns_mean", "tool_calls_mean", "tool_use_ratio"]
         assert all(row[name] is None for name in nothing)
         numbers = [v for k, v in row.items() if k not in ("val_accuracy", "mfu", "advantage_histogram", *nothing)]
         numbers = [n for v in numbers for n in (v.values() if isinstance(v, dict) else [v])]

@@ -13,7 +13,7 @@ import torch
 
 from rethinker import cli
 from rethinker.config import Config, ConfigError, PolicyConfig
-from rethinker.plan.build import ADVICE, Machine, Plan, make_plan
+from rethinker.plan.build import ADVICE, Machine, Plan, batches_of, make_plan
 from rethinker.plan.memory import GIB, rollout_of, total, training_state
 from rethinker.plan.model import Shape, shape_of
 from rethinker.policy import lora
@@ -168,6 +168,17 @@ def test_every_switch_moves_its_phase():
     assert wide["disk"] == base["disk"]
     for change in ({"policy__freeze_vision": True}, {"data__max_images": 1}):
         assert phases(make_plan(settings(**change), machine(8)))["training"] < base["training"] - 1, change
+
+
+@pytest.mark.parametrize("name", ["ssr", "grpo"])
+def test_images_of_an_environment_are_planned(name):
+    """A micro-batch of responses that show images may hold more of them than one of prompts alone, and never more
+    tokens of images than tokens."""
+    config, planned = settings(**{"algorithm.name": name, "environment.max_images": 6}), shape()
+    plain = batches_of(config, planned, 8).largest
+    config.environment.use = ["crop"]
+    looking = batches_of(config, planned, 8).largest
+    assert plain.image_tokens < looking.image_tokens <= looking.tokens == plain.tokens
 
 
 def test_sdpa_pays_for_its_mask():

@@ -204,7 +204,7 @@ def test_turns_are_shown_in_order(tmp_path, no_figures):
     assert [len(found) for found in marks] == [2, 1, 0, 1]
     assert "3 turns" in items[0] and "3 tool calls" in items[0] and "2 failed" in items[0]
     assert marks[0][0].count("<img") == 1 and marks[0][1].count("<img") == 0 and "failed: box" in marks[0][1]
-    assert "not heard" in marks[1][0] and "failed: turns" in marks[1][0] and "reward -0.5" in marks[1][0]
+    assert "at the end" in marks[1][0] and "failed: turns" in marks[1][0] and "reward -0.5" in marks[1][0]
     assert not any(word in items[2] for word in ("turns", "tool call", "environment", "failed"))
     pictures = [Image.open(io.BytesIO(base64.b64decode(uri))) for uri in re.findall(r"base64,([^\"]+)\"", items[0])]
     assert [image.size for image in pictures] == [(40, 20)]

@@ -111,6 +111,32 @@ def test_a_slow_environment_delays_no_other_conversation(side):
 
 
 @pytest.mark.parametrize("side", ["vllm"], indirect=True)
+def test_few_conversations_are_open_at_a_time(side, monkeypatch):
+    """Each open one holds its images and its state; what is sampled does not depend on it."""
+    whole = side.engine.converse(side.begin(Scripted(), each=4), **SAMPLING)
+    monkeypatch.setattr(side.engine._engine.vllm_config.scheduler_config, "max_num_seqs", 2)  # vLLM's own has it by now
+    begun, open_ones = side.begin(Scripted(), each=4), set()
+    most = []
+
+    def opened(one: Conversation, plain: Callable[[], None]) -> None:
+        open_ones.add(one)
+        most.append(len(open_ones))
+        plain()
+
+    def goes(one: Conversation, plain: Callable[[], bool]) -> bool:
+        goes_on = plain()
+        if not goes_on:
+            open_ones.remove(one)
+        return goes_on
+
+    for one in begun:
+        one.open, one.goes_on = partial(opened, one, one.open), partial(goes, one, one.goes_on)
+    responses = side.engine.converse(begun, **SAMPLING)
+    assert len(most) == 12 and max(most) == 4
+    assert [one.token_ids.tolist() for one in responses] == [one.token_ids.tolist() for one in whole]
+
+
+@pytest.mark.parametrize("side", ["vllm"], indirect=True)
 def test_a_later_turn_finds_in_vllms_caches_what_went_before_it(side, monkeypatch):
     """vLLM computes what is new in a turn's prompt, and a block that was not full; and it looks at no image twice."""
     side.engine.sync(FolderWeights(str(side.folder)), 1)  # which clears the caches of other tests
@@ -181,6 +207,7 @@ def talk(side: Side, answer: Observation, *turns: Completion, longest: int = 512
     """The response of these turns at most, each answered so."""
     runner = Once(answer)
     (one, *_) = side.begin(runner, longest=longest)
+    one.open()
     for said in turns:
         assert one.goes_on()
         one.say(said)

@@ -98,6 +98,8 @@ class ServerEngine(RolloutEngine):
 
         async def ask(address: str, number: int) -> Completion:
             one = conversations[number]
+            if one.waits is None:
+                one.open()
             while number in asked or await _goes_on(one):
                 asked.add(number)
                 (request,) = self._requests.sampling([one.prompt], 1, one.room, temperature)
