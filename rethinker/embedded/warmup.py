@@ -282,6 +282,7 @@ def dialogue_of(teacher: Teacher, encoder: PromptEncoder) -> Dialogue | None:
 
 def _spoken(turns: Parts, conversation: Conversation, encoder: PromptEncoder) -> Completion:
     """The response in which the policy says these turns, with what it is answered between them."""
+    conversation.open()
     for text, _ in turns:
         assert conversation.goes_on()
         conversation.say(_completion([(text, True)], encoder.tokenizer))
