@@ -60,6 +60,10 @@ class Trajectory:
         self._add(np.asarray(token_ids, np.int32), np.full(len(token_ids), np.nan, np.float32), list(compact_ids))
         self.prompt = replace(self.prompt, images=[*self.prompt.images, *images])
 
+    def forget_images(self) -> None:
+        """Let go of the pixels of a response that is whole."""
+        self.prompt = replace(self.prompt, images=[])
+
     def _add(self, ids: np.ndarray, logprobs: np.ndarray, compact_ids: list[int]) -> None:
         self._ids.append(ids)
         self._logprobs.append(logprobs)

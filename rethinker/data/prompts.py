@@ -12,9 +12,9 @@ from __future__ import annotations
 import io
 import logging
 import os
-import threading
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -63,19 +63,22 @@ class PromptEncoder:
         # In place, so that a saved checkpoint carries the limits it was trained with.
         limit_pixels(processor, self.family, config.min_pixels, config.max_pixels)
         # Rollouts beside the training decode in their thread, and two in one fast tokenizer fail: "Already borrowed".
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time = Lock()
         self.dropped: Counter[str] = Counter()
         self._image_id = processor.image_token_id
         tokens = self.tokenizer.added_tokens_decoder
         self._compared: Counter[str] = Counter()
         self._prefix, self._suffix = config.prompt.split("{question}")
+        # Conversations ask for images from threads of their own.
         images = LRUCache(IMAGE_CACHE_BYTES, lambda image: 3 * image.width * image.height)
-        self._image = cached(images, key=lambda reference, query_id: image_key(reference))(self._open_image)
+        named = {"key": lambda reference, query_id: image_key(reference), "lock": Lock()}
+        self._image = cached(images, **named)(self._open_image)
         pixels = LRUCache(PIXEL_CACHE_BYTES, lambda inputs: inputs["pixel_values"].nbytes)
-        self._pixels = cached(pixels, key=_shown)(self._process)
+        self._pixels = cached(pixels, key=_shown, lock=Lock())(self._process)
         ids = LRUCache(PROMPT_CACHE_TOKENS, lambda pair: len(pair[0]) + len(pair[1]))
-        self._token_ids = cached(ids, key=lambda query: (query.question, _shown(query)))(self._tokenize)
-        self._shown_size = cached(LRUCache(SIZES))(self._resized)
+        asked = {"key": lambda query: (query.question, _shown(query)), "lock": Lock()}
+        self._token_ids = cached(ids, **asked)(self._tokenize)
+        self._shown_size = cached(LRUCache(SIZES), lock=Lock())(self._resized)
         self._misfits: set[str] = set()
         self._whole: set[Hashable] = set()  # images that have been read to their end
         # Characters that no prompt within the limit can have: a longer text need not be tokenised to be left out. A
@@ -117,6 +120,15 @@ class PromptEncoder:
         compact = self._template.ids(kinds, [*filter(None, texts), ""], answer=True)
         expanded = self._expand(compact, images, query_id)
         return Prompt(query_id, expanded, compact, [self._image(i, query_id) for i in images])
+
+    def check_answers(self) -> None:
+        """Render the chat template around what an environment may answer.
+
+        Raises:
+            ConfigError: it has no such messages.
+        """
+        for kinds in ("t", "i", "tit"):
+            self._template.ids(kinds, [*("so" for kind in kinds if kind == "t"), ""], answer=True)
 
     def continuation(self, text: str) -> list[int]:
         """The ids of text that is put into the policy's mouth; what spells a special token is ordinary text."""

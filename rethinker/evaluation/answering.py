@@ -107,7 +107,9 @@ def validate(
 def open_model(config: Config, folder: str, ranks: Ranks, encoder: PromptEncoder) -> Iterator[AnsweringModel]:
     """The engine and the checker of a model (a folder, or a name on the hub) on a rank; see `fit_model`."""
     with ExitStack() as stack:
-        dialogue = Dialogue(config, encoder) if config.environment.use else None
+        # Recorded responses have been answered.
+        talks = config.environment.use and config.rollout.backend != "recorded"
+        dialogue = Dialogue(config, encoder) if talks else None
         if dialogue:
             stack.callback(dialogue.close)
         checker = stack.enter_context(AnswerChecker(config.reward, config.rollout.max_new_tokens, encoder.png_images))

@@ -10,7 +10,9 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from rethinker.config import Config, ConfigError
+from rethinker.config import Config
+from rethinker.data.datasets import BadRowError
+from rethinker.data.images import UnreadableImageError
 from rethinker.data.prompts import PromptEncoder
 from rethinker.environments import Observation
 from rethinker.environments.runner import Runner
@@ -27,7 +29,7 @@ class Dialogue:
             ConfigError: `environment.use` names something that cannot be used, or the chat template has no turns.
         """
         self.config, self.encoder = config.environment, encoder
-        encoder.observation("so", (), "")  # a chat template's faults are to come before a rollout
+        encoder.check_answers()  # a chat template's faults are to come before a rollout
         self.runner = Runner(self.config, encoder.open_image, encoder.shown_size, config.rethink.triggers)
         self.runner.start()  # so that the first turns need not wait for it
 
@@ -78,7 +80,13 @@ class Conversation:
             self.waits = self._dialogue.runner.step(self._state, words)
 
     def goes_on(self) -> bool:
-        """Whether the policy is to say another turn, once the environment has answered."""
+        """Whether the policy is to say another turn, once the environment has answered.
+
+        Raises:
+            RuntimeError: the environment was closed meanwhile.
+        """
+        if self.waits.cancelled():
+            raise RuntimeError("the environment was closed while a response waited for it")
         if self._turn is None:
             self._state = self.waits.result()
             return True
@@ -119,7 +127,7 @@ class Conversation:
             return Prompt(self._query.id, ids, ids, []), turn.tokens - 1
         try:
             heard = encoder.observation(answer.text, _references(answer), self._query.id)
-        except (ConfigError, ValueError):  # BadRowError: a shape that the model does not take
+        except (UnreadableImageError, BadRowError):  # no image, or of a shape that the model does not take
             return "image", 0
         if heard.token_ids[0] != turn.token_ids[-1]:  # it ended with another token than a turn does
             return "end", 0
@@ -128,6 +136,7 @@ class Conversation:
 
     def _end(self, turn: Completion, answer: Observation | None = None, *reasons: str) -> bool:
         self._response.say(turn)
+        self._response.forget_images()
         if answer and (answer.reward or answer.calls or answer.failures or reasons):
             self._note(turn, answer, "", 0, reasons)
         else:

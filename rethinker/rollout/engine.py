@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
 from pkgutil import resolve_name
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from rethinker.rollout.dialogue import Conversation, Dialogue
 from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion, Prompt, Query
 
+LOOK_S = 0.05
+"""How often a wait for environments looks at the deadline."""
 SEED_OF_A_TURN = 7919
 """Seeds of two turns are so far apart."""
 Checksum = tuple[str, int]
@@ -34,8 +37,11 @@ class WeightStream(Protocol):
 class RolloutEngine(Protocol):
     """Samples responses and reports the log-probability of every token it sampled.
 
-    A backend inherits from this class, defines `generate` and `sync`, and is named in ENGINES.
+    A backend inherits from this class, defines `generate` and `sync`, has its settings as `config`, and is named in
+    ENGINES.
     """
+
+    config: Config
 
     def generate(
         self, prompts: list[Prompt], *, n: int, max_new_tokens: int | list[int], temperature: float, seed: int
@@ -69,18 +75,28 @@ class RolloutEngine(Protocol):
 
         Returns:
             The response of each conversation.
+
+        Raises:
+            TimeoutError: after `rollout.timeout_s`, environments included.
+            RuntimeError: the environment was closed meanwhile.
         """
         for one in conversations:
             one.open()
-        waiting, turn = conversations, 0
-        while self._any(bool(waiting := [one for one in waiting if one.goes_on()])):
-            prompts, rooms = [one.prompt for one in waiting], [one.room for one in waiting]
-            drawn = seed + turn * SEED_OF_A_TURN
-            said = self.generate(prompts, n=1, max_new_tokens=rooms, temperature=temperature, seed=drawn)
-            for one, (completion,) in zip(waiting, said, strict=True):
-                one.say(completion)
-            turn += 1
-        return [one.completion() for one in conversations]
+        going, turn = conversations, 0
+        with Deadline(f"the rollout of {len(conversations)} conversations", self.config.rollout.timeout_s) as deadline:
+            while True:
+                while wait([one.waits for one in going], LOOK_S).not_done:
+                    deadline.check(f"the environment has not answered turn {turn} everywhere")
+                going = [one for one in going if one.goes_on()]
+                if not self._any(bool(going)):
+                    return [one.completion() for one in conversations]
+                prompts, rooms = [one.prompt for one in going], [one.room for one in going]
+                drawn = seed + turn * SEED_OF_A_TURN
+                said = self.generate(prompts, n=1, max_new_tokens=rooms, temperature=temperature, seed=drawn)
+                for one, (completion,) in zip(going, said, strict=True):
+                    one.say(completion)
+                turn += 1
+                deadline.check(f"{turn} turns are said")
 
     def _any(self, here: bool) -> bool:
         """Whether a rank that must call `generate` whenever this one does still has prompts."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from itertools import groupby
 from pathlib import Path
 
 from rethinker.config import Config, ConfigError
-from rethinker.rollout.dialogue import Conversation
 from rethinker.rollout.engine import RolloutEngine, WeightStream
 from rethinker.runtime.completions import read_completions
 from rethinker.samples import Completion, Prompt
@@ -34,11 +32,6 @@ class RecordedEngine(RolloutEngine):
             ConfigError: a query is not in the recording (any more), or was recorded with another group size.
         """
         return [self._next(prompt.query_id, n) for prompt in prompts]
-
-    def converse(self, conversations: list[Conversation], *, temperature: float, seed: int) -> list[Completion]:
-        """The recorded responses, whose turns were answered when they were recorded; see RolloutEngine."""
-        sizes = [(one, len(list(group))) for one, group in groupby(one.prompt.query_id for one in conversations)]
-        return [completion for query_id, n in sizes for completion in self._next(query_id, n)]
 
     def _next(self, query_id: str, n: int) -> list[Completion]:
         recorded = self._completions[query_id]

@@ -61,7 +61,7 @@ def preserved_random_state() -> Iterator[None]:
 def seeded(seed: int, replica: int) -> Iterator[None]:
     """Run a block with the process's generators seeded, each replica's apart, then restore them.
 
-    Seeds of single requests would crash vLLM on CPU.
+    Seeds of single requests (`request_seed`) would cost vLLM a draw for each, and on a CPU chunked prefill.
     """
     with preserved_random_state():
         seed_everything(seed + 1_000_003 * replica)

@@ -22,7 +22,7 @@ import torch
 from rethinker.config import Config, ConfigError, one_line
 from rethinker.rollout.deadline import Deadline
 from rethinker.rollout.dialogue import Conversation
-from rethinker.rollout.engine import Checksum, RolloutEngine, WeightStream, copies
+from rethinker.rollout.engine import LOOK_S, Checksum, RolloutEngine, WeightStream, copies
 from rethinker.rollout.sampling import preserved_random_state, request_seed, seeded
 from rethinker.rollout.vllm_settings import Request, VLLMRequests, engine_arguments
 from rethinker.runtime.distributed import Ranks
@@ -30,7 +30,6 @@ from rethinker.runtime.garbage import frozen
 from rethinker.samples import Completion, Prompt
 
 T = TypeVar("T")
-LOOK_S = 0.05  # how often a wait for environments looks at the deadline
 OPEN = 2  # conversations for each sequence that vLLM advances at a time: open ones hold images and states
 
 
