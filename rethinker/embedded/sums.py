@@ -144,8 +144,11 @@ class SumsTeacher:
     environment, hears = None, ()
 
     def sees(self, query: Query) -> bool:
-        """Whether it is known what the query's image shows."""
-        return re.fullmatch(r"[0-9]([+-][0-9])+", str(query.metadata.get("symbols"))) is not None
+        """Whether it is known what the query's image shows; a board shows more than the sum that it asks for."""
+        return (
+            "tiles" not in query.metadata
+            and re.fullmatch(r"[0-9]([+-][0-9])+", str(query.metadata.get("symbols"))) is not None
+        )
 
     def view(self, query: Query, rng: random.Random) -> Query:
         """The query as looking is practised on it: as it is."""

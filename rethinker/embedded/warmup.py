@@ -141,7 +141,7 @@ def _write_untrained(
 
 def teacher_of(queries: list[Query]) -> Teacher:
     """Who teaches these questions; of a mixture of data sets, one for all."""
-    for teacher in (BoardsTeacher(), SumsTeacher()):  # a board, too, knows of a sum
+    for teacher in (SumsTeacher(), BoardsTeacher()):
         if all(map(teacher.sees, queries)):
             return teacher
     return EasyVqaTeacher(queries)
@@ -226,6 +226,8 @@ class Course:
             logps, _ = policy(batch)  # [R]
             taught = logps[batch.loss_mask]
             self._update(optimizers, -taught.mean(), counts * len(taught), step / warmup.steps)
+        if environment:
+            environment.close()
 
     def _steps(self, number: int, label: str) -> Iterable[int]:
         return progress(range(number), label) if self.ranks.is_main else range(number)

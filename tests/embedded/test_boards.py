@@ -29,6 +29,7 @@ from rethinker.embedded.boards import (
     crop_call,
     cut_out,
 )
+from rethinker.embedded.easy_vqa import EasyVqaTeacher
 from rethinker.embedded.sums import (
     CELL,
     SYMBOLS,
@@ -200,7 +201,9 @@ def test_the_recipe_has_room_for_a_look(splits, tmp_path):
 
 
 def test_other_data_is_not_taken_for_boards(splits):
-    """Sums know nothing of tiles; boards are not taken for sums either, though they have the sums' columns."""
+    """Sums know nothing of tiles; boards are not taken for sums either, though they have the sums' columns. A mixture
+    has neither teacher."""
     assert not any(map(BoardsTeacher().sees, sums("test")[::100]))
+    assert not any(map(SumsTeacher().sees, splits["test"]))
     assert isinstance(teacher_of(splits["test"]), BoardsTeacher)
-    assert isinstance(teacher_of([*splits["test"], *sums("test")[::100]]), SumsTeacher)
+    assert isinstance(teacher_of([*splits["test"], *sums("test")[::100]]), EasyVqaTeacher)
