@@ -80,7 +80,8 @@ def _check_environment(config: Config) -> None:
     if environment.use and fraction:
         raise ConfigError(
             f"rethink.fraction={fraction} forces second answers after a response's end, and environment.use="
-            f"{environment.use} makes responses of several turns; set the one to 0, or the other to [verify] with it"
+            f"{environment.use} makes responses of several turns; set rethink.fraction to 0 (environment.use=[verify] "
+            "forces every response to go on)"
         )
     if environment.reward_weight and not environment.use:
         raise ConfigError(

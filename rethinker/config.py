@@ -250,7 +250,7 @@ class EnvironmentConfig:
     max_images: ranges.Natural = 4
     """Most images that a response is shown, besides the question's."""
     max_text_tokens: ranges.Count = 512
-    """Longest text of an answer; a longer one loses its middle."""
+    """About the longest text of an answer; a longer one loses its middle."""
     boxes: Literal["pixels", "thousandths"] = "pixels"
     """What the coordinates of a box count: pixels of the image as the model sees it (Qwen2.5-VL), or thousandths of its
     width and height (Qwen2-VL, Qwen3-VL)."""

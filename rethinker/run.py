@@ -27,6 +27,7 @@ from rethinker.data.mixture import category_of
 from rethinker.data.prompts import FIRST, PromptEncoder, select_fitting
 from rethinker.data.streaming import open_stream
 from rethinker.embedded.files import as_files, model_folder
+from rethinker.environments import load as load_environment
 from rethinker.environments.tools import schemas
 from rethinker.episode import Episode, Episodes, check_mismatch, score_again
 from rethinker.evaluation.answering import open_model, validate
@@ -74,6 +75,7 @@ class Run:
         config = self.config
         load_loss(config.algorithm)  # the policy loads it for itself, the checker of answers the rewards
         load_rewards(config.reward, config.rollout.max_new_tokens)  # mistakes are reported before anything slow
+        load_environment(config.environment)
         stream, questions = open_stream(as_files(config.data, "train"), config.seed)
         held_out = load_held_out(config)
         self.total_steps = schedule_length(config, questions)

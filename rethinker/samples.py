@@ -88,6 +88,10 @@ class Observed:
     failures: tuple[str, ...] = ()
 
 
+LIMITS = ("turns", "room", "end")
+"""Of the reasons in `Observed.failures` those for which no call failed: a limit ended the response."""
+
+
 @dataclass
 class Rethinking:
     """What forced rethinking did to a group: responses forced, kept, wrong before and right after, and the reverse."""

@@ -90,6 +90,7 @@ class PromptEncoder:
                 raise ConfigError(
                     f"policy.model: its tokenizer reads {token.content!r} within ordinary text as a special token"
                 )
+        self._tools = tools
         self._template = ChatTemplate(processor, config, self._text_ids, tools)
 
     def encode(self, query: Query) -> Prompt:
@@ -143,8 +144,7 @@ class PromptEncoder:
         ids = self._text_ids(text)
         if len(ids) <= longest:
             return text
-        head, tail = self.decode(ids[: longest // 2]), self.decode(ids[longest // 2 - longest :])
-        return f"{head} [... {len(ids) - longest} tokens left out ...] {tail}"
+        return f"{self.decode(ids[: longest // 2])} [...] {self.decode(ids[longest // 2 - longest :])}"
 
     def shown_size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) in which the model sees an image of that size."""
@@ -191,7 +191,8 @@ class PromptEncoder:
         limits = self.config
         if len(query.images) > limits.max_images:
             return BadRowError("data.max_images", f"data.max_images={limits.max_images}")
-        too_long = BadRowError("data.max_prompt_tokens", f"data.max_prompt_tokens={limits.max_prompt_tokens}")
+        told = ", of which environment.describe=true takes some to tell of the tools" if self._tools else ""
+        too_long = BadRowError("data.max_prompt_tokens", f"data.max_prompt_tokens={limits.max_prompt_tokens}{told}")
         if len(query.question) > self._most_characters:
             return too_long
         try:

@@ -63,7 +63,8 @@ class FunctionEnvironment:
 
 
 def load(config: EnvironmentConfig) -> tuple[str, ...] | Callable[[], Environment]:
-    """What `environment.use` names: the names of tools, ("verify",), or what makes an environment of the user's.
+    """What `environment.use` names: the names of tools, ("verify",), or what makes an environment of the user's; ()
+    without any.
     Nothing of the user's is called, but its file is run.
 
     Raises:
@@ -71,6 +72,8 @@ def load(config: EnvironmentConfig) -> tuple[str, ...] | Callable[[], Environmen
             arguments.
     """
     use, listed = config.use, ", ".join(config.use)
+    if not use:
+        return ()
     if len(set(use)) < len(use):
         raise ConfigError(f"environment.use=[{listed}] names one of them twice; name it once")
     if set(use) <= set(TOOLS):

@@ -49,7 +49,8 @@ def png_of(given: Any, most_pixels: int) -> bytes:
         _check_size(width, height)
         return as_png(open_image(reference, "of an environment"), most_pixels)[0]
     except UnreadableImageError as error:
-        raise CallError("image", str(error)) from None
+        cause = type(error.__cause__).__name__
+        raise CallError("image", f"what was given as an image cannot be read ({cause})") from None
 
 
 def _check_size(width: int, height: int) -> None:

@@ -85,7 +85,7 @@ class Runner:
             self._verify = Verify(triggers)
         self._idle = list(self._processes)
         self._pool = ThreadPoolExecutor(max(1, len(self._processes)), "environment")
-        self._logged: set[str] = set()
+        self._logged: set[tuple[str, ...]] = set()
 
     @property
     def inline(self) -> bool:
@@ -188,8 +188,9 @@ class Runner:
             answer = f"{lost.reason}: {lost}"
         if not isinstance(answer, str):
             return answer
-        if answer not in self._logged and len(self._logged) < 100:
-            self._logged.add(answer)
+        kind = message[0], *answer.split(":")[:2]  # what follows may name the query
+        if kind not in self._logged:
+            self._logged.add(kind)
             log.warning(
                 "environment.use=[%s]: %s failed (%s): query %r", self._config.use[0], message[0], answer, query_id
             )

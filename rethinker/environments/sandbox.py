@@ -123,7 +123,7 @@ def run(code: str, most: int) -> tuple[str, str]:
         (text, ""), or (what went wrong behind what was printed, `forbidden` or `error`).
 
     Raises:
-        MemoryError: the process has no more; whatever the code did with it, the process is to end.
+        MemoryError: the process has no more, and is to end.
     """
     printed = _Printed(most)
     try:
@@ -144,8 +144,13 @@ def run(code: str, most: int) -> tuple[str, str]:
         return str(error), "forbidden"
     except BaseException as error:
         said = printed.text.rstrip("\n") + "\n" if printed.text else ""
-        return cut_middle(f"{said}{_told(error)}", most), "error"
-    return cut_middle(printed.text.rstrip("\n") or "(it printed nothing)", most), ""
+        return cut_middle(_anywhere(f"{said}{_told(error)}"), most), "error"
+    return cut_middle(_anywhere(printed.text.rstrip("\n")) or "(it printed nothing)", most), ""
+
+
+def _anywhere(text: str) -> str:
+    """The text without addresses of objects, which differ from process to process."""
+    return re.sub(r"\bat 0x[0-9a-f]+", "at 0x...", text)
 
 
 class _Printed:

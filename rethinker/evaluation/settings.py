@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rethinker.config import Config, ConfigError
 from rethinker.doctor import check_packages
+from rethinker.environments import load as load_environment
 from rethinker.settings import flat, read_yaml_file, resolve_config
 
 Mode = Literal["normal", "forced", "oracle"]
@@ -81,6 +82,7 @@ def check_engine(config: Config, command: str) -> None:
     """
     if config.rollout.backend == "recorded":
         raise ConfigError("rollout.backend=recorded has no new answers; use vllm, server or hf")
+    load_environment(config.environment)
     check_packages(command, "transformers", "pyarrow", "PIL", "pandas", "scipy")
     if config.rollout.backend == "vllm":
         check_packages("rollout.backend=vllm, other than hf,", "vllm")

@@ -17,6 +17,7 @@ FRAGMENTATION = 0.05  # of what the trainer allocates; assumed
 PROCESS = 4.0 * GIB  # of host memory per rank: Python, CUDA's and vLLM's libraries; assumed
 CPU_PROCESS = 1.1 * GIB  # Python, torch, DeepSpeed and vLLM's CPU build in one process; measured, see test_measured.py
 CHECKER = 0.25 * GIB  # an answer-checking process; assumed
+ENVIRONMENT = 0.1 * GIB  # a process of an environment; 38 MB when it begins, what its code takes is assumed
 TEXT_TOKENS = 100  # of a likely prompt, besides its image
 
 _DEVICE = "train.deepspeed (the preset offload), policy.lora.rank, --gpus"
@@ -122,6 +123,8 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     sync = memory.sync_peak(shape) if rollout.budget else {}
     b, keep = shape.weight_bytes, config.checkpoint.keep
     host = {"answer checkers (assumed)": here * checking_processes(config.reward) * CHECKER}
+    if set(config.environment.use) - {"crop", "verify"}:
+        host["environment's processes (assumed)"] = here * config.environment.workers * ENVIRONMENT
     host["a checkpoint's weights, on rank 0's node"] = b * shape.parameters
     if on_gpu:
         # An engine that sleeps takes nothing while the policy trains, and wakes for a weight sync without its cache.

@@ -25,6 +25,7 @@ from rethinker.algorithm.rethinking import answers_at_once, rethinks
 from rethinker.config import ConfigError, RethinkConfig
 from rethinker.data.images import open_image
 from rethinker.report.runs import RunRecord
+from rethinker.samples import LIMITS
 
 MOST_GROUPS = 48
 MOST_CHARACTERS = 6000
@@ -107,8 +108,8 @@ def describe_response(row: dict[str, Any], settings: dict[str, Any]) -> dict[str
     """`parts` are a `Part` each, in order; `verdict` is right (at least 1 by the first reward function), wrong or
     unjudged; `scores` are (name, value) of each function where there are several; `trigger` names the forced one, if
     any; `rethinks` says whether a cue outside of it was the model's, and `fast` whether the response is nothing but the
-    answer. `tokens` counts what the policy sampled, in so many `turns` with so many tool `calls`; `failures` says why
-    some failed."""
+    answer. `tokens` counts what the policy sampled, in so many `turns` with so many tool `calls`, of which so many
+    were `failed_calls`."""
     text, reward, rethought = row["response"], row["reward"], row["rethought"]
     scores, first = row.get(SCORES) or [], first_value(row)
     observed, tokens = row.get(OBSERVED) or [], len(row["token_ids"])
@@ -126,7 +127,7 @@ def describe_response(row: dict[str, Any], settings: dict[str, Any]) -> dict[str
         "tokens": tokens - given,
         "turns": turns,
         "calls": sum(part["calls"] for part in observed),
-        "failures": [reason for part in observed for reason in part["failures"]],
+        "failed_calls": sum(reason not in LIMITS for part in observed for reason in part["failures"]),
         "trigger": rethought and rethought["name"],
         "rethinks": rethinks(text[:start] + text[end:]),
         "fast": rethought is None and turns == 1 and answers_at_once(text),

@@ -85,7 +85,8 @@ class RolloutEngine(Protocol):
         going, turn = conversations, 0
         with Deadline(f"the rollout of {len(conversations)} conversations", self.config.rollout.timeout_s) as deadline:
             while True:
-                while wait([one.waits for one in going], LOOK_S).not_done:
+                while open_ones := [one.waits for one in going if not one.waits.done()]:
+                    wait(open_ones, LOOK_S)
                     deadline.check(f"the environment has not answered turn {turn} everywhere")
                 going = [one for one in going if one.goes_on()]
                 if not self._any(bool(going)):

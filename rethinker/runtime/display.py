@@ -24,6 +24,7 @@ _COLUMNS = (
     ("fast", "fast_ratio", ".2f"),
     ("rethink", "rethink_ratio", ".2f"),
     ("tools", "tool_use_ratio", ".2f"),
+    ("turns", "turns_mean", ".2f"),
     ("entropy", "entropy", ".3f"),
     ("tok/s", "tokens_per_s", ",.0f"),
     ("s/step", "step_s", ".2f"),
@@ -48,7 +49,8 @@ class Display:
         seconds = (now - self._first_step) / (done - self._done_before) * (self.total_steps - done)
         known = {name for name in metrics if metrics[name] is not None}
         if "tool_use_ratio" in known:  # whose place the line has not; the one after a validation tells of fast answers
-            known -= {"fast_ratio"}
+            # Where nothing calls a tool, as with `verify`, the turns are what there is to see.
+            known -= {"fast_ratio", "turns_mean" if metrics["tool_use_ratio"] else "tool_use_ratio"}
         shown = [f"{label} {metrics[name]:{form}}" for label, name, form in _COLUMNS if name in known]
         self._print("  ".join([f"step {done}/{self.total_steps}", *shown, f"left {timedelta(seconds=round(seconds))}"]))
 

@@ -11,7 +11,7 @@ import pytest
 from rethinker.checkpoint.held_samples import Responses, held_responses
 from rethinker.checkpoint.resume import frozen, read_state
 from rethinker.runtime.distributed import ALONE, Ranks
-from rethinker.samples import Completion, Group, Query, RemoteCompletion, Rethinking, Rethought
+from rethinker.samples import Completion, Group, Observed, Query, RemoteCompletion, Rethinking, Rethought
 
 QUERIES = {name: Query(name, f"what is {name}?", name, (f"{name}.png",), {"category": "x"}) for name in "abcd"}
 
@@ -22,6 +22,14 @@ def response(number: int, index: int) -> Completion:
         numbers = {"trainer_logprobs": [-0.1, -0.2, -1e-300], "kept": [True, True, False]}
         numbers |= {"experts": np.arange(19 * 2 * 3, dtype=np.uint8).reshape(19, 2, 3)}
         return Completion([7, 8, 9], [-0.5, math.nan, -1 / 3], "é Wait \U0001f600", "stop", spans, **numbers)
+    if number == 2 and index == 1:  # of three turns
+        answers = (
+            Observed(1, 3, 4, "look: <image>", ({"bytes": b"\x00PNG\xff"},), 0.5, 2, ("box",)),
+            Observed(4, 6, 9, "<image><image>", ({"bytes": b"a"}, {"bytes": b"b"})),
+            Observed(7, 7, 12, failures=("turns",)),
+        )
+        logprobs = [-1.0, math.nan, math.nan, -2.0, math.nan, math.nan, -3.0]
+        return Completion([5, 6, 7, 8, 9, 10, 11], logprobs, "one, two, end", "stop", observed=answers)
     return Completion([10 * number + index] * index, [-(0.1 + number)] * index, f"{number}/{index}", "length")
 
 

@@ -195,8 +195,8 @@ def test_turns_are_shown_in_order(tmp_path, no_figures):
     assert [part.by for part in first["parts"]] == ["policy", "environment"] * 2 + ["policy"]
     assert [part.text for part in first["parts"]] == [said[0], crop["text"], said[1], refused["text"], said[2]]
     assert [part.by for part in second["parts"]] == ["policy", "environment"] and second["parts"][1].text == ""
-    counts = [(r["turns"], r["calls"], r["failures"], r["fast"]) for r in shown["responses"]]
-    assert counts == [(3, 3, ["box", "limit"], False), (1, 0, ["turns"], False), (1, 0, [], True), (2, 0, [], False)]
+    counts = [(r["turns"], r["calls"], r["failed_calls"], r["fast"]) for r in shown["responses"]]
+    assert counts == [(3, 3, 2, False), (1, 0, 0, False), (1, 0, 0, True), (2, 0, 0, False)]
     assert [r["tokens"] for r in shown["responses"]] == [len(r.text) for r in (whole, cut, plain, asked)]
     html = file.read_text()
     items = re.findall(r"<li.*?</li>", html, flags=re.DOTALL)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from rethinker.data import prompts
+from rethinker.data.prompts import PromptEncoder
 from rethinker.environments import Observation
 from rethinker.rollout.dialogue import Conversation
 from rethinker.rollout.engine import make_engine
 from rethinker.rollout.server.sync import FolderWeights
 from rethinker.rollout.vllm_settings import cpu_block_size
+from rethinker.runtime.distributed import Ranks
 from rethinker.samples import Completion
 from tests.data.image_kinds import noise, saved
 from tests.rollout.dialogues import Scripted, Side, config_of_dialogues, late, model_whose_turns_end
@@ -307,3 +312,104 @@ def test_a_long_text_loses_its_middle(trainer, monkeypatch):
     shown = len(trainer.encoder.observation("<image>", [{"bytes": IMAGE}], "q").token_ids)
     assert 20 < part.end - part.start - shown < 60
     assert len(part.text) < 1000
+
+
+def test_an_environment_reads_special_tokens_and_rewards_do_not(trainer):
+    """Qwen's grounding writes boxes between such tokens."""
+    tokenizer = trainer.encoder.tokenizer
+    ids = tokenizer("<|box_start|>(1,2),(3,4)<|box_end|> there")["input_ids"]
+    said = Completion([*ids, tokenizer.eos_token_id], [-1.0] * (len(ids) + 1), "(1,2),(3,4) there", "stop")
+    response, runner = talk(trainer, Observation(done=True), said)
+    assert runner.heard[0] == ["<|box_start|>(1,2),(3,4)<|box_end|> there"] and response.text == "(1,2),(3,4) there"
+
+
+def test_turns_are_counted(trainer):
+    """Each answer but the last stands between two turns; the last may, or may end the response."""
+    said = [turn(trainer, text) for text in ("a", "b", "c")]
+    cut = turn(trainer, "d", end="", finish_reason="length")
+    assert [talk(trainer, Observation("on", calls=1), *turns)[0].turns for turns in ([cut], [said[0], cut], said)] == [
+        1,
+        2,
+        3,
+    ]
+    assert talk(trainer, Observation(done=True, reward=1.0), said[0])[0].turns == 1
+
+
+def test_every_turn_of_every_conversation_draws_other_samples(side, monkeypatch):
+    """No seed is used twice; another rank's and another rollout's are others."""
+    seeds: list[int] = []
+    if side.config.rollout.backend == "vllm":
+        add = side.engine._add
+        monkeypatch.setattr(side.engine, "_add", lambda prompt, s: seeds.append(s["seed"]) or add(prompt, s))
+    elif side.config.rollout.backend == "server":
+        call = side.engine._replicas.call
+
+        async def noted(address, path, body=None):
+            seeds.append(body["sampling_params"]["seed"])
+            return await call(address, path, body)
+
+        monkeypatch.setattr(side.engine._replicas, "call", noted)
+    else:
+        generate = side.engine.generate
+        monkeypatch.setattr(
+            side.engine, "generate", lambda *a, seed, **kw: seeds.append(seed) or generate(*a, seed=seed, **kw)
+        )
+    side.engine.converse(side.begin(Scripted()), **SAMPLING)
+    once = len(seeds)
+    assert once >= 3
+    for name, value in {"_replica": 1, "_ranks": Ranks(1, 2, 1)}.items():
+        if hasattr(side.engine, name):
+            monkeypatch.setattr(side.engine, name, value)
+            side.engine.converse(side.begin(Scripted()), **SAMPLING)
+    side.engine.converse(side.begin(Scripted()), temperature=1.0, seed=1)
+    assert len(set(seeds)) == len(seeds) > once
+
+
+def test_an_error_or_a_deadline_leaves_the_engine_as_it_was(side, monkeypatch):
+    """Turns under way are taken back; the next rollout is what it would have been."""
+    whole = side.engine.converse(side.begin(Scripted()), **SAMPLING)
+
+    def fail(number: int, turn: int) -> Observation:
+        raise ValueError("of the environment")
+
+    broken = Scripted(answer_at=lambda n, turn, answer: answer() if n else None)  # the first is never answered
+    monkeypatch.setattr(side.config.rollout, "timeout_s", 2.0)
+    with pytest.raises(TimeoutError, match="rollout.timeout_s=2"):
+        side.engine.converse(side.begin(broken), **SAMPLING)
+    monkeypatch.setattr(side.config.rollout, "timeout_s", 120.0)
+    begun = side.begin(Scripted())
+    begun[2].goes_on = partial(fail, 2, 1)
+    with pytest.raises(ValueError, match="of the environment"):
+        side.engine.converse(begun, **SAMPLING)
+    if side.config.rollout.backend == "vllm":
+        assert not side.engine._engine.has_unfinished_requests()
+    again = side.engine.converse(side.begin(Scripted()), **SAMPLING)
+    assert [one.token_ids.tolist() for one in again] == [one.token_ids.tolist() for one in whole]
+
+
+def test_a_closed_environment_ends_a_rollout(side):
+    """A future that was cancelled is an error with words, in every engine."""
+    begun = side.begin(Scripted(answer_at=lambda n, turn, answer: answer() if n else None))
+    say = begun[0].say
+
+    def cancelled(said: Completion) -> None:
+        say(said)
+        begun[0].waits.cancel()
+
+    begun[0].say = cancelled
+    with pytest.raises(RuntimeError, match="the environment was closed"):
+        side.engine.converse(begun, **SAMPLING)
+
+
+def test_many_threads_may_ask_for_images(trainer, monkeypatch):
+    """Conversations over servers do: a cache that is full drops images while others are looked up."""
+    monkeypatch.setattr(prompts, "IMAGE_CACHE_BYTES", 40_000)
+    encoder = PromptEncoder(trainer.encoder.processor, trainer.config.data)
+    files = [{"bytes": saved(Image.fromarray(noise(64, 48, seed=n)))} for n in range(12)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda n: encoder.observation("<image>", [files[n % 12]], "q"), range(2000)))
+    finally:
+        sys.setswitchinterval(interval)
