@@ -2,7 +2,7 @@
 
     python -m benchmarks.slow_tools [--queries 128] [--repeats 3] [--out DIR]
 
-Responses of three turns to the questions of `sums_cpu`, by its warmed-up model in vLLM within this process. Both kinds
+Responses of three turns to the questions of `crop_cpu`, by its warmed-up model in vLLM within this process. Both kinds
 take turns, after a first rollout that does not count. Writes results/<cpu or gpu>/slow_tools.json: seconds and sampled
 tokens of each rollout, and how much of its tokens per second a rollout loses to the delays.
 """
@@ -49,11 +49,12 @@ def measure(queries: int, repeats: int) -> dict[str, list[dict[str, float]]]:
     from rethinker.runtime.distributed import ALONE
     from rethinker.settings import resolve_config
 
-    config = resolve_config("sums_cpu", ["--rollout.max_new_tokens=192", "--environment.workers=32"])
-    config.environment.use = [f"{__file__}:{KINDS[0]}"]
+    config = resolve_config("crop_cpu", ["--rollout.max_new_tokens=192", "--environment.workers=32"])
+    config.environment.max_turns = TURNS
     folder = model_folder(config, ALONE)
     encoder = PromptEncoder(load_processor(folder), config.data)
-    asked = load_queries(as_files(config.data, "train"), "train")[:: 12_000 // queries][:queries]
+    every = load_queries(as_files(config.data, "train"), "train")
+    asked = every[:: len(every) // queries][:queries]
     prompts = [encoder.encode(query) for query in asked]
     engine = make_engine(config, folder, **vars(ALONE))
     sampling = {"n": config.rollout.group_size, "max_new_tokens": 192, "temperature": 1.0}
