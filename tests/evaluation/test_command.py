@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -219,13 +220,15 @@ def test_a_runs_environment_is_inherited_and_recorded(tmp_path):
 
 def test_a_runs_code_is_named_again(tmp_path):
     """A folder from elsewhere may name any file of this machine: an environment is run only if the command says so."""
-    best = tmp_path / "run/checkpoints/best"
+    best, file = tmp_path / "run/checkpoints/best", tmp_path / "mine.py"
     best.mkdir(parents=True)
-    run = resolve_config("easy_vqa_cpu", ["--environment.use=[mine.py:Look]", "--environment.max_turns=7"])
+    file.write_text("def look(state, text): ...")
+    mine = f"[{file}:look]"
+    run = resolve_config("easy_vqa_cpu", [f"--environment.use={mine}", "--environment.max_turns=7"])
     (tmp_path / "run/config.yaml").write_text(to_yaml(run))
-    with pytest.raises(ConfigError, match=r"give --environment.use '\[mine.py:Look\]', or '\[\]'"):
+    with pytest.raises(ConfigError, match=rf"give --environment.use '{re.escape(mine)}', or '\[\]'"):
         eval_config(str(best), [])
-    for given in ("[mine.py:Look]", "[]"):
+    for given in (mine, "[]"):
         for overrides in ([f"--environment.use={given}"], ["--environment.use", given]):
             assert eval_config(str(best), overrides).environment.max_turns == 7
 

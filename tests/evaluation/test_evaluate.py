@@ -133,6 +133,8 @@ def test_an_answer_that_leaves_no_room_counts_as_it_is(encoder, checker):
 class Talking(Scripted, RolloutEngine):
     """Says what TURNS has of a question, turn by turn."""
 
+    config = Config()
+
     def generate(self, prompts, *, n, max_new_tokens, temperature, seed):
         assert n == 1 and temperature == 0.0
         turn = len(self.calls)

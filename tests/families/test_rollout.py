@@ -214,6 +214,7 @@ def test_a_server_has_recurrent_layers(tmp_path):
     folder = create("qwen3_5", tmp_path / "model")
     config = rollout_config()
     config.data.min_pixels, config.data.max_pixels = 1024, 8192
+    config.data.max_images, config.rollout.max_new_tokens = 4, 512
     served = Served(folder, tmp_path / "log", config)
     try:
         setting = Setting(folder, tmp_path, "server", servers=[served.address()])

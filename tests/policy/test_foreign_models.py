@@ -125,7 +125,10 @@ def test_every_loader_is_told_so():
                 assert given.get("trust_remote_code") is False, f"{file}:{node.lineno}"
                 if "Model" in owner:
                     assert given.get("use_safetensors") is True, f"{file}:{node.lineno}"
-            assert ast.unparse(node.func) not in ("pickle.load", "pickle.loads", "torch.load"), f"{file}:{node.lineno}"
+            # In a process of the user's own environment, of what that environment has pickled.
+            own = file.match("environments/process.py") and ast.unparse(node) == "pickle.loads(pickled)"
+            loads = ast.unparse(node.func) in ("pickle.load", "pickle.loads", "torch.load")
+            assert own or not loads, f"{file}:{node.lineno}"
             assert ast.unparse(node.func) not in ("yaml.unsafe_load", "yaml.full_load"), f"{file}:{node.lineno}"
     assert calls > 6
 
