@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-import os
 import pickle
-import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -21,7 +19,7 @@ from rethinker.environments import Environment, Observation, load
 from rethinker.environments.calls import CallError, harmless
 from rethinker.environments.images import png_of
 from rethinker.environments.texts import CHARACTERS_PER_TOKEN, cut_middle, whole
-from rethinker.runtime.killable import OUT_OF_MEMORY, Killable, described, end_if_stuck, limit_memory, prepared
+from rethinker.runtime.killable import Killable, answer_all, described, limit_memory, prepared
 from rethinker.samples import IMAGE_MARK
 
 Answer = tuple[bytes, Observation | None] | str
@@ -45,7 +43,7 @@ class EnvironmentProcess(Killable):
 
 def serve(fd: int) -> None:
     """Answer calls until the trainer closes the connection or dies."""
-    link, worker = Connection(fd), os.getpid()
+    link = Connection(fd)
     made = prepared(link, _prepare)
     if made is None:
         return
@@ -55,27 +53,17 @@ def serve(fd: int) -> None:
         def finished(value: Any) -> Any:
             return loop.run(_awaited(value)) if inspect.isawaitable(value) else value
 
-        while True:
+        def answer(message: tuple[Any, ...]) -> Answer:
             try:
-                message = link.recv()
-            except (EOFError, OSError):
-                return
-            end_if_stuck(config.timeout_s)
-            try:
-                answer = _answer(environment, message, finished, config, most_pixels)
+                return _answer(environment, message, finished, config, most_pixels)
             except MemoryError:
-                os._exit(OUT_OF_MEMORY)
+                raise
             except CallError as error:
-                answer = f"{error.reason}: {error}"
+                return f"{error.reason}: {error}"
             except BaseException as error:  # SystemExit too: it is the call's, not the process's
-                answer = f"error: {described(error)}"
-            if os.getpid() != worker:  # it forked and let the child return
-                os._exit(0)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            try:
-                link.send(answer)
-            except OSError:
-                return
+                return f"error: {described(error)}"
+
+        answer_all(link, answer, lambda message: config.timeout_s)
 
 
 def _prepare(opening: tuple[EnvironmentConfig, int]) -> tuple[Environment, EnvironmentConfig, int]:

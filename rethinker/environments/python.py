@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import resource
-import signal
 import warnings
 from functools import partial
 from multiprocessing.connection import Connection
@@ -20,7 +19,7 @@ from typing import Any, ClassVar
 from rethinker.config import EnvironmentConfig
 from rethinker.environments.sandbox import MODULES, run
 from rethinker.environments.texts import CHARACTERS_PER_TOKEN, whole
-from rethinker.runtime.killable import OUT_OF_MEMORY, Killable, end_if_stuck, limit_memory, prepared
+from rethinker.runtime.killable import Killable, answer_all, limit_memory, prepared
 
 LONGEST_CODE = 100_000
 """Characters."""
@@ -60,21 +59,13 @@ def serve(fd: int) -> None:
     """Answer calls until the trainer closes the connection or dies."""
     link = Connection(fd)
     timeout_s = prepared(link, _prepare)
-    while timeout_s is not None:
-        try:
-            code, most = link.recv()
-        except (EOFError, OSError):
-            return
-        end_if_stuck(timeout_s)
-        try:
-            text, reason = run(code, most)
-        except MemoryError:
-            os._exit(OUT_OF_MEMORY)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        try:
-            link.send_bytes(json.dumps([whole(text), reason]).encode())
-        except OSError:
-            return
+    if timeout_s is not None:
+        answer_all(link, _answer, lambda message: timeout_s, link.send_bytes)
+
+
+def _answer(message: tuple[str, int]) -> bytes:
+    text, reason = run(*message)
+    return json.dumps([whole(text), reason]).encode()
 
 
 def _prepare(opening: tuple[float, float]) -> float:

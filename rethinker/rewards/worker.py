@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
-import signal
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,11 +16,10 @@ from rethinker.rewards.entries import NEEDS, Entry
 from rethinker.rewards.functions import RewardFunction, call_with, load_reward
 from rethinker.rewards.rules import rules_of
 from rethinker.runtime.killable import (
-    OUT_OF_MEMORY,
     Killable,
     LostError,
+    answer_all,
     described,
-    end_if_stuck,
     limit_memory,
     prepared,
 )
@@ -75,28 +72,18 @@ def serve(fd: int) -> None:
     functions = load_functions(link)
     if functions is None:
         return
-    worker = os.getpid()
-    while True:
-        try:
-            place, asked = link.recv()
-        except (EOFError, OSError):
-            return
-        function = functions[place]
-        end_if_stuck(function.entry.timeout_s)
+
+    def answer(message: tuple[int, Sequence[Asked]]) -> list[Verdict]:
+        function, asked = functions[message[0]], message[1]
         try:
             said = call_with(function, asked)
-            verdicts = _verdicts(said, len(asked)) if function.kind == "batch" else [verdict(said)]
+            return _verdicts(said, len(asked)) if function.kind == "batch" else [verdict(said)]
         except MemoryError:
-            os._exit(OUT_OF_MEMORY)
+            raise
         except BaseException as error:  # SystemExit too: it is the call's, not the worker's
-            verdicts = [failed(error)] * len(asked)
-        if os.getpid() != worker:  # a reward that forked and let the child return: its answer is one too many
-            os._exit(0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        try:
-            link.send(verdicts)
-        except OSError:
-            return
+            return [failed(error)] * len(asked)
+
+    answer_all(link, answer, lambda message: functions[message[0]].entry.timeout_s)
 
 
 def load_functions(link: Connection) -> list[RewardFunction] | None:

@@ -197,6 +197,39 @@ def prepared(link: Connection, prepare: Callable[[Any], T]) -> T | None:
     return made
 
 
+def answer_all(
+    link: Connection,
+    answer: Callable[[Any], Any],
+    timeout_of: Callable[[Any], float],
+    send: Callable[[Any], None] | None = None,
+) -> None:
+    """Inside: answer messages, one after the other, until the trainer closes the connection or dies.
+
+    Args:
+        answer: of a message; what it raises but MemoryError, with which the process ends, is for itself to answer.
+        timeout_of: of a message, in seconds.
+        send: how answers are sent, by default as pickles.
+    """
+    own = os.getpid()
+    while True:
+        try:
+            message = link.recv()
+        except (EOFError, OSError):
+            return
+        end_if_stuck(timeout_of(message))
+        try:
+            said = answer(message)
+        except MemoryError:
+            os._exit(OUT_OF_MEMORY)
+        if os.getpid() != own:  # a call that forked and let the child return: its answer is one too many
+            os._exit(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            (send or link.send)(said)
+        except OSError:
+            return
+
+
 def end_if_stuck(timeout_s: float) -> None:
     """Let the kernel end this process if it is at a message far beyond its deadline: a dead trainer left it behind. A
     living one has killed it by then."""
